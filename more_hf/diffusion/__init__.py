@@ -1,0 +1,1 @@
+"""Concept erasure for diffusers pipelines."""

@@ -1,0 +1,111 @@
+"""What is asked for: one JSON-able form of `erase_concept`'s arguments, its checks, and its solution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..errors import PrototypeError
+from ..remap import SOLVERS, Remap, draw_experts
+from ..routers import ROUTERS
+from .concepts import TOKENS, column, everyday_prompts, fit_prototypes, names_in
+
+
+AUTO_SOLVER = "covariance"
+AUTO_REASON = "auto takes covariance, as exact as pinv on the prototypes and gentler on every other prompt (measured)"
+
+
+def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed) -> dict[str, Any]:
+    """The arguments in one JSON-able form. Raises `PrototypeError` before anything is looked at."""
+    for value, name, known in (
+        (tokens, "tokens", TOKENS),
+        (solver, "solver", ("auto", *SOLVERS)),
+        (router, "router", (None, *ROUTERS)),
+    ):
+        if value not in known:
+            raise PrototypeError(f"Unknown {name} {value!r}. Choose one of {', '.join(map(repr, known))}.")
+    if num_experts is not None and num_experts < 1:
+        raise PrototypeError(f"`num_experts` must be at least 1, got {num_experts}.")
+    if isinstance(concepts, str):
+        concepts = [concepts]
+    if not isinstance(concepts, Mapping):
+        concepts = {name: () for name in concepts}
+    concepts = {name: [also] if isinstance(also, str) else list(also) for name, also in concepts.items()}
+    if not concepts:
+        raise PrototypeError("`concepts` is empty. Name at least one concept to erase.")
+    targets = [] if remap_to is None else [remap_to] if isinstance(remap_to, str) else list(remap_to)
+    if remap_to is not None and not targets:
+        raise PrototypeError(
+            f"`remap_to` is empty. Remapping needs at least one concept to send {next(iter(concepts))!r} to; "
+            "pass `remap_to=None` to project it out without remapping."
+        )
+    return {
+        "concepts": concepts,
+        "remap_to": {name: targets for name in concepts},
+        "retain": list(retain or ()),
+        "tokens": tokens,
+        "solver": solver,
+        "num_experts": num_experts,
+        "router": router,
+        "seed": seed,
+    }
+
+
+def surfaces_of(request: Mapping[str, Any]) -> list[str]:
+    """Every forgotten surface form. Raises `PrototypeError` when a name is both forgotten and kept, or given twice."""
+    surfaces = [surface for name, also in request["concepts"].items() for surface in (name, *also)]
+    kept = {name: "remap_to" for names in request["remap_to"].values() for name in names}
+    kept.update({name: "retain" for name in request["retain"] if name not in kept})
+    if blank := [name for name in (*surfaces, *kept) if not name.strip()]:
+        raise PrototypeError(f"{blank[0]!r} is not a name. The empty prompt is always retained; leave it out.")
+    folded = [surface.casefold() for surface in surfaces]
+    if twice := [surface for surface in surfaces if folded.count(surface.casefold()) > 1]:
+        raise PrototypeError(f"{twice[0]!r} is given twice among concepts and aliases. Name it once.")
+    for name, argument in kept.items():
+        for surface in surfaces:
+            if name.casefold() == surface.casefold():
+                raise PrototypeError(f"{name!r} is both erased and in `{argument}`. Remove it from one of the lists.")
+            if names_in(name, surface):
+                raise PrototypeError(
+                    f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the other. If it is the same "
+                    f"concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it out of `{argument}`."
+                )
+    return surfaces
+
+
+def solver_of(request: Mapping[str, Any]) -> tuple[str, str]:
+    """The solver, and why."""
+    return (AUTO_SOLVER, AUTO_REASON) if request["solver"] == "auto" else (request["solver"], "as asked for")
+
+
+def solve(pipe: DiffusionPipeline, request: Mapping[str, Any], solver: str) -> Remap:
+    """Prototypes from the pipeline's text encoder, targets of every expert, and the dual. Changes nothing.
+
+    A request always draws the same targets and, from the same text encoder, finds the same prototypes: `verify` relies on it.
+    """
+    surfaces = surfaces_of(request)
+    targets = [name for names in request["remap_to"].values() for name in names]
+    sigma = [prompt for prompt in everyday_prompts() if not any(names_in(prompt, surface) for surface in surfaces)]
+    prototypes = fit_prototypes(
+        pipe,
+        [*surfaces, *targets, *request["retain"]],
+        request["tokens"],
+        sigma_prompts=sigma if solver == "covariance" else (),
+    )
+    kinds = TOKENS[request["tokens"]]
+    drawn = draw_experts(
+        [names or [None] for names in request["remap_to"].values()],
+        request["num_experts"],
+        max_distinct=max(1, len(prototypes.matrix) // (2 * len(kinds)) - len(surfaces)),
+        seed=request["seed"],
+    )
+    sizes = [1 + len(aliases) for aliases in request["concepts"].values()]  # every alias goes where its concept goes
+    sent = [[name for name, size in zip(expert, sizes, strict=True) for _ in range(size)] for expert in drawn]
+    return Remap.fit(
+        prototypes,
+        forget=[column(surface, kind) for surface in surfaces for kind in kinds],
+        targets=[[name and column(name, kind) for name in expert for kind in kinds] for expert in sent],
+        solver=solver,
+    )

@@ -1,0 +1,25 @@
+"""What can go wrong. Every message has the fact with its values, the reason if it is not obvious, and the next step."""
+
+
+class MoreError(Exception):
+    """Base of all errors of more_hf."""
+
+
+class TargetNotFoundError(MoreError, ValueError):
+    """The model has nothing that can be edited, or holds it in a form in which it must not be edited."""
+
+
+class PrototypeError(MoreError, ValueError):
+    """The prototypes do not allow an exact edit, or a concept was named wrongly."""
+
+
+class AlreadyErasedError(MoreError, RuntimeError):
+    """The model carries an erasure whose original weights are not here."""
+
+
+class IncompatibleBaseError(MoreError, ValueError):
+    """The weights are not the ones that an erasure was made for."""
+
+
+class ExportError(MoreError, ValueError):
+    """Writing the model this way would publish what was erased, or a model that was not erased."""

@@ -1,0 +1,109 @@
+"""Prototypes: means of features over a concept, collected in one pass with O(dk) memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import PrototypeError
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Named means of features, one column each.
+
+    Attributes:
+        matrix (`Tensor`): `(num_features, num_prototypes)`, float64.
+        names (`tuple[str, ...]`): one unique name per column.
+        counts (`Tensor`): `(num_prototypes,)`, int64, how many features each mean is over.
+        second_moment (`Tensor`, *optional*): `(num_features, num_features)`, float64, the uncentred mean of z zᵀ over all
+            features that the fitter saw with `update_moment`.
+    """
+
+    matrix: Tensor
+    names: tuple[str, ...]
+    counts: Tensor
+    second_moment: Tensor | None = None
+
+    def index(self, name: str) -> int:
+        """Column of a prototype. Raises `PrototypeError` for a name that was never fitted."""
+        if name not in self.names:
+            raise PrototypeError(f"There is no prototype {name!r}. Fitted: {', '.join(map(repr, self.names))}.")
+        return self.names.index(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.matrix[:, self.index(name)]
+
+
+class PrototypeFitter:
+    """Collects the means of features, batch by batch, in float64. Changed in place by `update`, `update_moment`, `merge`.
+
+    The sums are additive: any batch size, order and sharding gives the same prototypes to float64 rounding.
+
+    Args:
+        num_features (`int`): width d of a feature.
+        names (`Sequence[str]`): one unique name per prototype; label i belongs to `names[i]`.
+        device (*optional*): where the sums live, the CPU if not given.
+
+    Example:
+
+        >>> import torch
+        >>> from more_hf.prototypes import PrototypeFitter
+        >>> fitter = PrototypeFitter(2, ["cat", "dog"])
+        >>> fitter.update(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1])).prototypes.matrix
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+    """
+
+    def __init__(self, num_features: int, names: Sequence[str], *, device: torch.device | str | None = None):
+        self.names = tuple(names)
+        if len(set(self.names)) != len(self.names):
+            raise PrototypeError(f"Prototype names must be unique, got {list(self.names)}.")
+        self.sums = torch.zeros(len(self.names), num_features, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(self.names), dtype=torch.int64, device=device)
+        self.moment = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.moment_count = 0
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> PrototypeFitter:
+        """Add features `(..., d)` of any float dtype under integer labels `(...)`; a label of -1 leaves a feature out."""
+        features = features.reshape(-1, self.sums.shape[1]).to(self.sums)
+        labels = labels.reshape(-1).to(self.sums.device)
+        features, labels = features[labels >= 0], labels[labels >= 0]
+        self.sums.index_add_(0, labels, features)
+        self.counts += torch.bincount(labels, minlength=len(self.names))
+        return self
+
+    @torch.no_grad()
+    def update_moment(self, features: Tensor) -> PrototypeFitter:
+        """Add features `(..., d)` of any float dtype to the second moment alone."""
+        features = features.reshape(-1, self.sums.shape[1]).to(self.sums)
+        self.moment.addmm_(features.T, features)
+        self.moment_count += len(features)
+        return self
+
+    def merge(self, other: PrototypeFitter) -> PrototypeFitter:
+        """Add what another fitter with the same names has seen, another shard of the data for instance."""
+        if other.names != self.names:
+            raise PrototypeError(f"Only fitters with the same names can be merged, got {self.names} and {other.names}.")
+        self.sums += other.sums.to(self.sums)
+        self.counts += other.counts.to(self.counts)
+        self.moment += other.moment.to(self.moment)
+        self.moment_count += other.moment_count
+        return self
+
+    @property
+    def prototypes(self) -> Prototypes:
+        """The means so far, on the CPU. Raises `PrototypeError` naming the prototypes that have seen no feature."""
+        empty = [name for name, count in zip(self.names, self.counts.tolist(), strict=True) if count == 0]
+        if empty:
+            raise PrototypeError(f"No feature was seen for {', '.join(map(repr, empty))}: a mean needs at least one.")
+        return Prototypes(
+            matrix=(self.sums / self.counts[:, None]).T.cpu().contiguous(),
+            names=self.names,
+            counts=self.counts.cpu(),
+            second_moment=(self.moment / self.moment_count).cpu() if self.moment_count else None,
+        )

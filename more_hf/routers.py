@@ -1,0 +1,85 @@
+"""Routers: which expert a sample takes. One class each; `ROUTERS` is the list of names."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .remap import Remap
+
+
+# splitmix64's constants, as signed 64-bit integers. The draw is a hash of (seed, call), not a generator: it needs no state that
+# torch.compile could not trace, touches no one's random numbers, and is the same on every device and for every batch size.
+_GOLDEN, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of signed 64-bit integers (torch's `>>` keeps the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(seeds: Tensor, call: Tensor | int) -> Tensor:
+    """Pseudo-random non-negative integers from int64 seeds `(n,)` and a call index (splitmix64's finaliser)."""
+    x = seeds * _MIX1 + (call + 1) * _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return _shift_right(x ^ _shift_right(x, 31), 1)
+
+
+class RandomRouter:
+    """The paper's router: one uniform draw per call and sample.
+
+    With `seeds`, the expert of sample i in call c is a function of `seeds[i]` and c alone; rows beyond `len(seeds)` repeat them, so
+    that the halves of classifier-free guidance share their draws. Without, every row has a stream of its own, new in each process.
+    """
+
+    def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
+        self.num_experts = remap.num_experts
+        self.entropy = torch.tensor(secrets.randbits(62), device=device)
+        self.seeds: Tensor | None = None
+        self.call = torch.zeros((), dtype=torch.int64, device=device)
+
+    def reset(self, seeds: Sequence[int] | None) -> None:
+        """Start again at call 0 with these streams."""
+        self.seeds = None if seeds is None else torch.tensor(list(seeds), dtype=torch.int64, device=self.call.device)
+        self.call.zero_()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Experts `(batch,)`, int64, for features `(batch, ..., d)`."""
+        rows = torch.arange(len(z), device=self.call.device)
+        seeds = self.entropy + rows if self.seeds is None else self.seeds[rows % len(self.seeds)]
+        experts = mix(seeds, self.call) % self.num_experts
+        self.call += 1
+        return experts.to(z.device)
+
+
+class HashRouter:
+    """An expert that is a function of what no expert changes, (I − P D) z: asking again gives the same answer.
+
+    The sample's mean feature, its first token left out where it has tokens, is compared with one fixed random direction per
+    expert. Where nothing is left of it (z near a prototype) the sample takes expert 0.
+    """
+
+    def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
+        P = remap.prototypes.matrix
+        complement = torch.eye(len(P), dtype=P.dtype) - P @ remap.dual
+        directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=torch.Generator().manual_seed(0))
+        self.complement = complement.to(device)
+        self.directions = directions.to(device)
+
+    def reset(self, seeds: Sequence[int] | None) -> None:
+        """Nothing is drawn, so there is nothing to start again."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Experts `(batch,)`, int64, for features `(batch, tokens, d)` or `(batch, d)`."""
+        z = z.to(self.complement)
+        z = z[:, 1:].mean(1) if z.ndim == 3 else z
+        left = z @ self.complement.T
+        experts = (left @ self.directions.T).argmax(1)
+        return experts.where(left.norm(dim=1) > 1e-3 * z.norm(dim=1), 0)
+
+
+ROUTERS = {"random": RandomRouter, "hash": HashRouter}
