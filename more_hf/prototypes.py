@@ -69,9 +69,14 @@ class PrototypeFitter:
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> PrototypeFitter:
-        """Add features `(..., d)` of any float dtype under integer labels `(...)`; a label of -1 leaves a feature out."""
+        """Add features `(..., d)` of any float dtype under integer labels `(...)`; a negative label leaves a feature out.
+
+        Raises `PrototypeError` for a label without a name, before anything is added.
+        """
         features = features.reshape(-1, self.sums.shape[1]).to(self.sums)
         labels = labels.reshape(-1).to(self.sums.device)
+        if len(labels) and labels.max() >= len(self.names):
+            raise PrototypeError(f"Label {int(labels.max())} has no name: the fitter knows {len(self.names)} prototypes.")
         features, labels = features[labels >= 0], labels[labels >= 0]
         self.sums.index_add_(0, labels, features)
         self.counts += torch.bincount(labels, minlength=len(self.names))
@@ -104,6 +109,6 @@ class PrototypeFitter:
         return Prototypes(
             matrix=(self.sums / self.counts[:, None]).T.cpu().contiguous(),
             names=self.names,
-            counts=self.counts.cpu(),
+            counts=self.counts.cpu().clone(),
             second_moment=(self.moment / self.moment_count).cpu() if self.moment_count else None,
         )

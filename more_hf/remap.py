@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -80,6 +81,10 @@ class Remap:
         """
         if solver not in SOLVERS:
             raise PrototypeError(f"Unknown solver {solver!r}. Choose one of {', '.join(SOLVERS)}.")
+        if not forget or len(set(forget)) != len(forget):
+            raise PrototypeError(f"`forget` must name at least one prototype, and each once, got {list(forget)}.")
+        if not targets or any(len(expert) != len(forget) for expert in targets):
+            raise PrototypeError(f"Each expert needs one target (or None) for each of the {len(forget)} forget prototypes, got {targets}.")
         P = prototypes.matrix
         norms = P.norm(dim=0)
         if not (torch.isfinite(norms).all() and (norms > 0).all()):
@@ -178,33 +183,35 @@ class Remap:
         - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype
         - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖
         - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, what an edited feature can still show of a forget prototype
-        - `untouched` (G4): how far a feature in which no forget prototype is moves, ‖E z − z‖ / ‖z‖
+        - `ordinary_moved`: √(E‖E z − z‖² / E‖z‖²) over the features behind Σ, where there are any: what the edit costs them
         - `rank` (G2): of I − E, the smallest over the experts
         """
         P, D_F, forget = self.prototypes.matrix, self.D_F, list(self.forget)
         remain = P[:, [i for i in range(P.shape[1]) if i not in self.forget]]
-        z = torch.randn(len(P), 64, dtype=P.dtype, generator=torch.Generator().manual_seed(0))
-        z -= torch.linalg.pinv(D_F) @ (D_F @ z)  # no forget coordinate is left in it
-        worst = dict.fromkeys(("forget_to_target", "remain_fixed", "idempotent", "nothing_left", "untouched"), 0.0)
-        rank = self.rank
+        moment = self.prototypes.second_moment
+        measured, ranks = [], []
         for M in self.shifts:
             left = D_F + (D_F @ M) @ D_F  # D_F E
-            measured = {
-                "forget_to_target": _worst_ratio(M @ (D_F @ P[:, forget]) - M, M),
-                "remain_fixed": _worst_ratio(M @ (D_F @ remain), remain),
-                "idempotent": float((M @ left).norm() / (M @ D_F).norm()),
-                "nothing_left": float(left.norm() / D_F.norm()),
-                "untouched": _worst_ratio(M @ (D_F @ z), z),
-            }
-            worst = {key: max(worst[key], value) for key, value in measured.items()}
-            rank = min(rank, int(torch.linalg.matrix_rank(M)))
-        return {**worst, "rank": rank}
+            measured.append(
+                [
+                    _worst_ratio(M @ (D_F @ P[:, forget]) - M, M),
+                    _worst_ratio(M @ (D_F @ remain), remain),
+                    (M @ left).norm() / (M @ D_F).norm(),
+                    left.norm() / D_F.norm(),
+                ]
+            )
+            if moment is not None:  # E‖M D_F z‖² = tr(Mᵀ M D_F Σ D_Fᵀ)
+                measured[-1].append(((M.T @ M) * (D_F @ moment @ D_F.T)).sum().clamp_min(0).sqrt() / moment.trace().sqrt())
+            ranks.append(torch.linalg.matrix_rank(M))
+        keys = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left", "ordinary_moved")
+        worst = torch.tensor(measured).amax(0).tolist()  # keeps a NaN
+        return {**dict(zip(keys, worst, strict=False)), "rank": int(min(*ranks, torch.linalg.matrix_rank(D_F)))}
 
 
-def _worst_ratio(change: Tensor, reference: Tensor) -> float:
+def _worst_ratio(change: Tensor, reference: Tensor) -> Tensor:
     """The largest ‖change‖ / ‖reference‖ over columns, 0 where there is no column."""
     ratios = change.norm(dim=0) / reference.norm(dim=0)
-    return float(ratios.max()) if len(ratios) else 0.0
+    return ratios.max() if len(ratios) else torch.zeros(())
 
 
 def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor:
@@ -227,20 +234,23 @@ def draw_experts(
         max_distinct (`int`): how many different targets there may be in all. Experts share targets beyond that.
         seed (`int`, defaults to 0): of the draw.
 
-    Returns `num_experts` lists with one target per concept. Raises `PrototypeError` if not even one target each is left.
+    Returns `num_experts` lists with one target per concept. Raises `PrototypeError` if there is not even room for one each.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = [[list(names)[i] for i in torch.randperm(len(names), generator=generator)] for names in options]
-    allowed: set[str | None] = {None}
-    for column in range(max(map(len, shuffled))):  # round-robin, so that every concept gets its share of the room
-        for names in shuffled:
-            if column < len(names) and len(allowed) <= max_distinct:
-                allowed.add(names[column])
-    shuffled = [[name for name in names if name in allowed] for names in shuffled]
-    if not all(shuffled):
+    allowed: list[str | None] = [None]
+    while uncovered := [names for names in shuffled if not set(names) & set(allowed)]:  # one for each concept, shared where it can be
+        pool = [name for names in uncovered for name in names]
+        allowed.append(max(pool, key=pool.count))
+    if len(allowed) - 1 > max_distinct:
         raise PrototypeError(
             f"No exact edit exists: {len(shuffled)} concepts need at least one target each, and there is room for {max_distinct} "
             "different targets. Forget fewer concepts, let them share targets, or erase without remapping (remap_to=None)."
         )
+    for round_robin in zip_longest(*shuffled):  # then more, so that every concept gets its share of the room
+        for name in round_robin:
+            if name not in allowed and len(allowed) <= max_distinct:
+                allowed.append(name)
+    shuffled = [[name for name in names if name in allowed] for names in shuffled]
     num_experts = math.lcm(*map(len, shuffled)) if num_experts is None else num_experts
     return [[names[expert % len(names)] for names in shuffled] for expert in range(num_experts)]

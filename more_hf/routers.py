@@ -21,8 +21,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def mix(seeds: Tensor, call: Tensor | int) -> Tensor:
-    """Pseudo-random non-negative integers from int64 seeds `(n,)` and a call index (splitmix64's finaliser)."""
+def mix(seeds: Tensor, call: Tensor) -> Tensor:
+    """Pseudo-random non-negative integers from int64 seeds `(n,)` and an int64 call index `()` (splitmix64's finaliser)."""
     x = seeds * _MIX1 + (call + 1) * _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
@@ -44,7 +44,7 @@ class RandomRouter:
 
     def reset(self, seeds: Sequence[int] | None) -> None:
         """Start again at call 0 with these streams."""
-        self.seeds = None if seeds is None else torch.tensor(list(seeds), dtype=torch.int64, device=self.call.device)
+        self.seeds = None if seeds is None else torch.tensor([seed % 2**63 for seed in seeds], device=self.call.device)
         self.call.zero_()
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -69,6 +69,7 @@ class HashRouter:
         directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=torch.Generator().manual_seed(0))
         self.complement = complement.to(device)
         self.directions = directions.to(device)
+        self.tiny = 1e-3 * float(P.norm(dim=0).median())  # not a fraction of ‖z‖, which experts change
 
     def reset(self, seeds: Sequence[int] | None) -> None:
         """Nothing is drawn, so there is nothing to start again."""
@@ -79,7 +80,7 @@ class HashRouter:
         z = z[:, 1:].mean(1) if z.ndim == 3 else z
         left = z @ self.complement.T
         experts = (left @ self.directions.T).argmax(1)
-        return experts.where(left.norm(dim=1) > 1e-3 * z.norm(dim=1), 0)
+        return experts.where(left.norm(dim=1) > self.tiny, 0)
 
 
 ROUTERS = {"random": RandomRouter, "hash": HashRouter}

@@ -138,6 +138,8 @@ def routing(pipe: DiffusionPipeline, seeds: Sequence[int]) -> Iterator[Diffusion
     erasure = get_erasure(pipe)
     if erasure is None or erasure.hook is None:
         raise MoreError('This pipeline has no router. Erase with router="random" or router="hash" first.')
+    if not seeds:
+        raise MoreError("`seeds` is empty. Pass one integer per image of the batch.")
     erasure.hook.router.reset(seeds)
     reset_compiled()
     try:

@@ -1,0 +1,5 @@
+from more_hf.cli import main
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
