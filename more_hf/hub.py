@@ -24,7 +24,7 @@ from . import erasure as store
 from .diffusion.erase import RECORD, get_erasure
 from .diffusion.hook import RoutingHook, attach_hook
 from .diffusion.proof import PROOF_TOLERANCE
-from .diffusion.request import solve
+from .diffusion.request import prepare
 from .diffusion.sites import find_denoiser, find_sites, lora_branches
 from .erasure import Erasure
 from .errors import ExportError, IncompatibleBaseError, MoreError
@@ -171,7 +171,7 @@ def verify(folder: str | os.PathLike) -> Verification:
     folder = Path(folder)
     record = Record.read(folder)
     pipe = DiffusionPipeline.from_pretrained(folder, **{record.denoiser: None, "vae": None, "safety_checker": None})
-    shift = solve(pipe, record.request, "pinv").shift().float()
+    shift = Remap.fit(**prepare(pipe, record.request, ()), solver="pinv").shift().float()
     files = [path for path in (folder / record.denoiser).rglob("*") if path.name.endswith(WEIGHT_FILES) and path.suffix != ".json"]
     readable = [path for path in files if path.suffix == ".safetensors"]
     shapes: dict[str, list[int]] = {}

@@ -17,7 +17,7 @@ from ..remap import Remap
 from .concepts import Encoder, shared_first_tokens
 from .hook import RoutingHook, attach_hook, detach_hook, enable_hook, reset_compiled
 from .proof import prover
-from .request import make_request, solve, solver_of
+from .request import make_request, solve
 from .sites import Denoiser, find_denoiser, find_sites, lora_branches
 
 
@@ -153,8 +153,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], k
     """Prototypes, dual, merge, hook, proof: all of it, or the pipeline is what it was."""
     current = store.find_erasure(denoiser.module)
     sites = find_sites(pipe, denoiser)
-    solver, reason = solver_of(request)
-    remap = solve(pipe, request, solver)
+    remap, reason = solve(pipe, request)
     width = len(remap.prototypes.matrix)
     if wrong := [name for name, site in sites.items() if site.module.in_features != width]:
         raise TargetNotFoundError(f"`{wrong[0]}` does not read the text encoder's {width} features. Is this the right text encoder?")
@@ -167,7 +166,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], k
         guarantees=remap.verify(),
         proof={},
         facts={
-            "solver": solver,
+            "solver": remap.solver,
             "solver_reason": reason,
             "rank": remap.rank,
             "num_experts": remap.num_experts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -11,10 +11,6 @@ from ..errors import PrototypeError
 from ..remap import SOLVERS, Remap, draw_experts
 from ..routers import ROUTERS
 from .concepts import TOKENS, column, everyday_prompts, fit_prototypes, names_in
-
-
-AUTO_SOLVER = "covariance"
-AUTO_REASON = "auto takes covariance, as exact as pinv on the prototypes and gentler on every other prompt (measured)"
 
 
 def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed) -> dict[str, Any]:
@@ -75,25 +71,14 @@ def surfaces_of(request: Mapping[str, Any]) -> list[str]:
     return surfaces
 
 
-def solver_of(request: Mapping[str, Any]) -> tuple[str, str]:
-    """The solver, and why."""
-    return (AUTO_SOLVER, AUTO_REASON) if request["solver"] == "auto" else (request["solver"], "as asked for")
-
-
-def solve(pipe: DiffusionPipeline, request: Mapping[str, Any], solver: str) -> Remap:
-    """Prototypes from the pipeline's text encoder, targets of every expert, and the dual. Changes nothing.
+def prepare(pipe: DiffusionPipeline, request: Mapping[str, Any], sigma_prompts: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `Remap.fit` but for the solver: prototypes from the pipeline's text encoder, and every expert's targets.
 
     A request always draws the same targets and, from the same text encoder, finds the same prototypes: `verify` relies on it.
     """
     surfaces = surfaces_of(request)
     targets = [name for names in request["remap_to"].values() for name in names]
-    sigma = [prompt for prompt in everyday_prompts() if not any(names_in(prompt, surface) for surface in surfaces)]
-    prototypes = fit_prototypes(
-        pipe,
-        [*surfaces, *targets, *request["retain"]],
-        request["tokens"],
-        sigma_prompts=sigma if solver == "covariance" else (),
-    )
+    prototypes = fit_prototypes(pipe, [*surfaces, *targets, *request["retain"]], request["tokens"], sigma_prompts=sigma_prompts)
     kinds = TOKENS[request["tokens"]]
     drawn = draw_experts(
         [names or [None] for names in request["remap_to"].values()],
@@ -103,9 +88,26 @@ def solve(pipe: DiffusionPipeline, request: Mapping[str, Any], solver: str) -> R
     )
     sizes = [1 + len(aliases) for aliases in request["concepts"].values()]  # every alias goes where its concept goes
     sent = [[name for name, size in zip(expert, sizes, strict=True) for _ in range(size)] for expert in drawn]
-    return Remap.fit(
-        prototypes,
-        forget=[column(surface, kind) for surface in surfaces for kind in kinds],
-        targets=[[name and column(name, kind) for name in expert for kind in kinds] for expert in sent],
-        solver=solver,
-    )
+    return {
+        "prototypes": prototypes,
+        "forget": [column(surface, kind) for surface in surfaces for kind in kinds],
+        "targets": [[name and column(name, kind) for name in expert for kind in kinds] for expert in sent],
+    }
+
+
+def solve(pipe: DiffusionPipeline, request: Mapping[str, Any]) -> tuple[Remap, str]:
+    """The remap, and why its solver was taken. Changes nothing.
+
+    `solver="auto"` solves both ways, which is cheap beside encoding, and takes the one that moves ordinary prompts less.
+    """
+    surfaces = surfaces_of(request)
+    ordinary = [prompt for prompt in everyday_prompts() if not any(names_in(prompt, surface) for surface in surfaces)]
+    problem = prepare(pipe, request, ordinary)
+    solvers = SOLVERS if request["solver"] == "auto" else (request["solver"],)
+    solved = {solver: Remap.fit(**problem, solver=solver) for solver in solvers}
+    moved = {solver: remap.verify()["ordinary_moved"] for solver, remap in solved.items()}
+    best = min(moved, key=moved.get)
+    d, k = problem["prototypes"].matrix.shape
+    costs = ", ".join(f"{solver} {100 * value:.2f} %" for solver, value in moved.items())
+    asked = "of two exact edits, the one that moves ordinary prompts less" if len(solvers) > 1 else "as asked for"
+    return solved[best], f"{asked} ({costs}); {k} independent prototypes in {d} dimensions"
