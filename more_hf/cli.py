@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="erase one artist from the embedded pipeline and look at the result")
     demo.add_argument("--concept", default="Blobmoji", help=f"the artist: {', '.join(EMOJI_ARTISTS)} (Blobmoji)")
     _add_remap_to(demo, default=None, note=" (Fluent, or Twemoji for Fluent)")
-    demo.add_argument("--limit", type=_positive, default=36, help="prompts in each of the three groups (36)")
+    demo.add_argument("--limit", type=_positive, default=27, help="prompts in each of the three groups (27)")
     demo.add_argument("--steps", type=_positive, default=10, help="denoising steps (10)")
     demo.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance (5)")
     demo.add_argument("--seed", type=int, default=0, help="the first prompt's seed; the others count up from it (0)")

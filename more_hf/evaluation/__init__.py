@@ -1,0 +1,1 @@
+"""Pictures and numbers: what an edit did to a model."""
