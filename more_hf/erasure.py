@@ -99,6 +99,34 @@ def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
             )
 
 
+@contextmanager
+def written(sites: Mapping[str, Site], values: Mapping[str, Tensor], *, keep: bool) -> Iterator[None]:
+    """Hold `values` in all sites during the block, and after it if `keep`; else, and after any exception, what was there before."""
+    before = {name: site.read().clone() for name, site in sites.items()}
+    try:
+        for name, site in sites.items():
+            site.write(values[name])
+        yield
+    except BaseException:
+        _put(sites, before)
+        raise
+    if not keep:
+        _put(sites, before)
+
+
+def _put(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> None:
+    """Write all sites, and only then raise an interruption that came in between: a mixture of two models must not be left."""
+    interruption = None
+    for name, site in sites.items():
+        try:
+            site.write(values[name])
+        except BaseException as error:
+            interruption = error
+            site.write(values[name])
+    if interruption is not None:
+        raise interruption
+
+
 @dataclass
 class Erasure:
     """One erasure of one model, as `get_erasure` returns it.
@@ -174,15 +202,8 @@ class Erasure:
     @contextmanager
     def original_weights(self) -> Iterator[None]:
         """The original model inside the block, the erased one after it, bit for bit. Raises `AlreadyErasedError` without originals."""
-        originals = self.require_originals()
-        edited = {name: site.read().clone() for name, site in self.sites.items()}
-        for name, site in self.sites.items():
-            site.write(originals[name])
-        try:
+        with written(self.sites, self.require_originals(), keep=False):
             yield
-        finally:
-            for name, site in self.sites.items():
-                site.write(edited[name])
 
     def require_originals(self) -> dict[str, Tensor]:
         if self.originals is None:
@@ -210,8 +231,8 @@ class Erasure:
             merged.to(weight.dtype),
             *(merged.to(half).to(weight.dtype) for half in (torch.float16, torch.bfloat16)),
         ]
-        rtol = 4 * torch.finfo(weight.dtype).eps  # another device may sum in another order
-        return any(torch.allclose(weight, route, rtol=rtol, atol=rtol * float(route.abs().max()) * 1e-3) for route in routes)
+        rtol = 4 * torch.finfo(weight.dtype).eps  # another device sums in another order; a LoRA fused and unfused leaves W + d − d
+        return any(torch.allclose(weight, route, rtol=rtol, atol=rtol * float(route.abs().max())) for route in routes)
 
 
 _ERASURES: WeakKeyDictionary[nn.Module, Erasure] = WeakKeyDictionary()
@@ -259,15 +280,8 @@ def apply(model: nn.Module, erasure: Erasure, prove: Callable[[], dict[str, floa
         merged[name] = erasure.remap.merged(originals[name].to(weight.device)).to(weight.dtype)
         if not torch.isfinite(merged[name]).all():
             raise IncompatibleBaseError(f"The edited weight of `{name}` is not finite in {merged[name].dtype}. Nothing was changed.")
-    before = {name: site.read().clone() for name, site in erasure.sites.items()}
-    try:
-        for name, site in erasure.sites.items():
-            site.write(merged[name])
+    with written(erasure.sites, merged, keep=True):
         erasure.proof = prove()
-    except BaseException:
-        for name, site in erasure.sites.items():
-            site.write(before[name])
-        raise
     if not keep_originals:
         erasure.originals = None
     _ERASURES[model] = erasure
@@ -277,8 +291,8 @@ def apply(model: nn.Module, erasure: Erasure, prove: Callable[[], dict[str, floa
 def forget(model: nn.Module) -> None:
     """Write the originals back, bit for bit, and drop the erasure."""
     erasure = _ERASURES[model]
-    for name, site in erasure.sites.items():
-        site.write(erasure.originals[name])
+    with written(erasure.sites, erasure.originals, keep=True):
+        pass
     del _ERASURES[model]
     delattr(model, ERASED)
 

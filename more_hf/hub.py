@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from . import __version__
 from . import erasure as store
@@ -50,6 +51,7 @@ class Record:
     proof: dict[str, float]
     facts: dict[str, Any]
     denoiser: str  # the component's folder
+    variant: str | None  # of the files, as `save_pretrained` took it
     layout: str  # sha256 over the names and shapes of all its tensors, which are the base's
 
     @classmethod
@@ -102,17 +104,26 @@ def save(pipe: DiffusionPipeline, folder: str | os.PathLike, *, include_delta: b
             proof=erasure.proof,
             facts=erasure.facts,
             denoiser=denoiser.name,
+            variant=kwargs.get("variant"),
             layout=_layout({name: list(tensor.shape) for name, tensor in denoiser.module.state_dict().items()}),
         )
         (draft / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
         if include_delta:
             _write_delta(erasure, draft / DELTA)
+        shift = erasure.remap.shift() if erasure.remap else Remap.fit(**prepare(pipe, erasure.request, ()), solver="pinv").shift()
+        if not (check := _check_files(draft, record, shift)).ok:
+            failed = "; ".join(f"{what}: {finding}" for what, passed, finding in check.checks if not passed)
+            raise ExportError(
+                f"What would be saved is not the erased model ({failed}). Was a LoRA fused or the model trained since, or is this inside "
+                "`more_hf.disabled`? Undo that, then save."
+            )
         written = {path.relative_to(draft) for path in draft.rglob("*") if path.is_file()}
         others = [path for path in folder.rglob("*") if path.name.endswith(WEIGHT_FILES) and path.relative_to(folder) not in written]
         if others:
             raise ExportError(
-                f"{folder} already holds {', '.join(str(path.relative_to(folder)) for path in others[:5])}, which could be the original "
-                "model's weights under another name. Remove them or choose an empty folder (git history, if any, keeps old files)."
+                f"{folder} already holds {', '.join(str(path.relative_to(folder)) for path in others[:5])}, which this save does not "
+                "replace: the original's weights under another name, or factors of an earlier save. Remove them "
+                "or choose an empty folder (git history, if any, keeps old files)."
             )
         for path in sorted(written, key=lambda path: path.name == RECORD):  # the record last: it vouches for the rest
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -170,35 +181,38 @@ def verify(folder: str | os.PathLike) -> Verification:
     """
     folder = Path(folder)
     record = Record.read(folder)
-    pipe = DiffusionPipeline.from_pretrained(folder, **{record.denoiser: None, "vae": None, "safety_checker": None})
-    shift = Remap.fit(**prepare(pipe, record.request, ()), solver="pinv").shift().float()
+    without = {record.denoiser: None, "vae": None, "safety_checker": None}
+    pipe = DiffusionPipeline.from_pretrained(folder, variant=record.variant, **without)
+    return _check_files(folder, record, Remap.fit(**prepare(pipe, record.request, ()), solver="pinv").shift())
+
+
+def _check_files(folder: Path, record: Record, shift: Tensor) -> Verification:
+    """`shift` is P̄_t − P_F, `(d, f)`."""
     files = [path for path in (folder / record.denoiser).rglob("*") if path.name.endswith(WEIGHT_FILES) and path.suffix != ".json"]
-    readable = [path for path in files if path.suffix == ".safetensors"]
     shapes: dict[str, list[int]] = {}
-    worst, worst_at, seen = 0.0, "no layer found", set()
-    for path in readable:
+    worst, finding, seen = 0.0, "no layer found", set()
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
         with safe_open(path, "pt") as file:
-            for key in file.keys():
-                shapes[key] = list(file.get_slice(key).get_shape())
-            for name in record.sites:
-                if f"{name}.weight" not in shapes or f"{name}.weight" not in file.keys():
-                    continue
+            keys = set(file.keys())
+            shapes.update({key: list(file.get_slice(key).get_shape()) for key in keys})
+            for name in [name for name in record.sites if f"{name}.weight" in keys]:
                 weight = file.get_tensor(f"{name}.weight")
                 seen.add(name)
-                ratio = float((weight.float() @ shift).norm()) / record.facts["separation"][name] / PROOF_TOLERANCE[weight.dtype]
-                if not ratio <= worst:
-                    worst, worst_at = (
-                        ratio,
-                        f"worst: `{name}` in {path.name}, {ratio * PROOF_TOLERANCE[weight.dtype]:.1e} ({weight.dtype})",
-                    )
+                left = float("inf")
+                if list(weight.shape) == record.sites[name]:
+                    left = float((weight.float() @ shift.float()).norm()) / record.facts["separation"][name]
+                used = left / PROOF_TOLERANCE[weight.dtype]
+                if not used <= worst:
+                    worst, finding = used, f"worst: `{name}` in {path.name}, {left:.1e} of the original's ({weight.dtype})"
     strays = [path for path in files if path.suffix != ".safetensors"]
     strays += [path for path in folder.iterdir() if path.name.endswith(WEIGHT_FILES) and path.name != DELTA]
-    missing = [name for name in record.sites if name not in seen]
     return Verification(
         (
             ("names and shapes are the base's", _layout(shapes) == record.layout, f"{len(shapes)} tensors"),
-            ("every edited layer is there", not missing, f"{len(seen)} of {len(record.sites)}"),
-            ("each sends p_f where p_t goes", bool(seen) and worst < 1, worst_at),
+            ("every edited layer is there", len(seen) == len(record.sites), f"{len(seen)} of {len(record.sites)}"),
+            ("each sends p_f where p_t goes", bool(seen) and worst < 1, finding),
             ("no weights under another name", not strays, ", ".join(path.name for path in strays) or "none"),
         )
     )

@@ -11,7 +11,7 @@ from more_hf.data import load_emoji_sd
 
 
 # More threads than this cost more than they give at the sizes of these tests.
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+torch.set_num_threads(min(4, torch.get_num_threads()))
 
 WORDS = (
     "a in of style the by painting drawing photo picture art cat dog house tree car person van gogh vincent claude "

@@ -13,7 +13,6 @@ from more_hf.data import EMOJI_ARTISTS
 
 REPO = Path(__file__).parent.parent
 RECIPE = REPO / "benchmarks" / "emoji_sd"
-needs_recipe = pytest.mark.skipif(not RECIPE.is_dir(), reason="the source distribution has no benchmarks")
 COLUMNS = ["case_number", "prompt", "evaluation_seed", "artist", "thing", "group"]
 FILES = ("emoji10", "emoji10_validation", "artists10")
 EMOJI_GROUPS = {
@@ -132,7 +131,6 @@ def test_prompts_without_an_artist_name_none_of_either_list():
                 assert not any(names(part, row["prompt"]) for part in parts), row["prompt"]
 
 
-@needs_recipe
 @pytest.mark.parametrize("name", ["emoji10", "emoji10_validation"])
 def test_emoji_things_are_known_to_the_pipeline(name):
     known = {line.replace("-", " ") for line in (RECIPE / "things.txt").read_text().split()}
@@ -172,7 +170,6 @@ def test_wordings_are_balanced(name, count, per_artist, per_thing):
         assert {counted[value, w] for value in {row[key] for row in rows} for w in wordings} == allowed
 
 
-@needs_recipe
 def test_emoji_wordings_are_those_of_training():
     source = (RECIPE / "dataset.py").read_text()
     for name in ("emoji10", "emoji10_validation"):

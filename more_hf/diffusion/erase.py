@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers.utils.torch_utils import unwrap_module
+from torch import Tensor, nn
 
 from .. import erasure as store
 from ..erasure import Erasure
 from ..errors import AlreadyErasedError, MoreError, TargetNotFoundError
 from ..remap import Remap
 from .concepts import Encoder, shared_first_tokens
-from .hook import RoutingHook, attach_hook, detach_hook, enable_hook, reset_compiled
+from .hook import RoutingHook, attach_hook, detach_hook, hook_off, reset_compiled
 from .proof import prover
 from .request import make_request, solve
 from .sites import Denoiser, find_denoiser, find_sites, lora_branches
@@ -104,14 +105,15 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
     if kept:
         part = {key: {name: erasure.request[key][name] for name in kept} for key in ("concepts", "remap_to")}
         return _fit(pipe, denoiser, {**erasure.request, **part}, keep_originals=True)
-    detach_hook(erasure)
     store.forget(denoiser.module)
+    detach_hook(erasure)
     return pipe
 
 
 def get_erasure(pipe: DiffusionPipeline) -> Erasure | None:
     """What was erased from the pipeline and how, or `None`. The object is the live record; do not change it."""
-    return store.find_erasure(find_denoiser(pipe).module)
+    parts = (unwrap_module(part) for part in pipe.components.values() if isinstance(part, nn.Module))
+    return next(filter(None, map(store.find_erasure, parts)), None)
 
 
 @contextmanager
@@ -120,12 +122,8 @@ def disabled(pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
     erasure = get_erasure(pipe)
     if erasure is None:
         raise MoreError("Nothing was erased from this pipeline, so there is nothing to disable.")
-    with erasure.original_weights():
-        enable_hook(erasure, False)
-        try:
-            yield pipe
-        finally:
-            enable_hook(erasure, True)
+    with hook_off(erasure), erasure.original_weights():
+        yield pipe
 
 
 @contextmanager
@@ -216,7 +214,7 @@ def _leaks(pipe: DiffusionPipeline, request: Mapping, remap: Remap, denoiser: De
                 )
     if branches := lora_branches(denoiser):
         reads = "reads the routed features too" if request["router"] else "still reads the unedited prompt"
-        leaks.append(f"{branches} layers have a LoRA beside them, which {reads}")
+        leaks.append(f"{len(branches)} layers have a LoRA beside them, which {reads}")
     if request["router"] == "random":
         leaks.append("asking twice undoes random routing: two experts on the same prompt determine it")
     return leaks

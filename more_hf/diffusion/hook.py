@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +64,18 @@ def detach_hook(erasure: Erasure) -> None:
         reset_compiled()
 
 
-def enable_hook(erasure: Erasure, enabled: bool) -> None:
-    if erasure.hook is not None:
-        erasure.hook.enabled = enabled
+@contextmanager
+def hook_off(erasure: Erasure) -> Iterator[None]:
+    """The erasure's hook, if it has one, does nothing inside the block."""
+    if erasure.hook is None:
+        yield
+        return
+    erasure.hook.enabled = False
+    reset_compiled()
+    try:
+        yield
+    finally:
+        erasure.hook.enabled = True
         reset_compiled()
 
 

@@ -134,9 +134,9 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser) -> dict[str, Site]:
     """
     if getattr(pipe, "num_fused_loras", 0):
         raise TargetNotFoundError(f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse again.")
-    registry = denoiser.module.__dict__.get("_diffusers_hook")
-    offloading = registry and registry.get_hook("group_offloading")
-    if offloading and offloading.config.offload_to_disk_path is not None:
+    registries = [m.__dict__["_diffusers_hook"] for m in denoiser.module.modules() if "_diffusers_hook" in m.__dict__]
+    offloading = filter(None, (registry.get_hook("group_offloading") for registry in registries))
+    if any(hook.config.offload_to_disk_path is not None for hook in offloading):
         raise TargetNotFoundError(
             "The denoiser is group-offloaded to disk, where an edit would not reach it. Erase first, then enable offloading to disk."
         )
@@ -148,9 +148,9 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser) -> dict[str, Site]:
     return sites
 
 
-def lora_branches(denoiser: Denoiser) -> int:
-    """How many sites have a LoRA beside them, whose own weights read the text and are not edited."""
-    return sum(_is_lora(layer) for layer in denoiser.family.find(denoiser.module).values())
+def lora_branches(denoiser: Denoiser) -> list[nn.Module]:
+    """The sites' LoRA layers: their own weights read the text beside the edited base layer."""
+    return [layer for layer in denoiser.family.find(denoiser.module).values() if _is_lora(layer)]
 
 
 def _is_lora(layer: nn.Module) -> bool:

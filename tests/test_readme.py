@@ -1,0 +1,40 @@
+"""The README's code runs, its table is the committed one, and its picture is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import more_hf
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_every_python_block_runs(block, tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_sd().save_pretrained("CompVis/stable-diffusion-v1-4")  # where the block would read the Hub, it reads this folder
+
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+
+    saved = [path.parent for path in tmp_path.rglob("more_hf.json")]
+    assert len(saved) == 1
+    assert more_hf.verify(saved[0]).ok
+    assert more_hf.get_erasure(names["pipe"]).concepts in (["Blobmoji"], ["Van Gogh"])
+
+
+def test_the_table_is_the_committed_one():
+    source = re.search(r"<!-- table: (\S+) -->\n\n(.*?)\n\n", README, re.DOTALL)
+    table = (ROOT / source.group(1)).read_text("utf-8").split("\n\n")[0]
+    assert source.group(2) == table
+    assert "lpips_f" in table
+
+
+def test_links_and_pictures_exist():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
