@@ -53,7 +53,8 @@ def erase_concept(
         num_experts (`int`, *optional*): how many experts draw their targets from `remap_to`; by default as many as use each equally.
         router (`str`, *optional*): `"random"` (the paper: one expert per call and sample) or `"hash"` (a function of the prompt); lives
             in this process only. By default the mean expert alone, so that what you see is what is saved.
-        solver (`str`, defaults to `"auto"`): `"pinv"` (the paper), `"covariance"`, or the one that measured better (covariance).
+        solver (`str`, defaults to `"auto"`): `"pinv"` (the paper), `"covariance"`, or whichever moves ordinary prompts less, measured
+            at every call and reported.
         tokens (`str`, defaults to `"positions"`): which prompt positions make prototypes: `"positions"` (the name's last token, the
             tokens after it, the end token and the padding, one prototype each), `"subject"`, `"end"`, `"subject+end"`, `"last"`.
         keep_originals (`bool`, defaults to `True`): keep the edited layers' original weights in CPU memory for `restore`.
@@ -139,12 +140,10 @@ def routing(pipe: DiffusionPipeline, seeds: Sequence[int]) -> Iterator[Diffusion
     if not seeds:
         raise MoreError("`seeds` is empty. Pass one integer per image of the batch.")
     erasure.hook.router.reset(seeds)
-    reset_compiled()
     try:
         yield pipe
     finally:
         erasure.hook.router.reset(None)
-        reset_compiled()
 
 
 def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], keep_originals: bool) -> DiffusionPipeline:

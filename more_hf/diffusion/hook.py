@@ -80,6 +80,6 @@ def hook_off(erasure: Erasure) -> Iterator[None]:
 
 
 def reset_compiled() -> None:
-    """torch guards neither module hooks nor their state: compiled code would go on with the old ones."""
+    """torch does not guard module hooks: compiled code would go on with the old ones."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
