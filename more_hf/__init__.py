@@ -26,6 +26,8 @@ _EXPORTS = {
     "restore": "diffusion.erase",
     "routing": "diffusion.erase",
     "save": "hub",
+    "save_lora": "diffusion.lora",
+    "to_adapters": "diffusion.lora",
     "verify": "hub",
 }
 

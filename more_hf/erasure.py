@@ -139,7 +139,7 @@ class Erasure:
         originals (`dict[str, Tensor]`, *optional*): their weights before the edit, on the CPU; `None` if they were not kept.
         guarantees (`dict`): `Remap.verify()`.
         proof (`dict`): the proof by run.
-        facts (`dict`): what else was measured: solver and why it was chosen, leaks, fingerprint of the base.
+        facts (`dict`): what else was measured: solver and why it was chosen, how far retained names move, leaks, fingerprint of the base.
         hook (*optional*): the routing hook on the model.
     """
 
@@ -178,13 +178,14 @@ class Erasure:
             name: f"the mean of {', '.join(targets)}" if len(targets) > 1 else targets[0] if targets else "nothing (projected out)"
             for name, targets in request["remap_to"].items()
         }
+        kept = facts["retained_moved"].items()
         rows = [
             (
                 "forgotten",
                 "; ".join(name + (f" (also {', '.join(also)})" if also else "") for name, also in request["concepts"].items()),
             ),
             ("sent to", "; ".join(f"{name} → {target}" for name, target in sent.items())),
-            ("retained exactly", ", ".join(request["retain"]) or "begin token and empty prompt"),
+            ("retained", ", ".join(["begin token and empty prompt (exact)", *(f"{n} (moves by {100 * m:.2g} %)" for n, m in kept)])),
             ("tokens", request["tokens"]),
             ("solver", f"{facts['solver']}: {facts['solver_reason']}"),
             ("edited", f"{len(self.sites)} layers, rank {facts['rank']} each; {facts['num_experts']} expert(s)"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class Prototypes:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.matrix[:, self.index(name)]
+
+    def without(self, names: Collection[str]) -> Prototypes:
+        """The other prototypes, with the same second moment."""
+        kept = [i for i, name in enumerate(self.names) if name not in names]
+        return replace(self, matrix=self.matrix[:, kept], names=tuple(self.names[i] for i in kept), counts=self.counts[kept])
 
 
 class PrototypeFitter:

@@ -164,6 +164,11 @@ class Remap:
             moved = read @ self.shift(expert).T.to(z.device)
         return (z.double() + moved).to(z.dtype)
 
+    def moved(self, z: Tensor) -> float:
+        """The largest ‖E z − z‖ / ‖z‖ over features `(..., d)` under the mean expert."""
+        z = z.double().cpu()
+        return float(((self.apply(z) - z).norm(dim=-1) / z.norm(dim=-1)).max())
+
     def delta(self, weight: Tensor, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """The change of a linear layer that reads the features: `weight` `(out, d)` becomes `weight + lora_B @ lora_A`.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import more_hf
-from more_hf.diffusion.concepts import TOKENS
+from more_hf.diffusion.concepts import TOKENS, Encoder
 
 
 FORGET = "van gogh"
@@ -172,11 +172,37 @@ def test_several_targets_are_their_mean(pipe, tokens):
         assert torch.allclose(remap.apply(remap.prototypes[f"{FORGET} · {kind}"]), mean, rtol=1e-6)
 
 
-def test_retained_names_are_exact(pipe):
-    erase(pipe, retain=["cat", "dog"])
-    remap = more_hf.get_erasure(pipe).remap
-    for name in ("cat · last", "dog · end", "claude monet · padding", "begin token", "empty prompt, end", "empty prompt, padding"):
-        assert torch.allclose(remap.apply(remap.prototypes[name]), remap.prototypes[name], atol=1e-8)
+def test_retained_names_are_exact_with_pinv(pipe):
+    erase(pipe, retain=["cat"], solver="pinv")
+    erasure = more_hf.get_erasure(pipe)
+    for name in ("cat · last", "cat · end", "claude monet · padding", "begin token", "empty prompt, end", "empty prompt, padding"):
+        prototype = erasure.remap.prototypes[name]
+        assert torch.allclose(erasure.remap.apply(prototype), prototype, atol=1e-8)
+    assert erasure.facts["retained_moved"]["cat"] < 1e-8
+
+
+def test_covariance_spares_retained_names(tiny_sd):
+    moved = []
+    for retain in (["cat"], ["cat", "house"]):
+        pipe = erase(tiny_sd(), retain=retain, solver="covariance")
+        erasure = more_hf.get_erasure(pipe)
+        moved.append(erasure.facts["retained_moved"]["cat"])
+        assert "cat · last" not in erasure.remap.prototypes.names
+        assert "cat (moves by" in erasure.to_markdown()
+    encoder = Encoder(pipe)
+    house = encoder.encode(["house"])[0, 1:]
+    plain = more_hf.get_erasure(erase(tiny_sd(), solver="covariance")).remap
+    assert erasure.remap.moved(house) < plain.moved(house)  # its prompts are behind the metric now
+    assert all(0 < value < 1 for value in moved)
+
+
+def test_auto_takes_what_is_possible(tiny_sd):
+    names = ["cat", "dog", "house", "tree", "car", "person"]
+    erasure = more_hf.get_erasure(erase(tiny_sd(), retain=names))
+    assert erasure.facts["solver"] == "covariance"
+    assert "pinv has no exact edit" in erasure.facts["solver_reason"]
+    with pytest.raises(more_hf.PrototypeError, match="do not fit into 32 dimensions"):
+        erase(tiny_sd(), retain=names, solver="pinv")
 
 
 def test_auto_says_why(pipe):

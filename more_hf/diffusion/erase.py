@@ -16,7 +16,7 @@ from ..erasure import Erasure
 from ..errors import AlreadyErasedError, MoreError, TargetNotFoundError
 from ..remap import Remap
 from .concepts import Encoder, shared_first_tokens
-from .hook import RoutingHook, attach_hook, detach_hook, hook_off, reset_compiled
+from .hook import RoutingHook, attach_hook, detach_hook, hook_off
 from .proof import prover
 from .request import make_request, solve
 from .sites import Denoiser, find_denoiser, find_sites, lora_branches
@@ -49,7 +49,8 @@ def erase_concept(
         concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`): what to forget; a mapping gives each name's aliases.
         remap_to (`str`, `Sequence[str]` or `None`): what the concepts become. With several names, their mean, or one per expert with a
             router. `None` projects the concepts out and puts nothing in their place.
-        retain (`Sequence[str]`, *optional*): names that must stay exactly as they are, besides the begin token and the empty prompt.
+        retain (`Sequence[str]`, *optional*): names to protect. `pinv` keeps their prototypes exactly where they are, like the begin
+            token's and the empty prompt's; `covariance` counts their prompts among the ordinary ones. The report says how far they move.
         num_experts (`int`, *optional*): how many experts draw their targets from `remap_to`; by default as many as use each equally.
         router (`str`, *optional*): `"random"` (the paper: one expert per call and sample) or `"hash"` (a function of the prompt); lives
             in this process only. By default the mean expert alone, so that what you see is what is saved.
@@ -76,9 +77,10 @@ def erase_concept(
     request = make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed)
     denoiser = find_denoiser(pipe)
     current = store.require_editable(denoiser.module)
-    if current is None and (Path(pipe.config.get("_name_or_path") or "") / RECORD).is_file():
+    source = pipe.config.get("_name_or_path")
+    if current is None and source and (Path(source) / RECORD).is_file():
         raise AlreadyErasedError(
-            f"{pipe.config['_name_or_path']} was saved erased (it has a {RECORD}), and the original weights are not there. "
+            f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
             "Start from the original model and pass all concepts at once."
         )
     if current is not None:
@@ -150,7 +152,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], k
     """Prototypes, dual, merge, hook, proof: all of it, or the pipeline is what it was."""
     current = store.find_erasure(denoiser.module)
     sites = find_sites(pipe, denoiser)
-    remap, reason = solve(pipe, request)
+    remap, solution = solve(pipe, request)
     width = len(remap.prototypes.matrix)
     if wrong := [name for name, site in sites.items() if site.module.in_features != width]:
         raise TargetNotFoundError(f"`{wrong[0]}` does not read the text encoder's {width} features. Is this the right text encoder?")
@@ -163,8 +165,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], k
         guarantees=remap.verify(),
         proof={},
         facts={
-            "solver": remap.solver,
-            "solver_reason": reason,
+            **solution,
             "rank": remap.rank,
             "num_experts": remap.num_experts,
             "condition_number": remap.condition_number,
@@ -205,8 +206,7 @@ def _leaks(pipe: DiffusionPipeline, request: Mapping, remap: Remap, denoiser: De
     for name, also in request["concepts"].items():
         for surface in (name, *also):
             for other, count in shared_first_tokens(pipe, surface, kept).items():
-                z = encoder.encode([other])[0, 1 : 1 + count].double().cpu()
-                moved = float(((remap.apply(z) - z).norm(dim=1) / z.norm(dim=1)).max())
+                moved = remap.moved(encoder.encode([other])[0, 1 : 1 + count])
                 leaks.append(
                     f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same vectors there; "
                     f"they move by {100 * moved:.1f} %"

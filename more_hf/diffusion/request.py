@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import PrototypeError
+from ..prototypes import Prototypes
 from ..remap import SOLVERS, Remap, draw_experts
 from ..routers import ROUTERS
-from .concepts import TOKENS, column, everyday_prompts, fit_prototypes, names_in
+from .concepts import TEMPLATES, TOKENS, column, everyday_prompts, fit_prototypes, names_in
 
 
 def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed) -> dict[str, Any]:
@@ -24,14 +26,12 @@ def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens
             raise PrototypeError(f"Unknown {name} {value!r}. Choose one of {', '.join(map(repr, known))}.")
     if num_experts is not None and num_experts < 1:
         raise PrototypeError(f"`num_experts` must be at least 1, got {num_experts}.")
-    if isinstance(concepts, str):
-        concepts = [concepts]
     if not isinstance(concepts, Mapping):
-        concepts = {name: () for name in concepts}
-    concepts = {name: [also] if isinstance(also, str) else list(also) for name, also in concepts.items()}
+        concepts = {name: () for name in _names(concepts)}
+    concepts = {name: _names(also) for name, also in concepts.items()}
     if not concepts:
         raise PrototypeError("`concepts` is empty. Name at least one concept to erase.")
-    targets = [] if remap_to is None else [remap_to] if isinstance(remap_to, str) else list(remap_to)
+    targets = _names(remap_to)
     if remap_to is not None and not targets:
         raise PrototypeError(
             f"`remap_to` is empty. Remapping needs at least one concept to send {next(iter(concepts))!r} to; "
@@ -40,13 +40,17 @@ def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens
     return {
         "concepts": concepts,
         "remap_to": {name: targets for name in concepts},
-        "retain": list(retain or ()),
+        "retain": _names(retain),
         "tokens": tokens,
         "solver": solver,
         "num_experts": num_experts,
         "router": router,
         "seed": seed,
     }
+
+
+def _names(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def surfaces_of(request: Mapping[str, Any]) -> list[str]:
@@ -95,19 +99,41 @@ def prepare(pipe: DiffusionPipeline, request: Mapping[str, Any], sigma_prompts: 
     }
 
 
-def solve(pipe: DiffusionPipeline, request: Mapping[str, Any]) -> tuple[Remap, str]:
-    """The remap, and why its solver was taken. Changes nothing.
+def solve(pipe: DiffusionPipeline, request: Mapping[str, Any]) -> tuple[Remap, dict[str, Any]]:
+    """The remap, and the facts behind it: why its solver was taken, and how far retained names move. Changes nothing.
 
-    `solver="auto"` solves both ways, which is cheap beside encoding, and takes the one that moves ordinary prompts less.
+    `pinv` keeps retained names exact, in P. `covariance` spares them through Σ, to which their prompts are added: forcing many close
+    prototypes to be exact makes D_F large, and then everything else moves more (measured). `auto` solves both ways, which is cheap
+    beside encoding, and takes the one that moves ordinary prompts less.
     """
     surfaces = surfaces_of(request)
     ordinary = [prompt for prompt in everyday_prompts() if not any(names_in(prompt, surface) for surface in surfaces)]
+    ordinary += [template.format(name) for name in request["retain"] for template in TEMPLATES]
     problem = prepare(pipe, request, ordinary)
+    everything: Prototypes = problem["prototypes"]
+    sent_to = {name for names in request["remap_to"].values() for name in names}
+    retained = {name: [column(name, kind) for kind in TOKENS[request["tokens"]]] for name in request["retain"] if name not in sent_to}
+    exact = {"pinv": everything, "covariance": everything.without({c for columns in retained.values() for c in columns})}
     solvers = SOLVERS if request["solver"] == "auto" else (request["solver"],)
-    solved = {solver: Remap.fit(**problem, solver=solver) for solver in solvers}
-    moved = {solver: remap.verify()["ordinary_moved"] for solver, remap in solved.items()}
-    best = min(moved, key=moved.get)
-    d, k = problem["prototypes"].matrix.shape
-    costs = ", ".join(f"{solver} {100 * value:.2f} %" for solver, value in moved.items())
-    asked = "of two exact edits, the one that moves ordinary prompts less" if len(solvers) > 1 else "as asked for"
-    return solved[best], f"{asked} ({costs}); {k} independent prototypes in {d} dimensions"
+    solved, costs = {}, []
+    for solver in solvers:
+        try:
+            solved[solver] = Remap.fit(**{**problem, "prototypes": exact[solver]}, solver=solver)
+        except PrototypeError as error:  # pinv has more prototypes to keep: too many, or dependent ones
+            costs.append(f"{solver} has no exact edit")
+            impossible = error
+    if not solved:
+        raise impossible
+    cost = {solver: remap.verify()["ordinary_moved"] for solver, remap in solved.items()}
+    best = min(cost, key=cost.get)
+    remap = solved[best]
+    d, k = remap.prototypes.matrix.shape
+    costs += [f"{solver} {100 * value:.2f} %" for solver, value in cost.items()]
+    asked = (
+        "of the exact edits, the one that moves ordinary prompts least" if len(solvers) > 1 else "as asked for, moves ordinary prompts by"
+    )
+    return remap, {
+        "solver": best,
+        "solver_reason": f"{asked} ({', '.join(costs)}); {k} independent prototypes in {d} dimensions",
+        "retained_moved": {name: remap.moved(torch.stack([everything[c] for c in columns])) for name, columns in retained.items()},
+    }
