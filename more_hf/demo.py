@@ -50,9 +50,7 @@ def demo_rows(concept: str, *, limit: int, seed: int) -> list[Row]:
     """
     others = [artist for artist in EMOJI_ARTISTS if artist != concept]
     rows = [("forget", THINGS[i % len(THINGS)], concept) for i in range(limit)]
-    rows += [
-        ("remain", THINGS[i // len(others) % len(THINGS)], others[i % len(others)]) for i in range(limit)
-    ]
+    rows += [("remain", THINGS[i // len(others) % len(THINGS)], others[i % len(others)]) for i in range(limit)]
     rows += [("no artist", THINGS[i % len(THINGS)], "") for i in range(limit)]
     return [Row(*row, seed + i) for i, row in enumerate(rows)]
 
@@ -126,8 +124,7 @@ def run_demo(
         f"--limit {limit} --steps {steps} --guidance {guidance:g} --seed {seed}",
         "pipeline": f"emoji-sd, {type(pipe.scheduler).__name__}, {after.shape[3]} x {after.shape[2]} pixels",
         "LPIPS": "alex 0.1, no resize",
-        "versions": [f"more_hf {more_hf.__version__}"]
-        + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")],
+        "versions": [f"more_hf {more_hf.__version__}"] + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")],
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
     }
     made_with = "; ".join(value if isinstance(value, str) else ", ".join(value) for value in origin.values())

@@ -108,9 +108,7 @@ def html_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | No
     columns = _columns(rows, columns)
     kind = {column: ' class="num"' if _numeric(rows, column) else "" for column in columns}
     head = "".join(f"<th{kind[column]}>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind[c]}>{escape(number(row.get(c)))}</td>" for c in columns) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td{kind[c]}>{escape(number(row.get(c)))}</td>" for c in columns) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

@@ -28,7 +28,7 @@ def failure(capsys):
     return run
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["erase", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["erase", "--help"], ["lora", "--help"], ["bench", "artists", "--help"], ["verify", "--help"]])
 def test_help_is_light(argv):
     code = (
         "import sys\nfrom more_hf.cli import main\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -85,8 +85,9 @@ def save_lora(
         metadata |= _kohya_metadata(pipe, denoiser, erasure)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as draft:
-        save_file(tensors, Path(draft) / path.name, metadata=metadata)
-        os.replace(Path(draft) / path.name, path)
+        file = Path(draft) / path.name
+        file.write_bytes(save(tensors, metadata=metadata))  # `save_file` makes files that nobody else may read
+        os.replace(file, path)
     return path
 
 
