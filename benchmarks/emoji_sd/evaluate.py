@@ -1,0 +1,288 @@
+"""Measure an exported pipeline: its VAE, recognition of artist and thing by judges of real images, copying; grids.
+
+    python evaluate.py --data DATA --model emoji_sd --alexnet alexnet_features.safetensors --output EVALUATION
+
+Writes rows.csv (one line an image), summary.csv (one line a group and artist), table.md, config.json, grid.png,
+held_out.png and
+real.png. Several values of --steps or --guidance are compared on --limit pairs in settings.csv, and nothing else is
+written.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from alexnet import load_lpips
+from dataset import load_dataset
+from diffusers import StableDiffusionPipeline
+from grids import GRID_THINGS, draw_grid
+from judges import Judges
+
+
+PROMPT = "a {thing} in the style of {artist}"
+GROUPS = (
+    "training",
+    "held_out",
+    "undrawn",
+)  # undrawn: the artist has no such emoji, so there is nothing to compare with
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def generate(
+    pipe, data, pairs: list[tuple[int, int]], seeds: int, steps: int, guidance: float, batch_size: int
+) -> torch.Tensor:
+    """(seeds * len(pairs), 3, 64, 64) in [-1, 1], rounded to 8 bits, seed by seed.
+
+    An image depends on its pair and seed alone, not on the batch it is made in.
+    """
+    jobs = [(seed, artist, thing) for seed in range(seeds) for artist, thing in pairs]
+    images = []
+    for start in range(0, len(jobs), batch_size):
+        part = jobs[start : start + batch_size]
+        output = pipe(
+            [PROMPT.format(thing=data.things[t], artist=data.artists[a]) for _, a, t in part],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(100_000 * seed + 1_000 * a + t) for seed, a, t in part],
+            output_type="np",
+        ).images
+        images.append(torch.from_numpy((output * 255).round() / 127.5 - 1).permute(0, 3, 1, 2).float())
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
+    """The VAE's round trip of (n, 3, 64, 64), clamped."""
+    parts = [
+        vae.decode(vae.encode(x.to(vae.device)).latent_dist.mean).sample.clamp(-1, 1).cpu() for x in images.split(64)
+    ]
+    return torch.cat(parts)
+
+
+def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(n,) decibels a picture, for values in [-1, 1]."""
+    return 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)))
+
+
+def nearest(images: torch.Tensor, training: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Root mean square distance to the nearest training image, in grey levels 0 to 255, and which one it is."""
+    distance = torch.cdist(images.flatten(1), training.flatten(1)) / images[0].numel() ** 0.5 * 127.5
+    value, index = distance.min(1)
+    return value.numpy(), index.numpy()
+
+
+def pair_groups(data) -> dict[str, list[tuple[int, int]]]:
+    """(artist, thing) pairs: drawn and trained on, drawn and held out, never drawn."""
+    drawn = {
+        (a, t): bool(h)
+        for a, t, h in zip(data.artist.tolist(), data.thing.tolist(), data.held_out.tolist(), strict=False)
+        if t >= 0
+    }
+    every = [(a, t) for a in range(len(data.artists)) for t in range(len(data.things))]
+    return {
+        "training": [p for p in every if drawn.get(p) is False],
+        "held_out": [p for p in every if drawn.get(p) is True],
+        "undrawn": [p for p in every if p not in drawn],
+    }
+
+
+def judged_rows(data, judges, images, pairs, extra: dict) -> list[dict]:
+    """One row an image: what was asked, what the judges took it for."""
+    artists, things = np.array([a for a, _ in pairs]), np.array([t for _, t in pairs])
+    seen_artist, seen_thing = judges.judge(judges.describe(images), artists, things)
+    return [
+        dict(
+            artist=data.artists[a],
+            thing=data.things[t],
+            judged_artist=data.artists[x],
+            judged_thing=data.things[y],
+            artist_ok=int(a == x),
+            thing_ok=int(t == y),
+            **{key: column[i] if isinstance(column, (list, np.ndarray)) else column for key, column in extra.items()},
+        )
+        for i, (a, t, x, y) in enumerate(zip(artists, things, seen_artist, seen_thing, strict=False))
+    ]
+
+
+def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean, over images."""
+    values = np.asarray(values, float)
+    means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(1)
+    return tuple(np.percentile(means, (2.5, 97.5)))
+
+
+def summarise(rows: list[dict], artists: list[str]) -> list[dict]:
+    """One line for every source (generated, real, reconstructed), group and artist, and for all artists together."""
+    lines = []
+    for source in ("generated", "real", "reconstructed"):
+        for group in GROUPS:
+            of_group = [r for r in rows if r["source"] == source and r["group"] == group]
+            for artist in ("all", *artists):
+                mine = [r for r in of_group if artist in ("all", r["artist"])]
+                if not mine:
+                    continue
+                line = dict(source=source, group=group, artist=artist, n=len(mine))
+                for key in ("artist", "thing"):
+                    values = [100 * r[f"{key}_ok"] for r in mine]
+                    line[f"{key}_acc"] = np.mean(values)
+                    line[f"{key}_low"], line[f"{key}_high"] = interval(values)
+                if source != "reconstructed":
+                    line["nearest"] = np.mean([r["nearest"] for r in mine])
+                lines.append({k: f"{v:.1f}" if isinstance(v, float) else v for k, v in line.items()})
+    return lines
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_table(path: Path, lines: list[dict], artists: list[str], codec: dict) -> None:
+    """The summary as Markdown, artists across; read from the lines of summary.csv."""
+    value = {(s["source"], s["group"], s["artist"], k): s[f"{k}_acc"] for s in lines for k in ("artist", "thing")}
+    table = [f"| recognised, % | {' | '.join(artists)} | all |", "|---" * (len(artists) + 2) + "|"]
+    for key in ("artist", "thing"):
+        for group in GROUPS:
+            for source in ("generated", "reconstructed", "real"):
+                cells = [value.get((source, group, a, key), "") for a in (*artists, "all")]
+                if any(cells):
+                    table.append(f"| {key}, {group.replace('_', ' ')} pairs, {source} | {' | '.join(cells)} |")
+    table += ["", "| VAE | PSNR, dB | LPIPS |", "|---|---|---|"]
+    table += [f"| {group} images | {v['psnr']:.2f} | {v['lpips']:.4f} |" for group, v in codec.items()]
+    path.write_text("\n".join(table) + "\n")
+
+
+def compare_settings(pipe, data, judges, pairs, args) -> None:
+    """Recognition for each of the steps and guidance values, on the same pairs and seeds."""
+    lines = []
+    for steps in args.steps:
+        for guidance in args.guidance:
+            start = time.monotonic()
+            images = generate(pipe, data, pairs, args.seeds, steps, guidance, args.batch_size)
+            rate = len(images) / (time.monotonic() - start)
+            rows = judged_rows(data, judges, images, pairs * args.seeds, {})
+            accuracy = {f"{k}_acc": f"{100 * np.mean([r[f'{k}_ok'] for r in rows]):.1f}" for k in ("artist", "thing")}
+            lines.append(
+                dict(steps=steps, guidance=guidance, n=len(rows), **accuracy, images_per_second=f"{rate:.1f}")
+            )
+            print(lines[-1], flush=True)
+    write_csv(args.output / "settings.csv", lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the StableDiffusionPipeline")
+    parser.add_argument("--alexnet", type=Path, required=True, help="alexnet_features.safetensors")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, nargs="+", default=[12])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="images a training pair; held-out pairs get twice as many"
+    )
+    parser.add_argument("--limit", type=int, help="this many of the training pairs, evenly spread")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--smoke", action="store_true", help="a few pairs and two steps")
+    args = parser.parse_args()
+    if args.smoke:
+        args.steps, args.limit = [2], 6
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    data = load_dataset(args.data)
+    lpips_model = load_lpips(args.alexnet)
+    judges = Judges(data, lpips_model, args.output / "features.npy")
+    pipe = load_pipeline(args.model)
+    groups = pair_groups(data)
+    if args.limit:
+        groups["training"] = groups["training"][:: max(1, len(groups["training"]) // args.limit)]
+    if len(args.steps) * len(args.guidance) > 1:
+        compare_settings(pipe, data, judges, groups["training"], args)
+        return
+
+    number = {
+        (a, t): i for i, (a, t) in enumerate(zip(data.artist.tolist(), data.thing.tolist(), strict=False)) if t >= 0
+    }
+    train_index = torch.nonzero(data.chosen & ~data.held_out).flatten()
+    training = data.pixels(train_index)
+    rows, codec = [], {}
+    for group, pairs in groups.items():
+        if not pairs:
+            continue
+        seeds = args.seeds * (2 if group == "held_out" else 1)
+        start = time.monotonic()
+        images = generate(pipe, data, pairs, seeds, args.steps[0], args.guidance[0], args.batch_size)
+        print(f"{group}: {len(images)} images, {len(images) / (time.monotonic() - start):.1f} a second", flush=True)
+        distance, which = nearest(images, training)
+        extra = dict(
+            source="generated", group=group, seed=np.repeat(np.arange(seeds), len(pairs)), nearest=distance.round(1)
+        )
+        extra["nearest_artist"] = [data.artists[a] for a in data.artist[train_index[which]]]
+        extra["nearest_thing"] = [data.things[t] for t in data.thing[train_index[which]]]
+        rows += judged_rows(data, judges, images, pairs * seeds, extra)
+        if group == "undrawn":
+            continue
+        index = torch.tensor([number[p] for p in pairs])
+        real = data.pixels(index)
+        copies = reconstruct(pipe.vae, real)
+        codec[group] = dict(psnr=psnr(real, copies).mean().item(), lpips=lpips_model(real, copies).mean().item())
+        others = torch.cdist(real.flatten(1), training.flatten(1))
+        others[index[:, None] == train_index[None]] = torch.inf  # a training image's nearest other training image
+        distance = (others.min(1).values / real[0].numel() ** 0.5 * 127.5).numpy().round(1)
+        rows += judged_rows(data, judges, real, pairs, dict(source="real", group=group, nearest=distance))
+        rows += judged_rows(data, judges, copies, pairs, dict(source="reconstructed", group=group))
+
+    lines = summarise(rows, data.artists)
+    write_csv(args.output / "rows.csv", rows)
+    write_csv(args.output / "summary.csv", lines)
+    write_table(args.output / "table.md", lines, data.artists, codec)
+    config = dict(
+        command=" ".join(["evaluate.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]), prompt=PROMPT
+    )
+    config |= dict(
+        steps=args.steps[0], guidance=args.guidance[0], seeds=args.seeds, scheduler=type(pipe.scheduler).__name__
+    )
+    config |= dict(
+        image_size=64, lpips="alex, 64 x 64", vae=codec, hardware=platform.processor() or platform.machine()
+    )
+    config |= dict(torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__)
+    (args.output / "config.json").write_text(json.dumps(config, indent=1))
+
+    asked = [(a, data.things.index(t)) for a in range(len(data.artists)) for t in GRID_THINGS if t in data.things]
+    if args.smoke:
+        asked = [(a, t) for a in range(len(data.artists)) for t in range(2)]
+    images = generate(pipe, data, asked, 1, args.steps[0], args.guidance[0], args.batch_size)
+    draw_grid(args.output / "grid.png", data, asked, images, groups)
+    real = torch.stack(
+        [data.pixels(torch.tensor([number[p]]))[0] if p in number else torch.ones(3, 64, 64) for p in asked]
+    )
+    draw_grid(args.output / "real.png", data, asked, real, groups)
+    held = groups["held_out"]
+    held = [[p for p in held if p[0] == a][:10] for a in range(len(data.artists))]
+    flat = [p for row in held for p in row]
+    if flat:
+        images = generate(pipe, data, flat, 1, args.steps[0], args.guidance[0], args.batch_size)
+        draw_grid(args.output / "held_out.png", data, flat, images, groups)
+    print((args.output / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

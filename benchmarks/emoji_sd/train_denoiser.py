@@ -1,0 +1,129 @@
+"""Train the UNet2DConditionModel (v-prediction) on cached latents and cached text.
+
+    python train_denoiser.py --data DATA --vae VAE/vae --text TEXT --output DENOISER --minutes 90
+
+VAE and text encoder are frozen, so each latent and each wording is computed once. Run it again to resume; the EMA is
+in DENOISER/unet, the latents' scale in DENOISER/latents.json.
+"""
+
+import argparse
+import copy
+import json
+import random
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from dataset import all_captions, draw_caption, load_dataset
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from train_text import encode
+from training import Trainer, add_arguments, batch_indices, generator
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def build_unet(text_width: int, smoke: bool) -> UNet2DConditionModel:
+    """Cross-attention in every block: 8 x 8 and 4 x 4 positions are few enough to let all of them read the text."""
+    channels = (32, 32) if smoke else (128, 192)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=channels,
+        layers_per_block=1,
+        cross_attention_dim=text_width,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+        norm_num_groups=32,
+    )
+
+
+@torch.no_grad()
+def cache_latents(vae: AutoencoderKL, data, index: torch.Tensor) -> torch.Tensor:
+    """(n, 16, 8, 8): the posterior means, scaled to a deviation of one; the scale goes into the VAE's config."""
+    latents = torch.cat([vae.encode(data.pixels(part)).latent_dist.mean for part in index.split(128)])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return latents * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def cache_text(text: Path, captions: dict) -> dict[str, torch.Tensor]:
+    """{caption: its (24, width) last hidden state}."""
+    tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(text / "text_encoder").eval()
+    texts = sorted({c for wordings in captions.values() for c in wordings})
+    hidden = [encoder(encode(tokenizer, texts[i : i + 256]))[0] for i in range(0, len(texts), 256)]
+    return dict(zip(texts, torch.cat(hidden), strict=False))
+
+
+def stratified_timesteps(count: int, draw: torch.Generator) -> torch.Tensor:
+    """(count,) int64: one timestep from each of `count` equal slices of 0..999, which steadies the loss at no cost."""
+    slices = torch.arange(count) + torch.rand(count, generator=draw)
+    return (slices / count * NOISE["num_train_timesteps"]).long()[torch.randperm(count, generator=draw)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, steps=8000, batch_size=64, learning_rate=1e-3)
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
+    parser.add_argument("--text", type=Path, required=True, help="folder that train_text.py wrote")
+    parser.add_argument(
+        "--start", type=Path, help="a UNet folder of the same layout to start from instead of random weights"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
+    args = parser.parse_args()
+    if args.smoke:
+        args.batch_size, args.warmup_steps, args.log_every = 8, 5, 5
+        args.steps = min(args.steps, 40)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    device = accelerator.device
+
+    data = load_dataset(args.data)
+    train = torch.nonzero(data.chosen & ~data.held_out).flatten()
+    captions = all_captions(data)
+    hidden = cache_text(args.text, captions)
+    vae = AutoencoderKL.from_pretrained(args.vae).eval()
+    latents = cache_latents(vae, data, train)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "latents.json").write_text(json.dumps(dict(scaling_factor=vae.config.scaling_factor)))
+    print(f"{len(train)} images, {len(hidden)} wordings, scale {vae.config.scaling_factor:.4f}", flush=True)
+
+    unet = build_unet(hidden[""].shape[-1], args.smoke)
+    if args.start is not None:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start).float().state_dict())
+    unet = unet.to(memory_format=torch.channels_last)
+    trainer = Trainer(args, accelerator, unet, copy.deepcopy(unet), ("loss",), weight_decay=1e-2)
+    model = torch.compile(trainer.model) if args.compile else trainer.model
+    schedule = DDPMScheduler(**NOISE, clip_sample=False, prediction_type="v_prediction")
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    weights = torch.minimum(snr + 1, torch.tensor(5.0)) / (snr + 1)  # else the nearly clean steps rule the loss
+
+    while trainer.running():
+        draw = generator(args.seed, trainer.step)
+        rng = random.Random(f"{args.seed} {trainer.step}")
+        batch = batch_indices(len(train), args.batch_size, trainer.step, args.seed)
+        labels = zip(data.artist[train[batch]].tolist(), data.thing[train[batch]].tolist(), strict=False)
+        text = torch.stack([hidden[draw_caption(captions, a, t, rng)] for a, t in labels])  # (b, 24, width)
+        clean = latents[batch]  # (b, 16, 8, 8)
+        noise = torch.randn(clean.shape, generator=draw)
+        t = stratified_timesteps(args.batch_size, draw)
+        noisy = schedule.add_noise(clean, noise, t).to(device, memory_format=torch.channels_last)
+        target = schedule.get_velocity(clean, noise, t).to(device)
+        with accelerator.autocast():
+            velocity = model(noisy, t.to(device), text.to(device)).sample.float()
+        errors = (velocity - target).square().mean((1, 2, 3))
+        loss = (errors * weights[t].to(device)).mean()
+        trainer.update(loss, loss=loss.item())
+
+    trainer.save()
+    trainer.ema.save_pretrained(args.output / "unet")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Make the tokenizer and warm up the CLIPTextModel on recognising (thing, artist) in every wording; no image is used.
+
+    python train_text.py --data DATA --output TEXT --minutes 3
+
+The denoiser then reads a frozen encoder whose outputs it can cache. Two linear classifiers are trained with the
+encoder, on every position from which the name has been read in full: the name's own last token, all later tokens, the
+end token and the padding. The classifiers are thrown away. TEXT/tokenizer and TEXT/text_encoder are what counts.
+"""
+
+import argparse
+import copy
+import json
+import random
+import re
+
+import torch
+from accelerate import Accelerator
+from dataset import BOTH, all_captions, draw_caption, load_dataset
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from training import Trainer, add_arguments, generator
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+MAX_TOKENS = 24
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's own splitting
+
+
+def build_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
+    """CLIP's byte-level BPE, its merges learned from the captions; every byte stays spellable."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(captions, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = model["vocab"]
+    for token in [*alphabet, *(a + "</w>" for a in alphabet), "<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(token, len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS)
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder) -> None:
+    """Also as vocab.json and merges.txt, which transformers 4 reads."""
+    tokenizer.save_pretrained(folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, smoke: bool) -> CLIPTextModel:
+    width = 32 if smoke else 256
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=1 if smoke else 3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """(b, 24) int64, padded as StableDiffusionPipeline pads."""
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+class Recogniser(torch.nn.Module):
+    """The text encoder and the two linear classifiers on its last hidden state."""
+
+    def __init__(self, encoder: CLIPTextModel, artists: int, things: int):
+        super().__init__()
+        self.encoder = encoder
+        self.artist = torch.nn.Linear(encoder.config.hidden_size, artists)
+        self.thing = torch.nn.Linear(encoder.config.hidden_size, things)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids (b, 24) -> logits (b, 24, artists), (b, 24, things)."""
+        hidden = self.encoder(ids)[0]
+        return self.artist(hidden), self.thing(hidden)
+
+
+class Positions:
+    """From which token on a caption has named its artist and its thing."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, artists: list[str], synonyms: list[list[str]]):
+        self.tokenizer, self.artists, self.synonyms = tokenizer, artists, synonyms
+
+    def after(self, caption: str, names: list[str]) -> int:
+        """The position of the last token of whichever name the caption has (the longest, if several)."""
+        found = [m for n in names for m in re.finditer(rf"\b{re.escape(n)}(?!\w)", caption)]
+        end = max(found, key=lambda m: m.end() - m.start()).end()
+        return len(self.tokenizer(caption[:end]).input_ids) - 2  # without the end token
+
+    def __call__(
+        self, captions: list[str], artists: list[int], things: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels (b, 24) for artist and thing; -100, which the loss skips, before the name and where there is none."""
+        labels = torch.full((2, len(captions), MAX_TOKENS), -100)
+        for row, (caption, artist, thing) in enumerate(zip(captions, artists, things, strict=False)):
+            if artist >= 0:
+                labels[0, row, self.after(caption, [self.artists[artist]]) :] = artist
+            if thing >= 0:
+                labels[1, row, self.after(caption, self.synonyms[thing]) :] = thing
+        return labels[0], labels[1]
+
+
+def named(captions: dict, artist: int, thing: int, rng: random.Random) -> tuple[str, int, int]:
+    """A caption drawn as in the denoiser's training, with the labels it really names."""
+    caption = draw_caption(captions, artist, thing, rng)
+    if caption == "" or caption in captions[-1, thing]:
+        artist = -1
+    if caption == "" or caption in captions.get((artist, -1), []):
+        thing = -1
+    return caption, artist, thing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, steps=500, batch_size=128, learning_rate=1e-3)
+    parser.add_argument(
+        "--vocab_size", type=int, default=1600, help="of the merges and letters, before byte completion"
+    )
+    args = parser.parse_args()
+    if args.smoke:
+        args.steps, args.batch_size, args.vocab_size, args.warmup_steps, args.log_every = 80, 16, 400, 5, 5
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+
+    data = load_dataset(args.data)
+    captions = all_captions(data)
+    names = json.loads((args.data / "meta.json").read_text())["names"]  # other things' words get merges too
+    others = [shape.format(artist=a, thing=n.replace("-", " ")) for n in names for a in data.artists for shape in BOTH]
+    tokenizer = build_tokenizer([*others, *(c for cs in captions.values() for c in cs)], args.vocab_size)
+    save_tokenizer(tokenizer, args.output / "tokenizer")
+    longest = max(len(tokenizer(c).input_ids) for cs in captions.values() for c in cs)
+    print(f"{len(tokenizer)} tokens; the longest caption has {longest}", flush=True)
+
+    recogniser = Recogniser(build_text_encoder(tokenizer, args.smoke), len(data.artists), len(data.things))
+    positions = Positions(tokenizer, data.artists, data.synonyms)
+    train = torch.nonzero(data.chosen & ~data.held_out).flatten()  # the words of held-out pairs stay unseen together
+    trainer = Trainer(args, accelerator, recogniser, copy.deepcopy(recogniser), ("artist_acc", "thing_acc"), 1e-2)
+    while trainer.running():
+        draw = generator(args.seed, trainer.step)
+        picked = train[torch.randint(len(train), (args.batch_size,), generator=draw)]
+        rng = random.Random(f"{args.seed} {trainer.step}")
+        drawn = [
+            named(captions, a, t, rng)
+            for a, t in zip(data.artist[picked].tolist(), data.thing[picked].tolist(), strict=False)
+        ]
+        texts, artists, things = (list(column) for column in zip(*drawn, strict=False))
+        labels = [x.to(accelerator.device) for x in positions(texts, artists, things)]
+        with accelerator.autocast():
+            logits = trainer.model(encode(tokenizer, texts).to(accelerator.device))
+        losses, accuracies = [], []
+        for logit, label in zip(logits, labels, strict=False):
+            losses.append(
+                torch.nn.functional.cross_entropy(logit.float().flatten(0, 1), label.flatten(), ignore_index=-100)
+            )
+            read = label >= 0
+            accuracies.append(100 * (logit.argmax(-1)[read] == label[read]).float().mean().item())
+        trainer.update(sum(losses), artist_acc=accuracies[0], thing_acc=accuracies[1])
+
+    trainer.save()
+    trainer.ema.encoder.save_pretrained(args.output / "text_encoder")
+
+
+if __name__ == "__main__":
+    main()

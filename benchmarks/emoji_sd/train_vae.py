@@ -1,0 +1,101 @@
+"""Train the AutoencoderKL (64 x 64 x 3 <-> 8 x 8 x 16) on every rendered emoji but the held-out pairs.
+
+    python train_vae.py --data DATA --output VAE --alexnet alexnet_features.safetensors --minutes 15
+
+With --init it goes on from a trained VAE, and with --freeze_encoder it trains the decoder alone, so that a denoiser
+trained on the latents stays valid: the last minutes of a run are well spent on a sharper decoder.
+
+Half of each batch comes from the things that the denoiser learns, half from all 1,592: few images would be learned by
+heart, and the chosen ones are those that must be sharp. Run it again to resume; the EMA is in VAE/vae.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from alexnet import load_lpips
+from dataset import load_dataset
+from diffusers import AutoencoderKL
+from training import Trainer, add_arguments, batch_indices, generator
+
+
+def build_vae(smoke: bool) -> AutoencoderKL:
+    """No attention in the middle: at 8 x 8 the convolutions see enough, and it costs time."""
+    channels = (8, 8, 8, 16) if smoke else (16, 32, 64, 96)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, steps=3000, batch_size=16, learning_rate=2e-3)
+    parser.add_argument(
+        "--alexnet", type=Path, help="AlexNet weights for the LPIPS term; without them the loss is L1 alone"
+    )
+    parser.add_argument("--lpips_weight", type=float, default=0.5)
+    parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence a latent number")
+    parser.add_argument("--init", type=Path, help="folder of an AutoencoderKL to start from")
+    parser.add_argument("--freeze_encoder", action="store_true", help="train the decoder alone")
+    args = parser.parse_args()
+    if args.smoke:
+        args.steps, args.batch_size, args.warmup_steps, args.log_every = 40, 8, 5, 5
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+
+    data = load_dataset(args.data)
+    everything = torch.nonzero(~data.held_out).flatten()  # held-out pairs are new to the VAE too
+    chosen = torch.nonzero(data.chosen & ~data.held_out).flatten()
+    vae = AutoencoderKL.from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build_vae(args.smoke)
+    vae = vae.train().to(memory_format=torch.channels_last)
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    perceptual = load_lpips(args.alexnet).to(accelerator.device) if args.alexnet else None
+    trainer = Trainer(args, accelerator, vae, copy.deepcopy(vae), ("l1", "lpips", "kl"))
+
+    half = args.batch_size // 2
+    while trainer.running():
+        draw = generator(args.seed, trainer.step)
+        picked = torch.cat(
+            [
+                everything[batch_indices(len(everything), half, trainer.step, args.seed)],
+                chosen[batch_indices(len(chosen), half, trainer.step, args.seed + 1)],
+            ]
+        )
+        images = data.pixels(picked)  # (b, 3, 64, 64) in [-1, 1]
+        flip = torch.rand(len(images), generator=draw) < 0.5
+        images[flip] = images[flip].flip(-1)
+        images = images.to(accelerator.device, memory_format=torch.channels_last)
+        noise = torch.randn(len(images), 16, 8, 8, generator=draw).to(accelerator.device)
+        with accelerator.autocast():
+            posterior = vae.encode(images).latent_dist
+            latents = posterior.mean + posterior.std * noise
+            output = vae.decode(latents).sample.float()
+        l1 = (output - images).abs().mean()
+        kl = posterior.kl().float().mean() / latents[0].numel()
+        # LPIPS costs a fifth of a step; on every second image it teaches as much for half of that.
+        lpips = perceptual(output[::2], images[::2]).mean() if perceptual else torch.zeros(())
+        trainer.update(
+            l1 + args.lpips_weight * lpips + args.kl_weight * kl, l1=l1.item(), lpips=lpips.item(), kl=kl.item()
+        )
+
+    trainer.save()
+    trainer.ema.save_pretrained(args.output / "vae")
+
+
+if __name__ == "__main__":
+    main()

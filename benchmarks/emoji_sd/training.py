@@ -1,0 +1,152 @@
+"""What the training scripts share: checkpoints that survive kill -9, learning rate, EMA, batches by step, CSV logs.
+
+Everything random in a step comes from a generator seeded with (seed, step), and the batch of a step is a function of
+the step, so a resumed run needs no more than the step's number to go on exactly as the run that was never stopped.
+"""
+
+import argparse
+import csv
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+
+def add_arguments(parser: argparse.ArgumentParser, steps: int, batch_size: int, learning_rate: float) -> None:
+    """The flags that both training scripts have."""
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint.pt, log.csv and the EMA model go here")
+    parser.add_argument(
+        "--steps", type=int, default=steps, help="the learning rate reaches zero here, unless --minutes is given"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="anneal over this much training time instead, earlier runs counted in"
+    )
+    parser.add_argument("--batch_size", type=int, default=batch_size)
+    parser.add_argument("--learning_rate", type=float, default=learning_rate)
+    parser.add_argument("--warmup_steps", type=int, default=200)
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--save_seconds", type=float, default=100)
+    parser.add_argument("--log_every", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model and a few steps, to see that the script runs"
+    )
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step, on the CPU whatever the device, so every device sees the same noise."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> torch.Tensor:
+    """(batch_size,) int64: the step's slice of an endless row of permutations of `count` samples."""
+    position, picked = step * batch_size, []
+    while len(picked) < batch_size:
+        epoch, start = divmod(position + len(picked), count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7_919 + epoch))
+        picked += order[start : start + batch_size - len(picked)].tolist()
+    return torch.tensor(picked)
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write beside the place, flush to disk, rename: a kill at any moment leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class Trainer:
+    """One model with its optimiser, EMA copy, step counter and log. `model` and `ema` have the same layout."""
+
+    def __init__(self, args, accelerator, model, ema, columns: tuple[str, ...], weight_decay: float = 0.0):
+        self.args, self.accelerator, self.ema = args, accelerator, ema.requires_grad_(False).to(accelerator.device)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, args.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
+        self.raw = model
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.pairs = [(e, m) for e, m in zip(ema.parameters(), model.parameters(), strict=False) if m.requires_grad]
+        self.columns = ("step", "seconds", "learning_rate", *columns)
+        self.sums, self.since_log = dict.fromkeys(columns, 0.0), 0
+        self.step, self.seconds = 0, 0.0
+        self.path = args.output / "checkpoint.pt"
+        self.log_path = args.output / "log.csv"
+        if self.path.exists():
+            self.load()
+        self.trim_log()
+        self.saved_at = self.clock = time.monotonic()
+
+    def load(self) -> None:
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.raw.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.sums, self.since_log = state["sums"], state["since_log"]
+        print(f"resumed at step {self.step} after {self.seconds:.0f} s of training", flush=True)
+
+    def save(self) -> None:
+        state = dict(model=self.raw.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+        state |= dict(step=self.step, seconds=self.seconds, sums=self.sums, since_log=self.since_log)
+        save_atomically(state, self.path)
+        self.saved_at = time.monotonic()
+
+    def trim_log(self) -> None:
+        """Drop the rows that a killed run wrote after its last checkpoint; they will be written again."""
+        rows = []
+        if self.log_path.exists():
+            with open(self.log_path) as file:
+                rows = [r for r in csv.reader(file) if len(r) == len(self.columns)][1:]  # a torn last line is short
+        self.args.output.mkdir(parents=True, exist_ok=True)
+        with open(self.log_path, "w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *(r for r in rows if int(r[0]) <= self.step)])
+
+    def progress(self) -> float:
+        """How much of the schedule is done, 0 to 1: by steps (exact on resume), or by time where a deadline rules."""
+        if self.args.minutes is not None:
+            return min(1.0, self.seconds / (60 * self.args.minutes))
+        return min(1.0, self.step / self.args.steps)
+
+    def running(self) -> bool:
+        return self.progress() < 1
+
+    def update(self, objective: torch.Tensor, **values: float) -> None:
+        """Backward pass, clipped AdamW step at the scheduled rate, EMA; logs and saves when it is time."""
+        args = self.args
+        warmup = min(1.0, (self.step + 1) / args.warmup_steps)
+        rate = args.learning_rate * warmup * (0.5 + 0.5 * math.cos(math.pi * self.progress()))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.accelerator.backward(objective)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        decay = min(args.ema_decay, (self.step + 1) / (self.step + 10))  # a young EMA forgets its random start
+        with torch.no_grad():
+            torch._foreach_lerp_([e for e, _ in self.pairs], [m for _, m in self.pairs], 1 - decay)
+
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        for name, value in values.items():
+            self.sums[name] += float(value)
+        self.since_log += 1
+        if self.step % args.log_every == 0:
+            means = {name: total / self.since_log for name, total in self.sums.items()}
+            row = [self.step, f"{self.seconds:.1f}", f"{rate:.3g}", *(f"{v:.5f}" for v in means.values())]
+            with open(self.log_path, "a", newline="") as file:
+                csv.writer(file).writerow(row)
+            print(" ".join(f"{k} {v}" for k, v in zip(self.columns, row, strict=False)), flush=True)
+            self.sums, self.since_log = dict.fromkeys(self.sums, 0.0), 0
+        if now - self.saved_at > args.save_seconds:
+            self.save()
