@@ -1,0 +1,1 @@
+"""Published methods for text-to-image pipelines, and the controls that a table needs."""
