@@ -27,7 +27,7 @@ from more_hf.remap import Remap
 
 HERE = Path(__file__).parent
 STYLES = ("High Contrast", "Streamline", "Fluent", "Blobmoji")  # black and white, line drawing, 3D, flat: the defaults are chosen on these
-STEPS, GUIDANCE = 10, 5.0
+STEPS, GUIDANCE = 10, 4.0
 THINGS = ("cat face", "red heart", "house", "rocket", "sunflower", "guitar", "pizza", "fish")
 BARE = ("{}",)
 STYLE_TEMPLATES = tuple(t for t in concepts.TEMPLATES if "photo" not in t and "table" not in t and "rain" not in t and "next to" not in t)

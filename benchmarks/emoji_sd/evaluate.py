@@ -140,7 +140,7 @@ def summarise(rows: list[dict], artists: list[str]) -> list[dict]:
                     line[f"{key}_acc"] = np.mean(values)
                     line[f"{key}_low"], line[f"{key}_high"] = interval(values)
                 if source != "reconstructed":
-                    line["nearest"] = np.mean([r["nearest"] for r in mine])
+                    line["nearest"] = float(np.mean([r["nearest"] for r in mine]))
                 lines.append({k: f"{v:.1f}" if isinstance(v, float) else v for k, v in line.items()})
     return lines
 

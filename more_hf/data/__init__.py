@@ -41,7 +41,7 @@ def load_emoji_sd(**kwargs):
     >>> import more_hf
 
     >>> pipe = more_hf.load_emoji_sd()
-    >>> image = pipe("a rocket in the style of Fluent", num_inference_steps=12, guidance_scale=5.0).images[0]
+    >>> image = pipe("a rocket in the style of Fluent", num_inference_steps=10, guidance_scale=4.0).images[0]
     ```
     """
     import torch

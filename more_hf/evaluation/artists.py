@@ -32,7 +32,7 @@ from .prompts import Prompts, read_prompts
 
 
 FIELD = {"scheduler": "lms", "steps": 50, "guidance": 7.5}  # what the published numbers were made with
-EMOJI = {"scheduler": "own", "steps": 10, "guidance": 5.0}  # for the embedded pipeline
+EMOJI = {"scheduler": "own", "steps": 10, "guidance": 4.0}  # for the embedded pipeline
 SCHEDULERS = {
     "own": None,  # the one that the pipeline was saved with
     "lms": diffusers.LMSDiscreteScheduler,
