@@ -28,15 +28,15 @@ def failure(capsys):
     return run
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["erase", "--help"], ["lora", "--help"], ["bench", "artists", "--help"], ["verify", "--help"]])
-def test_help_is_light(argv):
+@pytest.mark.parametrize("command", ["", "demo", "erase", "lora", "bench artists", "verify"])
+def test_help_is_light(command):
     code = (
         "import sys\nfrom more_hf.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'PIL', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: more-hf" in done.stdout
 

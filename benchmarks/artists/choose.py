@@ -28,6 +28,7 @@ from more_hf.remap import Remap
 HERE = Path(__file__).parent
 STYLES = ("High Contrast", "Streamline", "Fluent", "Blobmoji")  # black and white, line drawing, 3D, flat: the defaults are chosen on these
 STEPS, GUIDANCE = 10, 4.0
+VISIBLE = 0.15  # LPIPS between what two artists draw, below which a person hardly sees a difference
 THINGS = ("cat face", "red heart", "house", "rocket", "sunflower", "guitar", "pizza", "fish")
 BARE = ("{}",)
 STYLE_TEMPLATES = tuple(t for t in concepts.TEMPLATES if "photo" not in t and "table" not in t and "rain" not in t and "next to" not in t)
@@ -119,13 +120,21 @@ def done(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, line: dict) -> None:
-    """One line, flushed: a kill loses at most the line being measured."""
-    fresh = not path.exists()
+    """One line, flushed, in the columns of the file: a kill loses at most the line being measured."""
+    columns = list(done(path)[0]) if path.exists() else list(line)
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(line), lineterminator="\n")
-        if fresh:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(line)
+
+
+def best_target(lines: list[dict[str, str]]) -> str:
+    """Among the targets that differ visibly, and score within one picture of ten of the best, the one that changes pictures least."""
+    visible = [line for line in lines if float(line["lpips_f"]) >= VISIBLE]
+    best = max(float(line["score"]) for line in visible)
+    near = [line for line in visible if float(line["score"]) > best - 10]
+    return min(near, key=lambda line: float(line["lpips_f"]))["remap_to"]
 
 
 def choose_targets() -> None:
@@ -140,13 +149,10 @@ def choose_targets() -> None:
             more_hf.erase_concept(bench.pipe, forget, remap_to=[target], solver="covariance")
             append(path, {"forget": forget, "remap_to": target, **summary(bench.measure(forget, others=1))})
             more_hf.restore(bench.pipe)
-    best: dict[str, dict] = {}
-    for line in done(path):
-        if line["forget"] not in best or float(line["score"]) > float(best[line["forget"]]["score"]):
-            best[line["forget"]] = line
+    best = {forget: best_target([line for line in done(path) if line["forget"] == forget]) for forget in EMOJI_ARTISTS}
     table = Path(__file__).parents[2] / "prompts" / "targets.csv"
     others = [line for line in done(table) if line["forget"] not in best]
-    lines = [f"{line['forget']},{line['remap_to']}" for line in (*best.values(), *others)]
+    lines = [f"{forget},{target}" for forget, target in best.items()] + [f"{line['forget']},{line['remap_to']}" for line in others]
     table.write_text("\n".join(["forget,remap_to", *lines]) + "\n", "utf-8")
 
 
