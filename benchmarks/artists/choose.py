@@ -30,7 +30,7 @@ STYLES = ("High Contrast", "Streamline", "Fluent", "Blobmoji")  # black and whit
 STEPS, GUIDANCE = 10, 4.0
 VISIBLE = 0.15  # LPIPS between what two artists draw, below which a person hardly sees a difference
 THINGS = ("cat face", "red heart", "house", "rocket", "sunflower", "guitar", "pizza", "fish")
-BARE = ("{}",)
+BARE = ("{}", "{} style")  # positions need a token after the name
 STYLE_TEMPLATES = tuple(t for t in concepts.TEMPLATES if "photo" not in t and "table" not in t and "rain" not in t and "next to" not in t)
 
 # name -> what differs from the centre: arguments of erase_concept, and `shrinkage`, `templates`, `sigma` (prompts behind Σ), `targets`
@@ -50,7 +50,7 @@ FACTORS = {
     "shrinkage=1e-5": {"shrinkage": 1e-5},
     "shrinkage=1e-3": {"shrinkage": 1e-3},
     "shrinkage=1e-2": {"shrinkage": 1e-2},
-    "templates=name alone": {"templates": BARE},
+    "templates=two": {"templates": BARE},
     "templates=styles": {"templates": STYLE_TEMPLATES},
     "sigma=general": {"sigma": slice(0, 80)},
     "sigma=50 of 160": {"sigma": slice(0, None, 3)},
