@@ -1,6 +1,6 @@
-"""Put the committed tables into the README: `<!-- table: FILE N -->` is followed by the N-th table of that Markdown file.
+"""Put the committed tables into the READMEs: `<!-- table: FILE N -->` is followed by the N-th table of that Markdown file.
 
-    python benchmarks/readme.py
+python benchmarks/readme.py
 """
 
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "artists" / "README.md")
 MARKER = re.compile(r"(<!-- table: (\S+) (\d+) -->\n\n)((?:\|.*\n)*)")
 
 
@@ -23,5 +24,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text("utf-8")), "utf-8")
+    for readme in READMES:
+        readme.write_text(filled(readme.read_text("utf-8")), "utf-8")

@@ -17,12 +17,6 @@ from safetensors.torch import save_file
 RECIPE = Path(__file__).parents[1] / "benchmarks" / "emoji_sd"
 THINGS = {"red-circle": "circle", "blue-square": "square", "green-bar": "bar"}
 
-pytest.importorskip("diffusers")
-pytest.importorskip("lpips")
-pytest.importorskip("resvg_py")
-pytest.importorskip("sklearn")
-pytestmark = pytest.mark.skipif(not RECIPE.exists(), reason="the recipe is not part of the installed package")
-
 
 def command(script: str, **flags) -> list[str]:
     """The script's smoke mode with these flags."""
@@ -143,7 +137,5 @@ def test_killed_run_resumes_to_the_same_weights(chain):
         for name, value in whole[part].items():
             torch.testing.assert_close(killed[part][name], value, rtol=0, atol=0)
     columns = ("step", "learning_rate", "loss")
-    logs = [
-        [[r[c] for c in columns] for r in csv.DictReader(open(chain / f / "log.csv"))] for f in ("whole", "killed")
-    ]
+    logs = [[[r[c] for c in columns] for r in csv.DictReader(open(chain / f / "log.csv"))] for f in ("whole", "killed")]
     assert logs[0] == logs[1]

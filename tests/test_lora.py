@@ -13,8 +13,6 @@ import more_hf
 from more_hf.cli import main
 
 
-pytest.importorskip("peft")
-
 PROMPT = "a painting of a house by van gogh"
 TARGETS = ["claude monet", "johannes vermeer"]
 PEFT, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"

@@ -23,6 +23,7 @@ from more_hf.evaluation.images import generate, lpips_distance
 from more_hf.evaluation.judges import EmojiJudges
 from more_hf.evaluation.prompts import read_prompts, read_targets
 from more_hf.remap import Remap
+from more_hf.report import markdown_table, write_text
 
 
 HERE = Path(__file__).parent
@@ -194,6 +195,9 @@ def choose_defaults(names: list[str]) -> None:
                 pooled.setdefault(key, []).extend(values)
             more_hf.restore(bench.pipe)
         append(path, {"cell": name, **summary(pooled)})
+    shown = ("cell", "style_f", "content_f", "style_r", "content_r", "lpips_f", "lpips_r", "lpips_none", "score")
+    lines = [{column: line[column] if column == "cell" else float(line[column]) for column in shown} for line in done(path)]
+    write_text(HERE / "defaults.md", markdown_table(lines) + "\n")
 
 
 def main() -> None:

@@ -64,6 +64,7 @@ def main() -> None:
 
     pipe = build_pipeline(args.vae, args.text, args.denoiser)
     pipe.vae.half()
+    pipe.vae.register_to_config(_name_or_path="emoji_sd/vae")  # else the folder it was loaded from
     pipe.unet.half()
     pipe.save_pretrained(args.output)
     for name in ("vocab.json", "merges.txt"):  # transformers 4 reads these
