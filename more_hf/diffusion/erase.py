@@ -65,6 +65,10 @@ def erase_concept(
         `PrototypeError`: a name is wrong, or no exact edit exists; `TargetNotFoundError`: the pipeline cannot be edited as it is;
         `AlreadyErasedError`: it was erased and its originals are not here. The pipeline is unchanged then.
 
+    The defaults were measured on the embedded pipeline, four styles erased in turn, 136 pictures a setting: `"positions"` left 0 % of the
+    pictures recognisable, every single kind of token 2 to 10 %; `"pinv"` moved other artists 2.7 times as far (LPIPS) as
+    `"covariance"`; two or more targets left 2 to 8 % where one left none (`benchmarks/artists/defaults.csv`).
+
     Source: MoRE, Eq. 4 to 6 and Algorithm 1, on the cross-attention inputs; the covariance metric and token positions are ours.
 
     Example:
