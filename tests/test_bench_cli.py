@@ -42,7 +42,8 @@ def bench(tmp_path):
 
 def run_command(argv, log, variables):
     """The whole life of a process: what a launcher puts into its environment, the command, its exit status."""
-    os.environ.update(variables)
+    # One OpenMP thread, said before accelerate sets more: a pool of threads does not survive the server's fork.
+    os.environ.update({"OMP_NUM_THREADS": "1", **variables})
     import torch
 
     torch.set_num_threads(1)
@@ -56,13 +57,16 @@ def start():
     """Start a command in a process of its own, from a server that has imported the libraries once."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(HEAVY)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OMP_NUM_THREADS", "1")  # for the server, which starts with the first process
 
     def start_process(argv, log, **variables):
         process = server.Process(target=run_command, args=(argv, log, variables))
         process.start()
         return process
 
-    return start_process
+    yield start_process
+    patch.undo()
 
 
 def done(output: Path) -> dict[Path, int]:
