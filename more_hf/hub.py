@@ -110,7 +110,7 @@ def save(pipe: DiffusionPipeline, folder: str | os.PathLike, *, include_delta: b
         (draft / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
         if include_delta:
             _write_delta(erasure, draft / DELTA)
-        shift = erasure.remap.shift() if erasure.remap else Remap.fit(**prepare(pipe, erasure.request, ()), solver="pinv").shift()
+        shift = erasure.remap.shift() if erasure.remap else _shift(pipe, erasure.request)
         if not (check := _check_files(draft, record, shift)).ok:
             failed = "; ".join(f"{what}: {finding}" for what, passed, finding in check.checks if not passed)
             raise ExportError(
@@ -183,7 +183,12 @@ def verify(folder: str | os.PathLike) -> Verification:
     record = Record.read(folder)
     without = {record.denoiser: None, "vae": None, "safety_checker": None}
     pipe = DiffusionPipeline.from_pretrained(folder, variant=record.variant, **without)
-    return _check_files(folder, record, Remap.fit(**prepare(pipe, record.request, ()), solver="pinv").shift())
+    return _check_files(folder, record, _shift(pipe, record.request))
+
+
+def _shift(pipe: DiffusionPipeline, request: dict[str, Any]) -> Tensor:
+    """P̄_t − P_F, `(d, f)`: it depends on neither the solver nor retained names."""
+    return Remap.fit(**prepare(pipe, {**request, "retain": []}, ()), solver="pinv").shift()
 
 
 def _check_files(folder: Path, record: Record, shift: Tensor) -> Verification:

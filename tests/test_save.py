@@ -339,6 +339,12 @@ def test_missing_key(saved, read, key):
         read(saved)
 
 
+def test_more_retained_names_than_fit_into_the_space(tiny_sd, tmp_path):
+    pipe = erase(tiny_sd(), retain=["cat", "dog", "house", "tree", "car", "person"])  # covariance alone can
+    assert more_hf.verify(more_hf.save(pipe, tmp_path / "erased")).ok
+    assert more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request["retain"][0] == "cat"
+
+
 @pytest.mark.parametrize("read", [more_hf.load, more_hf.verify])
 def test_unknown_key_only_warns(saved, caplog, read):
     edit_record(saved, colour="blue")
