@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from alexnet import pooled_features
 from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+from more_hf.evaluation.judges import pooled_features
 
 
 THING_FOLDS = 4
