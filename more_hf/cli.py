@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from more_hf.commands import bench, pipelines
+from more_hf.commands import bench, classes, pipelines, publish
 from more_hf.errors import MoreError
 
 
@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("more-hf", description="Erase concepts from text-to-image pipelines.")
+    purpose = "Erase concepts from text-to-image pipelines, and classes from image classifiers."
+    parser = argparse.ArgumentParser("more-hf", description=purpose)
     commands = parser.add_subparsers(metavar="command", required=True)
-    for module in (pipelines, bench):
+    for module in (pipelines, classes, publish, bench):
         module.add_commands(commands)
     return parser

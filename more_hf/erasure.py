@@ -21,6 +21,10 @@ from .remap import Remap
 
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+RECORD = "more_hf.json"  # written by `more_hf.save` beside what was erased
+# What a proof by run accepts, in units of the output difference between forget and target before the edit: rounding of the weights
+# and features in the model's dtype. A single missed layer shows as 0.05 or more.
+PROOF_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 ERASED = "more_hf_erased"  # names of what was erased; a plain attribute, so that a deepcopy or an unpickled model still says so
 
 
@@ -29,11 +33,14 @@ class Site:
 
     Under sequential CPU offload the parameter is an empty stand-in on the meta device, and the weight is in the `weights_map` of
     accelerate's hook. `read` and `write` go there; everything else in the library goes through them.
+
+    `space` names the features that the layer reads, where a model has several kinds. With `columns` only the first so many columns
+    read them, and are the weight that `read` and `write` know.
     """
 
-    def __init__(self, name: str, module: nn.Module):
+    def __init__(self, name: str, module: nn.Module, *, space: str = "tokens", columns: int | None = None):
         """Raises `TargetNotFoundError`, naming the layer and the remedy, unless the weight can be edited in place."""
-        self.name, self.module = name, module
+        self.name, self.module, self.space, self.columns = name, module, space, columns
         self._check()
 
     def _offload_map(self) -> tuple[Any, str] | None:
@@ -70,16 +77,22 @@ class Site:
                 "fp16, bf16, fp32 or fp64. Erase from the full-precision model, save it, and quantize or shard what was saved."
             )
 
-    def read(self) -> Tensor:
-        """The weight, `(out_features, in_features)`; not a copy where it is resident."""
+    def _whole(self) -> Tensor:
         offload = self._offload_map()
         return self.module.weight.data if offload is None else offload[0][offload[1]]
+
+    def _part(self, weight: Tensor) -> Tensor:
+        return weight if self.columns is None else weight[:, : self.columns]
+
+    def read(self) -> Tensor:
+        """The weight, `(out_features, in_features)` or `(out_features, columns)`; not a copy where it is resident."""
+        return self._part(self._whole())
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
         """Put values into the weight in place, in its dtype and on its device, so that everything that shares it sees them."""
-        weight = self.read()
-        weight.copy_(value)
+        weight = self._whole()
+        self._part(weight).copy_(value)
         offload = self._offload_map()
         if offload is not None:
             offload[0][offload[1]] = weight  # a map that hands out copies has to be told
@@ -141,6 +154,8 @@ class Erasure:
         proof (`dict`): the proof by run.
         facts (`dict`): what else was measured: solver and why it was chosen, how far retained names move, leaks, fingerprint of the base.
         hook (*optional*): the routing hook on the model.
+        remaps (`dict[str, Remap]`): where sites read different features, as two heads may, or a prompt's tokens and its pooled
+            embedding: the factors of each site that `remap` is not for; else empty.
     """
 
     request: dict[str, Any]
@@ -152,6 +167,11 @@ class Erasure:
     facts: dict[str, Any]
     hook: Any = None
     handle: Any = field(default=None, repr=False)
+    remaps: dict[str, Remap] = field(default_factory=dict, repr=False)
+
+    def remap_of(self, site: str) -> Remap:
+        """The factors that edit this site."""
+        return self.remaps.get(site, self.remap)
 
     @property
     def router(self) -> str | None:
@@ -185,10 +205,10 @@ class Erasure:
                 "; ".join(name + (f" (also {', '.join(also)})" if also else "") for name, also in request["concepts"].items()),
             ),
             ("sent to", "; ".join(f"{name} → {target}" for name, target in sent.items())),
-            ("retained", ", ".join(["begin token and empty prompt (exact)", *(f"{n} (moves by {100 * m:.2g} %)" for n, m in kept)])),
+            ("retained", ", ".join(["special tokens and empty prompt (exact)", *(f"{n} (moves by {100 * m:.2g} %)" for n, m in kept)])),
             ("tokens", request["tokens"]),
             ("solver", f"{facts['solver']}: {facts['solver_reason']}"),
-            ("edited", f"{len(self.sites)} layers, rank {facts['rank']} each; {facts['num_experts']} expert(s)"),
+            ("edited", f"{len(self.sites)} layers, rank {facts['rank']}{' or less' if self.remaps else ' each'}; {facts['num_experts']} expert(s)"),
             ("router", request["router"] or "none: the mean expert is in the weights"),
             ("condition number of P", f"{facts['condition_number']:.1f}"),
             *((f"guarantee `{key}`", f"{value:.1e}") for key, value in self.guarantees.items() if key != "rank"),
@@ -226,7 +246,7 @@ class Erasure:
 
     def _holds_edit(self, name: str, original: Tensor) -> bool:
         weight = self.sites[name].read()
-        merged = self.remap.merged(original.to(weight.device))
+        merged = self.remap_of(name).merged(original.to(weight.device))
         # a model cast down and up again holds values rounded on the way
         routes = [
             merged.to(weight.dtype),
@@ -278,7 +298,7 @@ def apply(model: nn.Module, erasure: Erasure, prove: Callable[[], dict[str, floa
     merged = {}
     for name, site in erasure.sites.items():
         weight = site.read()
-        merged[name] = erasure.remap.merged(originals[name].to(weight.device)).to(weight.dtype)
+        merged[name] = erasure.remap_of(name).merged(originals[name].to(weight.device)).to(weight.dtype)
         if not torch.isfinite(merged[name]).all():
             raise IncompatibleBaseError(f"The edited weight of `{name}` is not finite in {merged[name].dtype}. Nothing was changed.")
     with written(erasure.sites, merged, keep=True):

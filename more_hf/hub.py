@@ -2,81 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
+import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
 from . import erasure as store
-from .diffusion.erase import RECORD, get_erasure
-from .diffusion.hook import RoutingHook, attach_hook
-from .diffusion.proof import PROOF_TOLERANCE
+from .classification.files import load_classifier, savable_classifier
+from .diffusion.hook import attach_hook, make_hook
 from .diffusion.request import prepare
 from .diffusion.sites import find_denoiser, find_sites, lora_branches
-from .erasure import Erasure
+from .erasure import RECORD, Erasure
 from .errors import ExportError, IncompatibleBaseError, MoreError
-from .prototypes import Prototypes
+from .record import (
+    DELTA,
+    WEIGHT_FILES,
+    Record,
+    Verification,
+    by_space,
+    check_files,
+    edited_in,
+    layout_of,
+    read_delta,
+    shapes_in,
+    write_delta,
+)
 from .remap import Remap
+from .verbs import get_erasure
 
 
-logger = logging.getLogger(__name__)
-
-DELTA = "more_hf_delta.safetensors"
-WEIGHT_FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
-
-
-@dataclass
-class Record:
-    """What `more_hf.json` holds. Every field is mandatory; keys of a newer version are ignored with a warning."""
-
-    more_hf: str  # version that wrote it
-    versions: dict[str, str]
-    request: dict[str, Any]
-    sites: dict[str, list[int]]
-    guarantees: dict[str, float]
-    proof: dict[str, float]
-    facts: dict[str, Any]
-    denoiser: str  # the component's folder
-    variant: str | None  # of the files, as `save_pretrained` took it
-    layout: str  # sha256 over the names and shapes of all its tensors, which are the base's
-
-    @classmethod
-    def read(cls, folder: Path) -> Record:
-        """Raises `MoreError` if the folder has no record, and `IncompatibleBaseError` if a key is missing."""
-        path = folder / RECORD
-        if not path.is_file():
-            raise MoreError(f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so there is nothing to check it against.")
-        data = json.loads(path.read_text("utf-8"))
-        known = [field.name for field in fields(cls)]
-        if missing := [name for name in known if name not in data]:
-            raise IncompatibleBaseError(f"{path} lacks {', '.join(map(repr, missing))}. Save the erased model again.")
-        if newer := [name for name in data if name not in known]:
-            logger.warning("%s has keys that this version does not know and ignores: %s", path, ", ".join(newer))
-        return cls(**{name: data[name] for name in known})
-
-
-def save(pipe: DiffusionPipeline, folder: str | os.PathLike, *, include_delta: bool = False, **kwargs: Any) -> Path:
-    """Save an erased pipeline: `save_pretrained` plus `more_hf.json`, the record of what was done. The pipeline is not changed.
+def save(pipe: DiffusionPipeline | nn.Module, folder: str | os.PathLike, *, include_delta: bool = False, **kwargs: Any) -> Path:
+    """Save what was erased: `save_pretrained` plus `more_hf.json`, the record of what was done. The model is not changed.
 
     Args:
-        pipe (`DiffusionPipeline`): an erased pipeline.
+        pipe (`DiffusionPipeline` or `nn.Module`): an erased pipeline, or an erased classifier of Transformers.
         folder: where to; written beside its place and moved there when complete.
-        include_delta (`bool`, defaults to `False`): also write the thin factors, which `load` needs for a router. Whoever has them
-            and these weights can compute the concept back; keep them out of what you publish.
+        include_delta (`bool`, defaults to `False`): also write the thin factors, which `load` needs for a router, and for the
+            features of a classifier: without them its features are the original's. Whoever has them and these weights can compute
+            the concept back; keep them out of what you publish.
         kwargs: go to `save_pretrained` (`variant`, `max_shard_size`, ...).
 
     Raises `ExportError` if nothing was erased, if a LoRA is loaded but not fused (its weights would be lost or break the names), or
@@ -85,16 +58,18 @@ def save(pipe: DiffusionPipeline, folder: str | os.PathLike, *, include_delta: b
     folder = Path(folder)
     erasure = get_erasure(pipe)
     if erasure is None:
-        raise ExportError("Nothing was erased from this pipeline. Call `more_hf.erase_concept` first, or use `pipe.save_pretrained`.")
-    denoiser = find_denoiser(pipe)
-    if lora_branches(denoiser):
         raise ExportError(
-            "A LoRA is loaded beside the edited layers. Call `pipe.unload_lora_weights()` (fuse it first to keep it), then save."
+            f"Nothing was erased from this {type(pipe).__name__}. Call `more_hf.erase_concept` or `more_hf.erase_classes` first, or use "
+            "its `save_pretrained`."
         )
+    whole, part, name, revision = _parts(pipe, erasure)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        draft = Path(name) / "draft"
-        pipe.save_pretrained(draft, **kwargs)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        draft = Path(beside) / "draft"
+        whole.save_pretrained(draft, **kwargs)
+        shapes = {name: list(tensor.shape) for name, tensor in part.state_dict().items()}
+        if whole is part:  # Transformers writes some models under names of its earlier versions
+            shapes = shapes_in(draft)
         record = Record(
             more_hf=__version__,
             versions={package: version(package) for package in ("torch", "diffusers", "transformers")},
@@ -102,16 +77,19 @@ def save(pipe: DiffusionPipeline, folder: str | os.PathLike, *, include_delta: b
             sites={name: list(site.read().shape) for name, site in erasure.sites.items()},
             guarantees=erasure.guarantees,
             proof=erasure.proof,
-            facts=erasure.facts,
-            denoiser=denoiser.name,
+            facts={"base_revision": revision, **erasure.facts},
+            denoiser=name,
             variant=kwargs.get("variant"),
-            layout=_layout({name: list(tensor.shape) for name, tensor in denoiser.module.state_dict().items()}),
+            layout=layout_of(shapes),
+            edited=store.fingerprint({name: site.read() for name, site in erasure.sites.items()}),
         )
         (draft / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
         if include_delta:
-            _write_delta(erasure, draft / DELTA)
-        shift = erasure.remap.shift() if erasure.remap else _shift(pipe, erasure.request)
-        if not (check := _check_files(draft, record, shift)).ok:
+            write_delta(erasure, draft / DELTA)
+        shifts = {space: remap.shift() for space, remap in by_space(erasure).items()}
+        if not shifts and not isinstance(pipe, nn.Module):
+            shifts = _shifts(pipe, erasure.request)
+        if not (check := check_files(draft, record, shifts)).ok:
             failed = "; ".join(f"{what}: {finding}" for what, passed, finding in check.checks if not passed)
             raise ExportError(
                 f"What would be saved is not the erased model ({failed}). Was a LoRA fused or the model trained since, or is this inside "
@@ -131,45 +109,77 @@ def save(pipe: DiffusionPipeline, folder: str | os.PathLike, *, include_delta: b
     return folder
 
 
-def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:
-    """Load an erased pipeline with its record, from a folder that `save` wrote or such a repository on the Hub.
+def _parts(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> tuple[DiffusionPipeline | nn.Module, nn.Module, str, str | None]:
+    """What is saved, the module in it that was edited, that module's folder, and the commit that it was loaded from."""
+    if isinstance(pipe, nn.Module):
+        model = savable_classifier(pipe, erasure)
+        return model, model, ".", getattr(model.config, "_commit_hash", None)
+    denoiser = find_denoiser(pipe)
+    if lora_branches(denoiser):
+        raise ExportError(
+            "A LoRA is loaded beside the edited layers. Call `pipe.unload_lora_weights()` (fuse it first to keep it), then save."
+        )
+    return pipe, denoiser.module, denoiser.name, _commit(denoiser.module.config.get("_name_or_path"))
 
-    `get_erasure` then knows what was erased, and a further `erase_concept` says that the originals are needed. A router is put back
-    where the factors are beside the weights. `kwargs` go to `from_pretrained`. Raises `MoreError` without a record.
+
+def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Module:
+    """Load an erased pipeline or classifier with its record, from a folder that `save` wrote or such a repository on the Hub.
+
+    `get_erasure` then knows what was erased, and a further `erase_concept` says that the originals are needed. A router, or a
+    classifier's hook, is put back where the factors are beside the weights; without them a classifier's features are the original's,
+    and only its predictions forget. Record, factors and weights come from one commit, even if the repository is pushed to
+    meanwhile. No code from the repository runs, and no pickle is opened.
+
+    Args:
+        source: a folder, or a repository's name.
+        kwargs: go to `from_pretrained` (`dtype`, `revision`, `token`, `cache_dir`, ...).
+
+    Raises:
+        `MoreError`: there is no record, or an argument would run code or open a pickle; `IncompatibleBaseError`: the record lacks a
+        key, or the weights are not those that it was written for.
+
+    Example:
+
+        >>> import more_hf
+        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+        >>> folder = more_hf.save(pipe, "emoji-sd-without-blobmoji")
+        >>> print(more_hf.get_erasure(more_hf.load(folder)))
     """
+    if unsafe := [key for key in ("trust_remote_code", "custom_pipeline", "use_safetensors") if key in kwargs]:
+        raise MoreError(
+            f"`load` does not take `{unsafe[0]}`: it runs no code of a repository and opens no pickle. If you trust {source}, use "
+            "`DiffusionPipeline.from_pretrained`."
+        )
     folder = Path(source)
     if not folder.is_dir():
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         folder = Path(snapshot_download(str(source), allow_patterns=[RECORD, DELTA], **hub))
+        kwargs["revision"] = folder.name  # the commit
     record = Record.read(folder)
-    pipe = DiffusionPipeline.from_pretrained(source, **kwargs)
+    if (variant := kwargs.pop("variant", record.variant)) != record.variant:
+        raise IncompatibleBaseError(f"The record in {folder} is of the files of variant {record.variant!r}, not {variant!r}.")
+    if record.denoiser == ".":
+        return load_classifier(source, folder, record, **kwargs)
+    pipe = DiffusionPipeline.from_pretrained(source, variant=variant, use_safetensors=True, **kwargs)
     denoiser = find_denoiser(pipe)
-    sites = find_sites(pipe, denoiser)
+    sites = find_sites(pipe, denoiser, pooled=record.request["pooled"])
     shapes = {name: list(site.read().shape) for name, site in sites.items()}
     if shapes != record.sites:
         raise IncompatibleBaseError(f"The record in {folder} is of a model with other layers ({len(record.sites)}, here {len(shapes)}).")
-    remap = _read_delta(folder / DELTA) if (folder / DELTA).is_file() else None
-    erasure = Erasure(record.request, remap, sites, None, record.guarantees, record.proof, record.facts)
-    if remap is not None and erasure.router is not None:
-        erasure.hook = RoutingHook(remap, erasure.router, pipe._execution_device)
+    if (found := edited_in(folder, record)) != record.edited:
+        raise IncompatibleBaseError(
+            f"The edited layers in {folder / record.denoiser} have the fingerprint {found}, but the record beside them was written for "
+            f"{record.edited}: the weights were replaced or trained since. Erase from the original model again, or use "
+            "`DiffusionPipeline.from_pretrained`, which reads no record."
+        )
+    remaps = read_delta(folder / DELTA) if (folder / DELTA).is_file() else {}
+    erasure = Erasure(record.request, remaps.get("tokens"), sites, None, record.guarantees, record.proof, record.facts)
+    erasure.remaps = {name: remaps[site.space] for name, site in sites.items() if site.space != "tokens" and remaps}
+    if remaps and erasure.router is not None:
+        erasure.hook = make_hook(denoiser, erasure, pipe._execution_device)
         attach_hook(denoiser.module, erasure)
     store.remember(denoiser.module, erasure)
     return pipe
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found: `(check, passed, finding)` per line."""
-
-    checks: tuple[tuple[str, bool, str], ...]
-
-    @property
-    def ok(self) -> bool:
-        return all(passed for _, passed, _ in self.checks)
-
-    def to_markdown(self) -> str:
-        lines = [f"| {check} | {'yes' if passed else 'NO'} | {finding} |" for check, passed, finding in self.checks]
-        return "\n".join(["| check | holds | finding |", "|---|---|---|", *lines])
 
 
 def verify(folder: str | os.PathLike) -> Verification:
@@ -177,79 +187,28 @@ def verify(folder: str | os.PathLike) -> Verification:
 
     The prototypes are computed again with the folder's text encoder. For every edited layer in every weight file of the denoiser,
     ‖W′ (p_f − p̄_t)‖ is compared with ‖W (p_f − p̄_t)‖ of the original, which the record holds: near 0 for an edited layer, 1 for an
-    original one. Names and shapes must be the base's, and no other weight file may be there. Raises `MoreError` without a record.
+    original one. Names and shapes must be the base's, and no other weight file may be there. A classifier's prototypes cannot be
+    computed again: without the factors of `include_delta=True` beside it, its head is compared with the fingerprint in the record.
+    Raises `MoreError` without a record.
     """
     folder = Path(folder)
     record = Record.read(folder)
-    without = {record.denoiser: None, "vae": None, "safety_checker": None}
+    if record.denoiser == ".":
+        factors = read_delta(folder / DELTA) if (folder / DELTA).is_file() else {}
+        return check_files(folder, record, {space: remap.shift() for space, remap in factors.items()})
+    parts = DiffusionPipeline.load_config(folder)
+    without = {name: None for name in (record.denoiser, "vae", "safety_checker") if name in parts}
     pipe = DiffusionPipeline.from_pretrained(folder, variant=record.variant, **without)
-    return _check_files(folder, record, _shift(pipe, record.request))
+    return check_files(folder, record, _shifts(pipe, record.request))
 
 
-def _shift(pipe: DiffusionPipeline, request: dict[str, Any]) -> Tensor:
-    """P̄_t − P_F, `(d, f)`: it depends on neither the solver nor retained names."""
-    return Remap.fit(**prepare(pipe, {**request, "retain": []}, ()), solver="pinv").shift()
+def _shifts(pipe: DiffusionPipeline, request: dict[str, Any]) -> dict[str, Tensor]:
+    """Space -> P̄_t − P_F, `(d, f)`: it depends on neither the solver nor retained names."""
+    problems = prepare(pipe, {**request, "retain": []}, ())
+    return {space: Remap.fit(**problem, solver="pinv").shift() for space, problem in problems.items()}
 
 
-def _check_files(folder: Path, record: Record, shift: Tensor) -> Verification:
-    """`shift` is P̄_t − P_F, `(d, f)`."""
-    files = [path for path in (folder / record.denoiser).rglob("*") if path.name.endswith(WEIGHT_FILES) and path.suffix != ".json"]
-    shapes: dict[str, list[int]] = {}
-    worst, finding, seen = 0.0, "no layer found", set()
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
-        with safe_open(path, "pt") as file:
-            keys = set(file.keys())
-            shapes.update({key: list(file.get_slice(key).get_shape()) for key in keys})
-            for name in [name for name in record.sites if f"{name}.weight" in keys]:
-                weight = file.get_tensor(f"{name}.weight")
-                seen.add(name)
-                left = float("inf")
-                if list(weight.shape) == record.sites[name]:
-                    left = float((weight.float() @ shift.float()).norm()) / record.facts["separation"][name]
-                used = left / PROOF_TOLERANCE[weight.dtype]
-                if not used <= worst:
-                    worst, finding = used, f"worst: `{name}` in {path.name}, {left:.1e} of the original's ({weight.dtype})"
-    strays = [path for path in files if path.suffix != ".safetensors"]
-    strays += [path for path in folder.iterdir() if path.name.endswith(WEIGHT_FILES) and path.name != DELTA]
-    return Verification(
-        (
-            ("names and shapes are the base's", _layout(shapes) == record.layout, f"{len(shapes)} tensors"),
-            ("every edited layer is there", len(seen) == len(record.sites), f"{len(seen)} of {len(record.sites)}"),
-            ("each sends p_f where p_t goes", bool(seen) and worst < 1, finding),
-            ("no weights under another name", not strays, ", ".join(path.name for path in strays) or "none"),
-        )
-    )
-
-
-def _layout(shapes: dict[str, list[int]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
-
-
-def _write_delta(erasure: Erasure, path: Path) -> None:
-    remap = erasure.remap
-    if remap is None:
-        raise ExportError("The factors of this erasure are not here: it was loaded without them. Save with include_delta=False.")
-    tensors = {
-        "prototypes": remap.prototypes.matrix,
-        "counts": remap.prototypes.counts,
-        "dual": remap.dual,
-        "targets": remap.targets,
-        "forget": torch.tensor(remap.forget),
-    }
-    facts = {"names": remap.prototypes.names, "solver": remap.solver, "condition_number": remap.condition_number}
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"more_hf": json.dumps(facts)})
-
-
-def _read_delta(path: Path) -> Remap:
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["more_hf"])
-        return Remap(
-            prototypes=Prototypes(file.get_tensor("prototypes"), tuple(facts["names"]), file.get_tensor("counts")),
-            forget=tuple(file.get_tensor("forget").tolist()),
-            targets=file.get_tensor("targets"),
-            dual=file.get_tensor("dual"),
-            solver=facts["solver"],
-            condition_number=facts["condition_number"],
-        )
+def _commit(path: str | None) -> str | None:
+    """The commit of a model that was loaded from the Hub, which is a folder's name in its cache."""
+    found = re.search(r"snapshots[/\\]([0-9a-f]{40})\b", path or "")
+    return found and found[1]

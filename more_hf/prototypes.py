@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import PrototypeError
@@ -21,12 +25,23 @@ class Prototypes:
         counts (`Tensor`): `(num_prototypes,)`, int64, how many features each mean is over.
         second_moment (`Tensor`, *optional*): `(num_features, num_features)`, float64, the uncentred mean of z zᵀ over all
             features that the fitter saw with `update_moment`.
+        moment_count (`int`): how many features that mean is over.
+
+    Example:
+
+        >>> import torch
+        >>> from more_hf.prototypes import Prototypes
+        >>> here = Prototypes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), ("cat", "dog"), torch.tensor([1, 1]))
+        >>> there = Prototypes(torch.tensor([[4.0], [0.0]]).double(), ("cat",), torch.tensor([2]))
+        >>> here.merge(there)["cat"]
+        tensor([3., 0.], dtype=torch.float64)
     """
 
     matrix: Tensor
     names: tuple[str, ...]
     counts: Tensor
     second_moment: Tensor | None = None
+    moment_count: int = 0
 
     def index(self, name: str) -> int:
         """Column of a prototype. Raises `PrototypeError` for a name that was never fitted."""
@@ -42,6 +57,41 @@ class Prototypes:
         kept = [i for i, name in enumerate(self.names) if name not in names]
         return replace(self, matrix=self.matrix[:, kept], names=tuple(self.names[i] for i in kept), counts=self.counts[kept])
 
+    def merge(self, other: Prototypes) -> Prototypes:
+        """The prototypes of both samples together: names of both, means weighted by their counts. Raises `PrototypeError` for
+        another width, or where only one of the two has a second moment."""
+        if len(other.matrix) != len(self.matrix) or (other.second_moment is None) != (self.second_moment is None):
+            raise PrototypeError(
+                f"Only prototypes of the same features can be merged, both with a second moment or both without; got widths "
+                f"{len(self.matrix)} and {len(other.matrix)}, second moment {self.second_moment is not None} and "
+                f"{other.second_moment is not None}."
+            )
+        fitter = PrototypeFitter(len(self.matrix), dict.fromkeys(self.names + other.names))
+        for part in (self, other):
+            columns = [fitter.names.index(name) for name in part.names]
+            fitter.sums[columns] += (part.matrix * part.counts).T
+            fitter.counts[columns] += part.counts
+            if part.second_moment is not None:
+                fitter.moment = fitter.moment + part.second_moment * part.moment_count
+                fitter.moment_count += part.moment_count
+        return fitter.prototypes
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file. Whoever has it has a template of every class, the forgotten ones too."""
+        tensors = {"matrix": self.matrix, "counts": self.counts}
+        if self.second_moment is not None:
+            tensors["second_moment"] = self.second_moment
+        facts = {"names": self.names, "moment_count": self.moment_count}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"more_hf": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Prototypes:
+        """Read what `save` wrote, bit for bit."""
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["more_hf"])
+            moment = file.get_tensor("second_moment") if "second_moment" in file.keys() else None
+            return cls(file.get_tensor("matrix"), tuple(facts["names"]), file.get_tensor("counts"), moment, facts["moment_count"])
+
 
 class PrototypeFitter:
     """Collects the means of features, batch by batch, in float64. Changed in place by `update`, `update_moment`, `merge`.
@@ -50,7 +100,7 @@ class PrototypeFitter:
 
     Args:
         num_features (`int`): width d of a feature.
-        names (`Sequence[str]`): one unique name per prototype; label i belongs to `names[i]`.
+        names (`Iterable[str]`): one unique name per prototype; label i belongs to `names[i]`.
         device (*optional*): where the sums live, the CPU if not given.
 
     Example:
@@ -63,13 +113,13 @@ class PrototypeFitter:
                 [0., 2.]], dtype=torch.float64)
     """
 
-    def __init__(self, num_features: int, names: Sequence[str], *, device: torch.device | str | None = None):
+    def __init__(self, num_features: int, names: Iterable[str], *, device: torch.device | str | None = None):
         self.names = tuple(names)
         if len(set(self.names)) != len(self.names):
             raise PrototypeError(f"Prototype names must be unique, got {list(self.names)}.")
         self.sums = torch.zeros(len(self.names), num_features, dtype=torch.float64, device=device)
         self.counts = torch.zeros(len(self.names), dtype=torch.int64, device=device)
-        self.moment = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self.moment = torch.zeros((), dtype=torch.float64, device=device)  # (d, d) once it is fed: most users never need it
         self.moment_count = 0
 
     @torch.no_grad()
@@ -91,7 +141,7 @@ class PrototypeFitter:
     def update_moment(self, features: Tensor) -> PrototypeFitter:
         """Add features `(..., d)` of any float dtype to the second moment alone."""
         features = features.reshape(-1, self.sums.shape[1]).to(self.sums)
-        self.moment.addmm_(features.T, features)
+        self.moment = self.moment + features.T @ features
         self.moment_count += len(features)
         return self
 
@@ -101,7 +151,7 @@ class PrototypeFitter:
             raise PrototypeError(f"Only fitters with the same names can be merged, got {self.names} and {other.names}.")
         self.sums += other.sums.to(self.sums)
         self.counts += other.counts.to(self.counts)
-        self.moment += other.moment.to(self.moment)
+        self.moment = self.moment + other.moment.to(self.moment)
         self.moment_count += other.moment_count
         return self
 
@@ -116,4 +166,5 @@ class PrototypeFitter:
             names=self.names,
             counts=self.counts.cpu().clone(),
             second_moment=(self.moment / self.moment_count).cpu() if self.moment_count else None,
+            moment_count=self.moment_count,
         )

@@ -76,11 +76,48 @@ class HashRouter:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Experts `(batch,)`, int64, for features `(batch, tokens, d)` or `(batch, d)`."""
-        z = z.to(self.complement)
-        z = z[:, 1:].mean(1) if z.ndim == 3 else z
-        left = z @ self.complement.T
+        left = _sample_feature(z.to(self.complement)) @ self.complement.T
         experts = (left @ self.directions.T).argmax(1)
         return experts.where(left.norm(dim=1) > self.tiny, 0)
 
 
-ROUTERS = {"random": RandomRouter, "hash": HashRouter}
+class PrototypeRouter:
+    """MoRE-P: the expert whose row of the remain prototypes' pseudo-inverse responds most, argmax W z with W = (P_R⁺)[:num_experts]
+    (Algorithm 4). A function of the sample's mean feature; `weight` `(rows, d)` may be trained.
+
+    P_R⁺ has one row per remain prototype, so experts beyond that many have no row and are never taken, as Algorithm 4 has it.
+    """
+
+    def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
+        self.weight = self.initial(remap).float().to(device)
+
+    @staticmethod
+    def initial(remap: Remap) -> Tensor:
+        """The untrained weight, float64."""
+        P = remap.prototypes.matrix
+        remain = P[:, [i for i in range(P.shape[1]) if i not in remap.forget]]
+        return torch.linalg.pinv(remain)[: remap.num_experts]
+
+    def reset(self, seeds: Sequence[int] | None) -> None:
+        """Nothing is drawn, so there is nothing to start again."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Experts `(batch,)`, int64, for features `(batch, tokens, d)` or `(batch, d)`."""
+        return (_sample_feature(z).to(self.weight) @ self.weight.T).argmax(1).to(z.device)
+
+
+class RandomPrototypeRouter(PrototypeRouter):
+    """MoRE-R: the same, with W drawn once from N(0, 0.1²)."""
+
+    @staticmethod
+    def initial(remap: Remap) -> Tensor:
+        shape = remap.num_experts, len(remap.prototypes.matrix)
+        return 0.1 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def _sample_feature(z: Tensor) -> Tensor:
+    """`(batch, d)`: the mean over a sample's tokens but the first, which in text begins every prompt."""
+    return z[:, 1:].mean(1) if z.ndim == 3 else z
+
+
+ROUTERS = {"random": RandomRouter, "hash": HashRouter, "prototype": PrototypeRouter, "prototype_random": RandomPrototypeRouter}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from more_hf.baselines import DIFFUSION, diffusion_baseline
+from more_hf.baselines import DIFFUSION, GROUPS, diffusion_baseline
 from more_hf.errors import MoreError, PrototypeError
 from more_hf.prototypes import Prototypes
 from more_hf.remap import Remap
@@ -63,8 +63,12 @@ def uce_layer(W, old, new, kept, lamb, erase, preserve):
 
 
 def test_registry_names_existing_functions():
-    expected = "original noise negative_prompt more-without-po uce rece cure speed oce sld-weak sld-medium sld-strong sld-max safree esd ca"
-    assert list(DIFFUSION) == expected.split()
+    ours = "more more-reloaded more-erase more-mean more-random more-hash more-without-po more-erase-without-po"
+    published = "uce rece cure speed oce sld-medium safree esd ca"
+    main = ["original", "noise", "negative_prompt", *ours.split(), *published.split()]
+    assert list(DIFFUSION) == main + list(GROUPS["appendix"])
+    assert list(GROUPS["all"]) == main
+    assert set(GROUPS["all"]) - set(GROUPS["training-free"]) == {"esd", "ca"}
     assert all(callable(diffusion_baseline(name)) for name in DIFFUSION)
     with pytest.raises(KeyError):
         diffusion_baseline("mace")

@@ -28,7 +28,7 @@ def failure(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["", "demo", "erase", "lora", "bench artists", "verify"])
+@pytest.mark.parametrize("command", ["", "demo", "erase", "lora", "bench artists", "verify", "push"])
 def test_help_is_light(command):
     code = (
         "import sys\nfrom more_hf.cli import main\n"

@@ -9,6 +9,8 @@ import torch
 
 import more_hf
 from more_hf.data import EMOJI_ARTISTS, FOLDER, load_emoji_sd, load_lpips
+from more_hf.diffusion.concepts import everyday_prompts
+from more_hf.evaluation.prompts import read_prompts
 
 
 ROOT = Path(__file__).parent.parent
@@ -119,3 +121,21 @@ def test_the_wheel_has_the_data_and_works_from_elsewhere(tmp_path):
     location, loaded = done.stdout.split("\n")[:2]
     assert Path(location).is_relative_to(tmp_path)
     assert loaded == "loaded"
+
+
+def test_everyday_prompts_are_the_list_that_the_tokenizer_knows(emoji_sd, tiny_sd):
+    """The tiny tokenizer's words are of the general list (`van`, `gogh`, `painting`), the embedded one's of its own captions."""
+    own, general = everyday_prompts(emoji_sd.tokenizer), everyday_prompts(tiny_sd().tokenizer)
+    for artist in EMOJI_ARTISTS:
+        assert sum(artist in prompt for prompt in own) == 40
+        assert not any(artist in prompt for prompt in general)
+    assert len(general) > 300
+    assert any("Rembrandt" in prompt for prompt in general)
+
+
+def test_no_everyday_prompt_is_a_prompt_of_a_benchmark(emoji_sd, tiny_sd):
+    ordinary = {*everyday_prompts(emoji_sd.tokenizer), *everyday_prompts(tiny_sd().tokenizer)}
+    for name in ("emoji10", "emoji10_validation", "artists10"):
+        measured = {row.prompt for row in read_prompts(name).rows}
+        assert len(measured) > 100
+        assert not ordinary & measured

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from more_hf.errors import PrototypeError
-from more_hf.prototypes import PrototypeFitter
+from more_hf.prototypes import PrototypeFitter, Prototypes
 
 
 NAMES = ("cat", "dog", "fox")
@@ -183,3 +183,60 @@ def test_inputs_and_random_state_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert features.requires_grad
     assert not prototypes.matrix.requires_grad
+
+
+# Prototypes of parts
+
+
+def test_merge_is_the_fit_of_all(tmp_path):
+    features, labels = data(60)
+    parts = [fit((features[rows], labels[rows])).prototypes for rows in (slice(0, 11), slice(11, 60))]
+    merged, whole = parts[0].merge(parts[1]), fit((features, labels)).prototypes
+
+    torch.testing.assert_close(merged.matrix, whole.matrix, **ROUNDING)
+    torch.testing.assert_close(merged.second_moment, whole.second_moment, **ROUNDING)
+    assert torch.equal(merged.counts, whole.counts)
+    assert merged.moment_count == whole.moment_count == 60
+    unweighted = (parts[0].matrix + parts[1].matrix) / 2
+    assert (unweighted - whole.matrix).abs().max() > 1e-3
+
+
+def test_merge_of_other_names_has_both():
+    features, labels = data(30)
+    cats, rest = features[labels == 0], features[labels > 0]
+    one = PrototypeFitter(5, ["cat"]).update(cats, torch.zeros(len(cats), dtype=torch.int64)).prototypes
+    two = PrototypeFitter(5, ["fox", "dog"]).update(rest, 2 - labels[labels > 0]).prototypes
+    merged = one.merge(two)
+
+    assert merged.names == ("cat", "fox", "dog")
+    for i, name in enumerate(NAMES):
+        torch.testing.assert_close(merged[name], means(features, labels)[:, i], **ROUNDING)
+
+
+def test_merge_refuses_what_does_not_fit():
+    features, labels = data()
+    whole = fit((features, labels)).prototypes
+    with pytest.raises(PrototypeError, match="got widths 5 and 4"):
+        whole.merge(PrototypeFitter(4, NAMES).update(features[:, :4], labels).prototypes)
+    with pytest.raises(PrototypeError, match="second moment True and False"):
+        whole.merge(PrototypeFitter(5, NAMES).update(features, labels).prototypes)
+
+
+@pytest.mark.parametrize("moment", [False, True])
+def test_save_and_load_bit_for_bit(tmp_path, moment):
+    features, labels = data()
+    fitter = PrototypeFitter(5, NAMES).update(features, labels)
+    prototypes = (fitter.update_moment(features) if moment else fitter).prototypes
+    prototypes.save(tmp_path / "prototypes.safetensors")
+    loaded = Prototypes.load(tmp_path / "prototypes.safetensors")
+
+    assert torch.equal(loaded.matrix, prototypes.matrix)
+    assert torch.equal(loaded.counts, prototypes.counts)
+    assert (loaded.names, loaded.moment_count) == (NAMES, 40 if moment else 0)
+    assert torch.equal(loaded.second_moment, prototypes.second_moment) if moment else loaded.second_moment is None
+
+
+def test_memory_is_of_the_means_unless_the_moment_is_fed():
+    fitter = PrototypeFitter(5000, NAMES).update(torch.ones(3, 5000), torch.arange(3))
+    assert fitter.moment.numel() == 1
+    assert PrototypeFitter(5, NAMES).update_moment(torch.ones(3, 5)).moment.shape == (5, 5)

@@ -163,7 +163,7 @@ PREPARED = {
     not_loaded: ["attn2.to_k", "meta", "not loaded", "Erase from"],
     custom_diffusion: ["attn2", "Custom Diffusion", "set_default_attn_processor()"],
     shared_weight: [SITE, "shared", "its own copy"],
-    controlnet: ["`controlnet` (ControlNetModel)", "cross-attention of its own", "from_pipe"],
+    controlnet: ["`controlnet` (ControlNetModel)", "layers of its own", "from_pipe"],
     without_text_encoder: ["StableDiffusionPipeline", "without its text encoder"],
     unsupported_denoiser: ["DDPMPipeline", "unet: UNet2DModel", "UNet2DConditionModel"],
 }
@@ -201,7 +201,7 @@ def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
     [
         (
             {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 56},
-            ["addition_embed_type='text_time'", "Stable Diffusion 1.x and 2.x"],
+            ["Stable Diffusion XL", "pooled prompt embedding", "right text encoder"],
         ),
         ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32}, ["encoder_hid_dim_type='text_proj'"]),
         ({"cross_attention_dim": 48}, ["attn2.to_k", "32 features", "right text encoder"]),

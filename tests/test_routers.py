@@ -5,7 +5,7 @@ import torch
 
 from more_hf.prototypes import Prototypes
 from more_hf.remap import Remap
-from more_hf.routers import ROUTERS, HashRouter, RandomRouter
+from more_hf.routers import ROUTERS, HashRouter, PrototypeRouter, RandomPrototypeRouter, RandomRouter
 
 
 def make_remap(num_experts=4, d=24, num_prototypes=10, solver="pinv", dtype=torch.float64):
@@ -34,7 +34,12 @@ def chi_square(counts):
 
 
 def test_routers_by_name():
-    assert ROUTERS == {"random": RandomRouter, "hash": HashRouter}
+    assert ROUTERS == {
+        "random": RandomRouter,
+        "hash": HashRouter,
+        "prototype": PrototypeRouter,
+        "prototype_random": RandomPrototypeRouter,
+    }
 
 
 # The bounds below are the 99.9 % quantiles of chi-square with 4 and 24 degrees of freedom.
@@ -204,3 +209,48 @@ def test_hash_ignores_the_first_token():
 
     assert torch.equal(router(first), router(z))
     assert not torch.equal(router(second), router(z))
+
+
+# Prototype routers (Algorithm 4)
+
+
+def test_prototype_router_takes_the_largest_response_of_the_remain_pseudo_inverse():
+    remap = make_remap(num_experts=4)
+    router, z = PrototypeRouter(remap), features(200)
+    remain = remap.prototypes.matrix[:, 2:]  # p0 and p1 are forgotten
+    coordinates = torch.linalg.lstsq(remain, z.T).solution  # (8, 200): another way to P_R⁺ z
+
+    assert torch.equal(router(z), coordinates[:4].argmax(0))
+    assert len(router(z).unique()) == 4
+    assert torch.equal(router(remain.T[:4]), torch.arange(4))  # each of the first remain prototypes goes to its own expert
+    router.reset([1, 2])
+    assert torch.equal(router(z), router(z))
+
+
+def test_prototype_router_reads_the_mean_of_the_content_tokens():
+    router = PrototypeRouter(make_remap())
+    tokens = features(40 * 5).reshape(40, 5, 24)
+    assert torch.equal(router(tokens), router(tokens[:, 1:].mean(1)))
+    assert not torch.equal(router(tokens), router(tokens.mean(1)))
+
+
+def test_more_experts_than_remain_prototypes_leave_some_unused():
+    P = torch.randn(24, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    prototypes = Prototypes(P, tuple("abcde"), torch.ones(5))
+    router = PrototypeRouter(Remap.fit(prototypes, ["a"], [[name] for name in "bcdebcde"]))
+
+    assert router.weight.shape == (4, 24)
+    assert sorted(router(features(300)).unique().tolist()) == [0, 1, 2, 3]
+
+
+def test_random_prototype_router_is_drawn_once_from_a_narrow_normal():
+    remap = make_remap(num_experts=8, d=200, num_prototypes=12)
+    router = RandomPrototypeRouter(remap)
+
+    assert router.weight.shape == (8, 200)
+    assert router.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert abs(router.weight.mean().item()) < 0.01
+    assert torch.equal(router.weight, RandomPrototypeRouter(remap).weight)
+    z = features(100, d=200)
+    assert torch.equal(router(z), (z.float() @ router.weight.T).argmax(1))
+    assert not torch.equal(router(z), PrototypeRouter(remap)(z))

@@ -80,6 +80,7 @@ def test_record(tiny_sd, tmp_path):
         "num_experts": None,
         "router": None,
         "seed": 0,
+        "pooled": True,
     }
     assert record["sites"] == {name: list(site.read().shape) for name, site in erasure.sites.items()}
     assert len(record["sites"]) == 8

@@ -1,6 +1,6 @@
 """Choose targets and defaults on the validation prompts. Run again to resume: a line of a CSV that is there is not measured again.
 
-    python benchmarks/artists/choose.py targets     # every artist sent to every other: targets_validation.csv, prompts/targets.csv
+    python benchmarks/artists/choose.py targets     # every artist sent to every other: targets_validation.csv, prompts/targets*.csv
     python benchmarks/artists/choose.py defaults    # one factor at a time from a centre, then crossed: defaults.csv
 
 The test prompts are not touched. An erasure is scored on pictures of the forgotten artist, of the nine others and without an artist, by
@@ -30,9 +30,13 @@ HERE = Path(__file__).parent
 STYLES = ("High Contrast", "Streamline", "Fluent", "Blobmoji")  # black and white, line drawing, 3D, flat: the defaults are chosen on these
 STEPS, GUIDANCE = 10, 4.0
 VISIBLE = 0.15  # LPIPS between what two artists draw, below which a person hardly sees a difference
+SEVERAL = 3  # targets of the methods that take several
+JOINT = ("Twemoji+Noto+Blobmoji", "Twemoji+Noto+Blobmoji+Fluent+Microsoft Flat")  # erased in one call: they share a target
 THINGS = ("cat face", "red heart", "house", "rocket", "sunflower", "guitar", "pizza", "fish")
 BARE = ("{}", "{} style")  # positions need a token after the name
 STYLE_TEMPLATES = tuple(t for t in concepts.TEMPLATES if "photo" not in t and "table" not in t and "rain" not in t and "next to" not in t)
+
+CROSSED = "the best two"
 
 # name -> what differs from the centre: arguments of erase_concept, and `shrinkage`, `templates`, `sigma` (prompts behind Σ), `targets`
 CENTRE = {"solver": "covariance", "tokens": "positions"}
@@ -53,8 +57,9 @@ FACTORS = {
     "shrinkage=1e-2": {"shrinkage": 1e-2},
     "templates=two": {"templates": BARE},
     "templates=styles": {"templates": STYLE_TEMPLATES},
-    "sigma=general": {"sigma": slice(0, 80)},
-    "sigma=50 of 160": {"sigma": slice(0, None, 3)},
+    "sigma=general": {"sigma": "general"},
+    "sigma=1 of 4": {"sigma": 4},
+    "sigma=1 of 12": {"sigma": 12},
     "targets=2": {"targets": 2},
     "targets=3": {"targets": 3},
     "targets=9": {"targets": 9},
@@ -74,10 +79,9 @@ class Bench:
         self.rows = read_prompts("emoji10_validation").rows
         self.before = dict(zip([row.case_number for row in self.rows], self.draw(self.rows), strict=True))
 
-    def draw(self, rows):
-        return generate(
-            self.pipe, [r.prompt for r in rows], [r.evaluation_seed for r in rows], steps=STEPS, guidance=GUIDANCE, batch_size=32
-        )
+    def draw(self, rows, pipe=None):
+        asked = {"steps": STEPS, "guidance": GUIDANCE, "batch_size": 32}
+        return generate(pipe or self.pipe, [row.prompt for row in rows], [row.evaluation_seed for row in rows], **asked)
 
     def chosen(self, forget: str, others: int) -> list:
         """All rows of the forgotten artist, the first `others` of each other artist, and `others` times three without one."""
@@ -89,10 +93,11 @@ class Bench:
                 rows.append(row)
         return rows
 
-    def measure(self, forget: str, others: int) -> dict[str, list[float]]:
-        """Sums and counts of the erased pipeline's measurements, so that cells over several styles can be pooled."""
+    def measure(self, forget: str, others: int, pipe=None) -> dict[str, list[float]]:
+        """Measurements of the erased pipeline (`self.pipe`, or another one), picture by picture, so that cells of several styles can be
+        pooled."""
         rows = self.chosen(forget, others)
-        before, after = torch.stack([self.before[row.case_number] for row in rows]), self.draw(rows)
+        before, after = torch.stack([self.before[row.case_number] for row in rows]), self.draw(rows, pipe)
         distance = lpips_distance(before, after).tolist()
         (style_0, content_0), (style_1, content_1) = self.judges.judge(before, rows), self.judges.judge(after, rows)
         values: dict[str, list[float]] = {}
@@ -130,12 +135,22 @@ def append(path: Path, line: dict) -> None:
         writer.writerow(line)
 
 
-def best_target(lines: list[dict[str, str]]) -> str:
-    """Among the targets that differ visibly, and score within one picture of ten of the best, the one that changes pictures least."""
-    visible = [line for line in lines if float(line["lpips_f"]) >= VISIBLE]
-    best = max(float(line["score"]) for line in visible)
-    near = [line for line in visible if float(line["score"]) > best - 10]
-    return min(near, key=lambda line: float(line["lpips_f"]))["remap_to"]
+def best_targets(lines: list[dict[str, str]], forgotten: list[str]) -> list[str]:
+    """The target, then the further ones where several are taken.
+
+    The target is, among those that differ visibly and score within one picture of ten of the best, the one that changes pictures least;
+    the further ones are the next best by score. Of several forgotten artists the mean counts, and none of them can be a target.
+    """
+    own = [line for line in lines if line["forget"] in forgotten]
+    possible = [target for target in EMOJI_ARTISTS if target not in forgotten]
+    score, lpips = (
+        {target: sum(float(line[column]) for line in own if line["remap_to"] == target) / len(forgotten) for target in possible}
+        for column in ("score", "lpips_f")
+    )
+    visible = sorted((target for target in score if lpips[target] >= VISIBLE), key=lambda target: -score[target])
+    near = [target for target in visible if score[target] > score[visible[0]] - 10]
+    first = min(near, key=lambda target: lpips[target])
+    return [first, *(target for target in visible if target != first)][:SEVERAL]
 
 
 def choose_targets() -> None:
@@ -150,11 +165,17 @@ def choose_targets() -> None:
             more_hf.erase_concept(bench.pipe, forget, remap_to=[target], solver="covariance")
             append(path, {"forget": forget, "remap_to": target, **summary(bench.measure(forget, others=1))})
             more_hf.restore(bench.pipe)
-    best = {forget: best_target([line for line in done(path) if line["forget"] == forget]) for forget in EMOJI_ARTISTS}
-    table = Path(__file__).parents[2] / "prompts" / "targets.csv"
-    others = [line for line in done(table) if line["forget"] not in best]
-    lines = [f"{forget},{target}" for forget, target in best.items()] + [f"{line['forget']},{line['remap_to']}" for line in others]
-    table.write_text("\n".join(["forget,remap_to", *lines]) + "\n", "utf-8")
+    lines = done(path)
+    best = {forget: best_targets(lines, forget.split("+")) for forget in (*EMOJI_ARTISTS, *JOINT)}
+    write_table("targets", {forget: targets[:1] for forget, targets in best.items()})
+    write_table("targets_several", best)
+
+
+def write_table(name: str, best: dict[str, list[str]]) -> None:
+    """The packaged table with these lines first, and those of other artists after them."""
+    kept = {forget: targets for forget, targets in read_targets(name).items() if forget not in best}
+    lines = [f"{forget},{'; '.join(targets)}" for forget, targets in {**best, **kept}.items()]
+    write_text(HERE.parents[1] / "prompts" / f"{name}.csv", "\n".join(["forget,remap_to", *lines]) + "\n")
 
 
 def erase(bench: Bench, forget: str, target: str, ranked: list[str], cell: dict) -> None:
@@ -171,10 +192,18 @@ def erase(bench: Bench, forget: str, target: str, ranked: list[str], cell: dict)
         if templates is not None:
             patches.enter_context(patch.object(concepts, "TEMPLATES", templates))
         if sigma is not None:
-            prompts = concepts.everyday_prompts()[sigma]
-            patches.enter_context(patch.object(request, "everyday_prompts", lambda: prompts))
+            general = concepts.packaged_prompts("everyday_prompts.txt")
+            prompts = general if sigma == "general" else concepts.everyday_prompts(bench.pipe.tokenizer)[::sigma]
+            patches.enter_context(patch.object(request, "everyday_prompts", lambda tokenizer: prompts))
         remap_to = None if count == 0 else [target, *[name for name in ranked if name != target]][:count]
         more_hf.erase_concept(bench.pipe, forget, remap_to=remap_to, **options)
+
+
+def best_two(lines: list[dict[str, str]]) -> list[str]:
+    """The cells with the best scores that set different arguments, the centre left out: with both at once they are crossed."""
+    singles = sorted((line for line in lines if FACTORS.get(line["cell"])), key=lambda line: -float(line["score"]))
+    first = singles[0]["cell"]
+    return [first, next(line["cell"] for line in singles if not FACTORS[first].keys() & FACTORS[line["cell"]].keys())]
 
 
 def choose_defaults(names: list[str]) -> None:
@@ -183,14 +212,16 @@ def choose_defaults(names: list[str]) -> None:
     targets = {forget: names[0] for forget, names in read_targets("targets").items()}
     order = sorted(done(HERE / "targets_validation.csv"), key=lambda line: -float(line["score"]))
     bench = None
-    for name in names or FACTORS:
+    for name in names or (*FACTORS, CROSSED):
+        parts = best_two(done(path)) if name == CROSSED else [name]
+        name, cell = " + ".join(parts), {key: value for part in parts for key, value in FACTORS[part].items()}
         if name in measured:
             continue
         bench = bench or Bench()
         pooled: dict[str, list[float]] = {}
         for forget in STYLES:
             ranked = [line["remap_to"] for line in order if line["forget"] == forget]
-            erase(bench, forget, targets[forget], ranked, FACTORS[name])
+            erase(bench, forget, targets[forget], ranked, cell)
             for key, values in bench.measure(forget, others=2).items():
                 pooled.setdefault(key, []).extend(values)
             more_hf.restore(bench.pipe)
@@ -203,7 +234,7 @@ def choose_defaults(names: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("targets", "defaults"))
-    parser.add_argument("--cells", nargs="+", default=[], choices=list(FACTORS), help="only these cells of the defaults")
+    parser.add_argument("--cells", nargs="+", default=[], choices=[*FACTORS, CROSSED], help="only these cells of the defaults")
     args = parser.parse_args()
     if args.what == "targets":
         choose_targets()

@@ -5,7 +5,8 @@
 With --init it goes on from a trained VAE, and with --freeze_encoder it trains the decoder alone, so that a denoiser
 trained on the latents stays valid: the last minutes of a run are well spent on a sharper decoder. --moments_weight
 adds what L1 and LPIPS do not hold on to, thin lines and texture: mean and deviation over the image of each AlexNet
-channel (the statistics of neural style transfer).
+channel (the statistics of neural style transfer). --latent_noise makes the decoder draw clean areas from latents that
+are off by a little, as a denoiser's are.
 
 Half of each batch comes from the things that the denoiser learns, half from all 1,592: few images would be learned by
 heart, and the chosen ones are those that must be sharp. Run it again to resume; the EMA is in VAE/vae.
@@ -68,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--lpips_weight", type=float, default=0.5)
     parser.add_argument("--moments_weight", type=float, default=0.0)
+    parser.add_argument("--latent_noise", type=float, default=0.0, help="up to this much more noise, in deviations of the latents")
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence a latent number")
     parser.add_argument("--init", type=Path, help="folder of an AutoencoderKL to start from")
     parser.add_argument("--freeze_encoder", action="store_true", help="train the decoder alone")
@@ -104,9 +106,10 @@ def main() -> None:
         images[flip] = images[flip].flip(-1)
         images = images.to(accelerator.device, memory_format=torch.channels_last)
         noise = torch.randn(len(images), 16, 8, 8, generator=draw).to(accelerator.device)
+        further = args.latent_noise * torch.rand(len(images), 1, 1, 1, generator=draw).to(accelerator.device)
         with accelerator.autocast():
             posterior = vae.encode(images).latent_dist
-            latents = posterior.mean + posterior.std * noise
+            latents = posterior.mean + (posterior.std + further * posterior.mean.std()) * noise
             output = vae.decode(latents).sample.float()
         l1 = (output - images).abs().mean()
         kl = posterior.kl().float().mean() / latents[0].numel()

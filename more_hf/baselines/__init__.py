@@ -1,6 +1,6 @@
-"""Published methods beside ours, each in one file, each called like `erase_concept`.
+"""Published methods beside ours, each in one file: for pipelines called like `erase_concept`, for classifiers as `classification` says.
 
-`DIFFUSION` is a plain dictionary, name -> `"module:function"`, so that importing it imports neither torch nor diffusers.
+`DIFFUSION` and `CLASSIFICATION` are plain dictionaries, name -> `"module:function"`: importing them imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -13,24 +13,111 @@ DIFFUSION = {
     "original": "more_hf.baselines.diffusion.controls:original",
     "noise": "more_hf.baselines.diffusion.controls:noise",
     "negative_prompt": "more_hf.baselines.diffusion.controls:negative_prompt",
+    "more": "more_hf.diffusion.erase:erase_concept",
+    "more-reloaded": "more_hf.baselines.diffusion.ours:more_reloaded",
+    "more-erase": "more_hf.diffusion.erase:erase_concept",
+    "more-mean": "more_hf.diffusion.erase:erase_concept",
+    "more-random": "more_hf.baselines.diffusion.ours:more_random",
+    "more-hash": "more_hf.baselines.diffusion.ours:more_hash",
     "more-without-po": "more_hf.baselines.diffusion.without_po:more_without_po",
+    "more-erase-without-po": "more_hf.baselines.diffusion.without_po:more_without_po",
     "uce": "more_hf.baselines.diffusion.uce:uce",
     "rece": "more_hf.baselines.diffusion.rece:rece",
     "cure": "more_hf.baselines.diffusion.cure:cure",
     "speed": "more_hf.baselines.diffusion.speed:speed",
     "oce": "more_hf.baselines.diffusion.oce:oce",
-    "sld-weak": "more_hf.baselines.diffusion.sld:sld_weak",
     "sld-medium": "more_hf.baselines.diffusion.sld:sld_medium",
-    "sld-strong": "more_hf.baselines.diffusion.sld:sld_strong",
-    "sld-max": "more_hf.baselines.diffusion.sld:sld_max",
     "safree": "more_hf.baselines.diffusion.safree:safree",
     "esd": "more_hf.baselines.diffusion.esd:esd",
     "ca": "more_hf.baselines.diffusion.ca:ca",
+    "uce-paper": "more_hf.baselines.diffusion.uce:uce_paper",
+    "sld-weak": "more_hf.baselines.diffusion.sld:sld_weak",
+    "sld-strong": "more_hf.baselines.diffusion.sld:sld_strong",
+    "sld-max": "more_hf.baselines.diffusion.sld:sld_max",
+    "safree-re-attention": "more_hf.baselines.diffusion.safree:safree_re_attention",
+    "esd-repo": "more_hf.baselines.diffusion.esd:esd_repo",
 }
-"""name -> where `method(pipe, concepts, *, remap_to, retain, **settings) -> pipe` is."""
+"""name -> where `method(pipe, concepts, *, remap_to, retain, **settings) -> pipe` is, in the order of the tables; ours are `more*`."""
+
+CONTROLS = ("original", "noise", "negative_prompt")
+"""What every table needs beside the methods: none of them can win."""
+
+APPENDIX = ("uce-paper", "sld-weak", "sld-strong", "sld-max", "safree-re-attention", "esd-repo")
+"""Further variants of methods that are in the main table."""
+
+TRAINED = ("esd", "esd-repo", "ca")
+
+WITHOUT_TARGET = ("more-erase", "more-erase-without-po")
+SEVERAL_TARGETS = ("more-mean", "more-random", "more-hash")
+"""Methods that a benchmark does not tell the one target of the others: no target, or several."""
+
+GROUPS = {
+    "all": tuple(name for name in DIFFUSION if name not in APPENDIX),
+    "training-free": tuple(name for name in DIFFUSION if name not in (*APPENDIX, *TRAINED)),
+    "appendix": APPENDIX,
+}
+"""Words for several methods at once."""
+
+CLASSIFICATION = {
+    "original": "more_hf.baselines.classification.original:original",
+    "retrain": "more_hf.baselines.classification.retrain:retrain",
+    "finetune": "more_hf.baselines.classification.finetune:finetune",
+    "neggrad": "more_hf.baselines.classification.neggrad:neggrad",
+    "neggrad-plus": "more_hf.baselines.classification.neggrad_plus:neggrad_plus",
+    "random-labels": "more_hf.baselines.classification.random_labels:random_labels",
+    "salun": "more_hf.baselines.classification.salun:salun",
+    "l1-sparse": "more_hf.baselines.classification.l1_sparse:l1_sparse",
+    "fisher": "more_hf.baselines.classification.fisher:fisher",
+    "boundary-shrink": "more_hf.baselines.classification.boundary_shrink:boundary_shrink",
+    "scrub": "more_hf.baselines.classification.scrub:scrub",
+    "bad-teacher": "more_hf.baselines.classification.bad_teacher:bad_teacher",
+    "lau": "more_hf.baselines.classification.lau:lau",
+    "esc": "more_hf.baselines.classification.esc:esc",
+    "esc-as-released": "more_hf.baselines.classification.esc:esc_as_released",
+    "esc-t": "more_hf.baselines.classification.esc_t:esc_t",
+    "esc-t-as-released": "more_hf.baselines.classification.esc_t:esc_t_as_released",
+    "leace-rest": "more_hf.baselines.classification.leace:leace_rest",
+    "leace-target": "more_hf.baselines.classification.leace:leace_target",
+    "erase-without-po": "more_hf.baselines.classification.without_po:erase_without_po",
+    "remap-without-po": "more_hf.baselines.classification.without_po:remap_without_po",
+    "erase": "more_hf.baselines.classification.ours:erase",
+    "remap": "more_hf.baselines.classification.ours:remap",
+    "more": "more_hf.baselines.classification.ours:more",
+    "more-hash": "more_hf.baselines.classification.ours:more_hash",
+    "more-prototype": "more_hf.baselines.classification.ours:more_prototype",
+    "remap-samples": "more_hf.baselines.classification.ours:remap_samples",
+    "remap-samples-as-printed": "more_hf.baselines.classification.ours:remap_samples_as_printed",
+}
+"""name -> where `method(model, splits, *, seed, **settings) -> model` is, in the order of the tables."""
+
+SAMPLES_ONLY = ("remap-samples", "remap-samples-as-printed")
+CLASSES_ONLY = (
+    "leace-rest",
+    "leace-target",
+    "erase-without-po",
+    "remap-without-po",
+    "erase",
+    "remap",
+    "more",
+    "more-hash",
+    "more-prototype",
+)
+"""Entries of `CLASSIFICATION` that forget random samples of all classes and nothing else, or whole classes and nothing else."""
+
+CLOSED_FORM = ("esc", "leace-rest", "leace-target", "erase-without-po", "remap-without-po", "erase", "remap", "more", "more-hash")
+"""Entries of `CLASSIFICATION` that need one pass over the data and no training."""
 
 
 def diffusion_baseline(name: str) -> Callable:
     """The function of one entry of `DIFFUSION`. Raises `KeyError` for an unknown name."""
-    module, function = DIFFUSION[name].split(":")
-    return getattr(import_module(module), function)
+    return _function(DIFFUSION[name])
+
+
+def classification_baseline(name: str) -> Callable:
+    """The function of one entry of `CLASSIFICATION`. Raises `KeyError` for an unknown name."""
+    return _function(CLASSIFICATION[name])
+
+
+def _function(place: str) -> Callable:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)

@@ -1,16 +1,21 @@
 """`more-hf bench`: the benchmarks."""
 
 import argparse
+import json
 from pathlib import Path
 
+from more_hf.baselines import GROUPS
+
 from .arguments import EMOJI_SD, TOKENS, add_remap_to, emoji_artist, positive, read_remap_to
+from .bench_kd import add_bench_kd
 
 
 def add_commands(commands) -> None:
     """Add it to the parser's sub-commands."""
-    bench = commands.add_parser("bench", help="measure what erasing does to the pictures of ten artists")
+    bench = commands.add_parser("bench", help="measure what erasing does to pictures, and to classifiers")
     benches = bench.add_subparsers(metavar="benchmark", required=True)
     _add_bench_artists(benches)
+    add_bench_kd(benches)
     report = benches.add_parser("report", help="make a benchmark's tables and pages again from its rows, without generating")
     report.add_argument("folder", metavar="DIR", type=Path, help="a folder that `more-hf bench` wrote, finished or not")
     report.set_defaults(run=_bench_report)
@@ -24,10 +29,14 @@ def _add_bench_artists(benches) -> None:
         "and goes on where it was; `accelerate launch -m more_hf bench artists ...` splits the pictures over processes.",
     )
     parser.add_argument("--model", default=EMOJI_SD, help=f"a folder, a Hub id, or {EMOJI_SD} ({EMOJI_SD})")
-    parser.add_argument("--methods", default="more", metavar="A,B", help="methods to compare, with commas; original changes nothing (more)")
-    parser.add_argument("--forget", nargs="+", action="extend", required=True, metavar="NAME", help="artists to erase in turn, or all")
+    words = ", ".join(GROUPS)
+    parser.add_argument("--methods", default="more", metavar="A,B", help=f"methods to compare, with commas, or one of {words} (more)")
+    erased = "artists to erase in turn, or all; A+B erases two in one call"
+    parser.add_argument("--forget", nargs="+", action="extend", required=True, metavar="NAME", help=erased)
     add_remap_to(parser, default=None, note=", the same for every artist (from --targets)")
     parser.add_argument("--targets", default="targets", metavar="FILE", help="table with the columns forget, remap_to (the packaged one)")
+    parser.add_argument("--several", default="targets_several", metavar="FILE", help="the same for methods that take several targets")
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON, method to its arguments; the options below go before them")
     parser.add_argument("--retain", nargs="*", metavar="NAME", help="what methods are told to keep (the others of the artist's group)")
     parser.add_argument("--prompts", metavar="FILE", help=f"CSV file or packaged name (emoji10 for {EMOJI_SD}, else artists10)")
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N rows of each artist (all)")
@@ -52,7 +61,10 @@ def _add_bench_artists(benches) -> None:
 def _bench_artists(args: argparse.Namespace) -> int:
     emoji = args.model == EMOJI_SD
     targets = args.remap_to and read_remap_to(args.remap_to)
-    forget = "all" if args.forget == ["all"] else [emoji_artist(name) if emoji else name for name in args.forget]
+    forget = "all" if args.forget == ["all"] else args.forget
+    if emoji and forget != "all":
+        forget = ["+".join(map(emoji_artist, entry.split("+"))) for entry in forget]
+    tuned = json.loads(args.settings.read_text("utf-8")) if args.settings else None
 
     import torch
     from diffusers import DiffusionPipeline
@@ -65,7 +77,7 @@ def _bench_artists(args: argparse.Namespace) -> int:
     from more_hf.evaluation.prompts import read_prompts, read_targets
 
     prompts = read_prompts(args.prompts or ("emoji10" if emoji else "artists10"))
-    remap_to = targets if args.remap_to else read_targets(args.targets)
+    remap_to, several = (targets, None) if args.remap_to else (read_targets(args.targets), read_targets(args.several))
     state, judges = processes(), None
     if (args.judges or ("emoji" if emoji else "clip")) == "emoji":
         judges = EmojiJudges(state.device)
@@ -78,10 +90,11 @@ def _bench_artists(args: argparse.Namespace) -> int:
     settings = {name: vars(args)[name] for name in ("num_experts", "router", "solver", "tokens", "seed")}
     summary = run_artists(
         pipe,
-        args.methods.split(","),
+        GROUPS.get(args.methods) or args.methods.split(","),
         prompts,
         forget,
         remap_to=remap_to,
+        several=several,
         retain=args.retain,
         output=args.output,
         judges=judges,
@@ -92,6 +105,7 @@ def _bench_artists(args: argparse.Namespace) -> int:
         guidance=protocol["guidance"] if args.guidance is None else args.guidance,
         batch_size=args.batch_size,
         settings={name: value for name, value in settings.items() if value is not None},
+        tuned=tuned,
     )
     if state.is_main_process:
         print(short_markdown(summary))
@@ -100,7 +114,10 @@ def _bench_artists(args: argparse.Namespace) -> int:
 
 
 def _bench_report(args: argparse.Namespace) -> int:
-    from more_hf.evaluation.outputs import rebuild, short_markdown
+    from more_hf.evaluation import kd_outputs, kd_samples, outputs
+    from more_hf.evaluation.cells import read_config
 
-    print(short_markdown(rebuild(args.folder)))
+    kinds = {"kd": kd_outputs, "kd-samples": kd_samples}
+    made_by = kinds.get((read_config(args.folder) or {}).get("benchmark"), outputs)
+    print(made_by.short_markdown(made_by.rebuild(args.folder)))
     return 0

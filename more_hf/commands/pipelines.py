@@ -26,6 +26,7 @@ def add_commands(commands) -> None:
     erase.add_argument("--router", choices=("random", "hash"), help="the saved weights hold the mean expert with any")
     erase.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(float32)")
     erase.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to save the pipeline to")
+    erase.add_argument("--single_file", type=Path, metavar="FILE", help="also write a .safetensors checkpoint for ComfyUI and A1111")
     erase.set_defaults(run=_erase)
 
     lora = commands.add_parser("lora", help="erase concepts and write the edit as a LoRA file for the original model")
@@ -79,6 +80,8 @@ def _erase(args: argparse.Namespace) -> int:
     import more_hf
 
     more_hf.save(pipe, args.output)
+    if args.single_file is not None:
+        more_hf.save_checkpoint(pipe, args.single_file)
     print(more_hf.get_erasure(pipe).to_markdown())
     print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0

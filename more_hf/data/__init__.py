@@ -1,4 +1,4 @@
-"""What works with no network: a small trained Stable Diffusion over ten emoji artists, and the LPIPS(alex) metric."""
+"""What works with no network: a small trained Stable Diffusion over ten emoji artists, the LPIPS(alex) metric, small classifiers."""
 
 import contextlib
 import warnings
@@ -20,6 +20,10 @@ EMOJI_ARTISTS = (
     "Streamline",
 )
 """The artists that the embedded pipeline was trained on, in the spelling of its captions."""
+
+
+CLASSIFIERS = ("digits-allcnn", "digits-vit", "fashion-mnist-allcnn", "fashion-mnist-resnet18", "fashion-mnist-vit")
+"""The classifiers that ship with this package: data set and architecture. Accuracies: `benchmarks/classifiers/README.md`."""
 
 
 def load_emoji_sd(**kwargs):
@@ -81,6 +85,33 @@ def load_lpips():
     names = list(metric.net.state_dict())
     metric.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in names})
     return metric.eval().requires_grad_(False)
+
+
+def load_classifier(name: str):
+    """
+    Load a small trained image classifier that ships with this package.
+
+    Args:
+        name (`str`):
+            One of `CLASSIFIERS`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: float32 (the files hold half precision), on the CPU, in evaluation mode. It reads
+        `pixel_values` in [-1, 1] as `more_hf.evaluation.kd_data.load_kd_data` gives them.
+
+    Raises:
+        ValueError: for a name that is none of `CLASSIFIERS`.
+    """
+    if name not in CLASSIFIERS:
+        raise ValueError(f"There is no classifier {name!r}. There are {', '.join(CLASSIFIERS)}.")
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    from ..evaluation import kd_models  # noqa: F401  (AllCNN and the small-stem ResNet register themselves)
+
+    with _no_loading_bars():
+        options = {"dtype": torch.float32, "local_files_only": True}
+        return AutoModelForImageClassification.from_pretrained(FOLDER / "classifiers" / name, **options).eval()
 
 
 @contextlib.contextmanager

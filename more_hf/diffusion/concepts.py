@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import PrototypeError
 from ..prototypes import PrototypeFitter, Prototypes
+from .text import Segment, Text, text_of
 
 
 TEMPLATES = (
@@ -41,8 +42,10 @@ TOKENS = {
     "end": ("end+padding",),
     "last": ("bare last",),
 }
-BEGIN, EMPTY_END, EMPTY_PADDING = "begin token", "empty prompt, end", "empty prompt, padding"
-BATCH = 128  # prompts encoded at once
+BEGIN, EMPTY_END, EMPTY_PADDING, EMPTY_POOLED = "begin token", "empty prompt, end", "empty prompt, padding", "empty prompt"
+POOLED = "pooled"
+ORDINARY = -1
+BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, of so many positions; fewer where there are more
 
 
 def column(name: str, kind: str) -> str:
@@ -56,99 +59,173 @@ def names_in(text: str, name: str) -> bool:
 
 
 @cache
-def everyday_prompts() -> tuple[str, ...]:
-    """The ordinary prompts behind Σ that ship with the package."""
-    lines = files("more_hf").joinpath("data", "everyday_prompts.txt").read_text("utf-8").splitlines()
+def packaged_prompts(file: str) -> tuple[str, ...]:
+    """The lines of a file of prompts in the package."""
+    lines = files("more_hf").joinpath("data", file).read_text("utf-8").splitlines()
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
+def everyday_prompts(tokenizer: Callable) -> tuple[str, ...]:
+    """The ordinary prompts behind Σ: of the two lists in the package, general prompts and those of the embedded pipeline, the one that
+    the tokenizer cuts into fewer pieces a word, since an encoder knows the words that its tokenizer keeps whole."""
+
+    def pieces(prompts: tuple[str, ...]) -> float:
+        return sum(map(len, tokenizer(list(prompts)).input_ids)) / sum(len(prompt.split()) for prompt in prompts)
+
+    return min(packaged_prompts("everyday_prompts.txt"), packaged_prompts("emoji_prompts.txt"), key=pieces)
+
+
 class Encoder:
-    """The pipeline's own text encoding: `encode_prompt`, so that its hidden layer and textual-inversion tokens are right."""
+    """The pipeline's own text encoding, and where a name's tokens are in it."""
 
     def __init__(self, pipe: DiffusionPipeline):
+        """Raises `TargetNotFoundError` if the pipeline's way to encode prompts is not known."""
         self.pipe = pipe
-        self.length = pipe.tokenizer.model_max_length
+        self.text = text_of(pipe)
+        self.lengths = [segment.length(pipe) for segment in self.text.segments]
+        self.length = self.lengths[0]
 
-    def token_ids(self, prompt: str) -> list[int]:
-        """Without begin and end token; a multi-vector textual-inversion token spelled out."""
+    def token_ids(self, prompt: str, segment: Segment | None = None) -> list[int]:
+        """Without begin and end token, by the first segment's tokenizer if not another's; multi-vector learned tokens spelled out."""
+        segment = segment or self.text.segments[0]
+        tokenizer = getattr(self.pipe, segment.tokenizer)
         if isinstance(self.pipe, TextualInversionLoaderMixin):
-            prompt = self.pipe.maybe_convert_prompt(prompt, self.pipe.tokenizer)
-        return self.pipe.tokenizer(prompt).input_ids[1:-1]
+            prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
+        return tokenizer(prompt.lower().strip() if self.text.lower else prompt).input_ids[segment.before : -1]
 
     @torch.no_grad()
+    def features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`"tokens"` `(len(prompts), tokens, d)`, and `"pooled"` `(len(prompts), d')` where there is one."""
+        return self.text.encode(self.pipe, list(prompts))
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """`(len(prompts), tokens, d)`."""
-        embeds, _ = self.pipe.encode_prompt(
-            list(prompts), self.pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return embeds
+        """The token features, `(len(prompts), tokens, d)`."""
+        return self.features(prompts)["tokens"]
+
+    def fixed(self) -> list[tuple[str, str, int, int]]:
+        """Prototypes that always stay: `(name, prompt, start, stop)`, the range of positions among the token features."""
+        found, offset = [], 0
+        for segment, length in zip(self.text.segments, self.lengths, strict=True):
+            end = offset + segment.before
+            if segment.clip:
+                found.append((segment.label + BEGIN, "", offset, end))
+            found.append((segment.label + EMPTY_END, "", end, end + 1))
+            if segment.padding:
+                found.append((segment.label + EMPTY_PADDING, "", end + 1, offset + length))
+            offset += length
+        return found
+
+    def read(self, prompt: str) -> list[tuple[int, int]]:
+        """Ranges of positions that the denoiser reads, but for begin tokens."""
+        found, offset = [], 0
+        for segment, length in zip(self.text.segments, self.lengths, strict=True):
+            stop = length if segment.padding else min(segment.before + len(self.token_ids(prompt, segment)) + 1, length)
+            found.append((offset + segment.before, offset + stop))
+            offset += length
+        return found
 
     def spans(self, name: str, kind: str) -> list[tuple[str, int, int]]:
         """Prompts that hold the name, each with the range of positions `[start, stop)` that this kind of prototype averages."""
-        own = self.token_ids(name)
+        index = max(i for i, segment in enumerate(self.text.segments) if kind.startswith(segment.label))
+        segment, length, offset = self.text.segments[index], self.lengths[index], sum(self.lengths[:index])
+        kind = kind.removeprefix(segment.label)
+        own = self.token_ids(name, segment)
         if not own:
             raise PrototypeError(f"The concept {name!r} has no tokens in this tokenizer. Give it a name.")
         found = []
         for template in ("{}",) if kind == "bare last" else TEMPLATES:
             prompt = template.format(name)
-            ids = self.token_ids(prompt)
+            ids = self.token_ids(prompt, segment)
             starts = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
-            if len(ids) + 2 > self.length or not starts:
+            if segment.before + len(ids) + 1 > length or not starts:
                 continue
-            start = 1 + starts[0]
-            stop, end = start + len(own), 1 + len(ids)  # `end` is the position of the end token
+            start = segment.before + starts[0]
+            stop, end = start + len(own), segment.before + len(ids)  # `end` is the position of the end token
+            last = length if segment.padding else end + 1
             ranges = {
                 "subject": (start, stop),
                 "last": (stop - 1, stop),
                 "bare last": (stop - 1, stop),
                 "after": (stop, end),
                 "end": (end, end + 1),
-                "padding": (end + 1, self.length),
-                "end+padding": (end, self.length),
+                "padding": (end + 1, last),
+                "end+padding": (end, last),
             }
             if ranges[kind][0] < ranges[kind][1]:
-                found.append((prompt, *ranges[kind]))
+                found.append((prompt, offset + ranges[kind][0], offset + ranges[kind][1]))
         if not found:
-            raise PrototypeError(f"{name!r} takes {len(own)} of this model's {self.length} tokens: too long for a prompt around it.")
+            raise PrototypeError(f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around it.")
         return found
 
 
-def fit_prototypes(pipe: DiffusionPipeline, names: Iterable[str], tokens: str, *, sigma_prompts: Sequence[str]) -> Prototypes:
-    """Prototypes of names, of the begin token and of the empty prompt, and the second moment of ordinary text.
+def kinds_of(text: Text, tokens: str) -> dict[str, list[str]]:
+    """Space -> the kinds of prototype that a name has there; `tokens` is a key of `TOKENS`."""
+    kinds = {
+        "tokens": [segment.label + kind for segment in text.segments for kind in TOKENS[tokens] if segment.padding or kind != "padding"]
+    }
+    return {**kinds, "pooled": [POOLED]} if text.pooled else kinds
+
+
+def fit_prototypes(pipe: DiffusionPipeline, names: Iterable[str], tokens: str, *, sigma_prompts: Sequence[str]) -> dict[str, Prototypes]:
+    """Prototypes of names, of begin tokens and of the empty prompt, and the second moment of ordinary text, in every space.
 
     Args:
-        pipe: the pipeline; its text encoder runs once over every distinct prompt, in batches.
+        pipe: the pipeline; its text encoders run once over every distinct prompt, in batches.
         names (`Iterable[str]`): forgotten names and aliases, targets, retained names.
         tokens (`str`): a key of `TOKENS`.
-        sigma_prompts (`Sequence[str]`): prompts behind Σ; every token but the begin token counts. Empty for no Σ.
+        sigma_prompts (`Sequence[str]`): prompts behind Σ; every token but begin tokens counts. Empty for no Σ.
 
-    Returns `Prototypes` with one column `column(name, kind)` per name and kind, then the begin token's and the empty prompt's.
+    Returns for `"tokens"`, and `"pooled"` where there is one, `Prototypes` with the begin tokens' and the empty prompt's columns, then one
+    `column(name, kind)` per name and kind. A pooled prototype is the mean over the name's prompts.
     """
     encoder = Encoder(pipe)
-    wanted: dict[str, list[tuple[int, int, int]]] = {"": [(0, 0, 1), (1, 1, 2), (2, 2, encoder.length)]}  # prompt -> [(label, start, stop)]
-    labels = [BEGIN, EMPTY_END, EMPTY_PADDING]
+    kinds = kinds_of(encoder.text, tokens)
+    # space -> prompt -> [(label, start, stop)]; a pooled feature is at position 0, and ORDINARY is the label of what Σ is over
+    wanted: dict[str, dict[str, list[tuple[int, int, int]]]] = {space: {} for space in kinds}
+    labels: dict[str, list[str]] = {space: [] for space in kinds}
+
+    def want(space: str, name: str, spans: Iterable[tuple[str, int, int]]) -> None:
+        for prompt, start, stop in spans:
+            wanted[space].setdefault(prompt, []).append((len(labels[space]), start, stop))
+        labels[space].append(name)
+
+    for name, *span in encoder.fixed():
+        want("tokens", name, [span])
+    if encoder.text.pooled:
+        want("pooled", EMPTY_POOLED, [("", 0, 1)])
     for name in dict.fromkeys(names):
-        for kind in TOKENS[tokens]:
-            for prompt, start, stop in encoder.spans(name, kind):
-                wanted.setdefault(prompt, []).append((len(labels), start, stop))
-            labels.append(column(name, kind))
-    fitter = None
-    ordinary = set(sigma_prompts)
-    prompts = list(dict.fromkeys([*wanted, *sigma_prompts]))
-    for first in range(0, len(prompts), BATCH):
-        batch = prompts[first : first + BATCH]
-        features = encoder.encode(batch)
-        fitter = fitter or PrototypeFitter(features.shape[-1], labels, device=features.device)
-        at = [(row, i, label) for row, prompt in enumerate(batch) for label, *span in wanted.get(prompt, ()) for i in range(*span)]
-        rows, positions, marks = torch.tensor(at, dtype=torch.int64, device=features.device).reshape(-1, 3).T
-        fitter.update(features[rows, positions], marks)
-        fitter.update_moment(features[[row for row, prompt in enumerate(batch) if prompt in ordinary], 1:])
-    return fitter.prototypes
+        for kind in kinds["tokens"]:
+            want("tokens", column(name, kind), encoder.spans(name, kind))
+        if encoder.text.pooled:
+            want("pooled", column(name, POOLED), [(template.format(name), 0, 1) for template in TEMPLATES])
+    for prompt in dict.fromkeys(sigma_prompts):
+        for space in kinds:
+            ranges = [(0, 1)] if space == "pooled" else encoder.read(prompt)
+            wanted[space].setdefault(prompt, []).extend((ORDINARY, *span) for span in ranges)
+
+    fitters: dict[str, PrototypeFitter] = {}
+    prompts = list(dict.fromkeys(prompt for spans in wanted.values() for prompt in spans))
+    size = min(BATCH, max(1, BATCH * CLIP_LENGTH // sum(encoder.lengths)))
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        for space, features in encoder.features(batch).items():
+            features = features[:, None] if space == "pooled" else features
+            spans = [(row, *span) for row, prompt in enumerate(batch) for span in wanted[space].get(prompt, ())]
+            at = [(row, i, label) for row, label, start, stop in spans for i in range(start, stop)]
+            rows, positions, marks = torch.tensor(at, dtype=torch.int64, device=features.device).reshape(-1, 3).T
+            if space not in fitters:
+                fitters[space] = PrototypeFitter(features.shape[-1], labels[space], device=features.device)
+            fitters[space].update(features[rows, positions], marks)  # which leaves ORDINARY out
+            if len(ordinary := (marks == ORDINARY).nonzero()[:, 0]):
+                fitters[space].update_moment(features[rows[ordinary], positions[ordinary]])
+    return {space: fitter.prototypes for space, fitter in fitters.items()}
 
 
 def shared_first_tokens(pipe: DiffusionPipeline, name: str, others: Iterable[str]) -> Mapping[str, int]:
     """Names whose first tokens are those of `name`: in a causal encoder these tokens have the same vectors. Name -> how many."""
     encoder = Encoder(pipe)
+    if not encoder.text.segments[0].clip:
+        return {}
     own = encoder.token_ids(name)
     shared = {}
     for other in others:

@@ -1,9 +1,8 @@
-"""`erase_concept` and what belongs to it: the request, the routing hook, the proof by run, restore, disabled."""
+"""`erase_concept` and what belongs to it: the request, the routing hook, the proof by run, restore."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,16 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from .. import erasure as store
-from ..erasure import Erasure
+from ..erasure import RECORD, Erasure
 from ..errors import AlreadyErasedError, MoreError, TargetNotFoundError
+from ..hook import detach_hook
 from ..remap import Remap
 from .concepts import Encoder, shared_first_tokens
-from .hook import RoutingHook, attach_hook, detach_hook, hook_off
+from .hook import attach_hook, make_hook
 from .proof import prover
 from .request import make_request, solve
 from .sites import Denoiser, find_denoiser, find_sites, lora_branches
-
-
-RECORD = "more_hf.json"  # written by `more_hf.save` beside an erased pipeline
+from .text import text_of
 
 
 def erase_concept(
@@ -35,6 +33,7 @@ def erase_concept(
     router: str | None = None,
     solver: str = "auto",
     tokens: str = "positions",
+    pooled: bool = True,
     keep_originals: bool = True,
     seed: int = 0,
 ) -> DiffusionPipeline:
@@ -45,7 +44,8 @@ def erase_concept(
     its concepts are fitted again jointly, from the kept originals.
 
     Args:
-        pipe (`DiffusionPipeline`): a Stable Diffusion 1.x or 2.x pipeline, in fp16, bf16, fp32 or fp64, on any device.
+        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or PixArt, in fp16, bf16, fp32 or fp64, on
+            any device.
         concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`): what to forget; a mapping gives each name's aliases.
         remap_to (`str`, `Sequence[str]` or `None`): what the concepts become. With several names, their mean, or one per expert with a
             router. `None` projects the concepts out and puts nothing in their place.
@@ -58,6 +58,8 @@ def erase_concept(
             at every call and reported.
         tokens (`str`, defaults to `"positions"`): which prompt positions make prototypes: `"positions"` (the name's last token, the
             tokens after it, the end token and the padding, one prototype each), `"subject"`, `"end"`, `"subject+end"`, `"last"`.
+        pooled (`bool`, defaults to `True`): also edit the layer that reads the pooled prompt embedding (Stable Diffusion XL and 3,
+            FLUX). Without it the concept still reaches the model there, and the report says so.
         keep_originals (`bool`, defaults to `True`): keep the edited layers' original weights in CPU memory for `restore`.
         seed (`int`, defaults to 0): of the draw of targets for experts. No global random state is touched.
 
@@ -78,7 +80,7 @@ def erase_concept(
         >>> pipe = more_hf.erase_concept(pipe, "Blobmoji", remap_to=["Fluent"])
         >>> image = pipe("a cat face in the style of Blobmoji", num_inference_steps=10).images[0]
     """
-    request = make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed)
+    request = make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed, pooled)
     denoiser = find_denoiser(pipe)
     current = store.require_editable(denoiser.module)
     source = pipe.config.get("_name_or_path")
@@ -92,6 +94,7 @@ def erase_concept(
         request["concepts"] = {**old["concepts"], **request["concepts"]}
         request["remap_to"] = {**old["remap_to"], **request["remap_to"]}
         request["retain"] = list(dict.fromkeys([*old["retain"], *request["retain"]]))
+        request["pooled"] = old["pooled"] or request["pooled"]
     return _fit(pipe, denoiser, request, keep_originals)
 
 
@@ -123,65 +126,44 @@ def get_erasure(pipe: DiffusionPipeline) -> Erasure | None:
     return next(filter(None, map(store.find_erasure, parts)), None)
 
 
-@contextmanager
-def disabled(pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-    """The original pipeline inside the `with` block, the erased one again after it. Raises `MoreError` if nothing was erased."""
-    erasure = get_erasure(pipe)
-    if erasure is None:
-        raise MoreError("Nothing was erased from this pipeline, so there is nothing to disable.")
-    with hook_off(erasure), erasure.original_weights():
-        yield pipe
-
-
-@contextmanager
-def routing(pipe: DiffusionPipeline, seeds: Sequence[int]) -> Iterator[DiffusionPipeline]:
-    """Give every sample of the calls inside its own stream of experts: expert = function of its seed and the call's index.
-
-    `seeds` has one integer per image of the batch; the halves of classifier-free guidance share them. The images then do not
-    depend on batch size or process. Raises `MoreError` if the pipeline has no router.
-    """
-    erasure = get_erasure(pipe)
-    if erasure is None or erasure.hook is None:
-        raise MoreError('This pipeline has no router. Erase with router="random" or router="hash" first.')
-    if not seeds:
-        raise MoreError("`seeds` is empty. Pass one integer per image of the batch.")
-    erasure.hook.router.reset(seeds)
-    try:
-        yield pipe
-    finally:
-        erasure.hook.router.reset(None)
-
-
 def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], keep_originals: bool) -> DiffusionPipeline:
     """Prototypes, dual, merge, hook, proof: all of it, or the pipeline is what it was."""
     current = store.find_erasure(denoiser.module)
-    sites = find_sites(pipe, denoiser)
-    remap, solution = solve(pipe, request)
-    width = len(remap.prototypes.matrix)
-    if wrong := [name for name, site in sites.items() if site.module.in_features != width]:
-        raise TargetNotFoundError(f"`{wrong[0]}` does not read the text encoder's {width} features. Is this the right text encoder?")
-    originals = current.originals if current else {name: site.read().to("cpu", copy=True) for name, site in sites.items()}
+    sites = find_sites(pipe, denoiser, pooled=request["pooled"])
+    remaps, solution = solve(pipe, request)
+    for name, site in sites.items():
+        if site.read().shape[1] != (width := len(remaps[site.space].prototypes.matrix)):
+            raise TargetNotFoundError(f"`{name}` does not read the text encoder's {width} features. Is this the right text encoder?")
+    kept = current.originals if current else {}
+    originals = {name: kept[name] if name in kept else site.read().to("cpu", copy=True) for name, site in sites.items()}
+    remap = remaps["tokens"]
+    guarantees = {space: found.verify() for space, found in remaps.items()}
     erasure = Erasure(
         request=request,
         remap=remap,
+        remaps={name: remaps[site.space] for name, site in sites.items() if site.space != "tokens"},
         sites=sites,
         originals=originals,
-        guarantees=remap.verify(),
+        guarantees={
+            **guarantees["tokens"],
+            **{f"pooled_{key}": value for key, value in guarantees.get("pooled", {}).items()},
+        },
         proof={},
         facts={
             **solution,
             "rank": remap.rank,
             "num_experts": remap.num_experts,
-            "condition_number": remap.condition_number,
+            "condition_number": max(found.condition_number for found in remaps.values()),
             "leaks": _leaks(pipe, request, remap, denoiser),
             "base": current.facts["base"] if current else str(pipe.config.get("_name_or_path") or ""),
             "pipeline": type(pipe).__name__,
-            "fingerprint": current.facts["fingerprint"] if current else store.fingerprint(originals),
-            "separation": _separation(remap, originals),
+            "fingerprint": store.fingerprint(originals),
+            "separation": {name: _separation(originals[name], remaps[site.space]) for name, site in sites.items()},
+            "spaces": {name: site.space for name, site in sites.items() if site.space != "tokens"},
         },
     )
-    if request["router"] is not None:
-        erasure.hook = RoutingHook(remap, request["router"], pipe._execution_device)
+    if erasure.router is not None:
+        erasure.hook = make_hook(denoiser, erasure, pipe._execution_device)
     prove = prover(denoiser, erasure, current)
     if current is not None:
         detach_hook(current)
@@ -196,15 +178,17 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], k
     return pipe
 
 
-def _separation(remap: Remap, originals: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖W (p_f − p̄_t)‖ of every original layer, all forget prototypes together: what `verify` compares a saved file with."""
-    shift = remap.shift().float()
-    return {name: float((weight.float() @ shift).norm()) for name, weight in originals.items()}
+def _separation(original: Tensor, remap: Remap) -> float:
+    """‖W (p_f − p̄_t)‖ of an original layer, all forget prototypes together: what `verify` compares a saved file with."""
+    return float((original.float() @ remap.shift().float()).norm())
 
 
 def _leaks(pipe: DiffusionPipeline, request: Mapping, remap: Remap, denoiser: Denoiser) -> list[str]:
     """What the edit does not cover, in words and numbers."""
-    leaks = ["a call with `clip_skip` reads another layer of the text encoder, on which nothing was fitted"]
+    leaks = list(text_of(pipe).leaks)
+    left = [name for name, reader in denoiser.family.find(denoiser.module).items() if reader.space == "pooled" and not request["pooled"]]
+    if left:
+        leaks.append(f"the pooled prompt embedding was left as it is: what it says of the concept still enters through `{left[0]}`")
     encoder = Encoder(pipe)
     kept = dict.fromkeys([*request["retain"], *(name for names in request["remap_to"].values() for name in names)])
     for name, also in request["concepts"].items():

@@ -2,84 +2,65 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import hook
 from ..erasure import Erasure
 from ..remap import Remap
-from ..routers import ROUTERS
+from .sites import Denoiser
 
 
-logger = logging.getLogger(__name__)
+class RoutingHook(hook.RoutingHook):
+    """The one forward pre-hook of a denoiser: `encoder_hidden_states` `(batch, tokens, d)` becomes E_e z.
 
-
-class RoutingHook:
-    """The one forward pre-hook: `encoder_hidden_states` becomes E_e z, with the expert that the router picks for each sample.
-
-    On weights that hold the mean expert the result is exactly expert e's, since E_mean E_e = E_e. Pickled or deep-copied it leaves
-    its factors out and does nothing: the copy keeps the mean expert, which is in its weights.
+    A pooled feature `(batch, d')`, at the place `where` among the arguments, goes through the same expert of its own space.
     """
 
-    def __init__(self, remap: Remap | None = None, router: str | None = None, device: torch.device | str = "cpu"):
-        self.enabled = remap is not None
-        self.forced: Tensor | None = None
-        if remap is not None:
-            self.router = ROUTERS[router](remap, device)
-            self.read = remap.D_F.T.float().to(device)  # (d, f)
-            self.shifts = remap.shifts.transpose(1, 2).float().contiguous().to(device)  # (num_experts, f, d)
+    def __init__(
+        self,
+        remap: Remap | None = None,
+        router: str | None = None,
+        device: torch.device | str = "cpu",
+        pooled: Remap | None = None,
+        where: tuple[str, ...] = (),
+        arguments: tuple[str, ...] = (),
+    ):
+        super().__init__(remap, router, device)
+        self.arguments = arguments  # of the denoiser's `forward`, for those that are given by position
+        self.pooled = None if pooled is None else hook.RoutingHook(pooled, router, device)
+        self.where = where
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self.enabled:
             return None
-        if "encoder_hidden_states" in kwargs:
-            return args, {**kwargs, "encoder_hidden_states": self.route(kwargs["encoder_hidden_states"])}
-        return (*args[:2], self.route(args[2]), *args[3:]), kwargs
+        kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        experts = self.experts(kwargs["encoder_hidden_states"])
+        kwargs["encoder_hidden_states"] = self.route(kwargs["encoder_hidden_states"], experts)
+        if self.pooled is not None:
+            kwargs = _replaced(kwargs, self.where, lambda z: self.pooled.route(z, experts))
+        return (), kwargs
 
-    def route(self, z: Tensor) -> Tensor:
-        """E z for `(batch, tokens, d)`, in float32, returned in the dtype of z."""
-        experts = self.router(z) if self.forced is None else self.forced
-        read = z.float() @ self.read.to(z.device)
-        return (z.float() + read @ self.shifts.to(z.device)[experts.to(z.device)]).to(z.dtype)
 
-    def __reduce__(self) -> tuple:
-        logger.warning("A routing hook is copied without its factors: the copy keeps the mean expert, which is in the weights.")
-        return RoutingHook, ()
+def _replaced(values: Mapping[str, Any], where: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The mapping with the value at one place changed; mappings on the way are copied, not written to."""
+    name, *inner = where
+    return {**values, name: _replaced(values[name], inner, change) if inner else change(values[name])}
+
+
+def make_hook(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> RoutingHook:
+    """The hook of an erasure that has a router and factors."""
+    pooled = next(iter(erasure.remaps.values()), None)
+    arguments = tuple(inspect.signature(type(denoiser.module).forward).parameters)[1:]
+    return RoutingHook(erasure.remap, erasure.router, device, pooled, denoiser.family.pooled, arguments)
 
 
 def attach_hook(denoiser: nn.Module, erasure: Erasure) -> None:
     """Put the erasure's hook, if it has one, before every other hook of the denoiser."""
     if erasure.hook is not None:
         erasure.handle = denoiser.register_forward_pre_hook(erasure.hook, with_kwargs=True, prepend=True)
-        reset_compiled()
-
-
-def detach_hook(erasure: Erasure) -> None:
-    if erasure.handle is not None:
-        erasure.handle.remove()
-        reset_compiled()
-
-
-@contextmanager
-def hook_off(erasure: Erasure) -> Iterator[None]:
-    """The erasure's hook, if it has one, does nothing inside the block."""
-    if erasure.hook is None:
-        yield
-        return
-    erasure.hook.enabled = False
-    reset_compiled()
-    try:
-        yield
-    finally:
-        erasure.hook.enabled = True
-        reset_compiled()
-
-
-def reset_compiled() -> None:
-    """torch does not guard module hooks: compiled code would go on with the old ones."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+        hook.reset_compiled()

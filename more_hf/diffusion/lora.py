@@ -26,6 +26,7 @@ FILE_NAMES = {"peft": "pytorch_lora_weights.safetensors", "kohya": "pytorch_lora
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLERANCE = 4  # ‖B A − ΔW‖ / ‖ΔW‖ of a module in units of the dtype's eps; rounding two balanced factors makes a third of one
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+KOHYA_NAMES = {"add_embedding.linear_1": "label_emb.0.0"}  # the original name, which ComfyUI, A1111 and diffusers all know
 
 
 def save_lora(
@@ -54,8 +55,9 @@ def save_lora(
         expert (`int`, *optional*): this expert alone; by default the mean expert, which is in the erased weights.
 
     Raises:
-        `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, or the file would stand beside erased
-        weights; `AlreadyErasedError`: the original weights are not here. Nothing is written then.
+        `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, the file would stand beside erased
+        weights, or no loader takes such a file for this family (PixArt in any format, others than UNets in `"kohya"`);
+        `AlreadyErasedError`: the original weights are not here. Nothing is written then.
 
     Example:
 
@@ -78,6 +80,11 @@ def save_lora(
                 f"{folder} holds an erased pipeline, from which a LoRA beside it gets the concept back. Choose another folder."
             )
     denoiser, erasure = _find(pipe)
+    if format == "kohya" and denoiser.name != "unet":
+        raise ExportError(
+            f'The names of format="kohya" are those of UNets, and {denoiser.family.name} has none. Pass format="peft", which diffusers '
+            "and ComfyUI read for this model."
+        )
     factors = _factors(erasure, expert, dtype)
     tensors = _peft(factors, denoiser.name) if format == "peft" else _kohya(factors, denoiser.name)
     metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure, expert))}
@@ -119,6 +126,11 @@ def to_adapters(pipe: DiffusionPipeline, *, dtype: torch.dtype = torch.float32) 
 
 def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
     denoiser = find_denoiser(pipe)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ExportError(
+            f"diffusers loads no LoRA into a {type(pipe).__name__} (it has no `load_lora_weights`), so nothing could read the file. Save "
+            "the erased weights with `more_hf.save`."
+        )
     erasure = get_erasure(pipe) or store.require_editable(denoiser.module)  # which refuses a copy of an erased model
     if erasure is None:
         raise ExportError("Nothing was erased from this pipeline, so there is no LoRA of it. Call `more_hf.erase_concept` first.")
@@ -138,8 +150,9 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
         raise ExportError(f"There is no expert {expert}. This erasure has {erasure.remap.num_experts}, counted from 0.")
     factors, limit = {}, TOLERANCE * torch.finfo(dtype).eps
     for name, weight in erasure.originals.items():
-        lora_A, lora_B = erasure.remap.delta(weight, expert)
-        rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B))
+        lora_A, lora_B = erasure.remap_of(name).delta(weight, expert)
+        lora_A = pad(lora_A, (0, erasure.sites[name].module.in_features - weight.shape[1]))  # columns that do not read text stay
+        rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B, erasure.remap.rank))
         delta = lora_B @ lora_A
         size, error = float(delta.norm()), float((rounded_B.double() @ rounded_A.double() - delta).norm())
         if not error <= limit * size:
@@ -152,8 +165,8 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
     return factors
 
 
-def _balance(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same shapes and product, with orthogonal terms, split evenly: ‖row i of A‖ = ‖column i of B‖ = √(singular value).
+def _balance(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of this rank and the same product, with orthogonal terms, split evenly: ‖row i of A‖ = ‖column i of B‖ = √(singular value).
 
     As `Remap.delta` gives them the terms partly cancel, most of all for several concepts: rounded to half precision they lose what
     these keep.
@@ -161,7 +174,7 @@ def _balance(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     Q_A, R_A = torch.linalg.qr(lora_A.T)
     Q_B, R_B = torch.linalg.qr(lora_B)
     left, sizes, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    missing = len(lora_A) - len(sizes)  # a layer narrower than the rank: every layer of a file has the same rank
+    missing = rank - len(sizes)  # fewer prototypes, or a narrower layer: every layer of a file has the same rank
     balanced_A, balanced_B = ((Q_A @ right.T) * sizes.sqrt()).T, (Q_B @ left) * sizes.sqrt()
     return pad(balanced_A, (0, 0, 0, missing)).contiguous(), pad(balanced_B, (0, missing)).contiguous()
 
@@ -177,7 +190,7 @@ def _kohya(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[st
     """alpha is the rank: loaders scale by alpha / rank."""
     tensors = {}
     for name, (lora_A, lora_B) in factors.items():
-        key = f"lora_{component}_{name.replace('.', '_')}"
+        key = f"lora_{component}_{KOHYA_NAMES.get(name, name).replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = lora_A, lora_B
         tensors[f"{key}.alpha"] = torch.tensor(float(len(lora_A)))
     return tensors
@@ -191,9 +204,9 @@ def _record(erasure: Erasure, expert: int | None) -> dict:
 def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasure) -> dict[str, str]:
     """What A1111 and ComfyUI show and sort by, in the names of kohya's trainer and of Stability's model specification."""
     config, rank = denoiser.module.config, str(erasure.remap.rank)
-    version = "v2" if config.use_linear_projection else "v1"
+    version = "xl" if denoiser.family.pooled else "v2" if config.use_linear_projection else "v1"
     v_prediction = pipe.scheduler.config.get("prediction_type") == "v_prediction"
-    architecture = {"v1": "v1", "v2": "v2-768-v" if v_prediction else "v2-512"}[version]
+    architecture = {"v1": "v1", "v2": "v2-768-v" if v_prediction else "v2-512", "xl": "xl-v1-base"}[version]
     height, width = [config.sample_size] * 2 if isinstance(config.sample_size, int) else config.sample_size
     title = f"Without {', '.join(erasure.concepts)}"
     return {
@@ -201,7 +214,7 @@ def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasur
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        "ss_base_model_version": f"sd_{version}",
+        "ss_base_model_version": "sdxl_base_v1-0" if version == "xl" else f"sd_{version}",
         "ss_v2": str(version == "v2"),
         "ss_sd_model_name": erasure.facts["base"],
         "modelspec.sai_model_spec": "1.0.0",

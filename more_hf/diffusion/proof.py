@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..erasure import Erasure
+from ..erasure import PROOF_TOLERANCE, Erasure
 from ..errors import TargetNotFoundError
-from .concepts import BEGIN
-from .hook import hook_off
+from ..hook import hook_off
+from ..remap import Remap
 from .sites import Denoiser, lora_branches
-
-
-# What the proof accepts, in units of the output difference between forget and target before the edit: rounding of the weights and
-# features in the model's dtype. A single missed layer shows as 0.05 or more.
-PROOF_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
 def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Callable[[], dict[str, float]]:
     """Run the real model on forget and target prototypes now, and return a function that runs it again and compares.
 
-    The text is the begin token followed by every forget prototype, or by what each is sent to. Before the edit the two differ;
-    after it they must not, and the target's output must be what it was. The mean expert is tried without the routing hook, since the
-    weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it reads the text beside the edited layers.
+    The text is a prototype that stays followed by every forget prototype, or by what each is sent to; then, where the model reads a
+    pooled feature, each of its forget prototypes, or what it is sent to, so that each way of the prompt into the model is compared in
+    its own units. Before the edit the two differ; after it they must not, and the target's output must be what it was. The mean expert
+    is tried without the routing hook, since the weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it
+    reads the text beside the edited layers.
     """
-    remap, hook = erasure.remap, erasure.hook
-    begin, forget = remap.prototypes[BEGIN][:, None], remap.prototypes.matrix[:, list(remap.forget)]
-    experts = range(min(remap.num_experts, 8)) if hook is not None else ()
-    mean_text = _stack(begin, forget, [remap.shift()])
-    expert_text = _stack(begin, forget, [remap.shift(expert) for expert in experts]) if experts else None
+    hook = erasure.hook
+    remaps = {site.space: erasure.remap_of(name) for name, site in erasure.sites.items()}
+    mean_text = _texts(remaps, None)
+    experts = range(min(erasure.remap.num_experts, 8)) if hook is not None else ()
+    expert_texts = [_texts(remaps, expert) for expert in experts]
 
-    def call(text: Tensor) -> tuple[Tensor, Tensor]:
-        return denoiser.family.call(denoiser.module, text).double().flatten(1).chunk(2)
+    def call(texts: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        sides = [text for side in zip(*texts, strict=True) for text in side]  # all sources, then all targets
+        joined = {space: torch.cat([text[space] for text in sides]) for space in sides[0]}
+        return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(2)
 
     @torch.no_grad()
     def run() -> tuple[Tensor, Tensor]:
-        """Outputs `(1 + experts, ...)` for sources and for targets."""
+        """Outputs of all rows, `(rows, ...)`, for sources and for targets."""
         with _plain(denoiser):
             with hook_off(erasure):
-                outputs = [call(mean_text)]
-            if expert_text is not None:
-                hook.forced = torch.tensor([*experts] * 2)
+                outputs = [call([mean_text])]
+            if expert_texts:
+                rows = len(mean_text[0]["tokens"])
+                hook.forced = torch.tensor([expert for expert in experts for _ in range(rows)] * 2)
                 try:
-                    outputs.append(call(expert_text))
+                    outputs.append(call(expert_texts))
                 finally:
                     hook.forced = None
         return tuple(torch.cat(part) for part in zip(*outputs, strict=True))
@@ -77,10 +77,21 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     return prove
 
 
-def _stack(begin: Tensor, forget: Tensor, shifts: list[Tensor]) -> Tensor:
-    """`(2 * len(shifts), 1 + f, d)`: the forget prototypes for every shift, then what they are sent to."""
-    moved = [torch.cat([begin, forget + shift], 1).T for shift in shifts]
-    return torch.stack([torch.cat([begin, forget], 1).T for _ in shifts] + moved)
+def _texts(remaps: Mapping[str, Remap], expert: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Source and target rows: one with all forget prototypes among its tokens `(rows, 1 + f, d)`, one for each that is pooled
+    `(rows, d')`. The other feature of a row is the space's first prototype, which always stays."""
+    stays = {space: remap.prototypes.matrix[:, 0] for space, remap in remaps.items()}
+    source = {space: remap.prototypes.matrix[:, list(remap.forget)].T for space, remap in remaps.items()}
+    target = {space: source[space] + remap.shift(expert).T for space, remap in remaps.items()}
+
+    def rows(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tokens = torch.cat([stays["tokens"][None], features["tokens"]])[None]
+        if "pooled" not in features:
+            return {"tokens": tokens}
+        plain = stays["tokens"].expand(len(features["pooled"]), tokens.shape[1], -1)
+        return {"tokens": torch.cat([tokens, plain]), "pooled": torch.cat([stays["pooled"][None], features["pooled"]])}
+
+    return rows(source), rows(target)
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import PrototypeError
-from ..prototypes import Prototypes
 from ..remap import SOLVERS, Remap, draw_experts
 from ..routers import ROUTERS
-from .concepts import TEMPLATES, TOKENS, column, everyday_prompts, fit_prototypes, names_in
+from .concepts import TEMPLATES, TOKENS, column, everyday_prompts, fit_prototypes, kinds_of, names_in
+from .text import text_of
 
 
-def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed) -> dict[str, Any]:
+def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed, pooled=True) -> dict[str, Any]:
     """The arguments in one JSON-able form. Raises `PrototypeError` before anything is looked at."""
     for value, name, known in (
         (tokens, "tokens", TOKENS),
@@ -46,6 +46,7 @@ def make_request(concepts, remap_to, retain, num_experts, router, solver, tokens
         "num_experts": num_experts,
         "router": router,
         "seed": seed,
+        "pooled": pooled,
     }
 
 
@@ -75,46 +76,72 @@ def surfaces_of(request: Mapping[str, Any]) -> list[str]:
     return surfaces
 
 
-def prepare(pipe: DiffusionPipeline, request: Mapping[str, Any], sigma_prompts: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `Remap.fit` but for the solver: prototypes from the pipeline's text encoder, and every expert's targets.
+def prepare(pipe: DiffusionPipeline, request: Mapping[str, Any], sigma_prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Space -> the arguments of `Remap.fit` but for the solver: prototypes from the text encoders, and every expert's targets.
 
-    A request always draws the same targets and, from the same text encoder, finds the same prototypes: `verify` relies on it.
+    A request always draws the same targets, for all spaces, and finds the same prototypes from the same text encoders: `verify` relies
+    on it.
     """
     surfaces = surfaces_of(request)
     targets = [name for names in request["remap_to"].values() for name in names]
     prototypes = fit_prototypes(pipe, [*surfaces, *targets, *request["retain"]], request["tokens"], sigma_prompts=sigma_prompts)
-    kinds = TOKENS[request["tokens"]]
+    kinds = _kinds(pipe, request)
     drawn = draw_experts(
         [names or [None] for names in request["remap_to"].values()],
         request["num_experts"],
-        max_distinct=max(1, len(prototypes.matrix) // (2 * len(kinds)) - len(surfaces)),
+        max_distinct=max(1, min(len(prototypes[space].matrix) // (2 * len(kinds[space])) for space in kinds) - len(surfaces)),
         seed=request["seed"],
     )
     sizes = [1 + len(aliases) for aliases in request["concepts"].values()]  # every alias goes where its concept goes
     sent = [[name for name, size in zip(expert, sizes, strict=True) for _ in range(size)] for expert in drawn]
     return {
-        "prototypes": prototypes,
-        "forget": [column(surface, kind) for surface in surfaces for kind in kinds],
-        "targets": [[name and column(name, kind) for name in expert for kind in kinds] for expert in sent],
+        space: {
+            "prototypes": prototypes[space],
+            "forget": [column(surface, kind) for surface in surfaces for kind in kinds[space]],
+            "targets": [[name and column(name, kind) for name in expert for kind in kinds[space]] for expert in sent],
+        }
+        for space in kinds
     }
 
 
-def solve(pipe: DiffusionPipeline, request: Mapping[str, Any]) -> tuple[Remap, dict[str, Any]]:
-    """The remap, and the facts behind it: why its solver was taken, and how far retained names move. Changes nothing.
+def _kinds(pipe: DiffusionPipeline, request: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The kinds of prototype of every space that is edited."""
+    kinds = kinds_of(text_of(pipe), request["tokens"])
+    return {space: names for space, names in kinds.items() if space == "tokens" or request["pooled"]}
+
+
+def solve(pipe: DiffusionPipeline, request: Mapping[str, Any]) -> tuple[dict[str, Remap], dict[str, Any]]:
+    """Space -> the remap, and the facts behind it: why its solver was taken, and how far retained names move. Changes nothing.
 
     `pinv` keeps retained names exact, in P. `covariance` spares them through Σ, to which their prompts are added: forcing many close
     prototypes to be exact makes D_F large, and then everything else moves more (measured). `auto` solves both ways, which is cheap
     beside encoding, and takes the one that moves ordinary prompts less.
     """
     surfaces = surfaces_of(request)
-    ordinary = [prompt for prompt in everyday_prompts() if not any(names_in(prompt, surface) for surface in surfaces)]
+    ordinary = [prompt for prompt in everyday_prompts(pipe.tokenizer) if not any(names_in(prompt, surface) for surface in surfaces)]
     ordinary += [template.format(name) for name in request["retain"] for template in TEMPLATES]
-    problem = prepare(pipe, request, ordinary)
-    everything: Prototypes = problem["prototypes"]
     sent_to = {name for names in request["remap_to"].values() for name in names}
-    retained = {name: [column(name, kind) for kind in TOKENS[request["tokens"]]] for name in request["retain"] if name not in sent_to}
-    exact = {"pinv": everything, "covariance": everything.without({c for columns in retained.values() for c in columns})}
+    names = [name for name in request["retain"] if name not in sent_to]
     solvers = SOLVERS if request["solver"] == "auto" else (request["solver"],)
+    remaps, reasons, moved = {}, {}, dict.fromkeys(names, 0.0)
+    for space, problem in prepare(pipe, request, ordinary).items():
+        retained = {name: [column(name, kind) for kind in _kinds(pipe, request)[space]] for name in names}
+        remaps[space], reasons[space] = _solve_space(problem, retained, solvers)
+        for name, columns in retained.items():
+            features = torch.stack([problem["prototypes"][c] for c in columns])
+            moved[name] = max(moved[name], remaps[space].moved(features))
+    pooled = f"; pooled: {remaps['pooled'].solver}, {reasons['pooled']}" if "pooled" in remaps else ""
+    return remaps, {
+        "solver": remaps["tokens"].solver,
+        "solver_reason": reasons["tokens"] + pooled,
+        "retained_moved": moved,
+    }
+
+
+def _solve_space(problem: Mapping[str, Any], retained: Mapping[str, list[str]], solvers: Sequence[str]) -> tuple[Remap, str]:
+    """The remap of one space, and why its solver was taken. Raises `PrototypeError` if no solver has an exact edit."""
+    everything = problem["prototypes"]
+    exact = {"pinv": everything, "covariance": everything.without({c for columns in retained.values() for c in columns})}
     solved, costs = {}, []
     for solver in solvers:
         try:
@@ -125,15 +152,10 @@ def solve(pipe: DiffusionPipeline, request: Mapping[str, Any]) -> tuple[Remap, d
     if not solved:
         raise impossible
     cost = {solver: remap.verify()["ordinary_moved"] for solver, remap in solved.items()}
-    best = min(cost, key=cost.get)
-    remap = solved[best]
+    remap = solved[min(cost, key=cost.get)]
     d, k = remap.prototypes.matrix.shape
     costs += [f"{solver} {100 * value:.2f} %" for solver, value in cost.items()]
     asked = (
         "of the exact edits, the one that moves ordinary prompts least" if len(solvers) > 1 else "as asked for, moves ordinary prompts by"
     )
-    return remap, {
-        "solver": best,
-        "solver_reason": f"{asked} ({', '.join(costs)}); {k} independent prototypes in {d} dimensions",
-        "retained_moved": {name: remap.moved(torch.stack([everything[c] for c in columns])) for name, columns in retained.items()},
-    }
+    return remap, f"{asked} ({', '.join(costs)}); {k} independent prototypes in {d} dimensions"

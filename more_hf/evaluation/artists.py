@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import inspect
-import shlex
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,13 @@ from torch.nn.functional import interpolate
 
 from .. import __version__
 from ..baselines import DIFFUSION, diffusion_baseline
-from ..diffusion.erase import erase_concept
 from ..diffusion.sites import find_denoiser
-from .cells import ORIGINAL, BenchmarkError, Case, Cell, collect_rows, join_config, read_config
+from .cells import ORIGINAL, BenchmarkError, Case, Cell, collect_rows, join_config, read_config, told
 from .images import generate, lpips_distance
-from .machine import hardware, peak_memory, processes, versions, weights_sha256
+from .machine import peak_memory, processes, this_run, weights_sha256
 from .outputs import write_config, write_outputs
-from .prompts import Prompts, read_prompts
+from .prompts import PromptRow, Prompts, read_prompts
+from .summary import artists_of
 
 
 FIELD = {"scheduler": "lms", "steps": 50, "guidance": 7.5}  # what the published numbers were made with
@@ -42,15 +39,11 @@ SCHEDULERS = {
 }
 
 
-METHODS = ("more", *DIFFUSION)
-"""Names of methods: ours, and the published ones with their controls (`original` does nothing)."""
-
-
 def find_method(name: str) -> Callable[..., DiffusionPipeline]:
     """`method(pipe, concept, *, remap_to, retain, **settings) -> pipe`. It may edit the denoiser, which is a copy of its own."""
-    if name not in METHODS:
-        raise BenchmarkError(f"There is no method {name!r}. There are: {', '.join(METHODS)}.")
-    return erase_concept if name == "more" else diffusion_baseline(name)
+    if name not in DIFFUSION:
+        raise BenchmarkError(f"There is no method {name!r}. There are: {', '.join(DIFFUSION)}.")
+    return diffusion_baseline(name)
 
 
 def run_artists(
@@ -61,6 +54,7 @@ def run_artists(
     *,
     remap_to: str | Sequence[str] | Mapping[str, Sequence[str]] | None,
     output: str | Path,
+    several: Mapping[str, Sequence[str]] | None = None,
     retain: Sequence[str] | None = None,
     judges: Any = None,
     seeds: int = 1,
@@ -70,6 +64,7 @@ def run_artists(
     guidance: float = FIELD["guidance"],
     batch_size: int = 16,
     settings: Mapping[str, Any] | None = None,
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Erase each artist in turn with each method, and measure what that did to the pictures of all artists.
 
@@ -77,11 +72,13 @@ def run_artists(
 
     Args:
         pipe (`DiffusionPipeline`): the original. Moved to accelerate's device, otherwise not modified: methods get a copy of its denoiser.
-        methods: names from `METHODS`, or a mapping of names to functions that are called like `erase_concept`.
+        methods: names from `more_hf.baselines.DIFFUSION`, or a mapping of names to functions that are called like `erase_concept`.
         prompts: a CSV file, the name of a packaged one, or what `read_prompts` returned.
-        forget (`str` or `Sequence[str]`): the artists to erase, one after the other; `"all"` for every artist of the prompts.
+        forget (`str` or `Sequence[str]`): the artists to erase, one after the other; `"all"` for every artist of the prompts. `"A+B"`
+            erases A and B in one call.
         remap_to: targets of every erasure, or a mapping from each forgotten artist to its targets. `None` erases without remapping.
         output (`str` or `Path`): the folder that gets pictures, rows and tables. It may hold a part of the same benchmark already.
+        several (*optional*): targets of the methods that take several (`SEVERAL_TARGETS`), as a mapping; by default `remap_to`.
         retain (`Sequence[str]`, *optional*): names that every method is told to keep; by default the others of the artist's group.
         judges (*optional*): `EmojiJudges` or `ClipJudges`; without, the columns of style and content stay empty.
         seeds (`int`, defaults to 1): images per prompt of the forgotten artist, with the seeds s, s + 100000, ...
@@ -89,6 +86,7 @@ def run_artists(
         scheduler (`str`), steps (`int`), guidance (`float`): how to generate; by default as the published numbers were made.
         batch_size (`int`, defaults to 16): images per call; changes no image beyond rounding.
         settings (`Mapping[str, Any]`, *optional*): further arguments for the methods that take them.
+        tuned (`Mapping[str, Mapping[str, Any]]`, *optional*): method to its own arguments; `settings` goes before them.
 
     Returns:
         `list[dict]`: the lines of `summary.csv`.
@@ -99,15 +97,18 @@ def run_artists(
     """
     state, output = processes(), Path(output)
     prompts = prompts if isinstance(prompts, Prompts) else read_prompts(prompts)
-    functions = _functions(methods)
+    functions, settings, tuned = _functions(methods), settings or {}, tuned or {}
     forget = prompts.artists if forget == "all" else [forget] if isinstance(forget, str) else list(forget)
-    if unknown := [artist for artist in forget if artist not in prompts.artists]:
+    if unknown := [artist for entry in forget for artist in artists_of(entry) if artist not in prompts.artists]:
         raise BenchmarkError(f"{prompts.name} has no prompts of {unknown[0]!r}. Its artists are {', '.join(prompts.artists)}.")
     if seeds < 1 or batch_size < 1 or not forget or scheduler not in SCHEDULERS:
         raise BenchmarkError(
             f"Needs seeds and batch_size of at least 1, an artist to forget, and a scheduler of {', '.join(SCHEDULERS)}; "
             f"got {seeds}, {batch_size}, {forget}, {scheduler!r}."
         )
+    taken = {key for function in functions.values() for key in inspect.signature(function).parameters}
+    if unknown := [key for key in settings if key not in taken]:
+        raise BenchmarkError(f"No method among {', '.join(functions)} takes `{unknown[0]}`.")
     rows = prompts.limited(limit)
     if judges is not None:
         judges.check(rows)
@@ -132,10 +133,13 @@ def run_artists(
         "limit": limit,
         "judges": None if judges is None else judges.name,
         "judge_facts": {} if judges is None else judges.facts,
-        "methods": {name: _settings(name, function, settings or {}, functions) for name, function in functions.items()},
-        "forget": {artist: _asked(artist, remap_to, retain, prompts) for artist in forget},
-        "runs": [_this_run(state)],
+        "methods": {name: _settings(name, function, settings, tuned.get(name, {})) for name, function in functions.items()},
+        "forget": {entry: _asked(entry, remap_to, several, retain, prompts) for entry in forget},
+        "runs": [this_run(state)],
     }
+    for name in functions:
+        for entry in forget:
+            told(config, name, entry)  # raises before anything is generated
     config = join_config(read_config(output), config, output)
     state.wait_for_everyone()  # everyone has read before one writes
     if state.is_main_process:
@@ -144,16 +148,16 @@ def run_artists(
 
     drawing = {"steps": steps, "guidance": guidance, "batch_size": batch_size, "judges": judges}
     before = Cell(output, config, ORIGINAL, None)
-    cases = [Case(row, k) for row in rows for k in range(seeds if row.artist in forget else 1)]
+    cases = _cases(rows, seeds, {artist for entry in forget for artist in artists_of(entry)})
     _draw(pipe, before, before, cases, state, desc="before", **drawing)
-    for artist in forget:
+    for entry in forget:
         for name, function in functions.items():
-            cell = Cell(output, config, name, artist)
-            cases = [Case(row, k) for row in rows for k in range(seeds if row.artist == artist else 1)]
+            cell = Cell(output, config, name, entry)
+            cases = _cases(rows, seeds, artists_of(entry))
             if cell.folder == before.folder or not _missing(cell, cases, state):
                 continue
-            edited = _prepare(function, pipe, cell, config["forget"][artist], config["methods"][name], state)
-            _draw(edited, cell, before, cases, state, desc=f"{name} without {artist}", **drawing)
+            edited = _prepare(function, pipe, cell, told(config, name, entry), config["methods"][name], state)
+            _draw(edited, cell, before, cases, state, desc=f"{name} without {entry}", **drawing)
             del edited
     state.wait_for_everyone()
     summary = []
@@ -175,25 +179,35 @@ def _functions(methods) -> dict[str, Callable[..., DiffusionPipeline]]:
     return {name: find_method(name) for name in ([methods] if isinstance(methods, str) else methods)}
 
 
-def _settings(name: str, function: Callable, asked: Mapping[str, Any], functions: Mapping[str, Callable]) -> dict[str, Any]:
-    """All settings of a method with their values: those asked for that it takes, and its defaults."""
-    taken = {key for other in functions.values() for key in inspect.signature(other).parameters}
-    if unknown := [key for key in asked if key not in taken]:
-        raise BenchmarkError(f"No method among {', '.join(functions)} takes `{unknown[0]}`.")
+def _cases(rows: Sequence[PromptRow], seeds: int, artists: Collection[str]) -> list[Case]:
+    """Every row, those of the forgotten artists with all their seeds."""
+    return [Case(row, k) for row in rows for k in range(seeds if row.artist in artists else 1)]
+
+
+def _settings(name: str, function: Callable, asked: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a method with their values: those asked for that it takes, those tuned for it, and its defaults."""
     parameters = inspect.signature(function).parameters.items()
+    if unknown := [key for key in tuned if key not in dict(parameters)]:
+        raise BenchmarkError(f"{name} takes no `{unknown[0]}`. Take it out of the settings.")
+    asked = {**tuned, **asked}
     own = {key: parameter.default for key, parameter in parameters if key not in ("remap_to", "retain")}
     return {key: asked.get(key, default) for key, default in own.items() if default is not inspect.Parameter.empty or key in asked}
 
 
-def _asked(artist: str, remap_to, retain: Sequence[str] | None, prompts: Prompts) -> dict[str, Any]:
-    """What an erasure is told: targets, and the names to keep besides them."""
+def _asked(entry: str, remap_to, several, retain: Sequence[str] | None, prompts: Prompts) -> dict[str, Any]:
+    """What an erasure is told: its target, several targets where they are declared, and the names to keep."""
     if isinstance(remap_to, Mapping):
-        if artist not in remap_to:
-            raise BenchmarkError(f"There is no target for {artist!r}. There are targets for {', '.join(remap_to)}.")
-        remap_to = remap_to[artist]
+        if entry not in remap_to:
+            raise BenchmarkError(f"There is no target for {entry!r}. There are targets for {', '.join(remap_to)}.")
+        remap_to = remap_to[entry]
     targets = None if remap_to is None else [remap_to] if isinstance(remap_to, str) else list(remap_to)
-    kept = prompts.group_of(artist) if retain is None else retain
-    return {"remap_to": targets, "retain": [name for name in kept if name not in (artist, *(targets or ()))]}
+    erased = artists_of(entry)
+    kept = [name for artist in erased for name in prompts.group_of(artist)] if retain is None else retain
+    return {
+        "remap_to": targets,
+        "several": targets if several is None else several.get(entry),
+        "retain": [name for name in dict.fromkeys(kept) if name not in erased],
+    }
 
 
 def _quiet_copy(pipe: DiffusionPipeline, scheduler: str) -> DiffusionPipeline:
@@ -213,18 +227,6 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _this_run(state: PartialState) -> dict[str, Any]:
-    program = Path(sys.argv[0])
-    ours = program.name == "more-hf" or (program.name == "__main__.py" and program.parent.name == "more_hf")
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["more-hf" if ours else sys.argv[0], *sys.argv[1:]]),
-        "processes": state.num_processes,
-        "hardware": hardware(state.device),
-        "versions": versions(),
-    }
-
-
 def _missing(cell: Cell, cases: Sequence[Case], state: PartialState) -> list[Case]:
     """The cases to do, the same for every process: nobody writes while one still looks."""
     state.wait_for_everyone()
@@ -239,7 +241,7 @@ def _prepare(function, pipe: DiffusionPipeline, cell: Cell, asked: Mapping, sett
     edited.register_modules(**{denoiser.name: copy.deepcopy(denoiser.module)})
     with peak_memory(state.device) as peak:
         start = time.perf_counter()
-        edited = function(edited, cell.forget, remap_to=asked["remap_to"], retain=asked["retain"], **settings)
+        edited = function(edited, artists_of(cell.forget), remap_to=asked["remap_to"], retain=asked["retain"], **settings)
         if state.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

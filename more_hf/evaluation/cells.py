@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..baselines import SEVERAL_TARGETS, WITHOUT_TARGET
 from ..errors import MoreError
 from ..report import write_text
 from .images import to_pil
 from .prompts import PromptRow
-from .summary import SEPARATOR
+from .summary import SEPARATOR, artists_of
 
 
 ORIGINAL = "original"
@@ -51,11 +52,23 @@ class Case:
         return self.row.evaluation_seed + SEED_STEP * self.sample
 
 
+def told(config: Mapping[str, Any], method: str, forget: str) -> dict[str, list[str] | None]:
+    """What a method is told about an erasure: its targets (`remap_to`), and what to keep besides them (`retain`).
+
+    Raises `BenchmarkError` where a method takes several targets and the erasure has none declared.
+    """
+    asked = config["forget"][forget]
+    targets = None if method in WITHOUT_TARGET else asked["several" if method in SEVERAL_TARGETS else "remap_to"]
+    if targets is None and method in SEVERAL_TARGETS:
+        raise BenchmarkError(f"{method} needs several targets, and there are none for {forget!r}. Give them, or leave the method out.")
+    return {"remap_to": targets, "retain": [name for name in asked["retain"] if name not in (targets or ())]}
+
+
 def cell_name(config: Mapping[str, Any], method: str, forget: str | None) -> str:
     """The folder of a cell: a hash of everything that determines its pictures. The original's are the same whatever is erased."""
     determines = [config["generation"]]
     if method != ORIGINAL:
-        determines += [method, config["methods"][method], forget, config["forget"][forget]]
+        determines += [method, config["methods"][method], forget, told(config, method, forget)]
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -151,12 +164,13 @@ def collect_rows(output: Path, config: Mapping[str, Any]) -> list[dict[str, Any]
     before, rows = Cell(output, config, ORIGINAL, None), []
     facts_before = before.facts()
     for method in config["methods"]:
-        for forget, asked in config["forget"].items():
+        for forget in config["forget"]:
+            asked = told(config, method, forget)
             cell = Cell(output, config, method, forget)
             path = cell.folder / "cell.json"
             prepared = json.loads(path.read_text("utf-8")) if path.is_file() else {}
             for name, after in (facts_before if method == ORIGINAL else cell.facts()).items():
-                if after["sample"] and after["artist"] != forget:
+                if after["sample"] and after["artist"] not in artists_of(forget):
                     continue  # the original's folder has the further seeds of every erasure
                 old = facts_before[name]
                 rows.append(

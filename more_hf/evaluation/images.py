@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import interpolate
 
 import more_hf
+from more_hf.baselines.diffusion.progress import progress_bar_config
 from more_hf.data import load_lpips
 
 
@@ -199,7 +200,7 @@ def _lpips(device: torch.device):
 @contextlib.contextmanager
 def _no_inner_bar(pipe):
     """Disable the pipeline's bar over steps; yield whether its user had disabled it, and put the setting back."""
-    config = vars(pipe).get("_progress_bar_config", {})
+    config = progress_bar_config(pipe)
     pipe.set_progress_bar_config(**{**config, "disable": True})
     try:
         yield config.get("disable", False)

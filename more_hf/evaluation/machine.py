@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 import platform
+import shlex
 import sys
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -45,6 +48,19 @@ def hardware(device: torch.device) -> str:
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def this_run(state: PartialState) -> dict[str, Any]:
+    """When, with which command and on what a benchmark runs: an entry of its `config.json`."""
+    program = Path(sys.argv[0])
+    ours = program.name == "more-hf" or (program.name == "__main__.py" and program.parent.name == "more_hf")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["more-hf" if ours else sys.argv[0], *sys.argv[1:]]),
+        "processes": state.num_processes,
+        "hardware": hardware(state.device),
+        "versions": versions(),
+    }
 
 
 def weights_sha256(pipe) -> str:

@@ -1,20 +1,17 @@
-"""What a benchmark leaves for its readers: rows.csv, summary.csv, table.md, report.html, grid.png. All of it from the rows."""
+"""What a benchmark leaves for its readers: rows.csv, summary.csv, table.md, report.html, grid.png, methods.png. All of it from the rows."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import interpolate
-
 from ..report import markdown_table, number, write_rows, write_text
-from .cells import ORIGINAL, BenchmarkError, collect_rows, read_config, read_image
-from .images import grid, stack
+from .cells import ORIGINAL, BenchmarkError, collect_rows, read_config
+from .ranking import rank, winner
 from .report_artists import write_report
+from .sheets import write_grid, write_methods
 from .summary import POOLED, ROW_TYPES, read_rows, summarise
 
 
@@ -41,9 +38,6 @@ PAPER = ("lpips_f", "lpips_r", "lpips_d")
 ARTISTS_A_TABLE = 2  # as many erasures stand side by side, as in the paper
 JUDGED = ("style_f", "content_f", "style_r", "content_r")
 SHORT = ("method", "forget", "remap_to", "n_f", "n_r", "style_f", "content_f", "style_r", "content_r", "lpips_f", "lpips_r", "lpips_d")
-GRID_WIDTH = 10  # pictures in a strip
-GRID_SIDE = 128  # pixels of one
-BLANK = torch.full((3, GRID_SIDE, GRID_SIDE), 255, dtype=torch.uint8)
 
 
 def write_config(output: Path, config: Mapping[str, Any]) -> None:
@@ -69,22 +63,24 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
 
 
 def write_outputs(output: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Write everything but the configuration; the page and the picture only where the images are. Return the summary."""
+    """Write everything but the configuration; the page and the pictures only where the images are. Return the summary."""
     if not rows:
         raise BenchmarkError(f"{output} has no completed row yet. Run the same `bench artists` command again.")
     summary = summarise(rows, confusion=config["judge_facts"].get("confusion"))
     write_rows(output / "rows.csv", [{column: row[column] for column in ROW_TYPES} for row in rows])
     write_rows(output / "summary.csv", summary)
-    write_text(output / "table.md", tables(config, summary) + "\n")
+    write_text(output / "table.md", tables(config, summary, rank(rows)) + "\n")
     if (output / "images").is_dir():
         write_report(output / "report.html", output / "images", config, rows, summary, short_table(summary))
-        _write_grid(output, rows)
+        write_grid(output / "grid.png", output / "images", rows)
+        write_methods(output / "methods.png", output / "images", rows)
     return summary
 
 
-def tables(config: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> str:
-    """`table.md`: the paper's layout, the judges' columns, the parts of "remain", the judges themselves, and what made it."""
-    parts = [paper_tables(summary)]
+def tables(config: Mapping[str, Any], summary: Sequence[Mapping[str, Any]], ranking: Sequence[Mapping[str, Any]]) -> str:
+    """`table.md`: who wins, the paper's layout, the judges' columns, the parts of "remain", the judges themselves, what made it."""
+    parts = [f"**Who wins?** {winner(ranking)}", markdown_table(_ranking_table(ranking))] if ranking else []
+    parts += [paper_tables(summary)]
     parts += ["**Is the style gone, is the rest still there?** In percent, before → after.", short_markdown(summary)]
     remain = ("method", "forget", "lpips_r", "lpips_r_group", "lpips_named", "lpips_unnamed", "lpips_none")
     parts += [
@@ -172,6 +168,23 @@ def _cells(summary: Sequence[Mapping[str, Any]], columns: Sequence[str], *, inte
     return lines
 
 
+def _ranking_table(ranking: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    first = ranking[0]
+    return [
+        {
+            "method": line["method"],
+            "qualifies": line["qualifies"],
+            _header("style_f"): f"{line['style_f']:.1f}",
+            _header("content_f"): f"{line['content_f_before']:.1f} → {line['content_f']:.1f}",
+            **{_header(column): line[column] for column in PAPER},
+            f"lpips_d behind {first['method']}": ""
+            if line is first
+            else f"{line['behind']:+.3f} [{line['behind_low']:+.3f}, {line['behind_high']:+.3f}]",
+        }
+        for line in ranking
+    ]
+
+
 def _header(column: str) -> str:
     return f"{column} {ARROWS[BETTER[column]]}" if column in BETTER else column
 
@@ -222,45 +235,3 @@ def _made_with(config: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) 
         *(f"`{command}`" for command in dict.fromkeys(run["command"] for run in config["runs"])),
     ]
     return "\n".join(f"- {fact}" for fact in facts)
-
-
-def _write_grid(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One strip per erasure: before above every method, the forgotten artist's pictures first, then the others'."""
-    sheets = []
-    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != ORIGINAL]
-    for forget in dict.fromkeys(row["forget"] for row in rows):
-        after = {(row["method"], row["before"]): row["after"] for row in rows if row["forget"] == forget}
-        shown = _shown([row for row in rows if row["forget"] == forget and row["method"] == rows[0]["method"]], forget)
-        if not shown:
-            continue
-        paths = [row["before"] for row in shown] + [after.get((method, row["before"])) for method in methods for row in shown]
-        images = [_thumbnail(output / "images" / path) if path else BLANK for path in paths]
-        sheets.append(
-            grid(
-                torch.stack(images),
-                columns=len(shown),
-                row_labels=["before", *methods],
-                column_labels=[f"{row['thing']} {row['artist']}".strip() or row["prompt"] for row in shown],
-                title=f"{forget} erased",
-            )
-        )
-    if sheets:
-        path = output / "grid.png"
-        beside = path.with_name(f".grid.{os.getpid()}.part")
-        stack(sheets).save(beside, "png")
-        beside.replace(path)
-
-
-def _shown(rows: Sequence[Mapping[str, Any]], forget: str) -> list[Mapping[str, Any]]:
-    """The forgotten artist's first prompts, one of some others, one without an artist."""
-    own = [row for row in rows if row["artist"] == forget and row["sample"] == 0][: GRID_WIDTH // 2]
-    first: dict[str, Mapping[str, Any]] = {}
-    for i, row in enumerate(row for row in rows if row["artist"] != forget):
-        first.setdefault(row["artist"], row) if i % 3 == 0 else None
-    none = [first.pop("")] if "" in first else []
-    return [*own, *list(first.values())[: GRID_WIDTH - len(own) - len(none)], *none]
-
-
-def _thumbnail(path: Path) -> torch.Tensor:
-    image = read_image(path)[None].float()
-    return interpolate(image, (GRID_SIDE, GRID_SIDE), mode="bilinear", antialias=True)[0].round().clamp(0, 255).byte()

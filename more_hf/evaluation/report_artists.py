@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..report import html_facts, html_table, number, write_html
 from .cells import ORIGINAL
+from .summary import is_forgotten
 
 
 BUDGET = 14_000_000  # bytes of pictures on the page
@@ -71,7 +72,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line = lines.setdefault((row["forget"], row["case_number"], row["sample"]), {**row, "by": {}})
         line["by"][row["method"]] = row
     order = {forget: i for i, (forget, _, _) in enumerate(lines)}
-    return sorted(lines.values(), key=lambda line: (order[line["forget"]], line["artist"] != line["forget"]))
+    return sorted(lines.values(), key=lambda line: (order[line["forget"]], not is_forgotten(line)))
 
 
 def _first(lines: Sequence[Mapping[str, Any]], own: int, other: int) -> list[Mapping[str, Any]]:
@@ -80,7 +81,7 @@ def _first(lines: Sequence[Mapping[str, Any]], own: int, other: int) -> list[Map
     for line in lines:
         key = (line["forget"], line["artist"])
         seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= (own if line["artist"] == line["forget"] else other):
+        if seen[key] <= (own if is_forgotten(line) else other):
             kept.append(line)
     return kept
 
@@ -161,7 +162,7 @@ def _row(line: Mapping[str, Any], methods: Sequence[str], encoded: _Encoded) -> 
             continue
         note = f"LPIPS {number(row['lpips'])}{_judged(row['style_after'], row['content_after'], ', ')}"
         cells.append(_cell(encoded[row["after"]], f"{escape(method)}: {prompt}", note, method, row["lpips"]))
-    forgotten = str(line["artist"] == line["forget"]).lower()
+    forgotten = str(is_forgotten(line)).lower()
     return (
         f'<tr data-forget="{escape(line["forget"])}" data-artist="{escape(line["artist"])}" data-forgotten="{forgotten}" '
         f'data-prompt="{escape(line["prompt"].lower())}">{"".join(cells)}</tr>'

@@ -41,6 +41,7 @@ ROW_TYPES: dict[str, type] = {
 
 POOLED = "all"  # in the column `forget`: every erasure of the method together
 SEPARATOR = "; "  # between the names in `remap_to` and `retain`
+JOINT = "+"  # between artists in `forget` that are erased in one call
 DRAWS = 10_000
 DISTANCES = ("lpips", "lpips_64", "lpips_64_rece")
 
@@ -56,6 +57,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _value(kind: type, text: str) -> Any:
     return text if kind is str else kind(text) if text else None
+
+
+def artists_of(forget: str) -> list[str]:
+    """The artists of one erasure."""
+    return forget.split(JOINT)
+
+
+def is_forgotten(row: Row) -> bool:
+    """Whether the row's picture is of an artist that its erasure forgets."""
+    return row["artist"] in artists_of(row["forget"])
 
 
 class Bootstrap:
@@ -88,10 +99,10 @@ class Bootstrap:
 
 
 def summarise(rows: Sequence[Row], *, confusion: Mapping[str, Mapping[str, float]] | None = None) -> list[dict[str, Any]]:
-    """One line per method and forgotten artist, then one per method over all its erasures where there are several.
+    """One line per method and erasure, then one per method over all its erasures of a single artist where there are several.
 
-    In every line `_f` are the forgotten artist's images, `_r` those of all other artists, `_r_group` of the other artists of its
-    group, `_named` of artists that the erasure named (targets, retain list), `_unnamed` of those it never named, `_none` those
+    In every line `_f` are the forgotten artists' images, `_r` those of all other artists, `_r_group` of the other artists of their
+    groups, `_named` of artists that the erasure named (targets, retain list), `_unnamed` of those it never named, `_none` those
     without an artist. Percentages are 0 to 100. `_low` and `_high` are the 95 % bootstrap interval over prompts, `_change` is after
     minus before, prompt by prompt.
 
@@ -107,19 +118,20 @@ def summarise(rows: Sequence[Row], *, confusion: Mapping[str, Mapping[str, float
     for (method, forget), part in cells.items():
         lines.append(_line(method, forget, part[0]["remap_to"], part, confusion))
     for method in dict.fromkeys(row["method"] for row in rows):
-        if len({forget for other, forget in cells if other == method}) > 1:
-            lines.append(_line(method, POOLED, "", [row for row in rows if row["method"] == method], confusion))
+        single = [row for row in rows if row["method"] == method and JOINT not in row["forget"]]
+        if len({row["forget"] for row in single}) > 1:
+            lines.append(_line(method, POOLED, "", single, confusion))
     return lines
 
 
 def _line(method: str, forget: str, remap_to: str, rows: Sequence[Row], confusion: Mapping | None) -> dict[str, Any]:
     group_of = {row["artist"]: row["group"] for row in rows}
-    forgotten = [row for row in rows if row["artist"] == row["forget"]]
-    others = [row for row in rows if row["artist"] not in ("", row["forget"])]
+    forgotten = [row for row in rows if is_forgotten(row)]
+    others = [row for row in rows if row["artist"] and not is_forgotten(row)]
     parts = {
         "f": forgotten,
         "r": others,
-        "r_group": [row for row in others if row["group"] == group_of.get(row["forget"])],
+        "r_group": [row for row in others if row["group"] in {group_of.get(artist) for artist in artists_of(row["forget"])}],
         "named": [row for row in others if row["artist"] in named_by(row)],
         "unnamed": [row for row in others if row["artist"] not in named_by(row)],
         "none": [row for row in rows if not row["artist"]],
@@ -141,7 +153,7 @@ def _line(method: str, forget: str, remap_to: str, rows: Sequence[Row], confusio
         put(f"{distance}_d", _difference(means["f"], means["r"]))
         for part in ("r_group", "named", "unnamed", "none"):
             put(f"{distance}_{part}", means[part])
-    for name, judged in (("style", _style), ("content", _content)):
+    for name, judged in (("style", style_of), ("content", content_of)):
         for part in ("f", "r", "unnamed", "none"):
             if (name, part) == ("style", "none"):
                 continue  # no style was asked for
@@ -161,11 +173,11 @@ def named_by(row: Row) -> set[str]:
     return {*row["remap_to"].split(SEPARATOR), *row["retain"].split(SEPARATOR)}
 
 
-def _style(row: Row, when: str) -> float | None:
+def style_of(row: Row, when: str) -> float | None:
     return 100.0 * (row[f"style_{when}"] == row["artist"]) if row[f"style_{when}"] else None
 
 
-def _content(row: Row, when: str) -> float | None:
+def content_of(row: Row, when: str) -> float | None:
     return None if row[f"content_{when}"] is None else 100.0 * row[f"content_{when}"]
 
 
@@ -175,7 +187,8 @@ def _difference(a: tuple[float, np.ndarray] | None, b: tuple[float, np.ndarray] 
 
 def _taken_for(rows: Sequence[Row], confusion: Mapping[str, Mapping[str, float]] | None) -> float | None:
     """How often the judge takes real images of the targets for the forgotten artist; `None` where it never saw some of them."""
-    pairs = {(row["forget"], target) for row in rows for target in row["remap_to"].split(SEPARATOR)}
+    erased = {(row["forget"], row["remap_to"]) for row in rows}
+    pairs = {(artist, target) for forget, targets in erased for artist in artists_of(forget) for target in targets.split(SEPARATOR)}
     if not confusion or any(target not in confusion or forget not in confusion for forget, target in pairs):
         return None
     return _average(confusion[target].get(forget, 0.0) for forget, target in pairs)

@@ -14,7 +14,8 @@ from ...diffusion.concepts import Encoder
 from ...diffusion.sites import find_denoiser, find_sites
 from ...errors import MoreError
 from .names import Concepts, names_asked, ordinary_prompts
-from .training import Checkpoint, base_facts, float_copy, train, trainable_names
+from .progress import is_quiet
+from .training import Checkpoint, base_facts, float_copy, train, trainable_names, with_gradients
 
 
 CAPTIONS = ("{prompt}, in the style of {name}", "in {name}'s style, {prompt}")
@@ -62,7 +63,7 @@ def ca(
     """
     asked = names_asked(concepts, remap_to, retain)
     encoder = Encoder(pipe)
-    given = ordinary_prompts(asked) if prompts is None else list(prompts)
+    given = ordinary_prompts(pipe, asked) if prompts is None else list(prompts)
     prompts_that_fit = [prompt for prompt in given if _fits(encoder, prompt, [*asked.forget, *asked.targets])]
     if prompts is not None and len(prompts_that_fit) < len(given):
         longest = max(given, key=lambda prompt: len(encoder.token_ids(prompt)))
@@ -89,8 +90,7 @@ def ca(
     student = float_copy(pipe)
     for name in find_sites(pipe, find_denoiser(pipe)):
         student.get_submodule(name).register_forward_hook(_without_begin_token)
-    parameters = dict(student.named_parameters())
-    optimizer = torch.optim.AdamW([parameters[name].requires_grad_() for name in names], lr=learning_rate)
+    optimizer = torch.optim.AdamW(with_gradients(student, names), lr=learning_rate)
     device = pipe._execution_device
     bars = pipe.scheduler.alphas_cumprod.to(device)
 
@@ -109,14 +109,14 @@ def ca(
         return ablation_loss(student, x, t, *text.chunk(2))
 
     training = {"iterations": iterations, "batch_size": batch_size, "learning_rate": learning_rate}
-    trained = {**facts, "method": "ca", "concepts": asked.forget, **training}
+    facts = {**facts, "method": "ca", "concepts": asked.forget, **training}
     train(
         pipe,
         student,
         names,
         loss,
         optimizer,
-        Checkpoint(checkpoint, trained),
+        Checkpoint(checkpoint, facts),
         iterations=iterations,
         seed=seed,
         save_every=save_every,
@@ -154,12 +154,11 @@ def draw_anchors(
     """
     drawing = copy.copy(pipe)
     drawing.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    hidden = getattr(pipe, "_progress_bar_config", {}).get("disable", False)
     drawing.set_progress_bar_config(disable=True)
     vae = pipe.vae
     state = checkpoint.load()
     done = [] if state is None else list(state["latents"])
-    bar = tqdm(total=len(texts), initial=len(done), desc="anchors", unit="image", disable=hidden)
+    bar = tqdm(total=len(texts), initial=len(done), desc="anchors", unit="image", disable=is_quiet(pipe))
     while len(done) < len(texts):
         batch = range(len(done), min(len(done) + 16, len(texts)))
         pictures = drawing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ...diffusion.concepts import Encoder
 from ...errors import MoreError
 from .names import Concepts, names_asked
-from .training import Checkpoint, base_facts, float_copy, train, trainable_names
+from .training import Checkpoint, base_facts, float_copy, train, trainable_names, with_gradients
 
 
 VARIANTS = {
@@ -66,9 +67,7 @@ def esd(
     asked = names_asked(concepts, remap_to, retain)
     names = trainable_names(pipe, layers)
     student, frozen = float_copy(pipe), float_copy(pipe)
-    parameters = dict(student.named_parameters())
-    trained = [parameters[name].requires_grad_() for name in names]
-    optimizer = torch.optim.Adam(trained, lr=settings["learning_rate"])
+    optimizer = torch.optim.Adam(with_gradients(student, names), lr=settings["learning_rate"])
     empty, *texts = Encoder(pipe).encode(["", *asked.forget]).float()
     sampler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     sampler.set_timesteps(sampling_steps, device=empty.device)
@@ -104,6 +103,9 @@ def esd(
         desc=f"esd without {', '.join(asked.forget)}",
     )
     return pipe
+
+
+esd_repo = partial(esd, variant="repo")
 
 
 def target(unguided: Tensor, guided: Tensor, eta: float, variant: str) -> Tensor:

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import nn
 
 from ...errors import MoreError, TargetNotFoundError
+from .progress import progress_bar_config
 
 
 PUBLISHED_STEPS = 50
@@ -28,7 +29,7 @@ class AtInference(StableDiffusionPipeline):
             raise TargetNotFoundError(f"This method runs inside StableDiffusionPipeline, got {type(pipe).__name__}.")
         made = cls(**pipe.components, requires_safety_checker=pipe.config.requires_safety_checker)
         made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
-        made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+        made.set_progress_bar_config(**progress_bar_config(pipe))
         for name, value in settings.items():
             setattr(made, name, value)
         return made

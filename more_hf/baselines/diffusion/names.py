@@ -48,9 +48,9 @@ def expanded(name: str, kind: str | None) -> list[str]:
     return [name, *(template.format(name) for template in EXPANSIONS.get(kind, ()))]
 
 
-def ordinary_prompts(asked: Asked) -> list[str]:
+def ordinary_prompts(pipe: DiffusionPipeline, asked: Asked) -> list[str]:
     """The everyday prompts of the package that name nothing of what is forgotten."""
-    return [prompt for prompt in everyday_prompts() if not any(names_in(prompt, name) for name in asked.forget)]
+    return [prompt for prompt in everyday_prompts(pipe.tokenizer) if not any(names_in(prompt, name) for name in asked.forget)]
 
 
 class Texts:

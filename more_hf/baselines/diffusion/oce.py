@@ -47,7 +47,7 @@ def oce(
     C = texts.last_tokens([prompt for name in asked.forget for prompt in expanded(name, expand)])
     G = texts.last_tokens([prompt for name in guides(asked, guide, "art") for prompt in expanded(name, expand)])
     R = texts.last_tokens(asked.keep) if asked.keep else C[:0]
-    moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary_prompts(asked)).second_moment
+    moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary_prompts(pipe, asked))["tokens"].second_moment
     kept = retain_scale * R.T @ R + global_scale * moment + lamb * torch.eye(len(moment), dtype=moment.dtype)
     sites, values = text_sites(pipe, layers, len(moment)), {}
     for name, site in sites.items():

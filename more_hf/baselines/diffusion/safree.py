@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -49,6 +50,9 @@ def safree(
     """
     settings = {"re_attention": re_attention, "alpha": alpha, "midpoint": midpoint, "slope": slope, "negative": negative}
     return SafreePipeline.around(pipe, forgotten=names_asked(concepts, remap_to, retain).forget, settings=settings)
+
+
+safree_re_attention = partial(safree, re_attention=True)
 
 
 def projector(columns: Tensor) -> Tensor:

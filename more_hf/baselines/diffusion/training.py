@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...diffusion.sites import find_denoiser, find_sites
 from ...erasure import fingerprint
 from ...errors import IncompatibleBaseError, MoreError, TargetNotFoundError
+from .progress import is_quiet
 
 
 LAYERS = ("x", "x-strict", "u", "all")
@@ -76,6 +77,12 @@ def float_copy(pipe: DiffusionPipeline) -> nn.Module:
     return copy.deepcopy(find_denoiser(pipe).module).float().requires_grad_(False).to(pipe._execution_device)
 
 
+def with_gradients(student: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters of these names, which get gradients from now on."""
+    parameters = dict(student.named_parameters())
+    return [parameters[name].requires_grad_() for name in names]
+
+
 def base_facts(pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, str]:
     """The fingerprint of the weights that a run starts from."""
     named = dict(find_denoiser(pipe).module.named_parameters())
@@ -110,8 +117,7 @@ def train(
                 parameters[name].copy_(held["weights"][name])
         optimizer.load_state_dict(held["optimizer"])
         generator.set_state(held["generator"])
-    hidden = getattr(pipe, "_progress_bar_config", {}).get("disable", False)
-    bar = tqdm(total=iterations, initial=min(done, iterations), desc=desc, unit="step", disable=hidden)
+    bar = tqdm(total=iterations, initial=min(done, iterations), desc=desc, unit="step", disable=is_quiet(pipe))
     while done < iterations:
         with torch.enable_grad():
             value = loss(generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -57,6 +58,9 @@ def uce(
         raise MoreError(f"Unknown variant {variant!r}. Choose 'current' or 'paper'.")
     multiply(pipe, edit_matrix(C, G, R, lamb=lamb, erase_scale=erase_scale, preserve_scale=preserve_scale))
     return pipe
+
+
+uce_paper = partial(uce, variant="paper")
 
 
 def edit_matrix(C: Tensor, G: Tensor, R: Tensor, *, lamb: float, erase_scale: float, preserve_scale: float) -> Tensor:

@@ -34,7 +34,7 @@ def more_without_po(
     Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
     """
     request = make_request(concepts, remap_to, retain, num_experts, None, "pinv", tokens, seed)
-    remap = without_orthogonalisation(**prepare(pipe, request, ()))
+    remap = without_orthogonalisation(**prepare(pipe, request, ())["tokens"])
     sites = text_sites(pipe, "kv", len(remap.prototypes.matrix))
     write_weights(sites, {name: remap.merged(site.read().double()) for name, site in sites.items()})
     return pipe

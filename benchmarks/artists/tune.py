@@ -1,0 +1,103 @@
+"""Tune every baseline for the embedded pipeline on the validation prompts: a small declared grid each, and the same score as `choose.py`.
+
+    python benchmarks/artists/tune.py                      # everything, one cell after the other
+    python benchmarks/artists/tune.py --methods uce rece   # a part; several processes may each do some methods
+
+Every cell is a line of tuning.csv, and one that is there is not measured again. `settings.json` gets the best cell of each method; it is
+what `more-hf bench artists --settings` reads. Every method is told the same target and the same names to keep as in the benchmark. Ours
+stand in the grid with their defaults, which `choose.py` chose on the same prompts. The test prompts are not touched.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import time
+
+from choose import HERE, STYLES, THINGS, Bench, append, done, summary
+
+from more_hf.evaluation.artists import find_method
+from more_hf.evaluation.cells import told
+from more_hf.evaluation.prompts import read_prompts, read_targets
+from more_hf.report import write_text
+
+
+def grid(**values) -> list[dict]:
+    """Every combination of the values; one that is not a list is the same in all."""
+    lists = [value if isinstance(value, list) else [value] for value in values.values()]
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*lists)]
+
+
+CONTENT = [f"a {thing}" for thing in THINGS]  # short enough that an artist's name fits behind it
+GRIDS = {
+    "more": [{}],
+    "more-erase": [{}],
+    "more-mean": [{}],
+    "more-random": [{}],
+    "more-hash": [{}],
+    "more-without-po": [{}],
+    "uce": grid(lamb=[1.0, 5.0, 20.0, 50.0], preserve_scale=[1.0, 10.0]),
+    "rece": grid(lamb=[10.0, 50.0], start_lamb=[10.0, 50.0], preserve_scale=[0.1, 1.0]),
+    "cure": grid(alpha=[2.0, 20.0], tokens=["content", "padded"]),
+    "speed": grid(threshold=[1.0, 1e-1, 1e-2, 1e-4], layers=["v", "kv"]),
+    "oce": grid(erase_scale=[500.0, 5000.0], global_scale=[1.0, 10.0], layers=["v", "kv"]),
+    "sld-medium": grid(warmup=[10, 0], threshold=[0.01, 1.0]),
+    "safree": grid(midpoint=[5.5, 1.0], negative=[True, False]),
+    "esd": grid(sampling_steps=10, iterations=[60, 120], learning_rate=[2e-4, 5e-4]),
+    "ca": grid(images=64, prompts=[CONTENT], sampling_steps=10, iterations=100, learning_rate=[2.5e-5, 5e-5, 1e-4, 2e-4]),
+}
+STYLES_OF = {"esd": STYLES[:2], "ca": STYLES[:2]}  # a training each; the others on all four
+
+
+class Tuning:
+    """The validation bench, and what an erasure is told."""
+
+    def __init__(self):
+        self.bench = Bench()
+        prompts, targets, several = read_prompts("emoji10_validation"), read_targets("targets"), read_targets("targets_several")
+        asked = {a: {"remap_to": targets[a], "several": several[a], "retain": prompts.group_of(a)} for a in STYLES}
+        self.config = {"forget": asked}
+
+    def measure(self, method: str, settings: dict) -> dict:
+        """One line: a method with its settings, over the styles erased in turn."""
+        pooled: dict[str, list[float]] = {}
+        styles, seconds = STYLES_OF.get(method, STYLES), 0.0
+        for forget in styles:
+            pipe = copy.copy(self.bench.pipe)
+            pipe.register_modules(unet=copy.deepcopy(pipe.unet))
+            start = time.perf_counter()
+            pipe = find_method(method)(pipe, [forget], **told(self.config, method, forget), **settings)
+            seconds += (time.perf_counter() - start) / len(styles)
+            for key, values in self.bench.measure(forget, others=1, pipe=pipe).items():
+                pooled.setdefault(key, []).extend(values)
+        return {"method": method, "settings": json.dumps(settings), **summary(pooled), "seconds_prepare": round(seconds, 2)}
+
+
+def best_settings(lines: list[dict[str, str]]) -> dict[str, dict]:
+    """The settings with the best score, of every method whose grid is done and has more than one cell."""
+    best = {}
+    for method, cells in GRIDS.items():
+        measured = [line for line in lines if line["method"] == method and json.loads(line["settings"]) in cells]
+        if len(measured) == len(cells) > 1:
+            best[method] = json.loads(max(measured, key=lambda line: float(line["score"]))["settings"])
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="only these")
+    args = parser.parse_args()
+    path, tuning = HERE / "tuning.csv", None
+    for method in args.methods:
+        for settings in GRIDS[method]:
+            if (method, json.dumps(settings)) not in {(line["method"], line["settings"]) for line in done(path)}:
+                tuning = tuning or Tuning()
+                append(path, tuning.measure(method, settings))
+    best = best_settings(done(path))
+    write_text(HERE / "settings.json", json.dumps(best, indent=1) + "\n")
+    for method, settings in best.items():
+        print(method, json.dumps(settings))
+
+
+if __name__ == "__main__":
+    main()

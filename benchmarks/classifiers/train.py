@@ -1,0 +1,105 @@
+"""Train a classifier of the knowledge-deletion benchmark; run it again to resume. Also through `accelerate launch`.
+
+    python benchmarks/classifiers/train.py --dataset fashion-mnist --model allcnn-narrow --output RUN --package fashion-mnist-allcnn
+
+`RUN/model` is what `save_pretrained` writes, `RUN/log.csv` has a row per epoch. `--package NAME` also writes it in half precision to
+`more_hf/data/classifiers/NAME`, measures what is loaded from there, and puts that row into `classifiers.csv` and the README's table.
+"""
+
+import argparse
+import csv
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from more_hf.data import load_classifier
+from more_hf.evaluation.kd_data import load_kd_data
+from more_hf.evaluation.kd_models import MODELS, build_classifier, load_pretrained, pretrained_inputs
+from more_hf.evaluation.kd_training import Recipe, accuracy, predict, train_classifier
+from more_hf.evaluation.machine import hardware, processes
+from more_hf.report import markdown_table, write_rows, write_text
+
+
+HERE = Path(__file__).parent
+PACKAGED = HERE.parents[1] / "more_hf" / "data" / "classifiers"
+CHOICES = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "shift", "seed")
+README_COLUMNS = ("name", "dataset", "model", "parameters", "kilobytes", "accuracy_training", "accuracy_test", "epochs", "minutes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="a name of load_kd_data, or a folder of images")
+    parser.add_argument("--data", type=Path, help="where the data lie, if not in their usual place")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--model", choices=MODELS, help="random weights")
+    weights.add_argument("--pretrained", help="a folder or Hub id to start from; images are made to fit it")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--package", metavar="NAME", help="also put it into the package")
+    for name in CHOICES:
+        default = getattr(Recipe, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="on CUDA; by default as accelerate is configured")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    inputs = pretrained_inputs(args.pretrained) if args.pretrained else {}
+    data = load_kd_data(args.dataset, path=args.data, **inputs)
+    start = load_pretrained if args.pretrained else build_classifier
+    model = start(args.pretrained or args.model, data, seed=args.seed)
+    recipe = Recipe(**{name: getattr(args, name) for name in CHOICES}, flip=data.flip)
+    options = {"mixed_precision": args.mixed_precision, "workers": args.workers}
+    model = train_classifier(model, data.train, recipe, output=args.output, validation=data.validation, **options)
+    if processes().is_main_process:
+        print(f"test accuracy {accuracy(predict(model, data.test), data.test.labels):.2f} %")
+        if args.package:
+            package(args, data, model)
+
+
+def package(args: argparse.Namespace, data, model) -> None:
+    """Write the model in half precision, and the row of what is loaded from there."""
+    device, folder = next(model.parameters()).device, PACKAGED / args.package
+    model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    loaded = load_classifier(args.package).to(device)
+    with open(args.output / "log.csv", newline="") as file:
+        seconds = float(list(csv.DictReader(file))[-1]["seconds"])
+    row = {
+        "name": args.package,
+        "dataset": args.dataset,
+        "model": args.model or args.pretrained,
+        "parameters": sum(p.numel() for p in loaded.parameters()),
+        "kilobytes": (folder / "model.safetensors").stat().st_size // 1000,
+        "accuracy_training": round(accuracy(predict(loaded, data.train), data.train.labels), 2),
+        "accuracy_validation": round(accuracy(predict(loaded, data.validation), data.validation.labels), 2),
+        "accuracy_test": round(accuracy(predict(loaded, data.test), data.test.labels), 2),
+        "epochs": args.epochs,
+        "minutes": round(seconds / 60, 1),
+        "hardware": hardware(device),
+        "command": shlex.join(["python", "benchmarks/classifiers/train.py", *portable(sys.argv[1:])]),
+    }
+    table = HERE / "classifiers.csv"
+    rows = list(csv.DictReader(table.open(newline=""))) if table.is_file() else []
+    rows = sorted([*(r for r in rows if r["name"] != args.package), row], key=lambda r: r["name"])
+    write_rows(table, rows)
+    rows = list(csv.DictReader(table.open(newline="")))  # all cells as they were written
+    readme = HERE / "README.md"
+    before, _, after = readme.read_text("utf-8").partition("<!-- classifiers.csv -->\n")
+    after = after.partition("<!-- end -->\n")[2]
+    commands = "\n".join(r["command"] for r in rows)
+    body = f"{markdown_table(rows, README_COLUMNS)}\n\n```bash\n{commands}\n```\n"
+    write_text(readme, f"{before}<!-- classifiers.csv -->\n{body}<!-- end -->\n{after}")
+
+
+def portable(arguments: list[str]) -> list[str]:
+    """The command without this machine's folders."""
+    paths = {"--output": "RUN", "--data": "DATA"}
+    return [paths.get(before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Closed-form methods at 1 to 1000 concepts at once: time, memory, and what every other feature loses. On synthetic features.
+
+    OMP_NUM_THREADS=1 python benchmarks/geometry/geometry.py    # geometry.csv, geometry.md, geometry.png
+
+The features are not a text encoder's. They are drawn around a mean with covariance eigenvalues proportional to 1 / i, in 768 dimensions; a
+third of their mean square, which is 768, is the mean's. Every concept, its own target, the retained names and ordinary text are independent
+draws. Four layers of 640 x 768 with Gaussian weights read them. Each method gets one vector per name, as UCE does, and its published
+settings.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from more_hf.baselines.diffusion import cure, oce, rece, speed, uce
+from more_hf.baselines.diffusion.without_po import without_orthogonalisation
+from more_hf.errors import PrototypeError
+from more_hf.evaluation.machine import hardware, peak_memory
+from more_hf.prototypes import Prototypes
+from more_hf.remap import Remap
+from more_hf.report import markdown_table, write_rows, write_text
+
+
+matplotlib.use("Agg")
+HERE = Path(__file__).parent
+WIDTH, OUT, LAYERS = 768, 640, 4
+CONCEPTS = (1, 10, 100, 300, 1000)
+RETAINED, ORDINARY = 100, 2000
+MEAN_SHARE = 1 / 3
+
+
+def features(count: int, generator: torch.Generator, basis: Tensor) -> Tensor:
+    """`(count, WIDTH)`, float64: draws with the declared spectrum. `basis` is orthonormal, and its last column the mean's direction."""
+    spectrum = 1 / torch.arange(1, WIDTH + 1, dtype=torch.float64)
+    spectrum *= (1 - MEAN_SHARE) * WIDTH / spectrum.sum()
+    drawn = torch.randn(count, WIDTH, generator=generator, dtype=torch.float64) * spectrum.sqrt()
+    return drawn @ basis.T + (MEAN_SHARE * WIDTH) ** 0.5 * basis[:, -1]
+
+
+class Problem:
+    """Concepts C, targets G `(n, d)`, retained names R, a second moment of ordinary text, and ordinary text that no method saw."""
+
+    def __init__(self, concepts: int):
+        generator = torch.Generator().manual_seed(concepts)
+        basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)).Q
+        self.C, self.G = features(concepts, generator, basis), features(concepts, generator, basis)
+        self.R, seen = features(RETAINED, generator, basis), features(ORDINARY, generator, basis)
+        self.unseen = features(ORDINARY, generator, basis)
+        self.moment = seen.T @ seen / ORDINARY
+        self.layers = [torch.randn(OUT, WIDTH, generator=generator, dtype=torch.float64) / WIDTH**0.5 for _ in range(LAYERS)]
+
+    def prototypes(self, *parts: Tensor) -> Prototypes:
+        """The rows of parts `(n, d)` as prototypes c0, c1, ..., g0, ..., r0, ..."""
+        names = tuple(f"{kind}{i}" for kind, part in zip("cgr", parts, strict=False) for i in range(len(part)))
+        return Prototypes(torch.cat(parts).T, names, torch.ones(len(names), dtype=torch.int64), self.moment, ORDINARY)
+
+    def names(self, kind: str) -> list[str]:
+        return [f"{kind}{i}" for i in range(len(self.C))]
+
+
+def more(problem: Problem) -> list[Tensor]:
+    remap = Remap.fit(problem.prototypes(problem.C, problem.G), problem.names("c"), [problem.names("g")], solver="covariance")
+    return [remap.merged(W) for W in problem.layers]
+
+
+def more_pinv(problem: Problem) -> list[Tensor]:
+    remap = Remap.fit(problem.prototypes(problem.C, problem.G, problem.R), problem.names("c"), [problem.names("g")])
+    return [remap.merged(W) for W in problem.layers]
+
+
+def more_erase(problem: Problem) -> list[Tensor]:
+    remap = Remap.fit(problem.prototypes(problem.C), problem.names("c"), [[None] * len(problem.C)], solver="covariance")
+    return [remap.merged(W) for W in problem.layers]
+
+
+def more_without_po(problem: Problem) -> list[Tensor]:
+    remap = without_orthogonalisation(problem.prototypes(problem.C, problem.G), problem.names("c"), [problem.names("g")])
+    return [remap.merged(W) for W in problem.layers]
+
+
+def run_uce(problem: Problem) -> list[Tensor]:
+    A = uce.edit_matrix(problem.C, problem.G, problem.R, lamb=0.5, erase_scale=1.0, preserve_scale=1.0)
+    return [W @ A for W in problem.layers]
+
+
+def run_rece(problem: Problem) -> list[Tensor]:
+    scales = {"erase_scale": 1.0, "preserve_scale": 0.1}
+    A = uce.edit_matrix(problem.C, problem.G, problem.R, lamb=0.5, **scales)
+    adversarial = rece.adversarial_embeddings(sum(W.T @ W for W in problem.layers), A, problem.C, 1e-3)
+    A = A @ uce.edit_matrix(adversarial, problem.G, problem.R, lamb=0.1, **scales)
+    return [W @ A for W in problem.layers]
+
+
+def run_cure(problem: Problem) -> list[Tensor]:
+    A = cure.eraser(problem.C, problem.R, 2.0)
+    return [W @ A for W in problem.layers]
+
+
+def run_speed(problem: Problem) -> list[Tensor]:
+    n, generator, edited = len(problem.C), torch.Generator().manual_seed(0), []
+    A, B = problem.C.T @ problem.C / n, problem.G.T @ problem.C / n
+    threshold = 1e-1 if n <= 10 else 1e-4  # as published for few and for many concepts
+    invariant = problem.unseen.new_zeros(WIDTH, 0)  # the begin token and the padding have no counterpart here
+    for W in problem.layers:
+        prior = speed.refined_prior(W, A, B, problem.R, 10, generator)
+        edited.append(W + W @ speed.update(A, B, speed.null_space(prior, threshold), invariant, 1.0, 0.0))
+    return edited
+
+
+def run_oce(problem: Problem) -> list[Tensor]:
+    erase, spread = (500.0, 10.0) if len(problem.C) < 100 else (800.0, 70.0)  # as published for styles and for 100 celebrities
+    kept = problem.R.T @ problem.R + spread * problem.moment + 10.0 * torch.eye(WIDTH, dtype=torch.float64)
+    return [oce.rotation(oce.erasing_term(W, problem.C, problem.G, erase) + W @ kept @ W.T) @ W for W in problem.layers]
+
+
+METHODS: dict[str, Callable[[Problem], list[Tensor]]] = {
+    "more": more,
+    "more (pinv)": more_pinv,
+    "more-erase": more_erase,
+    "more-without-po": more_without_po,
+    "uce": run_uce,
+    "rece": run_rece,
+    "cure": run_cure,
+    "speed": run_speed,
+    "oce": run_oce,
+}
+WITHOUT_TARGET = ("more-erase", "cure")
+NUMBERS = ("concept_moved", "concept_to_target", "retained_moved", "ordinary_moved", "seconds", "memory")
+
+
+def moved(problem: Problem, edited: list[Tensor], x: Tensor, reference: Tensor | None = None) -> float:
+    """Percent, root mean square over features `(n, d)` and layers: how far W' x is from W x, or from W times the reference, which W x is
+    100 % away from."""
+    change = total = 0.0
+    for W, new in zip(problem.layers, edited, strict=True):
+        wanted = (x if reference is None else reference) @ W.T
+        change += float((x @ new.T - wanted).square().sum())
+        total += float(((x @ W.T) if reference is None else (x @ W.T - wanted)).square().sum())
+    return 100 * (change / total) ** 0.5
+
+
+def measure(method: str, problem: Problem) -> dict:
+    line = {"method": method, "concepts": len(problem.C)}
+    with peak_memory(torch.device("cpu")) as before:
+        pass  # what is resident now
+    start = time.perf_counter()
+    try:
+        with peak_memory(torch.device("cpu")) as peak:
+            edited = METHODS[method](problem)
+    except PrototypeError as error:
+        return {**line, **dict.fromkeys(NUMBERS), "note": str(error)}
+    seconds = time.perf_counter() - start
+    return {
+        **line,
+        "concept_moved": round(moved(problem, edited, problem.C), 3),
+        "concept_to_target": None if method in WITHOUT_TARGET else round(moved(problem, edited, problem.C, problem.G), 3),
+        "retained_moved": round(moved(problem, edited, problem.R), 3),
+        "ordinary_moved": round(moved(problem, edited, problem.unseen), 3),
+        "seconds": round(seconds, 4),
+        "memory": round(peak.mebibytes - before.mebibytes, 1),
+        "note": "",
+    }
+
+
+def plot(lines: list[dict]) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    shown = {
+        "concept_to_target": "concepts: distance to their targets, %",
+        "retained_moved": "retained names: moved by, %",
+        "ordinary_moved": "ordinary text: moved by, %",
+    }
+    for ax, (column, title) in zip(axes, shown.items(), strict=True):
+        for method in METHODS:
+            own = [line for line in lines if line["method"] == method and line[column] is not None]
+            ax.plot([line["concepts"] for line in own], [max(line[column], 1e-2) for line in own], marker="o", label=method)
+        ax.set(xscale="log", yscale="log", xlabel="concepts erased together", title=title)
+        ax.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(HERE / "geometry.png", dpi=110)
+
+
+def main() -> None:
+    for method in METHODS:
+        METHODS[method](Problem(2))  # the first call of each pays for loading kernels
+    lines = []
+    for concepts in CONCEPTS:
+        problem = Problem(concepts)
+        lines += [measure(method, problem) for method in METHODS]
+    write_rows(HERE / "geometry.csv", lines)
+    notes = [f"- {line['method']}, {line['concepts']} concepts: {line['note']}" for line in lines if line["note"]]
+    table = markdown_table([{**line, "note": "refused" if line["note"] else ""} for line in lines])
+    write_text(HERE / "geometry.md", "\n\n".join([table, "\n".join(notes), hardware(torch.device("cpu"))]) + "\n")
+    plot(lines)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Choose the settings of the trained baselines: the declared grid point with the largest HM on validation images, for one class.
+
+    python benchmarks/kd/choose.py --dataset fashion-mnist --model allcnn-narrow --forget bag --models MODELS --output CHOSEN
+
+`CHOSEN/grid.csv` gets a row per grid point as it finishes; a run that was stopped goes on after the last one. `CHOSEN/settings.json` is
+what `more-hf bench kd --settings` reads. Choose on a class that the benchmark does not report.
+"""
+
+import argparse
+import copy
+import csv
+import itertools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from more_hf.baselines import classification_baseline
+from more_hf.errors import IncompatibleBaseError
+from more_hf.evaluation.kd import RECIPES, Trainer
+from more_hf.evaluation.kd_data import load_kd_data, split_by_class
+from more_hf.evaluation.kd_metrics import harmonic_mean
+from more_hf.evaluation.kd_training import Recipe, accuracy, predict
+from more_hf.report import markdown_table, write_rows, write_text
+
+
+EPOCHS = {"epochs": [3]}  # short enough for two CPU cores; the sources train for 3 to 10
+GRIDS = {
+    "finetune": {"lr": [0.01, 0.03, 0.1], **EPOCHS},
+    "neggrad": {"lr": [1e-4, 3e-4, 1e-3, 3e-3], **EPOCHS},
+    "neggrad-plus": {"lr": [0.003, 0.01, 0.03], **EPOCHS},
+    "random-labels": {"lr": [0.003, 0.01, 0.03], **EPOCHS},
+    "salun": {"lr": [0.003, 0.013, 0.03], **EPOCHS},
+    "l1-sparse": {"lr": [0.01, 0.03], "alpha": [1e-5, 1e-4, 5e-4], **EPOCHS},
+    "fisher": {"alpha": [1e-8, 1e-7, 1e-6, 1e-5]},
+    "boundary-shrink": {"lr": [1e-5, 1e-4, 1e-3, 3e-3], **EPOCHS},
+    "scrub": {"lr": [5e-4, 2e-3, 5e-3], **EPOCHS},
+    "bad-teacher": {"lr": [1e-4, 1e-3, 3e-3]},
+    "lau": {"lr": [1e-3, 1e-2, 1e-1]},
+    "esc-t": {"lr": [1e-3, 1e-2, 1e-1]},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--model", required=True, help="a name of kd_models.MODELS")
+    parser.add_argument("--forget", required=True, help="the class to choose on")
+    parser.add_argument("--methods", default=",".join(GRIDS))
+    parser.add_argument("--models", type=Path, required=True, help="folder of trained classifiers, as of `bench kd`")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    data = load_kd_data(args.dataset)
+    recipe = replace(RECIPES.get(args.dataset, Recipe()), flip=data.flip)
+    original = Trainer(args.model, data, recipe, args.models).original(0)
+    splits = split_by_class(data, [args.forget])
+    path = args.output / "grid.csv"
+    rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
+    for method in args.methods.split(","):
+        for values in itertools.product(*GRIDS[method].values()):
+            settings = dict(zip(GRIDS[method], values, strict=True))
+            if (method, json.dumps(settings)) in {(row["method"], row["settings"]) for row in rows}:
+                continue
+            rows.append(try_out(method, settings, original, splits))
+            write_rows(path, rows)
+    chosen = {}
+    for row in sorted(rows, key=lambda row: float(row["hm_validation"])):
+        chosen[row["method"]] = json.loads(row["settings"])  # the last one is the best
+    write_text(args.output / "settings.json", json.dumps(chosen, indent=1) + "\n")
+    print(markdown_table(rows))
+
+
+def try_out(method, settings, original, splits) -> dict:
+    """One grid point: validation accuracies in percent, HM, seconds."""
+    start = time.perf_counter()
+    row = {"method": method, "settings": json.dumps(settings)}
+    try:
+        model = classification_baseline(method)(copy.deepcopy(original), splits, **settings)
+    except IncompatibleBaseError:  # not finite
+        acc_f = acc_r = 0.0
+    else:
+        acc_f, acc_r = (accuracy(predict(model, part), part.labels) for part in (splits.fv, splits.rv))
+    found = {"acc_fv": round(acc_f, 3), "acc_rv": round(acc_r, 3), "hm_validation": round(harmonic_mean(acc_f, acc_r), 3)}
+    return {**row, **found, "seconds": round(time.perf_counter() - start, 2)}
+
+
+if __name__ == "__main__":
+    main()

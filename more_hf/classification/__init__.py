@@ -1,0 +1,1 @@
+"""Image classifiers: find the head, collect its features, forget classes."""

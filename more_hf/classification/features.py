@@ -1,0 +1,211 @@
+"""Features: the input of a classifier's head, collected over a loader in one pass, each sample once in all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
+from accelerate.utils import extract_model_from_parallel, reduce
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..erasure import find_erasure
+from ..errors import PrototypeError, TargetNotFoundError
+from ..hook import hook_off
+from ..prototypes import PrototypeFitter, Prototypes
+from .classes import class_names
+from .heads import evaluating, find_heads, find_module
+from .hook import channel_dim
+
+
+def collect_prototypes(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    head: str | Sequence[str] | None = None,
+    at: str | None = None,
+    second_moment: bool = True,
+) -> Prototypes:
+    """The mean feature of every class: one pass over the data in eval mode, O(dk) memory, O(d²) more for the second moment.
+
+    The features are the original model's, even where classes have been erased from it. Under `accelerate launch` a `DataLoader` is
+    sharded over the processes, every sample is counted once, and all processes get the same result.
+
+    Args:
+        model (`nn.Module`): a Transformers or timm image classifier, or your own with `head` named; DDP and compiled ones too.
+        loader (`Iterable`): of `(images, labels)` or of mappings with `pixel_values` and `labels` (or `label`); images in any float
+            dtype, labels `(batch,)` int64, negative ones left out. A `DataLoader`, or any iterable of batches, which every process
+            reads whole.
+        head (`str` or `Sequence[str]`, *optional*): name of the head where it cannot be found by running the model.
+        at (`str`, *optional*): take the input of this module instead; its mean over tokens or positions.
+        second_moment (`bool`, defaults to `True`): also collect what `solver="covariance"` needs.
+
+    Returns `Prototypes`: `(d, k)` float64, named by `class_names`. With several heads a feature is their inputs one after the other.
+
+    Raises `PrototypeError` for data without labels, labels that the head has no output for, and classes without a sample;
+    `TargetNotFoundError` if the head cannot be found. Nothing is changed: training flags and BatchNorm statistics are what they were.
+
+    Source: MoRE, Algorithm 1, step 1; the released code of ESC collects in train mode, which overwrites BatchNorm statistics.
+
+    Example:
+
+        >>> import torch, more_hf
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> images = torch.tensor([[1.0, 0, 0, 0], [3, 0, 0, 0], [0, 1, 0, 0]]).reshape(3, 1, 2, 2)
+        >>> more_hf.collect_prototypes(model, [(images, torch.tensor([0, 0, 1]))])["0"]
+        tensor([2., 0., 0., 0.], dtype=torch.float64)
+    """
+    return collect(model, loader, head=head, at=at, second_moment=second_moment)[1]
+
+
+def collect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    head: str | Sequence[str] | None,
+    at: str | None,
+    second_moment: bool,
+    look: Callable[[dict[str, nn.Module]], None] = lambda heads: None,
+) -> tuple[dict[str, nn.Module], Prototypes]:
+    """The heads beside what `collect_prototypes` returns. `look` is called with them before the pass, and may raise."""
+    model = plain_model(model)
+    current = find_erasure(model)
+    with _every_sample_once(loader) as (batches, sharded), nullcontext() if current is None else hook_off(current):
+        batches = iter(batches)
+        first = next(batches, None)
+        if first is None:
+            raise PrototypeError("The data has no batch. Prototypes need at least one sample of every class.")
+        heads = _heads(model, first, head)
+        look(heads)
+        names = class_names(model, next(iter(heads.values())).out_features)
+        fitter = None
+        for features, labels in _features(model, chain([first], batches), heads if at is None else {at: find_module(model, at)}):
+            if fitter is None:
+                fitter = PrototypeFitter(features.shape[1], names, device=features.device if features.is_cuda else "cpu")
+            fitter.update(features, labels)
+            if second_moment:
+                fitter.update_moment(features[labels >= 0])
+    return heads, (_sum_over_processes(fitter) if sharded else fitter).prototypes
+
+
+def features_of(
+    model: nn.Module, loader: Iterable[Any], *, head: str | Sequence[str] | None = None, at: str | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features `(batch, d)` as the model has them now, after the edit if there is one, and labels `(batch,)`, batch by batch.
+
+    Arguments, and what may be raised, as in `collect_prototypes`; under `accelerate launch` this process's part of a `DataLoader`.
+
+    Example:
+
+        >>> import torch
+        >>> from more_hf.classification.features import features_of
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> [(z, y)] = features_of(model, [(torch.ones(3, 1, 2, 2), torch.tensor([0, 0, 1]))])
+        >>> z.shape
+        torch.Size([3, 4])
+    """
+    model = plain_model(model)
+    with _every_sample_once(loader) as (batches, _):
+        batches = iter(batches)
+        for first in batches:
+            heads = _heads(model, first, head)
+            yield from _features(model, chain([first], batches), heads if at is None else {at: find_module(model, at)})
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The classifier inside DDP, FSDP or `torch.compile`."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _heads(model: nn.Module, batch: Any, head: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    """The named heads, else those that were edited, else those that a run on two images shows."""
+    current = find_erasure(model)
+    pixels, _ = _inputs(model, batch)
+    return find_heads(model, pixels[:2], head or (current and current.request["head"]))
+
+
+def _features(model: nn.Module, batches: Iterable[Any], modules: Mapping[str, nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
+    seen: dict[str, Tensor] = {}
+
+    def read(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            if not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
+                raise TargetNotFoundError(
+                    f"`{name}` ({type(module).__name__}) is not called with a tensor of features as its first argument. Name another."
+                )
+            z = args[0].movedim(channel_dim(module, args[0]), -1).float()
+            seen[name] = z.reshape(len(z), -1, z.shape[-1]).mean(1)
+
+        return hook
+
+    for batch in batches:
+        pixels, labels = _inputs(model, batch)
+        seen.clear()
+        handles = [module.register_forward_pre_hook(read(name)) for name, module in modules.items()]  # last: after the edit's hook
+        try:
+            with evaluating(model):
+                model(pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if missing := [name for name in modules if name not in seen]:
+            raise TargetNotFoundError(f"The model does not call `{missing[0]}` in its forward pass, so it has no features there.")
+        features = torch.cat([seen[name] for name in modules], dim=1)
+        yield features, labels.to(features.device)
+
+
+def _inputs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Images on the model's device in its dtype, and their labels."""
+    pixels = labels = None
+    if isinstance(batch, Mapping):
+        pixels, labels = batch.get("pixel_values"), batch.get("labels", batch.get("label"))
+    elif isinstance(batch, Sequence) and len(batch) == 2:
+        pixels, labels = batch
+    if pixels is None or labels is None:
+        what = f"a mapping with {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise PrototypeError(
+            f"The data has no labels: a batch is {what}. It must be (images, labels), or a mapping with `pixel_values` and `labels`."
+        )
+    if labels.is_floating_point() or labels.shape != pixels.shape[:1]:
+        raise PrototypeError(
+            f"Labels must be one class number per image, ({len(pixels)},) int64, got {tuple(labels.shape)} {labels.dtype}. "
+            "Soft or one-hot labels: pass `labels.argmax(1)`."
+        )
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return pixels.to(like.dtype) if like.is_meta else pixels.to(like), labels  # under offload accelerate's hooks move the images
+
+
+@contextmanager
+def _every_sample_once(loader: Iterable[Any]) -> Iterator[tuple[Iterable[Any], bool]]:
+    """This process's batches, and whether the other processes have others. An uneven end is not filled up with the first samples."""
+    if PartialState().num_processes == 1 or not isinstance(loader, DataLoader):
+        yield loader, False
+        return
+    if not isinstance(loader, DataLoaderShard):
+        # shuffled from one seed in every process, which needs no `Accelerator`: making one would fix the user's mixed precision
+        loader = prepare_data_loader(loader, use_seedable_sampler=True, data_seed=0, dispatch_batches=False)
+    shard = loader.batch_sampler
+    if not isinstance(shard, BatchSamplerShard):
+        raise PrototypeError(
+            "An iterable dataset cannot be sharded without counting samples twice. Use a dataset with a length, or collect the "
+            "prototypes of each part, and `merge` them."
+        )
+    before = shard.even_batches
+    shard.even_batches = False
+    try:
+        yield loader, True
+    finally:
+        shard.even_batches = before
+
+
+def _sum_over_processes(fitter: PrototypeFitter) -> PrototypeFitter:
+    device = PartialState().device
+    fitter.moment_count = int(reduce(torch.tensor(fitter.moment_count, device=device), "sum"))
+    for name in ("sums", "counts", "moment"):
+        setattr(fitter, name, reduce(getattr(fitter, name).to(device), "sum"))
+    return fitter

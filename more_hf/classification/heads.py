@@ -1,0 +1,129 @@
+"""Where a classifier's logits come from: its head, found by running the model once, not by a name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TargetNotFoundError
+
+
+def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """The linear layers that give the logits, by name, in the order in which the model calls them.
+
+    The rule: run the model once on `pixels` and look at the output of every `nn.Linear`. The head is the one layer whose output is
+    the logits; several heads are all the layers of the logits' shape whose mean is the logits (DeiT with its teacher's token).
+
+    Args:
+        model (`nn.Module`): a classifier that returns logits `(batch, num_classes)`, as a tensor or as `.logits`.
+        pixels (`Tensor`): `(batch, channels, height, width)`, any images that the model takes.
+        head (`str` or `Sequence[str]`, *optional*): the name or names, where the rule does not apply. Nothing is run then.
+
+    Raises `TargetNotFoundError` if there is no such layer or the rule finds none, naming the candidates.
+
+    Example:
+
+        >>> import torch
+        >>> from more_hf.classification.heads import find_heads
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        >>> find_heads(model, torch.rand(1, 3, 2, 2))
+        {'3': Linear(in_features=5, out_features=2, bias=True)}
+    """
+    if head is not None:
+        named = {name: find_module(model, name) for name in ([head] if isinstance(head, str) else head)}
+        if other := [name for name, module in named.items() if not isinstance(module, nn.Linear)]:
+            raise TargetNotFoundError(
+                f"`{other[0]}` ({type(named[other[0]]).__name__}) is not a linear layer. Name the nn.Linear that makes the logits."
+            )
+        return named
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    outputs: dict[str, Tensor] = {}
+    handles = [modules[name].register_forward_hook(_watch(name, outputs)) for name in linear]
+    try:
+        with evaluating(model):
+            logits = logits_of(model(pixels))
+    finally:
+        for handle in handles:
+            handle.remove()
+    shaped = {name: output for name, output in outputs.items() if output.shape == logits.shape}
+    equal = [name for name, output in shaped.items() if _same(output, logits)]
+    if not equal and len(shaped) > 1 and _same(torch.stack([*shaped.values()]).mean(0), logits):
+        equal = list(shaped)
+    elif len(equal) != 1:
+        raise TargetNotFoundError(
+            f"No head found in {type(model).__name__}: of its {len(linear)} linear layers, {len(equal)} give exactly its logits "
+            f"{tuple(logits.shape)}, alone or as a mean. Linear layers with outputs of that shape: "
+            f'{", ".join(map(repr, shaped)) or "none"}. Pass the name of the one that makes the logits, head="...".'
+        )
+    return {name: modules[name] for name in equal}
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """Raises `TargetNotFoundError` if the model has no such module."""
+    modules = dict(model.named_modules())
+    if name not in modules:
+        close = difflib.get_close_matches(name, modules, n=5) or list(modules)[-5:]
+        raise TargetNotFoundError(f"{type(model).__name__} has no module {name!r}. It has {', '.join(map(repr, close))}.")
+    return modules[name]
+
+
+def _watch(name: str, outputs: dict[str, Tensor]):
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        outputs[name] = output
+
+    return hook
+
+
+def _same(output: Tensor, logits: Tensor) -> bool:
+    """Equal up to the rounding of a cast or a mean in half precision."""
+    return bool((output.float() - logits.float()).abs().max() <= 1e-3 * logits.float().abs().max())
+
+
+def logits_of(output: Any) -> Tensor:
+    """`(batch, num_classes)` from what a classifier returns. Raises `TargetNotFoundError` if it is neither a tensor nor has `.logits`."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise TargetNotFoundError(
+            f"The model returned {what}, not logits (batch, num_classes), as a tensor or as `.logits`. Is it an image classifier?"
+        )
+    return logits
+
+
+def example_pixels(model: nn.Module) -> Tensor:
+    """One image `(1, channels, height, width)` of the size that the model's configuration (Transformers or timm) names; fixed noise.
+
+    Raises `TargetNotFoundError` for a model without a configuration.
+    """
+    inner = getattr(model, "timm_model", model)
+    if hasattr(inner, "pretrained_cfg"):
+        shape = inner.pretrained_cfg["input_size"]
+    elif hasattr(model, "config"):
+        size = getattr(model.config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (getattr(model.config, "num_channels", 3), height, width)
+    else:
+        raise TargetNotFoundError(
+            f"{type(model).__name__} has no configuration that names its input size, so it cannot be run to find its head. "
+            'Pass head="..." or data with images.'
+        )
+    return torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, no update of BatchNorm, nothing compiled (hooks are put on inside); all as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True

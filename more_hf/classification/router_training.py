@@ -1,0 +1,215 @@
+"""Training of a prototype router on cached features (MoRE, appendix D.2 and D.3): L = L_R + λ_F L_F + λ_FLB L_FLB, top-1.
+
+The appendix leaves open how a loss reaches the router through a hard choice of one expert. Here by the straight-through estimator: the
+value is the chosen expert's, E_e z, the gradient that of the mixture Σ_e p_e E_e z. (Switch's way, E_e z times its gate p_e, asks whether
+more of the chosen expert would help, and not whether another one would.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from ..errors import MoreError, TargetNotFoundError
+from ..hook import hook_off, reset_compiled
+from ..remap import Remap
+from ..routers import PrototypeRouter
+from .classes import class_names
+from .erase import get_erasure
+from .features import features_of, plain_model
+
+
+LOSSES = ("remain", "forget", "balance")
+COMBINATIONS = (
+    ("remain",),
+    ("forget",),
+    ("balance",),
+    ("remain", "forget"),
+    ("forget", "balance"),
+    ("remain", "balance"),
+    LOSSES,
+)
+"""The seven rows that Table 15 has for each router, in its order."""
+
+
+@dataclass(frozen=True)
+class RouterTraining:
+    """A trained router and how it came about.
+
+    Attributes:
+        weight (`Tensor`): W_r, `(rows, d)`, float32 on the CPU.
+        num_experts (`int`): how many experts there are. Algorithm 4 starts from one row per remain class, so with more experts than
+            that the last `num_experts − rows` have no row: they are never taken, before training and after it.
+        log (`list[dict]`): per epoch the means over its batches of `loss_remain`, `loss_forget`, `loss_balance` (those of the batches
+            that have such samples, unweighted) and `loss`, what was minimised.
+        load (`Tensor`): `(num_experts,)`, int64, how many of the features take each expert in the end; `load_forget` of the forgotten.
+    """
+
+    weight: Tensor
+    num_experts: int
+    log: list[dict[str, float]]
+    load: Tensor
+    load_forget: Tensor
+
+
+def train_router(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    losses: Collection[str] = LOSSES,
+    lambda_forget: float = 0.001,
+    lambda_balance: float = 1.0,
+    epochs: int = 10,
+    batch_size: int = 512,
+    learning_rate: float = 1e-5,
+    seed: int = 0,
+) -> RouterTraining:
+    """Train the router of a model that was erased with `router="prototype"` (MoRE-P-T-B) or `"prototype_random"` (MoRE-R-T-B), in place.
+
+    One pass over the data collects the features that the head reads; backbone, experts and head stay as they are. The trained weight is
+    in memory only, as all routing is: what is saved holds the mean expert, and `more_hf.load` puts the untrained router back.
+
+    Args:
+        model (`nn.Module`): an erased classifier with one head.
+        data (`Iterable`): batches as in `erase_classes`, the whole training set in the paper.
+        losses, lambda_forget, lambda_balance, epochs, batch_size, learning_rate, seed: as in `fit_router`; the paper's by default.
+
+    Raises:
+        `MoreError`: the model is not erased, or has another router. `TargetNotFoundError`: it was erased at an inner module or has
+        several heads, so that there is no single head to train through.
+    """
+    plain, erasure = plain_model(model), get_erasure(model)
+    router = getattr(getattr(erasure, "hook", None), "router", None)
+    if not isinstance(router, PrototypeRouter):
+        raise MoreError('Only a prototype router has a weight to train. Erase with router="prototype" or "prototype_random" first.')
+    if len(erasure.sites) != 1:
+        raise TargetNotFoundError(
+            f"A router is trained through one head, and this model has {len(erasure.sites)} edited heads"
+            f"{' (it was erased at an inner module)' if not erasure.sites else ''}. Use the untrained router."
+        )
+    (site,) = erasure.sites.values()
+    with hook_off(erasure):
+        found = [(z.cpu(), y.cpu()) for z, y in features_of(plain, data, head=erasure.request["head"])]
+    features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    names = class_names(plain, erasure.num_classes)
+    forgotten = torch.isin(labels, torch.tensor([names.index(name) for name in erasure.concepts]))
+    bias = torch.zeros(len(site.read())) if site.module.bias is None else site.module.bias.detach().cpu().float()
+    training = fit_router(
+        erasure.remap,
+        (site.read().cpu().float(), bias),
+        features,
+        labels,
+        forgotten,
+        router.weight.cpu(),
+        losses=losses,
+        lambda_forget=lambda_forget,
+        lambda_balance=lambda_balance,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    router.weight = training.weight.to(router.weight)
+    reset_compiled()
+    return training
+
+
+def fit_router(
+    remap: Remap,
+    head: tuple[Tensor, Tensor],
+    features: Tensor,
+    labels: Tensor,
+    forgotten: Tensor,
+    weight: Tensor,
+    *,
+    losses: Collection[str] = LOSSES,
+    lambda_forget: float = 0.001,
+    lambda_balance: float = 1.0,
+    epochs: int = 10,
+    batch_size: int = 512,
+    learning_rate: float = 1e-5,
+    seed: int = 0,
+) -> RouterTraining:
+    """`train_router` on tensors: nothing but a weight is trained.
+
+    Args:
+        remap (`Remap`): the experts.
+        head (`tuple[Tensor, Tensor]`): weight `(num_classes, d)` and bias `(num_classes,)`, of the original head or the merged one: the
+            logits W E_e z are the same.
+        features (`Tensor`): `(n, d)`, not edited. labels (`Tensor`): `(n,)`, int64. forgotten (`Tensor`): `(n,)`, bool.
+        weight (`Tensor`): `(rows, d)`, what to start from: `PrototypeRouter.initial(remap)`, or draws from N(0, 0.1²).
+        losses (`Collection[str]`): which of L_R, L_F, L_FLB are minimised, from `LOSSES`; one of `COMBINATIONS` in the paper.
+        lambda_forget (`float`, defaults to 0.001), lambda_balance (`float`, defaults to 1): λ_F and λ_FLB.
+        epochs, batch_size, learning_rate: of Adam; 10, 512 and 1e-5 in the paper.
+        seed (`int`, defaults to 0): of the order of samples.
+
+    Raises `MoreError` for a loss that there is not, or none.
+    """
+    if not losses or set(losses) - set(LOSSES):
+        raise MoreError(f"`losses` must be some of {', '.join(LOSSES)}, got {list(losses)}.")
+    factors = {"remain": 1.0, "forget": lambda_forget, "balance": lambda_balance}
+    head_weight, bias = (part.float() for part in head)
+    head_shifts = (head_weight.double() @ remap.shifts).float()  # (num_experts, num_classes, f)
+    read = remap.D_F.T.float()
+    features, weight = features.float(), nn.Parameter(weight.float().clone())
+    optimizer = torch.optim.Adam([weight], lr=learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    log = []
+    for epoch in range(epochs):
+        sums, counts = dict.fromkeys((*LOSSES, "all"), 0.0), dict.fromkeys((*LOSSES, "all"), 0)
+        for index in torch.randperm(len(features), generator=generator).split(batch_size):
+            z, out = features[index], forgotten[index]
+            gates = (z @ weight.T).softmax(1)
+            experts = gates.argmax(1)
+            choice = one_hot(experts, gates.shape[1]) + gates - gates.detach()
+            moved = torch.einsum("bf,ncf->bnc", z @ read, head_shifts[: gates.shape[1]])
+            logits = z @ head_weight.T + bias + torch.einsum("bn,bnc->bc", choice, moved)
+            entropy = cross_entropy(logits, labels[index], reduction="none")
+            parts = {}
+            if not out.all():
+                parts["remain"] = entropy[~out].mean()
+            if out.any():
+                parts["forget"] = -entropy[out].mean()
+                parts["balance"] = balance_loss(gates[out], experts[out], remap.num_experts)
+            wanted = [factors[name] * loss for name, loss in parts.items() if name in losses]
+            if wanted:
+                optimizer.zero_grad()
+                sum(wanted).backward()
+                optimizer.step()
+                parts["all"] = sum(wanted)
+            for name, loss in parts.items():
+                sums[name] += loss.item()
+                counts[name] += 1
+        means = {f"loss_{name}".removesuffix("_all"): sums[name] / max(counts[name], 1) for name in sums}
+        log.append({"epoch": epoch + 1, **means})
+    taken = (features @ weight.detach().T).argmax(1)
+    load, load_forget = (torch.bincount(part, minlength=remap.num_experts) for part in (taken, taken[forgotten]))
+    return RouterTraining(weight.detach(), remap.num_experts, log, load, load_forget)
+
+
+def balance_loss(gates: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """L_FLB = N_E Σ_e I_e L_e of forgotten samples: I_e their mean gate, L_e the fraction of them that takes e, which has no gradient.
+
+    gates `(n, rows)`, experts `(n,)` int64. 1 where both are even over all experts, N_E where one expert takes everything.
+    """
+    fractions = torch.bincount(experts, minlength=gates.shape[1]) / len(experts)
+    return num_experts * (gates.mean(0) * fractions).sum()
+
+
+def load_variation(load: Tensor) -> dict[str, float]:
+    """How uneven the load `(num_experts,)` of experts is: 0 is even, lower is better.
+
+    - `variance_over_mean`: as appendix D.3 words its "coefficient of variation"; grows with the number of samples.
+    - `cv`: standard deviation over mean; at most √(N_E − 1), where one expert takes everything.
+
+    The numbers in Table 15 are the second: a uniform draw for 10,000 test samples has √((N_E − 1) / 10,000) = 0.03, 0.06 and 0.09 for
+    10, 40 and 80 experts (printed: 0.03, 0.07, 0.09), and its largest, 6.25 and 8.89, are √39 and √79.
+    """
+    load = load.double()
+    variance = load.var(correction=0)
+    return {"variance_over_mean": float(variance / load.mean()), "cv": float(variance.sqrt() / load.mean())}

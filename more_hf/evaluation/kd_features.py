@@ -1,0 +1,120 @@
+"""What a classifier's head reads, collected once: everything that happens at the head is then measured without the backbone.
+
+The hooks of a head (an erasure's routing, a baseline's linear map) run again on cached inputs, so a stochastic layer can be asked as
+often as one likes, at the price of a matrix product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+
+from ..classification.heads import evaluating
+from ..errors import MoreError
+from ..verbs import get_erasure
+from .kd_data import ImageSet
+
+
+CHUNK = 100_000  # samples that go through the head's hooks at once
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The inputs of a model's head before its hooks, `(n, d)` float32 on the CPU, and the head with its hooks.
+
+    Attributes:
+        inputs (`dict[str, Tensor]`): by part, `"train"` and `"test"`.
+        model, head (`nn.Module`): the classifier and its last linear layer.
+    """
+
+    inputs: dict[str, Tensor]
+    model: nn.Module
+    head: nn.Module
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the head's hooks draw: the same input then reads differently each time."""
+        erasure = get_erasure(self.model)
+        return erasure is not None and erasure.router == "random"
+
+    def features(self, part: str, *, passes: int = 1, draw: int = 0) -> Tensor:
+        """`(n, d)`, what the head's weight reads: the mean over `passes` calls. `draw` gives every sample streams of its own."""
+        return self._ask(part, passes, draw)[0]
+
+    def logits(self, part: str, *, passes: int = 1, draw: int = 0) -> Tensor:
+        """`(n, k)`: the head's weight on the same features that `features` returns."""
+        return self._ask(part, passes, draw)[1]
+
+    def experts(self, part: str) -> Tensor | None:
+        """`(n,)`: the expert that each sample takes in draw 0, or `None` without a router."""
+        erasure = get_erasure(self.model)
+        if erasure is None or erasure.router is None:
+            return None
+        self._seed(erasure, 0, len(self.inputs[part]), 0)
+        return erasure.hook.router(self.inputs[part].to(self._device)).cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.head.weight.device
+
+    def _seed(self, erasure, start: int, count: int, draw: int) -> None:
+        if erasure is not None and erasure.router is not None:
+            erasure.hook.router.reset(range((draw << 32) + start, (draw << 32) + start + count))
+
+    @torch.no_grad()
+    def _ask(self, part: str, passes: int, draw: int) -> tuple[Tensor, Tensor]:
+        erasure, found = get_erasure(self.model), []
+        seen: list[Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # last: after the other hooks
+        try:
+            for start in range(0, len(self.inputs[part]), CHUNK):
+                z = self.inputs[part][start : start + CHUNK].to(self._device)
+                self._seed(erasure, start, len(z), draw)
+                seen.clear()
+                for _ in range(passes):
+                    self.head(z)
+                found.append(torch.stack(seen).mean(0))
+        finally:
+            handle.remove()
+        features = torch.cat(found)
+        logits = nn.functional.linear(features, self.head.weight, self.head.bias)
+        return features.float().cpu(), logits.float().cpu()
+
+
+def cache(model: nn.Module, head: nn.Module, parts: dict[str, ImageSet], *, batch_size: int = 500, desc: str = "features") -> Cached:
+    """One pass of the images through the model in evaluation mode, on its device.
+
+    Raises `MoreError` if the head is called other than once per batch with features `(batch, d)`.
+    """
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()), prepend=True)
+    device, inputs = next(model.parameters()).device, {}
+    bar = tqdm(total=sum(map(len, parts.values())), desc=desc, unit="image", leave=False)
+    try:
+        with evaluating(model):
+            for name, images in parts.items():
+                seen.clear()
+                for batch in images.loader(batch_size):
+                    model(batch["pixel_values"].to(device))
+                    bar.update(len(batch["labels"]))
+                inputs[name] = torch.cat(seen)
+                if inputs[name].shape != (len(images), head.in_features):
+                    raise MoreError(
+                        f"The head read {tuple(inputs[name].shape)} for {len(images)} images, not ({len(images)}, {head.in_features}): "
+                        "it must be called once per batch, with one feature per image."
+                    )
+    finally:
+        handle.remove()
+        bar.close()
+    return Cached(inputs, model, head)
+
+
+def same_backbone(model: nn.Module, other: nn.Module, head: str) -> bool:
+    """Whether two models give their heads the same inputs for sure: all tensors outside the head equal, no hook outside it."""
+    if any(module._forward_pre_hooks or module._forward_hooks for name, module in model.named_modules() if name != head):
+        return False
+    mine, theirs = model.state_dict(), other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items() if not name.startswith(f"{head}."))

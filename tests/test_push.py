@@ -1,0 +1,495 @@
+"""Publishing: one commit of checked files, a card under the original's licence, and what is refused."""
+
+import copy
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import build, shorten
+from torch.utils.data import DataLoader
+
+import more_hf
+from more_hf import publish
+from more_hf.cli import main
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+DELTA = "more_hf_delta.safetensors"
+BASE = "CompVis/stable-diffusion-v1-4"
+REVISION = "1" * 40
+BASE_CARD = """---
+license: creativeml-openrail-m
+license_link: LICENSE.md
+tags:
+- stable-diffusion
+language: en
+---
+
+# Stable Diffusion
+"""
+
+
+class Hub:
+    """What the tests need of a Hub, in memory: `repos[repo_id][branch][path]` is a file's bytes."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path, self.repos, self.writes = tmp_path, {BASE: {REVISION: {"README.md": BASE_CARD.encode()}}}, []
+
+    def repo_exists(self, repo_id):
+        return repo_id in self.repos
+
+    def list_repo_files(self, repo_id, revision=None):
+        if (revision or "main") not in self.repos[repo_id]:
+            raise RevisionNotFoundError("no such branch", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+        return sorted(self.repos[repo_id][revision or "main"])
+
+    def hf_hub_download(self, repo_id, filename, revision=None):
+        content = self.repos.get(repo_id, {}).get(revision or "main", {}).get(filename)
+        if content is None:
+            raise LocalEntryNotFoundError(f"no {filename} in {repo_id} at {revision}")
+        file = self.tmp_path / "downloaded" / repo_id / filename
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        return str(file)
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        assert exist_ok
+        self.writes.append(("create_repo", private))
+        self.repos.setdefault(repo_id, {"main": {}})
+
+    def create_branch(self, repo_id, branch, exist_ok=False):
+        assert exist_ok
+        self.writes.append(("create_branch", branch))
+        self.repos[repo_id].setdefault(branch, dict(self.repos[repo_id]["main"]))
+
+    def create_commit(self, repo_id, operations, commit_message, revision=None):
+        self.writes.append(("create_commit", commit_message))
+        for operation in operations:
+            with operation.as_file() as file:
+                self.repos[repo_id][revision or "main"][operation.path_in_repo] = file.read()
+        return "the commit"
+
+    def to_folder(self, repo_id, folder, revision="main"):
+        for name, content in self.repos[repo_id][revision].items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+
+
+@pytest.fixture
+def hub(tmp_path):
+    return Hub(tmp_path)
+
+
+def erase(pipe, concepts="van gogh", **kwargs):
+    """As if the pipeline had come from the Hub."""
+    pipe.register_to_config(_name_or_path=BASE)
+    pipe.unet.register_to_config(_name_or_path=f"/cache/models--CompVis--stable-diffusion-v1-4/snapshots/{REVISION}/unet")
+    return more_hf.erase_concept(pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs})
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    from conftest import build_tiny_sd
+
+    pipe = build_tiny_sd()
+    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    return more_hf.save(erase(pipe, router="random"), tmp_path_factory.mktemp("saved") / "erased", include_delta=True), original
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A folder that `save` wrote, with the factors; a test may change it."""
+    return Path(shutil.copytree(saved_once[0], tmp_path / "erased"))
+
+
+def card_of(hub, repo_id="me/erased", branch="main"):
+    return ModelCard(hub.repos[repo_id][branch]["README.md"].decode())
+
+
+# What goes up
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=["plain", "variant", "shards"])
+def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
+    pipe = erase(tiny_sd(), {"van gogh": ["vincent"]})
+    folder = more_hf.save(pipe, tmp_path / "erased", **options)
+    assert more_hf.push_to_hub(folder, "me/erased", private=True, api=hub) == "the commit"
+
+    assert hub.writes == [("create_repo", True), ("create_commit", "Upload the model without van gogh")]
+    files = hub.repos["me/erased"]["main"]
+    assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} | {"README.md"}
+    downloaded = hub.to_folder("me/erased", tmp_path / "downloaded_repo")
+    assert more_hf.verify(downloaded).ok
+    loaded = more_hf.load(downloaded)
+    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+    assert more_hf.get_erasure(loaded).request == more_hf.get_erasure(pipe).request
+
+
+def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
+    pipe = erase(tiny_sd())
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    more_hf.push_to_hub(more_hf.save(pipe, tmp_path / "erased"), "me/folder", api=hub)
+    more_hf.push_to_hub(pipe, "me/pipeline", api=hub, commit_message="Without a style")
+    assert hub.writes[-1] == ("create_commit", "Without a style")
+    folder, pushed = hub.repos["me/folder"]["main"], hub.repos["me/pipeline"]["main"]
+    assert folder.pop("README.md").replace(b"me/folder", b"me/pipeline").replace(b"# folder", b"# pipeline") == pushed.pop("README.md")
+    assert folder == pushed
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_record_has_base_revision_and_rows(saved, tmp_path, hub):
+    rows = [{"method": "more", "lpips_f": 0.31}, {"method": "uce", "lpips_f": 0.28}]
+    more_hf.push_to_hub(saved, "me/erased", rows=rows, api=hub)
+    facts = json.loads(hub.repos["me/erased"]["main"]["more_hf.json"])["facts"]
+    assert (facts["base"], facts["base_revision"], facts["benchmark"]) == (BASE, REVISION, rows)
+    assert re.search(r"\| uce +\| +0\.280 \|", card_of(hub).text)
+    assert more_hf.get_erasure(more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))).facts["benchmark"] == rows
+
+
+def test_base_revision_outlives_a_second_save(saved, tmp_path):
+    pipe = more_hf.load(saved)
+    pipe.unet.register_to_config(_name_or_path=f"/cache/models--me--erased/snapshots/{'2' * 40}/unet")  # the erased one's, not the base's
+    again = more_hf.save(pipe, tmp_path / "again")
+    assert json.loads((again / "more_hf.json").read_text())["facts"]["base_revision"] == REVISION
+
+
+def test_no_path_of_this_machine_goes_up(tiny_sd, tmp_path, hub):
+    base = tmp_path / "models" / "sd"
+    tiny_sd().save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n")
+    pipe = more_hf.erase_concept(DiffusionPipeline.from_pretrained(base), "van gogh", remap_to="claude monet")
+    assert str(tmp_path) in (more_hf.save(pipe, tmp_path / "erased") / "more_hf.json").read_text()  # as long as it stays here
+
+    more_hf.push_to_hub(pipe, "me/erased", api=hub)
+    assert not [name for name, content in hub.repos["me/erased"]["main"].items() if str(tmp_path).encode() in content]
+    card = card_of(hub)
+    assert (card.data.license, card.data.base_model) == ("mit", None)
+    assert "mine" in card.data.tags
+    assert "This is sd without **van gogh**" in card.text
+
+
+def test_a_branch(saved, hub):
+    hub.repos["me/erased"] = {"main": {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "notes.txt": b"notes"}}
+    more_hf.push_to_hub(saved, "me/erased", revision="no-van-gogh", api=hub)
+    assert hub.writes[1] == ("create_branch", "no-van-gogh")
+    assert set(hub.repos["me/erased"]["main"]) == {"README.md", "notes.txt"}
+    assert WEIGHTS in hub.repos["me/erased"]["no-van-gogh"]
+    assert "# Mine" in card_of(hub, branch="no-van-gogh").text
+
+
+@pytest.mark.parametrize("source", ["folder", "pipeline"])
+def test_the_factors_stay_here_unless_asked_for(saved, tiny_sd, hub, source):
+    model = saved if source == "folder" else erase(tiny_sd(), router="random")
+    more_hf.push_to_hub(model, "me/without", api=hub)
+    assert DELTA not in hub.repos["me/without"]["main"]
+    assert "`random` router, which picks one at run time, is not here" in card_of(hub, "me/without").text
+
+    more_hf.push_to_hub(model, "me/with", include_delta=True, api=hub)
+    assert DELTA in hub.repos["me/with"]["main"]
+    assert "with both, the original can be computed" in card_of(hub, "me/with").text
+    assert "is put back by `more_hf.load`" in card_of(hub, "me/with").text
+
+
+def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
+    (saved / ".cache").mkdir()
+    (saved / ".cache" / "hidden.json").write_text("{}")
+    grid = tmp_path / "grid.png"
+    grid.write_bytes(b"a picture")
+    folder = more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "new" / "to_push", grid=grid, api=hub)
+    assert hub.writes == []
+    more_hf.push_to_hub(saved, "me/erased", grid=grid, api=hub)
+    written = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert written == hub.repos["me/erased"]["main"]
+    assert written["before_after.png"] == b"a picture"
+    assert not [name for name in written if "cache" in name]
+    with pytest.raises(more_hf.ExportError, match="not empty"):
+        more_hf.push_to_hub(saved, "me/erased", dry_run=folder, api=hub)
+    (tmp_path / "empty").mkdir()
+    assert more_hf.verify(more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "empty", api=hub)).ok
+
+
+# The card
+
+
+def test_card_carries_licence_and_tags(saved, tmp_path, hub):
+    grid = tmp_path / "grid.jpg"
+    grid.write_bytes(b"a picture")
+    more_hf.push_to_hub(saved, "me/erased", grid=grid, api=hub)
+    data = card_of(hub).data.to_dict()
+    assert data == {
+        "library_name": "diffusers",
+        "base_model": BASE,
+        "language": "en",
+        "license": "creativeml-openrail-m",
+        "license_link": f"https://huggingface.co/{BASE}/blob/{REVISION}/LICENSE.md",
+        "pipeline_tag": "text-to-image",
+        "tags": ["stable-diffusion", "more-hf", "concept-erasure", "machine-unlearning"],
+        "base_model_relation": "finetune",
+    }
+    text = card_of(hub).text
+    assert f"[{BASE}](https://huggingface.co/{BASE}) (revision `{REVISION}`) without **van gogh**" in text
+    assert "the mean of claude monet, johannes vermeer" in text
+    assert "![The same prompts and seeds before and after](before_after.jpg)" in text
+    assert "restrictions on use included" in text
+    for claim in ("Exact to rounding", "Not exact", "The weights tell what was erased", "Whoever has the original has the concept"):
+        assert claim in text
+
+
+def test_the_cards_three_lines_load_it(saved, tmp_path, hub, monkeypatch):
+    more_hf.push_to_hub(saved, "me/erased", api=hub)
+    hub.to_folder("me/erased", tmp_path / "me" / "erased")
+    monkeypatch.chdir(tmp_path)  # where the block would read the Hub, it reads this folder
+    (block,) = re.findall(r"```python\n(.*?)```", card_of(hub).text, re.DOTALL)
+    assert "more_hf" not in block
+    names = {}
+    exec(block, names)
+    expected = load_file(saved / WEIGHTS)
+    assert all(torch.equal(value, expected[name]) for name, value in names["pipe"].unet.state_dict().items())
+
+
+def test_card_names_the_variant(tiny_sd, tmp_path, hub):
+    more_hf.push_to_hub(more_hf.save(erase(tiny_sd()), tmp_path / "erased", variant="fp16"), "me/erased", api=hub)
+    assert 'from_pretrained("me/erased", variant="fp16")' in card_of(hub).text
+
+
+def test_an_existing_card_is_kept_and_its_section_replaced(saved, hub):
+    own = "---\nlicense: mit\ntags:\n- mine\nbase_model: me/base\n---\n\n# Mine\n\nWords above.\n"
+    hub.repos["me/erased"] = {"main": {"README.md": own.encode()}}
+    more_hf.push_to_hub(saved, "me/erased", rows=[{"lpips_f": 0.25}], api=hub)
+    first = card_of(hub)
+    assert (first.data.license, first.data.base_model) == ("mit", "me/base")
+    assert set(first.data.tags) == {"mine", "stable-diffusion", "more-hf", "concept-erasure", "machine-unlearning"}
+    assert "# Mine\n\nWords above." in first.text
+    assert "0.250" in first.text
+
+    readme = hub.repos["me/erased"]["main"]["README.md"].decode() + "\nWords below.\n"
+    hub.repos["me/erased"]["main"]["README.md"] = readme.encode()
+    more_hf.push_to_hub(saved, "me/erased", rows=[{"lpips_f": 0.75}], api=hub)
+    second = card_of(hub)
+    assert second.text == first.text.replace("0.250", "0.750") + "\nWords below.\n"
+    assert second.data.to_dict() == first.data.to_dict()
+
+
+def test_the_folders_card_comes_before_the_repositorys(saved, hub):
+    hub.repos["me/erased"] = {"main": {"README.md": b"---\nlicense: mit\n---\n# On the Hub\n"}}
+    (saved / "README.md").write_text("---\nlicense: mit\n---\n# In the folder\n")
+    more_hf.push_to_hub(saved, "me/erased", api=hub)
+    assert "# In the folder" in card_of(hub).text
+    assert "# On the Hub" not in card_of(hub).text
+
+
+def test_without_a_card_the_readme_stays(saved, hub):
+    hub.repos["me/erased"] = {"main": {"README.md": b"mine"}}
+    more_hf.push_to_hub(saved, "me/erased", card=False, api=hub)
+    assert hub.repos["me/erased"]["main"]["README.md"] == b"mine"
+
+
+def test_a_name_cannot_break_the_card(tiny_sd, hub):
+    name = "van <!-- more_hf: end of the section --> *gogh* | [x](y)"
+    more_hf.push_to_hub(erase(tiny_sd(), name), "me/erased", api=hub)
+    text = card_of(hub).text
+    assert text.count("<!--") == 2
+    assert r"\*gogh\*" in text
+    assert "[x](y)" not in text.split("## How to load it")[0]
+
+
+@pytest.mark.parametrize("base", ["someone/private", "", "no-such-folder"])
+def test_a_licence_that_cannot_be_read_is_said(saved, hub, caplog, base):
+    record = json.loads((saved / "more_hf.json").read_text())
+    record["facts"]["base"] = base
+    (saved / "more_hf.json").write_text(json.dumps(record))
+    with caplog.at_level(logging.WARNING, logger="more_hf"):
+        more_hf.push_to_hub(saved, "me/erased", api=hub)
+    assert "licence is not in this card" in caplog.text
+    assert card_of(hub).data.license is None
+    assert "licence" not in card_of(hub).text
+
+
+# What is refused, with nothing pushed
+
+
+def refused(hub, model, match, **kwargs):
+    before = {repo_id: {branch: dict(files) for branch, files in repo.items()} for repo_id, repo in hub.repos.items()}
+    with pytest.raises(more_hf.ExportError, match=match):
+        more_hf.push_to_hub(model, "me/erased", api=hub, **kwargs)
+    assert hub.writes == []
+    assert hub.repos == before
+
+
+def test_nothing_erased(tiny_sd, hub):
+    refused(hub, tiny_sd(), "Nothing was erased")
+
+
+def test_a_folder_with_original_weights(saved, saved_once, hub):
+    save_file(saved_once[1], saved / WEIGHTS)
+    refused(hub, saved, "does not hold the erased model.*each sends p_f where p_t goes: no")
+
+
+def test_a_pipeline_in_disabled(tiny_sd, hub):
+    pipe = erase(tiny_sd())
+    with more_hf.disabled(pipe):
+        refused(hub, pipe, "not the erased model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora/pytorch_lora_weights.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "old/unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        f"vae/{DELTA}",
+    ],
+)
+def test_a_folder_with_foreign_weights(saved, hub, name):
+    (saved / name).parent.mkdir(parents=True, exist_ok=True)
+    (saved / name).write_bytes(b"weights")
+    refused(hub, saved, f"no part of the saved pipeline: {re.escape(name)}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v1-5-pruned.ckpt",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "pytorch_lora_weights.safetensors",
+        DELTA,
+    ],
+)
+@pytest.mark.parametrize("branch", [None, "new"])
+def test_a_repository_with_the_originals_weights(saved, hub, name, branch):
+    hub.repos["me/erased"] = {"main": {name: b"weights", "README.md": b"---\nlicense: mit\n---\n"}}
+    refused(hub, saved, rf"{re.escape(name)}.*delete_files.*git history keeps old files", revision=branch)
+
+
+def test_weights_under_the_same_names_are_replaced_and_history_told(saved, saved_once, hub, caplog):
+    hub.repos["me/erased"] = {"main": {WEIGHTS: b"the original's"}}
+    with caplog.at_level(logging.WARNING, logger="more_hf"):
+        more_hf.push_to_hub(saved, "me/erased", api=hub)
+    assert "git history keeps old files" in caplog.text
+    assert hub.repos["me/erased"]["main"][WEIGHTS] == (saved / WEIGHTS).read_bytes()
+    caplog.clear()
+    more_hf.push_to_hub(saved, "me/erased", api=hub)  # what is replaced now was erased already
+    assert "git history" not in caplog.text
+
+
+def test_factors_that_are_not_there(saved, hub):
+    (saved / DELTA).unlink()
+    refused(hub, saved, f"has no {DELTA}", include_delta=True)
+
+
+# Plain diffusers, and the command
+
+
+def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
+    from diffusers.pipelines import pipeline_utils
+    from diffusers.utils import hub_utils
+
+    pipe, original = erase(tiny_sd()), tiny_sd()
+    for module in (pipeline_utils, hub_utils):
+        monkeypatch.setattr(module, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: ModelCard("---\n{}\n---\n"))
+    monkeypatch.setattr(hub_utils, "upload_folder", lambda folder_path, **kwargs: shutil.copytree(folder_path, tmp_path / "pushed"))
+    pipe.push_to_hub("me/erased")
+
+    pushed = load_file(tmp_path / "pushed" / WEIGHTS)
+    assert all(torch.equal(value, pushed[name]) for name, value in pipe.unet.state_dict().items())
+    changed = {name for name, value in original.unet.state_dict().items() if not torch.equal(value, pushed[name])}
+    assert changed == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
+
+
+def test_the_command(saved, tmp_path, hub, monkeypatch, capsys):
+    monkeypatch.setattr(publish, "HfApi", lambda **kwargs: hub)
+    (tmp_path / "summary.csv").write_text("method,n_f,lpips_f,lpips_f_low,lpips_f_high\nmore,100,0.312345,0.3,0.4\n")
+    flags = ["--private", "--revision", "erased", "--commit_message", "Without", "--rows", str(tmp_path / "summary.csv")]
+    assert main(["push", str(saved), "me/erased", *flags]) == 0
+    assert "https://huggingface.co/me/erased" in capsys.readouterr().out
+    assert hub.writes == [("create_repo", True), ("create_branch", "erased"), ("create_commit", "Without")]
+    assert re.search(r"\| method +\| n_f \| lpips_f \|\n.*\n\| more +\| 100 \| +0\.312 \|", card_of(hub, branch="erased").text)
+    record = json.loads(hub.repos["me/erased"]["erased"]["more_hf.json"])
+    assert record["facts"]["benchmark"] == [{"method": "more", "n_f": 100, "lpips_f": 0.312345, "lpips_f_low": 0.3, "lpips_f_high": 0.4}]
+
+    assert main(["push", str(saved), "me/erased", "--dry_run", str(tmp_path / "dry"), "--no_card", "--include_delta"]) == 0
+    assert str(tmp_path / "dry") in capsys.readouterr().out
+    assert (tmp_path / "dry" / DELTA).is_file()
+    assert not (tmp_path / "dry" / "README.md").exists()
+
+    (tmp_path / "empty.csv").write_text("method,lpips_f\n")
+    assert main(["push", str(saved), "me/erased", "--rows", str(tmp_path / "empty.csv")]) == 2
+    assert "empty.csv has no rows" in capsys.readouterr().err
+    (saved / "original.ckpt").write_bytes(b"weights")
+    assert main(["push", str(saved), "me/erased"]) == 2
+    assert "original.ckpt" in capsys.readouterr().err
+
+
+# Classifiers
+
+
+@pytest.fixture
+def classifier(digits, digit_classifier):
+    model = copy.deepcopy(digit_classifier)
+    images, labels = digits
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images[:300], labels[:300], strict=True)]
+    return more_hf.erase_classes(model, DataLoader(rows, batch_size=100), forget=["three"], remap_to=["eight"])
+
+
+def test_a_classifier_goes_up(classifier, digits, tmp_path, hub, monkeypatch):
+    more_hf.push_to_hub(classifier, "me/digits", api=hub)
+    hub.to_folder("me/digits", tmp_path / "me" / "digits")
+    assert more_hf.verify(tmp_path / "me" / "digits").ok
+    card = card_of(hub, "me/digits")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    assert "without **three**" in card.text
+    assert "The backbone is untouched" in card.text
+    assert "three → eight" in card.text
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names = {}
+    exec(block, names)
+    images, labels = digits
+    with torch.no_grad():
+        taken_for = names["model"](images[labels == 3]).logits.argmax(1)
+        others = names["model"](images[labels == 5]).logits.argmax(1)
+    assert (taken_for == 3).float().mean() < 0.1
+    assert (others == 5).float().mean() > 0.8
+
+
+def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_path, hub):
+    folder = more_hf.save(classifier, tmp_path / "erased")
+    digit_classifier.save_pretrained(folder)  # the original, under the same names
+    refused(hub, folder, "does not hold the erased model")
+
+
+# Newer families
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart"])
+def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
+    shorten(monkeypatch)
+    pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")
+    more_hf.push_to_hub(pipe, "me/erased", api=hub)
+    loaded = more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
+    name = "unet" if family == "sdxl" else "transformer"
+    expected, original = getattr(pipe, name).state_dict(), getattr(build(family), name).state_dict()
+    found = getattr(loaded, name).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert {key for key, value in found.items() if not torch.equal(value, original[key])} == {
+        f"{site}.weight" for site in more_hf.get_erasure(pipe).sites
+    }
+    assert "DiffusionPipeline.from_pretrained" in card_of(hub).text
+    with pytest.raises(more_hf.ExportError, match="Stable Diffusion 1.x"):
+        more_hf.save_checkpoint(pipe, tmp_path / "erased.safetensors")
+    assert not (tmp_path / "erased.safetensors").exists()
