@@ -11,7 +11,6 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from transformers import ViTConfig, ViTForImageClassification
 
 import more_hf
 from more_hf.classification.features import features_of
@@ -145,6 +144,8 @@ def test_features_at_an_inner_module(model, data):
 
 def test_tokens_of_an_inner_block_are_routed_one_by_one(digits):
     """The input of a ViT's last block: every token is remapped, so that the mean of a sample is too."""
+    from transformers import ViTConfig, ViTForImageClassification  # not above: the two processes below import this file
+
     images, labels = digits[0][:100], digits[1][:100]
     config = ViTConfig(
         image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16

@@ -1,5 +1,9 @@
 """The head is found by running the model, whatever it is called, in tiny models of the real classes."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -30,6 +34,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import more_hf
 from more_hf.classification.heads import example_pixels, find_heads
 from more_hf.errors import TargetNotFoundError
 
@@ -206,3 +211,20 @@ def test_example_needs_a_configuration():
         example_pixels(Own())
     assert example_pixels(SwinForImageClassification(SwinConfig(**SWIN, num_channels=1)).half()).dtype == torch.float16
     assert example_pixels(timm.create_model("test_vit")).shape == (1, 3, 160, 160)
+
+
+# The house
+
+
+def test_classification_and_diffusion_do_not_import_each_other():
+    code = (
+        "import sys, more_hf\n"
+        "assert not {'diffusers', 'transformers', 'torch'} & set(sys.modules), 'more_hf alone'\n"
+        "import more_hf.classification.erase\n"
+        "assert 'diffusers' not in sys.modules, 'classification'\n"
+        "assert 'more_hf.diffusion' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for source, other in (("classification", "diffusion"), ("diffusion", "classification")):
+        for path in (Path(more_hf.__file__).parent / source).glob("*.py"):
+            assert f".{other}" not in path.read_text(), path

@@ -111,6 +111,19 @@ def test_remap_row_is_erase_classes_and_reloading_takes_only_the_hook_away(folde
     assert rows["remap"]["kr_acc_f"] < rows["original"]["kr_acc_f"] - 20
 
 
+def test_reloaded_is_what_save_pretrained_gives(data, original, tmp_path):
+    edited = classification_baseline("more")(copy.deepcopy(original), split_by_class(data, [3]))
+    edited.save_pretrained(tmp_path)
+    expected = AllCNNForImageClassification.from_pretrained(tmp_path).state_dict()
+    with kd.reloaded(edited) as found:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+        assert found.config.to_dict() == AllCNNForImageClassification.from_pretrained(tmp_path).config.to_dict() | {
+            "_name_or_path": found.config._name_or_path
+        }
+        assert get_erasure(found) is None
+    assert not torch.equal(expected["classifier.weight"], original.classifier.weight)
+
+
 def test_retrain_never_saw_the_class_and_is_priced_as_a_training(folder):
     rows = rows_of(folder)
     assert rows["retrain"]["acc_f"] == rows["retrain"]["acc_ft"] == 0
@@ -209,6 +222,14 @@ def test_classes_by_name_number_and_together(data):
     object.__setattr__(named, "class_names", ("a+b", "c", *map(str, range(2, 10))))
     assert kd._classes("a+b", named) == (0,)  # a name comes before its parts
     assert kd._classes("c+4", named) == (1, 4)
+
+
+def test_folder_names_are_short_and_differ():
+    assert kd.without("crane/bird", 2) == "without-crane_bird-seed2"
+    many = ["+".join(map(str, range(first, 1000, 10))) for first in (3, 4)]
+    names = {kd.without(entry, 0) for entry in many}
+    assert len(names) == 2
+    assert max(map(len, names)) < 100
 
 
 def test_settings_are_defaults_then_asked_then_tuned():

@@ -106,6 +106,19 @@ def test_settings_are_chosen_on_validation_images(folder, tmp_path, monkeypatch)
     choose.main()
 
 
+def test_sweep_gives_a_line_per_value(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("more_hf.evaluation.probe.ITERATIONS", 20)
+    arguments = ["target", "--dataset", "digits", "--forget", "3", "--values", "5", "8", "--epochs", "3"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, "--models", str(folder / "models"), "--output", str(tmp_path)])
+    script("sweep").main()
+    lines = read_lines(tmp_path / "sweep.csv")
+    assert [(line["target"], line["method"]) for line in lines] == [(v, m) for v in "58" for m in ("remap", "remap-reloaded")]
+    for value in "58":
+        assert read_lines(tmp_path / f"target-{value}" / "rows.csv")[0]["sent_to"] == value
+    assert lines[0]["kr_hm_t"] != lines[2]["kr_hm_t"]
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
 def test_probe_benchmark_compares_the_same_probes(tmp_path, monkeypatch, capsys):
     probes = script("probes")
     monkeypatch.setattr(probes, "CSV", tmp_path / "probes.csv")

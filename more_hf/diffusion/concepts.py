@@ -70,7 +70,7 @@ def everyday_prompts(tokenizer: Callable) -> tuple[str, ...]:
     the tokenizer cuts into fewer pieces a word, since an encoder knows the words that its tokenizer keeps whole."""
 
     def pieces(prompts: tuple[str, ...]) -> float:
-        return sum(map(len, tokenizer(list(prompts)).input_ids)) / sum(len(prompt.split()) for prompt in prompts)
+        return sum(map(len, tokenizer(list(prompts), verbose=False).input_ids)) / sum(len(prompt.split()) for prompt in prompts)
 
     return min(packaged_prompts("everyday_prompts.txt"), packaged_prompts("emoji_prompts.txt"), key=pieces)
 

@@ -26,7 +26,7 @@ FILE_NAMES = {"peft": "pytorch_lora_weights.safetensors", "kohya": "pytorch_lora
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLERANCE = 4  # ‖B A − ΔW‖ / ‖ΔW‖ of a module in units of the dtype's eps; rounding two balanced factors makes a third of one
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-KOHYA_NAMES = {"add_embedding.linear_1": "label_emb.0.0"}  # the original name, which ComfyUI, A1111 and diffusers all know
+KOHYA_NAMES = {"add_embedding.linear_1": "label_emb.0.0"}  # the original name, which diffusers maps back (tested)
 
 
 def save_lora(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import io
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
+from safetensors.torch import save_model
 from torch import nn
 
 from .. import __version__
@@ -58,11 +60,11 @@ class Trainer:
         return self._train(self.data.train, seed, f"seed{seed}")
 
     def retrained(self, images: ImageSet, forget: str, seed: int) -> nn.Module:
-        return self._train(images, seed, f"without-{forget.replace('/', '_')}-seed{seed}")
+        return self._train(images, seed, without(forget, seed))
 
     def seconds(self, forget: str, seed: int) -> float:
         """How long a retraining took, from its log."""
-        log = (self._folder(f"without-{forget.replace('/', '_')}-seed{seed}") / "log.csv").read_text("utf-8").splitlines()
+        log = (self._folder(without(forget, seed)) / "log.csv").read_text("utf-8").splitlines()
         return float(log[-1].split(",")[log[0].split(",").index("seconds")])
 
     def _folder(self, what: str) -> Path:
@@ -73,6 +75,12 @@ class Trainer:
         folder = self._folder(what)
         model = start(self.name, self.data, seed=seed)
         return train_classifier(model, images, replace(self.recipe, seed=seed), output=folder, desc=folder.name)
+
+
+def without(forget: str, seed: int) -> str:
+    """The end of a retraining's folder name; a hash where a hundred classes would make it too long for a file system."""
+    name = forget.replace("/", "_")
+    return f"without-{name if len(name) <= 100 else hashlib.sha256(forget.encode()).hexdigest()[:16]}-seed{seed}"
 
 
 def run_kd(
@@ -246,7 +254,7 @@ class _Seed:
         cached = self._cached(edited)
         yield method, cached, 1
         if get_erasure(edited) is not None:
-            with _reloaded(edited) as plain:
+            with reloaded(edited) as plain:
                 yield method + RELOADED, self._cached(plain), 1
         if cached.is_random:
             for passes in self.config["evaluation"]["passes"]:
@@ -304,10 +312,14 @@ def refuse_unused(asked: Mapping[str, Any], tuned: Mapping[str, Mapping[str, Any
 
 
 @contextmanager
-def _reloaded(model: nn.Module) -> Iterator[nn.Module]:
-    """What anyone gets who loads what `save_pretrained` wrote: the weights, and no hook."""
+def reloaded(model: nn.Module) -> Iterator[nn.Module]:
+    """What anyone gets who loads what `save_pretrained` wrote: the weights, and no hook.
+
+    Written here as `save_pretrained` writes it, which under `accelerate launch` does so in the first process only.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
         yield type(model).from_pretrained(folder).eval()
 
 

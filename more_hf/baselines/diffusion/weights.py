@@ -25,6 +25,8 @@ def text_sites(pipe: DiffusionPipeline, layers: str, width: int) -> dict[str, Si
         raise MoreError(f"Unknown layers {layers!r}. Choose one of {', '.join(map(repr, LAYERS))}.")
     sites = find_sites(pipe, find_denoiser(pipe))
     sites = {name: site for name, site in sites.items() if name.rsplit(".", 1)[-1] in LAYERS[layers]}
+    if not sites:
+        raise TargetNotFoundError(f"{type(pipe).__name__} reads text through no keys and values, which this baseline edits.")
     for name, site in sites.items():
         if site.module.in_features != width:
             raise TargetNotFoundError(f"`{name}` does not read the text encoder's {width} features. Is this the right text encoder?")
