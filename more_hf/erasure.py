@@ -199,6 +199,7 @@ class Erasure:
             for name, targets in request["remap_to"].items()
         }
         kept = facts["retained_moved"].items()
+        rank = f"rank {facts['rank']}{' or less' if self.remaps else ' each'}"
         rows = [
             (
                 "forgotten",
@@ -208,7 +209,7 @@ class Erasure:
             ("retained", ", ".join(["special tokens and empty prompt (exact)", *(f"{n} (moves by {100 * m:.2g} %)" for n, m in kept)])),
             ("tokens", request["tokens"]),
             ("solver", f"{facts['solver']}: {facts['solver_reason']}"),
-            ("edited", f"{len(self.sites)} layers, rank {facts['rank']}{' or less' if self.remaps else ' each'}; {facts['num_experts']} expert(s)"),
+            ("edited", f"{len(self.sites)} layers, {rank}; {facts['num_experts']} expert(s)"),
             ("router", request["router"] or "none: the mean expert is in the weights"),
             ("condition number of P", f"{facts['condition_number']:.1f}"),
             *((f"guarantee `{key}`", f"{value:.1e}") for key, value in self.guarantees.items() if key != "rank"),

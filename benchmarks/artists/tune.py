@@ -5,7 +5,7 @@
 
 Every cell is a line of tuning.csv, and one that is there is not measured again. `settings.json` gets the best cell of each method; it is
 what `more-hf bench artists --settings` reads. Every method is told the same target and the same names to keep as in the benchmark. Ours
-stand in the grid with their defaults, which `choose.py` chose on the same prompts. The test prompts are not touched.
+stands there with its defaults, which `choose.py` chose on the same prompts. The test prompts are not touched.
 """
 
 import argparse
@@ -31,16 +31,11 @@ def grid(**values) -> list[dict]:
 CONTENT = [f"a {thing}" for thing in THINGS]  # short enough that an artist's name fits behind it
 GRIDS = {
     "more": [{}],
-    "more-erase": [{}],
-    "more-mean": [{}],
-    "more-random": [{}],
-    "more-hash": [{}],
-    "more-without-po": [{}],
-    "uce": grid(lamb=[1.0, 5.0, 20.0, 50.0], preserve_scale=[1.0, 10.0]),
-    "rece": grid(lamb=[10.0, 50.0], start_lamb=[10.0, 50.0], preserve_scale=[0.1, 1.0]),
+    "uce": grid(lamb=[0.5, 5.0, 20.0, 100.0]),
+    "rece": grid(lamb=[10.0, 50.0], start_lamb=[10.0, 50.0]),
     "cure": grid(alpha=[2.0, 20.0], tokens=["content", "padded"]),
-    "speed": grid(threshold=[1.0, 1e-1, 1e-2, 1e-4], layers=["v", "kv"]),
-    "oce": grid(erase_scale=[500.0, 5000.0], global_scale=[1.0, 10.0], layers=["v", "kv"]),
+    "speed": grid(threshold=[1e-1, 1e-2, 1e-4], layers=["v", "kv"]),
+    "oce": grid(global_scale=[1.0, 10.0, 100.0], layers=["v", "kv"]),
     "sld-medium": grid(warmup=[10, 0], threshold=[0.01, 1.0]),
     "safree": grid(midpoint=[5.5, 1.0], negative=[True, False]),
     "esd": grid(sampling_steps=10, iterations=[60, 120], learning_rate=[2e-4, 5e-4]),

@@ -29,7 +29,7 @@ COLUMNS = ("classifier", "images", "d", "seconds_forward", "seconds_erase", "ove
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classifiers", nargs="+", choices=CLASSIFIERS, default=FASHION, metavar="NAME")
-    parser.add_argument("--limit", type=int, default=10_000, help="training images")
+    parser.add_argument("--limit", type=int, default=60_000, help="training images at most")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=250)
     parser.add_argument("--output", type=Path, default=HERE)
@@ -39,8 +39,9 @@ def main() -> None:
     write_rows(args.output / "erase_cost.csv", rows)
     text = (
         "# What `erase_classes` costs beyond a forward pass\n\n"
-        f"`overhead` in percent of the bare forward pass, the fastest of {args.repeats} each; `peak_extra_mib` is the growth of the process's peak "
-        "memory during the erasure over that during the pass, `statistics_mib` what the prototypes, counts and second moment hold, "
+        f"`overhead` in percent of the bare forward pass, the fastest of {args.repeats} each; `peak_extra_mib` is the growth of the "
+        "process's peak memory during the erasure over that during the pass, "
+        "`statistics_mib` what the prototypes, counts and second moment hold, "
         f"8 (dk + k + d²) bytes. On {rows[0]['hardware']}. Written by `erase_cost.py`.\n\n"
     )
     write_text(args.output / "erase_cost.md", text + markdown_table(rows, COLUMNS) + "\n")
