@@ -32,12 +32,12 @@ CONTENT = [f"a {thing}" for thing in THINGS]  # short enough that an artist's na
 GRIDS = {
     "more": [{}],
     "uce": grid(lamb=[0.5, 5.0, 20.0, 100.0]),
-    "rece": grid(lamb=[10.0, 50.0], start_lamb=[10.0, 50.0]),
+    "rece": grid(lamb=[10.0, 50.0], start_lamb=[10.0, 50.0, 200.0]),
     "cure": grid(alpha=[2.0, 20.0], tokens=["content", "padded"]),
     "speed": grid(threshold=[1e-1, 1e-2, 1e-4], layers=["v", "kv"]),
     "oce": grid(global_scale=[1.0, 10.0, 100.0], layers=["v", "kv"]),
-    "sld-medium": grid(warmup=[10, 0], threshold=[0.01, 1.0]),
-    "safree": grid(midpoint=[5.5, 1.0], negative=[True, False]),
+    "sld-medium": grid(warmup=[25, 10, 0], threshold=[0.01, 1.0]),
+    "safree": grid(midpoint=[5.5, 1.0, -2.0], negative=[True, False]),
     "esd": grid(sampling_steps=10, iterations=[60, 120], learning_rate=[2e-4, 5e-4]),
     "ca": grid(images=64, prompts=[CONTENT], sampling_steps=10, iterations=100, learning_rate=[2.5e-5, 5e-5, 1e-4, 2e-4]),
 }
