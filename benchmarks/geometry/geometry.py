@@ -8,6 +8,7 @@ draws. Four layers of 640 x 768 with Gaussian weights read them. Each method get
 settings.
 """
 
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,7 @@ def moved(problem: Problem, edited: list[Tensor], x: Tensor, reference: Tensor |
 
 def measure(method: str, problem: Problem) -> dict:
     line = {"method": method, "concepts": len(problem.C)}
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier methods freed goes back to the system, and is not reused unseen
     with peak_memory(torch.device("cpu")) as before:
         pass  # what is resident now
     start = time.perf_counter()
