@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..erasure import PROOF_TOLERANCE, Erasure
-from ..errors import TargetNotFoundError
-from ..hook import hook_off
+from ..proof import proof_by_run
 from .heads import evaluating
 
 
@@ -51,31 +50,13 @@ def prover(model: nn.Module, modules: Mapping[str, nn.Module], erasure: Erasure,
             if erasure.hook is not None:
                 erasure.hook.enabled, erasure.hook.forced = True, None
 
-    if current is None:
-        source, target = run()
-    else:
-        with hook_off(current), current.original_weights():
-            source, target = run()
-    apart = (source - target).norm(dim=1)
-
-    def prove() -> dict[str, float]:
-        new_source, new_target = run()
-        proof = {
-            "forget_vs_target": float(((new_source - new_target).norm(dim=1) / apart).max()),
-            "target_changed": float(((new_target - target).norm(dim=1) / apart).max()),
-            "forget_changed": float(((new_source - source).norm(dim=1) / apart).min()),
-        }
-        tolerance = PROOF_TOLERANCE[dtype]
-        if not (proof["forget_vs_target"] < tolerance and proof["target_changed"] < tolerance and proof["forget_changed"] > 0.5):
-            measured = ", ".join(f"{key} {value:.2g}" for key, value in proof.items())
-            raise TargetNotFoundError(
-                f"The proof by run failed ({measured}; tolerance {tolerance:g}): something besides the weight and the hook decides what "
-                f"`{next(iter(modules))}` does. The edit was rolled back; the model is as it was. Take adapters, hooks and wrappers off "
-                "the head, erase, and put them back."
-            )
-        return proof
-
-    return prove
+    return proof_by_run(
+        run,
+        current,
+        PROOF_TOLERANCE[dtype],
+        f"something besides the weight and the hook decides what `{next(iter(modules))}` does. The edit was rolled back; the model is as "
+        "it was. Take adapters, hooks and wrappers off the head, erase, and put them back.",
+    )
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..erasure import PROOF_TOLERANCE, Erasure
-from ..errors import TargetNotFoundError
 from ..hook import hook_off
+from ..proof import proof_by_run
 from ..remap import Remap
 from .sites import Denoiser, lora_branches
 
@@ -54,31 +54,13 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
                     hook.forced = None
         return tuple(torch.cat(part) for part in zip(*outputs, strict=True))
 
-    if current is None:
-        source, target = run()
-    else:
-        with hook_off(current), current.original_weights():
-            source, target = run()
-    apart = (source - target).norm(dim=1)
-
-    def prove() -> dict[str, float]:
-        new_source, new_target = run()
-        proof = {
-            "forget_vs_target": float(((new_source - new_target).norm(dim=1) / apart).max()),
-            "target_changed": float(((new_target - target).norm(dim=1) / apart).max()),
-            "forget_changed": float(((new_source - source).norm(dim=1) / apart).min()),
-        }
-        tolerance = TOLERANCE[next(iter(erasure.sites.values())).read().dtype]
-        if not (proof["forget_vs_target"] < tolerance and proof["target_changed"] < tolerance and proof["forget_changed"] > 0.5):
-            measured = ", ".join(f"{key} {value:.2g}" for key, value in proof.items())
-            raise TargetNotFoundError(
-                f"The proof by run failed ({measured}; tolerance {tolerance:g}): the model does not read the prompt through the edited "
-                "layers alone. The edit was rolled back; the pipeline is as it was. Take custom attention processors and offloading off "
-                "(`unet.set_default_attn_processor()`), erase, and put them back."
-            )
-        return proof
-
-    return prove
+    return proof_by_run(
+        run,
+        current,
+        TOLERANCE[next(iter(erasure.sites.values())).read().dtype],
+        "the model does not read the prompt through the edited layers alone. The edit was rolled back; the pipeline is as it was. Take "
+        "custom attention processors and offloading off (`unet.set_default_attn_processor()`), erase, and put them back.",
+    )
 
 
 def _texts(remaps: Mapping[str, Remap], expert: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
