@@ -39,6 +39,15 @@ train({output!r}, {name!r})
 """
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the script: sums over another number of threads are rounded otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load_kd_data("digits")
