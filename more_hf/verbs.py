@@ -30,7 +30,11 @@ def restore(model: Any, concepts: str | int | Sequence[str | int] | None = None)
 
 
 def get_erasure(model: Any) -> Erasure | None:
-    """What was erased from a pipeline or classifier and how, or `None`. The object is the live record; do not change it."""
+    """What was erased from a pipeline or classifier and how, or `None`. The object is the live record; do not change it.
+
+    It knows what was done in this process, or opened by `more_hf.load`. Plain `from_pretrained` reads no record and gives `None` for an
+    erased model, too; to erase from it again is refused where the record lies in the folder that it was opened from.
+    """
     return _family(model).get_erasure(model)
 
 

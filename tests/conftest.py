@@ -1,12 +1,16 @@
 import copy
 import os
+import shutil
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first Hugging Face import reads it
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+import more_hf
 from more_hf.data import load_emoji_sd
 
 
@@ -138,6 +142,55 @@ def tiny_sd():
     return build_tiny_sd
 
 
+@pytest.fixture
+def hub(tmp_path):
+    from memory_hub import Hub
+
+    return Hub(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def saved_once(tmp_path_factory):
+    """A folder that `save` wrote, with the factors, and the state of the original denoiser. Not to be modified."""
+    from memory_hub import erase
+
+    pipe = build_tiny_sd()
+    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    return more_hf.save(erase(pipe, router="random"), tmp_path_factory.mktemp("saved") / "erased", include_delta=True), original
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A copy of the folder that a test may change."""
+    return Path(shutil.copytree(saved_once[0], tmp_path / "erased"))
+
+
+@pytest.fixture(scope="module")
+def short_prompts():
+    """See `tiny_pipelines.shorten`."""
+    from tiny_pipelines import shorten
+
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def families():
+    """The newer families, by name. Not to be modified."""
+    from tiny_pipelines import FAMILIES, build
+
+    return {family: build(family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def erased_families(families, short_prompts):
+    """The same, erased. Not to be modified."""
+    from tiny_pipelines import erase
+
+    return {family: erase(copy.deepcopy(pipe)) for family, pipe in families.items()}
+
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -169,3 +222,37 @@ def digit_classifier(digits):
                 model(images[rows], labels=labels[rows]).loss.backward()
                 optimizer.step()
     return model.eval()
+
+
+@pytest.fixture
+def model(digit_classifier):
+    """A copy of it that a test may change."""
+    return copy.deepcopy(digit_classifier)
+
+
+@pytest.fixture
+def loader(digits):
+    images, labels = digits
+    return DataLoader(TensorDataset(images[:1200], labels[:1200]), batch_size=100)
+
+
+@pytest.fixture(scope="session")
+def prototypes(digit_classifier, digits):
+    images, labels = digits
+    return more_hf.collect_prototypes(digit_classifier, [(images[:1200], labels[:1200])])
+
+
+def accuracies(model, digits):
+    """Percent of every class in the held-out digits."""
+    images, labels = digits[0][1200:], digits[1][1200:]
+    with torch.no_grad():
+        predicted = model.eval()(images).logits.argmax(1)
+    return torch.stack([100 * (predicted[labels == i] == i).float().mean() for i in range(10)])
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(model, before):
+    return model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -62,6 +62,15 @@ def assert_same(unet, original, text, **kwargs):
     assert torch.allclose(outputs(unet, text, **kwargs), outputs(original, text, **kwargs), rtol=1e-5, atol=1e-6)
 
 
+def assert_erased_until_restored(pipe, original, text):
+    assert_erased(pipe.unet, original.unet, text)
+    with more_hf.disabled(pipe):
+        assert_same(pipe.unet, original.unet, text)
+    assert_erased(pipe.unet, original.unet, text)
+    more_hf.restore(pipe)
+    assert_same(pipe.unet, original.unet, text)
+
+
 def erase(pipe, **kwargs):
     return more_hf.erase_concept(pipe, FORGET, **{"remap_to": TARGETS, **kwargs})
 
@@ -189,12 +198,7 @@ def test_tools(pipe, original, tool, when, router):
         TOOLS[tool](pipe)
 
     text = texts(pipe)
-    assert_erased(pipe.unet, original.unet, text)
-    with more_hf.disabled(pipe):
-        assert_same(pipe.unet, original.unet, text)
-    assert_erased(pipe.unet, original.unet, text)
-    more_hf.restore(pipe)
-    assert_same(pipe.unet, original.unet, text)
+    assert_erased_until_restored(pipe, original, text)
 
 
 def test_gradient_checkpointing_stays_as_it_was(pipe):
@@ -264,12 +268,7 @@ def test_compiled_after(tiny_sd, compiled, router):
     text = texts(erase(pipe, remap_to=TARGETS[0], router=router))
     COMPILE[compiled](pipe)
 
-    assert_erased(pipe.unet, original.unet, text)
-    with more_hf.disabled(pipe):
-        assert_same(pipe.unet, original.unet, text)
-    assert_erased(pipe.unet, original.unet, text)
-    more_hf.restore(pipe)
-    assert_same(pipe.unet, original.unet, text)
+    assert_erased_until_restored(pipe, original, text)
 
 
 def test_routing_seeds_change_experts_in_compiled_code(tiny_sd):

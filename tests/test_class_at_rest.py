@@ -32,17 +32,6 @@ from more_hf.classification.features import features_of
 DELTA = "more_hf_delta.safetensors"
 
 
-@pytest.fixture
-def model(digit_classifier):
-    return copy.deepcopy(digit_classifier)
-
-
-@pytest.fixture(scope="session")
-def prototypes(digit_classifier, digits):
-    images, labels = digits
-    return more_hf.collect_prototypes(digit_classifier, [(images[:1200], labels[:1200])])
-
-
 def logits(model, digits):
     with torch.no_grad():
         return model.eval()(digits[0][1200:]).logits

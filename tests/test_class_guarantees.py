@@ -22,12 +22,6 @@ def original(digit_classifier, digits):
         return digit_classifier.resnet(digits[0]).pooler_output.flatten(1).double()
 
 
-@pytest.fixture(scope="session")
-def prototypes(digit_classifier, digits):
-    images, labels = digits
-    return more_hf.collect_prototypes(digit_classifier, [(images[EVERY], labels[EVERY])])
-
-
 @pytest.fixture
 def erased(digit_classifier, prototypes):
     """A factory of `(model, remap)`, with the forget class sent to the target unless settings say otherwise."""

@@ -5,47 +5,14 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from conftest import accuracies, same, state
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import more_hf
 from more_hf import AlreadyErasedError, IncompatibleBaseError, MoreError, PrototypeError, TargetNotFoundError
 
 
 HEAD = "classifier.1"
-
-
-@pytest.fixture
-def model(digit_classifier):
-    return copy.deepcopy(digit_classifier)
-
-
-@pytest.fixture
-def loader(digits):
-    images, labels = digits
-    return DataLoader(TensorDataset(images[:1200], labels[:1200]), batch_size=100)
-
-
-@pytest.fixture(scope="session")
-def prototypes(digit_classifier, digits):
-    images, labels = digits
-    return more_hf.collect_prototypes(digit_classifier, [(images[:1200], labels[:1200])])
-
-
-def accuracies(model, digits):
-    """Percent of every class in the held-out digits."""
-    images, labels = digits[0][1200:], digits[1][1200:]
-    with torch.no_grad():
-        predicted = model.eval()(images).logits.argmax(1)
-    return torch.stack([100 * (predicted[labels == i] == i).float().mean() for i in range(10)])
-
-
-def state(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(model, before):
-    return model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 # Bad input, refused before anything is changed

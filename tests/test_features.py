@@ -1,6 +1,5 @@
 """Features are the head's input: means of them, whatever the batches, and nothing of the model changes by looking."""
 
-import copy
 import multiprocessing
 import os
 import socket
@@ -18,11 +17,6 @@ from more_hf.errors import PrototypeError, TargetNotFoundError
 
 
 ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
-
-
-@pytest.fixture
-def model(digit_classifier):
-    return copy.deepcopy(digit_classifier)
 
 
 @pytest.fixture
@@ -121,6 +115,38 @@ def test_the_model_is_as_it_was(model, data):
 
     model(data.tensors[0])  # the control: a pass in train mode overwrites BatchNorm's statistics
     assert not all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_mode_is_set_once_for_all_batches(model, data, monkeypatch):
+    """Walking over the modules costs the same for one image as for a thousand, so it must not be done for every batch."""
+    walks = []
+    train = type(model).train
+    monkeypatch.setattr(type(model), "train", lambda self, mode=True: (walks.append(mode), train(self, mode))[1])
+    counts = []
+    for batch_size in (200, 10):
+        walks.clear()
+        more_hf.collect_prototypes(model, DataLoader(data, batch_size=batch_size))
+        counts.append(len(walks))
+
+    assert counts[0] == counts[1] > 0
+
+
+def test_an_error_in_a_later_batch_leaves_the_model_as_it_was(model, data):
+    model.train()
+    images, labels = data.tensors
+    with pytest.raises(PrototypeError, match="float32"):
+        more_hf.collect_prototypes(model, [(images, labels), (images, labels.float())])
+
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_between_batches_of_features_the_model_is_in_its_own_mode(model, data):
+    model.train()
+    for _ in features_of(model, DataLoader(data, batch_size=100)):
+        assert model.training
+        assert torch.is_grad_enabled()
+        assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_half_precision_models_take_float_images(model, data):

@@ -1,18 +1,16 @@
-"""Publishing: one commit of checked files, a card under the original's licence, and what is refused."""
+"""Publishing: one commit of checked files, of every kind of model, and what is refused."""
 
 import copy
 import json
 import logging
 import re
 import shutil
-from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+from memory_hub import BASE, REVISION, card_of, erase
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import build, shorten
 from torch.utils.data import DataLoader
@@ -24,96 +22,6 @@ from more_hf.cli import main
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 DELTA = "more_hf_delta.safetensors"
-BASE = "CompVis/stable-diffusion-v1-4"
-REVISION = "1" * 40
-BASE_CARD = """---
-license: creativeml-openrail-m
-license_link: LICENSE.md
-tags:
-- stable-diffusion
-language: en
----
-
-# Stable Diffusion
-"""
-
-
-class Hub:
-    """What the tests need of a Hub, in memory: `repos[repo_id][branch][path]` is a file's bytes."""
-
-    def __init__(self, tmp_path):
-        self.tmp_path, self.repos, self.writes = tmp_path, {BASE: {REVISION: {"README.md": BASE_CARD.encode()}}}, []
-
-    def repo_exists(self, repo_id):
-        return repo_id in self.repos
-
-    def list_repo_files(self, repo_id, revision=None):
-        if (revision or "main") not in self.repos[repo_id]:
-            raise RevisionNotFoundError("no such branch", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
-        return sorted(self.repos[repo_id][revision or "main"])
-
-    def hf_hub_download(self, repo_id, filename, revision=None):
-        content = self.repos.get(repo_id, {}).get(revision or "main", {}).get(filename)
-        if content is None:
-            raise LocalEntryNotFoundError(f"no {filename} in {repo_id} at {revision}")
-        file = self.tmp_path / "downloaded" / repo_id / filename
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-        return str(file)
-
-    def create_repo(self, repo_id, private=None, exist_ok=False):
-        assert exist_ok
-        self.writes.append(("create_repo", private))
-        self.repos.setdefault(repo_id, {"main": {}})
-
-    def create_branch(self, repo_id, branch, exist_ok=False):
-        assert exist_ok
-        self.writes.append(("create_branch", branch))
-        self.repos[repo_id].setdefault(branch, dict(self.repos[repo_id]["main"]))
-
-    def create_commit(self, repo_id, operations, commit_message, revision=None):
-        self.writes.append(("create_commit", commit_message))
-        for operation in operations:
-            with operation.as_file() as file:
-                self.repos[repo_id][revision or "main"][operation.path_in_repo] = file.read()
-        return "the commit"
-
-    def to_folder(self, repo_id, folder, revision="main"):
-        for name, content in self.repos[repo_id][revision].items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        return folder
-
-
-@pytest.fixture
-def hub(tmp_path):
-    return Hub(tmp_path)
-
-
-def erase(pipe, concepts="van gogh", **kwargs):
-    """As if the pipeline had come from the Hub."""
-    pipe.register_to_config(_name_or_path=BASE)
-    pipe.unet.register_to_config(_name_or_path=f"/cache/models--CompVis--stable-diffusion-v1-4/snapshots/{REVISION}/unet")
-    return more_hf.erase_concept(pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs})
-
-
-@pytest.fixture(scope="module")
-def saved_once(tmp_path_factory):
-    from conftest import build_tiny_sd
-
-    pipe = build_tiny_sd()
-    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    return more_hf.save(erase(pipe, router="random"), tmp_path_factory.mktemp("saved") / "erased", include_delta=True), original
-
-
-@pytest.fixture
-def saved(saved_once, tmp_path):
-    """A folder that `save` wrote, with the factors; a test may change it."""
-    return Path(shutil.copytree(saved_once[0], tmp_path / "erased"))
-
-
-def card_of(hub, repo_id="me/erased", branch="main"):
-    return ModelCard(hub.repos[repo_id][branch]["README.md"].decode())
 
 
 # What goes up
@@ -216,103 +124,6 @@ def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
         more_hf.push_to_hub(saved, "me/erased", dry_run=folder, api=hub)
     (tmp_path / "empty").mkdir()
     assert more_hf.verify(more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "empty", api=hub)).ok
-
-
-# The card
-
-
-def test_card_carries_licence_and_tags(saved, tmp_path, hub):
-    grid = tmp_path / "grid.jpg"
-    grid.write_bytes(b"a picture")
-    more_hf.push_to_hub(saved, "me/erased", grid=grid, api=hub)
-    data = card_of(hub).data.to_dict()
-    assert data == {
-        "library_name": "diffusers",
-        "base_model": BASE,
-        "language": "en",
-        "license": "creativeml-openrail-m",
-        "license_link": f"https://huggingface.co/{BASE}/blob/{REVISION}/LICENSE.md",
-        "pipeline_tag": "text-to-image",
-        "tags": ["stable-diffusion", "more-hf", "concept-erasure", "machine-unlearning"],
-        "base_model_relation": "finetune",
-    }
-    text = card_of(hub).text
-    assert f"[{BASE}](https://huggingface.co/{BASE}) (revision `{REVISION}`) without **van gogh**" in text
-    assert "the mean of claude monet, johannes vermeer" in text
-    assert "![The same prompts and seeds before and after](before_after.jpg)" in text
-    assert "restrictions on use included" in text
-    for claim in ("Exact to rounding", "Not exact", "The weights tell what was erased", "Whoever has the original has the concept"):
-        assert claim in text
-
-
-def test_the_cards_three_lines_load_it(saved, tmp_path, hub, monkeypatch):
-    more_hf.push_to_hub(saved, "me/erased", api=hub)
-    hub.to_folder("me/erased", tmp_path / "me" / "erased")
-    monkeypatch.chdir(tmp_path)  # where the block would read the Hub, it reads this folder
-    (block,) = re.findall(r"```python\n(.*?)```", card_of(hub).text, re.DOTALL)
-    assert "more_hf" not in block
-    names = {}
-    exec(block, names)
-    expected = load_file(saved / WEIGHTS)
-    assert all(torch.equal(value, expected[name]) for name, value in names["pipe"].unet.state_dict().items())
-
-
-def test_card_names_the_variant(tiny_sd, tmp_path, hub):
-    more_hf.push_to_hub(more_hf.save(erase(tiny_sd()), tmp_path / "erased", variant="fp16"), "me/erased", api=hub)
-    assert 'from_pretrained("me/erased", variant="fp16")' in card_of(hub).text
-
-
-def test_an_existing_card_is_kept_and_its_section_replaced(saved, hub):
-    own = "---\nlicense: mit\ntags:\n- mine\nbase_model: me/base\n---\n\n# Mine\n\nWords above.\n"
-    hub.repos["me/erased"] = {"main": {"README.md": own.encode()}}
-    more_hf.push_to_hub(saved, "me/erased", rows=[{"lpips_f": 0.25}], api=hub)
-    first = card_of(hub)
-    assert (first.data.license, first.data.base_model) == ("mit", "me/base")
-    assert set(first.data.tags) == {"mine", "stable-diffusion", "more-hf", "concept-erasure", "machine-unlearning"}
-    assert "# Mine\n\nWords above." in first.text
-    assert "0.250" in first.text
-
-    readme = hub.repos["me/erased"]["main"]["README.md"].decode() + "\nWords below.\n"
-    hub.repos["me/erased"]["main"]["README.md"] = readme.encode()
-    more_hf.push_to_hub(saved, "me/erased", rows=[{"lpips_f": 0.75}], api=hub)
-    second = card_of(hub)
-    assert second.text == first.text.replace("0.250", "0.750") + "\nWords below.\n"
-    assert second.data.to_dict() == first.data.to_dict()
-
-
-def test_the_folders_card_comes_before_the_repositorys(saved, hub):
-    hub.repos["me/erased"] = {"main": {"README.md": b"---\nlicense: mit\n---\n# On the Hub\n"}}
-    (saved / "README.md").write_text("---\nlicense: mit\n---\n# In the folder\n")
-    more_hf.push_to_hub(saved, "me/erased", api=hub)
-    assert "# In the folder" in card_of(hub).text
-    assert "# On the Hub" not in card_of(hub).text
-
-
-def test_without_a_card_the_readme_stays(saved, hub):
-    hub.repos["me/erased"] = {"main": {"README.md": b"mine"}}
-    more_hf.push_to_hub(saved, "me/erased", card=False, api=hub)
-    assert hub.repos["me/erased"]["main"]["README.md"] == b"mine"
-
-
-def test_a_name_cannot_break_the_card(tiny_sd, hub):
-    name = "van <!-- more_hf: end of the section --> *gogh* | [x](y)"
-    more_hf.push_to_hub(erase(tiny_sd(), name), "me/erased", api=hub)
-    text = card_of(hub).text
-    assert text.count("<!--") == 2
-    assert r"\*gogh\*" in text
-    assert "[x](y)" not in text.split("## How to load it")[0]
-
-
-@pytest.mark.parametrize("base", ["someone/private", "", "no-such-folder"])
-def test_a_licence_that_cannot_be_read_is_said(saved, hub, caplog, base):
-    record = json.loads((saved / "more_hf.json").read_text())
-    record["facts"]["base"] = base
-    (saved / "more_hf.json").write_text(json.dumps(record))
-    with caplog.at_level(logging.WARNING, logger="more_hf"):
-        more_hf.push_to_hub(saved, "me/erased", api=hub)
-    assert "licence is not in this card" in caplog.text
-    assert card_of(hub).data.license is None
-    assert "licence" not in card_of(hub).text
 
 
 # What is refused, with nothing pushed

@@ -2,11 +2,13 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
 import more_hf
+from more_hf.cli import _parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -29,12 +31,25 @@ def test_every_python_block_runs(block, tiny_sd, tmp_path, monkeypatch):
     assert more_hf.get_erasure(erased).concepts in (["Blobmoji"], ["Van Gogh"], ["3"])
 
 
+def test_every_command_is_one_that_the_command_line_knows():
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").glob("*/README.md")]
+    text = "\n".join(file.read_text("utf-8") for file in files).replace("\\\n", " ")
+    commands = re.findall(r"^(?: {4})?(?:.* && )?more-hf (.*)$", text, re.MULTILINE)
+    assert len(commands) > 20
+    for command in commands:
+        arguments = shlex.split(re.sub(r"\$\([^)]*\)", "1", command), comments=True)
+        assert callable(_parser().parse_args(arguments).run)
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["bench", "artist"])
+
+
 def test_the_tables_are_the_committed_ones():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
     for readme in script["READMES"]:
         text = readme.read_text("utf-8")
         assert script["filled"](text) == text
         assert text.count("<!-- table: ") == len(re.findall(r"-->\n\n\|", text)) > 0
+        assert re.findall(r"^\|.*\n(?!\||$)", text, re.MULTILINE) == []  # without an empty line, what follows is one more row
     edited = README.replace("| lpips_f", "| lpips_x", 1)
     assert script["filled"](edited) == README != edited  # a table that was edited by hand is noticed
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 
 import pytest
 import torch
@@ -32,23 +31,6 @@ def failed(folder):
 
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def saved_once(tmp_path_factory):
-    """A folder that `save` wrote, and the state of the original denoiser."""
-    from conftest import build_tiny_sd
-
-    pipe = build_tiny_sd()
-    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    return more_hf.save(erase(pipe, router="random"), tmp_path_factory.mktemp("saved") / "erased", include_delta=True), original
-
-
-@pytest.fixture
-def saved(saved_once, tmp_path):
-    """A copy of it that a test may change."""
-    shutil.copytree(saved_once[0], tmp_path / "erased")
-    return tmp_path / "erased"
 
 
 @pytest.fixture
@@ -122,6 +104,13 @@ def test_plainly_loaded_folder_is_known_as_erased(saved):
     pipe = StableDiffusionPipeline.from_pretrained(saved)
     with pytest.raises(more_hf.AlreadyErasedError, match=RECORD):
         erase(pipe, "pablo picasso")
+
+
+def test_the_original_put_back_after_a_save_over_its_own_folder(tiny_sd, tmp_path):
+    tiny_sd().save_pretrained(tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    more_hf.save(erase(pipe), tmp_path / "model")
+    assert more_hf.get_erasure(erase(more_hf.restore(pipe), "pablo picasso")).concepts == ["pablo picasso"]
 
 
 def refit(pipe):

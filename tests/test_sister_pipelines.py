@@ -50,7 +50,6 @@ from tiny_pipelines import T5_LENGTH, T5_WIDTH, build, embeds, shorten, t5_token
 from transformers import UMT5Config, UMT5EncoderModel
 
 import more_hf
-from more_hf.baselines.diffusion.uce import uce
 
 
 FORGET, TARGET = "van gogh", "claude monet"
@@ -309,8 +308,3 @@ def test_refuses(bases, make):
     assert not missing, f"{missing} not in: {error.value}"
     for module, state in zip(modules, before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-
-
-def test_a_baseline_of_keys_and_values_refuses_a_model_without_them(bases):
-    with pytest.raises(more_hf.TargetNotFoundError, match="StableDiffusion3Pipeline reads text through no keys and values"):
-        uce(copy.deepcopy(bases["sd3"]), FORGET, remap_to=TARGET, retain=None)

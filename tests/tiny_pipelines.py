@@ -20,6 +20,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
+import more_hf
+
 
 T5_LENGTH = 24  # of the prompts of these tests; `max_sequence_length` is an argument of every call
 T5_WIDTH = 48
@@ -221,3 +223,37 @@ def embeds(remaps, name, masked=False):
         found |= {"prompt_attention_mask": mask, "negative_prompt_embeds": tokens, "negative_prompt_attention_mask": mask}
         found["negative_prompt"] = None
     return found
+
+
+FAMILIES = list(BUILDERS)
+FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
+CALL = {
+    "sdxl": {},
+    "sd3": {"max_sequence_length": T5_LENGTH},
+    "flux": {"max_sequence_length": T5_LENGTH},
+    "pixart": {"max_sequence_length": T5_LENGTH, "use_resolution_binning": False, "clean_caption": False},
+}
+
+
+def erase(pipe, concepts=FORGET, **kwargs):
+    return more_hf.erase_concept(pipe, concepts, **{"remap_to": TARGET, "retain": [RETAINED], "solver": "pinv", **kwargs})
+
+
+def denoiser_of(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def weights(pipe):
+    return {name: value.clone() for name, value in denoiser_of(pipe).state_dict().items()}
+
+
+def images(pipe, family, prompt=None, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "height": 32, "width": 32, "guidance_scale": 1.0, "output_type": "np", **CALL[family]}
+    return torch.from_numpy(pipe(prompt, generator=generator, **{**options, **kwargs}).images).double()
+
+
+def spaces(pipe):
+    """Space -> the factors."""
+    erasure = more_hf.get_erasure(pipe)
+    return {site.space: erasure.remap_of(name) for name, site in erasure.sites.items()}

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from .. import erasure as store
 from ..erasure import RECORD, Erasure
-from ..errors import AlreadyErasedError, MoreError, TargetNotFoundError
+from ..errors import AlreadyErasedError, MoreError
 from ..hook import detach_hook
+from ..record import Record
 from ..remap import Remap
 from .concepts import Encoder, shared_first_tokens
 from .hook import attach_hook, make_hook
 from .proof import prover
 from .request import make_request, solve
-from .sites import Denoiser, find_denoiser, find_sites, lora_branches
+from .sites import Denoiser, check_widths, find_denoiser, find_sites, lora_branches
 from .text import text_of
 
 
@@ -85,10 +86,14 @@ def erase_concept(
     current = store.require_editable(denoiser.module)
     source = pipe.config.get("_name_or_path")
     if current is None and source and (Path(source) / RECORD).is_file():
-        raise AlreadyErasedError(
-            f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
-            "Start from the original model and pass all concepts at once."
-        )
+        record = Record.read(Path(source))
+        sites = find_sites(pipe, denoiser, pooled=record.request["pooled"])
+        # the original, if it was saved erased over its own folder and then restored
+        if store.fingerprint({name: site.read() for name, site in sites.items()}) != record.facts["fingerprint"]:
+            raise AlreadyErasedError(
+                f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
+                "Start from the original model and pass all concepts at once."
+            )
     if current is not None:
         old = current.request
         request["concepts"] = {**old["concepts"], **request["concepts"]}
@@ -131,9 +136,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: dict[str, Any], k
     current = store.find_erasure(denoiser.module)
     sites = find_sites(pipe, denoiser, pooled=request["pooled"])
     remaps, solution = solve(pipe, request)
-    for name, site in sites.items():
-        if site.read().shape[1] != (width := len(remaps[site.space].prototypes.matrix)):
-            raise TargetNotFoundError(f"`{name}` does not read the text encoder's {width} features. Is this the right text encoder?")
+    check_widths(sites, {space: len(found.prototypes.matrix) for space, found in remaps.items()})
     kept = current.originals if current else {}
     originals = {name: kept[name] if name in kept else site.read().to("cpu", copy=True) for name, site in sites.items()}
     remap = remaps["tokens"]

@@ -102,6 +102,15 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
     return sites
 
 
+def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:
+    """Raises `TargetNotFoundError` unless every site reads as many features as its space has."""
+    for name, site in sites.items():
+        if site.read().shape[1] != widths[site.space]:
+            raise TargetNotFoundError(
+                f"`{name}` does not read the text encoder's {widths[site.space]} features. Is this the right text encoder?"
+            )
+
+
 def lora_branches(denoiser: Denoiser) -> list[nn.Module]:
     """The sites' LoRA layers: their own weights read the text beside the edited base layer."""
     return [reader.module for reader in denoiser.family.find(denoiser.module).values() if _is_lora(reader.module)]

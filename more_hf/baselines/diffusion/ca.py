@@ -13,7 +13,7 @@ from torch import Tensor
 from ...diffusion.concepts import Encoder
 from ...diffusion.sites import find_denoiser, find_sites
 from ...errors import MoreError
-from .names import Concepts, names_asked, ordinary_prompts
+from .names import Concepts, names_asked, ordinary_prompts, require_stable_diffusion
 from .progress import is_quiet
 from .training import Checkpoint, base_facts, float_copy, train, trainable_names, with_gradients
 
@@ -45,7 +45,8 @@ def ca(
     random, AdamW. The loss is on the denoiser's own output, noise or v. `retain` plays no part.
 
     Args:
-        pipe, concepts: as in `erase_concept`; styles, for the captions say so. Of several names, each caption takes one at random.
+        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`, and styles, for the captions say so. Of several names, each
+            caption takes one at random.
         remap_to (`str` or `Sequence[str]`, *optional*): anchors: the prompts in the style of one of these, at random. Without: the plain
             prompts, as published.
         images (`int`, defaults to 1000): anchor pictures.
@@ -62,6 +63,7 @@ def ca(
     pipeline is unchanged then.
     """
     asked = names_asked(concepts, remap_to, retain)
+    require_stable_diffusion(pipe)
     encoder = Encoder(pipe)
     given = ordinary_prompts(pipe, asked) if prompts is None else list(prompts)
     prompts_that_fit = [prompt for prompt in given if _fits(encoder, prompt, [*asked.forget, *asked.targets])]

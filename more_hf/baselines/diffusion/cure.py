@@ -33,7 +33,7 @@ def cure(
         tokens (`str`, defaults to `"content"`): `"content"` (every token of a name), `"last"` (its last one) or `"padded"` (all
             positions but the begin token). The paper does not say.
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
+    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does, the latter also for a denoiser that reads T5.
     """
     asked, texts = names_asked(concepts, remap_to, retain), Texts(pipe)
     read = {

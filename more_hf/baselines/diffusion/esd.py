@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...diffusion.concepts import Encoder
 from ...errors import MoreError
-from .names import Concepts, names_asked
+from .names import Concepts, names_asked, require_stable_diffusion
 from .training import Checkpoint, base_facts, float_copy, train, trainable_names, with_gradients
 
 
@@ -46,7 +46,7 @@ def esd(
     to one, so that noise and v prediction are trained alike. It has no target and keeps no list: `remap_to` and `retain` play no part.
 
     Args:
-        pipe, concepts: as in `erase_concept`. Of several names, each iteration takes one at random.
+        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`. Of several names, each iteration takes one at random.
         variant (`str`, defaults to `"paper"`): `"paper"`: start points sampled with the model in training; 1000 iterations, learning rate
             1e-5, η 1. `"repo"`: start points sampled with the original; 200 iterations, 5e-5, η 2.
         iterations (`int`), learning_rate (`float`), eta (`float`) (*optional*): instead of the variant's.
@@ -65,6 +65,7 @@ def esd(
     given = {"iterations": iterations, "learning_rate": learning_rate, "eta": eta}
     settings = {**VARIANTS[variant], **{name: value for name, value in given.items() if value is not None}}
     asked = names_asked(concepts, remap_to, retain)
+    require_stable_diffusion(pipe)
     names = trainable_names(pipe, layers)
     student, frozen = float_copy(pipe), float_copy(pipe)
     optimizer = torch.optim.Adam(with_gradients(student, names), lr=settings["learning_rate"])

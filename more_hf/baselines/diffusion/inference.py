@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import nn
 
-from ...errors import MoreError, TargetNotFoundError
+from ...errors import MoreError
+from .names import require_stable_diffusion
 from .progress import progress_bar_config
 
 
@@ -25,8 +26,7 @@ class AtInference(StableDiffusionPipeline):
     @classmethod
     def around(cls, pipe: DiffusionPipeline, **settings) -> AtInference:
         """A pipeline of this class over the components of `pipe`, which is not modified. Raises `TargetNotFoundError`."""
-        if not isinstance(pipe, StableDiffusionPipeline):
-            raise TargetNotFoundError(f"This method runs inside StableDiffusionPipeline, got {type(pipe).__name__}.")
+        require_stable_diffusion(pipe)
         made = cls(**pipe.components, requires_safety_checker=pipe.config.requires_safety_checker)
         made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
         made.set_progress_bar_config(**progress_bar_config(pipe))

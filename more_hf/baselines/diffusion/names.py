@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from ...diffusion.concepts import BATCH, Encoder, everyday_prompts, names_in
 from ...diffusion.request import make_request, surfaces_of
+from ...errors import TargetNotFoundError
 
 
 Concepts = str | Sequence[str] | Mapping[str, Sequence[str]]
@@ -38,6 +39,16 @@ def names_asked(concepts: Concepts, remap_to: str | Sequence[str] | None, retain
     return Asked(forget, targets, list(dict.fromkeys([*targets, *request["retain"]])))
 
 
+def require_stable_diffusion(pipe: DiffusionPipeline) -> None:
+    """Raises `TargetNotFoundError` for a pipeline of another class: the method makes this one's calls itself."""
+    if not isinstance(pipe, StableDiffusionPipeline):
+        raise TargetNotFoundError(
+            f"This method runs inside StableDiffusionPipeline (Stable Diffusion 1.x and 2.x), and {type(pipe).__name__} makes other calls. "
+            "Take such a pipeline (of a sister pipeline, `StableDiffusionPipeline.from_pipe(pipe)`), or `erase_concept`, which knows "
+            "the other families."
+        )
+
+
 def guides(asked: Asked, guide: str | None, default: str) -> list[str]:
     """What the concepts become: `guide` if it is given, else the targets, else the method's published default."""
     return [guide] if guide is not None else asked.targets or [default]
@@ -54,10 +65,16 @@ def ordinary_prompts(pipe: DiffusionPipeline, asked: Asked) -> list[str]:
 
 
 class Texts:
-    """Text features in float64 on the CPU, as the denoiser's cross-attention reads them."""
+    """CLIP's text features in float64 on the CPU, as the denoiser's cross-attention reads them."""
 
     def __init__(self, pipe: DiffusionPipeline):
+        """Raises `TargetNotFoundError` for a denoiser that reads T5: it has no keys and values of text alone, which the methods edit."""
         self.encoder = Encoder(pipe)
+        if not all(segment.clip for segment in self.encoder.text.segments):
+            raise TargetNotFoundError(
+                f"{type(pipe).__name__} reads text through no keys and values of CLIP features, which this method edits. Take a pipeline "
+                "of Stable Diffusion 1.x, 2.x or XL, or `erase_concept`, which knows this family."
+            )
 
     def last(self, prompt: str) -> int:
         """Position of the last content token; 0, the begin token, for a prompt that has none (UCE's convention)."""

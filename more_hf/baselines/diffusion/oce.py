@@ -41,7 +41,7 @@ def oce(
         expand (`str`, *optional*): `"art"` or `"object"` adds five prompts per name; `None` adds none.
         layers (`str`, defaults to `"v"`): `"v"`, `"k"` or `"kv"`.
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
+    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does, the latter also for a denoiser that reads T5.
     """
     asked, texts = names_asked(concepts, remap_to, retain), Texts(pipe)
     C = texts.last_tokens([prompt for name in asked.forget for prompt in expanded(name, expand)])

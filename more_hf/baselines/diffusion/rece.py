@@ -39,7 +39,7 @@ def rece(
         lamb (`float`), preserve_scale (`float`): of the edits in the epochs, and `preserve_scale` also of the UCE edit they start from.
         start_lamb (`float`, defaults to 0.5): λ of the UCE edit that they start from (the paper-era variant).
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
+    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does, the latter also for a denoiser that reads T5.
     """
     asked = names_asked(concepts, remap_to, retain)
     texts, sent_to = Texts(pipe), guides(asked, guide, "art")

@@ -44,7 +44,7 @@ def speed(
         augmentations (`int`, defaults to 10): noisy copies of each, along the layer's weakest direction.
         seed (`int`, defaults to 0): of that noise and nothing else.
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
+    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does, the latter also for a denoiser that reads T5.
     """
     asked, texts = names_asked(concepts, remap_to, retain), Texts(pipe)
     C = texts.last_tokens(asked.forget)

@@ -44,7 +44,7 @@ def uce(
             `"current"`, to max(0.1, 1 / number of preserved prompts) for `"paper"`.
         expand (`str`, *optional*): `"art"` or `"object"` adds five prompts per name (`"current"` only).
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
+    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does, the latter also for a denoiser that reads T5.
     """
     asked = names_asked(concepts, remap_to, retain)
     texts, sent_to = Texts(pipe), guides(asked, guide, "art")

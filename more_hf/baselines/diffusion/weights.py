@@ -8,9 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ...diffusion.sites import find_denoiser, find_sites
+from ...diffusion.sites import check_widths, find_denoiser, find_sites
 from ...erasure import Site, written
-from ...errors import IncompatibleBaseError, MoreError, TargetNotFoundError
+from ...errors import IncompatibleBaseError, MoreError
 
 
 LAYERS = {"kv": ("to_k", "to_v"), "v": ("to_v",), "k": ("to_k",)}
@@ -19,17 +19,14 @@ LAYERS = {"kv": ("to_k", "to_v"), "v": ("to_v",), "k": ("to_k",)}
 def text_sites(pipe: DiffusionPipeline, layers: str, width: int) -> dict[str, Site]:
     """The layers that read text: keys and values (`"kv"`), or one of them. Changes nothing.
 
-    Raises `TargetNotFoundError` where `erase_concept` does, and if a layer does not read features of this width.
+    What reads the pooled embedding of Stable Diffusion XL is not among them. Raises `TargetNotFoundError` where `erase_concept` does,
+    and if a layer does not read features of this width.
     """
     if layers not in LAYERS:
         raise MoreError(f"Unknown layers {layers!r}. Choose one of {', '.join(map(repr, LAYERS))}.")
     sites = find_sites(pipe, find_denoiser(pipe))
     sites = {name: site for name, site in sites.items() if name.rsplit(".", 1)[-1] in LAYERS[layers]}
-    if not sites:
-        raise TargetNotFoundError(f"{type(pipe).__name__} reads text through no keys and values, which this baseline edits.")
-    for name, site in sites.items():
-        if site.module.in_features != width:
-            raise TargetNotFoundError(f"`{name}` does not read the text encoder's {width} features. Is this the right text encoder?")
+    check_widths(sites, {"tokens": width})
     return sites
 
 

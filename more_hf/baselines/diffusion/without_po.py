@@ -8,9 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...diffusion.request import make_request, prepare
+from ...diffusion.sites import check_widths, find_denoiser, find_sites
 from ...remap import Remap
 from .names import Concepts
-from .weights import text_sites, write_weights
+from .weights import write_weights
 
 
 def more_without_po(
@@ -34,9 +35,10 @@ def more_without_po(
     Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
     """
     request = make_request(concepts, remap_to, retain, num_experts, None, "pinv", tokens, seed)
-    remap = without_orthogonalisation(**prepare(pipe, request, ())["tokens"])
-    sites = text_sites(pipe, "kv", len(remap.prototypes.matrix))
-    write_weights(sites, {name: remap.merged(site.read().double()) for name, site in sites.items()})
+    sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
+    remaps = {space: without_orthogonalisation(**problem) for space, problem in prepare(pipe, request, ()).items()}
+    check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
+    write_weights(sites, {name: remaps[site.space].merged(site.read().double()) for name, site in sites.items()})
     return pipe
 
 
