@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,28 @@ def test_erase_cost(run, tmp_path):
     assert float(row["overhead"]) == pytest.approx(100 * (erase / forward - 1), abs=0.1)  # of seconds rounded to six places
     assert float(row["statistics_mib"]) == pytest.approx(8 * (32 * 10 + 10 + 32 * 32) / 2**20, abs=1e-3)
     assert "digits-allcnn" in (tmp_path / "erase_cost.md").read_text()
+
+
+def test_an_erasure_runs_every_image_once(run, tmp_path):
+    """On a clock that counts images: as many as the bare pass, and the two that the head is found with."""
+    images = 0
+
+    def count(module, args):
+        nonlocal images
+        images += len(args[0])
+
+    def counted(name):
+        model = load_classifier(name)
+        model.register_forward_pre_hook(count)
+        return model
+
+    def setup(module):
+        module.load_classifier, module.time = counted, SimpleNamespace(process_time=lambda: images)
+
+    run("erase_cost", "--classifiers", "digits-allcnn", "--limit", 600, "--repeats", 2, "--output", tmp_path, setup=setup)
+    (row,) = rows_of(tmp_path / "erase_cost.csv")
+    assert (float(row["seconds_forward"]), float(row["seconds_erase"])) == (600, 602)
+    assert row["overhead_each"] == "0.33 0.33"
 
 
 def test_ten_classes(run, tmp_path):

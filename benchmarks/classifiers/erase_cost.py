@@ -2,28 +2,33 @@
 
     python benchmarks/classifiers/erase_cost.py
 
-Forward pass and erasure take turns in one process, over the same loader with the same batches. The fastest of each counts: what other work
-on the machine adds is never negative. On a CPU the time is that of the process (one thread), on CUDA the clock's.
+The erasure, from the first batch to the proof by run, and a bare forward pass of a copy of the model over the same images take turns batch
+by batch, each on its own clock, so that a machine with other work slows both alike. The turns are repeated, and the fastest of each turn
+counts: what other work adds is never negative. On a CPU the time is that of the process (one thread), on CUDA the clock's. Memory is
+measured before, in passes of their own.
 """
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
 import torch
 from accelerate.utils import tqdm
+from torch import nn
+from torch.utils.data import DataLoader
 
 import more_hf
 from more_hf.classification.heads import evaluating
 from more_hf.data import CLASSIFIERS, load_classifier
-from more_hf.evaluation.kd_data import load_kd_data
+from more_hf.evaluation.kd_data import ImageSet, load_kd_data
 from more_hf.evaluation.machine import hardware, peak_memory, processes
 from more_hf.report import markdown_table, write_rows, write_text
 
 
 HERE = Path(__file__).parent
 FASHION = [name for name in CLASSIFIERS if name.startswith("fashion")]
-COLUMNS = ("classifier", "images", "d", "seconds_forward", "seconds_erase", "overhead", "peak_extra_mib", "statistics_mib")
+COLUMNS = ("classifier", "images", "d", "seconds_forward", "seconds_erase", "overhead", "overhead_each", "peak_extra_mib", "statistics_mib")
 
 
 def main() -> None:
@@ -39,10 +44,11 @@ def main() -> None:
     write_rows(args.output / "erase_cost.csv", rows)
     text = (
         "# What `erase_classes` costs beyond a forward pass\n\n"
-        f"`overhead` in percent of the bare forward pass, the fastest of {args.repeats} each; `peak_extra_mib` is the growth of the "
-        "process's peak memory during the erasure over that during the pass, "
-        "`statistics_mib` what the prototypes, counts and second moment hold, "
-        f"8 (dk + k + d²) bytes. On {rows[0]['hardware']}. Written by `erase_cost.py`.\n\n"
+        "The erasure and a bare forward pass over the same images take turns batch by batch, and the fastest of "
+        f"{args.repeats} repeats of each turn counts. `overhead` in percent of the forward pass; `overhead_each` is that of every "
+        "repeat as a whole. `peak_extra_mib` is the growth of the process's peak memory during an erasure over that during a pass, after a "
+        "first erasure, `statistics_mib` what the prototypes, counts and second moment hold, 8 (dk + k + d²) bytes. "
+        f"On {rows[0]['hardware']}. Written by `erase_cost.py`.\n\n"
     )
     write_text(args.output / "erase_cost.md", text + markdown_table(rows, COLUMNS) + "\n")
     print(markdown_table(rows, COLUMNS))
@@ -51,9 +57,67 @@ def main() -> None:
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     device = processes().device
     model = load_classifier(name).to(device)
-    data = load_kd_data(name.rpartition("-")[0]).train
-    loader = data.subset(torch.arange(min(args.limit, len(data)))).loader(args.batch_size)
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    images = load_kd_data(name.rpartition("-")[0]).train
+    images = images.subset(torch.arange(min(args.limit, len(images))))
+    loader = images.loader(args.batch_size)
+    extra = peak_of_erasure(model, loader, device)
+    runs = [take_turns(model, images, args.batch_size, device) for _ in tqdm(range(args.repeats), desc=name)]
+    forward_each, erase_each = (torch.tensor(turns, dtype=torch.float64) for turns in zip(*runs, strict=True))  # (repeats, turns)
+    seconds_forward, seconds_erase = (float(each.min(0).values.sum()) for each in (forward_each, erase_each))
+    d, k = model.get_submodule(head_of(model)).in_features, len(model.config.id2label)
+    return {
+        "classifier": name,
+        "images": len(images),
+        "d": d,
+        "seconds_forward": round(seconds_forward, 3),
+        "seconds_erase": round(seconds_erase, 3),
+        "overhead": round(100 * (seconds_erase / seconds_forward - 1), 2),
+        "overhead_each": " ".join(f"{100 * (ratio - 1):.2f}" for ratio in (erase_each.sum(1) / forward_each.sum(1)).tolist()),
+        "seconds_forward_each": " ".join(f"{seconds:.6f}" for seconds in forward_each.sum(1).tolist()),
+        "seconds_erase_each": " ".join(f"{seconds:.6f}" for seconds in erase_each.sum(1).tolist()),
+        "peak_extra_mib": extra,
+        "statistics_mib": round(8 * (d * k + k + d * d) / 2**20, 3),
+        "batch_size": args.batch_size,
+        "hardware": hardware(device),
+    }
+
+
+def take_turns(model: nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Seconds of each batch of a forward pass; seconds of an erasure before its first batch, with each, and after the last."""
+    loader, bare = images.loader(batch_size), copy.deepcopy(model)
+    # the pass starts in the middle, so that neither finds in the cache what the other has just read
+    middle = len(loader) // 2 * batch_size
+    plain = iter(images.subset(torch.arange(len(images)).roll(-middle)).loader(batch_size))
+    forward, erase = [], []
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def batches():
+        """The erasure's batches. Before it gets one its clock is stopped, and the forward pass does one of its own."""
+        nonlocal start
+        own = iter(loader)
+        for _ in range(len(loader)):
+            erase.append(now() - start)
+            start = now()
+            bare(next(plain)["pixel_values"].to(device))
+            forward.append(now() - start)
+            start = now()
+            yield next(own)
+
+    with evaluating(bare):
+        start = now()
+        more_hf.erase_classes(model, batches(), [0])
+        erase.append(now() - start)
+    more_hf.restore(model)
+    return forward, erase
+
+
+def peak_of_erasure(model: nn.Module, loader: DataLoader, device: torch.device) -> float | None:
+    """By how many mebibytes the peak memory of an erasure exceeds that of a forward pass; `None` where the system does not say."""
 
     def forward() -> None:
         with evaluating(model):
@@ -62,39 +126,14 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
 
     def erase() -> None:
         more_hf.erase_classes(model, loader, [0])
-
-    def timed(work) -> tuple[float, float | None]:
-        with peak_memory(device) as peak:
-            start = clock()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = clock() - start
-        return seconds, peak.mebibytes
-
-    forward()  # once for allocators and kernels to settle
-    found = {forward: [], erase: []}
-    for _ in tqdm(range(args.repeats), desc=name):
-        found[forward].append(timed(forward))
-        found[erase].append(timed(erase))
         more_hf.restore(model)
-    seconds = {work: min(second for second, _ in runs) for work, runs in found.items()}
-    peaks = {work: [peak for _, peak in runs if peak is not None] for work, runs in found.items()}
-    d, k = model.get_submodule(head_of(model)).in_features, len(model.config.id2label)
-    return {
-        "classifier": name,
-        "images": len(loader.dataset),
-        "d": d,
-        "seconds_forward": round(seconds[forward], 3),
-        "seconds_erase": round(seconds[erase], 3),
-        "overhead": round(100 * (seconds[erase] / seconds[forward] - 1), 2),
-        "seconds_forward_each": " ".join(f"{second:.6f}" for second, _ in found[forward]),
-        "seconds_erase_each": " ".join(f"{second:.6f}" for second, _ in found[erase]),
-        "peak_extra_mib": round(max(peaks[erase]) - max(peaks[forward]), 1) if peaks[erase] else None,
-        "statistics_mib": round(8 * (d * k + k + d * d) / 2**20, 3),
-        "batch_size": args.batch_size,
-        "hardware": hardware(device),
-    }
+
+    erase()  # once, for what is loaded at first use and for allocators to settle
+    with peak_memory(device) as plain:
+        forward()
+    with peak_memory(device) as erasing:
+        erase()
+    return None if plain.mebibytes is None else round(erasing.mebibytes - plain.mebibytes, 1)
 
 
 def head_of(model) -> str:

@@ -84,12 +84,14 @@ def collect(
         look(heads)
         names = class_names(model, next(iter(heads.values())).out_features)
         fitter = None
-        for features, labels in _features(model, chain([first], batches), heads if at is None else {at: find_module(model, at)}):
-            if fitter is None:
-                fitter = PrototypeFitter(features.shape[1], names, device=features.device if features.is_cuda else "cpu")
-            fitter.update(features, labels)
-            if second_moment:
-                fitter.update_moment(features[labels >= 0])
+        with _reading(model, heads if at is None else {at: find_module(model, at)}) as read:
+            for batch in chain([first], batches):
+                features, labels = read(batch)
+                if fitter is None:
+                    fitter = PrototypeFitter(features.shape[1], names, device=features.device if features.is_cuda else "cpu")
+                fitter.update(features, labels)
+                if second_moment:
+                    fitter.update_moment(features[labels >= 0])
     return heads, (_sum_over_processes(fitter) if sharded else fitter).prototypes
 
 
@@ -111,10 +113,12 @@ def features_of(
     """
     model = plain_model(model)
     with _every_sample_once(loader) as (batches, _):
-        batches = iter(batches)
-        for first in batches:
-            heads = _heads(model, first, head)
-            yield from _features(model, chain([first], batches), heads if at is None else {at: find_module(model, at)})
+        modules: dict[str, nn.Module] = {}
+        for batch in batches:
+            modules = modules or (_heads(model, batch, head) if at is None else {at: find_module(model, at)})
+            with _reading(model, modules) as read:  # for one batch: what is done between batches finds the model in its own mode
+                found = read(batch)
+            yield found
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -129,10 +133,15 @@ def _heads(model: nn.Module, batch: Any, head: str | Sequence[str] | None) -> di
     return find_heads(model, pixels[:2], head or (current and current.request["head"]))
 
 
-def _features(model: nn.Module, batches: Iterable[Any], modules: Mapping[str, nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
+@contextmanager
+def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Callable[[Any], tuple[Tensor, Tensor]]]:
+    """The function that runs the model on a batch and returns its features and labels.
+
+    Hooks and eval mode are set once for all batches: a walk over all modules for each batch costs a small model several percent.
+    """
     seen: dict[str, Tensor] = {}
 
-    def read(name: str):
+    def look(name: str):
         def hook(module: nn.Module, args: tuple) -> None:
             if not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
                 raise TargetNotFoundError(
@@ -143,20 +152,22 @@ def _features(model: nn.Module, batches: Iterable[Any], modules: Mapping[str, nn
 
         return hook
 
-    for batch in batches:
+    def read(batch: Any) -> tuple[Tensor, Tensor]:
         pixels, labels = _inputs(model, batch)
         seen.clear()
-        handles = [module.register_forward_pre_hook(read(name)) for name, module in modules.items()]  # last: after the edit's hook
-        try:
-            with evaluating(model):
-                model(pixels)
-        finally:
-            for handle in handles:
-                handle.remove()
+        model(pixels)
         if missing := [name for name in modules if name not in seen]:
             raise TargetNotFoundError(f"The model does not call `{missing[0]}` in its forward pass, so it has no features there.")
         features = torch.cat([seen[name] for name in modules], dim=1)
-        yield features, labels.to(features.device)
+        return features, labels.to(features.device)
+
+    handles = [module.register_forward_pre_hook(look(name)) for name, module in modules.items()]  # last: after the edit's hook
+    try:
+        with evaluating(model):
+            yield read
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _inputs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
