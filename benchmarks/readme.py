@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-READMES = (ROOT / "README.md", *(ROOT / "benchmarks" / name / "README.md" for name in ("artists", "geometry", "speed")))
+READMES = (ROOT / "README.md", *(ROOT / "benchmarks" / name / "README.md" for name in ("artists", "emoji_sd", "geometry", "kd", "speed")))
 MARKER = re.compile(r"(<!-- table: (\S+) (\d+) -->\n\n)((?:\|.*\n)*)")
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
-from more_hf.baselines import CLASSES_ONLY, CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY, classification_baseline
+from more_hf.baselines import ABLATIONS, CLASSES_ONLY, CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY, classification_baseline
 from more_hf.baselines.classification import boundary_shrink, esc_t, lau, salun, scrub
 from more_hf.baselines.classification.feature_map import features, find_head
 from more_hf.baselines.classification.fisher import fisher_information
 from more_hf.baselines.classification.training import reinitialised, train
 from more_hf.classification.erase import erase_classes
+from more_hf.classification.router_training import train_router
 from more_hf.errors import IncompatibleBaseError, MoreError
 from more_hf.evaluation.kd_data import ImageSet, KDData, split_by_class, split_by_sample
 from more_hf.verbs import get_erasure
@@ -21,7 +22,8 @@ from more_hf.verbs import get_erasure
 
 K, WIDTH, FORGET = 4, 70, 2  # 1.5 % of 70 is one direction
 TRAINED = ("finetune", "neggrad", "neggrad-plus", "random-labels", "salun", "l1-sparse", "boundary-shrink", "scrub", "bad-teacher", "lau")
-MAPPED = ("esc", "esc-as-released", "esc-t", "esc-t-as-released", "leace-rest", "leace-target", "erase-without-po", "remap-without-po")
+WITHOUT = ("erase-without-po", "remap-without-po", "erase-without-complement", "remap-without-complement")
+MAPPED = ("esc", "esc-as-released", "esc-t", "esc-t-as-released", "leace-rest", "leace-target", *WITHOUT)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,7 @@ def head_inputs(model, part):
 
 def test_registry_has_one_call_for_all():
     assert {*CLOSED_FORM, *CLASSES_ONLY, *SAMPLES_ONLY} <= set(CLASSIFICATION)
+    assert set(ABLATIONS) <= set(CLASSES_ONLY)
     for name in CLASSIFICATION:
         parameters = inspect.signature(classification_baseline(name)).parameters
         assert list(parameters)[:2] == ["model", "splits"], name
@@ -108,13 +111,13 @@ def test_same_seed_same_model_and_caller_untouched(name, model, splits):
     for seed in (0, 0, 1):
         edited = classification_baseline(name)(copy.deepcopy(model), splits, seed=seed, **settings)
         assert not edited.training
-        if name == "more":
+        if name in ("more", "more-inner"):
             get_erasure(edited).hook.router.reset(range(len(images)))  # its router draws anew in every process
         with torch.no_grad():
             outputs.append(edited(images))
     assert torch.equal(outputs[0], outputs[1])
-    drawn = name in TRAINED or name in ("fisher", "esc-as-released", "esc-t", "esc-t-as-released", "remap", "more", "more-hash")
-    if name not in ("esc-t", "lau", "more-prototype"):  # few steps: the order of batches may not show
+    drawn = name in (*TRAINED, "fisher", "esc-as-released", "esc-t", "esc-t-as-released", "remap", "more", "more-hash", "more-inner")
+    if name not in ("esc-t", "lau", "more-prototype", "more-trained"):  # few steps: the order of batches may not show
         assert torch.equal(outputs[0], outputs[2]) == (not drawn)
     with torch.no_grad():
         assert torch.equal(outputs[0], model(images)) == (name == "original")
@@ -405,6 +408,49 @@ def test_without_po_moves_means_where_it_says(model, splits):
     assert expected.norm() > 0.05 * P[3].norm()
     with pytest.raises(MoreError, match="Class 9 is not among the remaining classes"):
         classification_baseline("remap-without-po")(model, splits, target=9)
+
+
+def test_without_complement_nothing_is_left_beside_the_prototypes(model, splits):
+    P = torch.stack([head_inputs(model, splits.f).mean(0)] + [head_inputs(model, part(splits, c)).mean(0) for c in (0, 1, 3)], dim=1)
+    whole = model[:-1](pixels(splits.r)).double()
+    for name, settings, forget_to in (("erase", {}, 0 * P[:, 0]), ("remap", {"target": 1}, P[:, 2])):
+        edited = classification_baseline(f"{name}-without-complement")(copy.deepcopy(model), splits, **settings)
+        assert torch.allclose(head_inputs(edited, splits.f).mean(0), forget_to, atol=1e-4)
+        for i, c in enumerate((0, 1, 3), 1):
+            assert torch.allclose(head_inputs(edited, part(splits, c)).mean(0), P[:, i], atol=1e-4)  # PO spares the others
+        coordinates = torch.linalg.lstsq(P, whole.T).solution  # of remaining samples, least squares instead of a pseudo-inverse
+        coordinates[0], forgotten = 0, coordinates[0].clone()
+        expected = P @ coordinates + forget_to[:, None] * forgotten
+        assert torch.allclose(head_inputs(edited, splits.r), expected.T, atol=1e-4)
+        assert torch.linalg.matrix_rank(head_inputs(edited, splits.r), rtol=1e-4) == 3
+    assert torch.linalg.matrix_rank(whole, rtol=1e-4) > 3
+    with pytest.raises(MoreError, match="Class 2 is not among the remaining classes"):
+        classification_baseline("remap-without-complement")(model, splits, target=2)
+
+
+def test_a_trained_router_starts_as_the_untrained_one_and_moves(model, splits):
+    settings = {"num_experts": 3, "losses": "forget+balance", "epochs": 2, "learning_rate": 0.1}
+    start = classification_baseline("more-prototype")(copy.deepcopy(model), splits, num_experts=3)
+    edited = classification_baseline("more-trained")(copy.deepcopy(model), splits, **settings)
+    by_hand = copy.deepcopy(model)
+    erase_classes(by_hand, [all_of(splits)], [FORGET], num_experts=3, router="prototype")
+    training = train_router(by_hand, [all_of(splits)], losses=("forget", "balance"), epochs=2, learning_rate=0.1)
+    weight = get_erasure(edited).hook.router.weight
+    assert torch.allclose(weight, training.weight, atol=1e-4)
+    assert not torch.allclose(weight, get_erasure(start).hook.router.weight, atol=1e-2)
+    assert torch.equal(edited[-1].weight, start[-1].weight)  # nothing else is trained
+
+
+def test_at_an_inner_module_the_weights_stay(model, splits):
+    reference, before = copy.deepcopy(model), weights(model)
+    erase_classes(reference, [all_of(splits)], [FORGET], remap_to=None, at="3")
+    at_head = classification_baseline("more-inner")(copy.deepcopy(model), splits)
+    edited = classification_baseline("more-inner")(model, splits, at="3", remap_to=None, router=None)
+    with torch.no_grad():
+        assert torch.allclose(edited(pixels(splits.f)), reference(pixels(splits.f)), atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(edited).items())
+    assert get_erasure(edited).request["at"] == "3"
+    assert not torch.equal(at_head[-1].weight, before["4.weight"])
 
 
 @pytest.mark.parametrize("name", ["remap", "more", "more-hash", "more-prototype", "erase"])

@@ -15,6 +15,7 @@ import torch
 from more_hf.baselines import classification_baseline
 from more_hf.cli import main
 from more_hf.evaluation import kd, probe
+from more_hf.evaluation import kd_measure as measuring
 from more_hf.evaluation.cells import BenchmarkError
 from more_hf.evaluation.kd_data import load_kd_data, split_by_class
 from more_hf.evaluation.kd_features import cache, same_backbone
@@ -22,6 +23,7 @@ from more_hf.evaluation.kd_models import AllCNNForImageClassification
 from more_hf.evaluation.kd_outputs import rebuild
 from more_hf.evaluation.kd_summary import read_rows, summarise
 from more_hf.evaluation.kd_training import predict
+from more_hf.evaluation.similarity import class_means
 from more_hf.verbs import get_erasure
 
 
@@ -132,9 +134,10 @@ def test_retrain_never_saw_the_class_and_is_priced_as_a_training(folder):
     assert 0 < rows["original"]["cka_retrain_f"] < 0.999
     log = (folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "log.csv").read_text().splitlines()
     assert rows["retrain"]["seconds"] == float(log[-1].split(",")[2])
-    assert json.loads((folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "training.json").read_text())["images"] == rows[
-        "retrain"
-    ]["n_r"]
+    assert (
+        json.loads((folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "training.json").read_text())["images"]
+        == rows["retrain"]["n_r"]
+    )
 
 
 def without_costs(folder):
@@ -276,6 +279,40 @@ def test_draws_are_the_remaps_experts_and_their_mean_is_the_mean_expert(edited):
     assert errors[0] > 3 * errors[1] > 9 * errors[2]  # like 1/√passes
     logits = torch.nn.functional.linear(first, routed.head.weight, routed.head.bias)
     assert torch.allclose(routed.logits("test"), logits, atol=1e-4)
+
+
+def test_routing_at_an_inner_module_is_drawn_once_from_fixed_seeds(data, original):
+    routed = classification_baseline("more-inner")(copy.deepcopy(original), split_by_class(data, [3]), at="features.6")
+    once, again = (cache(routed, routed.classifier, {"test": data.test}, batch_size=size) for size in (500, 100))
+    assert torch.allclose(once.features("test"), again.features("test"), atol=1e-4)  # the control: the hook itself draws
+    assert not torch.allclose(head_inputs(routed, data.test), head_inputs(routed, data.test), atol=1e-4)
+    assert not once.is_random
+    assert once.experts("test") is None
+    assert torch.allclose(once.features("test", passes=3, draw=1), once.features("test"), atol=1e-5)
+
+
+def test_load_counts_experts_that_nobody_takes(data, original):
+    routed = classification_baseline("more-prototype")(copy.deepcopy(original), split_by_class(data, [3]))
+    get_erasure(routed).hook.router.weight.zero_()  # a tie: the first expert takes everything
+    parts, places = {"train": data.train, "test": data.test}, kd.Places.of(data, split_by_class(data, [3]))
+    cached, plain = cache(routed, routed.classifier, parts), cache(original, original.classifier, parts)
+    means = class_means(plain.features("train"), data.train.labels, 10)
+    settings = {"forget": [3], "targets": [], "original": plain, "retrained": None, "original_means": means}
+    found = kd_measure(cached, places, **settings, probe_seeds=[0], known_probes={})
+    assert found.row["load_cv"] == pytest.approx(8**0.5)  # of nine experts
+
+
+def test_the_same_features_get_the_same_probes(folder, tmp_path, monkeypatch):
+    trained, known = [], {}
+    monkeypatch.setattr(measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or probe.sgd_probes(*args, **kwargs))
+    for name in ("first", "second"):
+        settings = {"models": folder / "models", "output": tmp_path / name, "known_probes": known, **SMALL}
+        kd.run_kd("digits", "allcnn-narrow", ["original", "remap"], ["3", "5"], **settings)
+        assert len(trained) == 3  # original with both reloaded, two remapped
+    rows, expected = without_costs(tmp_path / "second"), [row for row in without_costs(folder) if row["method"] in ("original", "remap")]
+    mine = [row for row in rows if row["forget"] == "3" and not row["method"].endswith("reloaded")]
+    empty = {"cka_retrain_f": None, "cka_retrain_r": None}  # no Retrain was run here
+    assert mine == [{**row, **empty} for row in expected]
 
 
 def test_chunks_change_nothing(edited, monkeypatch):

@@ -1,6 +1,7 @@
 """Random samples forgotten: rows against recomputation, the gap by hand, resume; and the scripts beside the benchmark."""
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from more_hf.baselines import classification_baseline
+from more_hf.classification.erase import erase_classes
 from more_hf.cli import main
 from more_hf.evaluation import kd_samples
 from more_hf.evaluation.cells import BenchmarkError
-from more_hf.evaluation.kd_data import load_kd_data, split_by_sample
+from more_hf.evaluation.kd_data import load_kd_data, split_by_class, split_by_sample
 from more_hf.evaluation.kd_models import AllCNNForImageClassification
 from more_hf.evaluation.kd_summary import read_rows
 from more_hf.evaluation.kd_training import predict
@@ -106,17 +109,64 @@ def test_settings_are_chosen_on_validation_images(folder, tmp_path, monkeypatch)
     choose.main()
 
 
-def test_sweep_gives_a_line_per_value(folder, tmp_path, monkeypatch, capsys):
+def sweep(monkeypatch, folder, output, *arguments):
+    """Its lines; on digits without class 3, with the classifiers of `folder`."""
     monkeypatch.setattr("more_hf.evaluation.probe.ITERATIONS", 20)
-    arguments = ["target", "--dataset", "digits", "--forget", "3", "--values", "5", "8", "--epochs", "3"]
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, "--models", str(folder / "models"), "--output", str(tmp_path)])
+    fixed = ["--dataset", "digits", "--forget", "3", "--epochs", "3", "--models", str(folder / "models"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, *fixed])
     script("sweep").main()
-    lines = read_lines(tmp_path / "sweep.csv")
+    return read_lines(output / "sweep.csv")
+
+
+def test_sweep_gives_a_line_per_value(folder, tmp_path, monkeypatch, capsys):
+    lines = sweep(monkeypatch, folder, tmp_path, "target", "--values", "5", "8")
     assert [(line["target"], line["method"]) for line in lines] == [(v, m) for v in "58" for m in ("remap", "remap-reloaded")]
     for value in "58":
         assert read_lines(tmp_path / f"target-{value}" / "rows.csv")[0]["sent_to"] == value
     assert lines[0]["kr_hm_t"] != lines[2]["kr_hm_t"]
     assert (tmp_path / "sweep.png").stat().st_size > 1000
+    text = (tmp_path / "sweep.md").read_text()
+    assert "--models MODELS --output SWEEP" in text
+    assert str(tmp_path) not in text
+    assert text.count("| remap ") == 2
+
+
+def test_sweep_over_depth_edits_inner_modules_which_are_not_saved(folder, tmp_path, monkeypatch, capsys):
+    lines = sweep(monkeypatch, folder, tmp_path, "depth", "--values", "features.6")
+    kinds = ("erase", "remap", "more")
+    assert [line["depth"] for line in lines] == [f"features.6 {kind}" for kind in kinds for _ in range(2)]  # and no draw to average
+    data = load_kd_data("digits")
+    splits = split_by_class(data, [3])
+    original = AllCNNForImageClassification.from_pretrained(folder / "models" / "digits-allcnn-narrow-seed0" / "model").eval()
+    before = {name: (predict(original, part) == part.labels).float().mean().item() for name, part in (("ft", splits.ft), ("rt", splits.rt))}
+    edited = erase_classes(original, data.train.loader(500), [3], remap_to=None, at="features.6")
+    for name, part in (("ft", splits.ft), ("rt", splits.rt)):
+        hits = (predict(edited, part) == part.labels).float().mean().item()
+        assert float(lines[0][f"acc_{name}"]) == pytest.approx(100 * hits, abs=1e-4)
+        for reloaded in lines[1::2]:
+            assert float(reloaded[f"acc_{name}"]) == pytest.approx(100 * before[name], abs=1e-4)
+    assert lines[0]["kr_hm_t"] != lines[1]["kr_hm_t"]
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, folder, tmp_path, "depth")
+    assert "depth needs the names of modules" in capsys.readouterr().err
+
+
+def test_sweeps_are_the_papers():
+    factors, data = script("sweep").FACTORS, load_kd_data("digits")
+    remaining = [c for c in range(10) if c != 3]
+    hundred = list(range(10, 100))
+    assert list(factors["experts"]([], data, remaining)) == list("123456789")
+    assert list(factors["experts"]([], data, hundred)) == [str(n) for n in range(10, 91, 10)]
+    assert list(factors["target"]([], data, remaining)) == list("012456789")
+    routers = factors["routers"]([], data, remaining)
+    assert len(routers) == 4 + 2 * 7
+    assert len({json.dumps(variant) for variant in routers.values()}) == len(routers)
+    assert len(factors["routers"]([], data, hundred)) == 4 * len(routers)
+    trained = routers["8 prototype remain+forget+balance"][1]
+    assert trained["epochs"] * len(data.train) == pytest.approx(500_000, rel=0.01)
+    for factor, values in (("experts", []), ("target", []), ("routers", []), ("projection", []), ("depth", ["head"])):
+        for method, settings in factors[factor](values, data, remaining).values():
+            assert set(settings) <= set(inspect.signature(classification_baseline(method)).parameters)
 
 
 def test_probe_benchmark_compares_the_same_probes(tmp_path, monkeypatch, capsys):

@@ -80,18 +80,26 @@ CLASSIFICATION = {
     "leace-target": "more_hf.baselines.classification.leace:leace_target",
     "erase-without-po": "more_hf.baselines.classification.without_po:erase_without_po",
     "remap-without-po": "more_hf.baselines.classification.without_po:remap_without_po",
+    "erase-without-complement": "more_hf.baselines.classification.without_complement:erase_without_complement",
+    "remap-without-complement": "more_hf.baselines.classification.without_complement:remap_without_complement",
     "erase": "more_hf.baselines.classification.ours:erase",
     "remap": "more_hf.baselines.classification.ours:remap",
     "more": "more_hf.baselines.classification.ours:more",
     "more-hash": "more_hf.baselines.classification.ours:more_hash",
     "more-prototype": "more_hf.baselines.classification.ours:more_prototype",
+    "more-trained": "more_hf.baselines.classification.ours:more_trained",
+    "more-inner": "more_hf.baselines.classification.ours:more_inner",
     "remap-samples": "more_hf.baselines.classification.ours:remap_samples",
     "remap-samples-as-printed": "more_hf.baselines.classification.ours:remap_samples_as_printed",
 }
 """name -> where `method(model, splits, *, seed, **settings) -> model` is, in the order of the tables."""
 
+ABLATIONS = ("erase-without-complement", "remap-without-complement", "more-trained", "more-inner")
+"""Entries of `CLASSIFICATION` for `benchmarks/kd/sweep.py`: variants of ours that are in no main table."""
+
 SAMPLES_ONLY = ("remap-samples", "remap-samples-as-printed")
 CLASSES_ONLY = (
+    *ABLATIONS,
     "leace-rest",
     "leace-target",
     "erase-without-po",

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from more_hf.baselines import CLASSES_ONLY, CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
+from more_hf.baselines import ABLATIONS, CLASSES_ONLY, CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
 
 from .arguments import positive
 
@@ -43,7 +43,8 @@ def _bench_kd(args: argparse.Namespace) -> int:
     from more_hf.evaluation.machine import processes
 
     samples = args.forget == ["samples"]
-    groups = {"closed-form": ("original", *CLOSED_FORM), "all": tuple(name for name in CLASSIFICATION if name not in SAMPLES_ONLY)}
+    every = tuple(name for name in CLASSIFICATION if name not in (*SAMPLES_ONLY, *ABLATIONS))
+    groups = {"closed-form": ("original", *CLOSED_FORM), "all": every}
     if samples:
         groups = {"closed-form": ("original", "esc", *SAMPLES_ONLY), "all": tuple(n for n in CLASSIFICATION if n not in CLASSES_ONLY)}
     methods = groups.get(args.methods) or args.methods.split(",")

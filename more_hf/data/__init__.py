@@ -22,7 +22,14 @@ EMOJI_ARTISTS = (
 """The artists that the embedded pipeline was trained on, in the spelling of its captions."""
 
 
-CLASSIFIERS = ("digits-allcnn", "digits-vit", "fashion-mnist-allcnn", "fashion-mnist-resnet18", "fashion-mnist-vit")
+CLASSIFIERS = (
+    "digits-allcnn",
+    "digits-vit",
+    "emoji-100-resnet18",
+    "fashion-mnist-allcnn",
+    "fashion-mnist-resnet18",
+    "fashion-mnist-vit",
+)
 """The classifiers that ship with this package: data set and architecture. Accuracies: `benchmarks/classifiers/README.md`."""
 
 

@@ -8,10 +8,8 @@ import inspect
 import io
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,17 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
-from safetensors.torch import save_model
 from torch import nn
 
 from .. import __version__
-from ..baselines import CLASSIFICATION, SAMPLES_ONLY, classification_baseline
+from ..baselines import CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY, classification_baseline
 from ..classification.heads import find_heads
 from ..report import write_text
 from ..verbs import get_erasure
 from .cells import BenchmarkError, read_config
 from .kd_data import ImageSet, KDData, load_kd_data, split_by_class
-from .kd_features import Cached, cache, same_backbone
-from .kd_measure import Measurement, Places, measure
+from .kd_features import Cached, cache, head_only, reloaded, same_backbone, splits_of_features
+from .kd_measure import KnownProbes, Measurement, Places, measure
 from .kd_models import MODELS, build_classifier, load_pretrained, pretrained_inputs
 from .kd_outputs import RELOADED, cells_of, write_outputs
 from .kd_training import Recipe, train_classifier
@@ -39,7 +36,7 @@ from .machine import peak_memory, processes, this_run
 from .similarity import class_means
 
 
-RECIPES = {"digits": Recipe(epochs=30, batch_size=64, warmup_steps=20, shift=1)}
+RECIPES = {"digits": Recipe(epochs=30, batch_size=64, warmup_steps=20, shift=1), "emoji-100": Recipe(epochs=12)}
 """Training recipes of data sets that need another than the default."""
 
 JOINT = "+"  # between classes that are forgotten together
@@ -98,6 +95,7 @@ def run_kd(
     passes: Sequence[int] = (16,),
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
+    known_probes: KnownProbes | None = None,
 ) -> list[dict[str, Any]]:
     """Train a classifier, let each method forget each entry of `forget`, and measure what is left.
 
@@ -120,6 +118,7 @@ def run_kd(
         passes (`Sequence[int]`, defaults to `(16,)`): methods with random routing get a row more for each, `-xK`: an attacker who asks K
             times and takes the mean.
         settings (`Mapping`, *optional*): arguments for every method that takes them. tuned (`Mapping`, *optional*): method to its own.
+        known_probes (`dict`, *optional*): probes of earlier calls on the same data, by their features; this call's are added.
 
     Returns the lines of `summary.csv`.
 
@@ -132,36 +131,23 @@ def run_kd(
     possible = [name for name in CLASSIFICATION if name not in SAMPLES_ONLY]
     if unknown := [name for name in methods if name not in possible]:
         raise BenchmarkError(f"There is no method {unknown[0]!r} that forgets classes. There are: {', '.join(possible)}.")
-    functions = {name: classification_baseline(name) for name in methods}
-    refuse_unused(settings or {}, tuned or {}, functions)
     data = load_kd_data(dataset, path=path, **({} if model in MODELS else pretrained_inputs(model)))
     entries = data.class_names if forget == "all" else [forget] if isinstance(forget, str) else list(forget)
     classes = {entry: _classes(entry, data) for entry in entries}
-    recipe = replace(RECIPES.get(dataset, Recipe()), flip=data.flip)
-    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
-    config = {
-        "benchmark": "kd",
-        "more_hf": __version__,
-        "training": {
-            "dataset": dataset,
-            "model": model,
-            "images": len(data.train),
-            "image_size": data.image_size,
-            "recipe": asdict(recipe),
-        },
-        "evaluation": {"probe_seeds": probe_seeds, "passes": list(passes)},
-        "class_names": list(data.class_names),
-        "seeds": seeds,
-        "methods": {name: method_settings(function, settings or {}, (tuned or {}).get(name, {})) for name, function in functions.items()},
-        "forget": {entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
-        "runs": [this_run(state)],
-    }
-    config = join_config(read_config(output), config, output)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_text(output / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-
-    trainer = Trainer(model, data, recipe, Path(models or output / "models"))
+    config, functions, trainer = start_run(
+        "kd",
+        data,
+        model,
+        methods,
+        {entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
+        {"evaluation": {"probe_seeds": probe_seeds, "passes": list(passes)}, "class_names": list(data.class_names)},
+        output=output,
+        seeds=seeds,
+        models=models,
+        epochs=epochs,
+        settings=settings or {},
+        tuned=tuned or {},
+    )
     todo = [cell for cell in cells_of(output, config) if not cell.path.is_file() and cell.method in functions and cell.forget in classes]
     for seed in sorted({cell.seed for cell in todo}):
         original = trainer.original(seed)
@@ -170,17 +156,62 @@ def run_kd(
                 trainer.retrained(split_by_class(data, classes[entry]).r, entry, seed)
         mine = [cell for cell in todo if cell.seed == seed][state.process_index :: state.num_processes]
         if mine:
-            _Seed(trainer, seed, original, config, functions, classes, state).run(mine)
+            _Seed(trainer, seed, original, config, functions, classes, state, known_probes).run(mine)
     state.wait_for_everyone()
     summary = write_outputs(output, config) if state.is_main_process else []
     state.wait_for_everyone()
     return summary
 
 
+def start_run(
+    benchmark: str,
+    data: KDData,
+    model: str,
+    methods: Sequence[str],
+    forget: Mapping[str, list[str]],
+    facts: Mapping[str, Any],
+    *,
+    output: Path,
+    seeds: int,
+    models: str | Path | None,
+    epochs: int | None,
+    settings: Mapping[str, Any],
+    tuned: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Callable], Trainer]:
+    """What a benchmark of any kind starts with: its configuration, which it writes, joined with what `output` holds; the methods'
+    functions; the trainer. `facts` are further entries of the configuration. Raises `BenchmarkError` before anything is written."""
+    state = processes()
+    functions = {name: classification_baseline(name) for name in methods}
+    refuse_unused(settings, tuned, functions)
+    recipe = replace(RECIPES.get(data.name, Recipe()), flip=data.flip)
+    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+    config = {
+        "benchmark": benchmark,
+        "more_hf": __version__,
+        "training": {
+            "dataset": data.name,
+            "model": model,
+            "images": len(data.train),
+            "image_size": data.image_size,
+            "recipe": asdict(recipe),
+        },
+        **facts,
+        "seeds": seeds,
+        "methods": {name: method_settings(function, settings, tuned.get(name, {})) for name, function in functions.items()},
+        "forget": dict(forget),
+        "runs": [this_run(state)],
+    }
+    config = join_config(read_config(output), config, output)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_text(output / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    return config, functions, Trainer(model, data, recipe, Path(models or output / "models"))
+
+
 class _Seed:
     """Everything that the cells of one training have in common."""
 
-    def __init__(self, trainer: Trainer, seed: int, original: nn.Module, config, functions, classes, state: PartialState):
+    def __init__(self, trainer: Trainer, seed: int, original: nn.Module, config, functions, classes, state: PartialState, known_probes):
         self.trainer, self.seed, self.config, self.functions, self.classes = trainer, seed, config, functions, classes
         self.original, self.data, self.device = original.to(state.device), trainer.data, state.device
         sample = self.data.test[torch.arange(2)]["pixel_values"].to(self.device)
@@ -188,7 +219,7 @@ class _Seed:
         self.parts = {"train": self.data.train, "test": self.data.test}
         self.cached = self._cached(self.original)
         self.means = class_means(self.cached.features("train"), self.data.train.labels, len(self.data.class_names))
-        self.known_probes: dict[str, list[dict[str, Any]]] = {}
+        self.known_probes: KnownProbes = {} if known_probes is None else known_probes
 
     def run(self, cells: Sequence[Any]) -> None:
         bar = tqdm(total=len(cells), desc=f"{self.data.name}, seed {self.seed}", unit="cell", main_process_only=False)
@@ -210,19 +241,8 @@ class _Seed:
 
     def _measure(self, cell, splits, retrained: Cached | None) -> None:
         """One cell: the method, its rows, and the file that makes it count."""
-        function, settings = self.functions[cell.method], self.config["methods"][cell.method]
-        extra = {"fit": lambda images, seed: self.trainer.retrained(images, cell.forget, seed)} if cell.method == "retrain" else {}
-        with peak_memory(self.device) as peak:
-            start = time.perf_counter()
-            edited = function(copy.deepcopy(self.original), splits, seed=self.seed, **settings, **extra)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        retraining = cell.method == "retrain"
-        cost = {
-            "seconds": self.trainer.seconds(cell.forget, self.seed) if retraining else round(seconds, 4),
-            "peak_memory": None if retraining or peak.mebibytes is None else round(peak.mebibytes, 1),
-        }
+        settings = self.config["methods"][cell.method]
+        edited, cost = self._edited(cell, splits)
         places, forget = Places.of(self.data, splits), self.classes[cell.forget]
         targets = self._targets(edited, settings, forget)
         rows, probes, plots = [], [], {}
@@ -248,6 +268,31 @@ class _Seed:
         if self.seed == 0:
             _write_arrays(cell.path.with_suffix(".npz"), {**plots, "labels": self.data.test.labels[:PLOTTED].numpy()})
         write_text(cell.path, json.dumps({"rows": _plain(rows), "probes": _plain(probes)}))
+
+    def _edited(self, cell, splits) -> tuple[nn.Module, dict[str, float | None]]:
+        """The model after the method, and what that cost.
+
+        A closed form asks the backbone for nothing but the features that are cached: from the second entry or seed on it gets these, and
+        its cost is left empty.
+        """
+        function, settings = self.functions[cell.method], dict(self.config["methods"][cell.method])
+        model, first = copy.deepcopy(self.original), (next(iter(self.config["forget"])), 0)
+        if cell.method in CLOSED_FORM and (cell.forget, cell.seed) != first:
+            with head_only(model, model.get_submodule(self.head_name)):
+                features = splits_of_features(splits, self.data.train, self.cached.inputs["train"])
+                return function(model, features, seed=self.seed, **settings), {"seconds": None, "peak_memory": None}
+        if retraining := cell.method == "retrain":
+            settings["fit"] = lambda images, seed: self.trainer.retrained(images, cell.forget, seed)
+        with peak_memory(self.device) as peak:
+            start = time.perf_counter()
+            edited = function(model, splits, seed=self.seed, **settings)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        return edited, {
+            "seconds": self.trainer.seconds(cell.forget, self.seed) if retraining else round(seconds, 4),
+            "peak_memory": None if retraining or peak.mebibytes is None else round(peak.mebibytes, 1),
+        }
 
     def _variants(self, method: str, edited: nn.Module) -> Iterator[tuple[str, Cached, int]]:
         """The edited model; ours also as it is after saving and loading, and asked several times where its router draws."""
@@ -309,18 +354,6 @@ def refuse_unused(asked: Mapping[str, Any], tuned: Mapping[str, Mapping[str, Any
     if wrong := [(name, key) for name in functions for key in tuned.get(name, {}) if key not in taken[name]]:
         name, key = wrong[0]
         raise BenchmarkError(f"{name} takes no `{key}`. It takes {', '.join(sorted(taken[name] - {'model', 'splits', 'fit'}))}.")
-
-
-@contextmanager
-def reloaded(model: nn.Module) -> Iterator[nn.Module]:
-    """What anyone gets who loads what `save_pretrained` wrote: the weights, and no hook.
-
-    Written here as `save_pretrained` writes it, which under `accelerate launch` does so in the first process only.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
-        yield type(model).from_pretrained(folder).eval()
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

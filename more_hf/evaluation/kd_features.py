@@ -6,16 +6,22 @@ often as one likes, at the price of a matrix product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate.utils import tqdm
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ..classification.heads import evaluating
+from ..classification.record import ClassErasure
 from ..errors import MoreError
 from ..verbs import get_erasure
-from .kd_data import ImageSet
+from .kd_data import ImageSet, Splits
 
 
 CHUNK = 100_000  # samples that go through the head's hooks at once
@@ -35,10 +41,16 @@ class Cached:
     head: nn.Module
 
     @property
+    def routed(self) -> ClassErasure | None:
+        """The erasure that routes what the head reads, each time that it is asked. One at an inner module routed before the cache."""
+        erasure = get_erasure(self.model)
+        here = erasure is not None and erasure.router is not None and erasure.request["at"] is None
+        return erasure if here else None
+
+    @property
     def is_random(self) -> bool:
         """Whether the head's hooks draw: the same input then reads differently each time."""
-        erasure = get_erasure(self.model)
-        return erasure is not None and erasure.router == "random"
+        return self.routed is not None and self.routed.router == "random"
 
     def features(self, part: str, *, passes: int = 1, draw: int = 0) -> Tensor:
         """`(n, d)`, what the head's weight reads: the mean over `passes` calls. `draw` gives every sample streams of its own."""
@@ -50,29 +62,26 @@ class Cached:
 
     def experts(self, part: str) -> Tensor | None:
         """`(n,)`: the expert that each sample takes in draw 0, or `None` without a router."""
-        erasure = get_erasure(self.model)
-        if erasure is None or erasure.router is None:
+        erasure = self.routed
+        if erasure is None:
             return None
-        self._seed(erasure, 0, len(self.inputs[part]), 0)
+        _seed(erasure, 0, len(self.inputs[part]))
         return erasure.hook.router(self.inputs[part].to(self._device)).cpu()
 
     @property
     def _device(self) -> torch.device:
         return self.head.weight.device
 
-    def _seed(self, erasure, start: int, count: int, draw: int) -> None:
-        if erasure is not None and erasure.router is not None:
-            erasure.hook.router.reset(range((draw << 32) + start, (draw << 32) + start + count))
-
     @torch.no_grad()
     def _ask(self, part: str, passes: int, draw: int) -> tuple[Tensor, Tensor]:
-        erasure, found = get_erasure(self.model), []
+        erasure, found = self.routed, []
         seen: list[Tensor] = []
         handle = self.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # last: after the other hooks
         try:
             for start in range(0, len(self.inputs[part]), CHUNK):
                 z = self.inputs[part][start : start + CHUNK].to(self._device)
-                self._seed(erasure, start, len(z), draw)
+                if erasure is not None:
+                    _seed(erasure, start, len(z), draw)
                 seen.clear()
                 for _ in range(passes):
                     self.head(z)
@@ -84,20 +93,22 @@ class Cached:
         return features.float().cpu(), logits.float().cpu()
 
 
-def cache(model: nn.Module, head: nn.Module, parts: dict[str, ImageSet], *, batch_size: int = 500, desc: str = "features") -> Cached:
-    """One pass of the images through the model in evaluation mode, on its device.
+def cache(model: nn.Module, head: nn.Module, parts: dict[str, ImageSet], *, batch_size: int = 100, desc: str = "features") -> Cached:
+    """One pass of the images through the model in evaluation mode, on its device; routing at an inner module draws from fixed seeds.
 
     Raises `MoreError` if the head is called other than once per batch with features `(batch, d)`.
     """
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()), prepend=True)
-    device, inputs = next(model.parameters()).device, {}
+    device, erasure, inputs = next(model.parameters()).device, get_erasure(model), {}
     bar = tqdm(total=sum(map(len, parts.values())), desc=desc, unit="image", leave=False)
     try:
         with evaluating(model):
             for name, images in parts.items():
                 seen.clear()
-                for batch in images.loader(batch_size):
+                for start, batch in zip(range(0, len(images), batch_size), images.loader(batch_size), strict=True):
+                    if erasure is not None and erasure.router is not None:
+                        _seed(erasure, start, len(batch["labels"]))
                     model(batch["pixel_values"].to(device))
                     bar.update(len(batch["labels"]))
                 inputs[name] = torch.cat(seen)
@@ -112,9 +123,53 @@ def cache(model: nn.Module, head: nn.Module, parts: dict[str, ImageSet], *, batc
     return Cached(inputs, model, head)
 
 
+def _seed(erasure: ClassErasure, start: int, count: int, draw: int = 0) -> None:
+    """Streams of the samples from `start` on, others in each draw."""
+    erasure.hook.router.reset(range((draw << 32) + start, (draw << 32) + start + count))
+
+
 def same_backbone(model: nn.Module, other: nn.Module, head: str) -> bool:
     """Whether two models give their heads the same inputs for sure: all tensors outside the head equal, no hook outside it."""
     if any(module._forward_pre_hooks or module._forward_hooks for name, module in model.named_modules() if name != head):
         return False
     mine, theirs = model.state_dict(), other.state_dict()
     return all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items() if not name.startswith(f"{head}."))
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet(ImageSet):
+    """What the head reads of each image, `(N, d)`, in place of the images."""
+
+    def __getitem__(self, index: int | Sequence[int] | Tensor) -> dict[str, Tensor]:
+        """`pixel_values` `(…, d)` and `labels` `(…)` int64."""
+        index = torch.as_tensor(index)
+        return {"pixel_values": self.images[self.rows[index]], "labels": self.labels[index]}
+
+
+def splits_of_features(splits: Splits, train: ImageSet, inputs: Tensor) -> Splits:
+    """The splits with `f` and `r` as `FeatureSet`s, from the head's inputs `(n, d)` for the n images of `train`."""
+    features = torch.zeros(int(train.rows.max()) + 1, inputs.shape[1]).index_copy_(0, train.rows, inputs)
+    parts = {name: getattr(splits, name) for name in ("f", "r")}
+    return replace(splits, **{name: FeatureSet(features, part.labels, part.rows, part.image_size) for name, part in parts.items()})
+
+
+@contextmanager
+def head_only(model: nn.Module, head: nn.Module) -> Iterator[None]:
+    """The model takes features for images: only its head, with its hooks, is called."""
+    model.forward = head.__call__
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@contextmanager
+def reloaded(model: nn.Module) -> Iterator[nn.Module]:
+    """What anyone gets who loads what `save_pretrained` wrote: the weights, and no hook.
+
+    Written here as `save_pretrained` writes it, which under `accelerate launch` does so in the first process only.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+        yield type(model).from_pretrained(folder).eval()

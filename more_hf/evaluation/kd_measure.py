@@ -14,13 +14,16 @@ from .kd_data import KDData, Splits
 from .kd_features import Cached
 from .kd_metrics import SPLITS, accuracy, expert_load, kd_scores
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
-from .probe import LEARNING_RATES, converged_probe, probe_scores, sgd_probes
+from .probe import LEARNING_RATES, Probe, converged_probe, probe_scores, sgd_probes
 from .similarity import class_means, linear_cka, prototype_cosines
 
 
 PAPER_RATE = 0.1  # the learning rate of the KR columns in the paper's main tables
 CONVERGED = "converged"
 MEASURED = ("acc_f", "acc_r", "acc_ft", "acc_rt", "hm", "hm_t")
+
+KnownProbes = dict[str, dict[tuple[float | str, int], Probe]]
+"""By a hash of the features: the probes by learning rate and seed."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def measure(
     original_means: Tensor,
     probe_seeds: Sequence[int],
     passes: int = 1,
-    known_probes: dict[str, list[dict[str, Any]]],
+    known_probes: KnownProbes,
 ) -> Measurement:
     """Accuracies, probes, membership attacks, similarities and expert load of a classifier.
 
@@ -81,24 +84,28 @@ def measure(
         original_means (`Tensor`): `(k, d)`, Original's class means of training features.
         probe_seeds (`Sequence[int]`): of the probes.
         passes (`int`, defaults to 1): how often the head is asked; features and logits are means over that.
-        known_probes (`dict`): features' hash to what probes of them gave; read and added to. The same features get the same probes.
+        known_probes (`dict`): features' hash to their probes; read and added to. The same features get the same probes.
     """
     labels = places.of_split
     features = {part: cached.features(part, passes=passes) for part in ("train", "test")}
     logits = places.take({part: cached.logits(part, passes=passes) for part in ("train", "test")})
     row: dict[str, Any] = kd_scores({split: accuracy(logits[split], labels[split]) for split in SPLITS})
 
-    key = _digest(features, forget, targets, probe_seeds, fixed=not (cached.is_random and passes == 1))
+    asked_again = cached.is_random and passes == 1
+    key = _digest(features, tuple(probe_seeds), asked_again)
     if key not in known_probes:
-        known_probes[key] = _probes(cached, features, places, forget, targets, probe_seeds, passes)
-    probes = known_probes[key]
+        known_probes[key] = _probes(cached, features, places, probe_seeds, asked_again)
+    split_features = places.take(features)
+    probes = [
+        {"learning_rate": rate, "probe_seed": seed, **probe_scores(probe, split_features, labels, forget, targets)}
+        for (rate, seed), probe in known_probes[key].items()
+    ]
     paper = [probe for probe in probes if probe["learning_rate"] == PAPER_RATE]
     (final,) = [probe for probe in probes if probe["learning_rate"] == CONVERGED]
     row |= {f"kr_{name}": sum(probe[name] for probe in paper) / len(paper) for name in MEASURED}
     row |= {f"kr_converged_{name}": final[name] for name in (*MEASURED, "auc_rest", "auc_target")}
     row |= _membership(logits, labels)
 
-    split_features = places.take(features)
     row["cka_original_f"], row["cka_original_r"] = _similar(split_features, original, places)
     row["cka_retrain_f"], row["cka_retrain_r"] = (None, None) if retrained is None else _similar(split_features, retrained, places)
     means = class_means(features["train"], places.labels["train"], places.num_classes)
@@ -106,33 +113,21 @@ def measure(
     remaining = torch.ones(places.num_classes, dtype=torch.bool).index_fill(0, torch.tensor(list(forget)), False)
     row["cosine_f"], row["cosine_r"] = cosines[~remaining].mean().item(), cosines[remaining].min().item() if remaining.any() else None
     experts = cached.experts("test")
-    row["load_cv"] = None if experts is None else expert_load(experts[places.mask["ft"]], int(experts.max()) + 1)["cv"]
+    row["load_cv"] = None if experts is None else expert_load(experts[places.mask["ft"]], cached.routed.remap.num_experts)["cv"]
     row |= {f"n_{split}": len(labels[split]) for split in SPLITS}
     return Measurement(row, probes, means, features["test"])
 
 
 def _probes(
-    cached: Cached,
-    features: dict[str, Tensor],
-    places: Places,
-    forget: Sequence[int],
-    targets: Sequence[int],
-    seeds: Sequence[int],
-    passes: int,
-) -> list[dict[str, Any]]:
+    cached: Cached, features: dict[str, Tensor], places: Places, seeds: Sequence[int], asked_again: bool
+) -> dict[tuple[float | str, int], Probe]:
     labels, k = places.labels["train"], places.num_classes
 
     def redrawn(epoch: int, seed: int) -> Tensor:
         return cached.features("train", draw=1 + epoch * (1 + max(seeds)) + seed)  # draw 0 is what they are evaluated on
 
-    asked_again = cached.is_random and passes == 1
-    probes: dict[tuple[float | str, int], Any] = dict(sgd_probes(redrawn if asked_again else features["train"], labels, k, seeds=seeds))
-    probes[CONVERGED, 0] = converged_probe(features["train"], labels, k)
-    at = places.take(features)
-    return [
-        {"learning_rate": rate, "probe_seed": seed, **probe_scores(probe, at, places.of_split, forget, targets)}
-        for (rate, seed), probe in probes.items()
-    ]
+    probes = sgd_probes(redrawn if asked_again else features["train"], labels, k, seeds=seeds)
+    return {**probes, (CONVERGED, 0): converged_probe(features["train"], labels, k)}
 
 
 def _membership(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float | None]:
@@ -150,8 +145,8 @@ def _similar(features: dict[str, Tensor], other: Cached, places: Places) -> tupl
     return linear_cka(features["f"], theirs["f"]), linear_cka(features["r"], theirs["r"])
 
 
-def _digest(features: dict[str, Tensor], *facts: Any, fixed: bool) -> str:
-    digest = hashlib.sha256(repr((facts, fixed, LEARNING_RATES)).encode())
+def _digest(features: dict[str, Tensor], *facts: Any) -> str:
+    digest = hashlib.sha256(repr((facts, LEARNING_RATES)).encode())
     for part in ("train", "test"):
         digest.update(features[part].contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from .kd_summary import POOLED
 from .similarity import prototype_cosines
 
 
-PANELS = 8  # methods side by side
+PANELS = 12  # methods, four to a row
 
 
 def write_plots(folder: Path, config: Mapping[str, Any], cells: Sequence[Any], summary: Sequence[Mapping[str, Any]]) -> None:

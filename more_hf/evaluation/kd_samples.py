@@ -6,27 +6,24 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.utils import tqdm
 
-from .. import __version__
-from ..baselines import CLASSES_ONLY, CLASSIFICATION, classification_baseline
+from ..baselines import CLASSES_ONLY, CLASSIFICATION
 from ..classification.heads import find_heads
 from ..report import html_facts, html_table, markdown_table, write_html, write_rows, write_text
 from .cells import BenchmarkError, read_config
-from .kd import RECIPES, Trainer, join_config, method_settings, refuse_unused
+from .kd import Trainer, start_run
 from .kd_data import load_kd_data, split_by_sample
 from .kd_features import cache
 from .kd_metrics import accuracy
 from .kd_models import MODELS, pretrained_inputs
 from .kd_outputs import cells_of
 from .kd_summary import draw_hits, read_rows
-from .kd_training import Recipe
-from .machine import peak_memory, processes, this_run
+from .machine import peak_memory, processes
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
 
 
@@ -64,33 +61,21 @@ def run_samples(
     possible = [name for name in CLASSIFICATION if name not in CLASSES_ONLY]
     if unknown := [name for name in methods if name not in possible]:
         raise BenchmarkError(f"{unknown[0]!r} cannot forget single samples. These can: {', '.join(possible)}.")
-    functions = {name: classification_baseline(name) for name in methods}
-    refuse_unused(settings or {}, tuned or {}, functions)
     data = load_kd_data(dataset, path=path, **({} if model in MODELS else pretrained_inputs(model)))
-    recipe = replace(RECIPES.get(dataset, Recipe()), flip=data.flip)
-    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
-    config = {
-        "benchmark": "kd-samples",
-        "more_hf": __version__,
-        "training": {
-            "dataset": dataset,
-            "model": model,
-            "images": len(data.train),
-            "image_size": data.image_size,
-            "recipe": asdict(recipe),
-        },
-        "evaluation": {"fraction": fraction},
-        "seeds": seeds,
-        "methods": {name: method_settings(function, settings or {}, (tuned or {}).get(name, {})) for name, function in functions.items()},
-        "forget": {f"{100 * fraction:g} % of samples": [f"{fraction}"]},
-        "runs": [this_run(state)],
-    }
-    config = join_config(read_config(output), config, output)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_text(output / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-
-    trainer = Trainer(model, data, recipe, Path(models or output / "models"))
+    config, functions, trainer = start_run(
+        "kd-samples",
+        data,
+        model,
+        methods,
+        {f"{100 * fraction:g} % of samples": [f"{fraction}"]},
+        {"evaluation": {"fraction": fraction}},
+        output=output,
+        seeds=seeds,
+        models=models,
+        epochs=epochs,
+        settings=settings or {},
+        tuned=tuned or {},
+    )
     todo = [cell for cell in cells_of(output, config) if not cell.path.is_file() and cell.method in functions]
     for seed in sorted({cell.seed for cell in todo}):
         original, splits = trainer.original(seed), split_by_sample(data, fraction, seed=seed)

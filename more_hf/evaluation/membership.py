@@ -12,7 +12,7 @@ from torch import Tensor
 from .kd_metrics import auc
 
 
-SHADOW = 2000  # samples of each kind that a support vector machine is fitted on: its time grows with their square
+SHADOW = 1000  # samples of each kind that a support vector machine is fitted on: its time grows with their square
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:

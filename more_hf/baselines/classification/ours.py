@@ -8,6 +8,7 @@ from torch import nn
 
 from ...classification.erase import erase_classes
 from ...classification.random_data import forget_samples
+from ...classification.router_training import train_router
 from .training import read
 
 
@@ -23,16 +24,63 @@ def more(
     batch_size: int = 500,
 ) -> nn.Module:
     """MoRE: every forgotten class goes to several remaining ones. All settings as in `more_hf.erase_classes`."""
-    batches = (batch for part in (splits.f, splits.r) for batch in read(part.loader(batch_size), model))
-    forget = splits.f.labels.unique().tolist()
     settings = {"remap_to": remap_to, "num_experts": num_experts, "router": router, "solver": solver, "seed": seed}
-    return erase_classes(model, batches, forget, **settings).eval()
+    return _erased(model, splits, batch_size, **settings)
 
 
 more_hash = partial(more, router="hash")
 more_prototype = partial(more, router="prototype")
 remap = partial(more, router=None)
 erase = partial(more, router=None, remap_to=None)
+
+
+def more_trained(
+    model: nn.Module,
+    splits,
+    *,
+    seed: int = 0,
+    remap_to: str | int | list[int] | None = "remain",
+    num_experts: int | None = None,
+    router: str = "prototype",
+    solver: str = "auto",
+    losses: str = "remain+forget+balance",
+    epochs: int = 10,
+    learning_rate: float = 1e-5,
+    batch_size: int = 500,
+) -> nn.Module:
+    """MoRE-P-T-B, or with `router="prototype_random"` MoRE-R-T-B: the router is trained on all of D_f and D_r (appendix D).
+
+    `losses` is one or more of remain, forget and balance, joined by `+`; settings of the training as in `train_router`.
+    """
+    model = more(model, splits, seed=seed, remap_to=remap_to, num_experts=num_experts, router=router, solver=solver, batch_size=batch_size)
+    settings = {"losses": losses.split("+"), "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    train_router(model, _batches(model, splits, batch_size), **settings)
+    return model
+
+
+def more_inner(
+    model: nn.Module,
+    splits,
+    *,
+    seed: int = 0,
+    at: str | None = None,
+    remap_to: str | int | list[int] | None = "remain",
+    num_experts: int | None = None,
+    router: str | None = "random",
+    solver: str = "auto",
+    batch_size: int = 500,
+) -> nn.Module:
+    """MoRE at the input of the inner module `at` (Tables 7 and 13), a hook that no saved weight holds; without `at` as `more`."""
+    settings = {"remap_to": remap_to, "num_experts": num_experts, "router": router, "solver": solver, "seed": seed, "at": at}
+    return _erased(model, splits, batch_size, **settings)
+
+
+def _erased(model: nn.Module, splits, batch_size: int, **settings) -> nn.Module:
+    return erase_classes(model, _batches(model, splits, batch_size), splits.f.labels.unique().tolist(), **settings).eval()
+
+
+def _batches(model: nn.Module, splits, batch_size: int):
+    return (batch for part in (splits.f, splits.r) for batch in read(part.loader(batch_size), model))
 
 
 def remap_samples(model: nn.Module, splits, *, seed: int = 0, as_printed: bool = False, batch_size: int = 500) -> nn.Module:
