@@ -4,7 +4,8 @@
 
 For each model `tables/MODEL.md` is about the closed forms, over all classes and seeds: (0) means, (1) every seed, (2) who keeps what
 remains and forgets what is forgotten, (3) for which classes not, (4) every run that does not. `tables/MODEL-trained.md` is about all
-methods, on the classes and seeds that the trained ones were run on: (0) all of them, (1) a short table. `tables/samples.md` is about single samples.
+methods, on the classes and seeds that the trained ones were run on: (0) all of them, (1) a short table.
+`tables/samples.md` is about single samples.
 """
 
 import json
