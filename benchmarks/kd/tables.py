@@ -148,7 +148,7 @@ def by_class(rows: list[dict]) -> list[dict]:
         texts = {"forget": forget}
         for method in methods:
             runs = [line for line in lines if (line["method"], line["forget"]) == (method, forget)]
-            worst = [max(run[key] for run in runs) for key in ("lost", "acc_ft")]
+            worst = [max((run[key] for run in runs), default=0.0) for key in ("lost", "acc_ft")]
             texts[method] = f"{sum(map(missed, runs))} of {len(runs)} ({worst[0]:.1f}, {worst[1]:.1f})" if runs else ""
         found.append(texts)
     return found
