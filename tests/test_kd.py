@@ -14,7 +14,7 @@ import torch
 
 from more_hf.baselines import classification_baseline
 from more_hf.cli import main
-from more_hf.evaluation import kd, probe
+from more_hf.evaluation import kd, kd_run, probe
 from more_hf.evaluation import kd_measure as measuring
 from more_hf.evaluation.cells import BenchmarkError
 from more_hf.evaluation.kd_data import load_kd_data, split_by_class
@@ -147,7 +147,7 @@ def without_costs(folder):
 def test_run_again_measures_nothing_twice_and_a_lost_cell_comes_out_the_same(folder, monkeypatch):
     before, asked = without_costs(folder), []
     monkeypatch.setattr(kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs))
-    monkeypatch.setattr(kd, "train_classifier", lambda *args, **kwargs: asked.append("training"))
+    monkeypatch.setattr(kd_run, "train_classifier", lambda *args, **kwargs: asked.append("training"))
     kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
     assert asked == []
     assert without_costs(folder) == before
@@ -186,7 +186,7 @@ def test_killed_and_run_again(tmp_path, folder):
 
 def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    grown = kd.join_config(config, {**config, "methods": {"erase": {}}, "forget": {"5": ["5"]}, "seeds": 3, "runs": ["later"]}, folder)
+    grown = kd_run.join_config(config, {**config, "methods": {"erase": {}}, "forget": {"5": ["5"]}, "seeds": 3, "runs": ["later"]}, folder)
     assert set(grown["methods"]) == {*METHODS, "erase"}
     assert set(grown["forget"]) == {"3", "5"}
     assert (grown["seeds"], grown["runs"][-1]) == (3, "later")
@@ -228,9 +228,9 @@ def test_classes_by_name_number_and_together(data):
 
 
 def test_folder_names_are_short_and_differ():
-    assert kd.without("crane/bird", 2) == "without-crane_bird-seed2"
+    assert kd_run.without("crane/bird", 2) == "without-crane_bird-seed2"
     many = ["+".join(map(str, range(first, 1000, 10))) for first in (3, 4)]
-    names = {kd.without(entry, 0) for entry in many}
+    names = {kd_run.without(entry, 0) for entry in many}
     assert len(names) == 2
     assert max(map(len, names)) < 100
 
@@ -238,11 +238,11 @@ def test_folder_names_are_short_and_differ():
 def test_settings_are_defaults_then_asked_then_tuned():
     more, remap = classification_baseline("more"), classification_baseline("remap")
     asked = {"num_experts": 4, "solver": "pinv"}
-    assert kd.method_settings(more, asked, {"solver": "covariance"}) == {
+    assert kd_run.method_settings(more, asked, {"solver": "covariance"}) == {
         "remap_to": "remain", "num_experts": 4, "router": "random", "solver": "covariance", "batch_size": 500
     }  # fmt: skip
-    assert kd.method_settings(remap, asked, {})["num_experts"] is None  # one expert is what it is
-    assert "fit" not in kd.method_settings(classification_baseline("retrain"), {}, {})
+    assert kd_run.method_settings(remap, asked, {})["num_experts"] is None  # one expert is what it is
+    assert "fit" not in kd_run.method_settings(classification_baseline("retrain"), {}, {})
 
 
 # features

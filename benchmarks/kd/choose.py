@@ -17,9 +17,9 @@ from pathlib import Path
 
 from more_hf.baselines import classification_baseline
 from more_hf.errors import IncompatibleBaseError
-from more_hf.evaluation.kd import RECIPES, Trainer
 from more_hf.evaluation.kd_data import load_kd_data, split_by_class
 from more_hf.evaluation.kd_metrics import harmonic_mean
+from more_hf.evaluation.kd_run import RECIPES, Trainer
 from more_hf.evaluation.kd_training import Recipe, accuracy, predict
 from more_hf.report import markdown_table, write_rows, write_text
 

@@ -16,12 +16,12 @@ from ..baselines import CLASSES_ONLY, CLASSIFICATION
 from ..classification.heads import find_heads
 from ..report import html_facts, html_table, markdown_table, write_html, write_rows, write_text
 from .cells import BenchmarkError, read_config
-from .kd import Trainer, start_run
 from .kd_data import load_kd_data, split_by_sample
 from .kd_features import cache
 from .kd_metrics import accuracy
 from .kd_models import MODELS, pretrained_inputs
 from .kd_outputs import cells_of
+from .kd_run import Trainer, start_run
 from .kd_summary import draw_hits, read_rows
 from .machine import peak_memory, processes
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
