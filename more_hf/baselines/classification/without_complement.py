@@ -27,7 +27,7 @@ def remap_without_complement(model: nn.Module, splits, *, seed: int = 0, target:
     target = remaining_class(splits, target)
     _, head = find_head(model, splits.f)
     P_F, P_R = (class_means(model, part, batch_size) for part in (splits.f, splits.r))
-    P_t = class_means(model, splits.r.subset(splits.r.labels == target), batch_size)
+    P_t = P_R[:, splits.r.labels.unique() == target]
     return attach(model, head, _inside(P_F, P_R, P_t.expand_as(P_F)))
 
 
