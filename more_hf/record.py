@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .erasure import PROOF_TOLERANCE, RECORD, Erasure, fingerprint
-from .errors import ExportError, IncompatibleBaseError, MoreError
+from .erasure import PROOF_TOLERANCE, RECORD, Erasure, Site, fingerprint
+from .errors import AlreadyErasedError, ExportError, IncompatibleBaseError, MoreError
 from .prototypes import Prototypes
 from .remap import Remap
 from .routers import PrototypeRouter
@@ -72,6 +73,19 @@ class Verification:
     def to_markdown(self) -> str:
         lines = [f"| {check} | {'yes' if passed else 'NO'} | {finding} |" for check, passed, finding in self.checks]
         return "\n".join(["| check | holds | finding |", "|---|---|---|", *lines])
+
+
+def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[str, Site]]) -> None:
+    """Raise `AlreadyErasedError` if the model's folder was saved erased and its layers are not the base's. They are if the original was
+    saved erased over its own folder and then restored. `sites` gives the layers that the record is about."""
+    if not source or not (Path(source) / RECORD).is_file():
+        return
+    record = Record.read(Path(source))
+    if fingerprint({name: site.read() for name, site in sites(record).items()}) != record.facts["fingerprint"]:
+        raise AlreadyErasedError(
+            f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
+            "Start from the original model and erase everything at once."
+        )
 
 
 def by_space(erasure: Erasure) -> dict[str, Remap]:

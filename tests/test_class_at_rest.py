@@ -210,6 +210,18 @@ def test_without_the_factors_the_record_says_what_was_done(model, digit_classifi
         more_hf.erase_classes(loaded, prototypes, "five")
 
 
+def test_saved_over_its_own_folder_then_restored_is_the_original_again(digit_classifier, prototypes, digits, tmp_path):
+    digit_classifier.save_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    more_hf.save(more_hf.erase_classes(model, prototypes, "four"), tmp_path)
+    more_hf.restore(model)
+
+    assert forgets(more_hf.erase_classes(model, prototypes, "four"), digits) == 0
+    assert forgets(digit_classifier, digits) > 50
+    with pytest.raises(AlreadyErasedError, match="was saved erased"):  # another process that opens the folder
+        more_hf.erase_classes(AutoModelForImageClassification.from_pretrained(tmp_path), prototypes, "four")
+
+
 @pytest.mark.parametrize("include_delta", [False, True])
 def test_verify_finds_the_originals_head(model, digit_classifier, prototypes, tmp_path, include_delta):
     more_hf.erase_classes(model, prototypes, "four")

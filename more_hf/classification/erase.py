@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .. import erasure as store
-from ..erasure import RECORD, Site
-from ..errors import AlreadyErasedError, MoreError, PrototypeError
+from ..erasure import Site
+from ..errors import MoreError, PrototypeError
 from ..hook import detach_hook
 from ..prototypes import Prototypes
+from ..record import refuse_erased_source
 from .classes import class_names, find_class
 from .features import collect, plain_model
 from .heads import example_pixels, find_heads, find_module
@@ -87,12 +87,6 @@ def erase_classes(
     """
     plain = plain_model(model)
     current = store.require_editable(plain)
-    source = getattr(getattr(plain, "config", None), "_name_or_path", "")
-    if current is None and source and (Path(source) / RECORD).is_file():
-        raise AlreadyErasedError(
-            f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
-            "Start from the original model and forget all classes at once."
-        )
     head = head or (current and current.request["head"])
     request: dict[str, Any] = {}
 
@@ -100,6 +94,8 @@ def erase_classes(
         """Every check that needs no feature, as soon as the number of classes is known."""
         sites = {name: Site(name, module) for name, module in heads.items()}
         store.check_unshared(sites, plain)
+        if current is None:
+            refuse_erased_source(getattr(getattr(plain, "config", None), "_name_or_path", None), lambda record: sites)
         names = class_names(plain, next(iter(heads.values())).out_features)
         wanted = make_request(names, forget, remap_to, num_experts, router, solver, seed, list(heads), at)
         request.update(wanted if current is None else joined(current.request, wanted))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -11,10 +10,10 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from .. import erasure as store
-from ..erasure import RECORD, Erasure
-from ..errors import AlreadyErasedError, MoreError
+from ..erasure import Erasure
+from ..errors import MoreError
 from ..hook import detach_hook
-from ..record import Record
+from ..record import refuse_erased_source
 from ..remap import Remap
 from .concepts import Encoder, shared_first_tokens
 from .hook import attach_hook, make_hook
@@ -84,17 +83,10 @@ def erase_concept(
     request = make_request(concepts, remap_to, retain, num_experts, router, solver, tokens, seed, pooled)
     denoiser = find_denoiser(pipe)
     current = store.require_editable(denoiser.module)
-    source = pipe.config.get("_name_or_path")
-    if current is None and source and (Path(source) / RECORD).is_file():
-        record = Record.read(Path(source))
-        sites = find_sites(pipe, denoiser, pooled=record.request["pooled"])
-        # the original, if it was saved erased over its own folder and then restored
-        if store.fingerprint({name: site.read() for name, site in sites.items()}) != record.facts["fingerprint"]:
-            raise AlreadyErasedError(
-                f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
-                "Start from the original model and pass all concepts at once."
-            )
-    if current is not None:
+    if current is None:
+        source = pipe.config.get("_name_or_path")
+        refuse_erased_source(source, lambda record: find_sites(pipe, denoiser, pooled=record.request["pooled"]))
+    else:
         old = current.request
         request["concepts"] = {**old["concepts"], **request["concepts"]}
         request["remap_to"] = {**old["remap_to"], **request["remap_to"]}
