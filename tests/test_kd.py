@@ -14,6 +14,7 @@ import torch
 
 from more_hf.baselines import classification_baseline
 from more_hf.cli import main
+from more_hf.data import FOLDER, load_classifier
 from more_hf.evaluation import kd, kd_run, probe
 from more_hf.evaluation import kd_measure as measuring
 from more_hf.evaluation.cells import BenchmarkError
@@ -22,7 +23,7 @@ from more_hf.evaluation.kd_features import cache, same_backbone
 from more_hf.evaluation.kd_models import AllCNNForImageClassification
 from more_hf.evaluation.kd_outputs import rebuild
 from more_hf.evaluation.kd_summary import read_rows, summarise
-from more_hf.evaluation.kd_training import predict
+from more_hf.evaluation.kd_training import accuracy, predict
 from more_hf.evaluation.similarity import class_means
 from more_hf.verbs import get_erasure
 
@@ -69,6 +70,20 @@ def head_inputs(model, images):
         model(images[torch.arange(len(images))]["pixel_values"])
     handle.remove()
     return seen[0]
+
+
+def test_a_trained_classifier_is_taken_as_it_is(tmp_path, data):
+    """The packaged folder holds half precision and no image processor."""
+    name = str(FOLDER / "classifiers" / "digits-allcnn")
+    summary = kd.run_kd("digits", name, ["original"], ["3"], output=tmp_path / "run", epochs=0, probe_seeds=1)
+    remaining = split_by_class(data, ["3"]).rt
+    expected = accuracy(predict(load_classifier("digits-allcnn"), remaining), remaining.labels)
+    assert summary[0]["acc_rt"] == pytest.approx(expected)
+    assert expected > 95
+    for model, methods in (("allcnn-narrow", ["original"]), (name, ["original", "retrain"])):
+        with pytest.raises(BenchmarkError, match="Nothing is trained in 0 epochs"):
+            kd.run_kd("digits", model, methods, ["3"], output=tmp_path / "refused", epochs=0)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_one_call_leaves_everything(folder):

@@ -21,6 +21,13 @@ def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options) 
     )
 
 
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

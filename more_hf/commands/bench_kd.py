@@ -6,7 +6,7 @@ from pathlib import Path
 
 from more_hf.baselines import ABLATIONS, CLASSES_ONLY, CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
 
-from .arguments import positive
+from .arguments import natural, positive
 
 
 def add_bench_kd(benches) -> None:
@@ -26,7 +26,7 @@ def add_bench_kd(benches) -> None:
     erased = "classes to forget in turn, by name or number, or all; A+B forgets two together; samples forgets a random tenth of the images"
     parser.add_argument("--forget", nargs="+", action="extend", required=True, metavar="CLASS", help=erased)
     parser.add_argument("--seeds", type=positive, default=1, metavar="K", help="trainings, and runs of each method (1)")
-    parser.add_argument("--epochs", type=positive, metavar="N", help="of a training (the recipe's)")
+    parser.add_argument("--epochs", type=natural, metavar="N", help="of a training (the recipe's); 0 takes a trained --model as it is")
     parser.add_argument("--probe_seeds", type=positive, default=5, metavar="K", help="new heads for each learning rate (5)")
     asked = "how often an attacker asks a random router (16)"
     parser.add_argument("--passes", nargs="+", type=positive, default=[16], metavar="K", help=asked)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     ViTConfig,
 )
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from ..errors import MoreError
 from .kd_data import KDData
@@ -160,8 +162,11 @@ def build_classifier(name: str, data: KDData, *, seed: int = 0) -> PreTrainedMod
 def pretrained_inputs(path: str) -> dict[str, Any]:
     """What a pretrained classifier reads, as arguments of `load_kd_data`: `image_size`, `channels`, `mean`, `std`.
 
-    `path` is a folder or Hub id with a configuration and an image processor.
+    `path` is a folder or Hub id. A folder without an image processor, as the benchmark's own training leaves it, reads the data as they
+    are: nothing is returned.
     """
+    if (Path(path) / CONFIG_NAME).is_file() and not (Path(path) / IMAGE_PROCESSOR_NAME).is_file():
+        return {}
     config, processor = AutoConfig.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
     return {
         "image_size": processor.size.height or processor.size.shortest_edge,
@@ -185,7 +190,7 @@ def load_pretrained(path: str, data: KDData, *, seed: int = 0) -> PreTrainedMode
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = AutoModelForImageClassification.from_pretrained(
-            path, **_labels(data), ignore_mismatched_sizes=True, output_loading_info=True
+            path, **_labels(data), dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if others := sorted(key for key in new if "classifier" not in key):

@@ -86,6 +86,9 @@ def start_run(
     refuse_unused(settings, tuned, functions)
     recipe = replace(RECIPES.get(data.name, Recipe()), flip=data.flip)
     recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+    if not recipe.epochs and (model in MODELS or "retrain" in functions):
+        what = f"{model} starts from random weights" if model in MODELS else "retrain trains a classifier"
+        raise BenchmarkError(f"Nothing is trained in 0 epochs, and {what}. Name a trained classifier's folder, or leave retrain out.")
     config = {
         "benchmark": benchmark,
         "more_hf": __version__,
