@@ -38,8 +38,8 @@ GRIDS = {
     "oce": grid(global_scale=[1.0, 10.0, 100.0], layers=["v", "kv"]),
     "sld-medium": grid(warmup=[25, 10, 0], threshold=[0.01, 1.0]),
     "safree": grid(midpoint=[5.5, 1.0, -2.0], negative=[True, False]),
-    "esd": grid(sampling_steps=10, iterations=[60, 120], learning_rate=[2e-4, 5e-4]),
-    "ca": grid(images=64, prompts=[CONTENT], sampling_steps=10, iterations=100, learning_rate=[2.5e-5, 5e-5, 1e-4, 2e-4]),
+    "esd": grid(sampling_steps=10, iterations=[60, 120, 240], learning_rate=[2e-4, 5e-4, 1e-3, 2e-3]),
+    "ca": grid(images=64, prompts=[CONTENT], sampling_steps=10, iterations=100, learning_rate=[2.5e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]),
 }
 STYLES_OF = {"esd": STYLES[:2], "ca": STYLES[:2]}  # a training each; the others on all four
 
