@@ -11,6 +11,7 @@ from PIL import Image
 import more_hf
 from more_hf.baselines import diffusion_baseline
 from more_hf.cli import main
+from more_hf.evaluation import sheets
 from more_hf.evaluation.artists import run_artists
 from more_hf.evaluation.cells import BenchmarkError
 from more_hf.evaluation.prompts import read_targets
@@ -252,3 +253,17 @@ def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
     before, after = kept(first["before"]), kept(first["after"])
     assert np.abs(shown(0) - before).mean() < 3 < np.abs(shown(0) - after).mean()
     assert np.abs(shown(2) - after).mean() < 3 < np.abs(shown(2) - before).mean()
+
+
+def test_many_methods_and_erasures_are_not_all_side_by_side(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"group": "forget", "prompt": "a", "sample": 0, "before": "a.png", "after": "a.png"}
+    rows = [{**row, "forget": forget, "artist": forget, "method": method} for forget in "xyz" for method in ("more", "uce")]
+
+    def height(most):
+        monkeypatch.setattr(sheets, "METHODS_MOST", most)
+        sheets.write_methods(tmp_path / "methods.png", tmp_path, rows)
+        return Image.open(tmp_path / "methods.png").height
+
+    assert height(9) == height(64) == pytest.approx(3 * height(1), abs=30)
+    assert height(8) == pytest.approx(2 * height(1), abs=30)

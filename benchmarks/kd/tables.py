@@ -5,7 +5,8 @@
 For each model `tables/MODEL.md` is about the closed forms, over all classes and seeds: (0) means, (1) every seed, (2) who keeps what
 remains and forgets what is forgotten, (3) for which classes not, (4) every run that does not. `tables/MODEL-trained.md` is about all
 methods, on the classes and seeds that the trained ones were run on: (0) all of them, (1) a short table.
-`tables/samples.md` is about single samples.
+`tables/MODEL-covariance.md` is about ours with the covariance solver: (0) means, (1) and (2) as (2) and (3) above.
+`tables/emoji-100.md` is about ten classes of a hundred forgotten together, `tables/samples.md` about single samples.
 """
 
 import json
@@ -39,10 +40,13 @@ SHORT = ("esc", "leace-rest", "remap", "more", "more-reloaded", "more-x16")
 
 def main() -> None:
     for model in MODELS:
-        closed, trained = (read(f"fashion-mnist-{model}{part}") for part in ("", "-trained"))
+        closed, trained, covariance = (read(f"fashion-mnist-{model}{part}") for part in ("", "-trained", "-covariance"))
         write(model, [means(closed), every_seed(closed), kept(closed), by_class(closed), misses(closed)] if closed else [])
         both = together(closed, trained)
         write(f"{model}-trained", [means(both), short(both)] if both else [])
+        write(f"{model}-covariance", [means(covariance), kept(covariance), by_class(covariance)] if covariance else [])
+    many = read("emoji-100")
+    write("emoji-100", [means(many)] if many else [])
     samples = read("fashion-mnist-samples")
     write("samples", [kd_samples.short_table(kd_samples.summarise(samples))] if samples else [])
 

@@ -18,7 +18,7 @@ from .summary import is_forgotten
 
 
 WIDTH, SIDE = 10, 128  # of `grid.png`: pictures in a strip, pixels of one
-METHODS_WIDTH, METHODS_SIDE = 8, 160  # of `methods.png`
+METHODS_WIDTH, METHODS_SIDE, METHODS_MOST = 8, 160, 64  # of `methods.png`: pictures in a strip, pixels of one, pictures in all
 
 
 def write_grid(path: Path, images: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -47,10 +47,11 @@ def write_grid(path: Path, images: Path, rows: Sequence[Mapping[str, Any]]) -> N
 def write_methods(path: Path, images: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """For every erasure one prompt that names the forgotten artist: the original's picture and every method's, side by side.
 
-    It is the first such prompt of the file, whatever came out; in the layout of the paper's Fig. 4.
+    It is the first such prompt of the file, whatever came out; in the layout of the paper's Fig. 4. Where many methods meet many
+    erasures, only the first erasures are drawn.
     """
     sheets = []
-    for forget, erased in _by_erasure(rows).items():
+    for forget, erased in list(_by_erasure(rows).items())[: max(1, METHODS_MOST // (1 + len(_methods(rows))))]:
         first = next((row for row in erased if is_forgotten(row)), None)
         if first is None:
             continue
