@@ -317,13 +317,15 @@ def test_load_counts_experts_that_nobody_takes(data, original):
     assert found.row["load_cv"] == pytest.approx(8**0.5)  # of nine experts
 
 
-def test_the_same_features_get_the_same_probes(folder, tmp_path, monkeypatch):
-    trained, known = [], {}
+def test_what_is_known_is_not_found_again(folder, tmp_path, monkeypatch):
+    trained, collected, known = [], [], kd.Known()
+    monkeypatch.setattr(kd, "cache", lambda *args: collected.append(args) or cache(*args))
     monkeypatch.setattr(measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or probe.sgd_probes(*args, **kwargs))
     for name in ("first", "second"):
-        settings = {"models": folder / "models", "output": tmp_path / name, "known_probes": known, **SMALL}
+        settings = {"models": folder / "models", "output": tmp_path / name, "known": known, **SMALL}
         kd.run_kd("digits", "allcnn-narrow", ["original", "remap"], ["3", "5"], **settings)
         assert len(trained) == 3  # original with both reloaded, two remapped
+        assert len(collected) == 1
     rows, expected = without_costs(tmp_path / "second"), [row for row in without_costs(folder) if row["method"] in ("original", "remap")]
     mine = [row for row in rows if row["forget"] == "3" and not row["method"].endswith("reloaded")]
     empty = {"cka_retrain_f": None, "cka_retrain_r": None}  # no Retrain was run here

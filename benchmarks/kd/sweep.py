@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from more_hf.classification.router_training import COMBINATIONS
-from more_hf.evaluation.kd import run_kd
+from more_hf.evaluation.kd import Known, run_kd
 from more_hf.evaluation.kd_data import KDData, load_kd_data, split_by_class
 from more_hf.evaluation.kd_outputs import RELOADED
 from more_hf.report import markdown_table, write_rows, write_text
@@ -94,7 +94,7 @@ def main() -> None:
     data = load_kd_data(args.dataset, path=args.data)
     forget = [int(name) if name not in data.class_names else name for name in args.forget.split("+")]
     remaining = split_by_class(data, forget).r.labels.unique().tolist()
-    known_probes: dict[str, Any] = {}  # a reloaded model's features are the original's, whatever the value
+    known = Known()  # the original's features are the same whatever the value, and so are a reloaded model's
     lines, own = [], []
     for label, (method, settings) in FACTORS[args.factor](args.values, data, remaining).items():
         summary = run_kd(
@@ -108,7 +108,7 @@ def main() -> None:
             epochs=args.epochs,
             models=args.models or args.output / "models",
             tuned={method: settings},
-            known_probes=known_probes,
+            known=known,
         )
         lines += [{args.factor: label, **line} for line in summary]
         own += [line for line in lines if line[args.factor] == label and line["method"] == method]

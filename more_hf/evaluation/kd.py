@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
-from torch import nn
+from torch import Tensor, nn
 
 from ..baselines import CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
 from ..classification.heads import find_heads
@@ -36,6 +37,14 @@ JOINT = "+"  # between classes that are forgotten together
 PLOTTED = 1000  # test samples whose features are kept for the plots
 
 
+@dataclass(frozen=True)
+class Known:
+    """What calls on the same data and trained classifiers need not find twice: probes by their features, by seed what the head reads."""
+
+    probes: KnownProbes = field(default_factory=dict)
+    inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
 def run_kd(
     dataset: str,
     model: str,
@@ -51,7 +60,7 @@ def run_kd(
     passes: Sequence[int] = (16,),
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
-    known_probes: KnownProbes | None = None,
+    known: Known | None = None,
 ) -> list[dict[str, Any]]:
     """Train a classifier, let each method forget each entry of `forget`, and measure what is left.
 
@@ -74,7 +83,7 @@ def run_kd(
         passes (`Sequence[int]`, defaults to `(16,)`): methods with random routing get a row more for each, `-xK`: an attacker who asks K
             times and takes the mean.
         settings (`Mapping`, *optional*): arguments for every method that takes them. tuned (`Mapping`, *optional*): method to its own.
-        known_probes (`dict`, *optional*): probes of earlier calls on the same data, by their features; this call's are added.
+        known (`Known`, *optional*): what earlier calls on the same data and trained classifiers found; what this one finds is added.
 
     Returns the lines of `summary.csv`.
 
@@ -112,7 +121,7 @@ def run_kd(
                 trainer.retrained(split_by_class(data, classes[entry]).r, entry, seed)
         mine = [cell for cell in todo if cell.seed == seed][state.process_index :: state.num_processes]
         if mine:
-            _Seed(trainer, seed, original, config, functions, classes, state, known_probes).run(mine)
+            _Seed(trainer, seed, original, config, functions, classes, state, known or Known()).run(mine)
     state.wait_for_everyone()
     summary = write_outputs(output, config) if state.is_main_process else []
     state.wait_for_everyone()
@@ -122,15 +131,20 @@ def run_kd(
 class _Seed:
     """Everything that the cells of one training have in common."""
 
-    def __init__(self, trainer: Trainer, seed: int, original: nn.Module, config, functions, classes, state: PartialState, known_probes):
+    def __init__(self, trainer: Trainer, seed: int, original: nn.Module, config, functions, classes, state: PartialState, known: Known):
         self.trainer, self.seed, self.config, self.functions, self.classes = trainer, seed, config, functions, classes
         self.original, self.data, self.device = original.to(state.device), trainer.data, state.device
         sample = self.data.test[torch.arange(2)]["pixel_values"].to(self.device)
         self.head_name = next(iter(find_heads(self.original, sample)))
         self.parts = {"train": self.data.train, "test": self.data.test}
-        self.cached = self._cached(self.original)
+        self.known_inputs = seed in known.inputs
+        if self.known_inputs:
+            self.cached = Cached(known.inputs[seed], self.original, self.original.get_submodule(self.head_name))
+        else:
+            self.cached = self._cached(self.original)
+            known.inputs[seed] = self.cached.inputs
         self.means = class_means(self.cached.features("train"), self.data.train.labels, len(self.data.class_names))
-        self.known_probes: KnownProbes = {} if known_probes is None else known_probes
+        self.known_probes = known.probes
 
     def run(self, cells: Sequence[Any]) -> None:
         bar = tqdm(total=len(cells), desc=f"{self.data.name}, seed {self.seed}", unit="cell", main_process_only=False)
@@ -184,11 +198,11 @@ class _Seed:
         """The model after the method, and what that cost.
 
         A closed form asks the backbone for nothing but the features that are cached: from the second entry or seed on it gets these, and
-        its cost is left empty.
+        its cost is left empty; so it is where an earlier call had collected them.
         """
         function, settings = self.functions[cell.method], dict(self.config["methods"][cell.method])
         model, first = copy.deepcopy(self.original), (next(iter(self.config["forget"])), 0)
-        if cell.method in CLOSED_FORM and (cell.forget, cell.seed) != first:
+        if cell.method in CLOSED_FORM and (self.known_inputs or (cell.forget, cell.seed) != first):
             with head_only(model, model.get_submodule(self.head_name)):
                 features = splits_of_features(splits, self.data.train, self.cached.inputs["train"])
                 return function(model, features, seed=self.seed, **settings), {"seconds": None, "peak_memory": None}
