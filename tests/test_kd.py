@@ -317,6 +317,13 @@ def test_load_counts_experts_that_nobody_takes(data, original):
     assert found.row["load_cv"] == pytest.approx(8**0.5)  # of nine experts
 
 
+def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, caplog):
+    run = {"models": folder / "models", "output": tmp_path, **SMALL}
+    summary = kd.run_kd("digits", "allcnn-narrow", ["original", "scrub", "esc"], ["3"], tuned={"scrub": {"lr": 1e6}}, **run)
+    assert [line["method"] for line in summary] == ["original", "esc"]
+    assert "scrub without 3, seed 0, is left out. After scrub" in caplog.text
+
+
 def test_what_is_known_is_not_found_again(folder, tmp_path, monkeypatch):
     trained, collected, known = [], [], kd.Known()
     monkeypatch.setattr(kd, "cache", lambda *args: collected.append(args) or cache(*args))

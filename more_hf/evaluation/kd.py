@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..baselines import CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
 from ..classification.heads import find_heads
+from ..errors import IncompatibleBaseError
 from ..report import write_text
 from ..verbs import get_erasure
 from .cells import BenchmarkError
@@ -32,6 +34,8 @@ from .kd_run import Trainer, start_run
 from .machine import peak_memory, processes
 from .similarity import class_means
 
+
+logger = logging.getLogger(__name__)
 
 JOINT = "+"  # between classes that are forgotten together
 PLOTTED = 1000  # test samples whose features are kept for the plots
@@ -65,7 +69,8 @@ def run_kd(
     """Train a classifier, let each method forget each entry of `forget`, and measure what is left.
 
     Under `accelerate launch` trainings are shared by all processes and the cells (method, forget, seed) are split over them. It can be
-    killed at any point; the same call goes on where it was, and nothing is trained or measured twice.
+    killed at any point; the same call goes on where it was, and nothing is trained or measured twice. A baseline whose training
+    diverges is left out with a warning.
 
     Args:
         dataset (`str`): a name of `load_kd_data`, or a folder of images.
@@ -153,7 +158,10 @@ class _Seed:
             retrained = self._cached(self.trainer.retrained(splits.r, entry, self.seed)) if "retrain" in self.functions else None
             for cell in (cell for cell in cells if cell.forget == entry):
                 bar.set_postfix_str(f"{cell.method} without {entry}")
-                self._measure(cell, splits, retrained)
+                try:
+                    self._measure(cell, splits, retrained)
+                except IncompatibleBaseError as error:  # a training that diverged; the same call tries again
+                    logger.warning("%s without %s, seed %d, is left out. %s", cell.method, entry, self.seed, error)
                 bar.update()
         bar.close()
 
