@@ -36,7 +36,7 @@ GRIDS = {
     "l1-sparse": {"lr": [0.03], "alpha": [1e-5, 1e-4], **WHOLE},
     "fisher": {"alpha": [1e-8, 1e-7, 1e-6, 1e-5, 1e-4]},
     "boundary-shrink": {"lr": [3e-4, 1e-3, 3e-3], **FORGOTTEN},
-    "scrub": {"lr": [1e-4, 5e-4, 2e-3, 5e-3], **WHOLE},
+    "scrub": {"lr": [1e-4, 2e-4, 5e-4, 2e-3, 5e-3], **WHOLE},
     "bad-teacher": {"lr": [3e-4, 1e-3, 3e-3]},
     "lau": {"lr": [1e-3, 1e-2, 1e-1]},
     "esc-t": {"lr": [1e-3, 1e-2, 1e-1]},
