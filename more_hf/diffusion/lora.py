@@ -16,9 +16,9 @@ from torch.nn.functional import pad
 
 from .. import __version__
 from .. import erasure as store
-from ..erasure import Erasure
+from ..erasure import RECORD, Erasure
 from ..errors import AlreadyErasedError, ExportError
-from .erase import RECORD, get_erasure
+from .erase import get_erasure
 from .sites import Denoiser, find_denoiser
 
 
