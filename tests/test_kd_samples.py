@@ -74,6 +74,13 @@ def test_run_again_and_report(folder, monkeypatch, capsys):
     assert (folder / "table.md").read_text().splitlines()[:6] == before.splitlines()[:6]
 
 
+def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, caplog):
+    run = {"models": folder / "models", "output": tmp_path, "epochs": 3, "tuned": {"scrub": {"lr": 1e6}}}
+    summary = kd_samples.run_samples("digits", "allcnn-narrow", ["original", "scrub", "esc"], **run)
+    assert [line["method"] for line in summary] == ["original", "esc"]
+    assert "scrub without 10 % of samples, seed 0, is left out. After scrub" in caplog.text
+
+
 def test_refusals(folder, tmp_path):
     with pytest.raises(BenchmarkError, match="'more' cannot forget single samples. These can: original, retrain, .*remap-samples"):
         kd_samples.run_samples("digits", "allcnn-narrow", ["more"], output=tmp_path / "new")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from ..baselines import CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
 from ..classification.heads import find_heads
-from ..errors import IncompatibleBaseError
 from ..report import write_text
 from ..verbs import get_erasure
 from .cells import BenchmarkError
@@ -30,12 +28,10 @@ from .kd_features import Cached, cache, head_only, reloaded, same_backbone, spli
 from .kd_measure import KnownProbes, Measurement, Places, measure
 from .kd_models import MODELS, pretrained_inputs
 from .kd_outputs import RELOADED, cells_of, write_outputs
-from .kd_run import Trainer, start_run
+from .kd_run import Trainer, leaving_out_what_diverges, start_run
 from .machine import peak_memory, processes
 from .similarity import class_means
 
-
-logger = logging.getLogger(__name__)
 
 JOINT = "+"  # between classes that are forgotten together
 PLOTTED = 1000  # test samples whose features are kept for the plots
@@ -158,10 +154,8 @@ class _Seed:
             retrained = self._cached(self.trainer.retrained(splits.r, entry, self.seed)) if "retrain" in self.functions else None
             for cell in (cell for cell in cells if cell.forget == entry):
                 bar.set_postfix_str(f"{cell.method} without {entry}")
-                try:
+                with leaving_out_what_diverges(cell):
                     self._measure(cell, splits, retrained)
-                except IncompatibleBaseError as error:  # a training that diverged; the same call tries again
-                    logger.warning("%s without %s, seed %d, is left out. %s", cell.method, entry, self.seed, error)
                 bar.update()
         bar.close()
 

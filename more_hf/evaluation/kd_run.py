@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 from .. import __version__
 from ..baselines import classification_baseline
+from ..errors import IncompatibleBaseError
 from ..report import write_text
 from .cells import BenchmarkError, read_config
 from .kd_data import ImageSet, KDData
@@ -21,6 +24,8 @@ from .kd_models import MODELS, build_classifier, load_pretrained
 from .kd_training import Recipe, train_classifier
 from .machine import processes, this_run
 
+
+logger = logging.getLogger(__name__)
 
 RECIPES = {"digits": Recipe(epochs=30, batch_size=64, warmup_steps=20, shift=1), "emoji-100": Recipe(epochs=12)}
 """Training recipes of data sets that need another than the default."""
@@ -56,6 +61,15 @@ class Trainer:
         folder = self._folder(what)
         model = start(self.name, self.data, seed=seed)
         return train_classifier(model, images, replace(self.recipe, seed=seed), output=folder, desc=folder.name)
+
+
+@contextmanager
+def leaving_out_what_diverges(cell) -> Iterator[None]:
+    """A baseline whose training diverges costs its own cell, with a warning; the same call tries it again."""
+    try:
+        yield
+    except IncompatibleBaseError as error:
+        logger.warning("%s without %s, seed %d, is left out. %s", cell.method, cell.forget, cell.seed, error)
 
 
 def without(forget: str, seed: int) -> str:

@@ -21,7 +21,7 @@ from .kd_features import cache
 from .kd_metrics import accuracy
 from .kd_models import MODELS, pretrained_inputs
 from .kd_outputs import cells_of
-from .kd_run import Trainer, start_run
+from .kd_run import Trainer, leaving_out_what_diverges, start_run
 from .kd_summary import draw_hits, read_rows
 from .machine import peak_memory, processes
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
@@ -83,7 +83,8 @@ def run_samples(
             trainer.retrained(splits.r, f"{fraction}", seed)
         mine = [cell for cell in todo if cell.seed == seed][state.process_index :: state.num_processes]
         for cell in tqdm(mine, desc=f"{data.name}, seed {seed}", unit="cell", main_process_only=False):
-            write_text(cell.path, json.dumps(_row(cell, trainer, original.to(state.device), splits, functions, config)))
+            with leaving_out_what_diverges(cell):
+                write_text(cell.path, json.dumps(_row(cell, trainer, original.to(state.device), splits, functions, config)))
     state.wait_for_everyone()
     summary = write_outputs(output, config) if state.is_main_process else []
     state.wait_for_everyone()
