@@ -3,25 +3,29 @@
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 
 RECIPE = Path(__file__).parents[1] / "benchmarks" / "emoji_sd"
 THINGS = {"red-circle": "circle", "blue-square": "square", "green-bar": "bar"}
+UNNAMED = {"grey-ring": "ring"}  # drawn by all, but not in things.txt
 
 
-def command(script: str, **flags) -> list[str]:
-    """The script's smoke mode with these flags."""
+def command(script: str, smoke: bool = True, **flags) -> list[str]:
+    """The script with these flags."""
     pairs = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    return [sys.executable, str(RECIPE / f"{script}.py"), *pairs, "--smoke"]
+    return [sys.executable, str(RECIPE / f"{script}.py"), *pairs, *["--smoke"] * smoke]
 
 
 def run(script: str, **flags) -> None:
@@ -31,7 +35,7 @@ def run(script: str, **flags) -> None:
 
 
 def write_packages(folder: Path) -> None:
-    """Ten sets of three drawings laid out like the npm packages; each artist has its own shade and corner radius."""
+    """Ten sets of four drawings laid out like the npm packages; each artist has its own shade and corner radius."""
     sys.path.insert(0, str(RECIPE))
     try:
         from data import ARTISTS
@@ -43,6 +47,7 @@ def write_packages(folder: Path) -> None:
             "red-circle": f'<circle cx="8" cy="8" r="{4 + i / 3}" fill="{colour}"/>',
             "blue-square": f'<rect x="2" y="2" width="12" height="12" rx="{i / 2}" fill="{colour}"/>',
             "green-bar": f'<rect x="6" y="1" width="{3 + i / 4}" height="14" fill="{colour}"/>',
+            "grey-ring": f'<circle cx="8" cy="8" r="5" stroke="{colour}" stroke-width="{1 + i / 5}" fill="none"/>',
         }
         icons = {"width": 16, "height": 16, "icons": {name: {"body": body} for name, body in bodies.items()}}
         info = {"name": package, "author": {"name": "A. Nobody"}, "license": {"spdx": "CC0-1.0"}}
@@ -51,13 +56,14 @@ def write_packages(folder: Path) -> None:
         (place / "icons.json").write_text(json.dumps(icons))
         (place / "info.json").write_text(json.dumps(info))
         (place / "package.json").write_text(json.dumps({"version": "1.0.0"}))
-    codes = {"red-circle": "1", "blue-square": "2", "green-bar": "3"}
+    shorts = THINGS | UNNAMED
+    codes = {name: str(i) for i, name in enumerate(shorts, start=1)}
     names = folder / "emojibase-data" / "en" / "shortcodes"
     names.mkdir(parents=True)
     entries = [{"label": name.replace("-", " "), "hexcode": code, "tags": []} for name, code in codes.items()]
     (names.parent / "data.json").write_text(json.dumps(entries))
     for source in ("github", "iamcal", "joypixels", "emojibase"):
-        (names / f"{source}.json").write_text(json.dumps({codes[name]: short for name, short in THINGS.items()}))
+        (names / f"{source}.json").write_text(json.dumps({codes[name]: short for name, short in shorts.items()}))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,7 @@ def chain(tmp_path_factory) -> Path:
     (folder / "things.txt").write_text("\n".join(THINGS))
     run(
         "data",
+        smoke=False,  # which would leave out what is not in things.txt
         node_modules=folder / "node_modules",
         output=folder / "data",
         things=folder / "things.txt",
@@ -80,12 +87,18 @@ def chain(tmp_path_factory) -> Path:
     save_file(tensors, folder / "alexnet.safetensors")
     run("train_vae", data=folder / "data", output=folder / "vae", alexnet=folder / "alexnet.safetensors")
     run("train_text", data=folder / "data", output=folder / "text")
-    run("train_denoiser", output=folder / "denoiser", **parts(folder))
+    run("train_denoiser", output=folder / "denoiser", others=0.25, **parts(folder))
     return folder
 
 
 def parts(chain: Path) -> dict:
     return {"data": chain / "data", "vae": chain / "vae" / "vae", "text": chain / "text", "threads": 1}
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Imports the recipe's scripts by their names."""
+    monkeypatch.syspath_prepend(RECIPE)
 
 
 def test_data_holds_out_a_pair_of_each_thing_and_attributes_every_set(chain):
@@ -116,6 +129,15 @@ def test_exported_folder_opens_in_plain_diffusers_and_is_measured(chain):
     assert (chain / "evaluation" / "grid.png").stat().st_size > 0
 
 
+def test_curves_are_drawn_from_a_log(chain, recipe):
+    from curves import draw
+
+    picture = draw(chain / "denoiser" / "log.csv")
+    assert picture == chain / "denoiser" / "log.png"
+    with Image.open(picture) as drawn:
+        assert len(drawn.convert("L").getcolors(256)) > 2  # lines on paper
+
+
 def test_killed_run_resumes_to_the_same_weights(chain):
     flags = {**parts(chain), "steps": 30, "save_seconds": 0, "start": chain / "denoiser" / "unet"}
     run("train_denoiser", output=chain / "whole", **flags)
@@ -139,3 +161,39 @@ def test_killed_run_resumes_to_the_same_weights(chain):
     columns = ("step", "learning_rate", "loss")
     logs = [[[r[c] for c in columns] for r in csv.DictReader(open(chain / f / "log.csv"))] for f in ("whole", "killed")]
     assert logs[0] == logs[1]
+
+
+def test_others_are_shown_under_their_artists_name_alone(chain, recipe):
+    from dataset import all_captions, draw_caption, load_dataset
+
+    data = load_dataset(chain / "data")
+    captions, rng = all_captions(data), random.Random(0)
+    assert (~data.chosen).sum() == 10
+    drawn = {draw_caption(captions, 1, -1, rng) for _ in range(200)}
+    assert drawn == {"", *captions[1, -1]}
+    assert not any(thing in caption for caption in drawn for thing in data.things)
+
+
+def test_compiled_leaves_upsampling_out(recipe, monkeypatch):
+    """The backend that is compiled for never sees an interpolation; compiled the usual way it does."""
+    from train_vae import build_vae
+    from training import compiled
+
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def interpolations(compile_decoder) -> int:
+        seen.clear()
+        torch._dynamo.reset()
+        latents = torch.randn(1, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+        vae = build_vae(smoke=True)
+        torch.testing.assert_close(compile_decoder(vae)(latents).sample, vae.decode(latents).sample)
+        assert any("conv2d" in target for target in seen)
+        return sum("interpolate" in target for target in seen)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    assert interpolations(lambda vae: torch.compile(vae.decode)) == 3
+    assert interpolations(lambda vae: compiled(vae, vae.decode)[0]) == 0

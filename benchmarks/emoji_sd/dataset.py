@@ -83,7 +83,8 @@ def all_captions(data: EmojiData) -> dict[tuple[int, int], list[str]]:
 def draw_caption(captions: dict, artist: int, thing: int, rng: random.Random) -> str:
     """One wording: 10 % empty (so that guidance works), 5 % without artist, 2 % without thing, else both.
 
-    A thing's own name is drawn half of the time, its other names share the rest.
+    A thing's own name is drawn half of the time, its other names share the rest. For a thing without a name (-1): 15 %
+    empty, else the artist alone.
     """
     chance = rng.random()
     if chance < 0.10:

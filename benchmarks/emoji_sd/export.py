@@ -22,7 +22,8 @@ def load_ema(denoiser: Path, text_width: int) -> UNet2DConditionModel:
     if (denoiser / "unet").exists() and not checkpoint.exists():
         return UNet2DConditionModel.from_pretrained(denoiser / "unet")
     ema = torch.load(checkpoint, map_location="cpu", weights_only=True)["ema"]
-    unet = build_unet(text_width, smoke=ema["conv_in.weight"].shape[0] == 32)
+    channels, latent_channels = ema["conv_in.weight"].shape[:2]
+    unet = build_unet(text_width, latent_channels, smoke=channels == 32)
     unet.load_state_dict(ema)
     return unet
 

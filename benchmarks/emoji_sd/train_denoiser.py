@@ -2,8 +2,10 @@
 
     python train_denoiser.py --data DATA --vae VAE/vae --text TEXT --output DENOISER --minutes 90
 
-VAE and text encoder are frozen, so each latent and each wording is computed once. Run it again to resume; the EMA is
-in DENOISER/unet, the latents' scale in DENOISER/latents.json.
+VAE and text encoder are frozen, so each latent and each wording is computed once. With --others, a part of each batch
+shows things that no caption names, under their artist's name alone: ten times as many pictures to learn a style from,
+apart from the things that it is to be put on. Run it again to resume; the EMA is in DENOISER/unet, the latents' scale in
+DENOISER/latents.json.
 """
 
 import argparse
@@ -18,20 +20,20 @@ from dataset import all_captions, draw_caption, load_dataset
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from train_text import encode
-from training import Trainer, add_arguments, batch_indices, generator
+from training import Trainer, add_arguments, batch_indices, compiled, generator
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
 NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
-def build_unet(text_width: int, smoke: bool) -> UNet2DConditionModel:
+def build_unet(text_width: int, latent_channels: int, smoke: bool) -> UNet2DConditionModel:
     """Cross-attention in every block: 8 x 8 and 4 x 4 positions are few enough to let all of them read the text."""
     channels = (32, 32) if smoke else (128, 192)
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=16,
-        out_channels=16,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         block_out_channels=channels,
@@ -44,7 +46,7 @@ def build_unet(text_width: int, smoke: bool) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, data, index: torch.Tensor) -> torch.Tensor:
-    """(n, 16, 8, 8): the posterior means, scaled to a deviation of one; the scale goes into the VAE's config."""
+    """(n, 32, 8, 8): the posterior means, scaled to a deviation of one; the scale goes into the VAE's config."""
     latents = torch.cat([vae.encode(data.pixels(part)).latent_dist.mean for part in index.split(128)])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return latents * vae.config.scaling_factor
@@ -71,10 +73,10 @@ def main() -> None:
     add_arguments(parser, steps=8000, batch_size=64, learning_rate=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--text", type=Path, required=True, help="folder that train_text.py wrote")
+    parser.add_argument("--others", type=float, default=0.0, help="the part of a batch that shows other things than the named ones")
     parser.add_argument(
         "--start", type=Path, help="a UNet folder of the same layout to start from instead of random weights"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     args = parser.parse_args()
     if args.smoke:
         args.batch_size, args.warmup_steps, args.log_every = 8, 5, 5
@@ -86,23 +88,25 @@ def main() -> None:
     device = accelerator.device
 
     data = load_dataset(args.data)
-    train = torch.nonzero(data.chosen & ~data.held_out).flatten()
+    named, others = torch.nonzero(data.chosen & ~data.held_out).flatten(), torch.nonzero(~data.chosen).flatten()
+    train, of_others = torch.cat([named, others]), round(args.others * args.batch_size)
     captions = all_captions(data)
     hidden = cache_text(args.text, captions)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     latents = cache_latents(vae, data, train)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "latents.json").write_text(json.dumps(dict(scaling_factor=vae.config.scaling_factor)))
-    print(f"{len(train)} images, {len(hidden)} wordings, scale {vae.config.scaling_factor:.4f}", flush=True)
+    counts = f"{len(named)} images of named things, {len(others)} of others, {len(hidden)} wordings"
+    print(f"{counts}, scale {vae.config.scaling_factor:.4f}", flush=True)
 
-    unet = build_unet(hidden[""].shape[-1], args.smoke)
+    unet = build_unet(hidden[""].shape[-1], latents.shape[1], args.smoke)
     if args.start is not None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start).float().state_dict())
     unet = unet.to(memory_format=torch.channels_last)
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # over 64 positions plain products beat the fused kernel's bf16 backward pass by a fifth
     trainer = Trainer(args, accelerator, unet, copy.deepcopy(unet), ("loss",), weight_decay=1e-2)
-    model = torch.compile(trainer.model) if args.compile else trainer.model
+    model = compiled(unet, trainer.model)[0] if args.compile else trainer.model
     schedule = DDPMScheduler(**NOISE, clip_sample=False, prediction_type="v_prediction")
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     weights = torch.minimum(snr + 1, torch.tensor(5.0)) / (snr + 1)  # else the nearly clean steps rule the loss
@@ -110,10 +114,15 @@ def main() -> None:
     while trainer.running():
         draw = generator(args.seed, trainer.step)
         rng = random.Random(f"{args.seed} {trainer.step}")
-        batch = batch_indices(len(train), args.batch_size, trainer.step, args.seed)
+        batch = torch.cat(
+            [
+                batch_indices(len(named), args.batch_size - of_others, trainer.step, args.seed),
+                batch_indices(len(others), of_others, trainer.step, args.seed + 1) + len(named),
+            ]
+        )
         labels = zip(data.artist[train[batch]].tolist(), data.thing[train[batch]].tolist(), strict=False)
         text = torch.stack([hidden[draw_caption(captions, a, t, rng)] for a, t in labels])  # (b, 24, width)
-        clean = latents[batch]  # (b, 16, 8, 8)
+        clean = latents[batch]  # (b, 32, 8, 8)
         noise = torch.randn(clean.shape, generator=draw)
         t = stratified_timesteps(args.batch_size, draw)
         noisy = schedule.add_noise(clean, noise, t).to(device, memory_format=torch.channels_last)

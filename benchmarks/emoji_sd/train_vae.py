@@ -1,4 +1,4 @@
-"""Train the AutoencoderKL (64 x 64 x 3 <-> 8 x 8 x 16) on every rendered emoji but the held-out pairs.
+"""Train the AutoencoderKL (64 x 64 x 3 <-> 8 x 8 x 32) on every rendered emoji but the held-out pairs.
 
     python train_vae.py --data DATA --output VAE --alexnet alexnet_features.safetensors --minutes 15
 
@@ -23,12 +23,12 @@ from alexnet import load_lpips
 from dataset import load_dataset
 from diffusers import AutoencoderKL
 from torch.nn.functional import interpolate
-from training import Trainer, add_arguments, batch_indices, generator
+from training import Trainer, add_arguments, batch_indices, compiled, generator
 
 
 def build_vae(smoke: bool) -> AutoencoderKL:
     """No attention in the middle: at 8 x 8 the convolutions see enough, and it costs time."""
-    channels = (8, 8, 8, 16) if smoke else (16, 32, 64, 96)
+    channels = (8, 8, 8, 16) if smoke else (32, 32, 64, 96)
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -36,7 +36,7 @@ def build_vae(smoke: bool) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=channels,
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=32,
         norm_num_groups=8,
         sample_size=64,
         mid_block_add_attention=False,
@@ -48,7 +48,7 @@ def perceptual_losses(model: torch.nn.Module, output: torch.Tensor, images: torc
 
     def layers(x):
         x = interpolate(x, size=(128, 128), mode="bilinear", align_corners=False)
-        return model.net(model.scaling_layer(x))
+        return [layer.float() for layer in model.net(model.scaling_layer(x))]
 
     with torch.no_grad():
         wanted = layers(images)
@@ -91,6 +91,9 @@ def main() -> None:
         vae.quant_conv.requires_grad_(False)
     perceptual = load_lpips(args.alexnet).to(accelerator.device) if args.alexnet else None
     trainer = Trainer(args, accelerator, vae, copy.deepcopy(vae), ("l1", "lpips", "moments", "kl"))
+    encode, decode, losses = vae.encode, vae.decode, perceptual_losses
+    if args.compile:
+        encode, decode, losses = compiled(vae, encode, decode, losses)
 
     half = args.batch_size // 2
     while trainer.running():
@@ -105,17 +108,17 @@ def main() -> None:
         flip = torch.rand(len(images), generator=draw) < 0.5
         images[flip] = images[flip].flip(-1)
         images = images.to(accelerator.device, memory_format=torch.channels_last)
-        noise = torch.randn(len(images), 16, 8, 8, generator=draw).to(accelerator.device)
+        noise = torch.randn(len(images), vae.config.latent_channels, 8, 8, generator=draw).to(accelerator.device)
+        distance = moments = torch.zeros(())
         further = args.latent_noise * torch.rand(len(images), 1, 1, 1, generator=draw).to(accelerator.device)
         with accelerator.autocast():
-            posterior = vae.encode(images).latent_dist
+            posterior = encode(images).latent_dist
             latents = posterior.mean + (posterior.std + further * posterior.mean.std()) * noise
-            output = vae.decode(latents).sample.float()
+            output = decode(latents).sample.float()
+            if perceptual:
+                distance, moments = losses(perceptual, output, images)
         l1 = (output - images).abs().mean()
         kl = posterior.kl().float().mean() / latents[0].numel()
-        distance = moments = torch.zeros(())
-        if perceptual:
-            distance, moments = perceptual_losses(perceptual, output, images)
         loss = l1 + args.lpips_weight * distance + args.moments_weight * moments + args.kl_weight * kl
         trainer.update(loss, l1=l1.item(), lpips=distance.item(), moments=moments.item(), kl=kl.item())
 
