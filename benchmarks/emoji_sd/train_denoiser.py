@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--text", type=Path, required=True, help="folder that train_text.py wrote")
     parser.add_argument("--others", type=float, default=0.0, help="the part of a batch that shows other things than the named ones")
+    parser.add_argument("--others_until", type=int, help="the step from which on only named things are shown")
     parser.add_argument(
         "--start", type=Path, help="a UNet folder of the same layout to start from instead of random weights"
     )
@@ -89,7 +90,7 @@ def main() -> None:
 
     data = load_dataset(args.data)
     named, others = torch.nonzero(data.chosen & ~data.held_out).flatten(), torch.nonzero(~data.chosen).flatten()
-    train, of_others = torch.cat([named, others]), round(args.others * args.batch_size)
+    train = torch.cat([named, others])
     captions = all_captions(data)
     hidden = cache_text(args.text, captions)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
@@ -114,6 +115,8 @@ def main() -> None:
     while trainer.running():
         draw = generator(args.seed, trainer.step)
         rng = random.Random(f"{args.seed} {trainer.step}")
+        early = args.others_until is None or trainer.step < args.others_until
+        of_others = round(args.others * args.batch_size) if early else 0
         batch = torch.cat(
             [
                 batch_indices(len(named), args.batch_size - of_others, trainer.step, args.seed),
