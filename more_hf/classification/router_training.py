@@ -154,7 +154,7 @@ def fit_router(
         raise MoreError(f"`losses` must be some of {', '.join(LOSSES)}, got {list(losses)}.")
     factors = {"remain": 1.0, "forget": lambda_forget, "balance": lambda_balance}
     head_weight, bias = (part.float() for part in head)
-    head_shifts = (head_weight.double() @ remap.shifts).float()  # (num_experts, num_classes, f)
+    head_shifts = (head_weight.double() @ remap.shifts).float().movedim(1, 2)  # (num_experts, f, num_classes)
     read = remap.D_F.T.float()
     features, weight = features.float(), nn.Parameter(weight.float().clone())
     optimizer = torch.optim.Adam([weight], lr=learning_rate)
@@ -167,8 +167,8 @@ def fit_router(
             gates = (z @ weight.T).softmax(1)
             experts = gates.argmax(1)
             choice = one_hot(experts, gates.shape[1]) + gates - gates.detach()
-            moved = torch.einsum("bf,ncf->bnc", z @ read, head_shifts[: gates.shape[1]])
-            logits = z @ head_weight.T + bias + torch.einsum("bn,bnc->bc", choice, moved)
+            asked = (choice[:, :, None] * (z @ read)[:, None]).flatten(1)  # (b, rows f): no (b, rows, num_classes)
+            logits = z @ head_weight.T + bias + asked @ head_shifts[: gates.shape[1]].flatten(0, 1)
             entropy = cross_entropy(logits, labels[index], reduction="none")
             parts = {}
             if not out.all():
