@@ -122,6 +122,15 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
     return pipe
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """A module's tests on one thread; all others share the number set above."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def emoji_sd():
     """The embedded pipeline, loaded once. Do not modify it: `copy_of_emoji_sd` is for that."""

@@ -18,6 +18,8 @@ from more_hf.evaluation.kd_training import Batches, Recipe, TrainingError, accur
 
 RECIPE = Recipe(epochs=2, batch_size=100, learning_rate=3e-3, warmup_steps=5, shift=1, flip=False)
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the script: sums over another number of threads are rounded otherwise
+
 # A process that trains on 520 digits with a checkpoint after every step, and kills itself in the step after `kill_after`.
 SCRIPT = """
 import os, signal, sys
@@ -37,15 +39,6 @@ def count(*arguments):
 kd_training.augment = count
 train({output!r}, {name!r})
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the script: sums over another number of threads are rounded otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
