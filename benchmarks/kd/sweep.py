@@ -124,17 +124,21 @@ def main() -> None:
 def draw(factor: str, own: list[dict[str, Any]]) -> Figure:
     """Harmonic means of the own head, the paper's new head and the converged one, with 95 % intervals."""
     labels = [line[factor] for line in own]
-    turned = max(map(len, labels)) > 3
-    figure = Figure(figsize=(max(6, 2 + 0.35 * len(own)), 6 if turned else 4), layout="constrained")
+    long = max(map(len, labels)) > 3  # they are read from the side, one below the other
+    figure = Figure(figsize=(9, 1.5 + 0.22 * len(own)) if long else (max(6, 2 + 0.35 * len(own)), 4), layout="constrained")
     axis = figure.subplots()
     for column in SHOWN:
         centre = [line[column] for line in own]
         ends = [[abs(line[f"{column}{end}"] - line[column]) for line in own] for end in ("_low", "_high")]
-        axis.errorbar(labels, centre, ends, label=column, capsize=3, marker="o", ms=4, ls="" if turned else "-")
-    axis.tick_params("x", rotation=90 if turned else 0)
-    axis.set_xlabel(factor)
-    axis.set_ylabel("percent")
-    axis.set_ylim(0, 103)
+        place, error = ((centre, labels), {"xerr": ends}) if long else ((labels, centre), {"yerr": ends})
+        axis.errorbar(*place, **error, label=column, capsize=3, marker="o", ms=4, ls="" if long else "-")
+    categories, percent = (axis.yaxis, axis.xaxis) if long else (axis.xaxis, axis.yaxis)
+    categories.set_label_text(factor)
+    percent.set_label_text("percent")
+    axis.set(**{"xlim" if long else "ylim": (-1, 103)})
+    if long:
+        axis.set_ylim(len(own) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(SHOWN))
     return figure
 
