@@ -138,8 +138,8 @@ def append(path: Path, line: dict) -> None:
 def best_targets(lines: list[dict[str, str]], forgotten: list[str]) -> list[str]:
     """The target, then the further ones where several are taken.
 
-    The target is, among those that differ visibly and score within one picture of ten of the best, the one that changes pictures least;
-    the further ones are the next best by score. Of several forgotten artists the mean counts, and none of them can be a target.
+    The target is, among those that differ visibly and score less than a picture of ten below the best, the one that changes pictures
+    least; the further ones are the next best by score. Of several forgotten artists the mean counts, and none of them can be a target.
     """
     own = [line for line in lines if line["forget"] in forgotten]
     possible = [target for target in EMOJI_ARTISTS if target not in forgotten]
@@ -148,7 +148,7 @@ def best_targets(lines: list[dict[str, str]], forgotten: list[str]) -> list[str]
         for column in ("score", "lpips_f")
     )
     visible = sorted((target for target in score if lpips[target] >= VISIBLE), key=lambda target: -score[target])
-    near = [target for target in visible if score[target] > score[visible[0]] - 10]
+    near = [target for target in visible if score[target] > score[visible[0]] - 5]
     first = min(near, key=lambda target: lpips[target])
     return [first, *(target for target in visible if target != first)][:SEVERAL]
 
