@@ -55,7 +55,7 @@ def test_embedded_pipeline_draws_the_same(copy_of_emoji_sd, tmp_path):
     with more_hf.disabled(pipe):
         before = torch.tensor(pipe(**draw, generator=torch.Generator().manual_seed(0)).images)
     assert (again - erased).abs().max() < 0.05  # the file is float16
-    assert (again - before).abs().mean() > 0.05
+    assert (again - before).abs().max() > 0.5
 
 
 def test_names_of_stable_diffusion_1(tiny_sd):
