@@ -85,8 +85,9 @@ def test_targets_are_chosen_by_score_then_by_the_smallest_change(script, monkeyp
     def line(forget, remap_to, score, lpips):
         return {"forget": forget, "remap_to": remap_to, "score": str(score), "lpips_f": str(lpips)}
 
-    a = [line("A", "B", 390, 0.4), line("A", "C", 385, 0.2), line("A", "D", 399, 0.1), line("A", "E", 300, 0.5)]
-    assert choose.best_targets(a, ["A"]) == ["C", "B", "E"]  # D can hardly be seen; C is within ten points of B and changes less
+    a = [line("A", "B", 390, 0.4), line("A", "C", 386, 0.2), line("A", "D", 399, 0.1), line("A", "E", 300, 0.5)]
+    assert choose.best_targets(a, ["A"]) == ["C", "B", "E"]  # D can hardly be seen; C is within five points of B and changes less
+    assert choose.best_targets([a[0], line("A", "C", 385, 0.2), *a[2:]], ["A"]) == ["B", "C", "E"]  # five points are too many
     b = [line("B", "A", 399, 0.5), line("B", "C", 200, 0.2), line("B", "D", 399, 0.3), line("B", "E", 390, 0.5)]
     assert choose.best_targets([*a, *b], ["A", "B"]) == ["D", "E", "C"]  # the mean of both, and neither itself
 
