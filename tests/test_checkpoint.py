@@ -50,12 +50,12 @@ def test_embedded_pipeline_draws_the_same(copy_of_emoji_sd, tmp_path):
     opened = open_single_file(more_hf.save_checkpoint(pipe, tmp_path / "erased.safetensors"), pipe, tmp_path / "configs")
     opened.to(torch.float32)
     opened.set_progress_bar_config(disable=True)
-    draw = {"prompt": "a rocket in the style of High Contrast", "num_inference_steps": 4, "output_type": "np"}
+    draw = {"prompt": "a house in the style of High Contrast", "num_inference_steps": 4, "output_type": "np"}
     erased, again = (torch.tensor(p(**draw, generator=torch.Generator().manual_seed(0)).images) for p in (pipe, opened))
     with more_hf.disabled(pipe):
         before = torch.tensor(pipe(**draw, generator=torch.Generator().manual_seed(0)).images)
     assert (again - erased).abs().max() < 0.05  # the file is float16
-    assert (again - before).abs().max() > 0.5
+    assert (again - before).abs().mean() > 0.1
 
 
 def test_names_of_stable_diffusion_1(tiny_sd):
