@@ -1,4 +1,4 @@
-from more_hf.cli import main
+from more_hf.cli.main import main
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the first Hugging Face import reads
 
 import pytest
 import torch
+from support.pipelines import build_tiny_sd
 from torch.utils.data import DataLoader, TensorDataset
 
 import more_hf
@@ -16,110 +17,6 @@ from more_hf.data import load_emoji_sd
 
 # More threads than this cost more than they give at the sizes of these tests.
 torch.set_num_threads(min(4, torch.get_num_threads()))
-
-WORDS = (
-    "a in of style the by painting drawing photo picture art cat dog house tree car person van gogh vincent claude "
-    "monet johannes vermeer kelly clarkson mckernan picasso pablo andy warhol"
-)
-TEXT_WIDTH = 32
-TEXT_LENGTH = 48
-
-
-def tiny_tokenizer():
-    """Build a CLIP tokenizer in memory: every byte, and the words above as far as their merges agree."""
-    from transformers import CLIPTokenizer
-
-    # CLIP writes bytes as printable characters; the printable ones stand for themselves.
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = characters + [f"{character}</w>" for character in characters]
-    merges = []
-    for word in WORDS.split():
-        left, *rest = [*word[:-1], f"{word[-1]}</w>"]
-        for right in rest:
-            merges.append((left, right))
-            left += right
-            tokens.append(left)
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=TEXT_LENGTH)
-
-
-def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
-    """
-    Build a StableDiffusionPipeline in the layout of SD `version` "1" or "2": random weights, 32x32 images, text width
-    32. Does not change the global random state.
-    """
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        PNDMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    tokenizer = tiny_tokenizer()
-    layout = {
-        "1": {"attention_head_dim": 2},
-        "2": {"attention_head_dim": [1, 2], "use_linear_projection": True},
-    }[version]
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=TEXT_LENGTH,
-                hidden_act="quick_gelu" if version == "1" else "gelu",
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        unet = UNet2DConditionModel(
-            **{
-                "sample_size": 16,
-                "in_channels": 4,
-                "out_channels": 4,
-                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-                "block_out_channels": (4, 8),
-                "layers_per_block": 1,
-                "norm_num_groups": 2,
-                "cross_attention_dim": TEXT_WIDTH,
-                **layout,
-                **unet_options,
-            }
-        )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            block_out_channels=(4, 8),
-            norm_num_groups=2,
-            latent_channels=4,
-            sample_size=32,
-        )
-    if version == "1":
-        scheduler = PNDMScheduler(skip_prk_steps=True, **noise)
-    else:
-        scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **noise)
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +50,7 @@ def tiny_sd():
 
 @pytest.fixture
 def hub(tmp_path):
-    from memory_hub import Hub
+    from support.hub import Hub
 
     return Hub(tmp_path)
 
@@ -161,7 +58,7 @@ def hub(tmp_path):
 @pytest.fixture(scope="session")
 def saved_once(tmp_path_factory):
     """A folder that `save` wrote, with the factors, and the state of the original denoiser. Not to be modified."""
-    from memory_hub import erase
+    from support.hub import erase
 
     pipe = build_tiny_sd()
     original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
@@ -176,8 +73,8 @@ def saved(saved_once, tmp_path):
 
 @pytest.fixture(scope="module")
 def short_prompts():
-    """See `tiny_pipelines.shorten`."""
-    from tiny_pipelines import shorten
+    """See `support.families.shorten`."""
+    from support.families import shorten
 
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
@@ -187,7 +84,7 @@ def short_prompts():
 @pytest.fixture(scope="module")
 def families():
     """The newer families, by name. Not to be modified."""
-    from tiny_pipelines import FAMILIES, build
+    from support.families import FAMILIES, build
 
     return {family: build(family) for family in FAMILIES}
 
@@ -195,7 +92,7 @@ def families():
 @pytest.fixture(scope="module")
 def erased_families(families, short_prompts):
     """The same, erased. Not to be modified."""
-    from tiny_pipelines import erase
+    from support.families import erase
 
     return {family: erase(copy.deepcopy(pipe)) for family, pipe in families.items()}
 
@@ -249,19 +146,3 @@ def loader(digits):
 def prototypes(digit_classifier, digits):
     images, labels = digits
     return more_hf.collect_prototypes(digit_classifier, [(images[:1200], labels[:1200])])
-
-
-def accuracies(model, digits):
-    """Percent of every class in the held-out digits."""
-    images, labels = digits[0][1200:], digits[1][1200:]
-    with torch.no_grad():
-        predicted = model.eval()(images).logits.argmax(1)
-    return torch.stack([100 * (predicted[labels == i] == i).float().mean() for i in range(10)])
-
-
-def state(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(model, before):
-    return model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -17,13 +17,15 @@ from unittest.mock import patch
 import torch
 
 import more_hf
+from more_hf.bench.artists.images import generate, lpips_distance
+from more_hf.bench.artists.judges import EmojiJudges
+from more_hf.bench.artists.prompts import read_prompts, read_targets
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
+from more_hf.core.remap import Remap
 from more_hf.data import EMOJI_ARTISTS
-from more_hf.diffusion import concepts, request
-from more_hf.evaluation.images import generate, lpips_distance
-from more_hf.evaluation.judges import EmojiJudges
-from more_hf.evaluation.prompts import read_prompts, read_targets
-from more_hf.remap import Remap
-from more_hf.report import markdown_table, write_text
+from more_hf.diffusion import encoder as concepts
+from more_hf.diffusion import plan as request
 
 
 HERE = Path(__file__).parent

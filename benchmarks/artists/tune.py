@@ -16,10 +16,10 @@ import time
 
 from choose import HERE, STYLES, THINGS, Bench, append, done, summary
 
-from more_hf.evaluation.artists import find_method
-from more_hf.evaluation.cells import told
-from more_hf.evaluation.prompts import read_prompts, read_targets
-from more_hf.report import write_text
+from more_hf.bench.artists.prompts import read_prompts, read_targets
+from more_hf.bench.artists.run import find_method
+from more_hf.bench.artists.store import told
+from more_hf.core.files import write_text
 
 
 def grid(**values) -> list[dict]:

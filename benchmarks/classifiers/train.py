@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from more_hf.bench.classes.data import load_kd_data
+from more_hf.bench.classes.models import MODELS, build_classifier, load_pretrained, pretrained_inputs
+from more_hf.bench.classes.training import Recipe, accuracy, predict, train_classifier
+from more_hf.bench.columns import write_rows
+from more_hf.bench.machine import hardware, processes
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
 from more_hf.data import load_classifier
-from more_hf.evaluation.kd_data import load_kd_data
-from more_hf.evaluation.kd_models import MODELS, build_classifier, load_pretrained, pretrained_inputs
-from more_hf.evaluation.kd_training import Recipe, accuracy, predict, train_classifier
-from more_hf.evaluation.machine import hardware, processes
-from more_hf.report import markdown_table, write_rows, write_text
 
 
 HERE = Path(__file__).parent

@@ -11,7 +11,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from train_denoiser import NOISE, build_unet
 from transformers import CLIPTextModel, CLIPTokenizer
 

@@ -17,13 +17,15 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from more_hf.baselines.diffusion import cure, oce, rece, speed, uce
-from more_hf.baselines.diffusion.without_po import without_orthogonalisation
-from more_hf.errors import PrototypeError
-from more_hf.evaluation.machine import hardware, peak_memory
-from more_hf.prototypes import Prototypes
-from more_hf.remap import Remap
-from more_hf.report import markdown_table, write_rows, write_text
+from more_hf.bench.columns import write_rows
+from more_hf.bench.machine import hardware, peak_memory
+from more_hf.bench.methods.diffusion import cure, oce, rece, speed, uce
+from more_hf.bench.methods.diffusion.without_po import without_orthogonalisation
+from more_hf.core.errors import PrototypeError
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
+from more_hf.core.prototypes import Prototypes
+from more_hf.core.remap import Remap
 
 
 matplotlib.use("Agg")

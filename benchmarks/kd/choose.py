@@ -15,13 +15,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from more_hf.baselines import classification_baseline
-from more_hf.errors import IncompatibleBaseError
-from more_hf.evaluation.kd_data import load_kd_data, split_by_class
-from more_hf.evaluation.kd_metrics import harmonic_mean
-from more_hf.evaluation.kd_run import RECIPES, Trainer
-from more_hf.evaluation.kd_training import Recipe, accuracy, predict
-from more_hf.report import markdown_table, write_rows, write_text
+from more_hf.bench.classes.data import load_kd_data, split_by_class
+from more_hf.bench.classes.metrics import harmonic_mean
+from more_hf.bench.classes.start import RECIPES, Trainer
+from more_hf.bench.classes.training import Recipe, accuracy, predict
+from more_hf.bench.columns import write_rows
+from more_hf.bench.methods import classification_baseline
+from more_hf.core.errors import IncompatibleBaseError
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
 
 
 # Chosen for one CPU core: the sources train for 3 to 10 epochs and try more rates. A method that reads all of D_r gets one epoch and two

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
+from more_hf.bench.classes.data import load_kd_data
+from more_hf.bench.classes.features import cache
+from more_hf.bench.classes.models import build_classifier
+from more_hf.bench.classes.probes import LEARNING_RATES, new_heads, sgd_probes
+from more_hf.bench.columns import write_rows
+from more_hf.bench.machine import hardware
 from more_hf.classification.heads import evaluating
-from more_hf.evaluation.kd_data import load_kd_data
-from more_hf.evaluation.kd_features import cache
-from more_hf.evaluation.kd_models import build_classifier
-from more_hf.evaluation.machine import hardware
-from more_hf.evaluation.probe import LEARNING_RATES, new_heads, sgd_probes
-from more_hf.report import write_rows
 
 
 SEEDS, EPOCHS, BATCH = (0, 1, 2, 3, 4), 10, 64

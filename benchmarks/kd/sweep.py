@@ -18,11 +18,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from more_hf.bench.classes.data import KDData, load_kd_data, split_by_class
+from more_hf.bench.classes.run import Known, run_kd
+from more_hf.bench.classes.tables import RELOADED
+from more_hf.bench.columns import write_rows
 from more_hf.classification.router_training import COMBINATIONS
-from more_hf.evaluation.kd import Known, run_kd
-from more_hf.evaluation.kd_data import KDData, load_kd_data, split_by_class
-from more_hf.evaluation.kd_outputs import RELOADED
-from more_hf.report import markdown_table, write_rows, write_text
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
 
 
 SHOWN = ("hm_t", "kr_hm_t", "kr_converged_hm_t")

@@ -12,11 +12,12 @@ methods, on the classes and seeds that the trained ones were run on: (0) all of 
 import json
 from pathlib import Path
 
-from more_hf.baselines import CLASSIFICATION, CLOSED_FORM
-from more_hf.evaluation import kd_samples
-from more_hf.evaluation.kd_outputs import REFERENCES
-from more_hf.evaluation.kd_summary import read_rows, summarise
-from more_hf.report import markdown_table, write_text
+from more_hf.bench.classes import samples as kd_samples
+from more_hf.bench.classes.summary import read_rows, summarise
+from more_hf.bench.classes.tables import REFERENCES
+from more_hf.bench.methods import CLASSIFICATION, CLOSED_FORM
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
 
 
 HERE = Path(__file__).parent

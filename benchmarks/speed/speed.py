@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import more_hf
-from more_hf.diffusion.concepts import fit_prototypes
-from more_hf.evaluation.machine import hardware, versions
-from more_hf.report import markdown_table, write_rows, write_text
+from more_hf.bench.columns import write_rows
+from more_hf.bench.machine import hardware, versions
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
+from more_hf.diffusion.encoder import fit_prototypes
 
 
 HERE = Path(__file__).parent

@@ -8,19 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from .. import erasure as store
-from ..erasure import Site
-from ..errors import MoreError, PrototypeError
-from ..hook import detach_hook
-from ..prototypes import Prototypes
-from ..record import refuse_erased_source
-from .classes import class_names, find_class
+from ..core import erasure as store
+from ..core.erasure import Site
+from ..core.errors import MoreError, PrototypeError
+from ..core.hook import detach_hook
+from ..core.prototypes import Prototypes
+from ..saving.record import refuse_erased_source
+from .erasure import ClassErasure
 from .features import collect, plain_model
 from .heads import example_pixels, find_heads, find_module
 from .hook import attach_hooks
+from .labels import class_names, find_class
+from .plan import check_request, make_request, solve
 from .proof import prover
-from .record import ClassErasure
-from .request import check_request, make_request, solve
 
 
 logger = logging.getLogger(__name__)

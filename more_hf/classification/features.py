@@ -14,13 +14,13 @@ from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..erasure import find_erasure
-from ..errors import PrototypeError, TargetNotFoundError
-from ..hook import hook_off
-from ..prototypes import PrototypeFitter, Prototypes
-from .classes import class_names
+from ..core.erasure import find_erasure
+from ..core.errors import PrototypeError, TargetNotFoundError
+from ..core.hook import hook_off
+from ..core.prototypes import PrototypeFitter, Prototypes
 from .heads import evaluating, find_heads, find_module
 from .hook import channel_dim
+from .labels import class_names
 
 
 def collect_prototypes(

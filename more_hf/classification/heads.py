@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TargetNotFoundError
+from ..core.errors import TargetNotFoundError
 
 
 def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None) -> dict[str, nn.Module]:

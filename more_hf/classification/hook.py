@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import hook
-from ..erasure import Erasure
-from ..remap import Remap
+from ..core import hook
+from ..core.erasure import Erasure
+from ..core.remap import Remap
 
 
 def channel_dim(module: nn.Module, z: Tensor) -> int:

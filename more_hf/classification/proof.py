@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..erasure import PROOF_TOLERANCE, Erasure
-from ..proof import proof_by_run
+from ..core.erasure import PROOF_TOLERANCE, Erasure
+from ..core.proof import proof_by_run
 from .heads import evaluating
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from ..errors import MoreError, TargetNotFoundError
-from ..hook import hook_off, reset_compiled
-from ..remap import Remap
-from ..routers import PrototypeRouter
-from .classes import class_names
+from ..core.errors import MoreError, TargetNotFoundError
+from ..core.hook import hook_off, reset_compiled
+from ..core.remap import Remap
+from ..core.routers import PrototypeRouter
 from .erase import get_erasure
 from .features import features_of, plain_model
+from .labels import class_names
 
 
 LOSSES = ("remain", "forget", "balance")

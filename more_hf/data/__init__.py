@@ -104,7 +104,7 @@ def load_classifier(name: str):
 
     Returns:
         [`~transformers.PreTrainedModel`]: float32 (the files hold half precision), on the CPU, in evaluation mode. It reads
-        `pixel_values` in [-1, 1] as `more_hf.evaluation.kd_data.load_kd_data` gives them.
+        `pixel_values` in [-1, 1] as `more_hf.bench.classes.data.load_kd_data` gives them.
 
     Raises:
         ValueError: for a name that is none of `CLASSIFIERS`.
@@ -114,7 +114,7 @@ def load_classifier(name: str):
     import torch
     from transformers import AutoModelForImageClassification
 
-    from ..evaluation import kd_models  # noqa: F401  (AllCNN and the small-stem ResNet register themselves)
+    from ..bench.classes import models  # noqa: F401  (AllCNN and the small-stem ResNet register themselves)
 
     with _no_loading_bars():
         options = {"dtype": torch.float32, "local_files_only": True}

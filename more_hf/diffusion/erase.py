@@ -9,16 +9,16 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from .. import erasure as store
-from ..erasure import Erasure
-from ..errors import MoreError
-from ..hook import detach_hook
-from ..record import refuse_erased_source
-from ..remap import Remap
-from .concepts import Encoder, shared_first_tokens
+from ..core import erasure as store
+from ..core.erasure import Erasure
+from ..core.errors import MoreError
+from ..core.hook import detach_hook
+from ..core.remap import Remap
+from ..saving.record import refuse_erased_source
+from .encoder import Encoder, shared_first_tokens
 from .hook import attach_hook, make_hook
+from .plan import make_request, solve
 from .proof import prover
-from .request import make_request, solve
 from .sites import Denoiser, check_widths, find_denoiser, find_sites, lora_branches
 from .text import text_of
 

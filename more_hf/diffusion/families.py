@@ -17,7 +17,7 @@ from diffusers.models.embeddings import ImageProjection
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
-from ..errors import TargetNotFoundError
+from ..core.errors import TargetNotFoundError
 
 
 CUSTOM_DIFFUSION = (

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import hook
-from ..erasure import Erasure
-from ..remap import Remap
+from ..core import hook
+from ..core.erasure import Erasure
+from ..core.remap import Remap
 from .sites import Denoiser
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..erasure import PROOF_TOLERANCE, Erasure
-from ..hook import hook_off
-from ..proof import proof_by_run
-from ..remap import Remap
+from ..core.erasure import PROOF_TOLERANCE, Erasure
+from ..core.hook import hook_off
+from ..core.proof import proof_by_run
+from ..core.remap import Remap
 from .sites import Denoiser, lora_branches
 
 

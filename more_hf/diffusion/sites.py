@@ -11,8 +11,8 @@ from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from ..erasure import Site, check_unshared
-from ..errors import TargetNotFoundError
+from ..core.erasure import Site, check_unshared
+from ..core.errors import TargetNotFoundError
 from .families import FAMILIES, Family, family_of
 from .text import text_of
 

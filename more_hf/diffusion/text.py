@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
-from ..errors import TargetNotFoundError
+from ..core.errors import TargetNotFoundError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Styles and things forgotten by a text-to-image pipeline."""

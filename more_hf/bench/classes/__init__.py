@@ -1,0 +1,1 @@
+"""Classes and samples forgotten by an image classifier."""

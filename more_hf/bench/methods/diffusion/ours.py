@@ -1,0 +1,42 @@
+"""Ours, in the variants of the table that are more than `erase_concept` with other targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from tempfile import TemporaryDirectory
+
+from diffusers import DiffusionPipeline
+
+import more_hf
+
+from ....diffusion.erase import erase_concept
+from .names import Concepts
+
+
+more_random = partial(erase_concept, router="random")
+more_hash = partial(erase_concept, router="hash")
+
+
+def more_reloaded(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: str | Sequence[str] | None,
+    retain: Sequence[str] | None,
+    solver: str = "auto",
+    tokens: str = "positions",
+) -> DiffusionPipeline:
+    """Erase, save, and return what plain `DiffusionPipeline.from_pretrained` loads: a new pipeline, with nothing of ours attached.
+
+    What people run who download an erased pipeline. On the device and in the dtype of `pipe`, which is erased, too.
+
+    Args:
+        pipe, concepts, remap_to, retain, solver, tokens: as in `erase_concept`.
+
+    Raises `PrototypeError`, `TargetNotFoundError` and `AlreadyErasedError` as `erase_concept` does.
+    """
+    erase_concept(pipe, concepts, remap_to=remap_to, retain=retain, solver=solver, tokens=tokens)
+    with TemporaryDirectory() as folder:
+        more_hf.save(pipe, folder)
+        return DiffusionPipeline.from_pretrained(folder, dtype=pipe.dtype).to(pipe.device)

@@ -1,0 +1,135 @@
+"""Forgetting single samples of all classes (MoRE, section 4.3 and Algorithm 3): a class's mean over the forgotten samples is sent to its
+mean over the others, and the edit is absorbed into the head's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.erasure import PROOF_TOLERANCE, Site, check_unshared, find_erasure, written
+from ..core.errors import AlreadyErasedError, PrototypeError, TargetNotFoundError
+from ..core.prototypes import Prototypes
+from .features import collect, plain_model
+from .heads import evaluating
+
+
+@dataclass(frozen=True)
+class SampleErasure:
+    """What `forget_samples` did: E = I + shift · read, near the identity.
+
+    Attributes:
+        forget, remain (`Prototypes`): P_f and P_r, the class means of the forgotten samples and of the others.
+        shift (`Tensor`): `(d, r)`, read (`Tensor`): `(r, d)`, float64. P_r − P_f and P_f⁺, r = k; as printed [−P_f, P_r] and
+            [P_f⁺; P_r⁺], r = 2k.
+        facts (`dict`): what `verify` measures, and the largest relative change of a weight, `weight_changed`.
+    """
+
+    forget: Prototypes
+    remain: Prototypes
+    shift: Tensor
+    read: Tensor
+    facts: dict[str, float]
+    _site: Site = field(repr=False)
+    _original: Tensor = field(repr=False)
+
+    def restore(self) -> None:
+        """Put the head's original weight back, bit for bit. It is kept here, not with the model."""
+        self._site.write(self._original)
+
+
+def forget_samples(
+    model: nn.Module, forget: Iterable[Any], remain: Iterable[Any], *, head: str | None = None, as_printed: bool = False
+) -> SampleErasure:
+    """Make a classifier treat some of its training samples as it treats the others of their classes, in place and in closed form.
+
+    E = I + (P_r − P_f) P_f⁺, and the head's weight W becomes W E; no hook. Only E p_f = p_r is promised: the remain means are not in the
+    dual, so that E is no projection and E z still shows P_f⁺ z. As the two means of a class are close, E is close to the identity.
+
+    Args:
+        model (`nn.Module`): a classifier as in `erase_classes`.
+        forget, remain (`Iterable`): batches as in `erase_classes`, each with samples of every class.
+        head (`str`, *optional*): name of the head, where running the model does not find it.
+        as_printed (`bool`, defaults to `False`): Algorithm 3 to the letter, E = I − P_f P_f⁺ + P_r P_r⁺, for comparison. It sends p_f to
+            its projection on the span of P_r, not to p_r.
+
+    Returns:
+        `SampleErasure`: factors and measurements, and `restore`.
+
+    Raises:
+        `PrototypeError`: a class has no sample on one side, or the forgotten means are linearly dependent. `AlreadyErasedError`: classes
+        were erased from the model. `TargetNotFoundError`: there is not one head that can be edited, or the edit drowns in the rounding
+        of its dtype. The model is unchanged then.
+    """
+    plain = plain_model(model)
+    if find_erasure(plain) is not None:
+        raise AlreadyErasedError("Classes were erased from this model. Forget samples first, or `more_hf.restore` it.")
+    heads, P_f = collect(plain, forget, head=head, at=None, second_moment=False)
+    _, P_r = collect(plain, remain, head=head, at=None, second_moment=False)
+    if len(heads) != 1:
+        raise TargetNotFoundError(f"The edit is absorbed into one head, and this model has {', '.join(heads)}. Name one with `head`.")
+    ((name, module),) = heads.items()
+    site = Site(name, module)
+    check_unshared({name: site}, plain)
+    shift, read = factors(P_f.matrix, P_r.matrix, as_printed)
+
+    weight = site.read()
+    change = (weight.double() @ shift.to(weight.device)) @ read.to(weight.device)
+    facts = measure(P_f.matrix, P_r.matrix, shift, read)
+    facts["weight_changed"] = float(change.norm() / weight.double().norm())
+    original = weight.to("cpu", copy=True)
+    expected = P_f.matrix + shift @ (read @ P_f.matrix)
+    with evaluating(plain):
+        source, target = _outputs(module, P_f.matrix, weight), _outputs(module, expected, weight)
+        with written({name: site}, {name: (weight.double() + change).to(weight.dtype)}, keep=True):
+            missed = float((_outputs(module, P_f.matrix, weight) - target).norm() / (source - target).norm())
+            if not missed < PROOF_TOLERANCE[weight.dtype]:
+                raise TargetNotFoundError(
+                    f"`{name}` does not treat the forgotten means as the others after the edit (off by {missed:.2g} of their difference): "
+                    f"the change, {facts['weight_changed']:.1e} of the weight, drowns in the rounding of {weight.dtype}, or something "
+                    "besides the weight decides. The model is as it was. Use `model.float()`, and take adapters off the head."
+                )
+    return SampleErasure(P_f, P_r, shift, read, {**facts, "proof": missed}, site, original)
+
+
+def factors(P_f: Tensor, P_r: Tensor, as_printed: bool) -> tuple[Tensor, Tensor]:
+    """`shift` and `read` for class means `(d, k)`. Raises `PrototypeError` where the k forgotten means are linearly dependent."""
+    d, k = P_f.shape
+    rank = int(torch.linalg.matrix_rank(P_f))
+    if rank < k:
+        raise PrototypeError(
+            f"The {k} forgotten class means span {rank} of {d} dimensions: they are dependent, so that they cannot be sent to {k} others. "
+            "Forget samples at a wider layer."
+        )
+    dual = torch.linalg.pinv(P_f)
+    if as_printed:
+        return torch.cat([-P_f, P_r], 1), torch.cat([dual, torch.linalg.pinv(P_r)])
+    return P_r - P_f, dual
+
+
+def measure(P_f: Tensor, P_r: Tensor, shift: Tensor, read: Tensor) -> dict[str, float]:
+    """What holds of E and what does not, as relative errors of the worst class.
+
+    - `forget_to_remain`: ‖E p_f − p_r‖ / ‖p_f − p_r‖, about 1e-13; of order 1 as printed
+    - `remain_moved`: ‖E p_r − p_r‖ / ‖p_r − p_f‖, of order 1: remain means are not fixed (G1 is for forget means alone)
+    - `idempotent`: ‖E² − E‖ / ‖E − I‖, of order 1: no projection (G2 does not hold)
+    - `nothing_left`: ‖P_f⁺ E‖ / ‖P_f⁺‖, of order 1: E z still shows the forgotten means (G3 does not hold)
+    - `change`: ‖E − I‖ / ‖I‖, Frobenius, small where the two means of each class are close
+    """
+    eye = torch.eye(len(P_f), dtype=P_f.dtype)
+    E, dual = eye + shift @ read, torch.linalg.pinv(P_f)
+    apart = (P_f - P_r).norm(dim=0)
+    return {
+        "forget_to_remain": float(((E @ P_f - P_r).norm(dim=0) / apart).max()),
+        "remain_moved": float(((E @ P_r - P_r).norm(dim=0) / apart).max()),
+        "idempotent": float((E @ E - E).norm() / (E - eye).norm()),
+        "nothing_left": float((dual @ E).norm() / dual.norm()),
+        "change": float((E - eye).norm() / eye.norm()),
+    }
+
+
+def _outputs(head: nn.Linear, P: Tensor, weight: Tensor) -> Tensor:
+    return head(P.T.to(weight)).double()

@@ -1,0 +1,47 @@
+"""A folder of images, one sub-folder per class, as batches for a classifier."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+
+from ..core.errors import PrototypeError
+from .labels import find_class
+
+
+def load_image_folder(
+    folder: str | os.PathLike, names: Sequence[str], processor: Callable[..., Any], *, channels: int = 3, batch_size: int = 32
+) -> DataLoader:
+    """Batches of `pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)` int64, the model's class numbers.
+
+    Args:
+        folder: in the layout of `datasets`' imagefolder, `folder/CLASS/*.png`, or `folder/train/CLASS/*.png`; other splits are not read.
+        names (`Sequence[str]`): the model's classes. A sub-folder is called like a class, one of its synonyms, or its number.
+        processor: the model's image processor.
+        channels (`int`, defaults to 3): 1 for grey images.
+        batch_size (`int`, defaults to 32): images in a batch.
+
+    Raises `PrototypeError` for a folder without sub-folders, and for one that is called like no class.
+
+    Example:
+
+        >>> from transformers import AutoImageProcessor
+        >>> processor = AutoImageProcessor.from_pretrained("google/vit-base-patch16-224")  # doctest: +SKIP
+        >>> loader = load_image_folder("pictures", ["cat", "dog"], processor)  # doctest: +SKIP
+    """
+    images = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    if "label" not in images.features:
+        raise PrototypeError(f"{folder} has images without labels. Put the images of each class into a folder of the class's name.")
+    numbers = [names.index(find_class(names, name)) for name in images.features["label"].names]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = [row["image"].convert("L" if channels == 1 else "RGB") for row in rows]
+        labels = torch.tensor([numbers[row["label"]] for row in rows])
+        return {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"], "labels": labels}
+
+    return DataLoader(images, batch_size=batch_size, collate_fn=collate)

@@ -1,0 +1,48 @@
+"""Prompts that name a concept, and ordinary ones that do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+
+
+TEMPLATES = (
+    "{}",
+    "{} style",
+    "a picture by {}",
+    "an image of a tree by {}",
+    "a house in the style of {}",
+    "a horse in {}'s style",
+    "{}'s drawing of a flower",
+    "a {} drawing of a boat",
+    "{} cat",
+    "a chair, {} style",
+    "a photo of a {}",
+    "a {} on a table",
+    "a small {} next to a dog",
+    "a {} in the rain",
+)
+
+
+def names_in(text: str, name: str) -> bool:
+    """Whether `text` contains `name` as whole words, whatever the case."""
+    return re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", text.casefold()) is not None
+
+
+@cache
+def packaged_prompts(file: str) -> tuple[str, ...]:
+    """The lines of a file of prompts in the package."""
+    lines = files("more_hf").joinpath("data", file).read_text("utf-8").splitlines()
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def everyday_prompts(tokenizer: Callable) -> tuple[str, ...]:
+    """The ordinary prompts behind Σ: of the two lists in the package, general prompts and those of the embedded pipeline, the one that
+    the tokenizer cuts into fewer pieces a word, since an encoder knows the words that its tokenizer keeps whole."""
+
+    def pieces(prompts: tuple[str, ...]) -> float:
+        return sum(map(len, tokenizer(list(prompts), verbose=False).input_ids)) / sum(len(prompt.split()) for prompt in prompts)
+
+    return min(packaged_prompts("everyday_prompts.txt"), packaged_prompts("emoji_prompts.txt"), key=pieces)

@@ -1,1 +1,0 @@
-"""Pictures and numbers: what an edit did to a model."""

@@ -1,0 +1,1 @@
+"""Folders with a record, checks, the Hub, LoRA files and single-file checkpoints."""

@@ -1,0 +1,58 @@
+"""A classifier's part of `more_hf.save` and `more_hf.load`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from ..classification.erasure import ClassErasure
+from ..classification.features import plain_model
+from ..classification.heads import find_module
+from ..classification.hook import attach_hooks
+from ..core import erasure as store
+from ..core.erasure import Erasure, Site
+from ..core.errors import ExportError, IncompatibleBaseError
+from .record import DELTA, Record, edited_in, read_delta
+
+
+def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
+    """The classifier inside DDP or `torch.compile`. Raises `ExportError` where a folder would hold the original."""
+    model = plain_model(model)
+    if erasure.request["at"] is not None:
+        raise ExportError(
+            f"The classes are forgotten by a hook on `{erasure.request['at']}` only; the weights are the original's, and saving would "
+            "publish them. Erase at the head (leave `at` out) to get a model that can be saved."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ExportError(
+            f"{type(model).__name__} is not a model of Transformers, and has no `save_pretrained`. Its weights are the erased ones: save "
+            "its `state_dict()`, or wrap a timm model in `TimmWrapperForImageClassification` first."
+        )
+    return model
+
+
+def load_classifier(source: str | os.PathLike, folder: Path, record: Record, **kwargs: Any) -> PreTrainedModel:
+    """The classifier with its record, and with its hook where the factors are in the folder. Raises `IncompatibleBaseError` if the
+    weights are not those that the record was written for."""
+    model = AutoModelForImageClassification.from_pretrained(source, variant=record.variant, use_safetensors=True, **kwargs)
+    if (found := edited_in(folder, record)) != record.edited:
+        raise IncompatibleBaseError(
+            f"The head in {folder} has the fingerprint {found}, but the record beside it was written for {record.edited}: the weights were "
+            "replaced or trained since. Erase from the original model again, or use `from_pretrained`, which reads no record."
+        )
+    sites = {name: Site(name, find_module(model, name), space=name) for name in record.sites}
+    remaps = read_delta(folder / DELTA) if (folder / DELTA).is_file() else {}
+    erasure = ClassErasure(record.request, None, sites, None, record.guarantees, record.proof, record.facts)
+    if remaps:
+        erasure.remap, erasure.remaps = next(iter(remaps.values())), remaps
+        attach_hooks(model, {name: site.module for name, site in sites.items()}, erasure)
+        with safe_open(folder / DELTA, "pt") as file:
+            if "router.weight" in file.keys():
+                erasure.hook.router.weight = file.get_tensor("router.weight").to(erasure.hook.router.weight)
+    store.remember(model, erasure)
+    return model

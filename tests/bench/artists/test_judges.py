@@ -1,0 +1,132 @@
+import pytest
+import torch
+
+from more_hf.bench.artists.images import generate
+from more_hf.bench.artists.judges import ClipJudges, EmojiJudges, JudgeError, pooled_features, without_artist
+from more_hf.bench.artists.prompts import PromptRow, read_prompts
+from more_hf.data import EMOJI_ARTISTS
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return EmojiJudges()
+
+
+def test_what_ships_says_what_it_is_worth(judges):
+    assert judges.artists == list(EMOJI_ARTISTS)
+    judges.check(read_prompts("emoji10").rows)
+    judges.check(read_prompts("emoji10_validation").rows)
+    for column, least in (("artist_accuracy", 40), ("thing_accuracy", 75)):
+        assert list(judges.facts[column]) == judges.artists
+        assert min(judges.facts[column].values()) >= least
+    for artist, taken_for in judges.facts["confusion"].items():
+        assert sum(taken_for.values()) == pytest.approx(100, abs=0.6)
+        assert taken_for[artist] == judges.facts["artist_accuracy"][artist]
+
+
+def test_they_beat_chance_on_the_pipelines_pictures(emoji_sd, judges):
+    rows = [row for row in read_prompts("emoji10").rows if row.artist and row.case_number % 20 in (1, 6, 13)]
+    images = generate(emoji_sd, [row.prompt for row in rows], [row.evaluation_seed for row in rows], steps=8, guidance=5.0)
+    style, content = judges.judge(images, rows)
+    right = sum(artist == row.artist for artist, row in zip(style, rows, strict=True))
+    assert right / len(rows) > 0.25  # chance is 0.1
+    assert sum(content) / len(rows) > 0.3  # chance is below 0.01
+    # noise shows no thing
+    noise = torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert sum(judges.judge(noise, rows)[1]) <= 2
+    # each picture is judged for itself
+    assert judges.judge(images[3:5], rows[3:5]) == (style[3:5], content[3:5])
+
+
+def test_without_a_thing_nothing_is_asked(judges):
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    rows = [PromptRow(0, "Noto", 1, "Noto"), PromptRow(1, "a crab", 1, "", "crab")]
+    assert judges.judge(images, rows)[1][0] is None
+    with pytest.raises(JudgeError, match="Case 2 has the thing 'crabs'"):
+        judges.check([*rows, PromptRow(2, "crabs", 1, "Noto", "crabs")])
+    with pytest.raises(JudgeError, match="the artist 'Van Gogh'"):
+        judges.check([PromptRow(2, "a crab by Van Gogh", 1, "Van Gogh", "crab")])
+
+
+def test_the_features_by_hand(judges):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = pooled_features(judges.lpips, images, batch_size=1)
+    large = torch.nn.functional.interpolate(images, size=(128, 128), mode="bilinear")
+    first = judges.lpips.net.slice1(judges.lpips.scaling_layer(large))
+    assert z.shape == (2, 3 * (64 + 192 + 384 + 256 + 256))
+    torch.testing.assert_close(z[:, :64], first.flatten(2).mean(2))
+    torch.testing.assert_close(z[:, 64:128], first.flatten(2).std(2))
+    torch.testing.assert_close(z[:, 128:192], first.flatten(2).max(2).values)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip():
+    """A real open_clip CLIP at a tiny size, and a tokenizer of letters."""
+    import open_clip
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(
+            embed_dim=16,
+            vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+            text_cfg={"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        )
+    return model, open_clip.SimpleTokenizer()
+
+
+CLIP_ROWS = [
+    PromptRow(0, "a cat in the style of Van Gogh", 1, "Van Gogh"),
+    PromptRow(1, "Van Gogh's dog", 2, "Van Gogh"),
+    PromptRow(2, "a cat by Picasso", 3, "Pablo Picasso"),
+    PromptRow(3, "a cat by Pablo Picasso", 4, "Pablo Picasso"),
+    PromptRow(4, "a tree", 5, ""),
+    PromptRow(5, "a house", 6, ""),
+]
+
+
+def test_clip_judges_against_a_plain_loop(tiny_clip):
+    model, tokenizer = tiny_clip
+    judges = ClipJudges(model, tokenizer, CLIP_ROWS)
+    judges.check(CLIP_ROWS)
+    images = torch.randint(0, 256, (6, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    style, content = judges.judge(images, CLIP_ROWS)
+
+    def similarity(image, text):
+        small = torch.nn.functional.interpolate(image[None] / 255, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+        deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+        with torch.no_grad():
+            a, b = model.encode_image((small - mean) / deviation), model.encode_text(tokenizer([text]))
+        return float(torch.nn.functional.cosine_similarity(a, b))
+
+    artists = ["Van Gogh", "Pablo Picasso"]
+    assert style == [max(artists, key=lambda a: similarity(image, f"a picture in the style of {a}")) for image in images]
+    sentences = {
+        "Van Gogh": ["a cat in the style of the artist", "the artist's dog"],
+        "Pablo Picasso": ["a cat by the artist"],
+        "": ["a tree", "a house"],
+    }
+    own = [*sentences["Van Gogh"], *sentences["Pablo Picasso"] * 2, *sentences[""]]
+    best = [max(sentences[row.artist], key=lambda text: similarity(image, text)) for image, row in zip(images, CLIP_ROWS, strict=True)]
+    assert content == [int(a == b) for a, b in zip(best, own, strict=True)]
+    assert content[2] == content[3] == 1  # the same sentence twice counts as one
+    with pytest.raises(JudgeError, match="No CLIP judge nothing openai"):
+        ClipJudges.load(CLIP_ROWS, model="nothing", pretrained="openai")
+    with pytest.raises(JudgeError, match="Case 6"):
+        judges.check([PromptRow(6, "a boat by Picasso", 1, "Pablo Picasso")])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "artist", "left"),
+    [
+        ("A field in Van Gogh's style", "Van Gogh", "A field in the artist's style"),
+        ("a bull, picasso 1911", "Pablo Picasso", "a bull, the artist 1911"),
+        ("a bull by Pablo Picasso", "Pablo Picasso", "a bull by the artist"),
+        ("Ajin: Demi Human, a train", "Ajin: Demi Human", "the artist, a train"),
+        ("the ghosts of Ajin", "Ajin: Demi Human", "the ghosts of the artist"),
+        ("an English engine by Kilian Eng", "Kilian Eng", "an English engine by the artist"),
+        ("a tree", "", "a tree"),
+    ],
+)
+def test_the_prompt_without_the_artist(prompt, artist, left):
+    assert without_artist(prompt, artist) == left

@@ -1,0 +1,230 @@
+"""Numbers of the knowledge-deletion benchmark, each against scikit-learn, numpy, a loop, or a case by hand."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from more_hf.bench.classes.membership import (
+    confidence,
+    loss_attack,
+    modified_entropy,
+    sample_losses,
+    shadow_attack,
+)
+from more_hf.bench.classes.metrics import accuracy, auc, expert_load, harmonic_mean, kd_scores
+from more_hf.bench.classes.probes import Probe, converged_probe, new_heads, probe_scores, sgd_probes
+from more_hf.bench.classes.similarity import class_means, linear_cka, prototype_cosines
+from more_hf.core.prototypes import PrototypeFitter
+from more_hf.core.remap import Remap
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(n=600, d=8, k=4, spread=1.0, seed=0):
+    """Gaussian classes with means of their own, not centred, `n` samples in turn."""
+    means = 2 * torch.randn(k, d, generator=generator(100)) + 1
+    labels = torch.arange(n) % k
+    return means[labels] + spread * torch.randn(n, d, generator=generator(seed)), labels
+
+
+# accuracies
+
+
+def test_accuracy_is_percent():
+    logits = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
+    assert accuracy(logits, torch.tensor([0, 1, 0])) == pytest.approx(200 / 3)
+    with pytest.raises(ValueError, match="at least one sample"):
+        accuracy(logits[:0], torch.zeros(0, dtype=torch.int64))
+
+
+def test_harmonic_mean_reproduces_the_paper():
+    """Rows of MoRE's Table 1, to the digits printed there."""
+    for acc_f, acc_r, hm in ((99.92, 99.94, 0.16), (0.0, 99.15, 99.57), (72.62, 97.06, 42.71), (91.80, 91.07, 15.05)):
+        assert harmonic_mean(acc_f, acc_r) == pytest.approx(hm, abs=0.006)
+    assert harmonic_mean(100, 0) == 0
+    assert kd_scores({"f": 0, "r": 100, "ft": 100, "rt": 50}) == {
+        "acc_f": 0, "acc_r": 100, "acc_ft": 100, "acc_rt": 50, "hm": 100, "hm_t": 0
+    }  # fmt: skip
+
+
+def test_auc_against_sklearn_with_ties():
+    positive, negative = (torch.randint(0, high, (n,), generator=generator(high)).float() for high, n in ((9, 70), (7, 110)))
+    expected = roc_auc_score(np.repeat([1, 0], [70, 110]), torch.cat([positive, negative]))
+    assert auc(positive, negative) == pytest.approx(100 * expected)
+    assert auc(positive + 100, negative) == 100
+    noise = 1e-7 * torch.arange(70)  # an order that is rounding, not evidence
+    assert auc(noise + 1e-5, noise) > 99
+    assert auc(noise + 1e-5, noise, resolution=1e-3) == 50
+
+
+def test_expert_load_by_hand():
+    load = expert_load(torch.tensor([0, 0, 0, 1]), 3)
+    assert load["shares"] == [75, 25, 0]
+    assert load["cv"] == pytest.approx(np.std([3, 1, 0]) / np.mean([3, 1, 0]))
+    assert expert_load(torch.arange(12) % 3, 3)["cv"] == pytest.approx(0, abs=1e-12)
+
+
+# probes
+
+
+def one_after_another(features, labels, k, lr, seed, epochs, batch_size):
+    """A probe as anyone would write it: nn.Linear, torch's SGD, one batch at a time."""
+    weight, shuffle = new_heads(features(0, seed).shape[1], k, seed)
+    head = nn.Linear(weight.shape[1], k)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.zero_()
+    optimizer = torch.optim.SGD(head.parameters(), lr=lr)
+    for epoch in range(epochs):
+        z = features(epoch, seed)
+        for rows in torch.randperm(len(labels), generator=shuffle).split(batch_size):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(head(z[rows]), labels[rows]).backward()
+            optimizer.step()
+    return head
+
+
+def test_batched_probes_are_the_single_ones():
+    z, labels = blobs()
+    z = z[:570]  # the last batch is a short one
+    labels = labels[:570]
+
+    def redrawn(epoch, seed):
+        return z + 0.5 * torch.randn(z.shape, generator=generator(1000 * epoch + seed))
+
+    for features in (lambda epoch, seed: z, redrawn):
+        probes = sgd_probes(features, labels, 4, learning_rates=(0.1, 0.001), seeds=(3, 5, 4), epochs=3)
+        assert list(probes) == [(lr, seed) for lr in (0.1, 0.001) for seed in (3, 5, 4)]
+        for (lr, seed), probe in probes.items():
+            head = one_after_another(features, labels, 4, lr, seed, epochs=3, batch_size=64)
+            assert torch.allclose(probe.weight, head.weight, atol=1e-5)
+            assert torch.allclose(probe.bias, head.bias, atol=1e-5)
+            assert (probe.weight - new_heads(8, 4, seed)[0]).abs().max() > 0.01
+    fixed, fresh = (sgd_probes(f, labels, 4, learning_rates=(0.1,), seeds=(0,), epochs=2)[0.1, 0] for f in (z, redrawn))
+    assert (fixed.weight - fresh.weight).abs().max() > 0.01
+
+
+def test_converged_probe_is_sklearns():
+    z, labels = blobs(spread=3.0)
+    for C in (1.0, 100.0):
+        probe = converged_probe(z, labels, 4, C=C)
+        reference = LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(z.double().numpy(), labels.numpy())
+        assert np.allclose(probe.weight, reference.coef_, atol=2e-5)
+        gap = probe.bias.numpy() - reference.intercept_
+        assert np.allclose(gap, gap[0], atol=1e-4)  # softmax does not see a constant
+
+
+def test_converged_probe_on_singular_features_beats_short_training():
+    z, labels = blobs(spread=3.0)
+    z = torch.cat([z, z[:, :3], torch.ones(len(z), 1)], dim=1)  # rank 8 of 12
+    final, short = converged_probe(z, labels, 4), sgd_probes(z, labels, 4, learning_rates=(0.001,), seeds=(0,))[0.001, 0]
+    losses = [nn.functional.cross_entropy(probe(z), labels).item() for probe in (final, short)]
+    assert losses[0] < 0.7 * losses[1]
+
+
+def splits_of(z, labels, forget=0):
+    """The same samples as training and as test data."""
+    gone = labels == forget
+    features = {"f": z[gone], "ft": z[gone], "r": z[~gone], "rt": z[~gone]}
+    return features, {"f": labels[gone], "ft": labels[gone], "r": labels[~gone], "rt": labels[~gone]}
+
+
+def test_probe_scores_by_hand():
+    probe = Probe(torch.eye(3), torch.zeros(3))
+    features = {"f": torch.eye(3)[[0, 0, 1]], "r": torch.eye(3)[[1, 2]], "ft": torch.eye(3)[[0, 1]], "rt": torch.eye(3)[[1, 1, 2, 0]]}
+    labels = {"f": torch.zeros(3).long(), "r": torch.tensor([1, 2]), "ft": torch.zeros(2).long(), "rt": torch.tensor([1, 1, 2, 2])}
+    scores = probe_scores(probe, features, labels, forget=[0], targets=[1])
+    assert scores["acc_f"] == pytest.approx(200 / 3)
+    assert (scores["acc_r"], scores["acc_ft"], scores["acc_rt"]) == (100, 50, 75)
+    # ft scores high, low; rt low, low, low, high: of eight pairs three won and four tied, in the ranking against the rest
+    assert scores["auc_rest"] == pytest.approx(100 * (3 + 4 / 2) / 8)
+    assert scores["auc_target"] == pytest.approx(100 * (2 + 2 / 2) / 4)
+    assert np.isnan(probe_scores(probe, features, labels, forget=[0])["auc_target"])
+
+
+def test_no_probe_tells_a_remapped_class_from_its_target_and_one_tells_an_erased_one():
+    """G5: prototypes fitted on the probe's own data. The controls are the unedited features and erasure without a target."""
+    z, labels = blobs(n=800, d=12)
+    prototypes = PrototypeFitter(12, "abcd").update(z, labels).prototypes
+    scores = {}
+    for name, targets in (("before", None), ("erase", [[None]]), ("remap", [["c"]])):
+        after = z.double() if targets is None else Remap.fit(prototypes, ["a"], targets).apply(z.double())
+        probe = converged_probe(after, labels, 4, C=1.0)
+        scores[name] = probe_scores(probe, *splits_of(after, labels), forget=[0], targets=[2])
+    assert scores["remap"]["auc_target"] == 50
+    assert scores["before"]["auc_target"] > 99
+    assert scores["erase"]["auc_target"] > 90
+    assert scores["remap"]["auc_rest"] < scores["before"]["auc_rest"]
+
+
+# membership
+
+
+def test_modified_entropy_against_a_loop():
+    logits, labels = torch.randn(6, 3, generator=generator()), torch.tensor([0, 1, 2, 0, 1, 2])
+    p = logits.double().softmax(1).numpy()
+    for i, found in enumerate(modified_entropy(logits, labels)):
+        y = int(labels[i])
+        expected = -(1 - p[i, y]) * np.log(p[i, y]) - sum(p[i, j] * np.log(1 - p[i, j]) for j in range(3) if j != y)
+        assert float(found) == pytest.approx(expected)
+    sure = torch.tensor([[200.0, 0, 0]]).repeat(2, 1)
+    assert torch.isfinite(modified_entropy(sure, torch.tensor([0, 1]))).all()
+    assert torch.allclose(confidence(logits, labels), torch.tensor(p)[torch.arange(6), labels])
+    assert torch.allclose(sample_losses(logits, labels), -torch.tensor(p)[torch.arange(6), labels].log())
+
+
+def test_loss_attack_finds_members_and_only_members():
+    low, high = torch.rand(400, generator=generator(1)), torch.rand(300, generator=generator(2)) + 0.8
+    found = loss_attack(low, high)
+    assert 80 < found["mia_loss_low"] < found["mia_loss"] < found["mia_loss_high"] <= 100
+    assert found["mia_loss_auc"] == pytest.approx(100 * roc_auc_score(np.repeat([1, 0], [400, 300]), -torch.cat([low, high])))
+    nothing = loss_attack(low, torch.rand(300, generator=generator(3)))
+    assert nothing["mia_loss_low"] < 50 < nothing["mia_loss_high"]
+    assert loss_attack(low, high, seed=1) != found
+    assert loss_attack(low, high) == found
+
+
+def test_loss_attack_is_five_stratified_splits():
+    from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
+
+    forget, unseen = torch.randn(80, generator=generator(0)), torch.randn(80, generator=generator(1)) + 1
+    order = np.random.default_rng(0)
+    x = np.concatenate([np.asarray(side.double())[order.permutation(80)] for side in (forget, unseen)])[:, None]
+    folds = StratifiedShuffleSplit(5, test_size=0.1, random_state=0)
+    expected = cross_val_score(LogisticRegression(), x, np.repeat([1, 0], 80), cv=folds).mean()
+    assert loss_attack(forget, unseen)["mia_loss"] == pytest.approx(100 * expected)
+
+
+def test_shadow_attack_counts_non_members():
+    seen, unseen = 0.9 + 0.1 * torch.rand(200, generator=generator(0)), 0.6 * torch.rand(150, generator=generator(1))
+    assert shadow_attack(seen, unseen, torch.full((50,), 0.95)) == 0
+    assert shadow_attack(seen, unseen, torch.full((50,), 0.3)) == 100
+    assert shadow_attack(seen, unseen, torch.tensor([0.95, 0.3, 0.3, 0.3])) == 75
+
+
+# similarity
+
+
+def test_class_means_and_cosines_by_hand():
+    z, labels = torch.tensor([[2.0, 0], [4, 0], [0, 1], [0, 3]]), torch.tensor([0, 0, 1, 1])
+    means = class_means(z, labels, 3)
+    assert torch.equal(means, torch.tensor([[3.0, 0], [0, 2], [0, 0]]).double())
+    after = means[[1, 1, 2]]  # class 0 was sent to class 1
+    assert torch.allclose(prototype_cosines(means, after), torch.tensor([[0.0, 0, 0], [1, 1, 0], [0, 0, 0]]).double())
+
+
+def test_linear_cka_is_the_kernel_form_and_has_its_invariances():
+    X, Y = torch.randn(40, 5, generator=generator(0)).double(), torch.randn(40, 7, generator=generator(1)).double()
+    Y[:, :3] += X[:, :3]
+    centre = torch.eye(40).double() - 1 / 40
+    K, L = (centre @ Z @ Z.T @ centre for Z in (X, Y))
+    assert linear_cka(X, Y) == pytest.approx(((K * L).sum() / (K.norm() * L.norm())).item())
+    rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator(2)).double()).Q
+    assert linear_cka(X, 3 * X @ rotation + 1) == pytest.approx(1)
+    assert linear_cka(X, torch.ones(40, 2)) == 0
+    assert 0.05 < linear_cka(X, Y) < 0.95

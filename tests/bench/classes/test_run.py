@@ -1,0 +1,421 @@
+"""The knowledge-deletion benchmark from one call: cells, resume, rows, tables, plots; against independent recomputation."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from more_hf.api import get_erasure
+from more_hf.bench.artists.store import BenchmarkError
+from more_hf.bench.classes import measure as measuring
+from more_hf.bench.classes import probes as probe
+from more_hf.bench.classes import run as kd
+from more_hf.bench.classes import start as kd_run
+from more_hf.bench.classes.data import load_kd_data, split_by_class
+from more_hf.bench.classes.features import cache, same_backbone
+from more_hf.bench.classes.models import AllCNNForImageClassification
+from more_hf.bench.classes.similarity import class_means
+from more_hf.bench.classes.summary import read_rows, summarise
+from more_hf.bench.classes.tables import rebuild
+from more_hf.bench.classes.training import accuracy, predict
+from more_hf.bench.methods import classification_baseline
+from more_hf.cli.main import main
+from more_hf.data import FOLDER, load_classifier
+
+
+SMALL = {"epochs": 3, "probe_seeds": 2, "passes": (3,)}
+METHODS = ("original", "retrain", "esc", "remap", "more")
+ROWS = ["original", "retrain", "esc", "remap", "remap-reloaded", "more", "more-reloaded", "more-x3"]
+COSTS = ("seconds", "peak_memory")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_probes():
+    """How far the converged probe gets is tested with the probes; here it costs most of the time."""
+    before, probe.ITERATIONS = probe.ITERATIONS, 40
+    yield
+    probe.ITERATIONS = before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    output = tmp_path_factory.mktemp("kd")
+    kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=output, **SMALL)
+    return output
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_kd_data("digits")
+
+
+@pytest.fixture(scope="module")
+def original(folder):
+    return AllCNNForImageClassification.from_pretrained(folder / "models" / "digits-allcnn-narrow-seed0" / "model").eval()
+
+
+def rows_of(folder):
+    return {row["method"]: row for row in read_rows(folder / "rows.csv")}
+
+
+def head_inputs(model, images):
+    seen = []
+    handle = model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(images[torch.arange(len(images))]["pixel_values"])
+    handle.remove()
+    return seen[0]
+
+
+def test_a_trained_classifier_is_taken_as_it_is(tmp_path, data):
+    """The packaged folder holds half precision and no image processor."""
+    name = str(FOLDER / "classifiers" / "digits-allcnn")
+    summary = kd.run_kd("digits", name, ["original"], ["3"], output=tmp_path / "run", epochs=0, probe_seeds=1)
+    remaining = split_by_class(data, ["3"]).rt
+    expected = accuracy(predict(load_classifier("digits-allcnn"), remaining), remaining.labels)
+    assert summary[0]["acc_rt"] == pytest.approx(expected)
+    assert expected > 95
+    for model, methods in (("allcnn-narrow", ["original"]), (name, ["original", "retrain"])):
+        with pytest.raises(BenchmarkError, match="Nothing is trained in 0 epochs"):
+            kd.run_kd("digits", model, methods, ["3"], output=tmp_path / "refused", epochs=0)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_one_call_leaves_everything(folder):
+    for name in ("config.json", "rows.csv", "probes.csv", "summary.csv", "table.md", "report.html"):
+        assert (folder / name).stat().st_size > 100, name
+    assert {path.name for path in (folder / "plots").iterdir()} == {"tsne.png", "cosines.png", "cost.png"}
+    assert list(rows_of(folder)) == ROWS
+    probes = read_rows(folder / "probes.csv")
+    assert len(probes) == len(ROWS) * (3 * SMALL["probe_seeds"] + 1)  # three learning rates, and one that converged
+    assert {probe["learning_rate"] for probe in probes} == {"converged", 0.1, 0.01, 0.001}
+    assert not list(folder.rglob("*.part"))
+    table = (folder / "table.md").read_text()
+    assert all(f"| {name} " in table for name in ROWS)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 3
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_accuracies_are_those_of_the_model_that_was_trained(folder, data, original):
+    splits, row = split_by_class(data, [3]), rows_of(folder)["original"]
+    for name in ("f", "r", "ft", "rt"):
+        part = getattr(splits, name)
+        assert row[f"acc_{name}"] == pytest.approx(100 * (predict(original, part) == part.labels).float().mean().item(), abs=1e-4)
+        assert row[f"n_{name}"] == len(part)
+    f, r = row["acc_f"], row["acc_r"]
+    assert row["hm"] == pytest.approx(2 * (100 - f) * r / (100 - f + r), abs=1e-4)
+
+
+def test_remap_row_is_erase_classes_and_reloading_takes_only_the_hook_away(folder, data, original):
+    splits, rows = split_by_class(data, [3]), rows_of(folder)
+    edited = classification_baseline("remap")(copy.deepcopy(original), splits, seed=0)
+    assert rows["remap"]["sent_to"] == ", ".join(get_erasure(edited).facts["sent_to"]["3"])
+    for name in ("ft", "rt"):
+        part = getattr(splits, name)
+        expected = 100 * (predict(edited, part) == part.labels).float().mean().item()
+        assert rows["remap"][f"acc_{name}"] == pytest.approx(expected, abs=1e-4)
+        assert rows["remap-reloaded"][f"acc_{name}"] == pytest.approx(expected, abs=1e-4)  # the head holds the edit
+    for column, value in rows["original"].items():  # and the features are the original's
+        if column.startswith(("kr_acc", "kr_hm", "kr_converged_acc", "cka_original")):
+            assert rows["remap-reloaded"][column] == pytest.approx(value, abs=1e-3), column
+    assert rows["remap"]["kr_converged_auc_target"] < rows["remap-reloaded"]["kr_converged_auc_target"]
+    assert rows["remap"]["kr_acc_f"] < rows["original"]["kr_acc_f"] - 20
+
+
+def test_reloaded_is_what_save_pretrained_gives(data, original, tmp_path):
+    edited = classification_baseline("more")(copy.deepcopy(original), split_by_class(data, [3]))
+    edited.save_pretrained(tmp_path)
+    expected = AllCNNForImageClassification.from_pretrained(tmp_path).state_dict()
+    with kd.reloaded(edited) as found:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+        assert found.config.to_dict() == AllCNNForImageClassification.from_pretrained(tmp_path).config.to_dict() | {
+            "_name_or_path": found.config._name_or_path
+        }
+        assert get_erasure(found) is None
+    assert not torch.equal(expected["classifier.weight"], original.classifier.weight)
+
+
+def test_retrain_never_saw_the_class_and_is_priced_as_a_training(folder):
+    rows = rows_of(folder)
+    assert rows["retrain"]["acc_f"] == rows["retrain"]["acc_ft"] == 0
+    assert rows["retrain"]["cka_retrain_r"] == pytest.approx(1)
+    assert rows["original"]["cka_original_r"] == pytest.approx(1)
+    assert 0 < rows["original"]["cka_retrain_f"] < 0.999
+    log = (folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "log.csv").read_text().splitlines()
+    assert rows["retrain"]["seconds"] == float(log[-1].split(",")[2])
+    assert (
+        json.loads((folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "training.json").read_text())["images"]
+        == rows["retrain"]["n_r"]
+    )
+
+
+def without_costs(folder):
+    return [{key: value for key, value in row.items() if key not in COSTS} for row in read_rows(folder / "rows.csv")]
+
+
+def test_run_again_measures_nothing_twice_and_a_lost_cell_comes_out_the_same(folder, monkeypatch):
+    before, asked = without_costs(folder), []
+    monkeypatch.setattr(kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs))
+    monkeypatch.setattr(kd_run, "train_classifier", lambda *args, **kwargs: asked.append("training"))
+    kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
+    assert asked == []
+    assert without_costs(folder) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs))
+    config = json.loads((folder / "config.json").read_text())
+    (lost,) = [cell for cell in kd.cells_of(folder, config) if cell.method == "more"]
+    lost.path.unlink()
+    kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
+    assert len(asked) == 3  # more, reloaded, three passes
+    assert without_costs(folder) == before  # routing draws from seeds, not from the process
+
+
+kd_measure = kd.measure
+
+
+def test_killed_and_run_again(tmp_path, folder):
+    """kill -9 while cells are being measured: the second run keeps every finished cell's file and ends with the same rows."""
+    output = tmp_path / "killed"
+    methods = METHODS[:4]
+    settings = f"methods={methods!r}, forget=['3'], output={str(output)!r}, models={str(folder / 'models')!r}, **{SMALL!r}"
+    script = f"from more_hf.evaluation import kd, probe; probe.ITERATIONS = 40; kd.run_kd('digits', 'allcnn-narrow', {settings})"
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not list(output.glob("cells/*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = {path: path.stat().st_mtime_ns for path in output.glob("cells/*.json")}
+    assert 0 < len(done) < len(methods)
+    assert not (output / "rows.csv").exists()
+    kd.run_kd("digits", "allcnn-narrow", methods, ["3"], output=output, models=folder / "models", **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert without_costs(output) == without_costs(folder)[:5]
+
+
+def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    grown = kd_run.join_config(config, {**config, "methods": {"erase": {}}, "forget": {"5": ["5"]}, "seeds": 3, "runs": ["later"]}, folder)
+    assert set(grown["methods"]) == {*METHODS, "erase"}
+    assert set(grown["forget"]) == {"3", "5"}
+    assert (grown["seeds"], grown["runs"][-1]) == (3, "later")
+    with pytest.raises(BenchmarkError, match="holds results of another configuration .*evaluation is .*probe_seeds"):
+        kd.run_kd("digits", "allcnn-narrow", ["original"], "3", output=folder, epochs=3, probe_seeds=7)
+    with pytest.raises(BenchmarkError, match="methods: esc is"):
+        kd.run_kd("digits", "allcnn-narrow", ["esc"], "3", output=folder, tuned={"esc": {"percent": 9}}, **SMALL)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BenchmarkError, match="holds another kind of benchmark"):
+        kd.run_kd("digits", "allcnn-narrow", ["original"], "3", output=tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["forget-it"]}, "There is no method 'forget-it' that forgets classes. There are: original, "),
+        ({"forget": "11"}, "digits has no class 11"),
+        ({"seeds": 0}, "Needs at least one seed and one probe seed, got 0 and 5"),
+        ({"settings": {"num_expert": 3}}, "No method among esc, more takes `num_expert`"),
+        ({"tuned": {"esc": {"lr": 1}}}, "esc takes no `lr`. It takes batch_size, mode, percent, seed"),
+        ({"dataset": "mnist"}, "There is no data set 'mnist'"),
+        ({"model": "allcnn-wide"}, ""),
+    ],
+)
+def test_refusals_before_anything_is_written(options, message, tmp_path):
+    asked = {"dataset": "digits", "model": "allcnn-narrow", "methods": ["esc", "more"], "forget": "3", **options}
+    with pytest.raises((ValueError, OSError), match=message):
+        kd.run_kd(**asked, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_by_name_number_and_together(data):
+    assert kd._classes("3", data) == (3,)
+    assert kd._classes("3+5", data) == (3, 5)
+    named = copy.copy(data)
+    object.__setattr__(named, "class_names", ("a+b", "c", *map(str, range(2, 10))))
+    assert kd._classes("a+b", named) == (0,)  # a name comes before its parts
+    assert kd._classes("c+4", named) == (1, 4)
+
+
+def test_folder_names_are_short_and_differ():
+    assert kd_run.without("crane/bird", 2) == "without-crane_bird-seed2"
+    many = ["+".join(map(str, range(first, 1000, 10))) for first in (3, 4)]
+    names = {kd_run.without(entry, 0) for entry in many}
+    assert len(names) == 2
+    assert max(map(len, names)) < 100
+
+
+def test_settings_are_defaults_then_asked_then_tuned():
+    more, remap = classification_baseline("more"), classification_baseline("remap")
+    asked = {"num_experts": 4, "solver": "pinv"}
+    assert kd_run.method_settings(more, asked, {"solver": "covariance"}) == {
+        "remap_to": "remain", "num_experts": 4, "router": "random", "solver": "covariance", "batch_size": 500
+    }  # fmt: skip
+    assert kd_run.method_settings(remap, asked, {})["num_experts"] is None  # one expert is what it is
+    assert "fit" not in kd_run.method_settings(classification_baseline("retrain"), {}, {})
+
+
+# features
+
+
+@pytest.fixture(scope="module")
+def edited(original, data):
+    """With random routing over nine experts; cached beside the original."""
+    parts = {"train": data.train, "test": data.test}
+    routed = classification_baseline("more")(copy.deepcopy(original), split_by_class(data, [3]))
+    return cache(original, original.classifier, parts), cache(routed, routed.classifier, parts)
+
+
+def test_cached_features_are_the_models(data, original, edited):
+    plain, routed = edited
+    assert torch.allclose(plain.features("test"), head_inputs(original, data.test), atol=1e-5)
+    assert torch.equal(routed.inputs["test"], plain.inputs["test"])  # the hook comes after the cache
+    assert not plain.is_random
+    assert routed.is_random
+    assert plain.experts("test") is None
+
+
+def test_draws_are_the_remaps_experts_and_their_mean_is_the_mean_expert(edited):
+    plain, routed = edited
+    z, remap = plain.features("test"), get_erasure(routed.model).remap
+    experts = routed.experts("test")
+    assert len(experts.unique()) == remap.num_experts == 9
+    assert torch.allclose(routed.features("test"), remap.apply(z, experts), atol=1e-3)
+    first, again, other = (routed.features("test", draw=draw) for draw in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    mean = remap.apply(z)
+    errors = [(routed.features("test", passes=passes) - mean).norm().item() for passes in (1, 16, 256)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]  # like 1/√passes
+    logits = torch.nn.functional.linear(first, routed.head.weight, routed.head.bias)
+    assert torch.allclose(routed.logits("test"), logits, atol=1e-4)
+
+
+def test_routing_at_an_inner_module_is_drawn_once_from_fixed_seeds(data, original):
+    routed = classification_baseline("more-inner")(copy.deepcopy(original), split_by_class(data, [3]), at="features.6")
+    once, again = (cache(routed, routed.classifier, {"test": data.test}, batch_size=size) for size in (500, 100))
+    assert torch.allclose(once.features("test"), again.features("test"), atol=1e-4)  # the control: the hook itself draws
+    assert not torch.allclose(head_inputs(routed, data.test), head_inputs(routed, data.test), atol=1e-4)
+    assert not once.is_random
+    assert once.experts("test") is None
+    assert torch.allclose(once.features("test", passes=3, draw=1), once.features("test"), atol=1e-5)
+
+
+def test_load_counts_experts_that_nobody_takes(data, original):
+    routed = classification_baseline("more-prototype")(copy.deepcopy(original), split_by_class(data, [3]))
+    get_erasure(routed).hook.router.weight.zero_()  # a tie: the first expert takes everything
+    parts, places = {"train": data.train, "test": data.test}, kd.Places.of(data, split_by_class(data, [3]))
+    cached, plain = cache(routed, routed.classifier, parts), cache(original, original.classifier, parts)
+    means = class_means(plain.features("train"), data.train.labels, 10)
+    settings = {"forget": [3], "targets": [], "original": plain, "retrained": None, "original_means": means}
+    found = kd_measure(cached, places, **settings, probe_seeds=[0], known_probes={})
+    assert found.row["load_cv"] == pytest.approx(8**0.5)  # of nine experts
+
+
+def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, caplog):
+    run = {"models": folder / "models", "output": tmp_path, **SMALL}
+    summary = kd.run_kd("digits", "allcnn-narrow", ["original", "scrub", "esc"], ["3"], tuned={"scrub": {"lr": 1e6}}, **run)
+    assert [line["method"] for line in summary] == ["original", "esc"]
+    assert "scrub without 3, seed 0, is left out. After scrub" in caplog.text
+
+
+def test_what_is_known_is_not_found_again(folder, tmp_path, monkeypatch):
+    trained, collected, known = [], [], kd.Known()
+    monkeypatch.setattr(kd, "cache", lambda *args: collected.append(args) or cache(*args))
+    monkeypatch.setattr(measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or probe.sgd_probes(*args, **kwargs))
+    for name in ("first", "second"):
+        settings = {"models": folder / "models", "output": tmp_path / name, "known": known, **SMALL}
+        kd.run_kd("digits", "allcnn-narrow", ["original", "remap"], ["3", "5"], **settings)
+        assert len(trained) == 3  # original with both reloaded, two remapped
+        assert len(collected) == 1
+    rows, expected = without_costs(tmp_path / "second"), [row for row in without_costs(folder) if row["method"] in ("original", "remap")]
+    mine = [row for row in rows if row["forget"] == "3" and not row["method"].endswith("reloaded")]
+    empty = {"cka_retrain_f": None, "cka_retrain_r": None}  # no Retrain was run here
+    assert mine == [{**row, **empty} for row in expected]
+
+
+def test_chunks_change_nothing(edited, monkeypatch):
+    whole = edited[1].features("test", passes=2, draw=3)
+    monkeypatch.setattr("more_hf.bench.classes.features.CHUNK", 100)
+    assert torch.allclose(edited[1].features("test", passes=2, draw=3), whole, atol=1e-5)
+
+
+def test_same_backbone_sees_weights_statistics_and_hooks(original, edited):
+    assert same_backbone(edited[1].model, original, "classifier")
+    for change in ("features.0.0.weight", "features.0.1.running_mean"):
+        other = copy.deepcopy(original)
+        with torch.no_grad():
+            other.get_parameter(change).add_(1e-3) if change.endswith("weight") else other.get_buffer(change).add_(1e-3)
+        assert not same_backbone(other, original, "classifier")
+    hooked = copy.deepcopy(original)
+    hooked.features.register_forward_hook(lambda module, args, output: 2 * output)
+    assert not same_backbone(hooked, original, "classifier")
+
+
+# summary and outputs
+
+
+def row(method="more", forget="3", seed=0, acc_f=50.0, **numbers):
+    accuracies = {f"{group}acc_{name}": 100.0 for group in ("", "kr_", "kr_converged_") for name in ("f", "r", "ft", "rt")}
+    harmonic = {f"{group}hm{end}": 0.0 for group in ("", "kr_", "kr_converged_") for end in ("", "_t")}
+    counts = {"n_f": 100, "n_r": 900, "n_ft": 10, "n_rt": 90}
+    return {"method": method, "forget": forget, "seed": seed, "sent_to": "", **accuracies, **harmonic, **counts, "acc_f": acc_f, **numbers}
+
+
+def test_summary_by_hand():
+    rows = [row(acc_f=0.0, mia=1.0), row(seed=1, acc_f=100.0, mia=None), row(forget="5", acc_f=20.0, mia=None), row("esc", mia=None)]
+    lines = {(line["method"], line["forget"]): line for line in summarise(rows)}
+    assert list(lines) == [("more", "3"), ("more", "5"), ("esc", "3"), ("more", "all")]
+    both = lines["more", "3"]
+    assert (both["acc_f"], both["mia"], both["seeds"], both["n_f"]) == (50, 1, 2, 100)
+    assert (both["acc_f_low"], both["acc_f_high"]) == (0, 100)  # two points and nothing between
+    assert lines["more", "all"]["acc_f"] == pytest.approx(40)
+    assert lines["more", "5"]["mia"] is None
+    single = lines["esc", "3"]  # one run: the interval is the binomial's
+    assert single["acc_f_low"] == pytest.approx(100 * np.quantile(np.random.default_rng(1).binomial(100, 0.5, 50_000), 0.025) / 100, abs=1)
+    assert single["acc_f_high"] == pytest.approx(60, abs=1)
+    assert single["hm_low"] > 0  # of 100 − acc_f and acc_r in the same draws
+
+
+def test_tables_are_rebuilt_from_the_committed_files(folder, tmp_path, capsys):
+    for name in ("config.json", "rows.csv", "probes.csv"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    summary = rebuild(tmp_path)
+    assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
+    assert (tmp_path / "summary.csv").read_text() == (folder / "summary.csv").read_text()
+    assert main(["bench", "report", str(tmp_path)]) == 0
+    assert f"{summary[0]['acc_rt']:.2f}" in capsys.readouterr().out
+    (tmp_path / "rows.csv").unlink()
+    with pytest.raises(BenchmarkError, match="has neither cells nor rows.csv"):
+        rebuild(tmp_path)
+    (tmp_path / "cells").mkdir()
+    with pytest.raises(BenchmarkError, match="has no completed cell yet"):
+        rebuild(tmp_path)
+
+
+def test_command_line(folder, tmp_path, capsys):
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text('{"esc": {"percent": 5}}')
+    output = tmp_path / "out"
+    arguments = ["--dataset", "digits", "--methods", "esc", "--forget", "3", "5+6", "--epochs", "3", "--probe_seeds", "1"]
+    assert main(["bench", "kd", *arguments, "--settings", str(tuned), "--models", str(folder / "models"), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert f"Open {output / 'report.html'}" in printed
+    config = json.loads((output / "config.json").read_text())
+    assert config["methods"]["esc"]["percent"] == 5
+    assert config["forget"] == {"3": ["3"], "5+6": ["5", "6"]}
+    table = (output / "table.md").read_text()
+    assert "means over all" in table
+    assert "## Every erasure" in table
+    assert rows_of(output)["esc"]["cka_retrain_f"] is None
+    assert {path.name for path in (output / "plots").iterdir()} == {"tsne.png", "cost.png"}  # cosines need the original's means
+    assert not (output / "models").exists()
+    assert main(["bench", "kd", "--methods", "nothing", "--forget", "3", "--output", str(output)]) == 2
+    assert "There is no method 'nothing'" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""Random samples forgotten: rows against recomputation, the gap by hand, resume; and the scripts beside the benchmark."""
+
+import importlib.util
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from more_hf.bench.artists.store import BenchmarkError
+from more_hf.bench.classes import samples as kd_samples
+from more_hf.bench.classes.data import load_kd_data, split_by_class, split_by_sample
+from more_hf.bench.classes.models import AllCNNForImageClassification
+from more_hf.bench.classes.summary import read_rows
+from more_hf.bench.classes.training import predict
+from more_hf.bench.methods import classification_baseline
+from more_hf.classification.erase import erase_classes
+from more_hf.cli.main import main
+
+
+KD = Path(__file__).parents[3] / "benchmarks" / "kd"
+METHODS = ["original", "retrain", "remap-samples"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    output = tmp_path_factory.mktemp("samples")
+    arguments = ["--dataset", "digits", "--methods", ",".join(METHODS), "--forget", "samples", "--epochs", "3"]
+    assert main(["bench", "kd", *arguments, "--output", str(output)]) == 0
+    return output
+
+
+def rows_of(folder):
+    return {row["method"]: row for row in read_rows(folder / "rows.csv")}
+
+
+def test_rows_are_those_of_the_models(folder):
+    data = load_kd_data("digits")
+    splits, rows = split_by_sample(data, 0.1, seed=0), rows_of(folder)
+    assert list(rows) == METHODS
+    for method, place in (("original", "seed0"), ("retrain", "without-0.1-seed0")):
+        model = AllCNNForImageClassification.from_pretrained(folder / "models" / f"digits-allcnn-narrow-{place}" / "model")
+        for name in ("f", "r", "rt"):
+            part = getattr(splits, name)
+            hits = (predict(model, part) == part.labels).float().mean().item()
+            assert rows[method][f"acc_{name}"] == pytest.approx(100 * hits, abs=1e-4)
+    assert rows["original"]["n_f"] == round(0.1 * len(data.train))
+    trained_on = json.loads((folder / "models" / "digits-allcnn-narrow-without-0.1-seed0" / "training.json").read_text())
+    assert trained_on["images"] == len(splits.r)
+    assert not torch.isin(splits.f.rows, splits.r.rows).any()
+
+
+def test_gap_is_the_mean_distance_to_retrain(folder):
+    summary = {line["method"]: line for line in kd_samples.summarise(list(rows_of(folder).values()))}
+    rows = rows_of(folder)
+    for method in METHODS:
+        distances = [abs(rows[method][name] - rows["retrain"][name]) for name in ("acc_f", "acc_r", "acc_rt", "mia_member")]
+        assert summary[method]["gap"] == pytest.approx(sum(distances) / 4)
+    assert summary["retrain"]["gap"] == 0 < summary["original"]["gap"]
+    alone = kd_samples.summarise([rows["original"]])
+    assert alone[0]["gap"] is None
+    assert kd_samples.short_table(alone)[0]["gap ↓"] == ""
+
+
+def test_run_again_and_report(folder, monkeypatch, capsys):
+    before = (folder / "table.md").read_text()
+    monkeypatch.setattr(kd_samples, "_row", lambda *args: pytest.fail("measured twice"))
+    assert main(["bench", "report", str(folder)]) == 0
+    assert "remap-samples" in capsys.readouterr().out
+    assert (folder / "table.md").read_text() == before
+    kd_samples.run_samples("digits", "allcnn-narrow", METHODS, output=folder, epochs=3)
+    assert (folder / "table.md").read_text().splitlines()[:6] == before.splitlines()[:6]
+
+
+def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, caplog):
+    run = {"models": folder / "models", "output": tmp_path, "epochs": 3, "tuned": {"scrub": {"lr": 1e6}}}
+    summary = kd_samples.run_samples("digits", "allcnn-narrow", ["original", "scrub", "esc"], **run)
+    assert [line["method"] for line in summary] == ["original", "esc"]
+    assert "scrub without 10 % of samples, seed 0, is left out. After scrub" in caplog.text
+
+
+def test_refusals(folder, tmp_path):
+    with pytest.raises(BenchmarkError, match="'more' cannot forget single samples. These can: original, retrain, .*remap-samples"):
+        kd_samples.run_samples("digits", "allcnn-narrow", ["more"], output=tmp_path / "new")
+    with pytest.raises(BenchmarkError, match="evaluation is .*0.1.* there, .*0.2.* here"):
+        kd_samples.run_samples("digits", "allcnn-narrow", METHODS, output=folder, epochs=3, fraction=0.2)
+    assert not (tmp_path / "new").exists()
+
+
+# the scripts beside the benchmark
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"kd_{name}", KD / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_settings_are_chosen_on_validation_images(folder, tmp_path, monkeypatch):
+    choose = script("choose")
+    monkeypatch.setattr(choose, "GRIDS", {"lau": {"lr": [1e-6, 0.3]}, "neggrad": {"lr": [1e30]}})
+    monkeypatch.setitem(choose.RECIPES, "digits", choose.Recipe(**{**vars(choose.RECIPES["digits"]), "epochs": 3}))
+    arguments = ["--dataset", "digits", "--model", "allcnn-narrow", "--forget", "3", "--models", str(folder / "models")]
+    monkeypatch.setattr(sys, "argv", ["choose.py", *arguments, "--output", str(tmp_path)])
+    choose.main()
+    rows = read_lines(tmp_path / "grid.csv")
+    assert [row["method"] for row in rows] == ["lau", "lau", "neggrad"]
+    assert float(rows[2]["hm_validation"]) == 0  # not finite is a result
+    first, second = (float(row["hm_validation"]) for row in rows[:2])
+    assert first != second
+    assert json.loads((tmp_path / "settings.json").read_text())["lau"] == {"lr": 1e-6 if first > second else 0.3}
+    monkeypatch.setattr(choose, "try_out", lambda *args: pytest.fail("tried twice"))
+    choose.main()
+
+
+def sweep(monkeypatch, folder, output, *arguments):
+    """Its lines; on digits without class 3, with the classifiers of `folder`."""
+    monkeypatch.setattr("more_hf.bench.classes.probes.ITERATIONS", 20)
+    fixed = ["--dataset", "digits", "--forget", "3", "--epochs", "3", "--models", str(folder / "models"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, *fixed])
+    script("sweep").main()
+    return read_lines(output / "sweep.csv")
+
+
+def test_sweep_gives_a_line_per_value(folder, tmp_path, monkeypatch, capsys):
+    lines = sweep(monkeypatch, folder, tmp_path, "target", "--values", "5", "8")
+    assert [(line["target"], line["method"]) for line in lines] == [(v, m) for v in "58" for m in ("remap", "remap-reloaded")]
+    for value in "58":
+        assert read_lines(tmp_path / f"target-{value}" / "rows.csv")[0]["sent_to"] == value
+    assert lines[0]["kr_hm_t"] != lines[2]["kr_hm_t"]
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    text = (tmp_path / "sweep.md").read_text()
+    assert "--models MODELS --output SWEEP" in text
+    assert str(tmp_path) not in text
+    assert text.count("| remap ") == 2
+
+
+def test_sweep_over_depth_edits_inner_modules_which_are_not_saved(folder, tmp_path, monkeypatch, capsys):
+    lines = sweep(monkeypatch, folder, tmp_path, "depth", "--values", "features.6")
+    kinds = ("erase", "remap", "more")
+    assert [line["depth"] for line in lines] == [f"features.6 {kind}" for kind in kinds for _ in range(2)]  # and no draw to average
+    data = load_kd_data("digits")
+    splits = split_by_class(data, [3])
+    original = AllCNNForImageClassification.from_pretrained(folder / "models" / "digits-allcnn-narrow-seed0" / "model").eval()
+    before = {name: (predict(original, part) == part.labels).float().mean().item() for name, part in (("ft", splits.ft), ("rt", splits.rt))}
+    edited = erase_classes(original, data.train.loader(500), [3], remap_to=None, at="features.6")
+    for name, part in (("ft", splits.ft), ("rt", splits.rt)):
+        hits = (predict(edited, part) == part.labels).float().mean().item()
+        assert float(lines[0][f"acc_{name}"]) == pytest.approx(100 * hits, abs=1e-4)
+        for reloaded in lines[1::2]:
+            assert float(reloaded[f"acc_{name}"]) == pytest.approx(100 * before[name], abs=1e-4)
+    assert lines[0]["kr_hm_t"] != lines[1]["kr_hm_t"]
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, folder, tmp_path, "depth")
+    assert "depth needs the names of modules" in capsys.readouterr().err
+
+
+def test_sweeps_are_the_papers():
+    factors, data = script("sweep").FACTORS, load_kd_data("digits")
+    remaining = [c for c in range(10) if c != 3]
+    hundred = list(range(10, 100))
+    assert list(factors["experts"]([], data, remaining)) == list("123456789")
+    assert list(factors["experts"]([], data, hundred)) == [str(n) for n in range(10, 91, 10)]
+    assert list(factors["target"]([], data, remaining)) == list("012456789")
+    routers = factors["routers"]([], data, remaining)
+    assert len(routers) == 4 + 2 * 7
+    assert len({json.dumps(variant) for variant in routers.values()}) == len(routers)
+    assert len(factors["routers"]([], data, hundred)) == 4 * len(routers)
+    trained = routers["8 prototype remain+forget+balance"][1]
+    assert trained["epochs"] * len(data.train) == pytest.approx(500_000, rel=0.01)
+    for factor, values in (("experts", []), ("target", []), ("routers", []), ("projection", []), ("depth", ["head"])):
+        for method, settings in factors[factor](values, data, remaining).values():
+            assert set(settings) <= set(inspect.signature(classification_baseline(method)).parameters)
+
+
+def test_probe_benchmark_compares_the_same_probes(tmp_path, monkeypatch, capsys):
+    probes = script("probes")
+    monkeypatch.setattr(probes, "CSV", tmp_path / "probes.csv")
+    monkeypatch.setattr(probes, "EPOCHS", 2)
+    monkeypatch.setattr(sys, "argv", ["probes.py", "--one_by_one", "2"])
+    probes.main()
+    (row,) = read_lines(tmp_path / "probes.csv")
+    assert float(row["largest_relative_weight_difference"]) < 1e-5
+    assert row["largest_number_of_other_predictions"] == "0"
+    assert float(row["ratio"]) > 1
+
+
+def read_lines(path):
+    import csv
+
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,230 @@
+"""The head is found by running the model, whatever it is called, in tiny models of the real classes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import more_hf
+from more_hf.classification.heads import example_pixels, find_heads
+from more_hf.core.errors import TargetNotFoundError
+
+
+# Width and number of labels are both 8 in some: a layer inside that has the head's shape must not be taken for it.
+TOKENS = {
+    "image_size": 32,
+    "patch_size": 16,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "num_labels": 8,
+}
+EFFICIENT = {
+    "image_size": 32,
+    "width_coefficient": 0.25,
+    "hidden_dim": 320,
+    "kernel_sizes": [3],
+    "in_channels": [32],
+    "out_channels": [16],
+    "strides": [2],
+    "num_block_repeats": [1],
+    "expand_ratios": [1],
+    "depthwise_padding": [],
+    "num_labels": 4,
+}
+SWIN = {"image_size": 32, "embed_dim": 4, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4, "num_labels": 3}
+MODELS = {
+    "vit": (lambda: ViTForImageClassification(ViTConfig(**TOKENS)), ["classifier"]),
+    "deit": (lambda: DeiTForImageClassification(DeiTConfig(**TOKENS)), ["classifier"]),
+    "deit with teacher": (
+        lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**TOKENS)),
+        ["cls_classifier", "distillation_classifier"],
+    ),
+    "beit": (lambda: BeitForImageClassification(BeitConfig(**TOKENS)), ["classifier"]),
+    "dinov2": (lambda: Dinov2ForImageClassification(Dinov2Config(**TOKENS)), ["classifier"]),
+    "swin": (lambda: SwinForImageClassification(SwinConfig(**SWIN)), ["classifier"]),
+    "convnext": (
+        lambda: ConvNextForImageClassification(ConvNextConfig(image_size=32, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2)),
+        ["classifier"],
+    ),
+    "resnet": (
+        lambda: ResNetForImageClassification(
+            ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+        ),
+        ["classifier.1"],
+    ),
+    "efficientnet": (lambda: EfficientNetForImageClassification(EfficientNetConfig(**EFFICIENT)), ["classifier"]),
+    "mobilenet v1": (
+        lambda: MobileNetV1ForImageClassification(MobileNetV1Config(image_size=32, depth_multiplier=0.25, min_depth=4)),
+        ["classifier"],
+    ),
+    "mobilenet v2": (
+        lambda: MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, depth_multiplier=0.1, min_depth=4)),
+        ["classifier"],
+    ),
+    "timm wrapper": (
+        lambda: TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_vit", num_labels=3)),
+        ["timm_model.head"],
+    ),
+    "timm vit": (lambda: timm.create_model("test_vit", num_classes=7), ["head"]),
+    "timm resnet": (lambda: timm.create_model("test_resnet", num_classes=7), ["fc"]),
+    "timm efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=7), ["classifier"]),
+    "timm convnext": (lambda: timm.create_model("test_convnext", num_classes=7), ["head.fc"]),
+    "timm distilled deit": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, img_size=32, embed_dim=8, depth=1, num_heads=2),
+        ["head", "head_dist"],
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_by_literal_name(name):
+    build, expected = MODELS[name]
+    model = build()
+    pixels = torch.rand(1, 3, 32, 32) if "distilled" in name else example_pixels(model)
+    found = find_heads(model, pixels)
+
+    assert list(found) == expected
+    assert all(found[head] is model.get_submodule(head) for head in expected)
+    # without it the model has no logits: what it gives then is the head's input, or nothing
+    for head in expected:
+        nn.init.zeros_(found[head].weight)
+        nn.init.zeros_(found[head].bias)
+    output = model.eval()(pixels)
+    assert not getattr(output, "logits", output).any()
+
+
+def test_looking_changes_nothing():
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=5)).train()
+    model.resnet.embedder.eval()  # as a frozen part would be
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flags = [module.training for module in model.modules()]
+    find_heads(model, example_pixels(model))
+
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+    model.resnet(example_pixels(model))  # the control: one pass in train mode changes BatchNorm's statistics
+    assert not all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Own(nn.Module):
+    """A user's own: the last linear layer by name and by order is not the head."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.logits = nn.Linear(12, 3)
+        self.classifier = nn.Linear(3, 3)
+        self.scale = scale
+
+    def forward(self, x):
+        z = self.logits(x.flatten(1))
+        self.classifier(z)  # an auxiliary output that goes nowhere
+        return self.scale * z
+
+
+def test_a_models_own_names_do_not_mislead():
+    assert list(find_heads(Own(), torch.rand(2, 3, 2, 2))) == ["logits"]
+
+
+def test_named_heads_are_taken_at_their_word():
+    model = Own(scale=0.5)
+    assert find_heads(model, None, "logits") == {"logits": model.logits}
+    assert list(find_heads(model, None, ["logits", "classifier"])) == ["logits", "classifier"]
+
+
+def test_no_head_is_refused_with_the_candidates():
+    with pytest.raises(TargetNotFoundError, match=r"No head found in Own.*'logits', 'classifier'.*head="):
+        find_heads(Own(scale=0.5), torch.rand(2, 3, 2, 2))
+    convolution = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten())
+    with pytest.raises(TargetNotFoundError, match="of its 0 linear layers"):
+        find_heads(convolution, torch.rand(1, 3, 2, 2))
+
+
+def test_two_equal_heads_are_refused():
+    class Twice(Own):
+        def forward(self, x):
+            z = self.logits(x.flatten(1))
+            with torch.no_grad():
+                self.classifier.weight.copy_(torch.eye(3))
+                self.classifier.bias.zero_()
+            return self.classifier(z)
+
+    with pytest.raises(TargetNotFoundError, match="2 give exactly its logits"):
+        find_heads(Twice(), torch.rand(2, 3, 2, 2))
+
+
+def test_wrong_names_are_refused():
+    with pytest.raises(TargetNotFoundError, match=r"no module 'classifer'. It has 'classifier'"):
+        find_heads(Own(), None, "classifer")
+    with pytest.raises(TargetNotFoundError, match=r"`0` \(Conv2d\) is not a linear layer"):
+        find_heads(nn.Sequential(nn.Conv2d(3, 4, 2)), None, "0")
+
+
+def test_what_is_not_a_classifier_is_refused():
+    with pytest.raises(TargetNotFoundError, match=r"returned \(1, 4, 1, 1\), not logits"):
+        find_heads(nn.Sequential(nn.Conv2d(3, 4, 2)), torch.rand(1, 3, 2, 2))
+    with pytest.raises(TargetNotFoundError, match="returned BaseModelOutput"):
+        find_heads(ViTForImageClassification(ViTConfig(**TOKENS)).vit, torch.rand(1, 3, 32, 32))
+
+
+def test_example_needs_a_configuration():
+    with pytest.raises(TargetNotFoundError, match="no configuration"):
+        example_pixels(Own())
+    assert example_pixels(SwinForImageClassification(SwinConfig(**SWIN, num_channels=1)).half()).dtype == torch.float16
+    assert example_pixels(timm.create_model("test_vit")).shape == (1, 3, 160, 160)
+
+
+# The house
+
+
+def test_classification_and_diffusion_do_not_import_each_other():
+    code = (
+        "import sys, more_hf\n"
+        "assert not {'diffusers', 'transformers', 'torch'} & set(sys.modules), 'more_hf alone'\n"
+        "import more_hf.classification.erase\n"
+        "assert 'diffusers' not in sys.modules, 'classification'\n"
+        "assert 'more_hf.diffusion' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for source, other in (("classification", "diffusion"), ("diffusion", "classification")):
+        for path in (Path(more_hf.__file__).parent / source).glob("*.py"):
+            assert f".{other}" not in path.read_text(), path

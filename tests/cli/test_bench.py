@@ -1,0 +1,146 @@
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from more_hf.bench.artists.summary import read_rows
+from more_hf.cli.main import main
+from more_hf.data import EMOJI_ARTISTS
+
+
+HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"
+THINGS = ("crab", "rocket", "pizza", "bell")
+PROMPTS = HEADER + "".join(
+    f"{10 * i + j},a {thing} in the style of {artist},{1000 * i + 7 * j},{artist},{thing},one\n"
+    for i, artist in enumerate(("Blobmoji", "Noto", "High Contrast"))
+    for j, thing in enumerate(THINGS)
+)
+ROWS = 12 + 4  # the forgotten artist has a second seed
+HEAVY = ["more_hf.cli", "more_hf.bench.artists.run", "transformers.models.clip.modeling_clip", "lpips"]
+HEAVY += ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """The arguments of a small benchmark of the embedded pipeline, for an output folder and a batch size."""
+    (tmp_path / "few.csv").write_text(PROMPTS)
+
+    def argv(output, batch_size):
+        words = "bench artists --methods original,more --forget Blobmoji --remap_to Noto Fluent --router random"
+        words += f" --seeds 2 --steps 3 --batch_size {batch_size}"
+        return [*words.split(), "--prompts", str(tmp_path / "few.csv"), "--output", str(output)]
+
+    return argv
+
+
+def run_command(argv, log, variables):
+    """The whole life of a process: what a launcher puts into its environment, the command, its exit status."""
+    # One OpenMP thread, said before accelerate sets more: a pool of threads does not survive the server's fork.
+    os.environ.update({"OMP_NUM_THREADS": "1", **variables})
+    import torch
+
+    torch.set_num_threads(1)
+    with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        status = main(argv)
+    sys.exit(status)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start a command in a process of its own, from a server that has imported the libraries once."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(HEAVY)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OMP_NUM_THREADS", "1")  # for the server, which starts with the first process
+
+    def start_process(argv, log, **variables):
+        process = server.Process(target=run_command, args=(argv, log, variables))
+        process.start()
+        return process
+
+    yield start_process
+    patch.undo()
+
+
+def done(output: Path) -> dict[Path, int]:
+    """When each picture that counts was written."""
+    return {path.with_suffix(".png"): path.with_suffix(".png").stat().st_mtime_ns for path in output.glob("images/*/[0-9]*.json")}
+
+
+def kill_at(output: Path, count: int, process, log) -> dict[Path, int]:
+    deadline = time.monotonic() + 240
+    while len(done(output)) < count:
+        assert process.is_alive(), log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    return done(output)
+
+
+def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
+    output, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log"
+    first = kill_at(output, 3, start(bench(output, 1), log), log)  # among the pictures before
+    assert 3 <= len(first) < ROWS
+    second = kill_at(output, ROWS + 3, start(bench(output, 2), log), log)  # among those after
+    assert ROWS + 3 <= len(second) < 2 * ROWS
+    assert first.items() <= second.items()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    processes = [start(bench(output, 3), logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **launched) for rank in range(2)]
+    for process, text in zip(processes, logs, strict=True):
+        process.join(240)
+        assert process.exitcode == 0, text.read_text()
+    assert [text.read_text().count("| more") for text in logs] == [1, 0]  # one process prints
+    assert [run["processes"] for run in json.loads((output / "config.json").read_text())["runs"]] == [1, 1, 2]
+    last = done(output)
+    assert second.items() <= last.items()
+    assert len(last) == 2 * ROWS
+
+    assert main(bench(whole, 16)) == 0
+    assert "style_f" in capsys.readouterr().out
+    rows, wanted = read_rows(output / "rows.csv"), read_rows(whole / "rows.csv")
+    assert len(rows) == 2 * ROWS
+    exact = ("method", "forget", "remap_to", "case_number", "sample", "evaluation_seed", "artist", "thing", "prompt", "before", "after")
+    for row, want in zip(rows, wanted, strict=True):
+        assert {key: row[key] for key in exact} == {key: want[key] for key in exact}
+        assert row["lpips"] == pytest.approx(want["lpips"], abs=1e-3)
+        assert row["style_after"] in EMOJI_ARTISTS
+        assert row["content_after"] in (0, 1)
+    assert any(row["lpips"] > 0.05 for row in rows)
+
+    table = (output / "table.md").read_text()
+    assert main(["bench", "report", str(output)]) == 0
+    assert (output / "table.md").read_text() == table
+
+
+def test_failures_in_one_line(bench, tmp_path, capsys):
+    output = tmp_path / "out"
+    for argv, message in (
+        ([*bench(output, 1), "--forget", "Blobmojy"], "Did you mean 'Blobmoji'"),
+        ([*bench(output, 1), "--prompts", str(tmp_path / "none.csv")], "no table of that name"),
+        ([*bench(output, 1), "--methods", "mere"], "no method 'mere'"),
+        (["bench", "report", str(tmp_path)], "no config.json"),
+    ):
+        assert main(argv) == 2
+        assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_help_is_light():
+    code = "import sys\nfrom more_hf.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules"
+    for argv in (["bench", "--help"], ["bench", "artists", "--help"], ["bench", "report", "--help"]):
+        finished = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        assert "usage: more-hf bench" in finished.stdout

@@ -1,0 +1,107 @@
+"""`more-hf erase-classes` does on the command line what the call does."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+import more_hf
+from more_hf.cli import erase_classes as classes
+from more_hf.cli.main import main
+from more_hf.core.remap import SOLVERS
+from more_hf.core.routers import ROUTERS
+
+
+@pytest.fixture(scope="session")
+def folders(digit_classifier, digits, tmp_path_factory):
+    """A saved classifier with its image processor, and 200 images in folders called by name, number and synonym."""
+    model, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
+    digit_classifier.save_pretrained(model)
+    ViTImageProcessor(do_resize=False, do_rescale=True, rescale_factor=1 / 255, do_normalize=False).save_pretrained(model)
+    names = ["0", "one", "2", "3", "four", "5", "six", "Seven", "8", "9"]
+    for i, (image, label) in enumerate(zip(digits[0][:200, 0], digits[1][:200].tolist(), strict=True)):
+        folder = data / "train" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((255 * image).round().numpy().astype(np.uint8)).save(folder / f"{i}.png")
+    return model, data
+
+
+def run(folders, output, *arguments):
+    model, data = folders
+    return main(["erase-classes", "--model", str(model), "--data", str(data), "--output", str(output), *arguments])
+
+
+def test_the_command_is_the_call(folders, digit_classifier, digits, tmp_path, capsys):
+    done = run(
+        folders, tmp_path / "out", "--forget", "four", "7", "--remap_to", "nine", "1", "--router", "hash", "--seed", "3", "--include_delta"
+    )
+    assert done == 0
+    out = capsys.readouterr().out
+    assert "| forgotten | four, seven |" in out
+    assert f"more-hf verify {tmp_path / 'out'}" in out
+
+    images, labels = digits[0][:200], digits[1][:200]
+    seen = (255 * images).round() / 255  # as the PNG files hold them
+    called = copy.deepcopy(digit_classifier)
+    more_hf.erase_classes(called, [(seen, labels)], ["four", 7], remap_to=["nine", 1], router="hash", seed=3)
+    loaded = more_hf.load(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).logits, called(images).logits, rtol=1e-4, atol=1e-4)
+        assert (loaded(images).logits - digit_classifier(images).logits).abs().max() > 1
+    assert more_hf.get_erasure(loaded).request == more_hf.get_erasure(called).request
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").rescale_factor == 1 / 255
+
+
+def test_the_defaults_are_the_calls(folders, digits, tmp_path):
+    assert run(folders, tmp_path / "out", "--forget", "four") == 0
+    erasure = more_hf.get_erasure(more_hf.load(tmp_path / "out"))
+
+    assert erasure.request["remap_to"] == {"four": "remain"}
+    assert erasure.facts["num_experts"] == 1
+    assert not (tmp_path / "out" / "more_hf_delta.safetensors").exists()
+    with torch.no_grad():
+        predicted = AutoModelForImageClassification.from_pretrained(tmp_path / "out")(digits[0][1200:]).logits.argmax(1)
+    assert (predicted[digits[1][1200:] == 4] == 4).float().mean() < 0.05
+    assert (predicted[digits[1][1200:] == 0] == 0).float().mean() > 0.9
+    assert run(folders, tmp_path / "none", "--forget", "four", "--remap_to", "none") == 0
+    assert more_hf.get_erasure(more_hf.load(tmp_path / "none")).request["remap_to"] == {"four": None}
+
+
+def test_choices_are_the_librarys():
+    assert tuple(ROUTERS) == classes.ROUTERS
+    assert ("auto", *SOLVERS) == classes.SOLVERS
+
+
+def test_failures_in_one_line(folders, tmp_path, capsys):
+    def line(*arguments, data=None):
+        assert run((folders[0], data or folders[1]), tmp_path / "out", *arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("Error: ")
+        assert not (tmp_path / "out").exists()
+        return error
+
+    assert "no class 'fuor'. Did you mean 'four'" in line("--forget", "fuor")
+    assert "is both in `forget` and in `remap_to`" in line("--forget", "four", "--remap_to", "4")
+    assert "beside other names" in line("--forget", "four", "--remap_to", "none", "one")
+    assert "is not a folder" in line("--forget", "four", data=tmp_path / "nowhere")
+    flat, other = tmp_path / "flat", tmp_path / "other"
+    for path in (flat / "0.png", other / "horse" / "0.png", other / "one" / "1.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    assert "images without labels" in line("--forget", "four", data=flat)
+    assert "no class 'horse'" in line("--forget", "four", data=other)
+
+
+def test_help_is_light():
+    code = (
+        "import sys\nfrom more_hf.cli import main\n"
+        "try:\n    main(['erase-classes', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(bool({'torch', 'diffusers', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,170 @@
+import csv
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import more_hf
+from more_hf.bench.artists.demo import demo_rows
+from more_hf.cli.main import main
+from more_hf.core.errors import MoreError
+from more_hf.data import EMOJI_ARTISTS
+
+
+@pytest.fixture
+def failure(capsys):
+    """Run a command that must fail, and return its line."""
+
+    def run(*argv):
+        assert main([str(arg) for arg in argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        line = err.splitlines()[-1]
+        assert line.startswith("Error: ")
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["", "demo", "erase", "lora", "bench artists", "verify", "push"])
+def test_help_is_light(command):
+    code = (
+        "import sys\nfrom more_hf.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'PIL', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: more-hf" in done.stdout
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "more_hf", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "usage: more-hf" in done.stdout
+
+
+def test_demo_rows():
+    rows = demo_rows("Noto", limit=20, seed=7)
+    assert [row.seed for row in rows] == list(range(7, 67))
+    assert {row.artist for row in rows[:20]} == {"Noto"}
+    assert {row.artist for row in rows[20:40]} == set(EMOJI_ARTISTS) - {"Noto"}
+    assert {row.artist for row in rows[40:]} == {""}
+    assert rows[0].prompt == f"a {rows[0].thing} in the style of Noto"
+    assert rows[40].prompt == f"a {rows[40].thing}"
+    assert demo_rows("Noto", limit=3, seed=7)[:3] == rows[:3]
+
+
+@pytest.mark.parametrize("remap_to", ["Fluent", "none"])
+def test_demo(tmp_path, capsys, remap_to):
+    output = tmp_path / "demo"
+    argv = ["demo", "--concept", "high contrast", "--remap_to", remap_to, "--limit", "2", "--steps", "3"]
+    assert main([*argv, "--seed", "3", "--batch_size", "4", "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "lpips_f" in out
+    assert out.splitlines()[-1].startswith("Open ")
+    assert sorted(path.name for path in output.iterdir()) == [
+        "before_after.png",
+        "report.html",
+        "rows.csv",
+        "table.md",
+    ]
+    with open(output / "rows.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        "method", "forget", "group", "case_number", "prompt", "evaluation_seed", "artist", "thing", "lpips",
+    ]  # fmt: skip
+    assert [row["group"] for row in rows] == ["forget"] * 2 + ["remain"] * 2 + ["no artist"] * 2
+    assert {row["forget"] for row in rows} == {"High Contrast"}
+    assert [row["evaluation_seed"] for row in rows] == [str(seed) for seed in range(3, 9)]
+    assert all(float(row["lpips"]) > 0 for row in rows[:2])  # the edit changed the forgotten artist's pictures
+    assert ("lpips_to_target" in (output / "table.md").read_text()) == (remap_to != "none")
+    Image.open(output / "before_after.png").verify()
+    assert (output / "report.html").read_text(encoding="utf-8").count("<figure") == 6
+
+
+def test_demo_names_the_artist_meant(failure):
+    assert "Did you mean 'Blobmoji'?" in failure("demo", "--concept", "Blobmojy")
+    assert "Did you mean 'Fluent'?" in failure("demo", "--remap_to", "flunt")
+    assert "Available: Twemoji" in failure("demo", "--concept", "Van Gogh")
+    assert "beside other names" in failure("demo", "--remap_to", "none", "Fluent")
+
+
+def test_erase_then_verify(tiny_sd, tmp_path, capsys):
+    base, output = tmp_path / "base", tmp_path / "erased"
+    tiny_sd().save_pretrained(base)
+    argv = ["erase", base, "--concept", "Van Gogh", "--concept", "Picasso", "--alias", "Van Gogh=Vincent van Gogh"]
+    argv += ["--remap_to", "Claude Monet", "Johannes Vermeer", "--retain", "a dog", "--output", output]
+    assert main([str(arg) for arg in argv]) == 0
+    out = capsys.readouterr().out
+    assert "Van Gogh" in out
+    assert "more-hf verify" in out
+
+    assert main(["verify", str(output)]) == 0
+    assert "| yes |" in capsys.readouterr().out
+
+    # The original's denoiser in the erased folder: the record says otherwise.
+    name = "unet/diffusion_pytorch_model.safetensors"
+    (output / name).write_bytes((base / name).read_bytes())
+    assert main(["verify", str(output)]) == 1
+    assert "| NO |" in capsys.readouterr().out
+
+
+def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def erase_concept(pipe, concepts, **options):
+        seen.update(concepts=concepts, **options)
+
+    # raising=False: the package resolves these names when they are first asked for.
+    monkeypatch.setattr(more_hf, "load_emoji_sd", lambda **options: seen.update(options), raising=False)
+    monkeypatch.setattr(more_hf, "erase_concept", erase_concept, raising=False)
+    monkeypatch.setattr(more_hf, "save", lambda pipe, folder: seen.update(folder=folder), raising=False)
+    erasure = SimpleNamespace(to_markdown=lambda: "facts")
+    monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: erasure, raising=False)
+    argv = "erase emoji-sd --concept Noto crab --alias Noto=noto-emoji --remap_to none --retain pizza --num_experts 2 "
+    argv += "--router hash --solver covariance --tokens positions --seed 4 --dtype bfloat16 --output"
+    assert main([*argv.split(), str(tmp_path / "out")]) == 0
+    assert str(seen.pop("dtype")) == "torch.bfloat16"
+    assert seen == {
+        "concepts": {"Noto": ["noto-emoji"], "crab": []},
+        "remap_to": None,
+        "retain": ["pizza"],
+        "num_experts": 2,
+        "router": "hash",
+        "solver": "covariance",
+        "tokens": "positions",
+        "seed": 4,
+        "folder": tmp_path / "out",
+    }
+    assert capsys.readouterr().out.startswith("facts\n")
+
+
+def test_erase_fails_in_one_line(failure, tmp_path):
+    rest = ["--remap_to", "Fluent", "--output", tmp_path / "out"]
+    assert "Did you mean 'Noto'?" in failure("erase", "emoji-sd", "--concept", "Notto", *rest)
+    assert "NAME=ALIAS" in failure("erase", "emoji-sd", "--concept", "Noto", "--alias", "Noto", *rest)
+    assert "not erased" in failure("erase", "emoji-sd", "--concept", "Noto", "--alias", "Fluent=x", *rest)
+    assert failure("erase", tmp_path / "no-such-folder", "--concept", "Noto", *rest)
+    assert "Fluent" in failure("erase", "emoji-sd", "--concept", "Fluent", *rest)
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_needs_a_record(failure, tmp_path):
+    assert failure("verify", tmp_path)
+
+
+def test_unknown_flags_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--limit", "0"])
+    assert stop.value.code == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_debug_raises(tmp_path, monkeypatch):
+    monkeypatch.setenv("MORE_HF_DEBUG", "1")
+    with pytest.raises((MoreError, OSError)):
+        main(["verify", str(tmp_path)])

@@ -1,0 +1,242 @@
+"""Prototypes are plain means, however the data arrives."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from more_hf.core.errors import PrototypeError
+from more_hf.core.prototypes import PrototypeFitter, Prototypes
+
+
+NAMES = ("cat", "dog", "fox")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Sums of a few hundred float64 values of size 1 differ by their order by less than 300 * 2.2e-16.
+ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def data(n=40, d=5, dtype=torch.float32, seed=0):
+    """Features `(n, d)` that are not centred, and labels in which every prototype occurs."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % len(NAMES)
+    return (torch.randn(n, d, generator=generator) + 3 + labels[:, None]).to(dtype), labels
+
+
+def fit(*batches, d=5):
+    fitter = PrototypeFitter(d, NAMES)
+    for features, labels in batches:
+        fitter.update(features, labels).update_moment(features)
+    return fitter
+
+
+def means(features, labels):
+    """An independent reference, one prototype after the other."""
+    return torch.stack([features[labels == i].double().mean(0) for i in range(len(NAMES))], dim=1)
+
+
+def test_prototypes_are_the_means():
+    features, labels = data()
+    prototypes = fit((features, labels)).prototypes
+
+    torch.testing.assert_close(prototypes.matrix, means(features, labels), **ROUNDING)
+    assert prototypes.matrix.dtype == torch.float64
+    assert prototypes.names == NAMES
+    assert prototypes.counts.tolist() == [14, 13, 13]
+    assert torch.equal(prototypes["dog"], prototypes.matrix[:, 1])
+    assert not torch.equal(prototypes["dog"], prototypes["cat"])
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=50)
+@given(
+    n=st.integers(3, 60),
+    d=st.integers(1, 12),
+    dtype=st.sampled_from(DTYPES),
+    cuts=st.lists(st.integers(0, 60), max_size=6),
+    shards=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_streaming_equals_one_shot(n, d, dtype, cuts, shards, seed):
+    features, labels = data(n, d, dtype, seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    edges = sorted({0, n, *(cut for cut in cuts if cut < n)})
+    batches = [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+    merged = PrototypeFitter(d, NAMES)
+    for shard in range(shards):
+        merged.merge(fit(*((features[rows], labels[rows]) for rows in batches[shard::shards]), d=d))
+    one_shot, streamed = fit((features, labels), d=d).prototypes, merged.prototypes
+
+    torch.testing.assert_close(streamed.matrix, one_shot.matrix, **ROUNDING)
+    torch.testing.assert_close(streamed.second_moment, one_shot.second_moment, **ROUNDING)
+    torch.testing.assert_close(streamed.matrix, means(features, labels), **ROUNDING)
+    assert torch.equal(streamed.counts, one_shot.counts)
+
+
+def test_every_feature_counts():
+    features, labels = data()
+    whole, part = fit((features, labels)).prototypes, fit((features[:-1], labels[:-1])).prototypes
+
+    assert (whole.matrix - part.matrix).abs().max() > 1e-3
+    assert (whole.second_moment - part.second_moment).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_float64_whatever_the_input(dtype):
+    # 4096 ones after a 4096: a sum in float16 or bfloat16 would stop growing.
+    features = torch.cat([torch.full((1, 1), 4096.0), torch.ones(4095, 1)]).to(dtype)
+    fitter = PrototypeFitter(1, ["one"]).update(features, torch.zeros(4096, dtype=torch.int64))
+
+    assert fitter.prototypes.matrix.item() == (4096 + 4095) / 4096
+
+
+def test_tokens_are_features_of_their_own():
+    features, labels = data(24)
+    tokens = fit((features.reshape(4, 6, 5), labels.reshape(4, 6))).prototypes
+
+    torch.testing.assert_close(tokens.matrix, means(features, labels), **ROUNDING)
+
+
+def test_label_minus_one_is_left_out():
+    features, labels = data()
+    padded = torch.cat([features, torch.full((7, 5), 100.0)])
+    left_out = torch.cat([labels, torch.full((7,), -1)])
+    counted = torch.cat([labels, torch.full((7,), 1)])
+
+    torch.testing.assert_close(fit((padded, left_out)).prototypes.matrix, means(features, labels), **ROUNDING)
+    assert fit((padded, left_out)).prototypes.counts.sum() == len(features)
+    assert (fit((padded, counted)).prototypes["dog"] - means(features, labels)[:, 1]).abs().max() > 1
+
+
+def test_moment_is_the_uncentred_mean_of_outer_products():
+    features, labels = data()
+    prototypes = fit((features[:11], labels[:11]), (features[11:], labels[11:])).prototypes
+    z = features.double()
+
+    torch.testing.assert_close(prototypes.second_moment, torch.einsum("ni,nj->ij", z, z) / len(z), **ROUNDING)
+    assert (prototypes.second_moment - z.T.cov(correction=0)).abs().max() > 1  # the mean is not taken off
+
+
+def test_moment_and_means_are_separate():
+    features, labels = data()
+    assert PrototypeFitter(5, NAMES).update(features, labels).prototypes.second_moment is None
+
+    fitter = PrototypeFitter(5, NAMES).update(features, labels).update_moment(features + 1)
+    assert torch.equal(fitter.prototypes.matrix, PrototypeFitter(5, NAMES).update(features, labels).prototypes.matrix)
+
+
+def test_merge_changes_only_the_first():
+    features, labels = data()
+    first, second = fit((features[:20], labels[:20])), fit((features[20:], labels[20:]))
+    before, alone = first.prototypes.matrix, second.prototypes.matrix
+
+    assert first.merge(second) is first
+    assert not torch.equal(first.prototypes.matrix, before)
+    assert torch.equal(second.prototypes.matrix, alone)
+
+
+def test_prototypes_do_not_follow_the_fitter():
+    features, labels = data()
+    fitter = fit((features, labels))
+    prototypes = fitter.prototypes
+    matrix, counts, moment = prototypes.matrix.clone(), prototypes.counts.clone(), prototypes.second_moment.clone()
+    fitter.update(features + 10, labels).update_moment(features + 10)
+
+    assert not torch.equal(fitter.prototypes.matrix, matrix)
+    assert torch.equal(prototypes.matrix, matrix)
+    assert torch.equal(prototypes.counts, counts)
+    assert torch.equal(prototypes.second_moment, moment)
+
+
+def test_empty_prototypes_are_named():
+    features, labels = data()
+    labels[labels == 1] = -1
+
+    with pytest.raises(PrototypeError, match="'dog'") as error:
+        fit((features, labels)).prototypes  # noqa: B018
+    assert "'cat'" not in str(error.value)
+
+
+def test_duplicate_names_are_refused():
+    with pytest.raises(PrototypeError, match="unique.*'cat'"):
+        PrototypeFitter(5, ["cat", "dog", "cat"])
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("dog", "cat", "fox")])
+def test_merge_needs_the_same_names(names):
+    with pytest.raises(PrototypeError, match="same names"):
+        PrototypeFitter(5, NAMES).merge(PrototypeFitter(5, names))
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(PrototypeError, match="'cow'.*'cat', 'dog', 'fox'"):
+        fit(data()).prototypes["cow"]
+
+
+def test_inputs_and_random_state_are_left_alone():
+    features, labels = data(dtype=torch.float64)
+    features.requires_grad_()
+    kept, kept_labels, state = features.detach().clone(), labels.clone(), torch.get_rng_state()
+    prototypes = fit((features, labels)).prototypes
+
+    assert torch.equal(features, kept)
+    assert torch.equal(labels, kept_labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert features.requires_grad
+    assert not prototypes.matrix.requires_grad
+
+
+# Prototypes of parts
+
+
+def test_merge_is_the_fit_of_all(tmp_path):
+    features, labels = data(60)
+    parts = [fit((features[rows], labels[rows])).prototypes for rows in (slice(0, 11), slice(11, 60))]
+    merged, whole = parts[0].merge(parts[1]), fit((features, labels)).prototypes
+
+    torch.testing.assert_close(merged.matrix, whole.matrix, **ROUNDING)
+    torch.testing.assert_close(merged.second_moment, whole.second_moment, **ROUNDING)
+    assert torch.equal(merged.counts, whole.counts)
+    assert merged.moment_count == whole.moment_count == 60
+    unweighted = (parts[0].matrix + parts[1].matrix) / 2
+    assert (unweighted - whole.matrix).abs().max() > 1e-3
+
+
+def test_merge_of_other_names_has_both():
+    features, labels = data(30)
+    cats, rest = features[labels == 0], features[labels > 0]
+    one = PrototypeFitter(5, ["cat"]).update(cats, torch.zeros(len(cats), dtype=torch.int64)).prototypes
+    two = PrototypeFitter(5, ["fox", "dog"]).update(rest, 2 - labels[labels > 0]).prototypes
+    merged = one.merge(two)
+
+    assert merged.names == ("cat", "fox", "dog")
+    for i, name in enumerate(NAMES):
+        torch.testing.assert_close(merged[name], means(features, labels)[:, i], **ROUNDING)
+
+
+def test_merge_refuses_what_does_not_fit():
+    features, labels = data()
+    whole = fit((features, labels)).prototypes
+    with pytest.raises(PrototypeError, match="got widths 5 and 4"):
+        whole.merge(PrototypeFitter(4, NAMES).update(features[:, :4], labels).prototypes)
+    with pytest.raises(PrototypeError, match="second moment True and False"):
+        whole.merge(PrototypeFitter(5, NAMES).update(features, labels).prototypes)
+
+
+@pytest.mark.parametrize("moment", [False, True])
+def test_save_and_load_bit_for_bit(tmp_path, moment):
+    features, labels = data()
+    fitter = PrototypeFitter(5, NAMES).update(features, labels)
+    prototypes = (fitter.update_moment(features) if moment else fitter).prototypes
+    prototypes.save(tmp_path / "prototypes.safetensors")
+    loaded = Prototypes.load(tmp_path / "prototypes.safetensors")
+
+    assert torch.equal(loaded.matrix, prototypes.matrix)
+    assert torch.equal(loaded.counts, prototypes.counts)
+    assert (loaded.names, loaded.moment_count) == (NAMES, 40 if moment else 0)
+    assert torch.equal(loaded.second_moment, prototypes.second_moment) if moment else loaded.second_moment is None
+
+
+def test_memory_is_of_the_means_unless_the_moment_is_fed():
+    fitter = PrototypeFitter(5000, NAMES).update(torch.ones(3, 5000), torch.arange(3))
+    assert fitter.moment.numel() == 1
+    assert PrototypeFitter(5, NAMES).update_moment(torch.ones(3, 5)).moment.shape == (5, 5)

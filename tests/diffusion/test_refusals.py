@@ -1,0 +1,408 @@
+"""What cannot be edited safely is refused by name, with a remedy, and the pipeline is left bit for bit as it was."""
+
+import copy
+import io
+
+import pytest
+import torch
+from accelerate import disk_offload
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    DDPMPipeline,
+    StableDiffusionControlNetPipeline,
+    UNet2DModel,
+)
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionAttnProcessor
+from torch import nn
+
+import more_hf
+from more_hf.core.erasure import Site, find_erasure
+
+
+CPU = torch.device("cpu")
+SITE = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+
+
+def as_bytes(value):
+    if type(value) is torch.Tensor and not value.is_quantized and not value.is_meta:
+        return value.dtype, value.shape, value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def snapshot(pipe):
+    """Every tensor of every component as bytes, quantized and float8 ones too."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {f"{part}.{name}": as_bytes(value) for part, module in modules.items() for name, value in module.state_dict().items()}
+
+
+def changed(pipe, before):
+    """Names of the tensors that differ from a snapshot."""
+    after = snapshot(pipe)
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def erase(pipe, concept="van gogh", **kwargs):
+    return more_hf.erase_concept(pipe, concept, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs})
+
+
+def random_lora(unet):
+    lora = {}
+    for name, module in unet.named_modules():
+        if name.endswith("attn2.to_k"):
+            lora[f"unet.{name}.lora_A.weight"] = torch.full((1, module.in_features), 0.1)
+            lora[f"unet.{name}.lora_B.weight"] = torch.full((module.out_features, 1), 0.1)
+    return lora
+
+
+# Preparations: each takes a pipeline and a folder, and gives the pipeline to refuse.
+
+
+def fused_projections(pipe, folder):
+    pipe.fuse_qkv_projections(vae=False)
+    return pipe
+
+
+def unfused_projections(pipe, folder):
+    pipe.fuse_qkv_projections(vae=False)
+    pipe.unfuse_qkv_projections(vae=False)
+    return pipe
+
+
+def fused_lora(pipe, folder):
+    pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="style")
+    pipe.fuse_lora()
+    return pipe
+
+
+def merged_lora_of_peft(pipe, folder):
+    pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="style")
+    pipe.unet.get_submodule(SITE.replace("to_v", "to_k")).merge()
+    return pipe
+
+
+def quantized_module(pipe, folder):
+    pipe.unet = torch.ao.quantization.quantize_dynamic(pipe.unet, {nn.Linear}, dtype=torch.qint8)
+    return pipe
+
+
+class PackedTensor(torch.Tensor):
+    """Stands for the tensor subclasses of quantization libraries."""
+
+
+def quantized_tensor(pipe, folder):
+    layer = pipe.unet.get_submodule(SITE)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(PackedTensor), requires_grad=False)
+    return pipe
+
+
+def float8_layer_casting(pipe, folder):
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    return pipe
+
+
+def offloaded_to_disk(pipe, folder):
+    disk_offload(pipe.unet, str(folder), execution_device=CPU)
+    return pipe
+
+
+def group_offloaded_to_disk(pipe, folder, offload_type="leaf_level", **kwargs):
+    apply_group_offloading(pipe.unet, CPU, CPU, offload_type, offload_to_disk_path=str(folder), **kwargs)
+    return pipe
+
+
+def group_offloaded_to_disk_by_block(pipe, folder):
+    return group_offloaded_to_disk(pipe, folder, "block_level", num_blocks_per_group=1)
+
+
+def not_loaded(pipe, folder):
+    pipe.unet.to("meta")
+    return pipe
+
+
+def custom_diffusion(pipe, folder):
+    processors = dict(pipe.unet.attn_processors)
+    for name in processors:
+        if "attn2" in name:
+            layer = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k
+            processors[name] = CustomDiffusionAttnProcessor(hidden_size=layer.out_features, cross_attention_dim=layer.in_features)
+    pipe.unet.set_attn_processor(processors)
+    return pipe
+
+
+def shared_weight(pipe, folder):
+    pipe.unet.get_submodule(SITE).weight = pipe.unet.get_submodule(SITE.replace("to_v", "to_k")).weight
+    return pipe
+
+
+def controlnet(pipe, folder):
+    return StableDiffusionControlNetPipeline(
+        **pipe.components, controlnet=ControlNetModel.from_unet(pipe.unet), requires_safety_checker=False
+    )
+
+
+def without_text_encoder(pipe, folder):
+    pipe.text_encoder = None
+    return pipe
+
+
+def unsupported_denoiser(pipe, folder):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(sample_size=8, block_out_channels=(4, 8), norm_num_groups=2, **blocks)
+    return DDPMPipeline(unet, DDIMScheduler())
+
+
+PREPARED = {
+    fused_projections: ["attn2", "fused projections", "without `fuse_qkv_projections()`"],
+    unfused_projections: ["attn2", "fused projections", "Load the pipeline again"],
+    fused_lora: ["1 LoRA(s) are fused", "unfuse_lora()"],
+    merged_lora_of_peft: ["attn2.to_k", "merged LoRA", "unfuse_lora()"],
+    quantized_module: ["attn2.to_k", "quantized", "Erase from the unquantized model"],
+    quantized_tensor: [SITE, "PackedTensor", "Erase from the full-precision model"],
+    float8_layer_casting: ["attn2.to_k", "float8_e4m3fn", "Erase from the full-precision model"],
+    offloaded_to_disk: ["attn2.to_k", "offloaded to disk", "Load the model without an offload folder"],
+    group_offloaded_to_disk: ["denoiser", "group-offloaded to disk", "Erase first"],
+    group_offloaded_to_disk_by_block: ["denoiser", "group-offloaded to disk", "Erase first"],
+    not_loaded: ["attn2.to_k", "meta", "not loaded", "Erase from"],
+    custom_diffusion: ["attn2", "Custom Diffusion", "set_default_attn_processor()"],
+    shared_weight: [SITE, "shared", "its own copy"],
+    controlnet: ["`controlnet` (ControlNetModel)", "layers of its own", "from_pipe"],
+    without_text_encoder: ["StableDiffusionPipeline", "without its text encoder"],
+    unsupported_denoiser: ["DDPMPipeline", "unet: UNet2DModel", "UNet2DConditionModel"],
+}
+
+
+def assert_refused(pipe, words):
+    before = snapshot(pipe)
+    with pytest.raises(more_hf.TargetNotFoundError) as error:
+        erase(pipe)
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+    assert changed(pipe, before) == []
+    assert find_erasure(pipe.unet) is None
+    assert more_hf.core.erasure.ERASED not in vars(pipe.unet)
+    assert not pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("prepare", PREPARED, ids=lambda prepare: prepare.__name__)
+def test_refused(tiny_sd, tmp_path, prepare):
+    assert_refused(prepare(tiny_sd(), tmp_path), PREPARED[prepare])
+
+
+def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
+    pipe = offloaded_to_disk(tiny_sd(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(more_hf.TargetNotFoundError):
+        erase(pipe)
+    assert len(before) > 100
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 56},
+            ["Stable Diffusion XL", "pooled prompt embedding", "right text encoder"],
+        ),
+        ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32}, ["encoder_hid_dim_type='text_proj'"]),
+        ({"cross_attention_dim": 48}, ["attn2.to_k", "32 features", "right text encoder"]),
+        (
+            {
+                "down_block_types": ("DownBlock2D",) * 2,
+                "mid_block_type": "UNetMidBlock2D",
+                "up_block_types": ("UpBlock2D",) * 2,
+            },
+            ["UNet2DConditionModel", "no attention that reads text"],
+        ),
+    ],
+    ids=["sdxl", "text_proj", "other_width", "no_cross_attention"],
+)
+def test_refused_denoisers(tiny_sd, options, words):
+    assert_refused(tiny_sd(**options), words)
+
+
+@pytest.mark.parametrize("prepare", [fused_projections, unfused_projections, fused_lora], ids=lambda prepare: prepare.__name__)
+def test_earlier_erasure_survives_a_refusal(tiny_sd, tmp_path, prepare):
+    pipe = erase(tiny_sd(), router="random")
+    erasure = more_hf.get_erasure(pipe)
+    prepare(pipe, tmp_path)
+    before = snapshot(pipe)
+    with pytest.raises(more_hf.MoreError):
+        erase(pipe, "pablo picasso")
+    assert changed(pipe, before) == []
+    assert more_hf.get_erasure(pipe) is erasure
+    assert list(pipe.unet._forward_pre_hooks.values()) == [erasure.hook]
+    assert erasure.hook.enabled
+
+
+class FrozenCopy(AttnProcessor):
+    """Projects text with a private copy of a projection."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.to_v = copy.deepcopy(attn.to_v)
+
+    def __call__(self, attn, *args, **kwargs):
+        real, attn.to_v = attn.to_v, self.to_v
+        try:
+            return super().__call__(attn, *args, **kwargs)
+        finally:
+            attn.to_v = real
+
+
+def frozen_processor(unet):
+    attn = unet.get_submodule(SITE.removesuffix(".to_v"))
+    attn.set_processor(FrozenCopy(attn))
+
+
+def cached_forward(unet):
+    layer = unet.get_submodule(SITE)
+    weight = layer.weight.detach().clone()
+    layer.forward = lambda x: nn.functional.linear(x, weight, layer.bias)
+
+
+def features_that_bypass_sites(unet):
+    extra = nn.Linear(32, 4)
+    unet.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] + extra(kwargs["encoder_hidden_states"]).mean(1)[:, :, None, None], *args[1:]), kwargs),
+        with_kwargs=True,
+    )
+
+
+SABOTAGE = [cached_forward, frozen_processor, features_that_bypass_sites]
+
+
+@pytest.mark.parametrize("router", [None, "random", "hash"])
+@pytest.mark.parametrize("sabotage", SABOTAGE[:2], ids=lambda sabotage: sabotage.__name__)
+def test_proof_by_run_rolls_back(tiny_sd, sabotage, router):
+    pipe = tiny_sd()
+    sabotage(pipe.unet)
+    before = snapshot(pipe)
+    with pytest.raises(more_hf.TargetNotFoundError, match="proof by run failed .* rolled back"):
+        erase(pipe, router=router)
+    assert changed(pipe, before) == []
+    assert more_hf.get_erasure(pipe) is None
+    assert not pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sabotage", SABOTAGE[:2], ids=lambda sabotage: sabotage.__name__)
+def test_proof_by_run_sees_one_missed_layer_in_half_precision(tiny_sd, sabotage, dtype):
+    pipe = tiny_sd().to(dtype)
+    sabotage(pipe.unet)
+    before = snapshot(pipe)
+    with pytest.raises(more_hf.TargetNotFoundError, match="proof by run failed"):
+        erase(pipe)
+    assert changed(pipe, before) == []
+
+
+def test_proof_by_run_sees_text_that_bypasses_the_layers(tiny_sd):
+    pipe = tiny_sd()
+    features_that_bypass_sites(pipe.unet)
+    before = snapshot(pipe)
+    with pytest.raises(more_hf.TargetNotFoundError, match="does not read the prompt through the edited layers alone"):
+        erase(pipe)
+    assert changed(pipe, before) == []
+
+
+def assert_still_in_force(pipe, erasure, before):
+    assert changed(pipe, before) == []
+    assert more_hf.get_erasure(pipe) is erasure
+    hooks = [] if erasure.hook is None else [erasure.hook]
+    assert [hook for hook in pipe.unet._forward_pre_hooks.values() if hook in hooks] == hooks
+    assert all(hook.enabled for hook in hooks)
+
+
+@pytest.mark.parametrize("router", [None, "random"])
+@pytest.mark.parametrize("sabotage", SABOTAGE[:2], ids=lambda sabotage: sabotage.__name__)
+def test_proof_by_run_keeps_the_earlier_erasure(tiny_sd, sabotage, router):
+    pipe = erase(tiny_sd(), router=router)
+    erasure = more_hf.get_erasure(pipe)
+    sabotage(pipe.unet)
+    before = snapshot(pipe)
+    with pytest.raises(more_hf.TargetNotFoundError, match="proof by run failed"):
+        erase(pipe, "pablo picasso", router=router)
+    assert_still_in_force(pipe, erasure, before)
+
+
+@pytest.fixture
+def fail_at(monkeypatch):
+    """`fail_at(k, error)`: the k-th write of a site from now on fails, once."""
+
+    def install(k, error=RuntimeError):
+        real, writes = Site.write, iter(range(1, 10**6))
+
+        def write(site, value):
+            if next(writes) == k:
+                raise error("interrupted")
+            real(site, value)
+
+        monkeypatch.setattr(Site, "write", write)
+
+    return install
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("router", [None, "random"])
+def test_interrupted_edit(tiny_sd, fail_at, router, error):
+    pipe = tiny_sd()
+    before = snapshot(pipe)
+    fail_at(5, error)
+    with pytest.raises(error, match="interrupted"):
+        erase(pipe, router=router)
+    assert changed(pipe, before) == []
+    assert more_hf.get_erasure(pipe) is None
+    assert not pipe.unet._forward_pre_hooks
+
+
+# A refit writes the 8 originals for the proof, the 8 edited weights back, and then the 8 new ones.
+@pytest.mark.parametrize("k", [1, 5, 13, 21])
+@pytest.mark.parametrize("router", [None, "random"])
+def test_interrupted_refit(tiny_sd, fail_at, router, k):
+    pipe = erase(tiny_sd(), router=router)
+    erasure, before = more_hf.get_erasure(pipe), snapshot(pipe)
+    fail_at(k)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        erase(pipe, "pablo picasso", router=router)
+    assert_still_in_force(pipe, erasure, before)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_interrupted_restore(tiny_sd, fail_at, k):
+    pipe = erase(tiny_sd(), router="random")
+    erasure, before = more_hf.get_erasure(pipe), snapshot(pipe)
+    fail_at(k)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        more_hf.restore(pipe)
+    assert_still_in_force(pipe, erasure, before)
+    assert changed(more_hf.restore(pipe), snapshot(tiny_sd())) == []
+
+
+@pytest.mark.parametrize("k", [5, 13])
+def test_interrupted_disabled(tiny_sd, fail_at, k):
+    pipe = erase(tiny_sd(), router="random")
+    erasure, before = more_hf.get_erasure(pipe), snapshot(pipe)
+    fail_at(k)
+    with pytest.raises(RuntimeError, match="interrupted"), more_hf.disabled(pipe):
+        pass
+    assert_still_in_force(pipe, erasure, before)
+
+
+def test_denoiser_that_fails_during_the_proof(tiny_sd, monkeypatch):
+    pipe = erase(tiny_sd(), router="random")
+    erasure, before = more_hf.get_erasure(pipe), snapshot(pipe)
+    pipe.unet.train()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipe.unet, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        erase(pipe, "pablo picasso", router="random")
+    assert_still_in_force(pipe, erasure, before)
+    assert all(module.training for module in pipe.unet.modules())

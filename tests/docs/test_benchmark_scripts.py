@@ -1,0 +1,111 @@
+"""The arithmetic of the benchmark scripts: what is timed is the published closed form, and choices are made as their docstrings say."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from more_hf.bench.methods.diffusion.rece import adversarial_embeddings
+from more_hf.bench.methods.diffusion.uce import edit_matrix
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    def load(folder, name):
+        monkeypatch.syspath_prepend(str(BENCHMARKS / folder))
+        return importlib.import_module(name)
+
+    return load
+
+
+def features(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_what_is_timed_is_the_closed_form_of_the_baselines(script):
+    speed = script("speed", "speed")
+    layers = [features(6, 8, seed=seed) for seed in range(2)]
+    C, G, R = features(3, 8, seed=5), features(3, 8, seed=6), features(4, 8, seed=7)
+    scales = {"erase_scale": 1.0, "preserve_scale": 0.1}
+    A = edit_matrix(C, G, R, lamb=0.5, **scales)
+    one_by_one = speed.closed_form(layers, list(C.split(1)), list(G.split(1)), list(R.split(1)), 0.5, 0.1)
+    assert all(torch.allclose(new, W @ A) for new, W in zip(one_by_one, layers, strict=True))
+    assert not torch.allclose(one_by_one[0], layers[0], atol=1e-2)
+
+    adversarial = adversarial_embeddings(sum(W.T @ W for W in layers), A, C, 1e-3)
+    A = A @ edit_matrix(adversarial, G, R, lamb=0.1, **scales)
+    assert all(torch.allclose(new, W @ A) for new, W in zip(speed.rece(layers, C, G, [R]), layers, strict=True))
+
+
+def test_every_part_of_the_speed_table(script):
+    speed = script("speed", "speed")
+    small = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2}
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lines = speed.measure({**speed.SD14, **small}, {**speed.CLIP_L, **text}, 8, names=(2,), prompts=(2,))
+    assert lines[0]["times the merge"] == 1
+    assert [line["what"].split(",")[0] for line in lines[:4]] == [
+        "more", "floor: read and write the edited matrices once", "UCE", "UCE",
+    ]  # fmt: skip
+    assert all(line["seconds"] >= 0 for line in lines)
+    assert len(lines) == 10
+
+
+def test_geometry_measures_by_hand(script, monkeypatch):
+    geometry = script("geometry", "geometry")
+    for name, value in (("WIDTH", 24), ("OUT", 30), ("RETAINED", 4), ("ORDINARY", 400)):
+        monkeypatch.setattr(geometry, name, value)
+    problem = geometry.Problem(3)
+    same, gone = problem.layers, [torch.zeros_like(W) for W in problem.layers]
+    assert geometry.moved(problem, same, problem.R) == 0
+    assert geometry.moved(problem, gone, problem.R) == pytest.approx(100)
+    assert geometry.moved(problem, same, problem.C, problem.G) == pytest.approx(100)
+    assert float(problem.unseen.square().sum(1).mean()) == pytest.approx(24, rel=0.2)
+
+    lines = {method: geometry.measure(method, problem) for method in geometry.METHODS}
+    for method in ("more", "more (pinv)", "more-without-po"):
+        assert lines[method]["concept_to_target"] == pytest.approx(0, abs=1e-6)
+    assert lines["more (pinv)"]["retained_moved"] == pytest.approx(0, abs=1e-6)
+    assert lines["more-without-po"]["retained_moved"] > 1
+    assert lines["more"]["ordinary_moved"] < lines["more (pinv)"]["ordinary_moved"]  # what the metric is for
+    assert lines["cure"]["concept_to_target"] is None
+    refused = geometry.measure("more", geometry.Problem(13))
+    assert "26 prototypes do not fit into 24 dimensions" in refused["note"]
+    assert refused["seconds"] is None
+
+
+def test_targets_are_chosen_by_score_then_by_the_smallest_change(script, monkeypatch):
+    choose = script("artists", "choose")
+    monkeypatch.setattr(choose, "EMOJI_ARTISTS", tuple("ABCDE"))
+
+    def line(forget, remap_to, score, lpips):
+        return {"forget": forget, "remap_to": remap_to, "score": str(score), "lpips_f": str(lpips)}
+
+    a = [line("A", "B", 390, 0.4), line("A", "C", 386, 0.2), line("A", "D", 399, 0.1), line("A", "E", 300, 0.5)]
+    assert choose.best_targets(a, ["A"]) == ["C", "B", "E"]  # D can hardly be seen; C is within five points of B and changes less
+    assert choose.best_targets([a[0], line("A", "C", 385, 0.2), *a[2:]], ["A"]) == ["B", "C", "E"]  # five points are too many
+    b = [line("B", "A", 399, 0.5), line("B", "C", 200, 0.2), line("B", "D", 399, 0.3), line("B", "E", 390, 0.5)]
+    assert choose.best_targets([*a, *b], ["A", "B"]) == ["D", "E", "C"]  # the mean of both, and neither itself
+
+
+def test_the_best_two_factors_are_crossed(script):
+    choose = script("artists", "choose")
+    scores = {"centre": 400, "tokens=last": 399, "tokens=end": 398, "shrinkage=1e-3": 390, "tokens=last + solver=pinv": 401}
+    assert choose.best_two([{"cell": cell, "score": str(score)} for cell, score in scores.items()]) == ["tokens=last", "shrinkage=1e-3"]
+
+
+def test_settings_are_the_best_cell_of_a_finished_grid(script):
+    tune = script("artists", "tune")
+    assert tune.grid(a=[1, 2], b=3, c=[4, 5]) == [{"a": a, "b": 3, "c": c} for a in (1, 2) for c in (4, 5)]
+    lines = [
+        {"method": method, "settings": json.dumps(cell), "score": str(300 + i)}
+        for method in ("more", "uce", "cure")
+        for i, cell in enumerate(tune.GRIDS[method])
+    ]
+    best = tune.best_settings(lines[:-1])
+    assert best == {"uce": tune.GRIDS["uce"][-1]}  # of `more` there is nothing to choose, and cure is not finished
+    assert tune.best_settings(lines)["cure"] == tune.GRIDS["cure"][-1]

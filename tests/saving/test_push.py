@@ -1,0 +1,306 @@
+"""Publishing: one commit of checked files, of every kind of model, and what is refused."""
+
+import copy
+import json
+import logging
+import re
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from support.families import build, shorten
+from support.hub import BASE, REVISION, card_of, erase
+from torch.utils.data import DataLoader
+
+import more_hf
+from more_hf.cli.main import main
+from more_hf.saving import push as publish
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+DELTA = "more_hf_delta.safetensors"
+
+
+# What goes up
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=["plain", "variant", "shards"])
+def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
+    pipe = erase(tiny_sd(), {"van gogh": ["vincent"]})
+    folder = more_hf.save(pipe, tmp_path / "erased", **options)
+    assert more_hf.push_to_hub(folder, "me/erased", private=True, api=hub) == "the commit"
+
+    assert hub.writes == [("create_repo", True), ("create_commit", "Upload the model without van gogh")]
+    files = hub.repos["me/erased"]["main"]
+    assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} | {"README.md"}
+    downloaded = hub.to_folder("me/erased", tmp_path / "downloaded_repo")
+    assert more_hf.verify(downloaded).ok
+    loaded = more_hf.load(downloaded)
+    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+    assert more_hf.get_erasure(loaded).request == more_hf.get_erasure(pipe).request
+
+
+def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
+    pipe = erase(tiny_sd())
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    more_hf.push_to_hub(more_hf.save(pipe, tmp_path / "erased"), "me/folder", api=hub)
+    more_hf.push_to_hub(pipe, "me/pipeline", api=hub, commit_message="Without a style")
+    assert hub.writes[-1] == ("create_commit", "Without a style")
+    folder, pushed = hub.repos["me/folder"]["main"], hub.repos["me/pipeline"]["main"]
+    assert folder.pop("README.md").replace(b"me/folder", b"me/pipeline").replace(b"# folder", b"# pipeline") == pushed.pop("README.md")
+    assert folder == pushed
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_record_has_base_revision_and_rows(saved, tmp_path, hub):
+    rows = [{"method": "more", "lpips_f": 0.31}, {"method": "uce", "lpips_f": 0.28}]
+    more_hf.push_to_hub(saved, "me/erased", rows=rows, api=hub)
+    facts = json.loads(hub.repos["me/erased"]["main"]["more_hf.json"])["facts"]
+    assert (facts["base"], facts["base_revision"], facts["benchmark"]) == (BASE, REVISION, rows)
+    assert re.search(r"\| uce +\| +0\.280 \|", card_of(hub).text)
+    assert more_hf.get_erasure(more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))).facts["benchmark"] == rows
+
+
+def test_base_revision_outlives_a_second_save(saved, tmp_path):
+    pipe = more_hf.load(saved)
+    pipe.unet.register_to_config(_name_or_path=f"/cache/models--me--erased/snapshots/{'2' * 40}/unet")  # the erased one's, not the base's
+    again = more_hf.save(pipe, tmp_path / "again")
+    assert json.loads((again / "more_hf.json").read_text())["facts"]["base_revision"] == REVISION
+
+
+def test_no_path_of_this_machine_goes_up(tiny_sd, tmp_path, hub):
+    base = tmp_path / "models" / "sd"
+    tiny_sd().save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n")
+    pipe = more_hf.erase_concept(DiffusionPipeline.from_pretrained(base), "van gogh", remap_to="claude monet")
+    assert str(tmp_path) in (more_hf.save(pipe, tmp_path / "erased") / "more_hf.json").read_text()  # as long as it stays here
+
+    more_hf.push_to_hub(pipe, "me/erased", api=hub)
+    assert not [name for name, content in hub.repos["me/erased"]["main"].items() if str(tmp_path).encode() in content]
+    card = card_of(hub)
+    assert (card.data.license, card.data.base_model) == ("mit", None)
+    assert "mine" in card.data.tags
+    assert "This is sd without **van gogh**" in card.text
+
+
+def test_a_branch(saved, hub):
+    hub.repos["me/erased"] = {"main": {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "notes.txt": b"notes"}}
+    more_hf.push_to_hub(saved, "me/erased", revision="no-van-gogh", api=hub)
+    assert hub.writes[1] == ("create_branch", "no-van-gogh")
+    assert set(hub.repos["me/erased"]["main"]) == {"README.md", "notes.txt"}
+    assert WEIGHTS in hub.repos["me/erased"]["no-van-gogh"]
+    assert "# Mine" in card_of(hub, branch="no-van-gogh").text
+
+
+@pytest.mark.parametrize("source", ["folder", "pipeline"])
+def test_the_factors_stay_here_unless_asked_for(saved, tiny_sd, hub, source):
+    model = saved if source == "folder" else erase(tiny_sd(), router="random")
+    more_hf.push_to_hub(model, "me/without", api=hub)
+    assert DELTA not in hub.repos["me/without"]["main"]
+    assert "`random` router, which picks one at run time, is not here" in card_of(hub, "me/without").text
+
+    more_hf.push_to_hub(model, "me/with", include_delta=True, api=hub)
+    assert DELTA in hub.repos["me/with"]["main"]
+    assert "with both, the original can be computed" in card_of(hub, "me/with").text
+    assert "is put back by `more_hf.load`" in card_of(hub, "me/with").text
+
+
+def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
+    (saved / ".cache").mkdir()
+    (saved / ".cache" / "hidden.json").write_text("{}")
+    grid = tmp_path / "grid.png"
+    grid.write_bytes(b"a picture")
+    folder = more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "new" / "to_push", grid=grid, api=hub)
+    assert hub.writes == []
+    more_hf.push_to_hub(saved, "me/erased", grid=grid, api=hub)
+    written = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert written == hub.repos["me/erased"]["main"]
+    assert written["before_after.png"] == b"a picture"
+    assert not [name for name in written if "cache" in name]
+    with pytest.raises(more_hf.ExportError, match="not empty"):
+        more_hf.push_to_hub(saved, "me/erased", dry_run=folder, api=hub)
+    (tmp_path / "empty").mkdir()
+    assert more_hf.verify(more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "empty", api=hub)).ok
+
+
+# What is refused, with nothing pushed
+
+
+def refused(hub, model, match, **kwargs):
+    before = {repo_id: {branch: dict(files) for branch, files in repo.items()} for repo_id, repo in hub.repos.items()}
+    with pytest.raises(more_hf.ExportError, match=match):
+        more_hf.push_to_hub(model, "me/erased", api=hub, **kwargs)
+    assert hub.writes == []
+    assert hub.repos == before
+
+
+def test_nothing_erased(tiny_sd, hub):
+    refused(hub, tiny_sd(), "Nothing was erased")
+
+
+def test_a_folder_with_original_weights(saved, saved_once, hub):
+    save_file(saved_once[1], saved / WEIGHTS)
+    refused(hub, saved, "does not hold the erased model.*each sends p_f where p_t goes: no")
+
+
+def test_a_pipeline_in_disabled(tiny_sd, hub):
+    pipe = erase(tiny_sd())
+    with more_hf.disabled(pipe):
+        refused(hub, pipe, "not the erased model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora/pytorch_lora_weights.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "old/unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        f"vae/{DELTA}",
+    ],
+)
+def test_a_folder_with_foreign_weights(saved, hub, name):
+    (saved / name).parent.mkdir(parents=True, exist_ok=True)
+    (saved / name).write_bytes(b"weights")
+    refused(hub, saved, f"no part of the saved pipeline: {re.escape(name)}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v1-5-pruned.ckpt",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "pytorch_lora_weights.safetensors",
+        DELTA,
+    ],
+)
+@pytest.mark.parametrize("branch", [None, "new"])
+def test_a_repository_with_the_originals_weights(saved, hub, name, branch):
+    hub.repos["me/erased"] = {"main": {name: b"weights", "README.md": b"---\nlicense: mit\n---\n"}}
+    refused(hub, saved, rf"{re.escape(name)}.*delete_files.*git history keeps old files", revision=branch)
+
+
+def test_weights_under_the_same_names_are_replaced_and_history_told(saved, saved_once, hub, caplog):
+    hub.repos["me/erased"] = {"main": {WEIGHTS: b"the original's"}}
+    with caplog.at_level(logging.WARNING, logger="more_hf"):
+        more_hf.push_to_hub(saved, "me/erased", api=hub)
+    assert "git history keeps old files" in caplog.text
+    assert hub.repos["me/erased"]["main"][WEIGHTS] == (saved / WEIGHTS).read_bytes()
+    caplog.clear()
+    more_hf.push_to_hub(saved, "me/erased", api=hub)  # what is replaced now was erased already
+    assert "git history" not in caplog.text
+
+
+def test_factors_that_are_not_there(saved, hub):
+    (saved / DELTA).unlink()
+    refused(hub, saved, f"has no {DELTA}", include_delta=True)
+
+
+# Plain diffusers, and the command
+
+
+def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
+    from diffusers.pipelines import pipeline_utils
+    from diffusers.utils import hub_utils
+
+    pipe, original = erase(tiny_sd()), tiny_sd()
+    for module in (pipeline_utils, hub_utils):
+        monkeypatch.setattr(module, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: ModelCard("---\n{}\n---\n"))
+    monkeypatch.setattr(hub_utils, "upload_folder", lambda folder_path, **kwargs: shutil.copytree(folder_path, tmp_path / "pushed"))
+    pipe.push_to_hub("me/erased")
+
+    pushed = load_file(tmp_path / "pushed" / WEIGHTS)
+    assert all(torch.equal(value, pushed[name]) for name, value in pipe.unet.state_dict().items())
+    changed = {name for name, value in original.unet.state_dict().items() if not torch.equal(value, pushed[name])}
+    assert changed == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
+
+
+def test_the_command(saved, tmp_path, hub, monkeypatch, capsys):
+    monkeypatch.setattr(publish, "HfApi", lambda **kwargs: hub)
+    (tmp_path / "summary.csv").write_text("method,n_f,lpips_f,lpips_f_low,lpips_f_high\nmore,100,0.312345,0.3,0.4\n")
+    flags = ["--private", "--revision", "erased", "--commit_message", "Without", "--rows", str(tmp_path / "summary.csv")]
+    assert main(["push", str(saved), "me/erased", *flags]) == 0
+    assert "https://huggingface.co/me/erased" in capsys.readouterr().out
+    assert hub.writes == [("create_repo", True), ("create_branch", "erased"), ("create_commit", "Without")]
+    assert re.search(r"\| method +\| n_f \| lpips_f \|\n.*\n\| more +\| 100 \| +0\.312 \|", card_of(hub, branch="erased").text)
+    record = json.loads(hub.repos["me/erased"]["erased"]["more_hf.json"])
+    assert record["facts"]["benchmark"] == [{"method": "more", "n_f": 100, "lpips_f": 0.312345, "lpips_f_low": 0.3, "lpips_f_high": 0.4}]
+
+    assert main(["push", str(saved), "me/erased", "--dry_run", str(tmp_path / "dry"), "--no_card", "--include_delta"]) == 0
+    assert str(tmp_path / "dry") in capsys.readouterr().out
+    assert (tmp_path / "dry" / DELTA).is_file()
+    assert not (tmp_path / "dry" / "README.md").exists()
+
+    (tmp_path / "empty.csv").write_text("method,lpips_f\n")
+    assert main(["push", str(saved), "me/erased", "--rows", str(tmp_path / "empty.csv")]) == 2
+    assert "empty.csv has no rows" in capsys.readouterr().err
+    (saved / "original.ckpt").write_bytes(b"weights")
+    assert main(["push", str(saved), "me/erased"]) == 2
+    assert "original.ckpt" in capsys.readouterr().err
+
+
+# Classifiers
+
+
+@pytest.fixture
+def classifier(digits, digit_classifier):
+    model = copy.deepcopy(digit_classifier)
+    images, labels = digits
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images[:300], labels[:300], strict=True)]
+    return more_hf.erase_classes(model, DataLoader(rows, batch_size=100), forget=["three"], remap_to=["eight"])
+
+
+def test_a_classifier_goes_up(classifier, digits, tmp_path, hub, monkeypatch):
+    more_hf.push_to_hub(classifier, "me/digits", api=hub)
+    hub.to_folder("me/digits", tmp_path / "me" / "digits")
+    assert more_hf.verify(tmp_path / "me" / "digits").ok
+    card = card_of(hub, "me/digits")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    assert "without **three**" in card.text
+    assert "The backbone is untouched" in card.text
+    assert "three → eight" in card.text
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names = {}
+    exec(block, names)
+    images, labels = digits
+    with torch.no_grad():
+        taken_for = names["model"](images[labels == 3]).logits.argmax(1)
+        others = names["model"](images[labels == 5]).logits.argmax(1)
+    assert (taken_for == 3).float().mean() < 0.1
+    assert (others == 5).float().mean() > 0.8
+
+
+def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_path, hub):
+    folder = more_hf.save(classifier, tmp_path / "erased")
+    digit_classifier.save_pretrained(folder)  # the original, under the same names
+    refused(hub, folder, "does not hold the erased model")
+
+
+# Newer families
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart"])
+def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
+    shorten(monkeypatch)
+    pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")
+    more_hf.push_to_hub(pipe, "me/erased", api=hub)
+    loaded = more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
+    name = "unet" if family == "sdxl" else "transformer"
+    expected, original = getattr(pipe, name).state_dict(), getattr(build(family), name).state_dict()
+    found = getattr(loaded, name).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert {key for key, value in found.items() if not torch.equal(value, original[key])} == {
+        f"{site}.weight" for site in more_hf.get_erasure(pipe).sites
+    }
+    assert "DiffusionPipeline.from_pretrained" in card_of(hub).text
+    with pytest.raises(more_hf.ExportError, match="Stable Diffusion 1.x"):
+        more_hf.save_checkpoint(pipe, tmp_path / "erased.safetensors")
+    assert not (tmp_path / "erased.safetensors").exists()

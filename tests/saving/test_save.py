@@ -1,0 +1,356 @@
+"""The record beside the weights: save, load and verify, and what each refuses."""
+
+import json
+import logging
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import more_hf
+from more_hf.saving.folder import DELTA, RECORD
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+VARIANT = "unet/diffusion_pytorch_model.fp16.safetensors"
+SITE = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+LAYOUT = "names and shapes are the base's"
+PRESENT = "every edited layer is there"
+EDITED = "each sends p_f where p_t goes"
+STRAYS = "no weights under another name"
+
+
+def erase(pipe, concepts="van gogh", **kwargs):
+    return more_hf.erase_concept(pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs})
+
+
+def failed(folder):
+    return {check for check, passed, _ in more_hf.verify(folder).checks if not passed}
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def original(saved_once):
+    return saved_once[1]
+
+
+def edit_record(folder, **changes):
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    record = {key: value for key, value in {**record, **changes}.items() if key not in changes or value is not None}  # None removes
+    (folder / RECORD).write_text(json.dumps(record), "utf-8")
+
+
+def test_record(tiny_sd, tmp_path):
+    pipe = erase(tiny_sd(), {"van gogh": ["vincent van gogh"]}, retain=["cat"])
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    folder = more_hf.save(pipe, tmp_path / "erased")
+
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    erasure = more_hf.get_erasure(pipe)
+    assert record["more_hf"] == more_hf.__version__
+    assert set(record["versions"]) == {"torch", "diffusers", "transformers"}
+    assert record["request"] == {
+        "concepts": {"van gogh": ["vincent van gogh"]},
+        "remap_to": {"van gogh": ["claude monet", "johannes vermeer"]},
+        "retain": ["cat"],
+        "tokens": "positions",
+        "solver": "auto",
+        "num_experts": None,
+        "router": None,
+        "seed": 0,
+        "pooled": True,
+    }
+    assert record["sites"] == {name: list(site.read().shape) for name, site in erasure.sites.items()}
+    assert len(record["sites"]) == 8
+    assert record["facts"]["rank"] == 8
+    assert record["facts"]["fingerprint"] == erasure.facts["fingerprint"]
+    assert record["denoiser"] == "unet"
+    assert record["proof"]["forget_vs_target"] < 1e-3
+    assert not (folder / DELTA).exists()
+    assert list(tmp_path.iterdir()) == [folder]
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}, {"variant": "fp16", "max_shard_size": "20KB"}],
+    ids=["plain", "variant", "shards", "variant_shards"],
+)
+def test_round_trip(tiny_sd, tmp_path, options):
+    pipe = erase(tiny_sd())
+    folder = more_hf.save(pipe, tmp_path / "erased", **options)
+    assert failed(folder) == set()
+
+    loaded = more_hf.load(folder, **{key: value for key, value in options.items() if key == "variant"})
+    erasure = more_hf.get_erasure(loaded)
+    assert erasure.request == more_hf.get_erasure(pipe).request
+    assert erasure.hook is None
+    assert str(erasure) == str(more_hf.get_erasure(pipe))
+    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+    with pytest.raises(more_hf.AlreadyErasedError, match="'van gogh' is already erased"):
+        erase(loaded, "pablo picasso")
+    with pytest.raises(more_hf.AlreadyErasedError):
+        more_hf.restore(loaded)
+    with pytest.raises(more_hf.AlreadyErasedError), more_hf.disabled(loaded):
+        pass
+    assert failed(more_hf.save(loaded, tmp_path / "again", **options)) == set()
+
+
+def test_plainly_loaded_folder_is_known_as_erased(saved):
+    pipe = StableDiffusionPipeline.from_pretrained(saved)
+    with pytest.raises(more_hf.AlreadyErasedError, match=RECORD):
+        erase(pipe, "pablo picasso")
+
+
+def test_the_original_put_back_after_a_save_over_its_own_folder(tiny_sd, tmp_path):
+    tiny_sd().save_pretrained(tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    more_hf.save(erase(pipe), tmp_path / "model")
+    assert more_hf.get_erasure(erase(more_hf.restore(pipe), "pablo picasso")).concepts == ["pablo picasso"]
+
+
+def refit(pipe):
+    return erase(erase(pipe), "pablo picasso", remap_to="andy warhol", router="hash")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda pipe: erase(pipe, remap_to=None),
+        lambda pipe: erase(pipe, solver="pinv", tokens="subject+end", retain=["cat", "dog"]),
+        lambda pipe: erase(pipe, {"van gogh": ["vincent"], "pablo picasso": []}, num_experts=2, seed=3, tokens="last"),
+        lambda pipe: erase(pipe, keep_originals=False),
+        refit,
+        lambda pipe: erase(pipe.to(torch.float16)),
+        lambda pipe: erase(pipe.to(torch.bfloat16)),
+        lambda pipe: erase(pipe).to(torch.float16),
+    ],
+    ids=["no_target", "pinv", "aliases", "without_originals", "refit", "float16", "bfloat16", "cast_after"],
+)
+def test_verify_accepts(tiny_sd, tmp_path, edit):
+    assert failed(more_hf.save(edit(tiny_sd()), tmp_path / "erased")) == set()
+
+
+def test_delta_puts_the_router_back(tiny_sd, tmp_path):
+    pipe = erase(tiny_sd(), router="random")
+    loaded = more_hf.load(more_hf.save(pipe, tmp_path / "with", include_delta=True))
+    z = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))
+    with more_hf.routing(pipe, seeds=range(6)), more_hf.routing(loaded, seeds=range(6)):
+        routed = more_hf.get_erasure(pipe).hook.route(z)
+        assert torch.allclose(more_hf.get_erasure(loaded).hook.route(z), routed)
+    assert list(loaded.unet._forward_pre_hooks.values()) == [more_hf.get_erasure(loaded).hook]
+
+    bare = more_hf.load(more_hf.save(pipe, tmp_path / "without"))
+    assert more_hf.get_erasure(bare).hook is None
+    with pytest.raises(more_hf.MoreError, match="no router"), more_hf.routing(bare, seeds=[0]):
+        pass
+    with pytest.raises(more_hf.ExportError, match="include_delta=False"):
+        more_hf.save(bare, tmp_path / "again", include_delta=True)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", [VARIANT, "unet/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt", f"vae/{DELTA}", "old/unet/model.pth"])
+def test_save_refuses_a_folder_with_foreign_weights(tiny_sd, tmp_path, name):
+    folder = tmp_path / "folder"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(b"weights of the original")
+    (folder / "README.md").write_text("a card")
+    before = content(folder)
+    with pytest.raises(more_hf.ExportError, match=name.split("/")[-1]):
+        more_hf.save(erase(tiny_sd()), folder)
+    assert content(folder) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_save_replaces_the_original(tiny_sd, tmp_path):
+    tiny_sd().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("a card")
+    folder = more_hf.save(erase(tiny_sd()), tmp_path / "model")
+    assert failed(folder) == set()
+    assert (folder / "README.md").read_text() == "a card"
+
+
+def test_save_does_not_leave_an_old_delta(saved):
+    pipe = more_hf.load(saved)
+    with pytest.raises(more_hf.ExportError, match=DELTA):
+        more_hf.save(pipe, saved)
+
+
+def test_save_needs_an_erasure(tiny_sd, tmp_path):
+    pipe = tiny_sd()
+    with pytest.raises(more_hf.ExportError, match="Nothing was erased"):
+        more_hf.save(pipe, tmp_path / "model")
+    with pytest.raises(more_hf.ExportError, match="Nothing was erased"):
+        more_hf.save(more_hf.restore(erase(pipe)), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_inside_disabled_would_publish_the_original(tiny_sd, tmp_path):
+    pipe = erase(tiny_sd())
+    with more_hf.disabled(pipe), pytest.raises(more_hf.MoreError):
+        more_hf.save(pipe, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_an_unfused_lora(tiny_sd, tmp_path):
+    pipe = erase(tiny_sd())
+    key = f"unet.{SITE.removesuffix('.weight')}"
+    pipe.load_lora_weights({f"{key}.lora_A.weight": torch.ones(1, 32), f"{key}.lora_B.weight": torch.ones(8, 1)}, adapter_name="style")
+    with pytest.raises(more_hf.ExportError, match="unload_lora_weights"):
+        more_hf.save(pipe, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+    pipe.unload_lora_weights()
+    assert failed(more_hf.save(pipe, tmp_path / "model")) == set()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_failed_save_leaves_nothing(tiny_sd, tmp_path, monkeypatch, existing):
+    pipe = erase(tiny_sd())
+    if existing:
+        more_hf.save(pipe, tmp_path / "model")
+    before = content(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pipe.vae, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        more_hf.save(pipe, tmp_path / "model")
+    assert content(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == existing
+
+
+# Controls: what `verify` must not accept.
+
+
+def put_back_one_layer(folder, original):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, SITE: original[SITE]}, folder / WEIGHTS)
+
+
+def put_back_everything(folder, original):
+    save_file(original, folder / WEIGHTS)
+
+
+def drop_a_layer(folder, original):
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[SITE]
+    save_file(tensors, folder / WEIGHTS)
+
+
+def drop_another_tensor(folder, original):
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["conv_in.bias"]
+    save_file(tensors, folder / WEIGHTS)
+
+
+def reshape_a_layer(folder, original):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, SITE: tensors[SITE].repeat(2, 1)}, folder / WEIGHTS)
+
+
+def reshape_another_tensor(folder, original):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"].repeat(2)}, folder / WEIGHTS)
+
+
+def not_finite(folder, original):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, SITE: tensors[SITE] * float("nan")}, folder / WEIGHTS)
+
+
+def add_a_variant(folder, original):
+    save_file({name: value.half() for name, value in original.items()}, folder / VARIANT)
+
+
+def add_a_bin(folder, original):
+    torch.save(original, folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def add_a_checkpoint(folder, original):
+    torch.save(original, folder / "model.ckpt")
+
+
+def add_a_single_file(folder, original):
+    save_file(original, folder / "model.safetensors")
+
+
+def empty_denoiser(folder, original):
+    (folder / WEIGHTS).unlink()
+
+
+CONTROLS = {
+    put_back_one_layer: {EDITED},
+    put_back_everything: {EDITED},
+    drop_a_layer: {LAYOUT, PRESENT},
+    drop_another_tensor: {LAYOUT},
+    reshape_a_layer: {LAYOUT},
+    reshape_another_tensor: {LAYOUT},
+    not_finite: {EDITED},
+    add_a_variant: {EDITED},
+    add_a_bin: {STRAYS},
+    add_a_checkpoint: {STRAYS},
+    add_a_single_file: {STRAYS},
+    empty_denoiser: {LAYOUT, PRESENT, EDITED},
+}
+
+
+def test_verify_accepts_what_was_saved(saved):
+    verification = more_hf.verify(saved)
+    assert verification.ok
+    assert [check for check, _, _ in verification.checks] == [LAYOUT, PRESENT, EDITED, STRAYS]
+    assert verification.to_markdown().count("| yes |") == 4
+
+
+@pytest.mark.parametrize("tamper", CONTROLS, ids=lambda tamper: tamper.__name__)
+def test_verify_fails(saved, original, tamper):
+    tamper(saved, original)
+    assert CONTROLS[tamper] <= failed(saved)
+    verification = more_hf.verify(saved)
+    assert not verification.ok
+    assert "| NO |" in verification.to_markdown()
+
+
+def test_verify_names_the_layer_that_was_put_back(saved, original):
+    put_back_one_layer(saved, original)
+    assert SITE.removesuffix(".weight") in more_hf.verify(saved).to_markdown()
+
+
+@pytest.mark.parametrize("read", [more_hf.load, more_hf.verify])
+@pytest.mark.parametrize("key", ["request", "sites", "facts", "layout"])
+def test_missing_key(saved, read, key):
+    edit_record(saved, **{key: None})
+    with pytest.raises(more_hf.IncompatibleBaseError, match=key):
+        read(saved)
+
+
+def test_more_retained_names_than_fit_into_the_space(tiny_sd, tmp_path):
+    pipe = erase(tiny_sd(), retain=["cat", "dog", "house", "tree", "car", "person"])  # covariance alone can
+    assert more_hf.verify(more_hf.save(pipe, tmp_path / "erased")).ok
+    assert more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request["retain"][0] == "cat"
+
+
+@pytest.mark.parametrize("read", [more_hf.load, more_hf.verify])
+def test_unknown_key_only_warns(saved, caplog, read):
+    edit_record(saved, colour="blue")
+    with caplog.at_level(logging.WARNING, logger="more_hf"):
+        assert read(saved)
+    assert "colour" in caplog.text
+
+
+@pytest.mark.parametrize("read", [more_hf.load, more_hf.verify])
+def test_no_record(saved, read):
+    (saved / RECORD).unlink()
+    with pytest.raises(more_hf.MoreError, match=f"no {RECORD}"):
+        read(saved)
+
+
+def test_record_of_another_model(saved):
+    edit_record(saved, sites={"conv_in": [4, 4]})
+    with pytest.raises(more_hf.IncompatibleBaseError, match="other layers"):
+        more_hf.load(saved)

@@ -1,0 +1,266 @@
+"""Pipelines of the newer families: the real classes with random weights, 32x32 images and features a few numbers wide."""
+
+import inspect
+import string
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+import more_hf
+from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
+
+
+T5_LENGTH = 24  # of the prompts of these tests; `max_sequence_length` is an argument of every call
+T5_WIDTH = 48
+
+
+def t5_tokenizer():
+    """Every printable character, and the words of the CLIP tokenizer."""
+    words = [(f"▁{word}", -3.0) for word in WORDS.split()]
+    characters = [(character, -9.0) for character in string.printable if not character.isspace()]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -6.0), *words, *characters]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def t5_encoder(vocabulary):
+    sizes = {"d_model": T5_WIDTH, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, **sizes, feed_forward_proj="gated-gelu")).eval()
+
+
+def clip_encoder(cls, tokenizer, width, projection=None):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=projection or width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return cls(config).eval()
+
+
+def tiny_vae(**options):
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        sample_size=32,
+        **{"latent_channels": 4, **options},
+    ).eval()
+
+
+def second_tokenizer():
+    """SDXL's second tokenizer pads with another token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "!"
+    return tokenizer
+
+
+def tiny_sdxl(cls=StableDiffusionXLPipeline, **unet_options):
+    tokenizer = tiny_tokenizer()
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 16,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (4, 8),
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "attention_head_dim": 2,
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2),
+            "cross_attention_dim": 16 + 24,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 20 + 6 * 4,
+            **unet_options,
+        }
+    ).eval()
+    return cls(
+        vae=tiny_vae(),
+        text_encoder=clip_encoder(CLIPTextModel, tokenizer, 16),
+        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, tokenizer, 24, projection=20),
+        tokenizer=tokenizer,
+        tokenizer_2=second_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+def tiny_sd3(channels=4):
+    tokenizer, t5 = tiny_tokenizer(), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=channels,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=16 + 24,
+        out_channels=channels,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(latent_channels=channels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_encoder(CLIPTextModelWithProjection, tokenizer, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, tokenizer, 24),
+        tokenizer_2=second_tokenizer(),
+        text_encoder_3=t5_encoder(len(t5)),
+        tokenizer_3=t5,
+    )
+
+
+def tiny_flux():
+    tokenizer, t5 = tiny_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    ).eval()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_encoder(CLIPTextModel, tokenizer, 32),
+        tokenizer=tokenizer,
+        text_encoder_2=t5_encoder(len(t5)),
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
+
+
+def tiny_pixart(cls=PixArtSigmaPipeline):
+    t5 = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=T5_WIDTH,
+    ).eval()
+    return cls(
+        tokenizer=t5,
+        text_encoder=t5_encoder(len(t5)),
+        vae=tiny_vae(),
+        transformer=transformer,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+    )
+
+
+BUILDERS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "pixart": tiny_pixart}
+
+
+def build(family, **options):
+    """A pipeline of this family. Does not change the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = BUILDERS[family](**options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def shorten(monkeypatch, *classes):
+    """Fewer ordinary prompts, and let `encode_prompt` of pipelines with T5 give it T5_LENGTH positions by default, not 256 to 512."""
+    monkeypatch.setattr("more_hf.diffusion.plan.everyday_prompts", lambda tokenizer: ("a dog and a tree", "a house by picasso", "a car"))
+    for cls in classes or (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline):
+        encode = getattr(cls, "encode_prompt", None)
+        if encode is None or "max_sequence_length" not in inspect.signature(encode).parameters:
+            continue
+        defaults = [p for p in inspect.signature(encode).parameters.values() if p.default is not p.empty]
+        values = tuple(T5_LENGTH if p.name == "max_sequence_length" else p.default for p in defaults)
+        monkeypatch.setattr(encode, "__defaults__", values)
+
+
+def embeds(remaps, name, masked=False):
+    """A made-up prompt for a pipeline's call: its features are exactly the prototypes of a name, and those that always stay."""
+
+    def features(space):
+        P = remaps[space].prototypes
+        stay = () if space == "pooled" else ("begin token", "empty prompt", "T5 empty prompt")
+        return P.matrix[:, [i for i, column in enumerate(P.names) if column.startswith((f"{name} · ", *stay))]].T.float()
+
+    found = {"prompt_embeds": features("tokens")[None]}
+    if "pooled" in remaps:
+        found["pooled_prompt_embeds"] = features("pooled")
+    if masked:
+        tokens, mask = found["prompt_embeds"], torch.ones(found["prompt_embeds"].shape[:2])
+        found |= {"prompt_attention_mask": mask, "negative_prompt_embeds": tokens, "negative_prompt_attention_mask": mask}
+        found["negative_prompt"] = None
+    return found
+
+
+FAMILIES = list(BUILDERS)
+FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
+CALL = {
+    "sdxl": {},
+    "sd3": {"max_sequence_length": T5_LENGTH},
+    "flux": {"max_sequence_length": T5_LENGTH},
+    "pixart": {"max_sequence_length": T5_LENGTH, "use_resolution_binning": False, "clean_caption": False},
+}
+
+
+def erase(pipe, concepts=FORGET, **kwargs):
+    return more_hf.erase_concept(pipe, concepts, **{"remap_to": TARGET, "retain": [RETAINED], "solver": "pinv", **kwargs})
+
+
+def denoiser_of(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def weights(pipe):
+    return {name: value.clone() for name, value in denoiser_of(pipe).state_dict().items()}
+
+
+def images(pipe, family, prompt=None, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "height": 32, "width": 32, "guidance_scale": 1.0, "output_type": "np", **CALL[family]}
+    return torch.from_numpy(pipe(prompt, generator=generator, **{**options, **kwargs}).images).double()
+
+
+def spaces(pipe):
+    """Space -> the factors."""
+    erasure = more_hf.get_erasure(pipe)
+    return {site.space: erasure.remap_of(name) for name, site in erasure.sites.items()}
