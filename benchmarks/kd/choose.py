@@ -15,12 +15,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from more_hf.bench.classes.data import load_kd_data, split_by_class
+from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.metrics import harmonic_mean
 from more_hf.bench.classes.start import RECIPES, Trainer
 from more_hf.bench.classes.training import Recipe, accuracy, predict
 from more_hf.bench.columns import write_rows
 from more_hf.bench.methods import classification_baseline
+from more_hf.bench.splits import split_by_class
 from more_hf.core.errors import IncompatibleBaseError
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table

@@ -18,10 +18,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from more_hf.bench.classes.data import KDData, load_kd_data, split_by_class
+from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.run import Known, run_kd
 from more_hf.bench.classes.tables import RELOADED
 from more_hf.bench.columns import write_rows
+from more_hf.bench.splits import KDData, split_by_class
 from more_hf.classification.router_training import COMBINATIONS
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table

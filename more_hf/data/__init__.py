@@ -1,4 +1,5 @@
-"""What works with no network: a small trained Stable Diffusion over ten emoji artists, the LPIPS(alex) metric, small classifiers."""
+"""Load the models that ship with the package: a small Stable Diffusion over ten emoji artists, LPIPS(alex),
+and small image classifiers. No network is needed."""
 
 import contextlib
 import warnings
@@ -30,7 +31,8 @@ CLASSIFIERS = (
     "fashion-mnist-resnet18",
     "fashion-mnist-vit",
 )
-"""The classifiers that ship with this package: data set and architecture. Accuracies: `benchmarks/classifiers/README.md`."""
+"""The classifiers that ship with this package: data set and architecture. Their accuracies are in
+`benchmarks/classifiers/README.md`."""
 
 
 def load_emoji_sd(**kwargs):
@@ -60,9 +62,15 @@ def load_emoji_sd(**kwargs):
 
     # diffusers renamed `torch_dtype` to `dtype` and still takes both.
     dtype = kwargs.pop("torch_dtype", torch.float32)
-    options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False, "local_files_only": True}
+    options = {
+        "dtype": dtype,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "local_files_only": True,
+        **kwargs,
+    }
     with _no_loading_bars():
-        pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji_sd", **{**options, **kwargs})
+        pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji_sd", **options)
     # What is saved from here names its base by this, not by a folder of the machine that it was made on.
     pipe.register_to_config(_name_or_path="emoji-sd")
     return pipe
@@ -72,11 +80,12 @@ def load_lpips():
     """
     Build LPIPS(alex), version 0.1, without a download and without touching the random state.
 
-    The `lpips` package has the linear layers; the convolutions of torchvision's AlexNet ship with this package.
+    The `lpips` package has the linear layers; the convolutions of torchvision's AlexNet ship with this
+    package.
 
     Returns:
-        [`lpips.LPIPS`]: float32, on the CPU, in evaluation mode, no parameter requires a gradient. It takes two
-        `(n, 3, H, W)` batches with values in `[-1, 1]` and returns `(n, 1, 1, 1)`.
+        [`lpips.LPIPS`]: float32, on the CPU, in evaluation mode, no parameter requires a gradient. It takes
+        two `(n, 3, H, W)` batches with values in `[-1, 1]` and returns `(n, 1, 1, 1)`.
     """
     import lpips
     import torch
@@ -103,8 +112,8 @@ def load_classifier(name: str):
             One of `CLASSIFIERS`.
 
     Returns:
-        [`~transformers.PreTrainedModel`]: float32 (the files hold half precision), on the CPU, in evaluation mode. It reads
-        `pixel_values` in [-1, 1] as `more_hf.bench.classes.data.load_kd_data` gives them.
+        [`~transformers.PreTrainedModel`]: float32 (the files hold half precision), on the CPU, in evaluation
+        mode. It reads `pixel_values` in [-1, 1] as `more_hf.bench.classes.data.load_kd_data` gives them.
 
     Raises:
         ValueError: for a name that is none of `CLASSIFIERS`.
@@ -114,16 +123,18 @@ def load_classifier(name: str):
     import torch
     from transformers import AutoModelForImageClassification
 
-    from ..bench.classes import models  # noqa: F401  (AllCNN and the small-stem ResNet register themselves)
+    from . import models  # noqa: F401  (registers AllCNN and the small-stem ResNet with transformers)
 
     with _no_loading_bars():
         options = {"dtype": torch.float32, "local_files_only": True}
-        return AutoModelForImageClassification.from_pretrained(FOLDER / "classifiers" / name, **options).eval()
+        model = AutoModelForImageClassification.from_pretrained(FOLDER / "classifiers" / name, **options)
+    return model.eval()
 
 
 @contextlib.contextmanager
 def _no_loading_bars():
-    """Silence the loading bars of both libraries for a second-long load, and leave their switches as they were."""
+    """Silence the loading bars of both libraries for a second-long load, and leave their switches as they
+    were."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

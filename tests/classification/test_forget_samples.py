@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 import more_hf
-from more_hf.bench.classes.data import load_kd_data, split_by_sample
+from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.training import accuracy, predict
+from more_hf.bench.splits import split_by_sample
 from more_hf.classification.features import collect_prototypes
 from more_hf.classification.forget_samples import factors, forget_samples, measure
 from more_hf.core.errors import AlreadyErasedError, PrototypeError, TargetNotFoundError

@@ -21,7 +21,7 @@ from ...api import get_erasure
 from ...classification.erasure import ClassErasure
 from ...classification.heads import evaluating
 from ...core.errors import MoreError
-from .data import ImageSet, Splits
+from ..splits import ImageSet, Splits
 
 
 CHUNK = 100_000  # samples that go through the head's hooks at once

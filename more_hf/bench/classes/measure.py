@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import KDData, Splits
+from ..splits import KDData, Splits
 from .features import Cached
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
 from .metrics import SPLITS, accuracy, expert_load, kd_scores

@@ -24,7 +24,8 @@ from ...core.files import write_text
 from ..artists.store import BenchmarkError
 from ..machine import peak_memory, processes
 from ..methods import CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
-from .data import KDData, load_kd_data, split_by_class
+from ..splits import KDData, split_by_class
+from .data import load_kd_data
 from .features import Cached, cache, head_only, reloaded, same_backbone, splits_of_features
 from .measure import KnownProbes, Measurement, Places, measure
 from .models import MODELS, pretrained_inputs

@@ -20,7 +20,8 @@ from ..columns import write_rows
 from ..machine import peak_memory, processes
 from ..methods import CLASSES_ONLY, CLASSIFICATION
 from ..page import html_facts, html_table, write_html
-from .data import load_kd_data, split_by_sample
+from ..splits import split_by_sample
+from .data import load_kd_data
 from .features import cache
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
 from .metrics import accuracy

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.errors import MoreError
+from ..splits import DatasetError
 from .emoji import hundred_things
 
 
@@ -28,10 +28,6 @@ FASHION_MNIST_CLASSES = (
     "bag",
     "ankle boot",
 )
-
-
-class DatasetError(MoreError, ValueError):
-    """The data are not there, or do not have what was asked for."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ...core.files import write_text
 from ..artists.store import BenchmarkError, read_config
 from ..machine import processes, this_run
 from ..methods import classification_baseline
-from .data import ImageSet, KDData
+from ..splits import ImageSet, KDData
 from .models import MODELS, build_classifier, load_pretrained
 from .training import Recipe, train_classifier
 

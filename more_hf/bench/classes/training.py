@@ -28,7 +28,7 @@ from ...core.errors import MoreError
 from ...core.files import write_text
 from ..columns import write_rows
 from ..machine import processes
-from .data import ImageSet
+from ..splits import ImageSet
 
 
 class TrainingError(MoreError, ValueError):

@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from more_hf.bench.classes import emoji as kd_emoji
 from more_hf.bench.classes import sources as kd_sources
-from more_hf.bench.classes.data import DatasetError, load_kd_data, split_by_class, split_by_sample
+from more_hf.bench.classes.data import load_kd_data
+from more_hf.bench.splits import DatasetError, split_by_class, split_by_sample
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,12 @@ def test_digits_are_scikit_learns(digits):
         found += [(*row, label) for row, label in zip(rows, batch["labels"].tolist(), strict=True)]
     np.testing.assert_allclose(sorted((*np.round(row[:-1], 2), row[-1]) for row in found), expected, atol=0.011)
     assert digits.class_names == tuple("0123456789")
+
+
+def test_the_former_place_of_load_kd_data():
+    from more_hf.evaluation import kd_data
+
+    assert kd_data.load_kd_data is load_kd_data
 
 
 def test_parts_are_disjoint_stratified_and_seeded(digits):

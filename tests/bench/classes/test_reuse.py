@@ -7,11 +7,12 @@ import torch
 
 from more_hf.api import get_erasure
 from more_hf.bench.classes import run as kd
-from more_hf.bench.classes.data import load_kd_data, split_by_class
+from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.features import cache, head_only, splits_of_features
 from more_hf.bench.classes.probes import PICKED, batches
 from more_hf.bench.classes.summary import read_rows
 from more_hf.bench.methods import CLOSED_FORM, classification_baseline
+from more_hf.bench.splits import split_by_class
 from more_hf.data import load_classifier
 
 

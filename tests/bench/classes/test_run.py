@@ -18,16 +18,17 @@ from more_hf.bench.classes import measure as measuring
 from more_hf.bench.classes import probes as probe
 from more_hf.bench.classes import run as kd
 from more_hf.bench.classes import start as kd_run
-from more_hf.bench.classes.data import load_kd_data, split_by_class
+from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.features import cache, same_backbone
-from more_hf.bench.classes.models import AllCNNForImageClassification
 from more_hf.bench.classes.similarity import class_means
 from more_hf.bench.classes.summary import read_rows, summarise
 from more_hf.bench.classes.tables import rebuild
 from more_hf.bench.classes.training import accuracy, predict
 from more_hf.bench.methods import classification_baseline
+from more_hf.bench.splits import split_by_class
 from more_hf.cli.main import main
 from more_hf.data import FOLDER, load_classifier
+from more_hf.data.models import AllCNNForImageClassification
 
 
 SMALL = {"epochs": 3, "probe_seeds": 2, "passes": (3,)}

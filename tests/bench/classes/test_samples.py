@@ -11,13 +11,14 @@ import torch
 
 from more_hf.bench.artists.store import BenchmarkError
 from more_hf.bench.classes import samples as kd_samples
-from more_hf.bench.classes.data import load_kd_data, split_by_class, split_by_sample
-from more_hf.bench.classes.models import AllCNNForImageClassification
+from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.summary import read_rows
 from more_hf.bench.classes.training import predict
 from more_hf.bench.methods import classification_baseline
+from more_hf.bench.splits import split_by_class, split_by_sample
 from more_hf.classification.erase import erase_classes
 from more_hf.cli.main import main
+from more_hf.data.models import AllCNNForImageClassification
 
 
 KD = Path(__file__).parents[3] / "benchmarks" / "kd"

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
 from more_hf.api import get_erasure
-from more_hf.bench.classes.data import ImageSet, KDData, split_by_class, split_by_sample
 from more_hf.bench.methods import (
     ABLATIONS,
     CLASSES_ONLY,
@@ -22,6 +21,7 @@ from more_hf.bench.methods.classification import boundary_shrink, esc_t, lau, sa
 from more_hf.bench.methods.classification.feature_map import features, find_head
 from more_hf.bench.methods.classification.fisher import fisher_information
 from more_hf.bench.methods.classification.training import reinitialised, train
+from more_hf.bench.splits import ImageSet, KDData, split_by_class, split_by_sample
 from more_hf.classification.erase import erase_classes
 from more_hf.classification.router_training import train_router
 from more_hf.core.errors import IncompatibleBaseError, MoreError
