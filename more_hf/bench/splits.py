@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import MoreError
 
@@ -71,14 +71,31 @@ class ImageSet(Dataset):
 
     def loader(self, batch_size: int = 256, *, seed: int | None = None) -> DataLoader:
         """Batches in order, or shuffled anew in each epoch, starting from `seed`."""
-        if seed is None:
-            generator, order = None, SequentialSampler(self)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            order = RandomSampler(self, generator=generator)
-        # A sampler of whole batches: one indexing call instead of one per image.
-        batches = BatchSampler(order, batch_size, drop_last=False)
-        return DataLoader(self, batch_size=None, sampler=batches, generator=generator)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return DataLoader(
+            _WholeBatches(self),
+            batch_size,
+            shuffle=seed is not None,
+            generator=generator,
+            collate_fn=_unchanged,
+        )
+
+
+class _WholeBatches(Dataset):
+    """An `ImageSet` that a loader indexes once per batch instead of once per image."""
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
+        return self.images[index]
+
+
+def _unchanged(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
 
 
 @dataclass(frozen=True)
