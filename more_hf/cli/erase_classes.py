@@ -1,48 +1,70 @@
-"""`more-hf erase-classes`: image classifiers."""
+"""`more-hf erase-classes`: make an image classifier forget classes, and save it with a record."""
 
 import argparse
 from pathlib import Path
 
-from .options import positive, read_remap_to
+from .options import (
+    add_command,
+    add_router,
+    add_solver,
+    positive,
+    read_remap_to,
+    refuse_lost_router,
+    refuse_missing_folder,
+    refuse_missing_model,
+)
 
 
-ROUTERS = ("random", "hash", "prototype", "prototype_random")
-SOLVERS = ("auto", "pinv", "covariance")
-
-
-def add_commands(commands) -> None:
+def add_to(commands) -> None:
     """Add it to the parser's sub-commands."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "erase-classes",
-        help="make an image classifier forget classes, and save it with a record",
-        description="One pass over a folder of images, then the edit in closed form. A class is named by its label, one of the label's "
-        "synonyms, or its number. `accelerate launch -m more_hf erase-classes ...` splits the pass over processes.",
+        _erase_classes,
+        purpose="make an image classifier forget classes, and save it with a record",
+        details="One pass over a folder of images, then the edit in closed form.\n"
+        "A class is named by its label, one of the label's synonyms, or its number.\n"
+        "`accelerate launch -m more_hf erase-classes ...` splits the pass over processes.",
+        examples=(
+            "more-hf erase-classes --model microsoft/resnet-18 --data DIR --forget tench --output OUT",
+            "more-hf erase-classes --model MODEL --data DIR --forget 3 7 --remap_to 5 --output OUT",
+        ),
     )
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a folder or a Hub id, with an image processor")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="images as DIR/CLASS/*.png or DIR/train/CLASS/*.png")
-    parser.add_argument("--forget", nargs="+", action="extend", required=True, metavar="CLASS", help="what to forget")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODEL", help="a folder or a Hub id, with an image processor")
+    add(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="images as DIR/CLASS/*.png or DIR/train/CLASS/*.png",
+    )
+    add("--forget", nargs="+", action="extend", required=True, metavar="CLASS", help="what to forget")
+    add(
         "--remap_to",
         nargs="+",
         action="extend",
         metavar="CLASS",
         help="what they are sent to; remain for every other class, none erases without remapping (remain)",
     )
-    parser.add_argument("--num_experts", type=positive, metavar="N", help="remapping experts (one for each target; one without a router)")
-    parser.add_argument("--router", choices=ROUTERS, help="the saved weights hold the mean expert with any")
-    parser.add_argument("--solver", choices=SOLVERS, default="auto", help="(auto)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the experts' targets (0)")
-    parser.add_argument("--batch_size", type=positive, default=32, help="images per call; does not change the result (32)")
-    kept = "also save the factors, which put router and forgotten features back on loading, and give the class back to whoever has them"
-    parser.add_argument("--include_delta", action="store_true", help=kept)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to save the classifier to")
-    parser.set_defaults(run=_erase_classes)
+    add(
+        "--num_experts",
+        type=positive,
+        metavar="N",
+        help="remapping experts (one for each target; one without a router)",
+    )
+    add_router(parser)
+    add_solver(parser, default="auto")
+    add("--seed", type=int, default=0, help="draws the experts' targets (0)")
+    add("--batch_size", type=positive, default=32, help="images per call; does not change the result (32)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to save the classifier to")
 
 
 def _erase_classes(args: argparse.Namespace) -> int:
     targets = read_remap_to(args.remap_to or ["remain"])
-    if not args.data.is_dir():
-        raise FileNotFoundError(f"{args.data} is not a folder. `--data` is a folder with one folder of images per class.")
+    refuse_lost_router(args)
+    refuse_missing_model(args.model)
+    refuse_missing_folder(args.data, "`--data` is a folder with one folder of images per class.")
 
     from accelerate import PartialState
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -54,10 +76,16 @@ def _erase_classes(args: argparse.Namespace) -> int:
     state = PartialState()
     model = AutoModelForImageClassification.from_pretrained(args.model).to(state.device)
     processor = AutoImageProcessor.from_pretrained(args.model)
-    names, channels = class_names(model, model.config.num_labels), getattr(model.config, "num_channels", 3)
+    images = load_image_folder(
+        args.data,
+        class_names(model, model.config.num_labels),
+        processor,
+        channels=getattr(model.config, "num_channels", 3),
+        batch_size=args.batch_size,
+    )
     more_hf.erase_classes(
         model,
-        load_image_folder(args.data, names, processor, channels=channels, batch_size=args.batch_size),
+        images,
         args.forget,
         remap_to="remain" if targets == ["remain"] else targets,
         num_experts=args.num_experts,

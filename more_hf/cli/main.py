@@ -4,10 +4,14 @@ import argparse
 import os
 import sys
 
-from more_hf.cli import bench, pipelines
-from more_hf.cli import erase_classes as classes
-from more_hf.cli import push as publish
+from more_hf import __version__
 from more_hf.core.errors import MoreError
+
+from . import bench, demo, erase, erase_classes, lora, push, verify
+from .options import show_examples
+
+
+COMMANDS = (demo, erase, erase_classes, lora, verify, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,15 +23,18 @@ def main(argv: list[str] | None = None) -> int:
             The arguments after the program's name. Defaults to the process's own.
 
     Returns:
-        `int`: 0 for success, 1 if `verify` found a difference, 2 for an expected failure, told in one line on stderr
-        (with `MORE_HF_DEBUG=1` it is raised instead).
+        `int`: 0 for success, 1 if `verify` found a difference, 2 for an expected failure, told in one line on
+        stderr (with `MORE_HF_DEBUG=1` it is raised instead), 130 if it was interrupted.
 
     Raises:
-        SystemExit: from argparse, for `--help` and for arguments it does not know.
+        SystemExit: from argparse, for `--help`, `--version` and arguments it does not know.
     """
-    args = _parser().parse_args(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return args.run(args)
+    except KeyboardInterrupt:
+        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
+        return 130
     except (MoreError, OSError, ValueError) as error:
         if os.environ.get("MORE_HF_DEBUG") == "1":
             raise
@@ -35,10 +42,37 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    purpose = "Erase concepts from text-to-image pipelines, and classes from image classifiers."
-    parser = argparse.ArgumentParser("more-hf", description=purpose)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """
+    Parse a command line.
+
+    Args:
+        argv (`list[str]`):
+            The arguments after the program's name. Flags may have dashes for underscores (`--remap-to`).
+
+    Returns:
+        `argparse.Namespace`: the arguments; `run` is the command's function.
+    """
+    parser = argparse.ArgumentParser(
+        "more-hf",
+        description="Erase concepts from text-to-image pipelines, and classes from image classifiers.",
+        epilog=show_examples(
+            (
+                "more-hf demo",
+                "more-hf erase emoji-sd --concept Blobmoji --remap_to Fluent --output without_blobmoji",
+            )
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"more-hf {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for module in (pipelines, classes, publish, bench):
-        module.add_commands(commands)
-    return parser
+    for module in COMMANDS:
+        module.add_to(commands)
+    return parser.parse_args([_with_underscores(argument) for argument in argv])
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument[2:].partition("=")
+    return f"--{flag.replace('-', '_')}{equals}{value}"

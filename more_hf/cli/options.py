@@ -1,16 +1,66 @@
-"""Arguments that several commands take, and how their values are read."""
+"""Arguments that several commands take, and how their values are read. Nothing heavy is imported here."""
 
 import argparse
 import difflib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+from more_hf.core.options import ROUTERS, SOLVERS
 from more_hf.data import EMOJI_ARTISTS
 
 
 EMOJI_SD = "emoji-sd"
-TOKENS = ("subject", "end", "subject+end", "positions", "last")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
-def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options) -> None:
+def add_command(
+    commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int] | None,
+    *,
+    purpose: str,
+    examples: tuple[str, str],
+    details: str = "",
+) -> argparse.ArgumentParser:
+    """
+    Add a command to a parser's sub-commands.
+
+    Args:
+        commands:
+            What `add_subparsers` returned.
+        name (`str`):
+            The command's name.
+        run (`Callable`, *optional*):
+            Called with the parsed arguments, it returns the exit status. `None` for a group of commands.
+        purpose (`str`):
+            One line for the list of commands, and the first of the command's own help.
+        examples (`tuple[str, str]`):
+            Two whole command lines, shown at the end of the command's help.
+        details (`str`, defaults to `""`):
+            Further lines for the command's own help.
+
+    Returns:
+        `argparse.ArgumentParser`: the command's parser, for its arguments.
+    """
+    parser = commands.add_parser(
+        name,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.\n{details}".strip(),
+        epilog=show_examples(examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def show_examples(examples: tuple[str, str]) -> str:
+    return "\n".join(["examples:", *(f"  {line}" for line in examples)])
+
+
+def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options: Any) -> None:
     parser.add_argument(
         "--remap_to",
         nargs="+",
@@ -21,17 +71,37 @@ def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options) 
     )
 
 
+def add_router(parser: argparse.ArgumentParser) -> None:
+    """A router and the flag that saves what it needs; `refuse_lost_router` checks that they come together."""
+    parser.add_argument(
+        "--router",
+        choices=ROUTERS,
+        help="picks an expert for each sample at run time; needs --include_delta",
+    )
+    parser.add_argument(
+        "--include_delta",
+        action="store_true",
+        help="also save the factors of the edit, which a router and the features of a classifier need; "
+        "they give what was erased back to whoever has them",
+    )
+
+
+def add_solver(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument("--solver", choices=("auto", *SOLVERS), help="(auto)", **options)
+
+
 def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    return _at_least(0, text)
 
 
 def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
     return value
 
 
@@ -42,21 +112,63 @@ def read_remap_to(names: list[str]) -> list[str] | None:
     return None if none else names
 
 
+def read_settings(file: Path | None) -> dict[str, dict[str, Any]] | None:
+    """The JSON file of `--settings`: the name of a method -> its arguments."""
+    if file is None:
+        return None
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+
+
+def refuse_lost_router(args: argparse.Namespace) -> None:
+    if args.router is not None and not args.include_delta:
+        raise ValueError(
+            f"`--router {args.router}` needs `--include_delta`: a router is saved with the factors of the "
+            "edit, without which the folder has the mean expert alone. Add `--include_delta`, or leave it out."
+        )
+
+
+def refuse_missing_folder(folder: str | Path, what: str) -> None:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}. {what}")
+
+
+def refuse_missing_model(model: str) -> None:
+    """Refuse what is written as a path and is not there; a Hub id is `name` or `owner/name`."""
+    path = Path(model)
+    written_as_path = model.startswith(".") or path.is_absolute() or len(path.parts) > 2
+    if written_as_path:
+        refuse_missing_folder(path, f"A model is a folder, a Hub id like owner/name, or {EMOJI_SD}.")
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], *, what: str, also: str = "") -> None:
+    """Refuse the first of `names` that is not `known`, with the nearest known name if one is near."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            hint = _did_you_mean(name, known)
+            raise ValueError(f"There is no {what} {name!r}.{hint} Available: {', '.join(known)}{also}.")
+
+
 def emoji_artist(name: str) -> str:
     """The embedded pipeline's spelling of an artist's name."""
     for artist in EMOJI_ARTISTS:
         if artist.casefold() == name.casefold():
             return artist
-    raise ValueError(f"The embedded pipeline has no artist {name!r}.{_did_you_mean(name)} Available: {', '.join(EMOJI_ARTISTS)}.")
+    hint, available = _did_you_mean(name, EMOJI_ARTISTS), ", ".join(EMOJI_ARTISTS)
+    raise ValueError(f"The embedded pipeline has no artist {name!r}.{hint} Available: {available}.")
 
 
 def refuse_typo(name: str) -> None:
-    """Things can be erased from the embedded pipeline as well, so only a name just beside an artist's is refused."""
-    if name.casefold() not in {artist.casefold() for artist in EMOJI_ARTISTS} and (hint := _did_you_mean(name, 0.8)):
+    """Refuse a name that is nearly an artist's. Others pass: things can be erased as well."""
+    is_artist = name.casefold() in {artist.casefold() for artist in EMOJI_ARTISTS}
+    if not is_artist and (hint := _did_you_mean(name, EMOJI_ARTISTS, cutoff=0.8)):
         raise ValueError(f"The embedded pipeline has no artist {name!r}.{hint}")
 
 
-def _did_you_mean(name: str, cutoff: float = 0.6) -> str:
-    spelling = {artist.casefold(): artist for artist in EMOJI_ARTISTS}
+def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    spelling = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold(), spelling, n=1, cutoff=cutoff)
     return f" Did you mean {spelling[close[0]]!r}?" if close else ""

@@ -1,38 +1,68 @@
-"""`more-hf push`: publish a saved pipeline."""
+"""`more-hf push`: publish a saved model."""
 
 import argparse
 import csv
 from pathlib import Path
 
+from .options import add_command, refuse_missing_folder
 
-def add_commands(commands) -> None:
+
+PASSED_ON = ("private", "revision", "commit_message", "include_delta", "card", "grid", "dry_run")
+
+
+def add_to(commands) -> None:
     """Add it to the parser's sub-commands."""
-    push = commands.add_parser(
+    parser = add_command(
+        commands,
         "push",
-        help="publish a saved pipeline with a model card",
-        description="Check a folder that `more-hf erase` wrote against its record, write a model card, and upload all of it in one commit.",
+        _push,
+        purpose="publish a saved model with a model card",
+        details="Check a folder that `more-hf erase` wrote against its record, write a model card,\n"
+        "and upload all of it in one commit.",
+        examples=(
+            "more-hf push without_blobmoji me/emoji-sd-without-blobmoji --dry_run to_push",
+            "more-hf push without_blobmoji me/emoji-sd-without-blobmoji --private",
+        ),
     )
-    push.add_argument("folder", metavar="DIR", type=Path, help="a folder that `more-hf erase` or `more_hf.save` wrote")
-    push.add_argument("repo_id", metavar="NAME/REPO", help="a repository on the Hub; created if need be")
-    push.add_argument("--private", action="store_true", default=None, help="if the repository is created (the account's setting)")
-    push.add_argument("--revision", metavar="BRANCH", help="created if need be (main)")
-    push.add_argument("--commit_message", metavar="TEXT", help="(names what was erased)")
-    push.add_argument("--include_delta", action="store_true", help="publish the factors of the edit too, which give the original back")
-    push.add_argument("--no_card", dest="card", action="store_false", help="leave the README.md as it is")
-    push.add_argument("--grid", metavar="FILE", type=Path, help="a picture of before and after, for the card")
-    push.add_argument("--rows", metavar="FILE", type=Path, help="a CSV file of results, such as a benchmark's summary.csv, for the card")
-    push.add_argument("--dry_run", metavar="DIR", type=Path, help="write there what would be pushed, and push nothing")
-    push.set_defaults(run=_push)
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="a folder that `more-hf erase` or `more_hf.save` wrote")
+    add("repo_id", metavar="NAME/REPO", help="a repository on the Hub; created if need be")
+    add(
+        "--private",
+        action="store_true",
+        default=None,
+        help="if the repository is created (the account's setting)",
+    )
+    add("--revision", metavar="BRANCH", help="created if need be (main)")
+    add("--commit_message", metavar="TEXT", help="(names what was erased)")
+    add(
+        "--include_delta",
+        action="store_true",
+        help="publish the factors of the edit too, which give the original back",
+    )
+    add("--no_card", dest="card", action="store_false", help="leave the README.md as it is")
+    add("--grid", metavar="FILE", type=Path, help="a picture of before and after, for the card")
+    add(
+        "--rows",
+        metavar="FILE",
+        type=Path,
+        help="a CSV file of results, such as a benchmark's summary.csv, for the card",
+    )
+    add("--dry_run", metavar="DIR", type=Path, help="write there what would be pushed, and push nothing")
 
 
 def _push(args: argparse.Namespace) -> int:
+    refuse_missing_folder(args.folder, "`push` reads what `more-hf erase` or `more_hf.save` wrote.")
     rows = None if args.rows is None else _read_rows(args.rows)
 
     import more_hf
 
-    names = ("private", "revision", "commit_message", "include_delta", "card", "grid", "dry_run")
-    done = more_hf.push_to_hub(args.folder, args.repo_id, rows=rows, **{name: getattr(args, name) for name in names})
-    print(f"Pushed to https://huggingface.co/{args.repo_id}" if args.dry_run is None else f"Nothing was pushed; look at {done}.")
+    options = {name: getattr(args, name) for name in PASSED_ON}
+    done = more_hf.push_to_hub(args.folder, args.repo_id, rows=rows, **options)
+    if args.dry_run is None:
+        print(f"Pushed to https://huggingface.co/{args.repo_id}")
+    else:
+        print(f"Nothing was pushed; look at {done}.")
     return 0
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .errors import PrototypeError
+from .options import SOLVERS
 from .prototypes import Prototypes
 
 
-SOLVERS = ("pinv", "covariance")
 EXACT = 1e-6  # how far D_F P may be from [I, 0], in units of one coordinate, before the edit is called not exact
 
 

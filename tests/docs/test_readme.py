@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import more_hf
-from more_hf.cli.main import _parser
+from more_hf.cli.main import parse
 
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +38,9 @@ def test_every_command_is_one_that_the_command_line_knows():
     assert len(commands) > 20
     for command in commands:
         arguments = shlex.split(re.sub(r"\$\([^)]*\)", "1", command), comments=True)
-        assert callable(_parser().parse_args(arguments).run)
+        assert callable(parse(arguments).run)
     with pytest.raises(SystemExit):
-        _parser().parse_args(["bench", "artist"])
+        parse(["bench", "artist"])
 
 
 def test_the_tables_are_the_committed_ones():

@@ -1,0 +1,199 @@
+"""`more-hf bench artists`: the benchmark of text-to-image pipelines."""
+
+import argparse
+from pathlib import Path
+
+from more_hf.bench.methods import DIFFUSION, GROUPS
+from more_hf.core.options import ROUTERS, TOKENS
+
+from .options import (
+    DTYPES,
+    EMOJI_SD,
+    add_command,
+    add_remap_to,
+    add_solver,
+    emoji_artist,
+    positive,
+    read_remap_to,
+    read_settings,
+    refuse_missing_model,
+    refuse_unknown,
+)
+
+
+CLIP = ("ViT-L-14", "openai")
+PASSED_ON = ("num_experts", "router", "solver", "tokens", "seed")  # to the methods that take them
+
+
+def add_to(benches) -> None:
+    """Add it to the sub-commands of `bench`."""
+    parser = add_command(
+        benches,
+        "artists",
+        _bench_artists,
+        purpose="erase artists in turn and measure LPIPS, style and content of all artists' pictures",
+        details="It can be killed at any point and goes on where it was;\n"
+        "`accelerate launch -m more_hf bench artists ...` splits the pictures over processes.",
+        examples=(
+            "more-hf bench artists --methods original,more --forget Blobmoji --limit 4 --output DIR",
+            "more-hf bench artists --model CompVis/stable-diffusion-v1-4 --forget all --output DIR",
+        ),
+    )
+    add = parser.add_argument
+    add("--model", default=EMOJI_SD, help=f"a folder, a Hub id, or {EMOJI_SD} ({EMOJI_SD})")
+    add(
+        "--methods",
+        default="more",
+        metavar="A,B",
+        help=f"methods to compare, with commas, or one of {', '.join(GROUPS)} (more)",
+    )
+    add(
+        "--forget",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME",
+        help="artists to erase in turn, or all; A+B erases two in one call",
+    )
+    add_remap_to(parser, note=", the same for every artist (from --targets)")
+    add(
+        "--targets",
+        default="targets",
+        metavar="FILE",
+        help="table with the columns forget, remap_to (the packaged one)",
+    )
+    add(
+        "--several",
+        default="targets_several",
+        metavar="FILE",
+        help="the same for methods that take several targets",
+    )
+    add(
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of the arguments of each method; the options below take precedence",
+    )
+    add(
+        "--retain",
+        nargs="*",
+        metavar="NAME",
+        help="what the methods are asked to keep (the others of the artist's group)",
+    )
+    add(
+        "--prompts",
+        metavar="FILE",
+        help=f"CSV file or packaged name (emoji10 for {EMOJI_SD}, else artists10)",
+    )
+    add("--limit", type=positive, metavar="N", help="the first N rows of each artist (all)")
+    add(
+        "--seeds",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="pictures per prompt of the forgotten artist (1)",
+    )
+    add("--scheduler", choices=("own", "lms", "ddim", "pndm", "dpm"), help=f"(own for {EMOJI_SD}, else lms)")
+    add("--steps", type=positive, help=f"denoising steps (10 for {EMOJI_SD}, else 50)")
+    add("--guidance", type=float, help=f"classifier-free guidance (4 for {EMOJI_SD}, else 7.5)")
+    add("--batch_size", type=positive, default=16, help="images per call; does not change them (16)")
+    add("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    add(
+        "--judges",
+        choices=("emoji", "clip", "none"),
+        help=f"of style and content (emoji for {EMOJI_SD}, else clip)",
+    )
+    add(
+        "--clip",
+        nargs=2,
+        default=CLIP,
+        metavar=("MODEL", "WEIGHTS"),
+        help=f"as open_clip names them ({' '.join(CLIP)})",
+    )
+    add(
+        "--num_experts",
+        type=positive,
+        metavar="N",
+        help="for methods that take it, as all below (the method's default)",
+    )
+    add("--router", choices=ROUTERS)
+    add_solver(parser)
+    add("--tokens", choices=TOKENS)
+    add("--seed", type=int)
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for pictures, rows and tables")
+
+
+def _bench_artists(args: argparse.Namespace) -> int:
+    from more_hf.bench.artists.prompts import read_prompts, read_targets
+
+    emoji = args.model == EMOJI_SD
+    refuse_missing_model(args.model)
+    methods = list(GROUPS.get(args.methods) or args.methods.split(","))
+    refuse_unknown(methods, DIFFUSION, what="method", also=f"; or one of {', '.join(GROUPS)}")
+    forget = _forget(args.forget, emoji)
+    tuned = read_settings(args.settings)
+    prompts = read_prompts(args.prompts or ("emoji10" if emoji else "artists10"))
+    if args.remap_to:
+        targets, several = read_remap_to(args.remap_to), None
+    else:
+        targets, several = read_targets(args.targets), read_targets(args.several)
+
+    import torch
+    from diffusers import DiffusionPipeline
+
+    import more_hf
+    from more_hf.bench.artists.run import EMOJI, FIELD, run_artists
+    from more_hf.bench.artists.tables import short_markdown
+    from more_hf.bench.machine import processes
+
+    state = processes()
+    dtype = getattr(torch, args.dtype)
+    if emoji:
+        pipe, protocol = more_hf.load_emoji_sd(dtype=dtype), EMOJI
+    else:
+        pipe, protocol = DiffusionPipeline.from_pretrained(args.model, dtype=dtype), FIELD
+    settings = {name: getattr(args, name) for name in PASSED_ON}
+    summary = run_artists(
+        pipe,
+        methods,
+        prompts,
+        forget,
+        remap_to=targets,
+        several=several,
+        retain=args.retain,
+        output=args.output,
+        judges=_judges(args, emoji, prompts, state.device),
+        seeds=args.seeds,
+        limit=args.limit,
+        scheduler=args.scheduler or protocol["scheduler"],
+        steps=args.steps or protocol["steps"],
+        guidance=protocol["guidance"] if args.guidance is None else args.guidance,
+        batch_size=args.batch_size,
+        settings={name: value for name, value in settings.items() if value is not None},
+        tuned=tuned,
+    )
+    if state.is_main_process:
+        pages = f"{args.output / 'report.html'} and {args.output / 'grid.png'}"
+        print(short_markdown(summary))
+        print(f"\nOpen {pages}; the tables are in {args.output / 'table.md'}.")
+    return 0
+
+
+def _forget(entries: list[str], emoji: bool) -> list[str] | str:
+    if entries == ["all"]:
+        return "all"
+    if not emoji:
+        return entries
+    return ["+".join(map(emoji_artist, entry.split("+"))) for entry in entries]
+
+
+def _judges(args: argparse.Namespace, emoji: bool, prompts, device):
+    from more_hf.bench.artists.judges import ClipJudges, EmojiJudges
+
+    kind = args.judges or ("emoji" if emoji else "clip")
+    if kind == "none":
+        return None
+    if kind == "emoji":
+        return EmojiJudges(device)
+    model, weights = args.clip
+    return ClipJudges.load(prompts.rows, model=model, pretrained=weights, device=device)

@@ -1,0 +1,136 @@
+"""`more-hf bench kd`: the knowledge-deletion benchmark of classifiers."""
+
+import argparse
+from pathlib import Path
+
+from more_hf.bench.classes import DATASETS
+from more_hf.bench.methods import ABLATIONS, CLASSES_ONLY, CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
+
+from .options import (
+    add_command,
+    add_solver,
+    natural,
+    positive,
+    read_settings,
+    refuse_missing_model,
+    refuse_unknown,
+)
+
+
+def add_to(benches) -> None:
+    """Add it to the sub-commands of `bench`."""
+    parser = add_command(
+        benches,
+        "kd",
+        _bench_classes,
+        purpose="forget classes in turn and measure accuracies, new probes, membership attacks and cost",
+        details="Train a classifier, let every method forget classes in turn, and measure what is left.\n"
+        "It can be killed at any point and goes on where it was;\n"
+        "`accelerate launch -m more_hf bench kd ...` splits the work over processes.",
+        examples=(
+            "more-hf bench kd --forget 3 --output DIR",
+            "more-hf bench kd --dataset fashion-mnist --methods esc,more --forget all --output DIR",
+        ),
+    )
+    add = parser.add_argument
+    add("--dataset", default="digits", help=f"{', '.join(DATASETS)}, or a folder of images (digits)")
+    add("--data", type=Path, metavar="DIR", help="where the data lie, if not in their usual place")
+    add(
+        "--model",
+        default="allcnn-narrow",
+        help="allcnn, resnet18, vit-base, the same with -narrow (vit-narrow), or a pretrained classifier's "
+        "folder or Hub id (allcnn-narrow)",
+    )
+    add(
+        "--methods",
+        default="closed-form",
+        metavar="A,B",
+        help=f"of {', '.join(CLASSIFICATION)}; or closed-form, all (closed-form)",
+    )
+    add(
+        "--forget",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="CLASS",
+        help="classes to forget in turn, by name or number, or all; A+B forgets two together; "
+        "samples forgets a random tenth of the images",
+    )
+    add("--seeds", type=positive, default=1, metavar="K", help="trainings, and runs of each method (1)")
+    add(
+        "--epochs",
+        type=natural,
+        metavar="N",
+        help="of a training (the recipe's); 0 takes a trained --model as it is",
+    )
+    add("--probe_seeds", type=positive, default=5, metavar="K", help="new heads for each learning rate (5)")
+    add(
+        "--passes",
+        nargs="+",
+        type=positive,
+        default=[16],
+        metavar="K",
+        help="how often an attacker asks a random router (16)",
+    )
+    add(
+        "--num_experts",
+        type=positive,
+        metavar="N",
+        help="for methods with a router (one for each remaining class)",
+    )
+    add_solver(parser)
+    add("--settings", type=Path, metavar="FILE", help="JSON file of the arguments of each method")
+    add("--models", type=Path, metavar="DIR", help="folder of trained classifiers (models in --output)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and plots")
+
+
+def _bench_classes(args: argparse.Namespace) -> int:
+    samples = args.forget == ["samples"]
+    methods = _methods(args.methods, samples)
+    tuned = read_settings(args.settings)
+    refuse_missing_model(args.model)
+    if not Path(args.dataset).is_dir():
+        refuse_unknown([args.dataset], DATASETS, what="data set", also=", or a folder of images")
+
+    from more_hf.bench.classes import run as classes_run
+    from more_hf.bench.classes import samples as samples_run
+    from more_hf.bench.classes import tables
+    from more_hf.bench.machine import processes
+
+    settings = {"num_experts": args.num_experts, "solver": args.solver}
+    options = {
+        "output": args.output,
+        "seeds": args.seeds,
+        "path": args.data,
+        "models": args.models,
+        "epochs": args.epochs,
+        "settings": {name: value for name, value in settings.items() if value is not None},
+        "tuned": tuned,
+    }
+    if samples:
+        summary = samples_run.run_samples(args.dataset, args.model, methods, **options)
+        table = samples_run.short_markdown(summary)
+    else:
+        forget = "all" if args.forget == ["all"] else args.forget
+        options |= {"probe_seeds": args.probe_seeds, "passes": args.passes}
+        summary = classes_run.run_kd(args.dataset, args.model, methods, forget, **options)
+        table = tables.short_markdown(summary)
+    if processes().is_main_process:
+        print(table)
+        print(f"\nOpen {args.output / 'report.html'}; the tables are in {args.output / 'table.md'}.")
+    return 0
+
+
+def _methods(words: str, samples: bool) -> list[str]:
+    """The methods of `--methods`: a group that fits what is forgotten, or names with commas."""
+    if samples:
+        closed_form, others = ("original", "esc", *SAMPLES_ONLY), CLASSES_ONLY
+    else:
+        closed_form, others = ("original", *CLOSED_FORM), (*SAMPLES_ONLY, *ABLATIONS)
+    if words == "closed-form":
+        return list(closed_form)
+    if words == "all":
+        return [name for name in CLASSIFICATION if name not in others]
+    methods = words.split(",")
+    refuse_unknown(methods, CLASSIFICATION, what="method", also="; or closed-form, all")
+    return methods

@@ -1,0 +1,38 @@
+"""`more-hf bench report`: make a benchmark's tables and pages again from its rows."""
+
+import argparse
+from pathlib import Path
+
+from .options import add_command, refuse_missing_folder
+
+
+def add_to(benches) -> None:
+    """Add it to the sub-commands of `bench`."""
+    parser = add_command(
+        benches,
+        "report",
+        _bench_report,
+        purpose="make a benchmark's tables and pages again from its rows, without generating",
+        examples=(
+            "more-hf bench report benchmarks/artists/whole",
+            "more-hf bench report benchmarks/kd/fashion-mnist-vit",
+        ),
+    )
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="a folder that `more-hf bench` wrote, finished or not"
+    )
+
+
+def _bench_report(args: argparse.Namespace) -> int:
+    refuse_missing_folder(args.folder, "`bench report` reads a folder that `more-hf bench` wrote.")
+
+    from more_hf.bench.artists import tables as artists
+    from more_hf.bench.artists.store import read_config
+    from more_hf.bench.classes import samples
+    from more_hf.bench.classes import tables as classes
+
+    config = read_config(args.folder) or {}
+    kinds = {"kd": classes, "kd-samples": samples}
+    benchmark = kinds.get(config.get("benchmark"), artists)
+    print(benchmark.short_markdown(benchmark.rebuild(args.folder)))
+    return 0

@@ -1,0 +1,54 @@
+"""`more-hf demo`: erase one artist from the embedded pipeline and look at the result."""
+
+import argparse
+from pathlib import Path
+
+from more_hf.data import EMOJI_ARTISTS
+
+from .options import add_command, add_remap_to, emoji_artist, positive, read_remap_to
+
+
+def add_to(commands) -> None:
+    """Add it to the parser's sub-commands."""
+    parser = add_command(
+        commands,
+        "demo",
+        _demo,
+        purpose="erase one artist from the embedded pipeline and look at the result",
+        examples=(
+            "more-hf demo",
+            "more-hf demo --concept Blobmoji --remap_to Noto --limit 4 --output demo_blobmoji",
+        ),
+    )
+    add = parser.add_argument
+    artists = f"the artist: {', '.join(EMOJI_ARTISTS)} (High Contrast)"
+    add("--concept", default="High Contrast", help=artists)
+    add_remap_to(parser, note=" (Fluent, or Twemoji for Fluent)")
+    add("--limit", type=positive, default=27, help="prompts in each of the three groups (27)")
+    add("--steps", type=positive, default=10, help="denoising steps (10)")
+    add("--guidance", type=float, default=4.0, help="classifier-free guidance (4)")
+    add("--seed", type=int, default=0, help="of the first prompt; the others count up (0)")
+    add("--batch_size", type=positive, default=16, help="images per call; does not change them (16)")
+    add("--output", type=Path, default=Path("more_hf_demo"), metavar="DIR", help="(more_hf_demo)")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    concept = emoji_artist(args.concept)
+    default_target = "Twemoji" if concept == "Fluent" else "Fluent"
+    targets = read_remap_to(args.remap_to or [default_target])
+    if targets is not None:
+        targets = [emoji_artist(name) for name in targets]
+
+    from more_hf.bench.artists.demo import run_demo
+
+    run_demo(
+        concept,
+        targets,
+        limit=args.limit,
+        steps=args.steps,
+        guidance=args.guidance,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        output=args.output,
+    )
+    return 0

@@ -1,0 +1,46 @@
+"""`more-hf erase`: erase concepts from a pipeline and save it with a record."""
+
+import argparse
+from pathlib import Path
+
+from .options import DTYPES, add_command, add_router, refuse_lost_router
+from .request import add_request, erased_pipeline
+
+
+def add_to(commands) -> None:
+    """Add it to the parser's sub-commands."""
+    parser = add_command(
+        commands,
+        "erase",
+        _erase,
+        purpose="erase concepts from a pipeline and save it with a record",
+        examples=(
+            "more-hf erase emoji-sd --concept Blobmoji --remap_to Fluent --output without_blobmoji",
+            'more-hf erase MODEL --concept "Van Gogh" --remap_to "Claude Monet" --output DIR',
+        ),
+    )
+    add = parser.add_argument
+    add_request(parser)
+    add_router(parser)
+    add("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to save the pipeline to")
+    add(
+        "--single_file",
+        type=Path,
+        metavar="FILE",
+        help="also write a .safetensors checkpoint for ComfyUI and A1111",
+    )
+
+
+def _erase(args: argparse.Namespace) -> int:
+    refuse_lost_router(args)
+    pipe = erased_pipeline(args, dtype=args.dtype, router=args.router)
+
+    import more_hf
+
+    more_hf.save(pipe, args.output, include_delta=args.include_delta)
+    if args.single_file is not None:
+        more_hf.save_checkpoint(pipe, args.single_file)
+    print(more_hf.get_erasure(pipe).to_markdown())
+    print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
+    return 0

@@ -1,0 +1,31 @@
+"""`more-hf verify`: check a saved model's files against its record."""
+
+import argparse
+
+from .options import add_command, refuse_missing_folder
+
+
+def add_to(commands) -> None:
+    """Add it to the parser's sub-commands."""
+    parser = add_command(
+        commands,
+        "verify",
+        _verify,
+        purpose="check a saved model's files against its record",
+        details="Exits with 1 if a check fails.",
+        examples=(
+            "more-hf verify without_blobmoji",
+            "more-hf verify to_push && echo ready",
+        ),
+    )
+    parser.add_argument("folder", metavar="DIR", help="a folder that `more-hf erase` or `more_hf.save` wrote")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    refuse_missing_folder(args.folder, "`verify` reads what `more-hf erase` or `more_hf.save` wrote.")
+
+    import more_hf
+
+    result = more_hf.verify(args.folder)
+    print(result.to_markdown())
+    return 0 if result.ok else 1

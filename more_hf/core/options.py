@@ -1,0 +1,13 @@
+"""The named choices of the library's arguments, apart from torch so that the command line can list them."""
+
+from typing import Literal, get_args
+
+
+Solver = Literal["pinv", "covariance"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+
+RouterName = Literal["random", "hash", "prototype", "prototype_random"]
+ROUTERS: tuple[RouterName, ...] = get_args(RouterName)
+
+Tokens = Literal["positions", "subject", "end", "subject+end", "last"]
+TOKENS: tuple[Tokens, ...] = get_args(Tokens)

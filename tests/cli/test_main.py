@@ -1,0 +1,138 @@
+"""What all commands have in common: help, version, interrupts, failures in one line, and nothing heavy before it is needed."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from more_hf import __version__
+from more_hf.bench.classes import DATASETS
+from more_hf.bench.classes.sources import SOURCES
+from more_hf.cli import demo
+from more_hf.cli.main import main, parse
+from more_hf.cli.options import refuse_missing_model
+from more_hf.core import options
+from more_hf.core.errors import MoreError
+from more_hf.core.routers import ROUTERS
+from more_hf.diffusion.encoder import TOKENS
+
+
+COMMANDS = ["", "demo", "erase", "erase-classes", "lora", "verify", "push"]
+COMMANDS += ["bench", "bench artists", "bench kd", "bench report"]
+
+# Runs one command in a process of its own and reports which heavy libraries it imported.
+LIGHT = """
+import sys
+from more_hf.cli.main import main
+
+status = 0
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+heavy = {"torch", "diffusers", "transformers", "datasets", "accelerate", "PIL", "numpy"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else status)
+"""
+
+
+def light(*argv):
+    return subprocess.run([sys.executable, "-c", LIGHT, *argv], capture_output=True, text=True)
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_two_examples_that_parse(command, capsys):
+    text = help_of(command, capsys)
+    assert text.startswith(f"usage: more-hf {command}".rstrip())
+    examples = re.findall(r"^  more-hf (.*)$", text.partition("examples:")[2], re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        assert callable(parse(shlex.split(example.partition(" && ")[0])).run)
+        assert example.startswith(command) or command == ""
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["bench", "artists", "--help"], ["bench", "kd", "--help"], ["--version"]])
+def test_help_is_light(argv):
+    done = light(*argv)
+    assert done.returncode == 0, done.stderr
+    assert "more-hf" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("erase emoji-sd --concept Notto --remap_to Fluent --output out", "Did you mean 'Noto'?"),
+        ("erase ./missing --concept Noto --remap_to Fluent --output out", "There is no folder 'missing'."),
+        ("erase-classes --model a/b/c --data . --forget 3 --output out", "There is no folder 'a/b/c'."),
+        ("bench artists --methods mroe --forget all --output out", "Did you mean 'more'?"),
+        ("bench artists --forget all --prompts missing.csv --output out", "no table of that name"),
+        ("bench kd --methods esk --forget 3 --output out", "Did you mean 'esc'?"),
+        ("bench kd --dataset cifar-10 --forget 3 --output out", "Did you mean 'cifar10'?"),
+        ("bench report missing", "There is no folder 'missing'."),
+        ("push missing me/model", "There is no folder 'missing'."),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_heavy(command, message, tmp_path):
+    done = subprocess.run([sys.executable, "-c", LIGHT, *command.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_runs_and_has_a_version():
+    done = subprocess.run([sys.executable, "-m", "more_hf", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout == f"more-hf {__version__}\n"
+
+
+def test_dashes_are_underscores():
+    words = "erase emoji-sd --concept a-b --remap{}to c-d --num{}experts=2 --output out-put"
+    dashes, underscores = (parse(words.format(mark, mark).split()) for mark in "-_")
+    assert dashes == underscores
+    assert (dashes.concept, dashes.remap_to, dashes.num_experts) == (["a-b"], ["c-d"], 2)
+
+
+def test_choices_are_the_librarys():
+    assert options.ROUTERS == tuple(ROUTERS)
+    assert set(options.TOKENS) == set(TOKENS)
+    assert DATASETS == tuple(SOURCES)
+
+
+def test_a_hub_id_is_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "is" / "one").mkdir(parents=True)
+    for model in ("gpt2", "owner/name", "emoji-sd", "./here", "here/is/one", str(tmp_path)):
+        refuse_missing_model(model)
+    for model in ("./owner/name", "../name", "a/b/c", str(tmp_path / "missing")):
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            refuse_missing_model(model)
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "emoji_artist", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "Interrupted. Run the same command again to continue.\n"
+
+
+def test_unknown_flags_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--limit", "0"])
+    assert stop.value.code == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_debug_raises(tmp_path, monkeypatch):
+    monkeypatch.setenv("MORE_HF_DEBUG", "1")
+    with pytest.raises((MoreError, OSError)):
+        main(["verify", str(tmp_path)])
