@@ -17,8 +17,8 @@ import time
 from choose import HERE, STYLES, THINGS, Bench, append, done, summary
 
 from more_hf.bench.artists.prompts import read_prompts, read_targets
-from more_hf.bench.artists.run import find_method
 from more_hf.bench.artists.store import told
+from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.files import write_text
 
 
@@ -61,7 +61,7 @@ class Tuning:
             pipe = copy.copy(self.bench.pipe)
             pipe.register_modules(unet=copy.deepcopy(pipe.unet))
             start = time.perf_counter()
-            pipe = find_method(method)(pipe, [forget], **told(self.config, method, forget), **settings)
+            pipe = DIFFUSION[method].load()(pipe, [forget], **told(self.config, method, forget), **settings)
             seconds += (time.perf_counter() - start) / len(styles)
             for key, values in self.bench.measure(forget, others=1, pipe=pipe).items():
                 pooled.setdefault(key, []).extend(values)

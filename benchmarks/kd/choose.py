@@ -20,7 +20,7 @@ from more_hf.bench.classes.metrics import harmonic_mean
 from more_hf.bench.classes.start import RECIPES, Trainer
 from more_hf.bench.classes.training import Recipe, accuracy, predict
 from more_hf.bench.columns import write_rows
-from more_hf.bench.methods import classification_baseline
+from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.bench.splits import split_by_class
 from more_hf.core.errors import IncompatibleBaseError
 from more_hf.core.files import write_text
@@ -83,7 +83,7 @@ def try_out(method, settings, original, splits) -> dict:
     start = time.perf_counter()
     row = {"method": method, "settings": json.dumps(settings)}
     try:
-        model = classification_baseline(method)(copy.deepcopy(original), splits, **settings)
+        model = CLASSIFICATION[method].load()(copy.deepcopy(original), splits, **settings)
     except IncompatibleBaseError:  # not finite
         acc_f = acc_r = 0.0
     else:

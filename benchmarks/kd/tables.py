@@ -15,7 +15,7 @@ from pathlib import Path
 from more_hf.bench.classes import samples as kd_samples
 from more_hf.bench.classes.summary import read_rows, summarise
 from more_hf.bench.classes.tables import REFERENCES
-from more_hf.bench.methods import CLASSIFICATION, CLOSED_FORM
+from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 
@@ -168,7 +168,8 @@ def misses(rows: list[dict]) -> list[dict]:
 def short(rows: list[dict]) -> list[dict]:
     """References, the trained baselines with the largest hm_t, and `SHORT`."""
     scores = {line["method"]: line["hm_t"] for line in pooled(rows)}
-    trained = [name for name in scores if name in CLASSIFICATION and name not in (*REFERENCES, *CLOSED_FORM, *OURS)]
+    trained = [name for name in scores if name in CLASSIFICATION and not CLASSIFICATION[name].closed_form]
+    trained = [name for name in trained if name not in (*REFERENCES, *OURS)]
     best = sorted(trained, key=lambda name: -scores[name])[:TRAINED]
     return [line for line in means(rows) if line["method"] in (*REFERENCES, *best, *SHORT)]
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from more_hf.bench.methods import DIFFUSION, GROUPS
+from more_hf.bench.methods.registry import DIFFUSION, diffusion_groups
 from more_hf.core.options import ROUTERS, TOKENS
 
 from .options import (
@@ -45,7 +45,7 @@ def add_to(benches) -> None:
         "--methods",
         default="more",
         metavar="A,B",
-        help=f"methods to compare, with commas, or one of {', '.join(GROUPS)} (more)",
+        help=f"methods to compare, with commas, one of {', '.join(diffusion_groups())}, or your own as MODULE:FUNCTION (more)",
     )
     add(
         "--forget",
@@ -128,8 +128,10 @@ def _bench_artists(args: argparse.Namespace) -> int:
 
     emoji = args.model == EMOJI_SD
     refuse_missing_model(args.model)
-    methods = list(GROUPS.get(args.methods) or args.methods.split(","))
-    refuse_unknown(methods, DIFFUSION, what="method", also=f"; or one of {', '.join(GROUPS)}")
+    groups = diffusion_groups()
+    methods = groups.get(args.methods) or args.methods.split(",")
+    registered = [name for name in methods if ":" not in name]
+    refuse_unknown(registered, DIFFUSION, what="method", also=f"; or one of {', '.join(groups)}")
     forget = _forget(args.forget, emoji)
     tuned = read_settings(args.settings)
     prompts = read_prompts(args.prompts or ("emoji10" if emoji else "artists10"))

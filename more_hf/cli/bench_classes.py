@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from more_hf.bench.classes import DATASETS
-from more_hf.bench.methods import ABLATIONS, CLASSES_ONLY, CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
+from more_hf.bench.methods.registry import CLASSIFICATION, classification_groups
 
 from .options import (
     add_command,
@@ -45,7 +45,7 @@ def add_to(benches) -> None:
         "--methods",
         default="closed-form",
         metavar="A,B",
-        help=f"of {', '.join(CLASSIFICATION)}; or closed-form, all (closed-form)",
+        help=f"of {', '.join(CLASSIFICATION)}; closed-form, all, or your own as MODULE:FUNCTION (closed-form)",
     )
     add(
         "--forget",
@@ -123,14 +123,8 @@ def _bench_classes(args: argparse.Namespace) -> int:
 
 def _methods(words: str, samples: bool) -> list[str]:
     """The methods of `--methods`: a group that fits what is forgotten, or names with commas."""
-    if samples:
-        closed_form, others = ("original", "esc", *SAMPLES_ONLY), CLASSES_ONLY
-    else:
-        closed_form, others = ("original", *CLOSED_FORM), (*SAMPLES_ONLY, *ABLATIONS)
-    if words == "closed-form":
-        return list(closed_form)
-    if words == "all":
-        return [name for name in CLASSIFICATION if name not in others]
-    methods = words.split(",")
-    refuse_unknown(methods, CLASSIFICATION, what="method", also="; or closed-form, all")
+    groups = classification_groups("samples" if samples else "classes")
+    methods = groups.get(words) or words.split(",")
+    registered = [name for name in methods if ":" not in name]
+    refuse_unknown(registered, CLASSIFICATION, what="method", also=f"; or {', '.join(groups)}")
     return methods

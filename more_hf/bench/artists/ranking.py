@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..methods import CONTROLS
+from ..methods.registry import DIFFUSION, UNREGISTERED
 from .summary import JOINT, Bootstrap, Row, content_of, is_forgotten, style_of
 
 
@@ -27,7 +27,7 @@ def rank(rows: Sequence[Row]) -> list[dict[str, Any]]:
     single = [row for row in rows if JOINT not in row["forget"]]
     common = set.intersection(*({_case(row) for row in single if row["method"] == method} for method in methods))
     shared = [row for row in single if _case(row) in common]
-    if len([method for method in methods if method not in CONTROLS]) < 2 or not any(map(_judged, shared)):
+    if len([method for method in methods if not _is_control(method)]) < 2 or not any(map(_judged, shared)):
         return []
     draws, drawn, lines = Bootstrap(shared), {}, []
     for method in methods:
@@ -43,7 +43,7 @@ def rank(rows: Sequence[Row]) -> list[dict[str, Any]]:
             {
                 "method": method,
                 "erasures": len({row["forget"] for row in own}),
-                "qualifies": "control" if method in CONTROLS else "yes" if gone and kept else "no",
+                "qualifies": "control" if _is_control(method) else "yes" if gone and kept else "no",
                 "style_f": float(style),
                 "content_f_before": float(before),
                 "content_f": float(after),
@@ -59,6 +59,10 @@ def rank(rows: Sequence[Row]) -> list[dict[str, Any]]:
         interval = np.quantile(drawn[first["method"]] - drawn[line["method"]], (0.025, 0.975))
         line["behind_low"], line["behind_high"] = interval.tolist()
     return lines
+
+
+def _is_control(method: str) -> bool:
+    return DIFFUSION.get(method, UNREGISTERED).role == "control"
 
 
 def _case(row: Row) -> tuple:

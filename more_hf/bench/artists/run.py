@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from ... import __version__
 from ...diffusion.sites import find_denoiser
 from ..machine import peak_memory, processes, this_run, weights_sha256
-from ..methods import DIFFUSION, diffusion_baseline
+from ..methods.registry import find_diffusion_method
 from .images import generate, lpips_distance
 from .prompts import PromptRow, Prompts, read_prompts
 from .store import ORIGINAL, BenchmarkError, Case, Cell, collect_rows, join_config, read_config, told
@@ -37,13 +37,6 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler,
     "dpm": diffusers.DPMSolverMultistepScheduler,
 }
-
-
-def find_method(name: str) -> Callable[..., DiffusionPipeline]:
-    """`method(pipe, concept, *, remap_to, retain, **settings) -> pipe`. It may edit the denoiser, which is a copy of its own."""
-    if name not in DIFFUSION:
-        raise BenchmarkError(f"There is no method {name!r}. There are: {', '.join(DIFFUSION)}.")
-    return diffusion_baseline(name)
 
 
 def run_artists(
@@ -72,7 +65,8 @@ def run_artists(
 
     Args:
         pipe (`DiffusionPipeline`): the original. Moved to accelerate's device, otherwise not modified: methods get a copy of its denoiser.
-        methods: names from `more_hf.bench.methods.DIFFUSION`, or a mapping of names to functions that are called like `erase_concept`.
+        methods: names from `more_hf.bench.methods.registry.DIFFUSION`; or your own, `"my_module:my_erase"`, a function that is called
+            like `erase_concept`; or a mapping of names to such functions.
         prompts: a CSV file, the name of a packaged one, or what `read_prompts` returned.
         forget (`str` or `Sequence[str]`): the artists to erase, one after the other; `"all"` for every artist of the prompts. `"A+B"`
             erases A and B in one call.
@@ -176,7 +170,8 @@ def resize_64(images: Tensor, *, antialias: bool) -> Tensor:
 def _functions(methods) -> dict[str, Callable[..., DiffusionPipeline]]:
     if isinstance(methods, Mapping):
         return dict(methods)
-    return {name: find_method(name) for name in ([methods] if isinstance(methods, str) else methods)}
+    names = [methods] if isinstance(methods, str) else methods
+    return {name: find_diffusion_method(name) for name in names}
 
 
 def _cases(rows: Sequence[PromptRow], seeds: int, artists: Collection[str]) -> list[Case]:

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...core.errors import MoreError
 from ...core.files import write_text
-from ..methods import SEVERAL_TARGETS, WITHOUT_TARGET
+from ..errors import BenchmarkError
+from ..methods.registry import DIFFUSION, UNREGISTERED
 from .images import to_pil
 from .prompts import PromptRow
 from .summary import SEPARATOR, artists_of
@@ -30,10 +30,6 @@ from .summary import SEPARATOR, artists_of
 ORIGINAL = "original"
 SAME_FOR_ALL = ("generation", "seeds", "limit", "judges")  # keys of the configuration that one folder has only once
 SEED_STEP = 100_000  # between the seeds of a prompt's images
-
-
-class BenchmarkError(MoreError, ValueError):
-    """The benchmark cannot be run as asked for, or the folder holds another one."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,9 @@ def told(config: Mapping[str, Any], method: str, forget: str) -> dict[str, list[
     Raises `BenchmarkError` where a method takes several targets and the erasure has none declared.
     """
     asked = config["forget"][forget]
-    targets = None if method in WITHOUT_TARGET else asked["several" if method in SEVERAL_TARGETS else "remap_to"]
-    if targets is None and method in SEVERAL_TARGETS:
+    wanted = DIFFUSION.get(method, UNREGISTERED).targets
+    targets = None if wanted == "none" else asked["several" if wanted == "several" else "remap_to"]
+    if targets is None and wanted == "several":
         raise BenchmarkError(f"{method} needs several targets, and there are none for {forget!r}. Give them, or leave the method out.")
     return {"remap_to": targets, "retain": [name for name in asked["retain"] if name not in (targets or ())]}
 

@@ -23,7 +23,7 @@ from ...classification.heads import find_heads
 from ...core.files import write_text
 from ..artists.store import BenchmarkError
 from ..machine import peak_memory, processes
-from ..methods import CLASSIFICATION, CLOSED_FORM, SAMPLES_ONLY
+from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
 from ..splits import KDData, split_by_class
 from .data import load_kd_data
 from .features import Cached, cache, head_only, reloaded, same_backbone, splits_of_features
@@ -72,8 +72,8 @@ def run_kd(
     Args:
         dataset (`str`): a name of `load_kd_data`, or a folder of images.
         model (`str`): a name of `kd_models.MODELS`, trained from random weights, or a pretrained classifier's folder or Hub id.
-        methods (`Sequence[str]`): names from `more_hf.bench.methods.CLASSIFICATION`. Ours get a row more, `-reloaded`: saved with
-            `save_pretrained` and loaded without the erasure's hook.
+        methods (`Sequence[str]`): names from `more_hf.bench.methods.registry.CLASSIFICATION`, or your own, `"my_module:my_erase"`. Ours
+            get a row more, `-reloaded`: saved with `save_pretrained` and loaded without the erasure's hook.
         forget (`str` or `Sequence[str]`): classes to forget, one after the other, by name or number; `"a+b"` forgets both together;
             `"all"` for every class in turn.
         output (`str` or `Path`): the folder that gets cells, rows, tables and plots. It may hold a part of the same benchmark.
@@ -95,17 +95,15 @@ def run_kd(
     state, output = processes(), Path(output)
     if seeds < 1 or probe_seeds < 1:
         raise BenchmarkError(f"Needs at least one seed and one probe seed, got {seeds} and {probe_seeds}.")
-    possible = [name for name in CLASSIFICATION if name not in SAMPLES_ONLY]
-    if unknown := [name for name in methods if name not in possible]:
-        raise BenchmarkError(f"There is no method {unknown[0]!r} that forgets classes. There are: {', '.join(possible)}.")
+    functions = {name: find_classification_method(name, forgets="classes") for name in methods}
     data = load_kd_data(dataset, path=path, **({} if model in MODELS else pretrained_inputs(model)))
     entries = data.class_names if forget == "all" else [forget] if isinstance(forget, str) else list(forget)
     classes = {entry: _classes(entry, data) for entry in entries}
-    config, functions, trainer = start_run(
+    config, trainer = start_run(
         "kd",
         data,
         model,
-        methods,
+        functions,
         {entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
         {"evaluation": {"probe_seeds": probe_seeds, "passes": list(passes)}, "class_names": list(data.class_names)},
         output=output,
@@ -205,7 +203,7 @@ class _Seed:
         """
         function, settings = self.functions[cell.method], dict(self.config["methods"][cell.method])
         model, first = copy.deepcopy(self.original), (next(iter(self.config["forget"])), 0)
-        if cell.method in CLOSED_FORM and (self.known_inputs or (cell.forget, cell.seed) != first):
+        if CLASSIFICATION.get(cell.method, UNREGISTERED).closed_form and (self.known_inputs or (cell.forget, cell.seed) != first):
             with head_only(model, model.get_submodule(self.head_name)):
                 features = splits_of_features(splits, self.data.train, self.cached.inputs["train"])
                 return function(model, features, seed=self.seed, **settings), {"seconds": None, "peak_memory": None}

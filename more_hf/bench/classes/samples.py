@@ -15,10 +15,10 @@ from accelerate.utils import tqdm
 from ...classification.heads import find_heads
 from ...core.files import write_text
 from ...core.markdown import markdown_table
-from ..artists.store import BenchmarkError, read_config
+from ..artists.store import read_config
 from ..columns import write_rows
 from ..machine import peak_memory, processes
-from ..methods import CLASSES_ONLY, CLASSIFICATION
+from ..methods.registry import find_classification_method
 from ..page import html_facts, html_table, write_html
 from ..splits import split_by_sample
 from .data import load_kd_data
@@ -62,15 +62,13 @@ def run_samples(
     Raises `BenchmarkError` before anything is trained, if the arguments do not go together or `output` holds another benchmark.
     """
     state, output = processes(), Path(output)
-    possible = [name for name in CLASSIFICATION if name not in CLASSES_ONLY]
-    if unknown := [name for name in methods if name not in possible]:
-        raise BenchmarkError(f"{unknown[0]!r} cannot forget single samples. These can: {', '.join(possible)}.")
+    functions = {name: find_classification_method(name, forgets="samples") for name in methods}
     data = load_kd_data(dataset, path=path, **({} if model in MODELS else pretrained_inputs(model)))
-    config, functions, trainer = start_run(
+    config, trainer = start_run(
         "kd-samples",
         data,
         model,
-        methods,
+        functions,
         {f"{100 * fraction:g} % of samples": [f"{fraction}"]},
         {"evaluation": {"fraction": fraction}},
         output=output,

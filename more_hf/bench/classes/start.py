@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from ...core.errors import IncompatibleBaseError
 from ...core.files import write_text
 from ..artists.store import BenchmarkError, read_config
 from ..machine import processes, this_run
-from ..methods import classification_baseline
 from ..splits import ImageSet, KDData
 from .models import MODELS, build_classifier, load_pretrained
 from .training import Recipe, train_classifier
@@ -82,7 +81,7 @@ def start_run(
     benchmark: str,
     data: KDData,
     model: str,
-    methods: Sequence[str],
+    functions: Mapping[str, Callable],
     forget: Mapping[str, list[str]],
     facts: Mapping[str, Any],
     *,
@@ -92,11 +91,10 @@ def start_run(
     epochs: int | None,
     settings: Mapping[str, Any],
     tuned: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, Any], dict[str, Callable], Trainer]:
-    """What a benchmark of any kind starts with: its configuration, which it writes, joined with what `output` holds; the methods'
-    functions; the trainer. `facts` are further entries of the configuration. Raises `BenchmarkError` before anything is written."""
+) -> tuple[dict[str, Any], Trainer]:
+    """What a benchmark of any kind starts with: its configuration, which it writes, joined with what `output` holds; the
+    trainer. `facts` are further entries of the configuration. Raises `BenchmarkError` before anything is written."""
     state = processes()
-    functions = {name: classification_baseline(name) for name in methods}
     refuse_unused(settings, tuned, functions)
     recipe = replace(RECIPES.get(data.name, Recipe()), flip=data.flip)
     recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
@@ -123,7 +121,7 @@ def start_run(
     state.wait_for_everyone()
     if state.is_main_process:
         write_text(output / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-    return config, functions, Trainer(model, data, recipe, Path(models or output / "models"))
+    return config, Trainer(model, data, recipe, Path(models or output / "models"))
 
 
 def join_config(old: dict[str, Any] | None, new: dict[str, Any], output: Path) -> dict[str, Any]:

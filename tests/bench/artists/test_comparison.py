@@ -15,7 +15,7 @@ from more_hf.bench.artists.ranking import rank, winner
 from more_hf.bench.artists.run import run_artists
 from more_hf.bench.artists.store import BenchmarkError
 from more_hf.bench.artists.summary import read_rows, summarise
-from more_hf.bench.methods import diffusion_baseline
+from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.cli.main import main
 
 
@@ -54,7 +54,7 @@ def test_reloaded_is_the_merged_pipeline_with_nothing_of_ours_attached(tiny_sd):
     told = {"remap_to": ["claude monet"], "retain": ["picasso"]}
     erased = more_hf.erase_concept(tiny_sd(), "van gogh", **told)
     pipe = tiny_sd()
-    reloaded = diffusion_baseline("more-reloaded")(pipe, ["van gogh"], **told)
+    reloaded = DIFFUSION["more-reloaded"].load()(pipe, ["van gogh"], **told)
     assert reloaded is not pipe
     assert more_hf.get_erasure(reloaded) is None
     assert not reloaded.unet._forward_pre_hooks
@@ -238,7 +238,7 @@ def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
         return pipe
 
     output = tmp_path / "out"
-    run(tiny_sd(), {"original": diffusion_baseline("original"), "more": more_hf.erase_concept, "shaken": shaken}, prompts, output)
+    run(tiny_sd(), {"original": DIFFUSION["original"].load(), "more": more_hf.erase_concept, "shaken": shaken}, prompts, output)
     first = next(row for row in read_rows(output / "rows.csv") if row["method"] == "shaken")
     assert first["prompt"] == "a cat in the style of Van Gogh"
     sheet = Image.open(output / "methods.png").convert("RGB")

@@ -16,10 +16,11 @@ from PIL import Image
 
 import more_hf
 from more_hf.bench.artists.prompts import PromptFileError, read_prompts, read_targets
-from more_hf.bench.artists.run import find_method, resize_64, run_artists
+from more_hf.bench.artists.run import resize_64, run_artists
 from more_hf.bench.artists.store import BenchmarkError, read_image
 from more_hf.bench.artists.summary import ROW_TYPES, Bootstrap, read_rows, summarise
 from more_hf.bench.artists.tables import rebuild
+from more_hf.bench.methods.registry import find_diffusion_method
 
 
 HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"
@@ -362,7 +363,7 @@ def test_the_outputs(tiny_sd, prompts, tmp_path):
     def gentle(pipe, concepts, *, remap_to, retain):
         return pipe
 
-    summary = run(tiny_sd(), prompts, output, {"original": find_method("original"), "more": more_hf.erase_concept, "gentle": gentle})
+    summary = run(tiny_sd(), prompts, output, {"original": find_diffusion_method("original"), "more": more_hf.erase_concept, "gentle": gentle})
     assert {path.name for path in output.iterdir()} == {
         "config.json", "rows.csv", "summary.csv", "table.md", "report.html", "grid.png", "methods.png", "images",
     }  # fmt: skip

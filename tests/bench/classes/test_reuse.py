@@ -11,7 +11,7 @@ from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.features import cache, head_only, splits_of_features
 from more_hf.bench.classes.probes import PICKED, batches
 from more_hf.bench.classes.summary import read_rows
-from more_hf.bench.methods import CLOSED_FORM, classification_baseline
+from more_hf.bench.methods.registry import CLASSIFICATION, methods_that_forget
 from more_hf.bench.splits import split_by_class
 from more_hf.data import load_classifier
 
@@ -33,9 +33,9 @@ def logits(model, images):
         return model(images[torch.arange(len(images))]["pixel_values"]).logits
 
 
-@pytest.mark.parametrize("method", CLOSED_FORM)
+@pytest.mark.parametrize("method", [m.name for m in methods_that_forget("classes").values() if m.closed_form])
 def test_a_closed_form_on_cached_features_is_the_one_on_images(method, original, data):
-    splits, function = split_by_class(data, [3]), classification_baseline(method)
+    splits, function = split_by_class(data, [3]), CLASSIFICATION[method].load()
     expected = function(copy.deepcopy(original), splits, seed=0)
     model = copy.deepcopy(original)
     inputs = cache(model, model.classifier, {"train": data.train}).inputs["train"]

@@ -24,7 +24,7 @@ from more_hf.bench.classes.similarity import class_means
 from more_hf.bench.classes.summary import read_rows, summarise
 from more_hf.bench.classes.tables import rebuild
 from more_hf.bench.classes.training import accuracy, predict
-from more_hf.bench.methods import classification_baseline
+from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.bench.splits import split_by_class
 from more_hf.cli.main import main
 from more_hf.data import FOLDER, load_classifier
@@ -117,7 +117,7 @@ def test_accuracies_are_those_of_the_model_that_was_trained(folder, data, origin
 
 def test_remap_row_is_erase_classes_and_reloading_takes_only_the_hook_away(folder, data, original):
     splits, rows = split_by_class(data, [3]), rows_of(folder)
-    edited = classification_baseline("remap")(copy.deepcopy(original), splits, seed=0)
+    edited = CLASSIFICATION["remap"].load()(copy.deepcopy(original), splits, seed=0)
     assert rows["remap"]["sent_to"] == ", ".join(get_erasure(edited).facts["sent_to"]["3"])
     for name in ("ft", "rt"):
         part = getattr(splits, name)
@@ -132,7 +132,7 @@ def test_remap_row_is_erase_classes_and_reloading_takes_only_the_hook_away(folde
 
 
 def test_reloaded_is_what_save_pretrained_gives(data, original, tmp_path):
-    edited = classification_baseline("more")(copy.deepcopy(original), split_by_class(data, [3]))
+    edited = CLASSIFICATION["more"].load()(copy.deepcopy(original), split_by_class(data, [3]))
     edited.save_pretrained(tmp_path)
     expected = AllCNNForImageClassification.from_pretrained(tmp_path).state_dict()
     with kd.reloaded(edited) as found:
@@ -220,7 +220,7 @@ def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["forget-it"]}, "There is no method 'forget-it' that forgets classes. There are: original, "),
+        ({"methods": ["forget-it"]}, "There is no method 'forget-it' that forgets classes"),
         ({"forget": "11"}, "digits has no class 11"),
         ({"seeds": 0}, "Needs at least one seed and one probe seed, got 0 and 5"),
         ({"settings": {"num_expert": 3}}, "No method among esc, more takes `num_expert`"),
@@ -254,13 +254,13 @@ def test_folder_names_are_short_and_differ():
 
 
 def test_settings_are_defaults_then_asked_then_tuned():
-    more, remap = classification_baseline("more"), classification_baseline("remap")
+    more, remap = CLASSIFICATION["more"].load(), CLASSIFICATION["remap"].load()
     asked = {"num_experts": 4, "solver": "pinv"}
     assert kd_run.method_settings(more, asked, {"solver": "covariance"}) == {
         "remap_to": "remain", "num_experts": 4, "router": "random", "solver": "covariance", "batch_size": 500
     }  # fmt: skip
     assert kd_run.method_settings(remap, asked, {})["num_experts"] is None  # one expert is what it is
-    assert "fit" not in kd_run.method_settings(classification_baseline("retrain"), {}, {})
+    assert "fit" not in kd_run.method_settings(CLASSIFICATION["retrain"].load(), {}, {})
 
 
 # features
@@ -270,7 +270,7 @@ def test_settings_are_defaults_then_asked_then_tuned():
 def edited(original, data):
     """With random routing over nine experts; cached beside the original."""
     parts = {"train": data.train, "test": data.test}
-    routed = classification_baseline("more")(copy.deepcopy(original), split_by_class(data, [3]))
+    routed = CLASSIFICATION["more"].load()(copy.deepcopy(original), split_by_class(data, [3]))
     return cache(original, original.classifier, parts), cache(routed, routed.classifier, parts)
 
 
@@ -300,7 +300,7 @@ def test_draws_are_the_remaps_experts_and_their_mean_is_the_mean_expert(edited):
 
 
 def test_routing_at_an_inner_module_is_drawn_once_from_fixed_seeds(data, original):
-    routed = classification_baseline("more-inner")(copy.deepcopy(original), split_by_class(data, [3]), at="features.6")
+    routed = CLASSIFICATION["more-inner"].load()(copy.deepcopy(original), split_by_class(data, [3]), at="features.6")
     once, again = (cache(routed, routed.classifier, {"test": data.test}, batch_size=size) for size in (500, 100))
     assert torch.allclose(once.features("test"), again.features("test"), atol=1e-4)  # the control: the hook itself draws
     assert not torch.allclose(head_inputs(routed, data.test), head_inputs(routed, data.test), atol=1e-4)
@@ -310,7 +310,7 @@ def test_routing_at_an_inner_module_is_drawn_once_from_fixed_seeds(data, origina
 
 
 def test_load_counts_experts_that_nobody_takes(data, original):
-    routed = classification_baseline("more-prototype")(copy.deepcopy(original), split_by_class(data, [3]))
+    routed = CLASSIFICATION["more-prototype"].load()(copy.deepcopy(original), split_by_class(data, [3]))
     get_erasure(routed).hook.router.weight.zero_()  # a tie: the first expert takes everything
     parts, places = {"train": data.train, "test": data.test}, kd.Places.of(data, split_by_class(data, [3]))
     cached, plain = cache(routed, routed.classifier, parts), cache(original, original.classifier, parts)

@@ -14,7 +14,7 @@ from more_hf.bench.classes import samples as kd_samples
 from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.summary import read_rows
 from more_hf.bench.classes.training import predict
-from more_hf.bench.methods import classification_baseline
+from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.bench.splits import split_by_class, split_by_sample
 from more_hf.classification.erase import erase_classes
 from more_hf.cli.main import main
@@ -83,7 +83,7 @@ def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, cap
 
 
 def test_refusals(folder, tmp_path):
-    with pytest.raises(BenchmarkError, match="'more' cannot forget single samples. These can: original, retrain, .*remap-samples"):
+    with pytest.raises(BenchmarkError, match="no method 'more' that forgets samples.*: original, retrain, .*remap-samples"):
         kd_samples.run_samples("digits", "allcnn-narrow", ["more"], output=tmp_path / "new")
     with pytest.raises(BenchmarkError, match="evaluation is .*0.1.* there, .*0.2.* here"):
         kd_samples.run_samples("digits", "allcnn-narrow", METHODS, output=folder, epochs=3, fraction=0.2)
@@ -174,7 +174,7 @@ def test_sweeps_are_the_papers():
     assert trained["epochs"] * len(data.train) == pytest.approx(500_000, rel=0.01)
     for factor, values in (("experts", []), ("target", []), ("routers", []), ("projection", []), ("depth", ["head"])):
         for method, settings in factors[factor](values, data, remaining).values():
-            assert set(settings) <= set(inspect.signature(classification_baseline(method)).parameters)
+            assert set(settings) <= set(inspect.signature(CLASSIFICATION[method].load()).parameters)
 
 
 def test_probe_benchmark_compares_the_same_probes(tmp_path, monkeypatch, capsys):

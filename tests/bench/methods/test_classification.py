@@ -1,7 +1,6 @@
 """Classification baselines: each against an independent reference, a case by hand, or an identity that it must satisfy."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -9,18 +8,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
 from more_hf.api import get_erasure
-from more_hf.bench.methods import (
-    ABLATIONS,
-    CLASSES_ONLY,
-    CLASSIFICATION,
-    CLOSED_FORM,
-    SAMPLES_ONLY,
-    classification_baseline,
-)
 from more_hf.bench.methods.classification import boundary_shrink, esc_t, lau, salun, scrub
 from more_hf.bench.methods.classification.feature_map import features, find_head
 from more_hf.bench.methods.classification.fisher import fisher_information
 from more_hf.bench.methods.classification.training import reinitialised, train
+from more_hf.bench.methods.registry import CLASSIFICATION, methods_that_forget
 from more_hf.bench.splits import ImageSet, KDData, split_by_class, split_by_sample
 from more_hf.classification.erase import erase_classes
 from more_hf.classification.router_training import train_router
@@ -99,24 +91,14 @@ def head_inputs(model, part):
 # every method
 
 
-def test_registry_has_one_call_for_all():
-    assert {*CLOSED_FORM, *CLASSES_ONLY, *SAMPLES_ONLY} <= set(CLASSIFICATION)
-    assert set(ABLATIONS) <= set(CLASSES_ONLY)
-    for name in CLASSIFICATION:
-        parameters = inspect.signature(classification_baseline(name)).parameters
-        assert list(parameters)[:2] == ["model", "splits"], name
-        assert parameters["seed"].default == 0, name
-        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in list(parameters.values())[2:]), name
-
-
-@pytest.mark.parametrize("name", [name for name in CLASSIFICATION if name not in ("retrain", *SAMPLES_ONLY)])
+@pytest.mark.parametrize("name", [name for name in methods_that_forget("classes") if name != "retrain"])
 def test_same_seed_same_model_and_caller_untouched(name, model, splits):
     random_state = torch.random.get_rng_state()
     images, _ = all_of(splits)
     outputs = []
     settings = {"lr": 10.0} if name == "esc-t" else {}  # at its own rate a few steps move no entry below the threshold
     for seed in (0, 0, 1):
-        edited = classification_baseline(name)(copy.deepcopy(model), splits, seed=seed, **settings)
+        edited = CLASSIFICATION[name].load()(copy.deepcopy(model), splits, seed=seed, **settings)
         assert not edited.training
         if name in ("more", "more-inner"):
             get_erasure(edited).hook.router.reset(range(len(images)))  # its router draws anew in every process
@@ -149,7 +131,7 @@ def test_same_seed_same_model_and_caller_untouched(name, model, splits):
     ],
 )
 def test_forgets_more_than_it_loses(name, settings, model, splits):
-    edited = classification_baseline(name)(model, splits, **settings)
+    edited = CLASSIFICATION[name].load()(model, splits, **settings)
     assert accuracy(edited, splits.f) < accuracy(edited, splits.r) - 0.2
 
 
@@ -161,7 +143,7 @@ def test_retrain_fits_what_remains_alone(model, splits):
         asked.append((images, seed))
         return fresh
 
-    assert classification_baseline("retrain")(model, splits, seed=3, fit=fit) is fresh
+    assert CLASSIFICATION["retrain"].load()(model, splits, seed=3, fit=fit) is fresh
     assert asked == [(splits.r, 3)]
 
 
@@ -181,7 +163,7 @@ def test_one_step_is_the_formula(name, model, splits):
     decay = 0 if name == "neggrad-plus" else 5e-4
     gradients = torch.autograd.grad(losses[name], list(reference.parameters()))
     expected = [p - 0.1 * (g + decay * p) for p, g in zip(reference.parameters(), gradients, strict=True)]
-    classification_baseline(name)(model, splits, lr=0.1, epochs=1, batch_size=len(splits.r))
+    CLASSIFICATION[name].load()(model, splits, lr=0.1, epochs=1, batch_size=len(splits.r))
     for new, old, wanted in zip(model.parameters(), reference.parameters(), expected, strict=True):
         assert torch.allclose(new, wanted, atol=1e-6)
         assert not torch.equal(new, old)
@@ -189,15 +171,15 @@ def test_one_step_is_the_formula(name, model, splits):
 
 def test_l1_makes_weights_smaller(model, splits):
     plain, sparse = copy.deepcopy(model), copy.deepcopy(model)
-    classification_baseline("finetune")(plain, splits, batch_size=10)
-    classification_baseline("l1-sparse")(sparse, splits, alpha=0.01, batch_size=10)
+    CLASSIFICATION["finetune"].load()(plain, splits, batch_size=10)
+    CLASSIFICATION["l1-sparse"].load()(sparse, splits, alpha=0.01, batch_size=10)
     norms = [sum(p.abs().sum() for p in m.parameters()) for m in (plain, sparse)]
     assert norms[1] < 0.9 * norms[0]
 
 
 def test_train_refuses_what_is_not_finite(model, splits):
     with pytest.raises(IncompatibleBaseError, match="neggrad, `.*` is not finite: the learning rate is too high"):
-        classification_baseline("neggrad")(model, splits, lr=1e30)
+        CLASSIFICATION["neggrad"].load()(model, splits, lr=1e30)
 
 
 def test_dropout_draws_from_the_seed(splits):
@@ -284,7 +266,7 @@ def test_scrub_without_ascent_and_with_its_own_answers_stays_near_the_teacher(mo
 
 def test_bad_teacher_moves_to_the_bad_one_on_forget_and_to_the_good_one_on_remain(model, splits):
     good, bad = copy.deepcopy(model), reinitialised(model, seed=0).eval()
-    classification_baseline("bad-teacher")(model, splits, lr=0.005, epochs=150, share=1.0)
+    CLASSIFICATION["bad-teacher"].load()(model, splits, lr=0.005, epochs=150, share=1.0)
     for part, teacher, other in ((splits.f, bad, good), (splits.r, good, bad)):
         with torch.no_grad():
             answers = [m(pixels(part)).softmax(1) for m in (model, teacher, other)]
@@ -326,7 +308,7 @@ def test_fisher_information_of_a_linear_softmax():
 def test_fisher_noise_has_the_variance_it_says_and_resets_the_forgotten_row(model, splits):
     before = weights(model)
     information = fisher_information(copy.deepcopy(model), splits.r, 50, torch.Generator().manual_seed(0))
-    classification_baseline("fisher")(model, splits, alpha=1e-6, samples=50)
+    CLASSIFICATION["fisher"].load()(model, splits, alpha=1e-6, samples=50)
     body = (model[1].weight - before["1.weight"]) / (1e-6 * (1 / (information["1.weight"] + 1e-8)).clamp_max(1e3)).sqrt()
     assert abs(body.std() - 1) < 0.05
     head = (model[-1].weight - before["4.weight"])[[0, 1, 3]]
@@ -342,10 +324,10 @@ def test_fisher_noise_has_the_variance_it_says_and_resets_the_forgotten_row(mode
 def test_esc_is_the_projection_of_a_full_svd(model, splits):
     Z = head_inputs(model, splits.f)
     U = torch.linalg.svd(Z.T, full_matrices=True).U[:, 1:]  # d 70, 1.5 %: one direction
-    edited = classification_baseline("esc")(copy.deepcopy(model), splits)
+    edited = CLASSIFICATION["esc"].load()(copy.deepcopy(model), splits)
     for part in (splits.f, splits.r):
         assert torch.allclose(head_inputs(edited, part), head_inputs(model, part) @ U @ U.T, atol=1e-5)
-    wider = classification_baseline("esc")(copy.deepcopy(model), splits, percent=3.0)
+    wider = CLASSIFICATION["esc"].load()(copy.deepcopy(model), splits, percent=3.0)
     U = torch.linalg.svd(Z.T, full_matrices=True).U[:, 2:]
     assert torch.allclose(head_inputs(wider, splits.f), Z @ U @ U.T, atol=1e-5)
 
@@ -353,13 +335,13 @@ def test_esc_is_the_projection_of_a_full_svd(model, splits):
 @pytest.mark.parametrize("name", ["esc", "esc-t"])
 def test_released_mode_overwrites_batch_norm_and_eval_does_not(name, model, splits):
     before = model[2].running_mean.clone()
-    clean, released = (classification_baseline(n)(copy.deepcopy(model), splits, batch_size=4) for n in (name, f"{name}-as-released"))
+    clean, released = (CLASSIFICATION[n].load()(copy.deepcopy(model), splits, batch_size=4) for n in (name, f"{name}-as-released"))
     assert torch.equal(clean[2].running_mean, before)
     hidden = model[1](pixels(splits.f).flatten(1))
     drift = (released[2].running_mean - hidden.mean(0)).norm() / (before - hidden.mean(0)).norm()
     assert drift < (0.6 if name == "esc" else 0.4)  # 10 batches leave 0.9^10 of the old value, and esc-t reads twice
     with pytest.raises(MoreError, match="Unknown mode 'train'. Choose one of 'eval', 'as_released'."):
-        classification_baseline(name)(model, splits, mode="train")
+        CLASSIFICATION[name].load()(model, splits, mode="train")
 
 
 def test_esc_t_step_is_autograd_of_the_whole_layer():
@@ -379,22 +361,22 @@ def test_esc_t_step_is_autograd_of_the_whole_layer():
 
 
 def test_leace_target_equalises_two_means_and_leaves_no_correlation(model, splits):
-    edited = classification_baseline("leace-target")(copy.deepcopy(model), splits, target=3)
+    edited = CLASSIFICATION["leace-target"].load()(copy.deepcopy(model), splits, target=3)
     target = splits.r.subset(splits.r.labels == 3)
     f, t = head_inputs(edited, splits.f), head_inputs(edited, target)
     gap_before = (head_inputs(model, splits.f).mean(0) - head_inputs(model, target).mean(0)).norm()
     assert (f.mean(0) - t.mean(0)).norm() < 1e-4 * gap_before
     with pytest.raises(MoreError, match=r"Class 2 is not among the remaining classes \[0, 1, 3\]"):
-        classification_baseline("leace-target")(model, splits, target=2)
+        CLASSIFICATION["leace-target"].load()(model, splits, target=2)
     with pytest.raises(MoreError, match="Unknown contrast 'all'"):
-        classification_baseline("leace-rest")(model, splits, against="all")
+        CLASSIFICATION["leace-rest"].load()(model, splits, against="all")
 
 
 def test_leace_rest_is_the_least_squares_map(model, splits):
     """Against the theorem: x − W⁺ Q W (x − mean) with W = Σ^(−1/2), from the full covariance."""
     part = [(head_inputs(model, s), torch.full((len(s),), float(s is splits.f))) for s in (splits.f, splits.r)]
     X, z = torch.cat([p[0] for p in part]), torch.cat([p[1] for p in part]).double()
-    edited = classification_baseline("leace-rest")(copy.deepcopy(model), splits)
+    edited = CLASSIFICATION["leace-rest"].load()(copy.deepcopy(model), splits)
     after = torch.cat([head_inputs(edited, s) for s in (splits.f, splits.r)])
     assert (after.mean(0) - X.mean(0)).norm() < 1e-4 * X.mean(0).norm()  # the mean stays
     covariance = (after - after.mean(0)).T @ (z - z.mean())
@@ -404,24 +386,24 @@ def test_leace_rest_is_the_least_squares_map(model, splits):
 
 def test_without_po_moves_means_where_it_says(model, splits):
     P = torch.stack([head_inputs(model, splits.f).mean(0)] + [head_inputs(model, part(splits, c)).mean(0) for c in (0, 1, 3)])
-    erased = classification_baseline("erase-without-po")(copy.deepcopy(model), splits)
+    erased = CLASSIFICATION["erase-without-po"].load()(copy.deepcopy(model), splits)
     mean = head_inputs(erased, splits.f).mean(0)
     assert mean.norm() < 1e-5 * P[0].norm()
-    remapped = classification_baseline("remap-without-po")(copy.deepcopy(model), splits, target=1)
+    remapped = CLASSIFICATION["remap-without-po"].load()(copy.deepcopy(model), splits, target=1)
     assert torch.allclose(head_inputs(remapped, splits.f).mean(0), P[2], atol=1e-4)
     moved = head_inputs(remapped, part(splits, 3)).mean(0) - P[3]
     expected = (P[2] - P[0]) * (P[0] @ P[3]) / (P[0] @ P[0])  # what orthogonalisation would prevent
     assert torch.allclose(moved, expected, atol=1e-4)
     assert expected.norm() > 0.05 * P[3].norm()
     with pytest.raises(MoreError, match="Class 9 is not among the remaining classes"):
-        classification_baseline("remap-without-po")(model, splits, target=9)
+        CLASSIFICATION["remap-without-po"].load()(model, splits, target=9)
 
 
 def test_without_complement_nothing_is_left_beside_the_prototypes(model, splits):
     P = torch.stack([head_inputs(model, splits.f).mean(0)] + [head_inputs(model, part(splits, c)).mean(0) for c in (0, 1, 3)], dim=1)
     whole = model[:-1](pixels(splits.r)).double()
     for name, settings, forget_to in (("erase", {}, 0 * P[:, 0]), ("remap", {"target": 1}, P[:, 2])):
-        edited = classification_baseline(f"{name}-without-complement")(copy.deepcopy(model), splits, **settings)
+        edited = CLASSIFICATION[f"{name}-without-complement"].load()(copy.deepcopy(model), splits, **settings)
         assert torch.allclose(head_inputs(edited, splits.f).mean(0), forget_to, atol=1e-4)
         for i, c in enumerate((0, 1, 3), 1):
             assert torch.allclose(head_inputs(edited, part(splits, c)).mean(0), P[:, i], atol=1e-4)  # PO spares the others
@@ -432,13 +414,13 @@ def test_without_complement_nothing_is_left_beside_the_prototypes(model, splits)
         assert torch.linalg.matrix_rank(head_inputs(edited, splits.r), rtol=1e-4) == 3
     assert torch.linalg.matrix_rank(whole, rtol=1e-4) > 3
     with pytest.raises(MoreError, match="Class 2 is not among the remaining classes"):
-        classification_baseline("remap-without-complement")(model, splits, target=2)
+        CLASSIFICATION["remap-without-complement"].load()(model, splits, target=2)
 
 
 def test_a_trained_router_starts_as_the_untrained_one_and_moves(model, splits):
     settings = {"num_experts": 3, "losses": "forget+balance", "epochs": 2, "learning_rate": 0.1}
-    start = classification_baseline("more-prototype")(copy.deepcopy(model), splits, num_experts=3)
-    edited = classification_baseline("more-trained")(copy.deepcopy(model), splits, **settings)
+    start = CLASSIFICATION["more-prototype"].load()(copy.deepcopy(model), splits, num_experts=3)
+    edited = CLASSIFICATION["more-trained"].load()(copy.deepcopy(model), splits, **settings)
     by_hand = copy.deepcopy(model)
     erase_classes(by_hand, [all_of(splits)], [FORGET], num_experts=3, router="prototype")
     training = train_router(by_hand, [all_of(splits)], losses=("forget", "balance"), epochs=2, learning_rate=0.1)
@@ -451,8 +433,8 @@ def test_a_trained_router_starts_as_the_untrained_one_and_moves(model, splits):
 def test_at_an_inner_module_the_weights_stay(model, splits):
     reference, before = copy.deepcopy(model), weights(model)
     erase_classes(reference, [all_of(splits)], [FORGET], remap_to=None, at="3")
-    at_head = classification_baseline("more-inner")(copy.deepcopy(model), splits)
-    edited = classification_baseline("more-inner")(model, splits, at="3", remap_to=None, router=None)
+    at_head = CLASSIFICATION["more-inner"].load()(copy.deepcopy(model), splits)
+    edited = CLASSIFICATION["more-inner"].load()(model, splits, at="3", remap_to=None, router=None)
     with torch.no_grad():
         assert torch.allclose(edited(pixels(splits.f)), reference(pixels(splits.f)), atol=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(edited).items())
@@ -474,7 +456,7 @@ def test_ours_are_erase_classes(name, model, splits):
     images, labels = all_of(splits)
     erase_classes(reference, [(images, labels)], [FORGET], seed=2, **options[name])
     erase_classes(other, [(images, labels)], [FORGET], remap_to=[1])
-    edited = classification_baseline(name)(model, splits, seed=2)
+    edited = CLASSIFICATION[name].load()(model, splits, seed=2)
     assert torch.allclose(edited[-1].weight, reference[-1].weight, atol=1e-6)
     assert not torch.allclose(edited[-1].weight, other[-1].weight, atol=1e-4)
     assert get_erasure(edited).router == options[name].get("router")
@@ -486,9 +468,9 @@ def test_samples_go_where_the_others_of_their_class_are(model, splits):
     means = [torch.stack([head_inputs(model, one(s, c)).mean(0) for c in range(K)]) for s in (drawn.f, drawn.r)]
     expected = means[1] @ model[-1].weight.double().T
     assert (means[0] @ model[-1].weight.double().T - expected).abs().max() > 1e-2
-    edited = classification_baseline("remap-samples")(copy.deepcopy(model), drawn)
+    edited = CLASSIFICATION["remap-samples"].load()(copy.deepcopy(model), drawn)
     assert torch.allclose(means[0] @ edited[-1].weight.double().T, expected, atol=1e-4)
-    printed = classification_baseline("remap-samples-as-printed")(copy.deepcopy(model), drawn)
+    printed = CLASSIFICATION["remap-samples-as-printed"].load()(copy.deepcopy(model), drawn)
     assert not torch.allclose(means[0] @ printed[-1].weight.double().T, expected, atol=1e-3)
 
 
@@ -517,7 +499,7 @@ def test_lau_attack_stays_in_its_box_and_raises_the_loss(model, splits):
 
 def test_lau_changes_the_head_alone(model, splits):
     before = weights(model)
-    classification_baseline("lau")(model, splits, lr=0.1)
+    CLASSIFICATION["lau"].load()(model, splits, lr=0.1)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"4.weight", "4.bias"}
 
@@ -534,5 +516,5 @@ def test_features_come_from_the_input_of_the_head(model, splits):
 @pytest.mark.parametrize("name", MAPPED)
 def test_maps_leave_the_weights_alone(name, model, splits):
     before = weights(model)
-    edited = classification_baseline(name)(model, splits)
+    edited = CLASSIFICATION[name].load()(model, splits)
     assert all(torch.equal(p, before[key]) for key, p in edited.named_parameters())

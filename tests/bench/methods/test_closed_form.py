@@ -1,13 +1,10 @@
 """UCE, RECE, CURE, SPEED, OCE and ours without PO, each against a computation that shares no code with it."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from more_hf.bench.methods import DIFFUSION, GROUPS, diffusion_baseline
+from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import MoreError, PrototypeError
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
@@ -22,7 +19,7 @@ def run(name, pipe, remap_to=(TARGET,), retain=RETAIN, **settings):
     remap_to = None if remap_to is None else list(remap_to)
     if name == "oce":
         settings.setdefault("expand", None)  # six prompts would span all four outputs of the smallest tiny layers
-    return diffusion_baseline(name)(pipe, CONCEPT, remap_to=remap_to, retain=retain, **settings)
+    return DIFFUSION[name].load()(pipe, CONCEPT, remap_to=remap_to, retain=retain, **settings)
 
 
 def weights(pipe):
@@ -60,20 +57,6 @@ def uce_layer(W, old, new, kept, lamb, erase, preserve):
     for r in kept:
         left, right = left + preserve * torch.outer(W @ r, r), right + preserve * torch.outer(r, r)
     return left @ torch.inverse(right)
-
-
-def test_registry_names_existing_functions():
-    ours = "more more-reloaded more-erase more-mean more-random more-hash more-without-po more-erase-without-po"
-    published = "uce rece cure speed oce sld-medium safree esd ca"
-    main = ["original", "noise", "negative_prompt", *ours.split(), *published.split()]
-    assert list(DIFFUSION) == main + list(GROUPS["appendix"])
-    assert list(GROUPS["all"]) == main
-    assert set(GROUPS["all"]) - set(GROUPS["training-free"]) == {"esd", "ca"}
-    assert all(callable(diffusion_baseline(name)) for name in DIFFUSION)
-    with pytest.raises(KeyError):
-        diffusion_baseline("mace")
-    light = "import sys, more_hf.bench.methods; assert not {'torch', 'diffusers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", light], check=True)
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
@@ -144,7 +127,7 @@ MANY = {CONCEPT: ["vincent"], "kelly mckernan": []}
 def test_uce_of_several_concepts_sends_each_to_the_mean_of_the_targets(tiny_sd):
     pipe, targets = tiny_sd("1"), [TARGET, "johannes vermeer"]
     before = text_layers(pipe)
-    diffusion_baseline("uce")(pipe, MANY, remap_to=targets, retain=RETAIN)
+    DIFFUSION["uce"].load()(pipe, MANY, remap_to=targets, retain=RETAIN)
     old = [last(pipe, name) for name in (CONCEPT, "vincent", "kelly mckernan")]
     new, kept = sum(last(pipe, name) for name in targets) / 2, [last(pipe, name) for name in (*targets, *RETAIN)]
     for name, W in text_layers(pipe).items():
@@ -155,7 +138,7 @@ def test_uce_of_several_concepts_sends_each_to_the_mean_of_the_targets(tiny_sd):
 def test_several_concepts_with_aliases(tiny_sd, name):
     pipe = tiny_sd("1", block_out_channels=(16, 32))
     before = text_layers(pipe, ("to_v",))
-    diffusion_baseline(name)(pipe, MANY, remap_to=[TARGET, "johannes vermeer"], retain=RETAIN)
+    DIFFUSION[name].load()(pipe, MANY, remap_to=[TARGET, "johannes vermeer"], retain=RETAIN)
     assert all((W - before[key]).norm() > 1e-4 for key, W in text_layers(pipe, ("to_v",)).items())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.families import FAMILIES, build, images
 
-from more_hf.bench.methods import DIFFUSION, WITHOUT_TARGET, diffusion_baseline
+from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import TargetNotFoundError
 
 
@@ -29,8 +29,8 @@ def few_ordinary_prompts(monkeypatch):
 
 
 def run(name, pipe):
-    remap_to = None if name in WITHOUT_TARGET else [TARGET]
-    return diffusion_baseline(name)(pipe, CONCEPT, remap_to=remap_to, retain=["pablo picasso"], **SETTINGS.get(name, {}))
+    remap_to = None if DIFFUSION[name].targets == "none" else [TARGET]
+    return DIFFUSION[name].load()(pipe, CONCEPT, remap_to=remap_to, retain=["pablo picasso"], **SETTINGS.get(name, {}))
 
 
 def weights(pipe):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from more_hf.bench.methods import diffusion_baseline
 from more_hf.bench.methods.diffusion import safree as safree_module
 from more_hf.bench.methods.diffusion.controls import noise_like
 from more_hf.bench.methods.diffusion.inference import alpha_bar, noise_per_output
 from more_hf.bench.methods.diffusion.safree import attenuate, filter_steps, projector, triggers
 from more_hf.bench.methods.diffusion.sld import PRESETS, safety_guidance
+from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import MoreError, TargetNotFoundError
 
 
@@ -23,7 +23,7 @@ METHODS = ["noise", "negative_prompt", "sld-weak", "sld-medium", "sld-strong", "
 
 
 def make(name, pipe, **settings):
-    return diffusion_baseline(name)(pipe, CONCEPT, remap_to=["claude monet"], retain=["pablo picasso"], **settings)
+    return DIFFUSION[name].load()(pipe, CONCEPT, remap_to=["claude monet"], retain=["pablo picasso"], **settings)
 
 
 def draw(pipe, prompts, steps=3, **settings):
@@ -67,7 +67,7 @@ def test_is_called_like_any_pipeline(tiny_sd, name):
     images = pipe(NAMED, num_inference_steps=1, guidance_scale=1.0, num_images_per_prompt=2, output_type="pt").images
     assert images.shape == (2, 3, 32, 32)
     assert torch.isfinite(images).all()
-    parameters = inspect.signature(diffusion_baseline(name)).parameters
+    parameters = inspect.signature(DIFFUSION[name].load()).parameters
     assert list(parameters)[:4] == ["pipe", "concepts", "remap_to", "retain"]
 
 
@@ -104,7 +104,7 @@ def test_sld_presets_are_the_published_ones():
     rows = {table[i]: [float(x) for x in table[i + 1 : i + 6]] for i in range(0, len(table), 6)}
     assert {name: list(preset.values()) for name, preset in PRESETS.items()} == rows
     with pytest.raises(MoreError, match="preset"):
-        diffusion_baseline("sld-weak")(None, CONCEPT, remap_to=None, retain=None, preset="hyper")
+        DIFFUSION["sld-weak"].load()(None, CONCEPT, remap_to=None, retain=None, preset="hyper")
 
 
 def test_sld_guidance_by_hand():

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from ....core.errors import TargetNotFoundError
-from ....diffusion.plan import make_request, surfaces_of
 from ....diffusion.encoder import BATCH, Encoder
+from ....diffusion.plan import make_request, surfaces_of
 from ....diffusion.prompts import everyday_prompts, names_in
 
 

@@ -1,0 +1,119 @@
+"""The registries of methods: what is in them, the words for several methods, and a method of one's own."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from more_hf.bench.errors import BenchmarkError
+from more_hf.bench.methods.registry import (
+    CLASSIFICATION,
+    DIFFUSION,
+    UNREGISTERED,
+    classification_groups,
+    diffusion_groups,
+    find_classification_method,
+    find_diffusion_method,
+    methods_that_forget,
+)
+
+
+def test_importing_the_registry_imports_nothing_heavy():
+    light = "import sys, more_hf.bench.methods.registry; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", light], check=True)
+
+
+def test_groups_of_diffusion():
+    ours = (
+        "more more-reloaded more-erase more-mean more-random more-hash more-without-po more-erase-without-po"
+    )
+    published = "uce rece cure speed oce sld-medium safree esd ca"
+    main = ["original", "noise", "negative_prompt", *ours.split(), *published.split()]
+    groups = diffusion_groups()
+    assert list(DIFFUSION) == main + groups["appendix"]
+    assert groups["all"] == main
+    assert groups["appendix"] == "uce-paper sld-weak sld-strong sld-max safree-re-attention esd-repo".split()
+    assert set(groups["all"]) - set(groups["training-free"]) == {"esd", "ca"}
+
+
+def test_groups_of_classification():
+    of_samples = ["remap-samples", "remap-samples-as-printed"]
+    ablations = {"erase-without-complement", "remap-without-complement", "more-trained", "more-inner"}
+    classes, samples = classification_groups("classes"), classification_groups("samples")
+    assert set(CLASSIFICATION) - set(classes["all"]) == {*of_samples, *ablations}
+    closed_form = "esc leace-rest leace-target erase-without-po remap-without-po erase remap more more-hash"
+    assert classes["closed-form"] == ["original", *closed_form.split()]
+    assert samples["closed-form"] == ["original", "esc", *of_samples]
+    trained = "finetune neggrad neggrad-plus random-labels salun l1-sparse fisher boundary-shrink scrub"
+    also = "bad-teacher lau esc esc-as-released esc-t esc-t-as-released"
+    assert samples["all"] == ["original", "retrain", *trained.split(), *also.split(), *of_samples]
+    assert set(methods_that_forget("classes")) == set(classes["all"]) | ablations
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_every_method_for_pipelines_is_called_alike(name):
+    parameters = inspect.signature(find_diffusion_method(name)).parameters
+    assert list(parameters)[:2] == ["pipe", "concepts"]
+    assert {"remap_to", "retain"} <= set(parameters)
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in list(parameters.values())[2:])
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_every_method_for_classifiers_is_called_alike(name):
+    parameters = inspect.signature(CLASSIFICATION[name].load()).parameters
+    assert list(parameters)[:2] == ["model", "splits"]
+    assert parameters["seed"].default == 0
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in list(parameters.values())[2:])
+
+
+MODULE = """
+def my_erase(pipe, concepts, *, remap_to, retain, strength=1.0):
+    return "erased"
+
+def my_forget(model, splits, *, seed, **settings):
+    return "forgotten"
+
+number = 3
+"""
+
+
+@pytest.fixture
+def my_module(tmp_path, monkeypatch):
+    """A module in the working directory, which the interpreter does not search by itself."""
+    (tmp_path / "module_of_mine.py").write_text(MODULE, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield "module_of_mine"
+    sys.modules.pop("module_of_mine", None)
+
+
+def test_ones_own_method(my_module):
+    erase = find_diffusion_method(f"{my_module}:my_erase")
+    assert erase(None, "a", remap_to=None, retain=None) == "erased"
+    forget = find_classification_method(f"{my_module}:my_forget", forgets="samples")
+    assert forget(None, None, seed=0) == "forgotten"
+    assert DIFFUSION.get(f"{my_module}:my_erase", UNREGISTERED).targets == "one"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("uec", "Did you mean uce"),
+        ("zzzz", "There are: original, noise"),
+        ("module_of_mime:my_erase", "cannot be imported.*module_of_mime"),
+        ("module_of_mine:my_erse", "no function 'my_erse'.*Did you mean my_erase"),
+        ("module_of_mine:number", "no function 'number'"),
+        ("module_of_mine:my_forget", "arguments.*seed.*remap_to, retain"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_what_is_wrong_and_what_to_do(my_module, name, message):
+    with pytest.raises(BenchmarkError, match=f"(?s){message}"):
+        find_diffusion_method(name)
+
+
+def test_a_method_of_classes_is_none_of_samples():
+    with pytest.raises(BenchmarkError, match="'more' that forgets samples.*There are: original"):
+        find_classification_method("more", forgets="samples")
+    with pytest.raises(BenchmarkError, match="'remap-samples' that forgets classes"):
+        find_classification_method("remap-samples", forgets="classes")
