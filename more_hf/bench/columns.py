@@ -1,18 +1,97 @@
-"""Rows and columns of the benchmarks' CSV files."""
+"""The columns of the benchmarks' CSV files: their types, which way is better, and how they are read and written."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from ..core.files import write_text
+from ..core.markdown import number
+
+
+ARROWS = {"up": "↑", "down": "↓"}
+
+# A spreadsheet takes a cell that starts like this for a formula.
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    One column of a benchmark's rows or summary.
+
+    Args:
+        name (`str`):
+            The key in rows and the header in CSV files.
+        type (`Callable[[str], Any]`, *optional*, defaults to `float`):
+            Turns a cell into its value. An empty cell is `None`, unless the type is `str`.
+        unit (`str`, *optional*):
+            `"%"`, `"s"`, `"MiB"`; empty for a number without one.
+        better (`"up"` or `"down"`, *optional*):
+            Which way is better. `None` for a number that is only compared with a reference.
+    """
+
+    name: str
+    type: Callable[[str], Any] = float
+    unit: str = ""
+    better: Literal["up", "down"] | None = None
+
+    @property
+    def header(self) -> str:
+        """The name, with an arrow where one direction is better."""
+        return self.name if self.better is None else f"{self.name} {ARROWS[self.better]}"
+
+    def read(self, text: str) -> Any:
+        """Return the value of a cell."""
+        if self.type is str:
+            return text
+        return self.type(text) if text else None
+
+    def best(self, values: Sequence[float | None]) -> float | None:
+        """Return the best of several values; `None` where nothing was measured or neither direction is better."""
+        measured = [value for value in values if value is not None]
+        if self.better is None or not measured:
+            return None
+        return max(measured) if self.better == "up" else min(measured)
+
+    def format(self, value: float | None, decimals: int = 1) -> str:
+        """Format a number for a table: with fixed decimals if it has a unit, else with three significant ones."""
+        if value is None:
+            return ""
+        return f"{value:.{decimals}f}" if self.unit else number(value)
+
+
+def read_cells(path: str | Path) -> list[dict[str, str]]:
+    """Read a CSV file that `write_rows` or `append_row` wrote, as text; an empty list if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: _unescape(text) for name, text in line.items()} for line in csv.DictReader(file)]
+
+
+def read_rows(path: str | Path, columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """
+    Read the named columns of a CSV file.
+
+    Raises:
+        ValueError: if a column is missing or a cell is not of its column's type.
+    """
+    lines = read_cells(path)
+    missing = [column.name for column in columns if lines and column.name not in lines[0]]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}.")
+    return [{column.name: column.read(line[column.name]) for column in columns} for line in lines]
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     """
-    Write rows to a CSV file, whole or not at all. The first row's keys are the columns.
+    Write rows to a CSV file, atomically. The first row's keys are the columns. A text that a spreadsheet would take
+    for a formula is written with an apostrophe before it, which reading takes off.
 
     Raises:
         ValueError: if there are no rows, or a row has other keys than the first.
@@ -20,11 +99,39 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     if not rows:
         raise ValueError(f"No rows to write to {path}.")
     columns = list(rows[0])
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
     for row in rows:
         if row.keys() != rows[0].keys():
             raise ValueError(f"A row for {path} has the columns {list(row)}, the first row has {columns}.")
-        writer.writerow(row)
-    write_text(path, text.getvalue())
+    write_text(path, "".join(map(_line, [columns, *(row.values() for row in rows)])))
+
+
+def append_row(path: str | Path, row: Mapping[str, object]) -> None:
+    """Append one row to a CSV file, which is created if need be. Several processes may append to the same file."""
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        if file.tell() == 0:
+            file.write(_line(row))
+        file.write(_line(row.values()))
+
+
+def _line(cells: Iterable[object]) -> str:
+    """One line of a CSV file."""
+    line = io.StringIO(newline="")
+    # Only with the default line end does `csv` quote both line breaks; the files have a plain one.
+    csv.writer(line).writerow(_escape(cell) if isinstance(cell, str) else cell for cell in cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _escape(text: str) -> str:
+    return f"'{text}" if FORMULA.match(text) and not _is_number(text) else text
+
+
+def _unescape(text: str) -> str:
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

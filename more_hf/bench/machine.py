@@ -19,7 +19,16 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "lpips", "open_clip_torch", "numpy")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "lpips",
+    "open_clip_torch",
+    "numpy",
+)
 
 
 def processes() -> PartialState:
@@ -45,7 +54,11 @@ def hardware(device: torch.device) -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 

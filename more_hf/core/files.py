@@ -1,18 +1,37 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically: a reader sees the old file or the new one, never half of one."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text beside its place and rename it, so that no reader sees half a file. Creates the folder."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """
+    Yield a temporary path in the folder of `path`, which is created if need be. What the block wrote there is renamed
+    to `path` at the end of the block, or deleted if the block raises.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # The process id keeps two processes that write the same file apart.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.write_text(text, encoding="utf-8", newline="")
-        beside.replace(path)
+        yield draft
+        draft.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text to `path`, atomically."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` to `path` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -1,34 +1,11 @@
-import csv
 import re
 
 import pytest
 from PIL import Image
 
-from more_hf.bench.columns import write_rows
-from more_hf.bench.page import Pair, html_facts, html_pairs, html_table, write_html
+from more_hf.bench.page import Pair, Section, write_page
+from more_hf.bench.tables import Cell
 from more_hf.core.markdown import markdown_table, number
-
-
-def test_rows_come_back(tmp_path):
-    rows = [{"prompt": 'a "cat", red', "lpips": 0.125}, {"prompt": "a\ndog", "lpips": 0.5}]
-    path = tmp_path / "new" / "rows.csv"
-    write_rows(path, rows)
-    with open(path, newline="", encoding="utf-8") as file:
-        assert list(csv.DictReader(file)) == [{k: str(v) for k, v in row.items()} for row in rows]
-    assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "rows.csv"
-    write_rows(path, [{"a": 1}])
-    with pytest.raises(ValueError, match="has the columns"):
-        write_rows(path, [{"a": 2}, {"b": 3}])
-    with pytest.raises(ValueError, match="No rows"):
-        write_rows(path, [])
-    with pytest.raises(UnicodeEncodeError):
-        write_rows(path, [{"a": "\ud800"}])
-    assert path.read_text() == "a\n1\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
 
 
 def test_markdown_table():
@@ -45,7 +22,8 @@ def test_markdown_table():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0.000"), (-0.25, "-0.250"), (1e-9, "1.0e-09"), (True, "True"), (None, ""), (7, "7")]
+    ("value", "text"),
+    [(0.0, "0.000"), (-0.25, "-0.250"), (1e-9, "1.0e-09"), (True, "True"), (None, ""), (7, "7")],
 )
 def test_number(value, text):
     assert number(value) == text
@@ -56,15 +34,15 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     picture = Image.new("RGB", (64, 64), "red")
     large = Image.new("RGB", (256, 256), "blue")
     path = tmp_path / "report.html"
-    write_html(
+    write_page(
         path,
         title=evil,
         intro=evil,
-        sections={
-            evil: html_facts({evil: [evil, 1.0], "measured": {"G1": 1e-7}, "router": None}),
-            "table": html_table([{evil: evil, "n_f": 3}]),
-            "pairs": html_pairs([Pair(picture, large, f"a CAT {evil}", 0.25)]),
-        },
+        sections=[
+            Section(evil, evil, facts={evil: [evil, 1.0], "measured": {"G1": 1e-7}, "router": None}),
+            Section("table", table=[{evil: evil, "n_f": 3, "0.001": Cell("0.5", best=True, suffix=evil)}]),
+            Section("pairs", pairs=[Pair(picture, large, f"a CAT {evil}", 0.25)]),
+        ],
     )
     page = path.read_text(encoding="utf-8")
     assert evil not in page
@@ -75,4 +53,21 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert "LPIPS 0.250" in page
     assert 'data-prompt="a cat' in page
     assert "measured · G1</dt><dd>1.0e-07" in page
+    assert '<td class="num">3</td>' in page
+    assert '<td class="num"><b>0.5</b>&lt;script' in page
     assert "prefers-color-scheme: dark" in page
+
+
+def test_a_page_without_pairs_has_no_search_box(tmp_path):
+    path = tmp_path / "report.html"
+    write_page(path, title="title", intro="intro", sections=[Section("facts", facts={"a": 1})])
+    page = path.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<input" not in page
+
+
+def test_the_best_of_several_is_bold_in_markdown():
+    table = markdown_table(
+        [{"method": "a", "hm": Cell("1.0", best=True, prefix="0.5 → ", suffix=" [0.9, 1.1]")}]
+    )
+    assert table.splitlines()[2] == "| a      | 0.5 → **1.0** [0.9, 1.1] |"

@@ -10,7 +10,7 @@ import torch
 import more_hf
 from more_hf.bench.artists.images import generate, grid, lpips_distance, stack, to_pil
 from more_hf.bench.columns import write_rows
-from more_hf.bench.page import Pair, html_facts, html_pairs, html_table, write_html
+from more_hf.bench.page import Pair, Section, write_page
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
@@ -129,19 +129,19 @@ def run_demo(
     write_rows(output / "rows.csv", [_csv_row(i, row, concept, moved[i].item()) for i, row in enumerate(rows)])
     write_text(output / "table.md", f"{text}\n")
     pairs = [Pair(to_pil(before[i]), to_pil(after[i]), row.prompt, moved[i].item()) for i, row in enumerate(rows)]
-    write_html(
+    write_page(
         output / "report.html",
         title=f"{concept} erased",
         intro=f"Embedded pipeline, {len(rows)} prompts before and after, {steps} steps, guidance {guidance:g}, seeds "
         f"{seeds[0]} to {seeds[-1]}, each pair from the same noise. {explanation}",
-        sections={
-            "How far the pictures moved": html_table([summary]) + html_facts(origin),
-            "What was done": html_facts(done),
-            "Guarantees and proof by run": html_table(measured),
-            f"{concept}, forgotten": html_pairs(pairs[:limit]),
-            "Other artists": html_pairs(pairs[limit : 2 * limit]),
-            "No artist": html_pairs(pairs[2 * limit :]),
-        },
+        sections=[
+            Section("How far the pictures moved", table=[summary], facts=origin),
+            Section("What was done", facts=done),
+            Section("Guarantees and proof by run", table=measured),
+            Section(f"{concept}, forgotten", pairs=pairs[:limit]),
+            Section("Other artists", pairs=pairs[limit : 2 * limit]),
+            Section("No artist", pairs=pairs[2 * limit :]),
+        ],
     )
     print(f"\n{text}\n")
     print(f"Open {output / 'before_after.png'} and {output / 'report.html'}; numbers are in {output / 'rows.csv'}.")

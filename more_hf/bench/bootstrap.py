@@ -1,0 +1,112 @@
+"""Bootstrap intervals. All draws are seeded, so the same rows give the same interval."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+LEVEL = (0.025, 0.975)  # the ends of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic of the sample, and the same statistic of every bootstrap draw `(draws,)`."""
+
+    value: float
+    drawn: np.ndarray
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The difference, paired: both must come from the same draws."""
+        return Estimate(self.value - other.value, self.drawn - other.drawn)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of the 95 % interval."""
+        return interval(self.drawn)
+
+
+class ClusterBootstrap:
+    """
+    Draws of clusters with replacement, within each stratum. Every mean of one object is taken on the same draws, so
+    that differences between two means are paired.
+
+    A cluster comes with all its measurements: several images of one prompt are not independent.
+
+    Args:
+        clusters (`Iterable[tuple[str, Hashable]]`):
+            The stratum and the name of each cluster, in any order and number.
+        draws (`int`, *optional*, defaults to 10000):
+            How many draws.
+        seed (`int`, *optional*, defaults to 0):
+            Of the draws.
+    """
+
+    def __init__(self, clusters: Iterable[tuple[str, Hashable]], *, draws: int = 10_000, seed: int = 0):
+        ordered = sorted(set(clusters))
+        self.column = {cluster: i for i, cluster in enumerate(ordered)}
+        sizes = Counter(stratum for stratum, _ in ordered)
+        self.times_drawn = draw_counts(sizes.values(), draws, np.random.default_rng(seed))
+
+    def mean(self, measurements: Iterable[tuple[tuple[str, Hashable], float | None]]) -> Estimate | None:
+        """Return the mean of (cluster, value) pairs, `None` left out; `None` if there is nothing to average."""
+        total, count = np.zeros(len(self.column)), np.zeros(len(self.column))
+        for cluster, value in measurements:
+            if value is not None:
+                total[self.column[cluster]] += value
+                count[self.column[cluster]] += 1
+        if not count.any():
+            return None
+        drawn_count = self.times_drawn @ count
+        # A draw may miss every cluster that has a value.
+        with np.errstate(invalid="ignore"):
+            drawn = np.where(drawn_count > 0, self.times_drawn @ total / drawn_count, np.nan)
+        return Estimate(total.sum() / count.sum(), drawn)
+
+
+def draw_counts(sizes: Iterable[int], draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw with replacement within strata of these sizes: how often each member is drawn, float64 `(draws, members)`."""
+    counts = [generator.multinomial(size, np.full(size, 1 / size), size=draws) for size in sizes]
+    return np.concatenate(counts, axis=1).astype(float)
+
+
+def draw_means(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Draw values with replacement: the mean of each draw, `(draws,)`."""
+    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    return np.asarray(values, dtype=float)[picks].mean(1)
+
+
+def draw_accuracies(
+    measured: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, draws: int = 5000, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """
+    Draw runs with replacement, and in each run as many hits as a binomial gives.
+
+    Args:
+        measured (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`):
+            Column to the number of samples and the accuracy in percent of each run. All columns have the same runs.
+        draws (`int`, *optional*, defaults to 5000):
+            How many draws.
+        seed (`int`, *optional*, defaults to 0):
+            Of the draws.
+
+    Returns:
+        `dict[str, np.ndarray]`: column to accuracies in percent, `(draws, runs)`. Runs are the same in all columns.
+    """
+    generator = np.random.default_rng(seed)
+    runs = len(next(iter(measured.values()))[0])
+    picks = generator.integers(runs, size=(draws, runs))
+    drawn = {}
+    for column, (samples, percent) in measured.items():
+        n, chance = np.asarray(samples)[picks], np.asarray(percent)[picks] / 100
+        drawn[column] = 100 * generator.binomial(n, np.clip(chance, 0, 1)) / n
+    return drawn
+
+
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of draws `(draws,)`; draws that are NaN are left out."""
+    low, high = np.nanquantile(drawn, LEVEL)
+    return float(low), float(high)

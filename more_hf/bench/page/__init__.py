@@ -1,0 +1,174 @@
+"""The benchmarks' pages: tables, facts and pictures in one HTML file that needs no other and makes no request."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from ...core.files import write_text
+from ...core.markdown import number
+from ..tables import Cell
+
+
+SMALL = 128  # pixels; up to this size a picture stays PNG, because JPEG would blur it
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    One prompt before and after an edit.
+
+    Args:
+        before (`PIL.Image.Image`):
+            What the original model draws.
+        after (`PIL.Image.Image`):
+            What the edited model draws from the same noise.
+        prompt (`str`):
+            The prompt of both.
+        lpips (`float`):
+            Their distance.
+    """
+
+    before: Image.Image
+    after: Image.Image
+    prompt: str
+    lpips: float
+
+
+@dataclass(frozen=True)
+class Section:
+    """
+    A section of a page, in this order: note, table, pictures, pairs, facts. What is empty is left out.
+
+    Args:
+        heading (`str`):
+            The heading.
+        note (`str`, *optional*):
+            A paragraph below the heading.
+        table (`Sequence[Mapping[str, object]]`, *optional*):
+            Rows as for `markdown_table`; the first row's keys are the columns.
+        pictures (`Mapping[str, str]`, *optional*):
+            A description of each picture to its data URI.
+        pairs (`Sequence[Pair]`, *optional*):
+            Shown as cards, with a search box at the top of the page.
+        facts (`Mapping[str, object]`, *optional*):
+            Names and values; lists are joined with commas, nested mappings flattened.
+    """
+
+    heading: str
+    note: str = ""
+    table: Sequence[Mapping[str, object]] = ()
+    pictures: Mapping[str, str] = field(default_factory=dict)
+    pairs: Sequence[Pair] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
+    html: Markup = Markup()
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    intro: str,
+    sections: Sequence[Section],
+    template: str = "report.html.jinja",
+    **context: Any,
+) -> None:
+    """
+    Write a page for light and dark screens, wide and narrow. Everything is escaped.
+
+    Args:
+        path (`str` or `Path`):
+            The file to write.
+        title (`str`):
+            Title and heading.
+        intro (`str`):
+            A paragraph below the heading.
+        sections (`Sequence[Section]`):
+            The page's body.
+        template (`str`, *optional*, defaults to `"report.html.jinja"`):
+            Another template, which extends the default one.
+        context (`Any`):
+            Further variables of that template.
+    """
+    page = _ENVIRONMENT.get_template(template).render(title=title, intro=intro, sections=sections, **context)
+    write_text(path, page + "\n")
+
+
+def image_uri(image: Image.Image) -> str:
+    """Encode a picture as a data URI."""
+    data = io.BytesIO()
+    if max(image.size) <= SMALL:
+        image.convert("RGB").save(data, "png", optimize=True)
+        return _uri("png", data.getvalue())
+    # At 512 pixels, PNG would make a page of hundreds of megabytes.
+    image.convert("RGB").save(data, "jpeg", quality=90)
+    return _uri("jpeg", data.getvalue())
+
+
+def png_uri(path: Path) -> str:
+    """Encode a PNG file as a data URI."""
+    return _uri("png", path.read_bytes())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _flat(facts: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Names and texts of facts; the names of a nested mapping follow its own."""
+    items = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            items += _flat(value, f"{prefix}{name} · ")
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        texts = ["none" if each is None else number(each) for each in values]
+        items.append((f"{prefix}{name}", ", ".join(texts) or "none"))
+    return items
+
+
+def _columns(rows: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
+    """The columns of a table, and the class of each: `num` where all values are numbers."""
+    columns = []
+    for name in rows[0]:
+        values = [row.get(name) for row in rows]
+        is_numeric = all(value is None or isinstance(value, int | float | Cell) for value in values)
+        columns.append((name, "num" if is_numeric else "text"))
+    return columns
+
+
+def _text(value: object) -> object:
+    """A cell or a number as the template shows it."""
+    return value if isinstance(value, Cell) else number(value)
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader(__package__, ""),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters.update(columns=_columns, flat=_flat, text=_text, uri=image_uri)
+
+
+# The benchmark of classes still composes its sections itself.
+def html_facts(facts: Mapping[str, object]) -> str:
+    return str(_ENVIRONMENT.get_template("parts.html.jinja").module.facts(facts))
+
+
+def html_table(rows: Sequence[Mapping[str, object]]) -> str:
+    return str(_ENVIRONMENT.get_template("parts.html.jinja").module.table(rows))
+
+
+def write_html(path: str | Path, *, title: str, intro: str, sections: Mapping[str, str]) -> None:
+    written = [Section(heading, html=Markup(html)) for heading, html in sections.items()]
+    write_page(path, title=title, intro=intro, sections=written)

@@ -1,0 +1,185 @@
+"""A benchmark's folder: its configuration, which a further run joins or contradicts, and the settings of its methods."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..core.errors import MoreError
+from ..core.files import write_json
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class BenchmarkError(MoreError, ValueError):
+    """The benchmark cannot be run with these arguments, or its folder holds results of another one."""
+
+
+class BenchmarkConfig:
+    """
+    Base of the dataclasses of a benchmark's `config.json`; their fields are its keys.
+
+    Attributes:
+        FIXED (`tuple[str, ...]`):
+            Fields that are the same for everything in one folder.
+        more_hf (`str`):
+            The version that made the first run.
+        benchmark (`str`):
+            The kind of benchmark.
+        methods (`Mapping[str, Mapping[str, Any]]`):
+            Method to its settings.
+        forget (`Mapping[str, Any]`):
+            Everything that is forgotten in turn, with what defines it.
+        runs (`list[dict[str, Any]]`):
+            When, how and on what each run was made, as [`~more_hf.bench.machine.this_run`] says.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]]
+
+    more_hf: str
+    benchmark: str
+    methods: Mapping[str, Mapping[str, Any]]
+    forget: Mapping[str, Any]
+    runs: list[dict[str, Any]]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from what `to_dict` returned."""
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in types that JSON has."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self | None:
+        """
+        Read the configuration of a folder; `None` if it has none yet.
+
+        Raises:
+            BenchmarkError: if it is the configuration of another kind of benchmark.
+        """
+        data = read_config(folder)
+        if data is None:
+            return None
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if not required <= data.keys() <= {field.name for field in fields(cls)}:
+            raise BenchmarkError(f"{folder} holds another kind of benchmark. Choose another `--output`.")
+        return cls.from_dict(data)
+
+    def write(self, folder: str | Path) -> None:
+        """Write `config.json`, atomically."""
+        write_json(Path(folder) / "config.json", self.to_dict())
+
+    def joined_with(self, folder: str | Path) -> Self:
+        """
+        Join the configuration of this run with the one that `folder` holds: its methods, what they forget, its runs.
+
+        Raises:
+            BenchmarkError: if the two contradict each other. The message says where.
+        """
+        old = type(self).read(folder)
+        if old is None:
+            return self
+        if old.benchmark != self.benchmark:
+            raise BenchmarkError(f"{folder} holds another kind of benchmark. Choose another `--output`.")
+        there, here = old.to_dict(), self.to_dict()
+        differences = [text for key in self.FIXED for text in _differences(key, there[key], here[key])]
+        for key in ("methods", "forget"):
+            for name in there[key]:
+                if name in here[key]:
+                    differences += _differences(f"{key}: {name}", there[key][name], here[key][name])
+        if differences:
+            raise BenchmarkError(
+                f"{folder} holds results of another configuration ({'; '.join(differences)}). Choose another `--output`."
+            )
+        return replace(
+            old,
+            methods={**old.methods, **self.methods},
+            forget={**old.forget, **self.forget},
+            runs=[*old.runs, *self.runs],
+        )
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of all runs, each once."""
+        return list(dict.fromkeys(run["command"] for run in self.runs))
+
+
+def read_config(folder: str | Path) -> dict[str, Any] | None:
+    """Read `config.json` of a benchmark of any kind; `None` if the folder has none."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def short_hash(value: object) -> str:
+    """The name of a cell's folder or file: a hash of everything that determines its content, as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def method_settings(
+    function: Callable, *given: Mapping[str, Any], without: Collection[str]
+) -> dict[str, Any]:
+    """
+    Collect the arguments of a method with the values that it is called with.
+
+    Args:
+        function (`Callable`):
+            The method.
+        given (`Mapping[str, Any]`):
+            Values that replace defaults; later mappings win. Names that the method does not take are left out.
+        without (`Collection[str]`):
+            Parameters that are not settings.
+
+    Returns:
+        `dict[str, Any]`: a value for every parameter that was given or has a default.
+    """
+    values = {name: value for mapping in given for name, value in mapping.items()}
+    settings = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = values.get(name, parameter.default)
+        if name not in without and value is not inspect.Parameter.empty:
+            settings[name] = value
+    return settings
+
+
+def refuse_unused_settings(
+    functions: Mapping[str, Callable],
+    settings: Mapping[str, Any],
+    tuned: Mapping[str, Mapping[str, Any]],
+    *,
+    without: Collection[str],
+) -> None:
+    """
+    Check that `settings` are taken by a method and `tuned` by their own.
+
+    Raises:
+        BenchmarkError: naming the first setting that is not.
+    """
+    taken = {
+        name: inspect.signature(function).parameters.keys() - without for name, function in functions.items()
+    }
+    for key in settings:
+        if not any(key in names for names in taken.values()):
+            raise BenchmarkError(f"No method among {', '.join(functions)} takes `{key}`.")
+    for name in functions:
+        for key in tuned.get(name, {}):
+            if key not in taken[name]:
+                raise BenchmarkError(
+                    f"{name} takes no `{key}`. It takes {', '.join(sorted(taken[name])) or 'none'}."
+                )
+
+
+def _differences(what: str, there: Any, here: Any) -> list[str]:
+    """Sentences on how two values differ, key by key where both are mappings; empty if they are equal."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        return [f"{what}: {key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]
+    return [] if there == here else [f"{what} is {there!r} there, {here!r} here"]

@@ -1,0 +1,100 @@
+"""The benchmarks' tables: numbers with intervals, the best of several methods in bold, and what they were made with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from .columns import Column
+from .run import BenchmarkConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    A measured number in a table: Markdown as `str`, markup in a page's template.
+
+    Args:
+        text (`str`):
+            The number.
+        best (`bool`, *optional*, defaults to `False`):
+            Whether it is the best of several methods, and in bold.
+        prefix, suffix (`str`, *optional*):
+            What is written before and after it, never in bold.
+    """
+
+    text: str
+    best: bool = False
+    prefix: str = ""
+    suffix: str = ""
+
+    def __str__(self) -> str:
+        text = f"**{self.text}**" if self.best else self.text
+        return f"{self.prefix}{text}{self.suffix}"
+
+    def __html__(self) -> str:
+        text = Markup("<b>{}</b>").format(self.text) if self.best else escape(self.text)
+        return escape(self.prefix) + text + escape(self.suffix)
+
+
+def compare(
+    summary: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    columns: Sequence[Column],
+    *,
+    references: Collection[str],
+    decimals: int,
+    interval_decimals: int | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Lay out one row per line of a summary.
+
+    Args:
+        summary (`Sequence[Mapping[str, Any]]`):
+            Lines with the keys `method` and `forget`, and a value for each label and column.
+        labels (`Sequence[str]`):
+            Keys that are shown as they are.
+        columns (`Sequence[Column]`):
+            Numbers that are compared between the methods that forgot the same; the best is in bold.
+        references (`Collection[str]`):
+            Methods that are shown, but cannot be the best.
+        decimals (`int`):
+            Of numbers with a unit.
+        interval_decimals (`int`, *optional*):
+            Of the interval, which is shown only if this is given.
+    """
+    rows = []
+    for line in summary:
+        rivals = [
+            other
+            for other in summary
+            if other["forget"] == line["forget"] and other["method"] not in references
+        ]
+        row = {label: line[label] for label in labels}
+        for column in columns:
+            value = line[column.name]
+            measured = [other[column.name] for other in rivals if other[column.name] is not None]
+            # One method alone is not the best of several.
+            best = column.best(measured) if len(measured) > 1 else None
+            suffix = ""
+            if interval_decimals is not None and value is not None:
+                low, high = (
+                    f"{line[f'{column.name}_{end}']:.{interval_decimals}f}" for end in ("low", "high")
+                )
+                suffix = f" [{low}, {high}]"
+            is_best = value is not None and value == best and line["method"] not in references
+            row[column.header] = Cell(column.format(value, decimals), is_best, suffix=suffix)
+        rows.append(row)
+    return rows
+
+
+def made_with(config: BenchmarkConfig, facts: Sequence[str]) -> str:
+    """List facts about a benchmark, then the last run's machine and versions, then the commands, as Markdown."""
+    run = config.runs[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    machine = f"{run['hardware']}, {run['processes']} process(es); {versions}, more_hf {config.more_hf}"
+    commands = [f"`{command}`" for command in config.commands]
+    return "\n".join(f"- {fact}" for fact in (*facts, machine, *commands))
