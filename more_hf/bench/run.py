@@ -1,4 +1,4 @@
-"""A benchmark's folder: its configuration, which a further run joins or contradicts, and the settings of its methods."""
+"""What all benchmarks start with: the configuration of a folder, and the settings of methods."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.errors import MoreError
 from ..core.files import write_json
+from .errors import BenchmarkError
 
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class BenchmarkError(MoreError, ValueError):
-    """The benchmark cannot be run with these arguments, or its folder holds results of another one."""
 
 
 class BenchmarkConfig:
