@@ -68,7 +68,7 @@ def this_run(state: PartialState) -> dict[str, Any]:
     program = Path(sys.argv[0])
     ours = program.name == "more-hf" or (program.name == "__main__.py" and program.parent.name == "more_hf")
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["more-hf" if ours else sys.argv[0], *sys.argv[1:]]),
         "processes": state.num_processes,
         "hardware": hardware(state.device),

@@ -15,7 +15,7 @@ from .errors import BenchmarkError
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 class BenchmarkConfig:
