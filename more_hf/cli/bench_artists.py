@@ -45,7 +45,8 @@ def add_to(benches) -> None:
         "--methods",
         default="more",
         metavar="A,B",
-        help=f"methods to compare, with commas, one of {', '.join(diffusion_groups())}, or your own as MODULE:FUNCTION (more)",
+        help="methods to compare, with commas, your own as MODULE:FUNCTION; "
+        f"or one of {', '.join(diffusion_groups())} (more)",
     )
     add(
         "--forget",

@@ -45,7 +45,8 @@ def add_to(benches) -> None:
         "--methods",
         default="closed-form",
         metavar="A,B",
-        help=f"of {', '.join(CLASSIFICATION)}; closed-form, all, or your own as MODULE:FUNCTION (closed-form)",
+        help=f"of {', '.join(CLASSIFICATION)}, your own as MODULE:FUNCTION; "
+        "or closed-form, all (closed-form)",
     )
     add(
         "--forget",

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy, kl_div, one_hot
 
 from more_hf.api import get_erasure
 from more_hf.bench.methods.classification import boundary_shrink, esc_t, lau, salun, scrub
-from more_hf.bench.methods.classification.feature_map import features, find_head
 from more_hf.bench.methods.classification.fisher import fisher_information
+from more_hf.bench.methods.classification.head_features import features, find_head
 from more_hf.bench.methods.classification.training import reinitialised, train
 from more_hf.bench.methods.registry import CLASSIFICATION, methods_that_forget
 from more_hf.bench.splits import ImageSet, KDData, split_by_class, split_by_sample

@@ -25,7 +25,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def few_ordinary_prompts(monkeypatch):
-    monkeypatch.setattr("more_hf.bench.methods.diffusion.names.everyday_prompts", lambda tokenizer: ("a dog and a tree", "a house", "a car"))
+    monkeypatch.setattr("more_hf.bench.methods.diffusion.roles.everyday_prompts", lambda tokenizer: ("a dog and a tree", "a house", "a car"))
 
 
 def run(name, pipe):

@@ -223,7 +223,7 @@ def test_safree_projects_its_triggers(tiny_sd, version):
     assert 0 < len(hit) < n
     assert np.allclose(found[1].numpy(), expected, atol=1e-4)
     beta = 1 - np.mean(cosines)
-    assert guarded._steps[1] == round(10 / (1 + math.exp(-7 * (10 * beta - 5.5))))
+    assert guarded.projected_steps[1] == round(10 / (1 + math.exp(-7 * (10 * beta - 5.5))))
 
 
 def test_safree_uses_the_projected_prompt_for_the_first_steps(tiny_sd):

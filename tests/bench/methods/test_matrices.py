@@ -76,8 +76,8 @@ def test_speed_prior_keeps_what_the_edit_would_hurt():
 
 def test_speed_centroids():
     points = torch.tensor([[0.0], [0.1], [5.0], [5.2], [9.0]]).double()
-    assert sorted(centroids(points, 3).flatten().tolist()) == pytest.approx([0.05, 5.1, 9.0])
-    assert len(centroids(points[:2], 3)) == 2
+    assert sorted(centroids(points, 3, 0).flatten().tolist()) == pytest.approx([0.05, 5.1, 9.0])
+    assert len(centroids(points[:2], 3, 0)) == 2
 
 
 def angle(theta):

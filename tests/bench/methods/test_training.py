@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from more_hf.bench.methods.diffusion import esd as esd_module
 from more_hf.bench.methods.diffusion import training
-from more_hf.bench.methods.diffusion.ca import _without_begin_token, ablation_loss, anchor_texts, ca
+from more_hf.bench.methods.diffusion.ca import ablation_loss, anchor_texts, ca, detach_begin_token
 from more_hf.bench.methods.diffusion.esd import esd, sample_until, target
 from more_hf.core.errors import IncompatibleBaseError, MoreError
 
@@ -286,7 +286,7 @@ def test_ca_draws_anchors_once_by_its_recipe(tiny_sd, tmp_path, monkeypatch):
 
 def test_ca_gives_the_begin_token_no_gradient():
     layer = torch.nn.Linear(3, 2, bias=False)
-    layer.register_forward_hook(_without_begin_token)
+    layer.register_forward_hook(detach_begin_token)
     z = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(layer(z), z @ layer.weight.T)
     layer(z).sum().backward()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .training import predict, read, sgd, train
+from ...splits import Splits
+from .training import Batch, batches, predict, sgd, train
 
 
-def finetune(model: nn.Module, splits, *, seed: int = 0, lr: float = 0.01, epochs: int = 10, batch_size: int = 256) -> nn.Module:
+def finetune(
+    model: nn.Module,
+    splits: Splits,
+    *,
+    seed: int = 0,
+    lr: float = 0.01,
+    epochs: int = 10,
+    batch_size: int = 256,
+) -> nn.Module:
     """Minimise the cross-entropy of D_r, and trust that D_f is forgotten on the way (Warnecke et al., 2021).
 
     Args:
@@ -16,7 +27,11 @@ def finetune(model: nn.Module, splits, *, seed: int = 0, lr: float = 0.01, epoch
     """
     remain = splits.r.loader(batch_size, seed=seed)
 
-    def loss(images, labels):
+    def steps(epoch: int) -> Iterator[Batch]:
+        return batches(remain, model)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(predict(model, images), labels)
 
-    return train(model, lambda epoch: read(remain, model), loss, sgd(model.parameters(), lr), epochs=epochs, seed=seed, desc="finetune")
+    optimizer = sgd(model.parameters(), lr)
+    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="finetune")

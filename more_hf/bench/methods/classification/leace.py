@@ -1,4 +1,5 @@
-"""Least-squares concept erasure: no linear probe can tell what is forgotten from the rest, or from one other class."""
+"""Least-squares concept erasure: no linear probe can tell what is forgotten from the rest, or from one other
+class."""
 
 from __future__ import annotations
 
@@ -9,46 +10,52 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 from ....core.errors import MoreError
-from .feature_map import attach, features, find_head
+from ...splits import Splits
+from .head_features import attach, features, find_head, remaining_class
 
 
 AGAINST = ("rest", "target")
 
 
 def leace(
-    model: nn.Module, splits, *, seed: int = 0, against: str = "rest", target: int | None = None, batch_size: int = 500
+    model: nn.Module,
+    splits: Splits,
+    *,
+    seed: int = 0,
+    against: str = "rest",
+    target: int | None = None,
+    batch_size: int = 500,
 ) -> nn.Module:
-    """Move features as little as linear guardedness allows: LEACE (Belrose et al., 2023), through the package `concept-erasure`.
+    """Move features as little as linear guardedness allows: LEACE (Belrose et al., 2023), through the package
+    `concept-erasure`.
 
     Args:
-        against (`str`, defaults to `"rest"`): what D_f's classes shall not be told from: all of D_r, or with `"target"` the one class
-            `target`; then only samples of these classes are fitted.
+        against (`str`, defaults to `"rest"`): what D_f's classes shall not be told from: all of D_r, or with
+            `"target"` the one class `target`; then only samples of these classes are fitted.
         target (`int`, *optional*): a remaining class; the first if not given.
 
-    Raises `MoreError` for another `against`, or a target that does not remain.
+    Raises:
+        `MoreError`: for another `against`, or a target that does not remain.
     """
     from concept_erasure import LeaceFitter
 
     if against not in AGAINST:
         raise MoreError(f"Unknown contrast {against!r}. Choose one of {', '.join(map(repr, AGAINST))}.")
     _, head = find_head(model, splits.f)
-    classes = splits.f.labels.unique()
     remain = splits.r
     if against == "target":
-        remaining = remain.labels.unique().tolist()
-        target = remaining[0] if target is None else target
-        if target not in remaining:
-            raise MoreError(f"Class {target} is not among the remaining classes {remaining}. Choose one of them.")
-        remain = remain.subset(remain.labels == target)
-    fitter = None
-    for part, is_forget in ((splits.f, True), (remain, False)):
-        z, labels = features(model, head, part.loader(batch_size))
-        concept = one_hot(torch.searchsorted(classes.to(labels), labels), len(classes)) if is_forget else z.new_zeros(len(z), len(classes))
-        fitter = fitter or LeaceFitter(z.shape[1], len(classes), dtype=z.dtype, device=z.device)
-        fitter.update(z, concept.to(z))
+        remain = remain.subset(remain.labels == remaining_class(splits, target))
+    # The concept is which forgotten class a sample has, one-hot; zero for what remains.
+    z, labels = features(model, head, splits.f.loader(batch_size))
+    classes, positions = labels.unique(return_inverse=True)
+    fitter = LeaceFitter(z.shape[1], len(classes), dtype=z.dtype, device=z.device)
+    fitter.update(z, one_hot(positions, len(classes)).to(z))
+    z, _ = features(model, head, remain.loader(batch_size))
+    fitter.update(z, z.new_zeros(len(z), len(classes)))
+    # LEACE gives z − M (z − mean).
     eraser = fitter.eraser
-    moved = eraser.proj_left @ eraser.proj_right  # z − moved (z − mean)
-    return attach(model, head, torch.eye(len(moved), dtype=moved.dtype, device=moved.device) - moved, moved @ eraser.bias)
+    M = eraser.proj_left @ eraser.proj_right
+    return attach(model, head, torch.eye(len(M)).to(M) - M, M @ eraser.bias)
 
 
 leace_rest = partial(leace, against="rest")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .training import predict, read, sgd, train
+from ...splits import Splits
+from .training import Batch, batches, predict, sgd, train
 
 
-def neggrad(model: nn.Module, splits, *, seed: int = 0, lr: float = 1e-4, epochs: int = 5, batch_size: int = 256) -> nn.Module:
+def neggrad(
+    model: nn.Module,
+    splits: Splits,
+    *,
+    seed: int = 0,
+    lr: float = 1e-4,
+    epochs: int = 5,
+    batch_size: int = 256,
+) -> nn.Module:
     """Maximise the cross-entropy of D_f; D_r is not read (Thudi et al., 2022).
 
     Args:
@@ -16,7 +27,11 @@ def neggrad(model: nn.Module, splits, *, seed: int = 0, lr: float = 1e-4, epochs
     """
     forget = splits.f.loader(batch_size, seed=seed)
 
-    def loss(images, labels):
+    def steps(epoch: int) -> Iterator[Batch]:
+        return batches(forget, model)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         return -cross_entropy(predict(model, images), labels)
 
-    return train(model, lambda epoch: read(forget, model), loss, sgd(model.parameters(), lr), epochs=epochs, seed=seed, desc="neggrad")
+    optimizer = sgd(model.parameters(), lr)
+    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="neggrad")

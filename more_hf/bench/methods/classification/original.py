@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...splits import Splits
 
-def original(model: nn.Module, splits, *, seed: int = 0) -> nn.Module:
+
+def original(model: nn.Module, splits: Splits, *, seed: int = 0) -> nn.Module:
     """Return the model as it is, in evaluation mode."""
     return model.eval()

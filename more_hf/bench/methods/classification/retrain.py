@@ -6,11 +6,16 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ...splits import ImageSet, Splits
 
-def retrain(model: nn.Module, splits, *, seed: int = 0, fit: Callable[..., nn.Module]) -> nn.Module:
+
+def retrain(
+    model: nn.Module, splits: Splits, *, seed: int = 0, fit: Callable[[ImageSet, int], nn.Module]
+) -> nn.Module:
     """Return `fit(splits.r, seed)`; the weights of `model` play no part.
 
     Args:
-        fit (`Callable`): what trained `model`, from the same start with the same recipe, as a function of images and seed.
+        fit (`Callable`): the training that made `model`, from the same start with the same recipe, as a
+            function of images and seed.
     """
     return fit(splits.r, seed).eval()

@@ -17,12 +17,14 @@ from ....core.errors import IncompatibleBaseError
 Batch = tuple[Tensor, Tensor]  # images (batch, channels, height, width) and labels (batch,)
 
 
-def read(loader: Iterable[dict[str, Tensor]], model: nn.Module) -> Iterator[Batch]:
-    """Images and labels of a loader's batches, on the model's device. The caller's random state is not touched."""
+def batches(loader: Iterable[dict[str, Tensor]], model: nn.Module) -> Iterator[Batch]:
+    """Images and labels of a loader's batches, on the model's device. The caller's random state is not
+    touched."""
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):  # a DataLoader without a generator draws from the global one when it starts
-        batches = iter(loader)
-    for batch in batches:
+    # A DataLoader without a generator draws from the global one when it starts.
+    with torch.random.fork_rng(devices=[]):
+        iterator = iter(loader)
+    for batch in iterator:
         yield batch["pixel_values"].to(device), batch["labels"].to(device)
 
 
@@ -32,7 +34,8 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def sgd(parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 5e-4) -> torch.optim.SGD:
-    """The field's optimiser: momentum 0.9, a constant rate (its first decay comes after the ten epochs of every method here)."""
+    """The field's optimiser: momentum 0.9, a constant rate (its first decay comes after the ten epochs of
+    every method here)."""
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -48,15 +51,19 @@ def train(
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> nn.Module:
-    """Minimise `loss(*step)` over the steps of each epoch, in training mode; return the model in evaluation mode.
+    """Minimise `loss(*step)` over the steps of each epoch, in training mode; return the model in evaluation
+    mode.
 
-    BatchNorm statistics move, as in the sources. Dropout draws from `seed`; the caller's random state is not touched.
+    BatchNorm statistics move, as in the sources. Dropout draws from `seed`; the caller's random state is not
+    touched.
 
     Args:
         steps (`Callable`): from the epoch, 0 on, to the arguments of `loss` in each step.
-        before_step, after_step (`Callable`, *optional*): called around each update, when the gradients are there.
+        before_step, after_step (`Callable`, *optional*): called around each update, when the gradients are
+            there.
 
-    Raises `IncompatibleBaseError` if a parameter is not finite at the end.
+    Raises:
+        `IncompatibleBaseError`: if a parameter is not finite at the end.
     """
     model.train()
     with torch.random.fork_rng(), torch.enable_grad():
@@ -77,8 +84,12 @@ def train(
 
 def check_finite(model: nn.Module, method: str) -> None:
     """Raise `IncompatibleBaseError`, naming the parameter, unless all are finite."""
-    if bad := [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]:
-        raise IncompatibleBaseError(f"After {method}, `{bad[0]}` is not finite: the learning rate is too high. Choose a smaller one.")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise IncompatibleBaseError(
+                f"After {method}, `{name}` is not finite: the learning rate is too high. "
+                "Choose a smaller one."
+            )
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -87,10 +98,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
-    """The same architecture with new random weights on the same device: a function of `seed`; the global random state is not touched.
+    """The same architecture with new random weights on the same device: a function of `seed`; the global
+    random state is not touched.
 
-    A Transformers model is built again from its configuration; of any other, every module with `reset_parameters` is reset.
-    """
+    A Transformers model is built again from its configuration; of any other, every module with
+    `reset_parameters` is reset."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if hasattr(model, "config"):

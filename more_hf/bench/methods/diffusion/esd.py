@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ....core.errors import MoreError
 from ....diffusion.encoder import Encoder
-from .names import Concepts, names_asked, require_stable_diffusion
+from .roles import Concepts, name_roles, require_stable_diffusion
 from .training import Checkpoint, base_facts, float_copy, train, trainable_names, with_gradients
 
 
@@ -39,58 +39,83 @@ def esd(
     checkpoint: str | None = None,
     save_every: int = 25,
 ) -> DiffusionPipeline:
-    """Erase concepts by training with ESD: edits the pipeline's denoiser in place, at the end, and returns the pipeline.
+    """Erase concepts by training with ESD: edits the pipeline's denoiser in place, at the end, and returns
+    the pipeline.
 
-    The output for the concept learns to be what guidance away from the concept gives. Source: ESD, its loss, in the form of the paper
-    (negative guidance around the empty prompt) and of the current repository (around the concept itself). The weights of a target add
-    to one, so that noise and v prediction are trained alike. It has no target and keeps no list: `remap_to` and `retain` play no part.
+    The output for the concept learns to be what guidance away from the concept gives. Source: ESD, its loss,
+    in the form of the paper (negative guidance around the empty prompt) and of the current repository
+    (around the concept itself). The weights of a target add to one, so that noise and v prediction are
+    trained alike. It has no target and keeps no list: `remap_to` and `retain` play no part.
 
     Args:
-        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`. Of several names, each iteration takes one at random.
-        variant (`str`, defaults to `"paper"`): `"paper"`: start points sampled with the model in training; 1000 iterations, learning rate
-            1e-5, η 1. `"repo"`: start points sampled with the original; 200 iterations, 5e-5, η 2.
+        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`. Of several names, each iteration
+            takes one at random.
+        variant (`str`, defaults to `"paper"`): `"paper"`: start points sampled with the model in training;
+            1000 iterations, learning rate 1e-5, η 1. `"repo"`: start points sampled with the original; 200
+            iterations, 5e-5, η 2.
         iterations (`int`), learning_rate (`float`), eta (`float`) (*optional*): instead of the variant's.
-        layers (`str`, defaults to `"x"`): `"x"` (the attentions that read text, for styles), `"x-strict"`, `"u"` (all others), `"all"`.
-        sampling_steps (`int`, defaults to 50): DDIM steps of a start point's whole run, stopped at a random one.
+        layers (`str`, defaults to `"x"`): `"x"` (the attentions that read text, for styles), `"x-strict"`,
+            `"u"` (all others), `"all"`.
+        sampling_steps (`int`, defaults to 50): DDIM steps of a start point's whole run, stopped at a random
+            one.
         start_guidance (`float`, defaults to 3): guidance of that run.
         batch_size (`int`, defaults to 1): start points per iteration; they share the step.
         seed (`int`, defaults to 0): of everything random here; no global random state is touched.
-        checkpoint (`str`, *optional*): a folder; the same run that was stopped goes on from there. Written every `save_every` iterations.
+        checkpoint (`str`, *optional*): a folder; the same run that was stopped goes on from there. Written
+            every `save_every` iterations.
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does, and `IncompatibleBaseError` if training diverged; the
-    pipeline is unchanged then.
+    Raises:
+        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
+        `IncompatibleBaseError`: if training diverged; the pipeline is unchanged then.
     """
     if variant not in VARIANTS:
         raise MoreError(f"Unknown variant {variant!r}. Choose 'paper' or 'repo'.")
-    given = {"iterations": iterations, "learning_rate": learning_rate, "eta": eta}
-    settings = {**VARIANTS[variant], **{name: value for name, value in given.items() if value is not None}}
-    asked = names_asked(concepts, remap_to, retain)
+    overrides = {"iterations": iterations, "learning_rate": learning_rate, "eta": eta}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    settings = {**VARIANTS[variant], **overrides}
+    forget = name_roles(concepts, remap_to, retain).forget
     require_stable_diffusion(pipe)
     names = trainable_names(pipe, layers)
     student, frozen = float_copy(pipe), float_copy(pipe)
     optimizer = torch.optim.Adam(with_gradients(student, names), lr=settings["learning_rate"])
-    empty, *texts = Encoder(pipe).encode(["", *asked.forget]).float()
+    empty, *texts = Encoder(pipe).encode(["", *forget]).float()
     sampler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     sampler.set_timesteps(sampling_steps, device=empty.device)
     shape = (batch_size, student.config.in_channels, *[student.config.sample_size] * 2)
     total = sampler.config.num_train_timesteps
+    starting = student if variant == "paper" else frozen
 
     def loss(generator: torch.Generator) -> Tensor:
+        # A start point: a guided run from noise, stopped at a random level, of which 0 is the cleanest.
         text = texts[_below(len(texts), generator)]
-        level = _below(sampling_steps, generator)  # 0 is the cleanest of the run's levels
+        level = _below(sampling_steps, generator)
         x = torch.randn(shape, generator=generator).to(empty)
-        x = sample_until(student if variant == "paper" else frozen, sampler, x, empty, text, start_guidance, level)
+        x = sample_until(starting, sampler, x, empty, text, start_guidance, level)
         t = sampler.timesteps[sampling_steps - 1 - level]
-        if variant == "paper":  # anywhere between this level and the next, on the scale of training
-            first, after = round(level * total / sampling_steps), round((level + 1) * total / sampling_steps)
+        if variant == "paper":
+            # anywhere between this level and the next, on the scale of training
+            first, after = (round(i * total / sampling_steps) for i in (level, level + 1))
             t = torch.tensor(first + _below(max(1, after - first), generator), device=x.device)
+        # The original says where to go, the student goes there.
         with torch.no_grad():
-            unguided, guided = frozen(torch.cat([x, x]), t, _rows(empty, text, len(x))).sample.chunk(2)
+            rows = _rows(empty, text, len(x))
+            unguided, guided = frozen(torch.cat([x, x]), t, rows).sample.chunk(2)
         predicted = student(x, t, text.expand(len(x), -1, -1)).sample
-        return torch.nn.functional.mse_loss(predicted, target(unguided, guided, settings["eta"], variant))
+        wanted = target(unguided, guided, settings["eta"], variant)
+        return torch.nn.functional.mse_loss(predicted, wanted)
 
-    fixed = {"layers": layers, "sampling_steps": sampling_steps, "start_guidance": start_guidance, "batch_size": batch_size}
-    facts = {"method": "esd", "variant": variant, "concepts": asked.forget, "seed": seed, **fixed, **settings, **base_facts(pipe, names)}
+    facts = {
+        "method": "esd",
+        "variant": variant,
+        "concepts": forget,
+        "seed": seed,
+        "layers": layers,
+        "sampling_steps": sampling_steps,
+        "start_guidance": start_guidance,
+        "batch_size": batch_size,
+        **settings,
+        **base_facts(pipe, names),
+    }
     train(
         pipe,
         student,
@@ -101,7 +126,7 @@ def esd(
         iterations=settings["iterations"],
         seed=seed,
         save_every=save_every,
-        desc=f"esd without {', '.join(asked.forget)}",
+        desc=f"esd without {', '.join(forget)}",
     )
     return pipe
 
@@ -110,20 +135,28 @@ esd_repo = partial(esd, variant="repo")
 
 
 def target(unguided: Tensor, guided: Tensor, eta: float, variant: str) -> Tensor:
-    """What the concept's output should become, from the original's for the empty prompt and for the concept, all of one shape.
+    """What the concept's output should become, from the original's for the empty prompt and for the concept.
 
     `"paper"`: ε_∅ − η (ε_c − ε_∅); `"repo"`: ε_c − η (ε_c − ε_∅).
     """
-    return (unguided if variant == "paper" else guided) - eta * (guided - unguided)
+    around = unguided if variant == "paper" else guided
+    return around - eta * (guided - unguided)
 
 
 @torch.no_grad()
 def sample_until(
-    denoiser: nn.Module, sampler: DDIMScheduler, x: Tensor, empty: Tensor, text: Tensor, guidance: float, level: int
+    denoiser: nn.Module,
+    sampler: DDIMScheduler,
+    x: Tensor,
+    empty: Tensor,
+    text: Tensor,
+    guidance: float,
+    level: int,
 ) -> Tensor:
-    """Run DDIM with guidance from noise `x` `(batch, channels, h, w)` down to a level: 0 is the run's last timestep, which is not taken.
+    """Run DDIM with guidance from noise `x` `(batch, channels, h, w)` down to a level: 0 is the run's last
+    timestep, which is not taken.
 
-    `empty` and `text` `(tokens, d)`: the two prompts' features.
+    `empty` and `text` are the two prompts' features `(tokens, d)`.
     """
     rows = _rows(empty, text, len(x))
     for t in sampler.timesteps[: len(sampler.timesteps) - 1 - level]:

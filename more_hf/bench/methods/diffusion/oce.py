@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ....diffusion.encoder import fit_prototypes
-from .names import Concepts, Texts, expanded, guides, names_asked, ordinary_prompts
+from .roles import Concepts, guides, name_roles, ordinary_prompts
+from .texts import Texts, expanded
 from .weights import text_sites, write_weights
 
 
@@ -27,44 +28,55 @@ def oce(
     expand: str | None = "art",
     layers: str = "v",
 ) -> DiffusionPipeline:
-    """Erase concepts by rotating each value layer's outputs: W becomes Q W with Q orthogonal. In place; returns the pipeline.
+    """Erase concepts by rotating each value layer's outputs: W becomes Q W with Q orthogonal. In place;
+    returns the pipeline.
 
-    Source: OCE, its orthogonal Procrustes problem; settings of its style script. The second moment of ordinary text is over the
-    package's everyday prompts without the begin token (published: COCO-30k captions).
+    Source: OCE, its orthogonal Procrustes problem; settings of its style script. The second moment of
+    ordinary text is over the package's everyday prompts without the begin token (published: COCO-30k
+    captions).
 
     Args:
         pipe, concepts, remap_to: as in `erase_concept`. Several targets span the guide subspace together.
         retain (`Sequence[str]`, *optional*): names to keep, besides the targets.
         guide (`str`, *optional*): what the concepts become, if not `remap_to`. Without both: `"art"`.
-        erase_scale, retain_scale, global_scale, lamb (`float`): weights of the erasure, of the retained names, of ordinary text and of
-            the layer as it is (published: 500, 1, 10, 10 for styles; 800, 2, 70, 10 for 100 celebrities).
+        erase_scale, retain_scale, global_scale, lamb (`float`): weights of the erasure, of the retained
+            names, of ordinary text and of the layer as it is (published: 500, 1, 10, 10 for styles; 800, 2,
+            70, 10 for 100 celebrities).
         expand (`str`, *optional*): `"art"` or `"object"` adds five prompts per name; `None` adds none.
         layers (`str`, defaults to `"v"`): `"v"`, `"k"` or `"kv"`.
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does, the latter also for a denoiser that reads T5.
+    Raises:
+        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
+            reads T5.
     """
-    asked, texts = names_asked(concepts, remap_to, retain), Texts(pipe)
-    C = texts.last_tokens([prompt for name in asked.forget for prompt in expanded(name, expand)])
-    G = texts.last_tokens([prompt for name in guides(asked, guide, "art") for prompt in expanded(name, expand)])
-    R = texts.last_tokens(asked.keep) if asked.keep else C[:0]
-    moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary_prompts(pipe, asked))["tokens"].second_moment
-    kept = retain_scale * R.T @ R + global_scale * moment + lamb * torch.eye(len(moment), dtype=moment.dtype)
-    sites, values = text_sites(pipe, layers, len(moment)), {}
+    roles, texts = name_roles(concepts, remap_to, retain), Texts(pipe)
+    C = torch.cat([texts.last_tokens(expanded(name, expand)) for name in roles.forget])
+    G = torch.cat([texts.last_tokens(expanded(name, expand)) for name in guides(roles, guide)])
+    R = texts.last_tokens(roles.keep)
+    # What must stay, weighted: retained names, ordinary text, and the layer itself.
+    ordinary = ordinary_prompts(pipe, roles.forget)
+    moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary)["tokens"].second_moment
+    keep = retain_scale * R.T @ R + global_scale * moment + lamb * torch.eye(len(moment), dtype=moment.dtype)
+    sites, edited = text_sites(pipe, layers, len(moment)), {}
     for name, site in sites.items():
-        W = site.read().double().cpu()
-        values[name] = (rotation(erasing_term(W, C, G, erase_scale) + W @ kept @ W.T) @ W).to(site.read().device)
-    write_weights(sites, values)
+        weight = site.read()
+        W = weight.double().cpu()
+        Q = rotation(erasing_term(W, C, G, erase_scale) + W @ keep @ W.T)
+        edited[name] = (Q @ W).to(weight.device)
+    write_weights(sites, edited)
     return pipe
 
 
 def erasing_term(W: Tensor, C: Tensor, G: Tensor, scale: float) -> Tensor:
-    """−a G (I − G*), `(out, out)`: G and G* project on what W `(out, d)` makes of the concepts C `(n, d)` and of the guides `(m, d)`."""
+    """−a G (I − G*), `(out, out)`: G and G* project on what W `(out, d)` makes of the concepts C `(n, d)`
+    and of the guides `(m, d)`."""
     concept, guide = projector(W @ C.T), projector(W @ G.T)
     return -scale * (concept - concept @ guide)
 
 
 def projector(columns: Tensor) -> Tensor:
-    """`(out, out)`, onto the span of the columns `(out, n)`, which are brought to length one first."""
+    """The projector `(out, out)` onto the span of the columns `(out, n)`, each brought to length one
+    first."""
     Q = torch.linalg.qr(columns / columns.norm(dim=0)).Q
     return Q @ Q.T
 

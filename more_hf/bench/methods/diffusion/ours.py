@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 import more_hf
 
 from ....diffusion.erase import erase_concept
-from .names import Concepts
+from .roles import Concepts
 
 
 more_random = partial(erase_concept, router="random")
@@ -27,14 +27,17 @@ def more_reloaded(
     solver: str = "auto",
     tokens: str = "positions",
 ) -> DiffusionPipeline:
-    """Erase, save, and return what plain `DiffusionPipeline.from_pretrained` loads: a new pipeline, with nothing of ours attached.
+    """Erase, save, and return what plain `DiffusionPipeline.from_pretrained` loads: a new pipeline, with
+    nothing of ours attached.
 
-    What people run who download an erased pipeline. On the device and in the dtype of `pipe`, which is erased, too.
+    This is what people run who download an erased pipeline. On the device and in the dtype of `pipe`, which
+    is erased, too.
 
     Args:
         pipe, concepts, remap_to, retain, solver, tokens: as in `erase_concept`.
 
-    Raises `PrototypeError`, `TargetNotFoundError` and `AlreadyErasedError` as `erase_concept` does.
+    Raises:
+        `PrototypeError`, `TargetNotFoundError`, `AlreadyErasedError`: as `erase_concept` does.
     """
     erase_concept(pipe, concepts, remap_to=remap_to, retain=retain, solver=solver, tokens=tokens)
     with TemporaryDirectory() as folder:

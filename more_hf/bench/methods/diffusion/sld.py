@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....core.errors import MoreError
 from .inference import AtInference, intercepted, noise_per_output
-from .names import Concepts, names_asked
+from .roles import Concepts, name_roles
 
 
 PRESETS = {
@@ -35,31 +35,36 @@ def sld(
     momentum_scale: float | None = None,
     momentum_beta: float | None = None,
 ) -> AtInference:
-    """Return a pipeline that is guided away from the concepts while it runs; `pipe` is not modified and no weight changes.
+    """Return a pipeline that is guided away from the concepts while it runs; `pipe` is not modified and no
+    weight changes.
 
-    Source: SLD, its guidance with warm-up and momentum; for artists the safety concept is the name, as RECE's comparison has it. The
-    threshold is in units of noise: a pipeline that predicts v is converted at each step. `remap_to` and `retain` play no part; without
-    classifier-free guidance the method does nothing.
+    Source: SLD, its guidance with warm-up and momentum; for artists the safety concept is the name, as
+    RECE's comparison has it. The threshold is in units of noise: a pipeline that predicts v is converted at
+    each step. `remap_to` and `retain` play no part; without classifier-free guidance the method does
+    nothing.
 
     Args:
         pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`.
-        preset (`str`, defaults to `"medium"`): `"weak"`, `"medium"`, `"strong"` or `"max"`. What follows overrides it one by one.
+        preset (`str`, defaults to `"medium"`): `"weak"`, `"medium"`, `"strong"` or `"max"`. What follows
+            overrides it one by one.
         warmup (`float`, *optional*): steps of 50 before it acts; the same share of a shorter run.
         scale, threshold, momentum_scale, momentum_beta (`float`, *optional*): s_S, λ, s_m, β_m.
 
-    Raises `PrototypeError`, `TargetNotFoundError`, and `MoreError` for an unknown preset.
+    Raises:
+        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does. `MoreError`: for an unknown preset.
     """
     if preset not in PRESETS:
         raise MoreError(f"Unknown preset {preset!r}. Choose one of {', '.join(map(repr, PRESETS))}.")
-    given = {
+    overrides = {
         "warmup": warmup,
         "scale": scale,
         "threshold": threshold,
         "momentum_scale": momentum_scale,
         "momentum_beta": momentum_beta,
     }
-    settings = {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
-    return SLDPipeline.around(pipe, forgotten=names_asked(concepts, remap_to, retain).forget, settings=settings)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    forget = name_roles(concepts, remap_to, retain).forget
+    return SLDPipeline.around(pipe, forget=forget, settings={**PRESETS[preset], **overrides})
 
 
 sld_weak = partial(sld, preset="weak")
@@ -69,28 +74,38 @@ sld_max = partial(sld, preset="max")
 
 
 def safety_guidance(
-    uncond: Tensor, text: Tensor, safety: Tensor, momentum: Tensor, *, scale: float, threshold: float, momentum_scale: float
+    uncond: Tensor,
+    text: Tensor,
+    safety: Tensor,
+    momentum: Tensor,
+    *,
+    scale: float,
+    threshold: float,
+    momentum_scale: float,
 ) -> Tensor:
-    """γ, what is taken from the guidance, of the shape of its arguments: noise predictions for the empty prompt, the prompt and the
-    safety concept, and ν. γ = μ ⊙ (ε_s − ε_∅) + s_m ν, where μ = min(1, s_S |ε_p − ε_s|) wherever ε_p − ε_s < λ, else 0."""
+    """γ, what is taken from the guidance: γ = μ ⊙ (ε_s − ε_∅) + s_m ν, with μ = min(1, s_S |ε_p − ε_s|)
+    wherever ε_p − ε_s < λ, else 0.
+
+    `uncond`, `text` and `safety` are the noise predictions ε_∅, ε_p and ε_s for the empty prompt, the prompt
+    and the safety concept, `momentum` is ν; all of one shape."""
     difference = text - safety
     weight = torch.where(difference < threshold, (difference.abs() * scale).clamp(max=1), 0)
     return weight * (safety - uncond) + momentum_scale * momentum
 
 
 class SLDPipeline(AtInference):
-    """See `sld`: each call of the denoiser has a third branch, the safety concept, and hands back ε_p − γ in place of ε_p."""
+    """See `sld`: each call of the denoiser has a third branch, the safety concept, and hands back ε_p − γ in
+    place of ε_p."""
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
-        text = ", ".join(self.forgotten)
-        safety, _ = self.encode_prompt([text], self._execution_device, 1, False, clip_skip=kwargs.get("clip_skip"))
-        scale, threshold, momentum_scale, beta = (
-            self.settings[name] for name in ("scale", "threshold", "momentum_scale", "momentum_beta")
-        )
+        concept, clip_skip = ", ".join(self.forget), kwargs.get("clip_skip")
+        safety, _ = self.encode_prompt([concept], self._execution_device, 1, False, clip_skip=clip_skip)
+        limits = {name: self.settings[name] for name in ("scale", "threshold", "momentum_scale")}
+        beta = self.settings["momentum_beta"]
         calls, momentum = 0, torch.zeros(())
 
-        def before(args, kwargs):
+        def add_branch(args, kwargs):
             if not self.do_classifier_free_guidance:
                 return args, kwargs
             (x, *rest), prompt = args, kwargs["encoder_hidden_states"]
@@ -98,19 +113,21 @@ class SLDPipeline(AtInference):
             branches = torch.cat([prompt, safety.to(prompt).expand(rows, -1, -1)])
             return (torch.cat([x, x[:rows]]), *rest), {**kwargs, "encoder_hidden_states": branches}
 
-        def after(args, kwargs, output):
+        def guide(args, kwargs, output):
             nonlocal calls, momentum
             if not self.do_classifier_free_guidance:
                 return output
             predicted, ratio = output[0], noise_per_output(self.scheduler, args[1])
-            noise = predicted.float() * ratio  # every term is a difference of two predictions at the same x_t
-            limits = {"scale": scale, "threshold": threshold, "momentum_scale": momentum_scale}
+            # Every term of γ is a difference of two predictions at the same x_t, which the ratio converts.
+            noise = predicted.float() * ratio
             gamma = safety_guidance(*noise.chunk(3), momentum.to(noise), **limits)
             momentum = beta * momentum.to(noise) + (1 - beta) * gamma
-            acts = self.share_of_run(calls) >= self.settings["warmup"] and ratio > 0  # ratio 0: pure noise, nothing is predicted of it
+            is_warm = self.share_of_run(calls) >= self.settings["warmup"]
             calls += 1
             uncond, text, _ = predicted.chunk(3)
-            return (torch.cat([uncond, text - (gamma / ratio).to(text) if acts else text]), *output[1:])
+            if is_warm and ratio > 0:  # at ratio 0 x_t is pure noise, and nothing is predicted of it
+                text = text - (gamma / ratio).to(text)
+            return (torch.cat([uncond, text]), *output[1:])
 
-        with intercepted(self.unet, before, after):
+        with intercepted(self.unet, add_branch, guide):
             return super().__call__(*args, **kwargs)

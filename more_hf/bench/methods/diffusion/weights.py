@@ -1,12 +1,16 @@
-"""Reading and writing the layers that a closed-form baseline edits. Everything is computed in float64 and cast once."""
+"""The layers that a published method edits, and writing what it computed: all of it or nothing.
+
+Closed forms compute everything in float64 and cast once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....core.erasure import Site, written
 from ....core.errors import IncompatibleBaseError, MoreError
@@ -16,11 +20,27 @@ from ....diffusion.sites import check_widths, find_denoiser, find_sites
 LAYERS = {"kv": ("to_k", "to_v"), "v": ("to_v",), "k": ("to_k",)}
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A parameter that a training changes, with the calls of a `Site`: biases and norms are no sites."""
+
+    parameter: nn.Parameter
+
+    def read(self) -> Tensor:
+        return self.parameter.data
+
+    def write(self, value: Tensor) -> None:
+        self.parameter.data.copy_(value)
+
+
 def text_sites(pipe: DiffusionPipeline, layers: str, width: int) -> dict[str, Site]:
     """The layers that read text: keys and values (`"kv"`), or one of them. Changes nothing.
 
-    What reads the pooled embedding of Stable Diffusion XL is not among them. Raises `TargetNotFoundError` where `erase_concept` does,
-    and if a layer does not read features of this width.
+    What reads the pooled embedding of Stable Diffusion XL is not among them.
+
+    Raises:
+        `TargetNotFoundError`: where `erase_concept` does, and if a layer does not read features of this
+            width.
     """
     if layers not in LAYERS:
         raise MoreError(f"Unknown layers {layers!r}. Choose one of {', '.join(map(repr, LAYERS))}.")
@@ -30,16 +50,26 @@ def text_sites(pipe: DiffusionPipeline, layers: str, width: int) -> dict[str, Si
     return sites
 
 
-def write_weights(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> None:
-    """Put a new weight `(out, d)` into every site, in its dtype; all of them or none. Raises `IncompatibleBaseError`."""
+def write_weights(
+    sites: Mapping[str, Site] | Mapping[str, Trained], values: Mapping[str, Tensor], *, remedy: str = ""
+) -> None:
+    """Put a new value into every site, in its dtype; all of them or none.
+
+    Raises:
+        `IncompatibleBaseError`: if a value is not finite; `remedy` is the next step that the message gives.
+    """
     cast = {name: values[name].to(site.read().dtype) for name, site in sites.items()}
-    if bad := [name for name, value in cast.items() if not torch.isfinite(value).all()]:
-        raise IncompatibleBaseError(f"The edited weight of `{bad[0]}` is not finite in {cast[bad[0]].dtype}. Nothing was changed.")
+    for name, value in cast.items():
+        if not torch.isfinite(value).all():
+            raise IncompatibleBaseError(
+                f"The edited `{name}` is not finite in {value.dtype}. Nothing was changed. {remedy}".rstrip()
+            )
     with written(sites, cast, keep=True):
         pass
 
 
-def multiply(pipe: DiffusionPipeline, matrix: Tensor, layers: str = "kv") -> None:
+def multiply(pipe: DiffusionPipeline, A: Tensor, layers: str = "kv") -> None:
     """Replace every W by W A, in place, for one matrix A `(d, d)` of the text space."""
-    sites = text_sites(pipe, layers, len(matrix))
-    write_weights(sites, {name: site.read().double() @ matrix.to(site.read().device) for name, site in sites.items()})
+    sites = text_sites(pipe, layers, len(A))
+    weights = {name: site.read() for name, site in sites.items()}
+    write_weights(sites, {name: W.double() @ A.to(W.device) for name, W in weights.items()})

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from diffusers import DiffusionPipeline
 
+from ....core.prototypes import Prototypes
 from ....core.remap import Remap
 from ....diffusion.plan import make_request, prepare
 from ....diffusion.sites import check_widths, find_denoiser, find_sites
-from .names import Concepts
+from .roles import Concepts
 from .weights import write_weights
 
 
@@ -24,34 +25,45 @@ def more_without_po(
     tokens: str = "positions",
     seed: int = 0,
 ) -> DiffusionPipeline:
-    """Erase concepts as `erase_concept` does but with D_F = P_F⁺, the dual of the forget prototypes alone. In place; returns the pipeline.
+    """Erase concepts as `erase_concept` does but with D_F = P_F⁺, the dual of the forget prototypes alone.
+    In place; returns the pipeline.
 
-    Source: MoRE's ablation "without PO", which the paper names but does not define. Retained prototypes are not spared: `retain` plays
-    no part. Forget prototypes still go exactly to the mean of their targets, or to zero without any.
+    Source: MoRE's ablation "without PO", which the paper names but does not define. Retained prototypes are
+    not spared: `retain` plays no part. Forget prototypes still go exactly to the mean of their targets, or
+    to zero without any.
 
     Args:
         pipe, concepts, remap_to, retain, num_experts, tokens, seed: as in `erase_concept`, without a router.
 
-    Raises `PrototypeError` and `TargetNotFoundError` as `erase_concept` does.
+    Raises:
+        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
     """
     request = make_request(concepts, remap_to, retain, num_experts, None, "pinv", tokens, seed)
     sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
-    remaps = {space: without_orthogonalisation(**problem) for space, problem in prepare(pipe, request, ()).items()}
+    problems = prepare(pipe, request, ())
+    remaps = {space: without_orthogonalisation(**problem) for space, problem in problems.items()}
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
-    write_weights(sites, {name: remaps[site.space].merged(site.read().double()) for name, site in sites.items()})
+    edited = {name: remaps[site.space].merged(site.read().double()) for name, site in sites.items()}
+    write_weights(sites, edited)
     return pipe
 
 
-def without_orthogonalisation(prototypes, forget: Sequence[str], targets: Sequence[Sequence[str | None]]) -> Remap:
+def without_orthogonalisation(
+    prototypes: Prototypes, forget: Sequence[str], targets: Sequence[Sequence[str | None]]
+) -> Remap:
     """The remap with D_F = P_F⁺, rows of the other prototypes zero. Arguments as of `Remap.fit`."""
-    columns = tuple(prototypes.index(name) for name in forget)
-    P_F = prototypes.matrix[:, list(columns)]
+    columns = [prototypes.index(name) for name in forget]
+    P_F = prototypes.matrix[:, columns]
     dual = torch.zeros_like(prototypes.matrix.T)
-    dual[list(columns)] = torch.linalg.pinv(P_F)
+    dual[columns] = torch.linalg.pinv(P_F)
+
+    def indices(names: Sequence[str | None]) -> list[int]:
+        return [-1 if name is None else prototypes.index(name) for name in names]
+
     return Remap(
         prototypes=prototypes,
-        forget=columns,
-        targets=torch.tensor([[-1 if t is None else prototypes.index(t) for t in expert] for expert in targets]),
+        forget=tuple(columns),
+        targets=torch.tensor([indices(expert) for expert in targets]),
         dual=dual,
         solver="without PO",
         condition_number=float(torch.linalg.cond(P_F / P_F.norm(dim=0))),
