@@ -116,6 +116,7 @@ def tiny_vit(num_layers):
         return ViTForImageClassification(config)
 
 
+@pytest.mark.slow
 def test_compiled_models_see_the_edit_and_its_end(digits):
     model, images = tiny_vit(1).eval(), digits[0][:16]
     data = [(digits[0][:100], digits[1][:100])]

@@ -135,6 +135,7 @@ def test_moved_to_a_device(pipe, original):
     assert_erased(pipe.to("cpu").unet, original.unet, text)
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_where_more_hf_is_missing(pipe, original, tmp_path):
     erase(pipe, router="random")
     text = texts(pipe)
@@ -188,6 +189,7 @@ TOOLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("when", "router"), [("before", None), ("after", "hash")])
 @pytest.mark.parametrize("tool", TOOLS)
 def test_tools(pipe, original, tool, when, router):
@@ -250,6 +252,7 @@ COMPILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "router"), [("wrapped", None), ("in_place", "hash")])
 def test_compiled_before(tiny_sd, compiled, router):
     pipe, original = tiny_sd(**ONE_ATTENTION), tiny_sd(**ONE_ATTENTION)
@@ -263,6 +266,7 @@ def test_compiled_before(tiny_sd, compiled, router):
     assert_same(pipe.unet, original.unet, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "router"), [("in_place", None), ("wrapped", "random")])
 def test_compiled_after(tiny_sd, compiled, router):
     pipe, original = tiny_sd(**ONE_ATTENTION), tiny_sd(**ONE_ATTENTION)
@@ -272,6 +276,7 @@ def test_compiled_after(tiny_sd, compiled, router):
     assert_erased_until_restored(pipe, original, text)
 
 
+@pytest.mark.slow
 def test_routing_seeds_change_experts_in_compiled_code(tiny_sd):
     pipe = tiny_sd(**ONE_ATTENTION)
     erase(pipe, router="random")
@@ -299,6 +304,7 @@ def random_lora(unet, rank=2, scale=0.3):
     return lora
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [None, "hash"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_lora(pipe, original, when, router):
@@ -340,6 +346,7 @@ def test_lora_fused_after_the_edit_is_refused_until_unfused(pipe, original):
     assert_same(more_hf.restore(pipe).unet, original.unet, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ip_adapter(pipe, original, when):
     adapter = random_ip_adapter(pipe.unet)

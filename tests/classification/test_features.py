@@ -303,6 +303,7 @@ class Stream(IterableDataset):
         yield from flat_data()
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_sample_once(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -26,6 +26,7 @@ def means(model, splits):
     return [collect_prototypes(model, part.loader(500), second_moment=False).matrix for part in (splits.f, splits.r)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-allcnn", "digits-vit"])
 def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
     """W E with the textbook's E, and nothing else changed; the backbone's features, and so the means, stay."""
@@ -109,6 +110,7 @@ def test_models_that_are_refused(splits):
         forget_samples(load_classifier("digits-allcnn"), splits.f.loader(100), splits.r.loader(500), head="head")
 
 
+@pytest.mark.slow
 def test_an_edit_that_drowns_in_rounding_is_rolled_back(splits):
     """The same samples on both sides but one: means so close that bfloat16 cannot hold the change."""
     model = load_classifier("digits-allcnn").to(torch.bfloat16)

@@ -84,6 +84,7 @@ def kill_at(output: Path, count: int, process, log) -> dict[Path, int]:
     return done(output)
 
 
+@pytest.mark.slow
 def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
     output, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log"
     first = kill_at(output, 3, start(bench(output, 1), log), log)  # among the pictures before

@@ -36,6 +36,7 @@ def test_demo_rows():
     assert demo_rows("Noto", limit=3, seed=7)[:3] == rows[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remap_to", ["Fluent", "none"])
 def test_demo(tmp_path, capsys, remap_to):
     output = tmp_path / "demo"

@@ -94,6 +94,7 @@ def test_notices_name_every_artist_and_licence():
     assert "BSD 3-Clause" in (FOLDER / "lpips" / "LICENSE-torchvision.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_data_and_works_from_elsewhere(tmp_path):
     from hatchling.builders.wheel import WheelBuilder
 

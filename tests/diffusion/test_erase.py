@@ -213,6 +213,7 @@ def test_auto_says_why(pipe):
     assert "%" in erasure.facts["solver_reason"]  # chosen by measurement
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(tiny_sd, dtype):
     pipe = tiny_sd().to(dtype)
@@ -320,6 +321,7 @@ def test_changed_weights_are_refused(pipe, again):
     assert same(pipe, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cast_is_no_change(pipe, dtype):
     before = state(pipe)
@@ -360,6 +362,7 @@ def generate(pipe, prompts, seeds, **kwargs):
     return pipe(prompts, generator=generators, num_inference_steps=2, output_type="latent", **kwargs).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["random", "hash"])
 def test_images_do_not_depend_on_batch_size(pipe, router):
     erase(pipe, router=router)
@@ -432,6 +435,7 @@ def test_generators_of_the_user_are_untouched(pipe):
 # Names that are learned tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_textual_inversion_token(pipe, vectors):
     learned = torch.randn(vectors, 32, generator=torch.Generator().manual_seed(0))

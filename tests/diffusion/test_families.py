@@ -201,6 +201,7 @@ def test_the_proof_sees_a_missed_layer_on_either_path(families, family, site, ro
     assert not denoiser_of(pipe)._forward_pre_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WITH_POOLED)
 def test_without_the_pooled_path(families, erased_families, family):
     before, pipe = weights(families[family]), erase(copy.deepcopy(families[family]), pooled=False)
@@ -250,6 +251,7 @@ def test_columns_under_sequential_offload(families, erased_families):
     assert torch.equal(held["weight"], before["add_embedding.linear_1.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision(families, family, dtype):

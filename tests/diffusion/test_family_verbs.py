@@ -103,6 +103,7 @@ def test_save_load_and_verify(families, family, tmp_path):
         more_hf.load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_save_pretrained_is_erased(families, erased_families, family, tmp_path):
     erased_families[family].save_pretrained(tmp_path)
@@ -136,6 +137,7 @@ def test_lora_on_the_original_is_the_erased_pipeline(families, erased_families, 
         assert torch.allclose(state[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_experts_as_adapters(families, family):
     erased = erase(copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], retain=None)

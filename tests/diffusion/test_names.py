@@ -69,6 +69,7 @@ def test_wrong_names_leave_an_earlier_erasure_in_force(tiny_sd):
     assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -104,6 +105,7 @@ def test_shared_first_tokens_are_reported_with_their_leak(tiny_sd):
     assert not [leak for leak in erasure.facts["leaks"] if "'cat'" in leak or "'andy warhol'" in leak]
 
 
+@pytest.mark.slow
 def test_clip_skip_is_a_stated_leak(tiny_sd):
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", remap_to=None)
     assert "clip_skip" in str(more_hf.get_erasure(pipe))

@@ -172,6 +172,7 @@ ERASED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ERASED)
 def test_erases(bases, name):
     base, make, options = ERASED[name]

@@ -42,6 +42,7 @@ def test_what_is_timed_is_the_closed_form_of_the_baselines(script):
     assert all(torch.allclose(new, W @ A) for new, W in zip(speed.rece(layers, C, G, [R]), layers, strict=True))
 
 
+@pytest.mark.slow
 def test_every_part_of_the_speed_table(script):
     speed = script("speed", "speed")
     small = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2}

@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "benchmarks" / "emoji_sd"
 THINGS = {"red-circle": "circle", "blue-square": "square", "green-bar": "bar"}
 UNNAMED = {"grey-ring": "ring"}  # drawn by all, but not in things.txt

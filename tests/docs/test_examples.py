@@ -69,6 +69,7 @@ def test_every_example_is_short_and_in_the_readme():
         assert len(script.read_text("utf-8").splitlines()) <= 120
 
 
+@pytest.mark.slow
 def test_erase_van_gogh(run, tmp_path):
     printed = run("erase_van_gogh.py", "--tiny", "--steps", 2, "--output", tmp_path / "erased")
     assert "| forgotten | High Contrast |" in printed
@@ -76,6 +77,7 @@ def test_erase_van_gogh(run, tmp_path):
     assert (tmp_path / "erased" / "before_after.png").is_file()
 
 
+@pytest.mark.slow
 def test_export_comfyui_lora(run, tmp_path):
     printed = run("export_comfyui_lora.py", "--tiny", "--output", tmp_path)
     assert float(re.search(r"erased pipeline: (\S+) of 1", printed)[1]) < 0.02
@@ -84,6 +86,7 @@ def test_export_comfyui_lora(run, tmp_path):
     assert all(name.startswith("lora_unet_") for name in tensors)
 
 
+@pytest.mark.slow
 def test_push_unlearned_pipeline_opens_without_more_hf(run, tmp_path, emoji_sd):
     """The style is gone for someone who never heard of more_hf: the judge recognises it before, not after; the things stay."""
     folder = tmp_path / "to_push"
@@ -111,6 +114,7 @@ def test_push_unlearned_pipeline_opens_without_more_hf(run, tmp_path, emoji_sd):
     assert recognised["after"][1] >= 6
 
 
+@pytest.mark.slow
 def test_routed_experts(run, tmp_path):
     printed = run("routed_experts.py", "--steps", 2, "--output", tmp_path)
     assert "it draws the same: True" in printed
@@ -118,6 +122,7 @@ def test_routed_experts(run, tmp_path):
     assert (tmp_path / "experts.png").is_file()
 
 
+@pytest.mark.slow
 def test_space(monkeypatch, emoji_sd):
     """Driven through its API, as a visitor's browser does."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")

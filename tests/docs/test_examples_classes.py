@@ -11,6 +11,8 @@ from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.training import accuracy, predict
 
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "erase_vit_class.py"
 
 

@@ -121,6 +121,7 @@ def test_on_the_original_it_is_the_erased_pipeline(original, erased, tmp_path, f
     assert torch.equal(output(original), before[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["peft", "kohya"])
 def test_sd2_in_half_precision_with_a_router(tiny_sd, tmp_path, format):
     original, erased = tiny_sd("2").to(torch.float16), erase(tiny_sd("2").to(torch.float16), router="random")

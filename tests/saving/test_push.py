@@ -287,6 +287,7 @@ def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_p
 # Newer families
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart"])
 def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
     shorten(monkeypatch)

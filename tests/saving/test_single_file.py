@@ -45,6 +45,7 @@ def test_round_trip_through_diffusers(tiny_sd, tmp_path, version, dtype):
     assert changed == {f"unet.{site}.weight" for site in more_hf.get_erasure(pipe).sites}
 
 
+@pytest.mark.slow
 def test_embedded_pipeline_draws_the_same(copy_of_emoji_sd, tmp_path):
     pipe = erase(copy_of_emoji_sd(), "High Contrast", remap_to="Fluent")
     opened = open_single_file(more_hf.save_checkpoint(pipe, tmp_path / "erased.safetensors"), pipe, tmp_path / "configs")

@@ -63,6 +63,7 @@ def test_reloaded_is_the_merged_pipeline_with_nothing_of_ours_attached(tiny_sd):
     assert not torch.allclose(latents(reloaded), latents(tiny_sd()), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_each_of_ours_is_told_and_does(tiny_sd, prompts, tmp_path):
     output, several = tmp_path / "out", ["Claude Monet", "Picasso"]
     methods = ["more", "more-erase", "more-mean", "more-random", "more-hash", "more-without-po", "more-erase-without-po"]
@@ -104,6 +105,7 @@ def test_several_targets_must_be_declared(tiny_sd, prompts, tmp_path):
 # several artists in one erasure
 
 
+@pytest.mark.slow
 def test_artists_erased_in_one_call(tiny_sd, prompts, tmp_path):
     output, joint = tmp_path / "out", "Van Gogh+Picasso"
     targets = {"Van Gogh": ["Claude Monet"], joint: ["Claude Monet"]}
@@ -134,6 +136,7 @@ def test_artists_erased_in_one_call(tiny_sd, prompts, tmp_path):
 # settings
 
 
+@pytest.mark.slow
 def test_tuned_settings_reach_their_method_and_are_kept(tiny_sd, prompts, tmp_path):
     output, tuned = tmp_path / "out", {"uce": {"lamb": 30.0}, "rece": {"lamb": 7.0}, "esd": {"iterations": 5}}
     run(tiny_sd(), ["uce", "cure"], prompts, output, tuned=tuned)

@@ -24,6 +24,7 @@ def test_what_ships_says_what_it_is_worth(judges):
         assert taken_for[artist] == judges.facts["artist_accuracy"][artist]
 
 
+@pytest.mark.slow
 def test_they_beat_chance_on_the_pipelines_pictures(emoji_sd, judges):
     rows = [row for row in read_prompts("emoji10").rows if row.artist and row.case_number % 20 in (1, 6, 13)]
     images = generate(emoji_sd, [row.prompt for row in rows], [row.evaluation_seed for row in rows], steps=8, guidance=5.0)

@@ -146,6 +146,7 @@ def test_one_row_per_image_and_method(tiny_sd, prompts, tmp_path):
     assert summary[1]["seconds_prepare"] > 0
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(tiny_sd, prompts, tmp_path):
     run(tiny_sd(), prompts, tmp_path / "a", ("more",), batch_size=1, settings={"router": "random", "num_experts": 3})
     run(tiny_sd(), prompts, tmp_path / "b", ("more",), batch_size=5, settings={"router": "random", "num_experts": 3})

@@ -245,6 +245,7 @@ def rendered(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_emoji_100(rendered):
     data = load_kd_data("emoji-100", path=rendered, image_size=8)
     assert data.class_names == tuple(f"thing {i}" for i in range(2, 102))  # the two that fewest artists drew are left out

@@ -89,6 +89,7 @@ def one_after_another(features, labels, k, lr, seed, epochs, batch_size):
     return head
 
 
+@pytest.mark.slow
 def test_batched_probes_are_the_single_ones():
     z, labels = blobs()
     z = z[:570]  # the last batch is a short one

@@ -30,6 +30,7 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "vit-base"])
 def test_save_and_load_give_the_same_logits(name, digits, tmp_path):
     model = build_classifier(name, digits).eval()
@@ -77,6 +78,7 @@ def test_allcnn_is_the_network_of_the_unlearning_literature(digits):
     torch.testing.assert_close(output.loss, nn.functional.cross_entropy(logits, torch.tensor([1, 2])), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_resnet18_sizes(digits):
     """The field's ResNet-18 for CIFAR-100 has 11,220,132 parameters, and with the small stem its last map is 4×4 at 32 pixels."""
     data = load_kd_data("digits", channels=3, image_size=32)

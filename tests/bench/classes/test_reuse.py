@@ -16,6 +16,9 @@ from more_hf.bench.splits import split_by_class
 from more_hf.data import load_classifier
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def data():
     return load_kd_data("digits")

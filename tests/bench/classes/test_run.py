@@ -31,6 +31,8 @@ from more_hf.data import FOLDER, load_classifier
 from more_hf.data.models import AllCNNForImageClassification
 
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"epochs": 3, "probe_seeds": 2, "passes": (3,)}
 METHODS = ("original", "retrain", "esc", "remap", "more")
 ROWS = ["original", "retrain", "esc", "remap", "remap-reloaded", "more", "more-reloaded", "more-x3"]

@@ -21,6 +21,8 @@ from more_hf.cli.main import main
 from more_hf.data.models import AllCNNForImageClassification
 
 
+pytestmark = pytest.mark.slow
+
 KD = Path(__file__).parents[3] / "benchmarks" / "kd"
 METHODS = ["original", "retrain", "remap-samples"]
 

@@ -56,6 +56,7 @@ def test_every_seed_is_told(tables):
     assert line["acc_ft"] == "0.50 / 10.50"
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_rows(tables, tmp_path, monkeypatch):
     committed = {path.name: path.read_text("utf-8") for path in (KD / "tables").iterdir()}
     written = {}

@@ -92,6 +92,7 @@ def test_training_learns_and_is_only_loaded_the_second_time(digits, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_ends_the_same(tmp_path):
     """Killed in the second epoch's second step, and with a half-written checkpoint beside, weights and log are those of one run."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -109,6 +110,7 @@ def test_killed_and_run_again_it_ends_the_same(tmp_path):
     assert not same_weights(other, train(tmp_path / "other", recipe=replace(RECIPE, seed=1)))
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_model(tmp_path, digits):
     """Without BatchNorm, the gradient over two halves of each batch is that of the batch, up to rounding."""
     with socket.socket() as free:

@@ -91,6 +91,7 @@ def head_inputs(model, part):
 # every method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in methods_that_forget("classes") if name != "retrain"])
 def test_same_seed_same_model_and_caller_untouched(name, model, splits):
     random_state = torch.random.get_rng_state()
@@ -332,6 +333,7 @@ def test_esc_is_the_projection_of_a_full_svd(model, splits):
     assert torch.allclose(head_inputs(wider, splits.f), Z @ U @ U.T, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["esc", "esc-t"])
 def test_released_mode_overwrites_batch_norm_and_eval_does_not(name, model, splits):
     before = model[2].running_mean.clone()

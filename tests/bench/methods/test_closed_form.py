@@ -59,6 +59,7 @@ def uce_layer(W, old, new, kept, lamb, erase, preserve):
     return left @ torch.inverse(right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("name", CLOSED)
 def test_moves_the_picture_and_only_layers_that_read_text(tiny_sd, name, version):

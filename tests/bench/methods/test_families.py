@@ -58,6 +58,7 @@ def layers_of(name, family, names):
     return set() if name == "original" else {key for key in names if key.startswith(("unet.", "transformer.")) and key.endswith(ends)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):

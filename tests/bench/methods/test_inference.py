@@ -44,6 +44,7 @@ def test_original_is_the_pipeline_itself(tiny_sd):
     assert make("original", pipe) is pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "version"), [*zip(METHODS, "1212121", strict=True), ("sld-medium", "1"), ("safree", "2")])
 def test_moves_the_concept_row_by_row_and_leaves_the_pipeline_alone(tiny_sd, name, version):
     pipe = tiny_sd(version)
@@ -123,6 +124,7 @@ def test_sld_with_scale_zero_is_the_pipeline(tiny_sd, version):
     assert not torch.allclose(draw(make("sld-max", pipe), [NAMED]), plain, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_sld_is_its_loop_in_noise(tiny_sd, version):
     """Noise predictions made from v by hand, SLD on them, and back."""

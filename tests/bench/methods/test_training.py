@@ -56,6 +56,7 @@ def test_trains_the_layers_that_read_text_and_nothing_else(tiny_sd, name, versio
     assert not any(m._forward_hooks for m in pipe.unet.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stopped_run_goes_on_to_the_same_weights(tiny_sd, name, tmp_path, monkeypatch):
     method, settings = METHODS[name]
