@@ -217,6 +217,7 @@ class Transfers(dict):
         return super().__getitem__(key).clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_sequential_offload_with_real_transfers(pipe, original, when):
     if when == "after":

@@ -23,6 +23,7 @@ def wave(size, phase):
     return torch.stack(planes).unsqueeze(0).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "phase", "expected"),
     [

@@ -181,6 +181,7 @@ def test_retained_names_are_exact_with_pinv(pipe):
     assert erasure.facts["retained_moved"]["cat"] < 1e-8
 
 
+@pytest.mark.slow
 def test_covariance_spares_retained_names(tiny_sd):
     moved = []
     for retain in (["cat"], ["cat", "house"]):
@@ -269,6 +270,7 @@ def test_second_erasure_keeps_each_concepts_own_target(pipe):
         assert torch.allclose(remap.apply(remap.prototypes[f"{name} · last"]), remap.prototypes[f"{target} · last"], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [None, "hash"])
 def test_restoring_one_concept_is_never_having_erased_it(tiny_sd, router):
     pipe, never = tiny_sd(), erase(tiny_sd(), remap_to="claude monet", router=router)

@@ -290,6 +290,7 @@ def test_proof_by_run_rolls_back(tiny_sd, sabotage, router):
     assert not pipe.unet._forward_pre_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sabotage", SABOTAGE[:2], ids=lambda sabotage: sabotage.__name__)
 def test_proof_by_run_sees_one_missed_layer_in_half_precision(tiny_sd, sabotage, dtype):
@@ -318,6 +319,7 @@ def assert_still_in_force(pipe, erasure, before):
     assert all(hook.enabled for hook in hooks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", [None, "random"])
 @pytest.mark.parametrize("sabotage", SABOTAGE[:2], ids=lambda sabotage: sabotage.__name__)
 def test_proof_by_run_keeps_the_earlier_erasure(tiny_sd, sabotage, router):
@@ -360,6 +362,7 @@ def test_interrupted_edit(tiny_sd, fail_at, router, error):
     assert not pipe.unet._forward_pre_hooks
 
 
+@pytest.mark.slow
 # A refit writes the 8 originals for the proof, the 8 edited weights back, and then the 8 new ones.
 @pytest.mark.parametrize("k", [1, 5, 13, 21])
 @pytest.mark.parametrize("router", [None, "random"])

@@ -48,6 +48,7 @@ def rows_of(path):
     return list(csv.DictReader(path.open(newline="")))
 
 
+@pytest.mark.slow
 def test_train_and_package(run, tmp_path, monkeypatch):
     """The packaged file, the row and the README's table are of one model; the command names no folder of this machine."""
     shutil.copy(SCRIPTS / "README.md", tmp_path)
@@ -118,6 +119,7 @@ def test_an_erasure_runs_every_image_once(run, tmp_path):
     assert row["overhead_each"] == "0.33 0.33"
 
 
+@pytest.mark.slow
 def test_ten_classes(run, tmp_path):
     run("ten_classes", "--classifiers", "digits-allcnn", "--forget", 3, 8, "--output", tmp_path)
     rows = rows_of(tmp_path / "ten_classes.csv")

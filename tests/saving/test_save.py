@@ -117,6 +117,7 @@ def refit(pipe):
     return erase(erase(pipe), "pablo picasso", remap_to="andy warhol", router="hash")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     [
@@ -329,6 +330,7 @@ def test_missing_key(saved, read, key):
         read(saved)
 
 
+@pytest.mark.slow
 def test_more_retained_names_than_fit_into_the_space(tiny_sd, tmp_path):
     pipe = erase(tiny_sd(), retain=["cat", "dog", "house", "tree", "car", "person"])  # covariance alone can
     assert more_hf.verify(more_hf.save(pipe, tmp_path / "erased")).ok

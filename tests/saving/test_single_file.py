@@ -30,6 +30,7 @@ def open_single_file(file, pipe, folder, **kwargs):
     return StableDiffusionPipeline.from_single_file(file, config=str(folder), local_files_only=True, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_round_trip_through_diffusers(tiny_sd, tmp_path, version, dtype):
@@ -137,6 +138,7 @@ def test_says_what_it_is(tiny_sd, tmp_path):
         assert json.loads(file.metadata()["more_hf"])["request"]["concepts"] == {"van gogh": ["vincent"]}
 
 
+@pytest.mark.slow
 def test_a_loaded_pipeline_without_factors(tiny_sd, tmp_path):
     loaded = more_hf.load(more_hf.save(erase(tiny_sd()), tmp_path / "erased"))
     assert more_hf.save_checkpoint(loaded, tmp_path / "erased.safetensors").is_file()
@@ -170,6 +172,7 @@ def test_another_model_has_no_place(tiny_sd, tmp_path):
     refused(pipe, tmp_path / "here" / "file.safetensors", "`class_embedding.*no place")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     file = tmp_path / "erased.safetensors"
     argv = ["erase", "emoji-sd", "--concept", "Blobmoji", "--remap_to", "Fluent", "--output", str(tmp_path / "folder")]

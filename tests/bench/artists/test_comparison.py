@@ -50,6 +50,7 @@ def latents(pipe):
 # ours
 
 
+@pytest.mark.slow
 def test_reloaded_is_the_merged_pipeline_with_nothing_of_ours_attached(tiny_sd):
     told = {"remap_to": ["claude monet"], "retain": ["picasso"]}
     erased = more_hf.erase_concept(tiny_sd(), "van gogh", **told)

@@ -25,6 +25,7 @@ def test_a_row_depends_on_its_own_seed_only(tiny_sd):
     assert (together[1].int() - other[0].int()).abs().max() > 10
 
 
+@pytest.mark.slow
 def test_a_routed_row_depends_on_its_own_seed_only(tiny_sd):
     pipe = tiny_sd()
     more_hf.erase_concept(pipe, "Van Gogh", remap_to=["Claude Monet", "Johannes Vermeer"], router="random")

@@ -155,6 +155,7 @@ def test_the_batch_size_changes_nothing(tiny_sd, prompts, tmp_path):
         assert a["lpips"] == pytest.approx(b["lpips"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(tiny_sd, prompts, tmp_path):
     pipe, output = tiny_sd(), tmp_path / "out"
     run(pipe, prompts, output, "original", forget=["Van Gogh"])
@@ -416,6 +417,7 @@ addEventListener("load", () => {
 </script>"""
 
 
+@pytest.mark.slow
 # The check script installs the browser, and then a missing one fails; elsewhere `apt-get install chromium` adds this test.
 @pytest.mark.skipif(not shutil.which("chromium") and "CI" not in os.environ, reason="no chromium here")
 def test_the_page_in_a_browser(tiny_sd, prompts, tmp_path):

@@ -74,6 +74,7 @@ def same_weights(one, other):
     return all(one[key].equal(other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_training_learns_and_is_only_loaded_the_second_time(digits, tmp_path):
     validation = digits.validation
     model = train(tmp_path, recipe=replace(RECIPE, epochs=6), validation=validation)

@@ -84,6 +84,7 @@ def angle(theta):
     return torch.tensor([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]]).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("M", [[[2.0, 1.0], [-0.5, 1.0]], [[-3.0, 0.2], [0.1, 1.0]]], ids=["positive", "negative determinant"])
 def test_oce_rotation_is_the_best_of_all_angles(M):
     M = torch.tensor(M).double()

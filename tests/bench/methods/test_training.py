@@ -90,6 +90,7 @@ def stop_at(steps, count):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_several_concepts_with_aliases(tiny_sd, name):
     method, settings = METHODS[name]
@@ -99,6 +100,7 @@ def test_several_concepts_with_aliases(tiny_sd, name):
     assert changed(pipe, before)
 
 
+@pytest.mark.slow
 def test_seed_decides(tiny_sd):
     first, second, third = tiny_sd("1"), tiny_sd("1"), tiny_sd("1")
     for pipe, seed in ((first, 0), (second, 0), (third, 1)):
@@ -191,6 +193,7 @@ def stop_after(count):
     return callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "repo"])
 def test_esd_reduces_its_loss(tiny_sd, variant):
     pipe = tiny_sd("2")
@@ -247,6 +250,7 @@ def test_ca_loss_and_its_gradient(tiny_sd):
     assert torch.allclose(*(torch.autograd.grad(value, weight)[0] for value in (found, expected)))
 
 
+@pytest.mark.slow
 def test_ca_reduces_its_loss(tiny_sd):
     pipe = tiny_sd("2")
     x = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(7))
