@@ -1,59 +1,109 @@
-"""The verbs that work on everything erased: a pipeline or a classifier. The one place that tells them apart."""
+"""The verbs that work on everything erased, and the one place that tells pipelines from classifiers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from .core.erasure import Erasure
 from .core.errors import MoreError
-from .core.hook import hook_off
+from .core.views import original_shown
 
 
-def _family(model: Any):
-    """The module with `restore` and `get_erasure` for this kind of model."""
-    return import_module(".classification.erase" if isinstance(model, nn.Module) else ".diffusion.erase", __package__)
+def kind_of(model: Any) -> ModuleType:
+    """The module with `restore`, `get_erasure` and `check_in_place` for this kind of model."""
+    place = ".classification.erase" if isinstance(model, nn.Module) else ".diffusion.erase"
+    return import_module(place, __package__)
 
 
 def restore(model: Any, concepts: str | int | Sequence[str | int] | None = None) -> Any:
-    """Undo an erasure in place and return the pipeline or classifier: all of it bit for bit, or some concepts or classes (the others
-    are fitted again).
-
-    Raises `MoreError` if nothing was erased or a concept was not, `AlreadyErasedError` without originals, and
-    `IncompatibleBaseError` if the edited layers were changed since (a LoRA fused, training).
     """
-    return _family(model).restore(model, concepts)
+    Undo an erasure in place: all of it bit for bit, or some concepts or classes (the others are fitted again).
+
+    An interruption at any point leaves the erased model or the restored one. A second thread that erases or restores
+    the same model meanwhile waits.
+
+    Args:
+        model (`DiffusionPipeline` or `nn.Module`):
+            The erased pipeline or classifier.
+        concepts (`str`, `int` or a sequence of them, *optional*):
+            What to give back; everything by default.
+
+    Returns:
+        The same pipeline or classifier.
+
+    Raises:
+        `MoreError`: nothing was erased, or a concept was not. `AlreadyErasedError`: the originals are not here.
+        `IncompatibleBaseError`: the edited layers were changed since (a LoRA fused, training). `TargetNotFoundError`:
+        they are no longer what the model reads (fused projections).
+    """
+    return kind_of(model).restore(model, concepts)
 
 
 def get_erasure(model: Any) -> Erasure | None:
-    """What was erased from a pipeline or classifier and how, or `None`. The object is the live record; do not change it.
-
-    It knows what was done in this process, or opened by `more_hf.load`. Plain `from_pretrained` reads no record and gives `None` for an
-    erased model, too; to erase from it again is refused where the record lies in the folder that it was opened from.
     """
-    return _family(model).get_erasure(model)
+    What was erased from a pipeline or classifier and how, or `None`. The object is the live record; do not change it.
+
+    It knows what was done in this process, or opened by `more_hf.load`. Plain `from_pretrained` reads no record and gives
+    `None` for an erased model, too; to erase from it again is refused where the record lies in the folder that it was
+    opened from.
+    """
+    return kind_of(model).get_erasure(model)
 
 
 @contextmanager
 def disabled(model: Any) -> Iterator[Any]:
-    """The original inside the `with` block, the erased one again after it. Raises `MoreError` if nothing was erased."""
+    """
+    Show the original inside the `with` block, to the calling context only.
+
+    The weights stay the erased ones: the original's output is computed beside them. A save, another thread or a crash
+    inside the block meets the erased model. Compiled models run eagerly meanwhile.
+
+    Args:
+        model (`DiffusionPipeline` or `nn.Module`):
+            An erased pipeline or classifier whose originals were kept.
+
+    Raises:
+        `MoreError`: nothing was erased. `AlreadyErasedError`: the originals are not here. `TargetNotFoundError`: the
+        model no longer reads through the edited layers (fused projections), before the block or after it.
+
+    Example:
+
+        >>> import more_hf
+        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+        >>> with more_hf.disabled(pipe):
+        ...     before = pipe("a cat face in the style of Blobmoji", num_inference_steps=10).images[0]
+    """
     erasure = get_erasure(model)
     if erasure is None:
         raise MoreError(f"Nothing was erased from this {type(model).__name__}, so there is nothing to disable.")
-    with hook_off(erasure), erasure.original_weights():
+    kind_of(model).check_in_place(model)
+    with original_shown(erasure):
         yield model
+    kind_of(model).check_in_place(model)
 
 
 @contextmanager
 def routing(model: Any, seeds: Sequence[int]) -> Iterator[Any]:
-    """Give every sample of the calls inside its own stream of experts: expert = function of its seed and the call's index.
+    """
+    Give every sample of the calls inside its own stream of experts: expert = function of its seed and the call's index.
 
-    `seeds` has one integer per image of the batch; the halves of classifier-free guidance share them. What comes out then does not
-    depend on batch size or process. Raises `MoreError` if there is no router.
+    What comes out then does not depend on batch size or process. Outside such a block no one's random numbers are
+    touched.
+
+    Args:
+        model (`DiffusionPipeline` or `nn.Module`):
+            An erased pipeline or classifier with a router.
+        seeds (`Sequence[int]`):
+            One integer per image of the batch; the halves of classifier-free guidance share them.
+
+    Raises:
+        `MoreError`: there is no router, or no seed.
     """
     erasure = get_erasure(model)
     if erasure is None or erasure.router is None or erasure.hook is None:

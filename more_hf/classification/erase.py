@@ -1,4 +1,4 @@
-"""`erase_classes` and what belongs to it: the fit, the head's merge and hook, restore."""
+"""`erase_classes`, `restore` and `get_erasure` for image classifiers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..core import erasure as store
-from ..core.erasure import Site
-from ..core.errors import MoreError, PrototypeError
-from ..core.hook import detach_hook
+from ..core.errors import MoreError, PrototypeError, TargetNotFoundError
+from ..core.facts import ClassFacts
+from ..core.install import install, refuse_inside_block, uninstall
 from ..core.prototypes import Prototypes
-from ..saving.record import refuse_erased_source
+from ..core.record import refuse_erased_source
+from ..core.registry import find_erasure, lock_of, require_editable
+from ..core.remap import Remap
+from ..core.request import ClassRequest
+from ..core.site import Site, check_unshared, copy_weights, fingerprint
 from .erasure import ClassErasure
 from .features import collect, plain_model
 from .heads import example_pixels, find_heads, find_module
-from .hook import attach_hooks
+from .hook import make_hooks
 from .labels import class_names, find_class
-from .plan import check_request, make_request, solve
+from .plan import as_classes, check_request, make_request, solve
 from .proof import prover
 
 
@@ -40,39 +43,57 @@ def erase_classes(
     at: str | None = None,
     keep_originals: bool = True,
 ) -> nn.Module:
-    """Make an image classifier forget classes, in place, and return it: in closed form, in one pass over the data, without training.
+    """
+    Make an image classifier forget classes, in place, and return it: in closed form, in one pass over the data.
 
-    The feature that the head reads goes through a remapping expert first, by a forward pre-hook, and the mean expert is merged into
-    the head's weight as well; the state dict's keys and shapes stay as they are. So `save_pretrained` and `from_pretrained` give a
-    model whose predictions forget. **Its features are the original's**: the backbone is untouched, and the feature forgets only while
-    the hook is there (`more_hf.save(..., include_delta=True)` and `more_hf.load` put it back). On a model that was erased before,
-    all its classes are fitted again jointly, from the kept originals and the new data.
+    The feature that the head reads goes through a remapping expert first, by a forward pre-hook, and the mean expert is
+    merged into the head's weight as well; the state dict's keys and shapes stay as they are. So `save_pretrained` and
+    `from_pretrained` give a model whose predictions forget. **Its features are the original's**: the backbone is
+    untouched, and the feature forgets only while the hook is there (`more_hf.save(..., include_delta=True)` and
+    `more_hf.load` put it back). On a model that was erased before, all its classes are fitted again jointly, from the
+    kept originals and the new data. A second thread that erases or restores the same model meanwhile waits.
 
     Args:
-        model (`nn.Module`): a Transformers or timm image classifier, or your own with `head` named, in fp16, bf16, fp32 or fp64. A
-            model inside DDP or `torch.compile` is edited inside. With two heads (DeiT with its teacher's token) both are edited.
-        data (`Iterable` or `Prototypes`): batches as in `collect_prototypes`, of every class, or what it returned.
-        forget (`str`, `int` or a sequence of them): classes by name (a synonym of an ImageNet label will do) or number.
-        remap_to (defaults to `"remain"`): what they become: every other class is a candidate (Algorithm 1, step 3), or these classes
-            are, or `None` erases only: the feature then holds nothing of the class, but sits apart from all others, where a new
-            probe still finds it.
-        num_experts (`int`, *optional*): how many experts draw targets, without replacement until all are used, then again. By default as
-            many as use each target equally; but one for `"remain"` without a router, the paper's Remap.
-        router (`str`, *optional*): which expert a sample takes: `"random"` (MoRE, redrawn at every call: asking twice undoes it), `"hash"`
-            (a function of the sample), `"prototype"` (MoRE-P), `"prototype_random"` (MoRE-R). By default the mean expert: with
-            several targets it sends a class to their centroid, a cluster of its own, which a new probe can tell from every target.
-        solver (`str`, defaults to `"auto"`): `"pinv"` (the paper: every other prototype stays exactly), `"covariance"` (the targets stay
-            exactly, the others move least), or `pinv` unless there are more classes than features or P is ill-conditioned.
-        seed (`int`, defaults to 0): of the draw of targets. No global random state is touched.
-        head (`str` or `Sequence[str]`, *optional*): name of the head where running the model does not find it.
-        at (`str`, *optional*): edit the input of this inner module instead, a block for instance. A hook only: such a model is **not
-            erased at rest**, whatever saves it saves the original.
-        keep_originals (`bool`, defaults to `True`): keep the head's original weight in CPU memory for `restore`.
+        model (`nn.Module`):
+            A Transformers or timm image classifier, or your own with `head` named, in fp16, bf16, fp32 or fp64. A model
+            inside DDP or `torch.compile` is edited inside. With two heads (DeiT with its teacher's token) both are edited.
+        data (`Iterable` or `Prototypes`):
+            Batches as in `collect_prototypes`, of every class, or what it returned.
+        forget (`str`, `int` or a sequence of them):
+            Classes by name (a synonym of an ImageNet label will do) or number.
+        remap_to (*optional*, defaults to `"remain"`):
+            What they become: every other class is a candidate (Algorithm 1, step 3), or these classes are, or `None`
+            erases only: the feature then holds nothing of the class, but sits apart from all others, where a new probe
+            still finds it.
+        num_experts (`int`, *optional*):
+            How many experts draw targets, without replacement until all are used, then again. By default as many as use
+            each target equally; but one for `"remain"` without a router, the paper's Remap.
+        router (`str`, *optional*):
+            Which expert a sample takes: `"random"` (MoRE, redrawn at every call: asking twice undoes it), `"hash"` (a
+            function of the sample), `"prototype"` (MoRE-P), `"prototype_random"` (MoRE-R). By default the mean expert:
+            with several targets it sends a class to their centroid, a cluster of its own, which a new probe can tell from
+            every target.
+        solver (`str`, *optional*, defaults to `"auto"`):
+            `"pinv"` (the paper: every other prototype stays exactly), `"covariance"` (the targets stay exactly, the others
+            move least), or `pinv` unless there are more classes than features or P is ill-conditioned.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draw of targets. No global random state is touched.
+        head (`str` or `Sequence[str]`, *optional*):
+            Name of the head where running the model does not find it.
+        at (`str`, *optional*):
+            Edit the input of this inner module instead, a block for instance. A hook only: such a model is **not erased at
+            rest**, whatever saves it saves the original.
+        keep_originals (`bool`, *optional*, defaults to `True`):
+            Keep the head's original weight in CPU memory for `restore`.
+
+    Returns:
+        `nn.Module`: the same model.
 
     Raises:
-        `PrototypeError`: a class is unknown, has no sample, or is on both sides; the data has no labels; no exact edit exists.
-        `TargetNotFoundError`: the head cannot be found, or cannot be edited as it is. `AlreadyErasedError`: the model was erased and
-        its originals are not here. The model is unchanged then.
+        `PrototypeError`: a class is unknown, has no sample, or is on both sides; the data has no labels; an option is
+        wrong; no exact edit exists. `TargetNotFoundError`: the head cannot be found, or cannot be edited as it is.
+        `AlreadyErasedError`: the model was erased and its originals are not here. The model is unchanged then, as it is
+        after an interruption.
 
     Source: MoRE, Eq. 4 to 6 and Algorithms 1, 2 and 4; the covariance metric and the hash router are ours.
 
@@ -82,115 +103,166 @@ def erase_classes(
         >>> images, labels = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
         >>> model = more_hf.erase_classes(model, [(images, labels)], forget=[0], remap_to=[1])
-        >>> more_hf.get_erasure(model).facts["sent_to"]
+        >>> more_hf.get_erasure(model).facts.sent_to
         {'0': ['1']}
     """
+    if not isinstance(model, nn.Module):
+        raise TargetNotFoundError(f"A {type(model).__name__} is not a classifier. Pass the model itself, an nn.Module.")
     plain = plain_model(model)
-    current = store.require_editable(plain)
-    head = head or (current and current.request["head"])
-    request: dict[str, Any] = {}
+    with lock_of(plain):
+        current = require_editable(plain)
+        refuse_inside_block(current)
+        head = head or (current and current.request.head)
+        options = {"num_experts": num_experts, "router": router, "solver": solver, "seed": seed}
 
-    def look(heads: Mapping[str, nn.Module]) -> None:
-        """Every check that needs no feature, as soon as the number of classes is known."""
-        sites = {name: Site(name, module) for name, module in heads.items()}
-        store.check_unshared(sites, plain)
-        if current is None:
-            refuse_erased_source(getattr(getattr(plain, "config", None), "_name_or_path", None), lambda record: sites)
-        names = class_names(plain, next(iter(heads.values())).out_features)
-        wanted = make_request(names, forget, remap_to, num_experts, router, solver, seed, list(heads), at)
-        request.update(wanted if current is None else joined(current.request, wanted))
-        check_request(names, request)
+        request: ClassRequest | None = None
 
-    if isinstance(data, Prototypes):
-        heads, prototypes = find_heads(plain, None if head else example_pixels(plain), head), data
-        look(heads)
-    else:
-        heads, prototypes = collect(plain, data, head=head, at=at, second_moment=solver != "pinv", look=look)
-    _fit(plain, heads, prototypes, request, keep_originals)
+        def make_checked_request(heads: Mapping[str, nn.Module]) -> None:
+            """Every check that needs no feature, as soon as the number of classes is known."""
+            nonlocal request
+            sites = {name: Site(name, module) for name, module in heads.items()}
+            check_unshared(sites, plain)
+            if current is None:
+                source = getattr(getattr(plain, "config", None), "_name_or_path", None)
+                refuse_erased_source(source, lambda record: sites)
+            names = class_names(plain, next(iter(heads.values())).out_features)
+            request = make_request(names, forget, remap_to, head=list(heads), at=at, **options)
+            if current is not None:
+                request = join_requests(current.request, request)
+            check_request(names, request)
+
+        if isinstance(data, Prototypes):
+            heads, prototypes = find_heads(plain, None if head else example_pixels(plain), head), data
+            make_checked_request(heads)
+        else:
+            heads, prototypes = collect(
+                plain, data, head=head, at=at, second_moment=solver != "pinv", on_heads=make_checked_request
+            )
+        _fit(plain, heads, prototypes, request, keep_originals)
     return model
 
 
-def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """One request for what was erased and what is to be. Raises `MoreError` if they are at different places of the model."""
-    if (old["head"], old["at"]) != (new["head"], new["at"]):
+def join_requests(old: ClassRequest, new: ClassRequest) -> ClassRequest:
+    """One request for what was erased and what is to be. Raises `MoreError` if they are at different places."""
+    if (old.head, old.at) != (new.head, new.at):
         raise MoreError(
-            f"Classes were erased at {old['at'] or old['head']} and cannot be fitted jointly with others at {new['at'] or new['head']}. "
-            "Call `more_hf.restore` first, and forget all classes at once."
+            f"Classes were erased at {old.at or old.head} and cannot be fitted jointly with others at "
+            f"{new.at or new.head}. Call `more_hf.restore` first, and forget all classes at once."
         )
-    return {**new, **{key: {**old[key], **new[key]} for key in ("concepts", "remap_to")}}
+    return old.joined(new)
 
 
 def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = None) -> nn.Module:
     """`more_hf.restore` for classifiers."""
     plain = plain_model(model)
-    erasure = store.require_editable(plain)
-    if erasure is None:
-        raise MoreError(f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore.")
-    names = class_names(plain, erasure.num_classes)
-    wanted = erasure.concepts if classes is None else [classes] if isinstance(classes, str | int) else list(classes)
-    wanted = [find_class(names, name) for name in wanted]
-    if unknown := [name for name in wanted if name not in erasure.concepts]:
-        raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {', '.join(map(repr, erasure.concepts))}.")
-    kept = [name for name in erasure.concepts if name not in wanted]
-    if kept:
-        part = {key: {name: erasure.request[key][name] for name in kept} for key in ("concepts", "remap_to")}
-        heads = find_heads(plain, None, erasure.request["head"])
-        _fit(plain, heads, erasure.prototypes, {**erasure.request, **part}, keep_originals=True)
-        return model
-    store.forget(plain)
-    detach_hook(erasure)
+    with lock_of(plain):
+        erasure = require_editable(plain)
+        if erasure is None:
+            raise MoreError(f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore.")
+        names = class_names(plain, erasure.facts.num_classes)
+        dropped = erasure.concepts
+        if classes is not None:
+            dropped = [find_class(names, name) for name in as_classes("classes", classes)]
+        if unknown := [name for name in dropped if name not in erasure.concepts]:
+            erased = ", ".join(map(repr, erasure.concepts))
+            raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")
+        if set(dropped) == set(erasure.concepts):
+            uninstall(plain, list(edited_modules(plain, erasure).values()))
+        else:
+            heads = find_heads(plain, None, erasure.request.head)
+            _fit(plain, heads, erasure.prototypes, erasure.request.without(dropped), keep_originals=True)
     return model
 
 
 def get_erasure(model: nn.Module) -> ClassErasure | None:
     """`more_hf.get_erasure` for classifiers."""
-    return store.find_erasure(plain_model(model))
+    return find_erasure(plain_model(model))
 
 
-def _fit(model: nn.Module, heads: Mapping[str, nn.Linear], prototypes: Prototypes, request: dict[str, Any], keep_originals: bool) -> None:
+def check_in_place(model: nn.Module) -> None:
+    """Raises `TargetNotFoundError` unless the edited modules are where they were."""
+    plain = plain_model(model)
+    erasure = find_erasure(plain)
+    modules = edited_modules(plain, erasure)
+    if replaced := [name for name, site in erasure.sites.items() if modules[name] is not site.module]:
+        raise TargetNotFoundError(
+            f"`{replaced[0]}` was replaced since the edit. Put the edited layer back, or erase again from the original."
+        )
+
+
+def edited_modules(model: nn.Module, erasure: ClassErasure) -> dict[str, nn.Module]:
+    """The modules whose input is edited: the heads, or the inner module."""
+    names = erasure.request.head if erasure.request.at is None else (erasure.request.at,)
+    return {name: find_module(model, name) for name in names}
+
+
+def _fit(
+    model: nn.Module,
+    heads: Mapping[str, nn.Linear],
+    prototypes: Prototypes,
+    request: ClassRequest,
+    keep_originals: bool,
+) -> None:
     """Dual, merge, hook, proof: all of it, or the model is what it was."""
-    current = store.find_erasure(model)
-    at = request["at"]
-    modules = heads if at is None else {at: find_module(model, at)}
-    widths = [head.in_features for head in heads.values()] if at is None else [len(prototypes.matrix)]
+    current = find_erasure(model)
+    modules, widths = heads, [head.in_features for head in heads.values()]
+    if request.at is not None:
+        modules, widths = {request.at: find_module(model, request.at)}, [len(prototypes.matrix)]
     if sum(widths) != len(prototypes.matrix):
         raise PrototypeError(
-            f"The prototypes have {len(prototypes.matrix)} features, and the head reads {sum(widths)}. Collect them from this model."
+            f"The prototypes have {len(prototypes.matrix)} features, and the head reads {sum(widths)}. "
+            "Collect them from this model."
         )
-    solution, facts = solve(prototypes, widths, request)
-    remaps = dict(zip(modules, solution, strict=True))
-    sites = {name: Site(name, head, space=name) for name, head in heads.items()} if at is None else {}
-    originals = current.originals if current else {name: site.read().to("cpu", copy=True) for name, site in sites.items()}
-    measured = [remap.verify() for remap in solution]
+    solution = solve(prototypes, widths, request)
+    sites = {}
+    if request.at is None:
+        sites = {name: Site(name, head, space=name) for name, head in heads.items()}
+    originals = current.originals if current else copy_weights(sites, "cpu")
+    remaps = dict(zip(modules, solution.remaps, strict=True))
+    config = getattr(model, "config", None)
     erasure = ClassErasure(
         request=request,
-        remap=solution[0],
-        remaps=remaps,
+        facts=ClassFacts(
+            solver=solution.remaps[0].solver,
+            solver_reason=solution.solver_reason,
+            sent_to=solution.sent_to,
+            remain_moved=solution.remain_moved,
+            rank=solution.remaps[0].rank,
+            num_experts=solution.remaps[0].num_experts,
+            condition_number=max(remap.condition_number for remap in solution.remaps),
+            base=current.facts.base if current else str(getattr(config, "_name_or_path", "")),
+            model=type(model).__name__,
+            num_classes=next(iter(heads.values())).out_features,
+            fingerprint=current.facts.fingerprint if current else fingerprint(originals),
+            separation={name: _separation(originals[name], remaps[name]) for name in sites},
+            spaces={name: name for name in sites},  # each head reads its own features
+        ),
         sites=sites,
+        remaps=remaps,
         originals=originals,
-        guarantees={key: (min if key == "rank" else max)(one[key] for one in measured) for key in measured[0]},
-        proof={},
-        facts={
-            **facts,
-            "base": current.facts["base"] if current else str(getattr(getattr(model, "config", None), "_name_or_path", "")),
-            "model": type(model).__name__,
-            "num_classes": next(iter(heads.values())).out_features,
-            "fingerprint": current.facts["fingerprint"] if current else store.fingerprint(originals),
-            "spaces": {name: name for name in sites},  # each head reads its own features
-            "separation": {name: float((originals[name].double() @ remaps[name].shift()).norm()) for name in sites},
-        },
+        guarantees=_guarantees(solution.remaps),
         prototypes=prototypes,
     )
+    erasure.hooks = make_hooks(erasure, modules, next(model.parameters()).device)
     prove = prover(model, modules, erasure, current)
-    if current is not None:
-        detach_hook(current)
-    attach_hooks(model, modules, erasure)
-    try:
-        store.apply(model, erasure, prove, keep_originals=keep_originals)
-    except BaseException:
-        detach_hook(erasure)
-        if current is not None:
-            attach_hooks(model, modules, current)
-        raise
-    if at is not None:
-        logger.warning("The classes are forgotten by a hook on `%s` only, not at rest: whatever saves this model saves the original.", at)
+    install(model, erasure, list(modules.values()), prove, keep_originals=keep_originals)
+    if request.at is not None:
+        logger.warning(
+            "The classes are forgotten by a hook on `%s` only, not at rest: whatever saves this model saves the original.",
+            request.at,
+        )
+
+
+def _separation(original: Tensor, remap: Remap) -> float:
+    """‖W (p_f − p̄_t)‖ of the original head."""
+    return float((original.double() @ remap.shift()).norm())
+
+
+def _guarantees(remaps: Sequence[Remap]) -> dict[str, float]:
+    """What `Remap.verify` measures, of the worst head."""
+    measured = [remap.verify() for remap in remaps]
+    worst = {}
+    for key in measured[0]:
+        values = [one[key] for one in measured]
+        worst[key] = min(values) if key == "rank" else max(values)
+    return worst

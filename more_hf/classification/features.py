@@ -14,10 +14,10 @@ from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core.erasure import find_erasure
 from ..core.errors import PrototypeError, TargetNotFoundError
-from ..core.hook import hook_off
 from ..core.prototypes import PrototypeFitter, Prototypes
+from ..core.registry import find_erasure
+from ..core.views import routing_off
 from .heads import evaluating, find_heads, find_module
 from .hook import channel_dim
 from .labels import class_names
@@ -70,18 +70,18 @@ def collect(
     head: str | Sequence[str] | None,
     at: str | None,
     second_moment: bool,
-    look: Callable[[dict[str, nn.Module]], None] = lambda heads: None,
+    on_heads: Callable[[dict[str, nn.Module]], None] = lambda heads: None,
 ) -> tuple[dict[str, nn.Module], Prototypes]:
-    """The heads beside what `collect_prototypes` returns. `look` is called with them before the pass, and may raise."""
+    """The heads beside what `collect_prototypes` returns. `on_heads` is called with them before the pass, and may raise."""
     model = plain_model(model)
     current = find_erasure(model)
-    with _every_sample_once(loader) as (batches, sharded), nullcontext() if current is None else hook_off(current):
+    with _every_sample_once(loader) as (batches, sharded), nullcontext() if current is None else routing_off(current):
         batches = iter(batches)
         first = next(batches, None)
         if first is None:
             raise PrototypeError("The data has no batch. Prototypes need at least one sample of every class.")
         heads = _heads(model, first, head)
-        look(heads)
+        on_heads(heads)
         names = class_names(model, next(iter(heads.values())).out_features)
         fitter = None
         with _reading(model, heads if at is None else {at: find_module(model, at)}) as read:
@@ -130,7 +130,7 @@ def _heads(model: nn.Module, batch: Any, head: str | Sequence[str] | None) -> di
     """The named heads, else those that were edited, else those that a run on two images shows."""
     current = find_erasure(model)
     pixels, _ = _inputs(model, batch)
-    return find_heads(model, pixels[:2], head or (current and current.request["head"]))
+    return find_heads(model, pixels[:2], head or (current and current.request.head))
 
 
 @contextmanager

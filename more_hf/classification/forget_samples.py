@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.erasure import PROOF_TOLERANCE, Site, check_unshared, find_erasure, written
 from ..core.errors import AlreadyErasedError, PrototypeError, TargetNotFoundError
+from ..core.install import PROOF_TOLERANCE
 from ..core.prototypes import Prototypes
+from ..core.registry import find_erasure
+from ..core.site import Site, check_unshared, put_back
 from .features import collect, plain_model
 from .heads import evaluating
 
@@ -84,14 +86,19 @@ def forget_samples(
     expected = P_f.matrix + shift @ (read @ P_f.matrix)
     with evaluating(plain):
         source, target = _outputs(module, P_f.matrix, weight), _outputs(module, expected, weight)
-        with written({name: site}, {name: (weight.double() + change).to(weight.dtype)}, keep=True):
+        try:
+            site.write((original.to(weight.device).double() + change).to(weight.dtype))
             missed = float((_outputs(module, P_f.matrix, weight) - target).norm() / (source - target).norm())
             if not missed < PROOF_TOLERANCE[weight.dtype]:
                 raise TargetNotFoundError(
-                    f"`{name}` does not treat the forgotten means as the others after the edit (off by {missed:.2g} of their difference): "
-                    f"the change, {facts['weight_changed']:.1e} of the weight, drowns in the rounding of {weight.dtype}, or something "
-                    "besides the weight decides. The model is as it was. Use `model.float()`, and take adapters off the head."
+                    f"`{name}` does not treat the forgotten means as the others after the edit (off by {missed:.2g} of their "
+                    f"difference): the change, {facts['weight_changed']:.1e} of the weight, drowns in the rounding of "
+                    f"{weight.dtype}, or something other than the weight decides. The model is as it was. Use "
+                    "`model.float()`, and take adapters off the head."
                 )
+        except BaseException:
+            put_back({name: site}, {name: original})
+            raise
     return SampleErasure(P_f, P_r, shift, read, {**facts, "proof": missed}, site, original)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from ..core import hook
 from ..core.erasure import Erasure
+from ..core.hook import RoutingHook
 from ..core.remap import Remap
 
 
@@ -17,11 +17,12 @@ def channel_dim(module: nn.Module, z: Tensor) -> int:
     return 1 if z.ndim == 4 and not isinstance(module, nn.Linear | nn.LayerNorm) else -1
 
 
-class HeadHook(hook.RoutingHook):
-    """A feature `(batch, d)`, tokens `(batch, ..., d)` or a feature map `(batch, d, height, width)` becomes E_e z.
+class HeadHook(RoutingHook):
+    """
+    A feature `(batch, d)`, tokens `(batch, ..., d)` or a feature map `(batch, d, height, width)` becomes E_e z.
 
-    The router sees the sample's mean feature. With several heads the first one's hook decides for all: experts that differ from head
-    to head would leave the feature recoverable.
+    The router sees the sample's mean feature. With several heads the `first` one's hook decides for all: experts that
+    differ from head to head would leave the feature recoverable.
     """
 
     def __init__(
@@ -29,37 +30,32 @@ class HeadHook(hook.RoutingHook):
         remap: Remap | None = None,
         router: str | None = None,
         device: torch.device | str = "cpu",
+        key: int = 0,
         first: HeadHook | None = None,
     ):
-        super().__init__(remap, router, device)
+        super().__init__(remap, router, device, key)
         self.first = first
         self.taken: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not (self.enabled if self.first is None else self.first.enabled):
+        if not self.acts:
             return None
         dim = channel_dim(module, args[0])
         return (self.route(args[0].movedim(dim, -1)).movedim(-1, dim), *args[1:])
 
     def experts(self, z: Tensor) -> Tensor:
+        """See `RoutingHook.experts`."""
         if self.first is not None:
             return self.first.taken.to(z.device)
         self.taken = super().experts(z.reshape(len(z), -1, z.shape[-1]).mean(1))
         return self.taken
 
 
-class _Handles(list):
-    def remove(self) -> None:
-        for handle in self:
-            handle.remove()
-
-
-def attach_hooks(model: nn.Module, modules: Mapping[str, nn.Module], erasure: Erasure) -> None:
-    """Put a hook before every other hook of each module; the first of them, which has the router, is the erasure's."""
-    device = next(model.parameters()).device
-    erasure.handle, erasure.hook = _Handles(), None
-    for name, module in modules.items():
-        routing = HeadHook(erasure.remap_of(name), erasure.router, "cpu" if device.type == "meta" else device, erasure.hook)
-        erasure.hook = erasure.hook or routing
-        erasure.handle.append(module.register_forward_pre_hook(routing, prepend=True))
-    hook.reset_compiled()
+def make_hooks(erasure: Erasure, names: Iterable[str], device: torch.device) -> tuple[HeadHook, ...]:
+    """A hook for each of the modules, whose names are the spaces of the erasure; the first one has the router."""
+    hooks: list[HeadHook] = []
+    where = "cpu" if device.type == "meta" else device
+    for name in names:
+        first = hooks[0] if hooks else None
+        hooks.append(HeadHook(erasure.remaps[name], erasure.router, where, id(erasure), first))
+    return tuple(hooks)

@@ -1,105 +1,147 @@
-"""What is asked for: one JSON-able form of `erase_classes`'s arguments, its checks, and its solution."""
+"""From a request to its solution: the targets of every expert, and the remap of each head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.errors import PrototypeError
 from ..core.experts import draw_experts
 from ..core.prototypes import Prototypes
-from ..core.remap import SOLVERS, Remap
-from ..core.routers import ROUTERS
+from ..core.remap import Remap
+from ..core.request import REMAIN, ClassRequest, is_remain
 from .labels import find_class
 
 
-REMAIN = "remain"
-ILL_CONDITIONED = 1e4  # beyond this condition number of P, D_F amplifies a feature's rounding and noise too much to be of use
+ILL_CONDITIONED = 1e4  # beyond this condition number of P, D_F amplifies a feature's rounding and noise too much
+
+
+@dataclass(frozen=True)
+class Solution:
+    """
+    The remap of each head and the facts behind them.
+
+    Args:
+        remaps (`list[Remap]`):
+            One per head, all with the same targets.
+        solver_reason (`str`):
+            Why the solver was taken, in words and numbers.
+        sent_to (`dict[str, list[str]]`):
+            The targets that were drawn for each forgotten class.
+        remain_moved (`dict[str, float]`):
+            How far the prototypes moved that were not kept exactly, farthest first, as a share of their length.
+    """
+
+    remaps: list[Remap]
+    solver_reason: str
+    sent_to: dict[str, list[str]]
+    remain_moved: dict[str, float]
 
 
 def make_request(
-    names: Sequence[str], forget, remap_to, num_experts, router, solver, seed, head: list[str], at: str | None
-) -> dict[str, Any]:
-    """The arguments in one JSON-able form, classes by name. Raises `PrototypeError`."""
-    for value, name, known in ((solver, "solver", ("auto", *SOLVERS)), (router, "router", (None, *ROUTERS))):
-        if value not in known:
-            raise PrototypeError(f"Unknown {name} {value!r}. Choose one of {', '.join(map(repr, known))}.")
-    if num_experts is not None and num_experts < 1:
-        raise PrototypeError(f"`num_experts` must be at least 1, got {num_experts}.")
-    forgotten = [find_class(names, wanted) for wanted in _listed(forget)]
-    if not forgotten:
-        raise PrototypeError("`forget` is empty. Name at least one class to forget.")
+    names: Sequence[str],
+    forget: Any,
+    remap_to: Any,
+    *,
+    head: Sequence[str],
+    at: str | None,
+    **options: Any,
+) -> ClassRequest:
+    """
+    The request from the arguments of `erase_classes`, classes by name. `names` are the model's classes.
+
+    Raises:
+        `PrototypeError`: a class is unknown or named twice, or an option is wrong.
+    """
+    forgotten = [find_class(names, wanted) for wanted in as_classes("forget", forget)]
     if twice := [name for name in forgotten if forgotten.count(name) > 1]:
         raise PrototypeError(f"{twice[0]!r} is in `forget` twice. Name it once.")
-    targets = None if remap_to is None else REMAIN if _is_remain(remap_to) else [find_class(names, wanted) for wanted in _listed(remap_to)]
-    if targets == []:
-        raise PrototypeError('`remap_to` is empty. Name classes, or pass "remain" for all others, or `None` to erase without remapping.')
-    return {
-        "concepts": {name: [] for name in forgotten},
-        "remap_to": {name: targets for name in forgotten},
-        "solver": solver,
-        "num_experts": num_experts,
-        "router": router,
-        "seed": seed,
-        "head": head,
-        "at": at,
-    }
+    targets: tuple[str, ...] | str = REMAIN
+    if not is_remain(remap_to):
+        targets = tuple(find_class(names, wanted) for wanted in as_classes("remap_to", remap_to))
+    if remap_to is not None and not targets:
+        raise PrototypeError(
+            '`remap_to` is empty. Name classes, or pass "remain" for all others, or `None` to erase without remapping.'
+        )
+    return ClassRequest(
+        concepts=dict.fromkeys(forgotten, ()),
+        remap_to=dict.fromkeys(forgotten, targets),
+        head=tuple(head),
+        at=at,
+        **options,
+    )
 
 
-def _listed(value: str | int | Sequence[str | int]) -> list[str | int]:
-    return [value] if isinstance(value, str | Integral) else list(value)
+def as_classes(argument: str, value: Any) -> list[str | int]:
+    """One class, several, or `None` for none, as a list of names and numbers. Raises `PrototypeError` otherwise."""
+    if value is None:
+        return []
+    if isinstance(value, str | Integral):
+        return [value]
+    if isinstance(value, Tensor):
+        value = value.reshape(-1).tolist()
+    if not isinstance(value, Sequence | set | frozenset):
+        raise PrototypeError(f"`{argument}` must be a class or a list of classes, got {value!r}.")
+    return list(value)
 
 
-def _is_remain(value: Any) -> bool:
-    return isinstance(value, str) and value == REMAIN
-
-
-def check_request(names: Sequence[str], request: Mapping[str, Any]) -> None:
+def check_request(names: Sequence[str], request: ClassRequest) -> None:
     """Raises `PrototypeError` when nothing would remain, or a class is both forgotten and a target."""
-    forget = set(request["concepts"])
-    if len(forget) == len(names):
-        raise PrototypeError(f"`forget` has all {len(names)} classes of the model, so that nothing remains. Leave at least one out.")
-    for targets in request["remap_to"].values():
-        if both := [name for name in targets or () if targets != REMAIN and name in forget]:
-            raise PrototypeError(f"{both[0]!r} is both in `forget` and in `remap_to`. Remove it from one of them.")
+    if len(request.concepts) == len(names):
+        raise PrototypeError(
+            f"`forget` has all {len(names)} classes of the model, so that nothing remains. Leave at least one out."
+        )
+    if both := [name for name in request.targets if name in request.concepts]:
+        raise PrototypeError(f"{both[0]!r} is both in `forget` and in `remap_to`. Remove it from one of them.")
 
 
-def solve(prototypes: Prototypes, widths: Sequence[int], request: Mapping[str, Any]) -> tuple[list[Remap], dict[str, Any]]:
-    """The remap of each head, all with the same targets, and the facts behind them. `widths`: how many of the features each reads.
-
-    `pinv` keeps every class exact, in P. `covariance` has the forgotten classes and their targets in P and spares the others through Σ.
+def solve(prototypes: Prototypes, widths: Sequence[int], request: ClassRequest) -> Solution:
     """
-    forget = list(request["concepts"])
-    for name in [*forget, *(name for targets in request["remap_to"].values() if targets != REMAIN for name in targets or ())]:
+    Solve a request. `widths` says how many of the features each head reads.
+
+    `pinv` keeps every class exact, in P. `covariance` has the forgotten classes and their targets in P and spares the
+    others through Σ.
+
+    Raises:
+        `PrototypeError`: a class has no prototype, or no exact edit exists.
+    """
+    forget = list(request.concepts)
+    for name in [*forget, *request.targets]:
         prototypes.index(name)  # raises for a class without one
     remain = [name for name in prototypes.names if name not in forget]
-    options = [remain if targets == REMAIN else targets or [None] for targets in request["remap_to"].values()]
     heads = _split(prototypes, widths)
-    solver, reason = _choose_solver(heads, request["solver"])
-    single = request["num_experts"] is None and request["router"] is None and REMAIN in request["remap_to"].values()
-    experts = draw_experts(
-        options,
-        1 if single else request["num_experts"],
-        max_distinct=len(remain) if solver == "pinv" else max(1, min(widths) // 2 - len(forget)),
-        seed=request["seed"],
-    )
+    solver, reason = _choose_solver(heads, request.solver)
+
+    # 1. Every expert's targets. The paper's Remap, one expert, is the default for "remain" without a router.
+    options = [remain if is_remain(targets) else targets or (None,) for targets in request.remap_to.values()]
+    num_experts = request.num_experts
+    if num_experts is None and request.router is None and REMAIN in request.remap_to.values():
+        num_experts = 1
+    room = len(remain) if solver == "pinv" else max(1, min(widths) // 2 - len(forget))
+    experts = draw_experts(options, num_experts, max_distinct=room, seed=request.seed)
+
+    # 2. One remap per head. What is not a target need not stay exact under `covariance`.
     used = {name for expert in experts for name in expert}
     spared = [] if solver == "pinv" else [name for name in remain if name not in used]
     remaps = [Remap.fit(head.without(spared), forget, experts, solver=solver) for head in heads]
-    moved = {name: max(_moved(remap, head[name], request["router"]) for remap, head in zip(remaps, heads, strict=True)) for name in spared}
-    return remaps, {
-        "solver": solver,
-        "solver_reason": reason,
-        "sent_to": {name: [t for t in dict.fromkeys(e[i] for e in experts) if t is not None] for i, name in enumerate(forget)},
-        "rank": len(forget),
-        "num_experts": len(experts),
-        "condition_number": max(remap.condition_number for remap in remaps),
-        "remain_moved": dict(sorted(moved.items(), key=lambda item: -item[1])),
-    }
+
+    # 3. What was measured.
+    moved = {}
+    for name in spared:
+        moved[name] = max(
+            _movement(remap, head[name], request.router) for remap, head in zip(remaps, heads, strict=True)
+        )
+    sent_to = {}
+    for i, name in enumerate(forget):
+        drawn = dict.fromkeys(expert[i] for expert in experts)
+        sent_to[name] = [target for target in drawn if target is not None]
+    farthest_first = dict(sorted(moved.items(), key=lambda item: -item[1]))
+    return Solution(remaps, reason, sent_to, farthest_first)
 
 
 def _split(prototypes: Prototypes, widths: Sequence[int]) -> list[Prototypes]:
@@ -113,12 +155,13 @@ def _split(prototypes: Prototypes, widths: Sequence[int]) -> list[Prototypes]:
     return parts
 
 
-def _choose_solver(heads: Sequence[Prototypes], asked: str) -> tuple[str, str]:
+def _choose_solver(heads: Sequence[Prototypes], solver: str) -> tuple[str, str]:
+    """The solver, and why."""
     d, k = heads[0].matrix.shape
     condition = max(float(torch.linalg.cond(head.matrix / head.matrix.norm(dim=0))) for head in heads)
     facts = f"{k} prototypes in {d} dimensions, condition number {condition:.3g}"
-    if asked != "auto":
-        return asked, f"as asked for; {facts}"
+    if solver != "auto":
+        return solver, f"as asked for; {facts}"
     if k > d:
         return "covariance", f"more classes than features, so that not all can stay exactly; {facts}"
     if condition > ILL_CONDITIONED:
@@ -126,7 +169,7 @@ def _choose_solver(heads: Sequence[Prototypes], asked: str) -> tuple[str, str]:
     return "pinv", f"every other class stays exactly; {facts}"
 
 
-def _moved(remap: Remap, prototype: torch.Tensor, router: str | None) -> float:
-    """How far an expert moves a remain prototype at most, relative to its length."""
+def _movement(remap: Remap, prototype: Tensor, router: str | None) -> float:
+    """How far an expert moves a remaining prototype at most, as a share of its length."""
     experts = (None,) if router is None else range(remap.num_experts)
     return max(float((remap.apply(prototype, expert) - prototype).norm() / prototype.norm()) for expert in experts)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from ..core.errors import MoreError, TargetNotFoundError
-from ..core.hook import hook_off, reset_compiled
+from ..core.hook import reset_compiled
 from ..core.remap import Remap
 from ..core.routers import PrototypeRouter
+from ..core.views import routing_off
 from .erase import get_erasure
 from .features import features_of, plain_model
 from .labels import class_names
@@ -84,7 +85,7 @@ def train_router(
         several heads, so that there is no single head to train through.
     """
     plain, erasure = plain_model(model), get_erasure(model)
-    router = getattr(getattr(erasure, "hook", None), "router", None)
+    router = None if erasure is None or erasure.hook is None else erasure.hook.router
     if not isinstance(router, PrototypeRouter):
         raise MoreError('Only a prototype router has a weight to train. Erase with router="prototype" or "prototype_random" first.')
     if len(erasure.sites) != 1:
@@ -93,10 +94,10 @@ def train_router(
             f"{' (it was erased at an inner module)' if not erasure.sites else ''}. Use the untrained router."
         )
     (site,) = erasure.sites.values()
-    with hook_off(erasure):
-        found = [(z.cpu(), y.cpu()) for z, y in features_of(plain, data, head=erasure.request["head"])]
+    with routing_off(erasure):
+        found = [(z.cpu(), y.cpu()) for z, y in features_of(plain, data, head=erasure.request.head)]
     features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    names = class_names(plain, erasure.num_classes)
+    names = class_names(plain, erasure.facts.num_classes)
     forgotten = torch.isin(labels, torch.tensor([names.index(name) for name in erasure.concepts]))
     bias = torch.zeros(len(site.read())) if site.module.bias is None else site.module.bias.detach().cpu().float()
     training = fit_router(

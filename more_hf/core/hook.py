@@ -1,79 +1,113 @@
-"""What every routing hook has in common: the route of a feature, and how a hook is put on, taken off and silenced."""
+"""What every routing hook has in common: the route of a feature, and how a hook is put on and taken off."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .erasure import Erasure
 from .remap import Remap
 from .routers import ROUTERS
+from .views import forced_experts, is_unrouted
 
 
 logger = logging.getLogger(__name__)
 
 
 class RoutingHook:
-    """A forward pre-hook: a feature z becomes E_e z, with the expert that the router picks for each sample.
+    """
+    A forward pre-hook: a feature z becomes E_e z, with the expert that the router picks for each sample.
 
-    On weights that hold the mean expert the result is exactly expert e's, since E_mean E_e = E_e. Without a router every sample
-    takes the mean expert. Pickled or deep-copied it leaves its factors out and does nothing: the copy keeps what is in its weights.
+    On weights that hold the mean expert the result is exactly expert e's, since E_mean E_e = E_e. Without a router every
+    sample takes the mean expert. Pickling or deep-copying drops the factors; the copy is a no-op, and the copied weights
+    keep the mean expert.
+
+    Args:
+        remap (`Remap`, *optional*):
+            The factors; without them the hook does nothing.
+        router (`str`, *optional*):
+            A name in `ROUTERS`.
+        device (`torch.device`, *optional*):
+            Where features will be.
+        key (`int`, *optional*):
+            The `id` of the erasure, by which `views` knows it.
     """
 
-    def __init__(self, remap: Remap | None = None, router: str | None = None, device: torch.device | str = "cpu"):
+    with_kwargs = False  # whether the module's keyword arguments are needed
+
+    def __init__(
+        self,
+        remap: Remap | None = None,
+        router: str | None = None,
+        device: torch.device | str = "cpu",
+        key: int = 0,
+    ):
         self.enabled = remap is not None
-        self.forced: Tensor | None = None
+        self.key = key
+        self.handle = None
         if remap is not None:
             self.router = None if router is None else ROUTERS[router](remap, device)
             self.read = remap.D_F.T.float().to(device)  # (d, f)
             shifts = remap.shift()[None] if router is None else remap.shifts
             self.shifts = shifts.transpose(1, 2).float().contiguous().to(device)  # (num_experts, f, d)
 
+    @property
+    def acts(self) -> bool:
+        """Whether the hook does anything in the calling context."""
+        return self.enabled and not is_unrouted(self.key)
+
+    def attach(self, module: nn.Module) -> None:
+        """Put the hook before every other hook of the module."""
+        self.enabled = True
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=self.with_kwargs, prepend=True)
+
+    def detach(self) -> None:
+        """Take the hook off, if it is on."""
+        self.enabled = False  # first: whatever interrupts, it does nothing from here on
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
     def experts(self, z: Tensor) -> Tensor:
         """Which expert each of the samples `(batch, ..., d)` takes, `(batch,)` int64."""
-        if self.forced is not None:
-            return self.forced.to(z.device)
-        return torch.zeros(len(z), dtype=torch.int64, device=z.device) if self.router is None else self.router(z)
+        forced = forced_experts(self.key)
+        if forced is not None:
+            return forced.to(z.device)
+        if self.router is None:
+            return torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        return self.router(z)
 
     def route(self, z: Tensor, experts: Tensor | None = None) -> Tensor:
-        """E z for `(batch, ..., d)`, in float32, returned in the dtype of z; by the router's experts unless others are given."""
+        """E z for `(batch, ..., d)`, in float32, returned in the dtype of z; by the router unless experts are given."""
         experts = self.experts(z) if experts is None else experts
         shifts = self.shifts.to(z.device)[experts.to(z.device)]  # (batch, f, d)
         tokens = z.float().reshape(len(z), -1, z.shape[-1])
         return (tokens + tokens @ self.read.to(z.device) @ shifts).reshape(z.shape).to(z.dtype)
 
     def __reduce__(self) -> tuple:
-        logger.warning("A routing hook is copied without its factors: the copy keeps the mean expert, which is in the weights.")
+        logger.warning("A routing hook is copied without its factors: the copy keeps the mean expert in its weights.")
         return type(self), ()
 
 
-def detach_hook(erasure: Erasure) -> None:
-    if erasure.handle is not None:
-        erasure.handle.remove()
+def attach_hooks(hooks: Sequence[RoutingHook], modules: Sequence[nn.Module]) -> None:
+    """Put each hook, if there are any, on its module."""
+    for hook, module in zip(hooks, modules, strict=False):
+        hook.attach(module)
+    if hooks:
         reset_compiled()
 
 
-@contextmanager
-def hook_off(erasure: Erasure) -> Iterator[None]:
-    """The erasure's hook, if it has one, does nothing inside the block."""
-    if erasure.hook is None:
-        yield
-        return
-    erasure.hook.enabled = False
-    reset_compiled()
-    try:
-        yield
-    finally:
-        erasure.hook.enabled = True
+def detach_hooks(hooks: Iterable[RoutingHook]) -> None:
+    """Take hooks off their modules."""
+    for hook in hooks:
+        hook.detach()
         reset_compiled()
 
 
 def reset_compiled() -> None:
-    """torch does not guard module hooks: compiled code would go on with the old ones."""
+    """Torch does not guard module hooks: compiled code would go on with the old ones."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

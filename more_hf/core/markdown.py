@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def number(value: object) -> str:
@@ -34,6 +34,12 @@ def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] 
 
     rule = (f"{'-' * (w - 1)}:" if r else "-" * w for w, r in zip(widths, right, strict=True))
     return "\n".join([line(headers), f"| {' | '.join(rule)} |", *map(line, cells)])
+
+
+def bare_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Format names and findings as a Markdown table without a heading."""
+    lines = [f"| {_cell(name)} | {_cell(finding)} |" for name, finding in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def table_columns(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None) -> list[str]:

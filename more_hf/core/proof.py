@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from torch import Tensor
 
 from .erasure import Erasure
 from .errors import TargetNotFoundError
-from .hook import hook_off
+from .views import original_shown
 
 
 def proof_by_run(
     run: Callable[[], tuple[Tensor, Tensor]], current: Erasure | None, tolerance: float, cause: str
 ) -> Callable[[], dict[str, float]]:
-    """Measure the original now, and return the function that measures the edited model and compares.
+    """
+    Measure the original now, and return the function that measures the edited model and compares.
 
     Args:
-        run: outputs `(trials, ...)`, flattened, of the model on features that hold forget prototypes, and on the same with their targets.
-        current (`Erasure`, *optional*): an earlier erasure of the model, which the measurement of the original leaves out.
-        tolerance (`float`): of what may be left, as a share of the distance between the original's two outputs.
-        cause (`str`): for the error: what else may decide the output, and what to do.
+        run (`Callable`):
+            Gives the outputs `(trials, ...)` of the model on features that hold forget prototypes, and on the same with
+            their targets, flattened.
+        current (`Erasure`, *optional*):
+            An earlier erasure of the model, which the measurement of the original leaves out.
+        tolerance (`float`):
+            What may be left, as a share of the distance between the original's two outputs.
+        cause (`str`):
+            For the error: what else may decide the output, and what to do.
 
-    The returned function gives `forget_vs_target` and `target_changed` (0 for a correct edit) and `forget_changed` (1), and raises
-    `TargetNotFoundError` if they are not within the tolerance.
+    Returns:
+        `Callable`: gives `forget_vs_target` and `target_changed` (0 for a correct edit) and `forget_changed` (1), and
+        raises `TargetNotFoundError` if they are not within the tolerance.
     """
-    if current is None:
+    with nullcontext() if current is None else original_shown(current):
         source, target = run()
-    else:
-        with hook_off(current), current.original_weights():
-            source, target = run()
     apart = (source - target).norm(dim=1)
 
     def prove() -> dict[str, float]:
@@ -39,7 +44,9 @@ def proof_by_run(
             "target_changed": float(((new_target - target).norm(dim=1) / apart).max()),
             "forget_changed": float(((new_source - source).norm(dim=1) / apart).min()),
         }
-        if not (proof["forget_vs_target"] < tolerance and proof["target_changed"] < tolerance and proof["forget_changed"] > 0.5):
+        # written so that a NaN fails
+        gone = proof["forget_vs_target"] < tolerance and proof["target_changed"] < tolerance
+        if not (gone and proof["forget_changed"] > 0.5):
             measured = ", ".join(f"{key} {value:.2g}" for key, value in proof.items())
             raise TargetNotFoundError(f"The proof by run failed ({measured}; tolerance {tolerance:g}): {cause}")
         return proof

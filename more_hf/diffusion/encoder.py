@@ -1,8 +1,9 @@
-"""From names to prototypes: prompts, token positions, and the second moment of ordinary text."""
+"""From names to prototypes: the pipeline's own text encoding, the positions of a name in it, and means over them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,10 +24,27 @@ TOKENS = {
     "end": ("end+padding",),
     "last": ("bare last",),
 }
-BEGIN, EMPTY_END, EMPTY_PADDING, EMPTY_POOLED = "begin token", "empty prompt, end", "empty prompt, padding", "empty prompt"
+BEGIN, EMPTY_POOLED = "begin token", "empty prompt"
+EMPTY_END, EMPTY_PADDING = "empty prompt, end", "empty prompt, padding"
 POOLED = "pooled"
-ORDINARY = -1
+ORDINARY = -1  # the label of a feature that counts towards Σ and to no prototype
 BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, of so many positions; fewer where there are more
+
+
+class Span(NamedTuple):
+    """The positions `[start, stop)` of one prompt among its token features."""
+
+    prompt: str
+    start: int
+    stop: int
+
+
+class PlacedSegment(NamedTuple):
+    """A segment, where its positions begin among the token features, and how many there are."""
+
+    segment: Segment
+    offset: int
+    length: int
 
 
 def column(name: str, kind: str) -> str:
@@ -35,17 +53,33 @@ def column(name: str, kind: str) -> str:
 
 
 class Encoder:
-    """The pipeline's own text encoding, and where a name's tokens are in it."""
+    """
+    The pipeline's own text encoding, and where a name's tokens are in it.
 
-    def __init__(self, pipe: DiffusionPipeline):
-        """Raises `TargetNotFoundError` if the pipeline's way to encode prompts is not known."""
-        self.pipe = pipe
+    Args:
+        pipe (`DiffusionPipeline`):
+            The pipeline.
+        templates (`Sequence[str]`, *optional*):
+            Sentences around a name, with `{}` for it.
+
+    Raises:
+        `TargetNotFoundError`: the pipeline's way to encode prompts is not known.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, templates: Sequence[str] = TEMPLATES):
+        self.pipe, self.templates = pipe, templates
         self.text = text_of(pipe)
-        self.lengths = [segment.length(pipe) for segment in self.text.segments]
-        self.length = self.lengths[0]
+        self.segments: list[PlacedSegment] = []
+        offset = 0
+        for segment in self.text.segments:
+            length = segment.length(pipe)
+            self.segments.append(PlacedSegment(segment, offset, length))
+            offset += length
+        self.num_positions = offset
+        self.length = self.segments[0].length
 
     def token_ids(self, prompt: str, segment: Segment | None = None) -> list[int]:
-        """Without begin and end token, by the first segment's tokenizer if not another's; multi-vector learned tokens spelled out."""
+        """Without begin and end token, by the first segment's tokenizer if not another's; learned tokens spelled out."""
         segment = segment or self.text.segments[0]
         tokenizer = getattr(self.pipe, segment.tokenizer)
         if isinstance(self.pipe, TextualInversionLoaderMixin):
@@ -61,127 +95,193 @@ class Encoder:
         """The token features, `(len(prompts), tokens, d)`."""
         return self.features(prompts)["tokens"]
 
-    def fixed(self) -> list[tuple[str, str, int, int]]:
-        """Prototypes that always stay: `(name, prompt, start, stop)`, the range of positions among the token features."""
-        found, offset = [], 0
-        for segment, length in zip(self.text.segments, self.lengths, strict=True):
+    def constant_spans(self) -> dict[str, Span]:
+        """Prototypes that always stay, by name: begin tokens and the parts of the empty prompt."""
+        spans = {}
+        for segment, offset, length in self.segments:
             end = offset + segment.before
             if segment.clip:
-                found.append((segment.label + BEGIN, "", offset, end))
-            found.append((segment.label + EMPTY_END, "", end, end + 1))
+                spans[segment.label + BEGIN] = Span("", offset, end)
+            spans[segment.label + EMPTY_END] = Span("", end, end + 1)
             if segment.padding:
-                found.append((segment.label + EMPTY_PADDING, "", end + 1, offset + length))
-            offset += length
-        return found
+                spans[segment.label + EMPTY_PADDING] = Span("", end + 1, offset + length)
+        return spans
 
-    def read(self, prompt: str) -> list[tuple[int, int]]:
-        """Ranges of positions that the denoiser reads, but for begin tokens."""
-        found, offset = [], 0
-        for segment, length in zip(self.text.segments, self.lengths, strict=True):
-            stop = length if segment.padding else min(segment.before + len(self.token_ids(prompt, segment)) + 1, length)
-            found.append((offset + segment.before, offset + stop))
-            offset += length
-        return found
+    def ordinary_spans(self, prompt: str) -> list[Span]:
+        """The positions of a prompt that the denoiser reads, but for begin tokens."""
+        spans = []
+        for segment, offset, length in self.segments:
+            stop = length
+            if not segment.padding:
+                stop = min(segment.before + len(self.token_ids(prompt, segment)) + 1, length)
+            spans.append(Span(prompt, offset + segment.before, offset + stop))
+        return spans
 
-    def spans(self, name: str, kind: str) -> list[tuple[str, int, int]]:
-        """Prompts that hold the name, each with the range of positions `[start, stop)` that this kind of prototype averages."""
-        index = max(i for i, segment in enumerate(self.text.segments) if kind.startswith(segment.label))
-        segment, length, offset = self.text.segments[index], self.lengths[index], sum(self.lengths[:index])
+    def name_spans(self, name: str, kind: str) -> list[Span]:
+        """
+        The positions that one kind of prototype of a name averages, in every prompt that holds the name.
+
+        Raises:
+            `PrototypeError`: the name has no tokens, or too many for a prompt around it.
+        """
+        # a kind carries its segment's label; the last segment that fits has the longest label
+        labelled = [placed for placed in self.segments if kind.startswith(placed.segment.label)]
+        segment, offset, length = labelled[-1]
         kind = kind.removeprefix(segment.label)
         own = self.token_ids(name, segment)
         if not own:
             raise PrototypeError(f"The concept {name!r} has no tokens in this tokenizer. Give it a name.")
-        found = []
-        for template in ("{}",) if kind == "bare last" else TEMPLATES:
+        spans = []
+        for template in ("{}",) if kind == "bare last" else self.templates:
             prompt = template.format(name)
             ids = self.token_ids(prompt, segment)
-            starts = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
-            if segment.before + len(ids) + 1 > length or not starts:
+            first = _find(own, ids)
+            if first is None or segment.before + len(ids) + 1 > length:
                 continue
-            start = segment.before + starts[0]
-            stop, end = start + len(own), segment.before + len(ids)  # `end` is the position of the end token
-            last = length if segment.padding else end + 1
-            ranges = {
-                "subject": (start, stop),
-                "last": (stop - 1, stop),
-                "bare last": (stop - 1, stop),
-                "after": (stop, end),
-                "end": (end, end + 1),
-                "padding": (end + 1, last),
-                "end+padding": (end, last),
-            }
-            if ranges[kind][0] < ranges[kind][1]:
-                found.append((prompt, offset + ranges[kind][0], offset + ranges[kind][1]))
-        if not found:
-            raise PrototypeError(f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around it.")
-        return found
+            start, end = segment.before + first, segment.before + len(ids)  # of the name; of the end token
+            start, stop = _positions(kind, start, start + len(own), end, length if segment.padding else end + 1)
+            if start < stop:
+                spans.append(Span(prompt, offset + start, offset + stop))
+        if not spans:
+            raise PrototypeError(
+                f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around it. "
+                "Use a shorter name."
+            )
+        return spans
 
 
-def kinds_of(text: Text, tokens: str) -> dict[str, list[str]]:
-    """Space -> the kinds of prototype that a name has there; `tokens` is a key of `TOKENS`."""
-    kinds = {
-        "tokens": [segment.label + kind for segment in text.segments for kind in TOKENS[tokens] if segment.padding or kind != "padding"]
-    }
-    return {**kinds, "pooled": [POOLED]} if text.pooled else kinds
+def _find(part: list[int], whole: list[int]) -> int | None:
+    """Where `part` first stands in `whole`."""
+    for i in range(len(whole) - len(part) + 1):
+        if whole[i : i + len(part)] == part:
+            return i
+    return None
 
 
-def fit_prototypes(pipe: DiffusionPipeline, names: Iterable[str], tokens: str, *, sigma_prompts: Sequence[str]) -> dict[str, Prototypes]:
-    """Prototypes of names, of begin tokens and of the empty prompt, and the second moment of ordinary text, in every space.
+def _positions(kind: str, start: int, stop: int, end: int, last: int) -> tuple[int, int]:
+    """The positions of a kind in a prompt with the name at `[start, stop)`, the end token at `end`, padding up to `last`."""
+    return {
+        "subject": (start, stop),
+        "last": (stop - 1, stop),
+        "bare last": (stop - 1, stop),
+        "after": (stop, end),
+        "end": (end, end + 1),
+        "padding": (end + 1, last),
+        "end+padding": (end, last),
+    }[kind]
+
+
+def kinds_of(text: Text, tokens: str, *, pooled: bool = True) -> dict[str, list[str]]:
+    """The kinds of prototype that a name has in each space; `tokens` is a key of `TOKENS`."""
+    kinds = []
+    for segment in text.segments:
+        kinds += [segment.label + kind for kind in TOKENS[tokens] if segment.padding or kind != "padding"]
+    return {"tokens": kinds, "pooled": [POOLED]} if text.pooled and pooled else {"tokens": kinds}
+
+
+class _Plan:
+    """What one space's fitter is fed: the prototypes' names, and which positions of each prompt count for which."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.spans: dict[str, list[tuple[int, int, int]]] = {}  # prompt -> (label, start, stop)
+
+    def prototype(self, name: str, spans: Iterable[Span]) -> None:
+        self._add(len(self.names), spans)
+        self.names.append(name)
+
+    def ordinary(self, spans: Iterable[Span]) -> None:
+        self._add(ORDINARY, spans)
+
+    def _add(self, label: int, spans: Iterable[Span]) -> None:
+        for prompt, start, stop in spans:
+            self.spans.setdefault(prompt, []).append((label, start, stop))
+
+    def entries(self, batch: Sequence[str]) -> Tensor:
+        """`(entries, 3)`, int64: row in the batch, position and label of every feature that counts."""
+        entries = []
+        for row, prompt in enumerate(batch):
+            for label, start, stop in self.spans.get(prompt, ()):
+                entries += [(row, position, label) for position in range(start, stop)]
+        return torch.tensor(entries, dtype=torch.int64).reshape(-1, 3)
+
+
+def fit_prototypes(
+    pipe: DiffusionPipeline,
+    names: Iterable[str],
+    tokens: str,
+    *,
+    sigma_prompts: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+) -> dict[str, Prototypes]:
+    """
+    Prototypes of names, begin tokens and the empty prompt, and the second moment of ordinary text, in every space.
 
     Args:
-        pipe: the pipeline; its text encoders run once over every distinct prompt, in batches.
-        names (`Iterable[str]`): forgotten names and aliases, targets, retained names.
-        tokens (`str`): a key of `TOKENS`.
-        sigma_prompts (`Sequence[str]`): prompts behind Σ; every token but begin tokens counts. Empty for no Σ.
+        pipe (`DiffusionPipeline`):
+            The pipeline; its text encoders run once over every distinct prompt, in batches.
+        names (`Iterable[str]`):
+            Forgotten names and aliases, targets, retained names.
+        tokens (`str`):
+            A key of `TOKENS`.
+        sigma_prompts (`Sequence[str]`):
+            Prompts behind Σ; every token but begin tokens counts. Empty for no Σ.
+        templates (`Sequence[str]`, *optional*):
+            Sentences around a name.
 
-    Returns for `"tokens"`, and `"pooled"` where there is one, `Prototypes` with the begin tokens' and the empty prompt's columns, then one
-    `column(name, kind)` per name and kind. A pooled prototype is the mean over the name's prompts.
+    Returns:
+        `dict[str, Prototypes]`: for `"tokens"`, and `"pooled"` where there is one, the columns of begin tokens and the
+        empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype is the mean over the name's
+        prompts.
     """
-    encoder = Encoder(pipe)
+    encoder = Encoder(pipe, templates)
     kinds = kinds_of(encoder.text, tokens)
-    # space -> prompt -> [(label, start, stop)]; a pooled feature is at position 0, and ORDINARY is the label of what Σ is over
-    wanted: dict[str, dict[str, list[tuple[int, int, int]]]] = {space: {} for space in kinds}
-    labels: dict[str, list[str]] = {space: [] for space in kinds}
+    plans = {space: _Plan() for space in kinds}
 
-    def want(space: str, name: str, spans: Iterable[tuple[str, int, int]]) -> None:
-        for prompt, start, stop in spans:
-            wanted[space].setdefault(prompt, []).append((len(labels[space]), start, stop))
-        labels[space].append(name)
-
-    for name, *span in encoder.fixed():
-        want("tokens", name, [span])
-    if encoder.text.pooled:
-        want("pooled", EMPTY_POOLED, [("", 0, 1)])
+    # 1. What every prompt's features count for. A pooled feature is at position 0 of its prompt.
+    for name, span in encoder.constant_spans().items():
+        plans["tokens"].prototype(name, [span])
+    if "pooled" in plans:
+        plans["pooled"].prototype(EMPTY_POOLED, [Span("", 0, 1)])
     for name in dict.fromkeys(names):
         for kind in kinds["tokens"]:
-            want("tokens", column(name, kind), encoder.spans(name, kind))
-        if encoder.text.pooled:
-            want("pooled", column(name, POOLED), [(template.format(name), 0, 1) for template in TEMPLATES])
+            plans["tokens"].prototype(column(name, kind), encoder.name_spans(name, kind))
+        if "pooled" in plans:
+            spans = [Span(template.format(name), 0, 1) for template in templates]
+            plans["pooled"].prototype(column(name, POOLED), spans)
     for prompt in dict.fromkeys(sigma_prompts):
-        for space in kinds:
-            ranges = [(0, 1)] if space == "pooled" else encoder.read(prompt)
-            wanted[space].setdefault(prompt, []).extend((ORDINARY, *span) for span in ranges)
+        plans["tokens"].ordinary(encoder.ordinary_spans(prompt))
+        if "pooled" in plans:
+            plans["pooled"].ordinary([Span(prompt, 0, 1)])
 
+    # 2. One pass over the distinct prompts, for all spaces together.
+    prompts: dict[str, None] = {}
+    for plan in plans.values():
+        prompts |= dict.fromkeys(plan.spans)
+    prompts = list(prompts)
+    size = min(BATCH, max(1, BATCH * CLIP_LENGTH // encoder.num_positions))
     fitters: dict[str, PrototypeFitter] = {}
-    prompts = list(dict.fromkeys(prompt for spans in wanted.values() for prompt in spans))
-    size = min(BATCH, max(1, BATCH * CLIP_LENGTH // sum(encoder.lengths)))
     for first in range(0, len(prompts), size):
         batch = prompts[first : first + size]
         for space, features in encoder.features(batch).items():
             features = features[:, None] if space == "pooled" else features
-            spans = [(row, *span) for row, prompt in enumerate(batch) for span in wanted[space].get(prompt, ())]
-            at = [(row, i, label) for row, label, start, stop in spans for i in range(start, stop)]
-            rows, positions, marks = torch.tensor(at, dtype=torch.int64, device=features.device).reshape(-1, 3).T
             if space not in fitters:
-                fitters[space] = PrototypeFitter(features.shape[-1], labels[space], device=features.device)
-            fitters[space].update(features[rows, positions], marks)  # which leaves ORDINARY out
-            if len(ordinary := (marks == ORDINARY).nonzero()[:, 0]):
+                width, device = features.shape[-1], features.device
+                fitters[space] = PrototypeFitter(width, plans[space].names, device=device)
+            rows, positions, labels = plans[space].entries(batch).to(features.device).T
+            fitters[space].update(features[rows, positions], labels)  # which leaves ORDINARY out
+            ordinary = labels == ORDINARY
+            if ordinary.any():
                 fitters[space].update_moment(features[rows[ordinary], positions[ordinary]])
     return {space: fitter.prototypes for space, fitter in fitters.items()}
 
 
 def shared_first_tokens(pipe: DiffusionPipeline, name: str, others: Iterable[str]) -> Mapping[str, int]:
-    """Names whose first tokens are those of `name`: in a causal encoder these tokens have the same vectors. Name -> how many."""
+    """
+    Names whose first tokens are those of `name`, and how many they share.
+
+    In a causal encoder these tokens have the same vectors, so that what moves one moves the other.
+    """
     encoder = Encoder(pipe)
     if not encoder.text.segments[0].clip:
         return {}
@@ -189,7 +289,9 @@ def shared_first_tokens(pipe: DiffusionPipeline, name: str, others: Iterable[str
     shared = {}
     for other in others:
         ids = encoder.token_ids(other)
-        count = next((i for i, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b), min(len(own), len(ids)))
+        count = 0
+        while count < min(len(own), len(ids)) and own[count] == ids[count]:
+            count += 1
         if count:
             shared[other] = count
     return shared

@@ -8,33 +8,36 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..core.erasure import PROOF_TOLERANCE, Erasure
-from ..core.hook import hook_off
+from ..core.erasure import Erasure
+from ..core.install import PROOF_TOLERANCE
 from ..core.proof import proof_by_run
 from ..core.remap import Remap
+from ..core.views import experts_forced, routing_off
 from .sites import Denoiser, lora_branches
 
 
-SPREAD = 4  # E sends p_t + c (p_f − p_t) to p_t for every c; a larger one stands out from the rounding of a half-precision run
+SPREAD = 4  # E sends p_t + c (p_f − p_t) to p_t for every c; a larger one stands out from half precision's rounding
 TOLERANCE = {**PROOF_TOLERANCE, torch.bfloat16: 2e-1}  # so that less is allowed to rounding here
+TRIED_EXPERTS = 8
+
+Text = dict[str, Tensor]  # space -> features of a batch
 
 
 def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Callable[[], dict[str, float]]:
-    """Run the real model on forget and target prototypes now, and return a function that runs it again and compares.
-
-    The text is a prototype that stays followed by every forget prototype, or by what each is sent to; then, where the model reads a
-    pooled feature, each of its forget prototypes, or what it is sent to, so that each way of the prompt into the model is compared in
-    its own units. Before the edit the two differ; after it they must not, and the target's output must be what it was. The mean expert
-    is tried without the routing hook, since the weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it
-    reads the text beside the edited layers.
     """
-    hook = erasure.hook
-    remaps = {site.space: erasure.remap_of(name) for name, site in erasure.sites.items()}
-    mean_text = _texts(remaps, None)
-    experts = range(min(erasure.remap.num_experts, 8)) if hook is not None else ()
-    expert_texts = [_texts(remaps, expert) for expert in experts]
+    Run the real model on forget and target prototypes now, and return a function that runs it again and compares.
 
-    def call(texts: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    The text is a prototype that stays followed by every forget prototype, or by what each is sent to; then, where the
+    model reads a pooled feature, each of its forget prototypes, or what it is sent to, so that each way of the prompt
+    into the model is compared in its own units. Before the edit the two differ; after it they must not, and the target's
+    output must be what it was. The mean expert is tried without the routing hook, since the weights alone must hold it,
+    then up to eight experts with it. A LoRA is switched off: it reads the text next to the edited layers.
+    """
+    mean_text = _texts(erasure.remaps, None)
+    experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
+    expert_texts = [_texts(erasure.remaps, expert) for expert in experts]
+
+    def call(texts: Sequence[tuple[Text, Text]]) -> tuple[Tensor, Tensor]:
         sides = [text for side in zip(*texts, strict=True) for text in side]  # all sources, then all targets
         joined = {space: torch.cat([text[space] for text in sides]) for space in sides[0]}
         return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(2)
@@ -43,47 +46,51 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     def run() -> tuple[Tensor, Tensor]:
         """Outputs of all rows, `(rows, ...)`, for sources and for targets."""
         with _plain(denoiser):
-            with hook_off(erasure):
+            with routing_off(erasure):
                 outputs = [call([mean_text])]
             if expert_texts:
                 rows = len(mean_text[0]["tokens"])
-                hook.forced = torch.tensor([expert for expert in experts for _ in range(rows)] * 2)
-                try:
+                taken = torch.tensor(experts).repeat_interleave(rows).repeat(2)
+                with experts_forced(erasure, taken):
                     outputs.append(call(expert_texts))
-                finally:
-                    hook.forced = None
-        return tuple(torch.cat(part) for part in zip(*outputs, strict=True))
+        sources, targets = zip(*outputs, strict=True)
+        return torch.cat(sources), torch.cat(targets)
 
     return proof_by_run(
         run,
         current,
         TOLERANCE[next(iter(erasure.sites.values())).read().dtype],
-        "the model does not read the prompt through the edited layers alone. The edit was rolled back; the pipeline is as it was. Take "
-        "custom attention processors and offloading off (`unet.set_default_attn_processor()`), erase, and put them back.",
+        "the model does not read the prompt through the edited layers alone. The edit was rolled back; the pipeline is as "
+        "it was. Take custom attention processors and offloading off (`unet.set_default_attn_processor()`), erase, and "
+        "put them back.",
     )
 
 
-def _texts(remaps: Mapping[str, Remap], expert: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Source and target rows: one with all forget prototypes among its tokens `(rows, 1 + f, d)`, one for each that is pooled
-    `(rows, d')`. The other feature of a row is the space's first prototype, which always stays."""
-    stays = {space: remap.prototypes.matrix[:, 0] for space, remap in remaps.items()}
-    forget = {space: remap.prototypes.matrix[:, list(remap.forget)].T for space, remap in remaps.items()}
-    target = {space: forget[space] + remap.shift(expert).T for space, remap in remaps.items()}
-    source = {space: target[space] - SPREAD * remap.shift(expert).T for space, remap in remaps.items()}
+def _texts(remaps: Mapping[str, Remap], expert: int | None) -> tuple[Text, Text]:
+    """
+    Source and target rows: one with all forget prototypes among its tokens `(rows, 1 + f, d)`, one for each that is
+    pooled `(rows, d')`. The other feature of a row is the space's first prototype, which always stays.
+    """
+    sources, targets, stays = {}, {}, {}
+    for space, remap in remaps.items():
+        shift = remap.shift(expert).T
+        targets[space] = remap.prototypes.matrix[:, list(remap.forget)].T + shift
+        sources[space] = targets[space] - SPREAD * shift
+        stays[space] = remap.prototypes.matrix[:, 0]
+    return _rows(sources, stays), _rows(targets, stays)
 
-    def rows(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tokens = torch.cat([stays["tokens"][None], features["tokens"]])[None]
-        if "pooled" not in features:
-            return {"tokens": tokens}
-        plain = stays["tokens"].expand(len(features["pooled"]), tokens.shape[1], -1)
-        return {"tokens": torch.cat([tokens, plain]), "pooled": torch.cat([stays["pooled"][None], features["pooled"]])}
 
-    return rows(source), rows(target)
+def _rows(features: Text, stays: Text) -> Text:
+    tokens = torch.cat([stays["tokens"][None], features["tokens"]])[None]
+    if "pooled" not in features:
+        return {"tokens": tokens}
+    plain = stays["tokens"].expand(len(features["pooled"]), tokens.shape[1], -1)
+    return {"tokens": torch.cat([tokens, plain]), "pooled": torch.cat([stays["pooled"][None], features["pooled"]])}
 
 
 @contextmanager
 def _plain(denoiser: Denoiser) -> Iterator[None]:
-    """No dropout, no LoRA, no compilation (the proof's shapes must not make the user's model recompile); all put back afterwards."""
+    """No dropout, no LoRA, no compilation (the proof's shapes must not make the user's model recompile); as before after."""
     training = [module for module in denoiser.module.modules() if module.training]
     loras = [(layer, layer.disable_adapters) for layer in lora_branches(denoiser)]
     denoiser.module.eval()

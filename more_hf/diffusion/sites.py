@@ -11,9 +11,9 @@ from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from ..core.erasure import Site, check_unshared
 from ..core.errors import TargetNotFoundError
-from .families import FAMILIES, Family, family_of
+from ..core.site import Site, check_unshared
+from .families import FAMILIES, Family, Reader, family_of
 from .text import text_of
 
 
@@ -28,78 +28,126 @@ class Denoiser(NamedTuple):
     family: Family
 
 
-def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
-    """The pipeline's denoiser.
+def require_pipeline(pipe: DiffusionPipeline) -> None:
+    """Raises `TargetNotFoundError` for anything that is not a pipeline of diffusers."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TargetNotFoundError(
+            f"A {type(pipe).__name__} is neither a pipeline of diffusers nor an image classifier (nn.Module). "
+            "Pass the pipeline or the classifier itself."
+        )
 
-    Raises `TargetNotFoundError` for an unknown family (with the layers that may read its text), for text encoders that are missing or
-    used in an unknown way, and for another component that reads text.
+
+def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
     """
-    modules = {name: unwrap_module(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    denoisers = [Denoiser(name, part, family) for name, part in modules.items() if (family := family_of(part)) is not None]
+    Find the pipeline's denoiser.
+
+    Raises:
+        `TargetNotFoundError`: its family is unknown (the message names the layers that may read its text), text encoders
+        are missing or used in an unknown way, or another component reads text.
+    """
+    require_pipeline(pipe)
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    modules = {name: unwrap_module(part) for name, part in parts.items()}
+    families = {name: family_of(part) for name, part in modules.items()}
+    denoisers = [Denoiser(name, modules[name], family) for name, family in families.items() if family is not None]
     if len(denoisers) != 1:
         raise TargetNotFoundError(_unknown(pipe, modules, len(denoisers)))
-    if denoisers[0].family.pooled and not text_of(pipe).pooled:
+    (denoiser,) = denoisers
+    if denoiser.family.pooled and not text_of(pipe).pooled:
         raise TargetNotFoundError(
-            f"{type(pipe).__name__} has the denoiser of {denoisers[0].family.name}, which reads a pooled prompt embedding that its text "
-            "encoder does not make. Is this the right text encoder?"
+            f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt embedding that "
+            "its text encoder does not make. Is this the right text encoder?"
         )
     for name, part in modules.items():
-        if name != denoisers[0].name and not name.startswith("text_encoder") and _reads_text(part):
+        if name != denoiser.name and not name.startswith("text_encoder") and _reads_text(part):
             raise TargetNotFoundError(
-                f"`{name}` ({type(part).__name__}) reads the prompt with layers of its own and would still know the concept. "
-                f"Erase from the pipeline without it (e.g. `StableDiffusionPipeline.from_pipe(pipe)`)."
+                f"`{name}` ({type(part).__name__}) reads the prompt with layers of its own and would still know the "
+                "concept. Erase from the pipeline without it (e.g. `StableDiffusionPipeline.from_pipe(pipe)`)."
             )
-    return denoisers[0]
+    return denoiser
 
 
-def _unknown(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], found: int) -> str:
+def _unknown(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], count: int) -> str:
     known = ", ".join(f"{family.name} ({cls})" for (cls, _), family in FAMILIES.items())
     classes = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules.items())
-    message = f"{type(pipe).__name__} has {found} denoisers of a supported family ({known}). It has {classes}."
-    widths = {part.config.hidden_size for name, part in modules.items() if name.startswith("text_encoder")}
-    others = [(name, part) for name, part in modules.items() if not name.startswith("text_encoder")]
-    layers = [
-        f"{name}.{inner}"
-        for name, part in others
-        for inner, layer in part.named_modules()
-        if isinstance(layer, nn.Linear) and layer.in_features in widths
-    ]
+    message = f"{type(pipe).__name__} has {count} denoisers of a supported family ({known}). It has {classes}."
+    encoders = [part for name, part in modules.items() if name.startswith("text_encoder")]
+    widths = {encoder.config.hidden_size for encoder in encoders}
+    layers = []
+    for name, part in modules.items():
+        if part not in encoders:
+            layers += [f"{name}.{inner}" for inner, layer in part.named_modules() if _is_as_wide(layer, widths)]
     if layers:
         message += (
-            f" {len(layers)} linear layers are as wide as the text encoder's features ({', '.join(map(str, sorted(widths)))}) and may read "
-            f"them: {', '.join(layers[:LISTED])}. A family that names the right ones is an entry in `more_hf.diffusion.families.FAMILIES`."
+            f" {len(layers)} linear layers are as wide as the text encoder's features "
+            f"({', '.join(map(str, sorted(widths)))}) and may read them: {', '.join(layers[:LISTED])}. "
+            "A family that names the right ones is an entry in `more_hf.diffusion.families.FAMILIES`."
         )
     return message
 
 
+def _is_as_wide(layer: nn.Module, widths: set[int]) -> bool:
+    return isinstance(layer, nn.Linear) and layer.in_features in widths
+
+
 def _reads_text(part: nn.Module) -> bool:
-    """Whether a component beside the denoiser reads the prompt: a ControlNet, for instance."""
-    return hasattr(part, "context_embedder") or any(isinstance(m, Attention) and m.is_cross_attention for m in part.modules())
+    """Whether a component other than the denoiser reads the prompt: a ControlNet, for instance."""
+    attentions = [module for module in part.modules() if isinstance(module, Attention)]
+    return hasattr(part, "context_embedder") or any(attention.is_cross_attention for attention in attentions)
 
 
-def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = False) -> dict[str, Site]:
-    """Every layer of the denoiser that reads the prompt's tokens, and its pooled feature if `pooled`, checked to be editable.
-
-    Raises `TargetNotFoundError`; changes nothing. A LoRA that is loaded but not fused stays as it is: the site is its base layer.
+def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:
     """
-    if getattr(pipe, "num_fused_loras", 0):
-        raise TargetNotFoundError(f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse again.")
-    registries = [m.__dict__["_diffusers_hook"] for m in denoiser.module.modules() if "_diffusers_hook" in m.__dict__]
-    offloading = filter(None, (registry.get_hook("group_offloading") for registry in registries))
-    if any(hook.config.offload_to_disk_path is not None for hook in offloading):
-        raise TargetNotFoundError(
-            "The denoiser is group-offloaded to disk, where an edit would not reach it. Erase first, then enable offloading to disk."
-        )
+    Every layer of the denoiser that reads the prompt's tokens, and its pooled feature if `pooled`; under a LoRA the base.
+
+    Raises:
+        `TargetNotFoundError`: there is none, or their projections are fused.
+    """
     readers = denoiser.family.find(denoiser.module)
     if not readers:
-        raise TargetNotFoundError(f"{type(denoiser.module).__name__} has no attention that reads text (no layer with cross-attention).")
-    sites = {
-        name: Site(name, _base_layer(name, reader.module), space=reader.space, columns=reader.columns)
+        raise TargetNotFoundError(
+            f"{type(denoiser.module).__name__} has no attention that reads text (no layer with cross-attention)."
+        )
+    return {
+        name: reader._replace(module=_base_layer(reader.module))
         for name, reader in readers.items()
         if pooled or reader.space == "tokens"
     }
+
+
+def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = False) -> dict[str, Site]:
+    """
+    The layers of `find_layers`, checked to be editable. Changes nothing.
+
+    A LoRA that is loaded but not fused stays as it is: the site is its base layer.
+
+    Raises:
+        `TargetNotFoundError`: a layer cannot be edited in place; the message has the remedy.
+    """
+    if getattr(pipe, "num_fused_loras", 0):
+        raise TargetNotFoundError(
+            f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse again."
+        )
+    if _is_offloaded_to_disk(denoiser.module):
+        raise TargetNotFoundError(
+            "The denoiser is group-offloaded to disk, where an edit would not reach it. "
+            "Erase first, then enable offloading to disk."
+        )
+    for name, reader in denoiser.family.find(denoiser.module).items():
+        if _is_lora(reader.module) and reader.module.merged:
+            raise TargetNotFoundError(
+                f"`{name}` has a merged LoRA. Call `pipe.unfuse_lora()` first, erase, then fuse again."
+            )
+    readers = find_layers(denoiser, pooled=pooled)
+    sites = {name: Site(name, module, space=space, columns=columns) for name, (module, space, columns) in readers.items()}
     check_unshared(sites, denoiser.module)
     return sites
+
+
+def _is_offloaded_to_disk(model: nn.Module) -> bool:
+    registries = [module.__dict__.get("_diffusers_hook") for module in model.modules()]
+    hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+    return any(hook is not None and hook.config.offload_to_disk_path is not None for hook in hooks)
 
 
 def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:
@@ -107,13 +155,15 @@ def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:
     for name, site in sites.items():
         if site.read().shape[1] != widths[site.space]:
             raise TargetNotFoundError(
-                f"`{name}` does not read the text encoder's {widths[site.space]} features. Is this the right text encoder?"
+                f"`{name}` does not read the text encoder's {widths[site.space]} features. "
+                "Is this the right text encoder?"
             )
 
 
 def lora_branches(denoiser: Denoiser) -> list[nn.Module]:
-    """The sites' LoRA layers: their own weights read the text beside the edited base layer."""
-    return [reader.module for reader in denoiser.family.find(denoiser.module).values() if _is_lora(reader.module)]
+    """The sites' LoRA layers: their own weights read the text next to the edited base layer."""
+    readers = denoiser.family.find(denoiser.module).values()
+    return [reader.module for reader in readers if _is_lora(reader.module)]
 
 
 def _is_lora(layer: nn.Module) -> bool:
@@ -124,9 +174,5 @@ def _is_lora(layer: nn.Module) -> bool:
     return isinstance(layer, BaseTunerLayer)
 
 
-def _base_layer(name: str, layer: nn.Module) -> nn.Module:
-    if not _is_lora(layer):
-        return layer
-    if layer.merged:
-        raise TargetNotFoundError(f"`{name}` has a merged LoRA. Call `pipe.unfuse_lora()` first, erase, then fuse again.")
-    return layer.get_base_layer()
+def _base_layer(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if _is_lora(layer) else layer

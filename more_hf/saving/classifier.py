@@ -13,17 +13,20 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from ..classification.erasure import ClassErasure
 from ..classification.features import plain_model
 from ..classification.heads import find_module
-from ..classification.hook import attach_hooks
-from ..core import erasure as store
-from ..core.erasure import Erasure, Site
+from ..classification.hook import make_hooks
+from ..core.erasure import Erasure
 from ..core.errors import ExportError, IncompatibleBaseError
-from .record import DELTA, Record, edited_in, read_delta
+from ..core.hook import attach_hooks
+from ..core.record import Record
+from ..core.registry import register
+from ..core.site import Site
+from .record import DELTA, edited_in, read_delta
 
 
 def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
     """The classifier inside DDP or `torch.compile`. Raises `ExportError` where a folder would hold the original."""
     model = plain_model(model)
-    if erasure.request["at"] is not None:
+    if erasure.request.at is not None:
         raise ExportError(
             f"The classes are forgotten by a hook on `{erasure.request['at']}` only; the weights are the original's, and saving would "
             "publish them. Erase at the head (leave `at` out) to get a model that can be saved."
@@ -47,12 +50,12 @@ def load_classifier(source: str | os.PathLike, folder: Path, record: Record, **k
         )
     sites = {name: Site(name, find_module(model, name), space=name) for name in record.sites}
     remaps = read_delta(folder / DELTA) if (folder / DELTA).is_file() else {}
-    erasure = ClassErasure(record.request, None, sites, None, record.guarantees, record.proof, record.facts)
+    erasure = ClassErasure(record.request, record.facts, sites, remaps, None, record.guarantees, record.proof)
     if remaps:
-        erasure.remap, erasure.remaps = next(iter(remaps.values())), remaps
-        attach_hooks(model, {name: site.module for name, site in sites.items()}, erasure)
+        erasure.hooks = make_hooks(erasure, sites, next(model.parameters()).device)
+        attach_hooks(erasure.hooks, [site.module for site in sites.values()])
         with safe_open(folder / DELTA, "pt") as file:
             if "router.weight" in file.keys():
                 erasure.hook.router.weight = file.get_tensor("router.weight").to(erasure.hook.router.weight)
-    store.remember(model, erasure)
+    register(model, erasure)
     return model

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,15 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..api import get_erasure
-from ..core import erasure as store
-from ..core.erasure import RECORD, Erasure
+from ..core.erasure import Erasure
 from ..core.errors import ExportError, IncompatibleBaseError, MoreError
-from ..core.remap import Remap
-from ..diffusion.hook import attach_hook, make_hook
+from ..core.hook import attach_hooks
+from ..core.record import RECORD, Record
+from ..core.registry import register
+from ..core.request import ConceptRequest
+from ..core.site import fingerprint
+from ..diffusion.erasure import ConceptErasure
+from ..diffusion.hook import make_hooks
 from ..diffusion.plan import prepare
 from ..diffusion.sites import find_denoiser, find_sites, lora_branches
 from .classifier import load_classifier, savable_classifier
@@ -31,7 +34,6 @@ from .record import (
     WEIGHT_FILES,
     Record,
     Verification,
-    by_space,
     check_files,
     edited_in,
     layout_of,
@@ -77,16 +79,16 @@ def save(pipe: DiffusionPipeline | nn.Module, folder: str | os.PathLike, *, incl
             sites={name: list(site.read().shape) for name, site in erasure.sites.items()},
             guarantees=erasure.guarantees,
             proof=erasure.proof,
-            facts={"base_revision": revision, **erasure.facts},
+            facts=replace(erasure.facts, base_revision=revision or erasure.facts.base_revision),
             denoiser=name,
             variant=kwargs.get("variant"),
             layout=layout_of(shapes),
-            edited=store.fingerprint({name: site.read() for name, site in erasure.sites.items()}),
+            edited=fingerprint({name: site.read() for name, site in erasure.sites.items()}),
         )
-        (draft / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", "utf-8")
+        (draft / RECORD).write_text(record.to_json(), "utf-8")
         if include_delta:
             write_delta(erasure, draft / DELTA)
-        shifts = {space: remap.shift() for space, remap in by_space(erasure).items()}
+        shifts = {space: remap.shift() for space, remap in erasure.remaps.items()}
         if not shifts and not isinstance(pipe, nn.Module):
             shifts = _shifts(pipe, erasure.request)
         if not (check := check_files(draft, record, shifts)).ok:
@@ -162,7 +164,7 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
         return load_classifier(source, folder, record, **kwargs)
     pipe = DiffusionPipeline.from_pretrained(source, variant=variant, use_safetensors=True, **kwargs)
     denoiser = find_denoiser(pipe)
-    sites = find_sites(pipe, denoiser, pooled=record.request["pooled"])
+    sites = find_sites(pipe, denoiser, pooled=record.request.pooled)
     shapes = {name: list(site.read().shape) for name, site in sites.items()}
     if shapes != record.sites:
         raise IncompatibleBaseError(f"The record in {folder} is of a model with other layers ({len(record.sites)}, here {len(shapes)}).")
@@ -173,12 +175,10 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
             "`DiffusionPipeline.from_pretrained`, which reads no record."
         )
     remaps = read_delta(folder / DELTA) if (folder / DELTA).is_file() else {}
-    erasure = Erasure(record.request, remaps.get("tokens"), sites, None, record.guarantees, record.proof, record.facts)
-    erasure.remaps = {name: remaps[site.space] for name, site in sites.items() if site.space != "tokens" and remaps}
-    if remaps and erasure.router is not None:
-        erasure.hook = make_hook(denoiser, erasure, pipe._execution_device)
-        attach_hook(denoiser.module, erasure)
-    store.remember(denoiser.module, erasure)
+    erasure = ConceptErasure(record.request, record.facts, sites, remaps, None, record.guarantees, record.proof)
+    erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
+    attach_hooks(erasure.hooks, [denoiser.module])
+    register(denoiser.module, erasure)
     return pipe
 
 
@@ -202,10 +202,10 @@ def verify(folder: str | os.PathLike) -> Verification:
     return check_files(folder, record, _shifts(pipe, record.request))
 
 
-def _shifts(pipe: DiffusionPipeline, request: dict[str, Any]) -> dict[str, Tensor]:
+def _shifts(pipe: DiffusionPipeline, request: ConceptRequest) -> dict[str, Tensor]:
     """Space -> P̄_t − P_F, `(d, f)`: it depends on neither the solver nor retained names."""
-    problems = prepare(pipe, {**request, "retain": []}, ())
-    return {space: Remap.fit(**problem, solver="pinv").shift() for space, problem in problems.items()}
+    problems = prepare(pipe, replace(request, retain=()), ())
+    return {space: problem.fit("pinv").shift() for space, problem in problems.items()}
 
 
 def _commit(path: str | None) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import __version__
-from ..core import erasure as store
-from ..core.erasure import RECORD, Erasure
+from ..core.erasure import Erasure
 from ..core.errors import AlreadyErasedError, ExportError
+from ..core.record import RECORD
+from ..core.registry import require_editable
 from ..diffusion.erase import get_erasure
 from ..diffusion.sites import Denoiser, find_denoiser
 
@@ -131,7 +133,7 @@ def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
             f"diffusers loads no LoRA into a {type(pipe).__name__} (it has no `load_lora_weights`), so nothing could read the file. Save "
             "the erased weights with `more_hf.save`."
         )
-    erasure = get_erasure(pipe) or store.require_editable(denoiser.module)  # which refuses a copy of an erased model
+    erasure = get_erasure(pipe) or require_editable(denoiser.module)  # which refuses a copy of an erased model
     if erasure is None:
         raise ExportError("Nothing was erased from this pipeline, so there is no LoRA of it. Call `more_hf.erase_concept` first.")
     if erasure.originals is None:
@@ -197,8 +199,8 @@ def _kohya(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[st
 
 
 def _record(erasure: Erasure, expert: int | None) -> dict:
-    facts = {key: erasure.facts[key] for key in ("solver", "rank", "num_experts", "base", "fingerprint")}
-    return {"more_hf": __version__, "request": erasure.request, "expert": expert, **facts}
+    facts = {key: asdict(erasure.facts)[key] for key in ("solver", "rank", "num_experts", "base", "fingerprint")}
+    return {"more_hf": __version__, "request": erasure.request.to_dict(), "expert": expert, **facts}
 
 
 def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasure) -> dict[str, str]:
@@ -216,7 +218,7 @@ def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasur
         "ss_network_alpha": rank,
         "ss_base_model_version": "sdxl_base_v1-0" if version == "xl" else f"sd_{version}",
         "ss_v2": str(version == "v2"),
-        "ss_sd_model_name": erasure.facts["base"],
+        "ss_sd_model_name": erasure.facts.base,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"stable-diffusion-{architecture}/lora",
         "modelspec.implementation": "diffusers",

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from huggingface_hub.errors import RevisionNotFoundError
 from torch import nn
 
 from .. import __version__
-from ..core.erasure import RECORD
 from ..core.errors import ExportError
+from ..core.facts import Facts
+from ..core.record import RECORD, Record
 from ..data import FOLDER
 from .card import HUB_ID, make_card
 from .folder import save, verify
-from .record import DELTA, WEIGHT_FILES, Record
+from .record import DELTA, WEIGHT_FILES
 
 
 logger = logging.getLogger(__name__)
@@ -93,21 +94,21 @@ def push_to_hub(
                 f"another name. Push to a new repository, or delete them with `HfApi().delete_files({repo_id!r}, {stale[:5]})` first; "
                 "git history keeps old files."
             )
-        base, base_revision = record.facts["base"], record.facts["base_revision"]
-        record.facts = _public(record.facts, rows)
+        base, base_revision = record.facts.base, record.facts.base_revision
+        record = replace(record, facts=_public(record.facts, rows))
         if grid is not None:
             files[f"before_after{Path(grid).suffix}"] = Path(grid)
         if card:
             existing = files.get(CARD) or (api.hf_hub_download(repo_id, CARD, revision=branch) if CARD in present else None)
             files[CARD] = make_card(
-                asdict(record),
+                record,
                 repo_id,
                 base=_base_card(base, base_revision, api),
                 existing=existing and ModelCard.load(existing),
                 grid=next((name for name in files if name.startswith("before_after.")), None),
                 with_delta=include_delta,
             ).encode()
-        files[RECORD] = _json(asdict(record))
+        files[RECORD] = record.to_json().encode()
         files |= {name: _json(config) for name, config in _configs(files) if Path(config.pop("_name_or_path")).is_absolute()}
         if dry_run is not None:
             return _write(files, Path(dry_run))
@@ -123,7 +124,7 @@ def push_to_hub(
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message=commit_message or f"Upload the model without {', '.join(record.request['concepts'])}",
+            commit_message=commit_message or f"Upload the model without {', '.join(record.request.concepts)}",
             revision=revision,
         )
 
@@ -193,11 +194,11 @@ def _base_card(base: str, revision: str | None, api: HfApi) -> ModelCard | None:
     return None
 
 
-def _public(facts: dict[str, Any], rows: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+def _public(facts: Facts, rows: Sequence[Mapping[str, Any]] | None) -> Facts:
     """The record's facts without a path of this machine, and with the benchmark's results."""
-    base = facts["base"]
-    facts = {**facts, "base": Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base}
-    return {**facts, "benchmark": [dict(row) for row in rows]} if rows else facts
+    base = facts.base
+    base = Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
+    return replace(facts, base=base, benchmark=[dict(row) for row in rows] if rows else facts.benchmark)
 
 
 def _configs(files: Mapping[str, Path | bytes]) -> list[tuple[str, dict[str, Any]]]:

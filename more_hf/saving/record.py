@@ -6,58 +6,28 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.erasure import PROOF_TOLERANCE, RECORD, Erasure, Site, fingerprint
-from ..core.errors import AlreadyErasedError, ExportError, IncompatibleBaseError, MoreError
+from ..core.erasure import Erasure
+from ..core.errors import ExportError
+from ..core.install import PROOF_TOLERANCE
 from ..core.prototypes import Prototypes
+from ..core.record import Record
 from ..core.remap import Remap
 from ..core.routers import PrototypeRouter
+from ..core.site import fingerprint
 
 
 logger = logging.getLogger(__name__)
 
 DELTA = "more_hf_delta.safetensors"
 WEIGHT_FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
-
-
-@dataclass
-class Record:
-    """What `more_hf.json` holds. Every field is mandatory; keys of a newer version are ignored with a warning."""
-
-    more_hf: str  # version that wrote it
-    versions: dict[str, str]
-    request: dict[str, Any]
-    sites: dict[str, list[int]]
-    guarantees: dict[str, float]
-    proof: dict[str, float]
-    facts: dict[str, Any]
-    denoiser: str  # the component's folder, "." for a classifier
-    variant: str | None  # of the files, as `save_pretrained` took it
-    layout: str  # sha256 over the names and shapes of all its tensors, which are the base's
-    edited: str  # fingerprint of the edited layers as saved; facts["fingerprint"] is the one of the base's
-
-    @classmethod
-    def read(cls, folder: Path) -> Record:
-        """Raises `MoreError` if the folder has no record, and `IncompatibleBaseError` if a key is missing."""
-        path = folder / RECORD
-        if not path.is_file():
-            raise MoreError(f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so there is nothing to check it against.")
-        data = json.loads(path.read_text("utf-8"))
-        known = [field.name for field in fields(cls)]
-        if missing := [name for name in known if name not in data]:
-            raise IncompatibleBaseError(f"{path} lacks {', '.join(map(repr, missing))}. Save the erased model again.")
-        if newer := [name for name in data if name not in known]:
-            logger.warning("%s has keys that this version does not know and ignores: %s", path, ", ".join(newer))
-        return cls(**{name: data[name] for name in known})
 
 
 @dataclass(frozen=True)
@@ -73,24 +43,6 @@ class Verification:
     def to_markdown(self) -> str:
         lines = [f"| {check} | {'yes' if passed else 'NO'} | {finding} |" for check, passed, finding in self.checks]
         return "\n".join(["| check | holds | finding |", "|---|---|---|", *lines])
-
-
-def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[str, Site]]) -> None:
-    """Raise `AlreadyErasedError` if the model's folder was saved erased and its layers are not the base's. They are if the original was
-    saved erased over its own folder and then restored. `sites` gives the layers that the record is about."""
-    if not source or not (Path(source) / RECORD).is_file():
-        return
-    record = Record.read(Path(source))
-    if fingerprint({name: site.read() for name, site in sites(record).items()}) != record.facts["fingerprint"]:
-        raise AlreadyErasedError(
-            f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
-            "Start from the original model and erase everything at once."
-        )
-
-
-def by_space(erasure: Erasure) -> dict[str, Remap]:
-    """Space -> its factors; empty for an erasure that was loaded without them."""
-    return {site.space: erasure.remap_of(name) for name, site in erasure.sites.items() if erasure.remap is not None}
 
 
 def check_files(folder: Path, record: Record, shifts: dict[str, Tensor]) -> Verification:
@@ -113,8 +65,8 @@ def check_files(folder: Path, record: Record, shifts: dict[str, Tensor]) -> Veri
                 seen.add(name)
                 left = float("inf")
                 if shifts and list(weight.shape) == record.sites[name]:
-                    shift = shifts[record.facts["spaces"].get(name, "tokens")].float()
-                    left = float((weight.float() @ shift).norm()) / record.facts["separation"][name]
+                    shift = shifts[record.facts.spaces.get(name, "tokens")].float()
+                    left = float((weight.float() @ shift).norm()) / record.facts.separation[name]
                 used = left / PROOF_TOLERANCE[weight.dtype]
                 if not used <= worst:
                     worst, finding = used, f"worst: `{name}` in {path.name}, {left:.1e} of the original's ({weight.dtype})"
@@ -154,7 +106,7 @@ def _weight_files(folder: Path, record: Record) -> list[Path]:
 
 def _columns(weight: Tensor, record: Record, name: str) -> Tensor:
     """The columns of a site's weight that were edited, where others read something else than text."""
-    return weight[..., : record.sites[name][1]] if name in record.facts["spaces"] else weight
+    return weight[..., : record.sites[name][1]] if name in record.facts.spaces else weight
 
 
 def shapes_in(folder: Path) -> dict[str, list[int]]:
@@ -171,10 +123,10 @@ def layout_of(shapes: dict[str, list[int]]) -> str:
 
 
 def write_delta(erasure: Erasure, path: Path) -> None:
-    if erasure.remap is None:
+    if not erasure.remaps:
         raise ExportError("The factors of this erasure are not here: it was loaded without them. Save with include_delta=False.")
     tensors, facts = {}, {}
-    for space, remap in by_space(erasure).items():
+    for space, remap in erasure.remaps.items():
         tensors[f"{space}.prototypes"] = remap.prototypes.matrix
         tensors[f"{space}.counts"] = remap.prototypes.counts
         tensors[f"{space}.dual"] = remap.dual

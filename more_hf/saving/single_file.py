@@ -14,8 +14,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .. import __version__
-from ..core.erasure import PROOF_TOLERANCE, RECORD
 from ..core.errors import ExportError
+from ..core.install import PROOF_TOLERANCE
+from ..core.record import RECORD
 from ..diffusion.erase import get_erasure
 from ..diffusion.sites import find_denoiser
 from .folder import _shifts
@@ -184,13 +185,13 @@ def save_checkpoint(pipe: DiffusionPipeline, file: str | os.PathLike, *, dtype: 
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original_layout(pipe).items()}
     shift = (erasure.remap.shift() if erasure.remap else _shifts(pipe, erasure.request)["tokens"]).float()
     for site, name in site_keys(pipe, erasure.sites).items():
-        left = float((tensors[name].cpu().float() @ shift).norm()) / erasure.facts["separation"][site]
+        left = float((tensors[name].cpu().float() @ shift).norm()) / erasure.facts.separation[site]
         if not left < PROOF_TOLERANCE[dtype]:
             raise ExportError(
                 f"`{site}` still tells the concept from its target ({left:.1e} of the original's). Was a LoRA fused or the model trained "
                 "since, or is this inside `more_hf.disabled`? Undo that, then save."
             )
-    facts = {"more_hf": __version__, "request": erasure.request, "base": erasure.facts["base"]}
+    facts = {"more_hf": __version__, "request": erasure.request.to_dict(), "base": erasure.facts.base}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}.") as draft:
         beside = Path(draft) / file.name

@@ -1,0 +1,106 @@
+"""The one transaction by which a model is erased, erased again, or restored: all of it, or the model is what it was.
+
+The order makes an interruption at any point harmless: originals are registered before a weight changes and until
+after the last one is back, and whatever fails in between puts back weights, hooks and record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import registry
+from .erasure import Erasure
+from .errors import IncompatibleBaseError, MoreError
+from .hook import attach_hooks, detach_hooks
+from .site import Site, copy_weights, put_back, write_weights
+from .views import sees_original
+
+
+# What a proof by run accepts, in units of the output difference between forget and target before the edit: rounding of
+# weights and features in the model's dtype. A single missed layer shows as 0.05 or more.
+PROOF_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+
+
+def install(
+    model: nn.Module,
+    erasure: Erasure,
+    modules: Sequence[nn.Module],
+    prove: Callable[[], dict[str, float]],
+    *,
+    keep_originals: bool,
+) -> None:
+    """
+    Merge the mean expert into every site, attach the hooks, prove by a run, and register the erasure.
+
+    Args:
+        model (`nn.Module`):
+            The denoiser or classifier; changed in place.
+        erasure (`Erasure`):
+            What is to be done, with the originals. An earlier erasure of the model is replaced.
+        modules (`Sequence[nn.Module]`):
+            The module of each hook, whether there are hooks or not.
+        prove (`Callable`):
+            Runs the edited model and returns what it measured; raises if the edit does not stand.
+        keep_originals (`bool`):
+            Whether the originals stay in memory afterwards.
+
+    Raises:
+        `IncompatibleBaseError`: an edited weight is not finite in the model's dtype. `MoreError`: the call is inside a
+        block that shows the original. And what `prove` raises. The model is unchanged then.
+    """
+    current = registry.find_erasure(model)
+    refuse_inside_block(current)
+    edited = {name: _edited(erasure, name, site) for name, site in erasure.sites.items()}
+    before = copy_weights(erasure.sites)
+    try:
+        registry.register(model, erasure)
+        write_weights(erasure.sites, edited)
+        if current is not None:
+            detach_hooks(current.hooks)
+        attach_hooks(erasure.hooks, modules)
+        erasure.proof = prove()
+        if not keep_originals:
+            erasure.originals = None
+    except BaseException:
+        put_back(erasure.sites, before)
+        detach_hooks(erasure.hooks)
+        if current is not None:
+            attach_hooks(current.hooks, modules)
+        registry.register(model, current)
+        raise
+
+
+def uninstall(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Write the originals back, bit for bit, take the hooks off, and forget the erasure. Mutates the model."""
+    erasure = registry.find_erasure(model)
+    refuse_inside_block(erasure)
+    before = copy_weights(erasure.sites)
+    try:
+        detach_hooks(erasure.hooks)
+        write_weights(erasure.sites, erasure.require_originals())
+        registry.register(model, None)
+    except BaseException:
+        registry.register(model, erasure)
+        put_back(erasure.sites, before)
+        attach_hooks(erasure.hooks, modules)
+        raise
+
+
+def refuse_inside_block(erasure: Erasure | None) -> None:
+    """Raises `MoreError` inside a block that shows the original, where no run could prove what the weights do."""
+    if erasure is not None and sees_original(erasure):
+        raise MoreError("This is inside `more_hf.disabled`. Leave the block, then erase or restore.")
+
+
+def _edited(erasure: Erasure, name: str, site: Site) -> Tensor:
+    weight = site.read()
+    edited = erasure.remap_of(name).merged(erasure.originals[name].to(weight.device)).to(weight.dtype)
+    if not torch.isfinite(edited).all():
+        raise IncompatibleBaseError(
+            f"The edited weight of `{name}` is not finite in {edited.dtype}. Nothing was changed. "
+            "Load the model in a wider dtype."
+        )
+    return edited

@@ -1,0 +1,185 @@
+"""The record of an erasure beside saved weights: `more_hf.json`, written and read here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import AlreadyErasedError, IncompatibleBaseError, MoreError, PrototypeError
+from .facts import ClassFacts, ConceptFacts
+from .request import ClassRequest, ConceptRequest
+from .site import Site, fingerprint
+
+
+logger = logging.getLogger(__name__)
+
+RECORD = "more_hf.json"
+CLASSIFIER = "."  # the folder of a classifier's weights; a pipeline's denoiser has one of its own
+LARGEST = 2**24  # bytes; a record has some kilobytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """
+    What `more_hf.json` holds. Every field is mandatory; keys of a newer version are ignored with a warning.
+
+    Args:
+        more_hf (`str`):
+            The version that wrote it.
+        versions (`dict[str, str]`):
+            Versions of torch, diffusers and transformers.
+        request (`ConceptRequest` or `ClassRequest`):
+            What was asked for.
+        sites (`dict[str, list[int]]`):
+            The shape of each edited weight.
+        guarantees (`dict[str, float]`):
+            What `Remap.verify` measured.
+        proof (`dict[str, float]`):
+            What the proof by run measured.
+        facts (`ConceptFacts` or `ClassFacts`):
+            What else was measured or decided.
+        denoiser (`str`):
+            The folder of the edited component; `"."` for a classifier.
+        variant (`str`, *optional*):
+            Of the files, as `save_pretrained` took it.
+        layout (`str`):
+            sha256 of the names and shapes of the component's tensors, which are the base's.
+        edited (`str`):
+            Fingerprint of the edited weights as saved.
+    """
+
+    more_hf: str
+    versions: dict[str, str]
+    request: ConceptRequest | ClassRequest
+    sites: dict[str, list[int]]
+    guarantees: dict[str, float]
+    proof: dict[str, float]
+    facts: ConceptFacts | ClassFacts
+    denoiser: str
+    variant: str | None
+    layout: str
+    edited: str
+
+    @property
+    def kind(self) -> Literal["pipeline", "classifier"]:
+        """What was erased."""
+        return "classifier" if self.denoiser == CLASSIFIER else "pipeline"
+
+    def to_json(self) -> str:
+        """The content of the file."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """
+        Read a folder's record.
+
+        Raises:
+            `MoreError`: the folder has none. `IncompatibleBaseError`: it is not a record of this form: a key is missing,
+            a value has another type or is out of range, or a path leads out of the folder.
+        """
+        path = folder / RECORD
+        if not path.is_file():
+            raise MoreError(f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so nothing vouches for it.")
+        try:
+            if path.stat().st_size > LARGEST:
+                raise ValueError(f"it has {path.stat().st_size} bytes")
+            data = json.loads(path.read_text("utf-8-sig"))
+            return cls._from_dict(data, path)
+        except (ValueError, TypeError, RecursionError, PrototypeError) as error:
+            raise IncompatibleBaseError(f"{path} is not a record: {error}. Save the erased model again.") from error
+
+    @classmethod
+    def _from_dict(cls, data: Any, path: Path) -> Record:
+        if not isinstance(data, dict):
+            raise TypeError(f"it holds a {type(data).__name__}")
+        classifier = data.get("denoiser") == CLASSIFIER
+        request = ClassRequest if classifier else ConceptRequest
+        facts = ClassFacts if classifier else ConceptFacts
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        if missing := [field.name for field in fields(cls) if field.name not in data]:
+            raise ValueError(f"it lacks {', '.join(map(repr, missing))}")
+        if newer := [key for key in data if key not in known]:
+            logger.warning("%s has keys that this version does not know and ignores: %s", path, ", ".join(newer))
+        hints = get_type_hints(cls)
+        parsed = {"request": request.from_dict(data["request"]), "facts": _read_fields(facts, data["facts"])}
+        for name in known:
+            if name not in parsed:
+                check_type(name, known[name], hints[name])
+        record = cls(**{**known, **parsed})
+        record._check()
+        return record
+
+    def _check(self) -> None:
+        """Raises `ValueError` for a value of the right type that no erasure could have written."""
+        if self.kind == "pipeline" and not re.fullmatch(r"[A-Za-z]\w*", self.denoiser):
+            raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
+        if self.variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", self.variant):
+            raise ValueError(f"`variant` is {self.variant!r}, which is no part of a file's name")
+        if not self.sites:
+            raise ValueError("`sites` is empty")
+        for name, shape in self.sites.items():
+            if len(shape) != 2 or min(shape) < 1:
+                raise ValueError(f"the weight of {name!r} has the shape {shape}")
+        for name in self.facts.separation.keys() ^ self.sites.keys():
+            raise ValueError(f"{name!r} is in only one of `sites` and `separation`")
+
+
+def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[str, Site]]) -> None:
+    """
+    Raise `AlreadyErasedError` if the model's folder was saved erased and its layers are not the base's.
+
+    They are the base's if the original was saved erased over its own folder and then restored. `sites` gives the layers
+    that the record is about.
+    """
+    if not source or not (Path(source) / RECORD).is_file():
+        return
+    record = Record.read(Path(source))
+    if fingerprint({name: site.read() for name, site in sites(record).items()}) != record.facts.fingerprint:
+        raise AlreadyErasedError(
+            f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "
+            "Start from the original model and erase everything at once."
+        )
+
+
+def _read_fields(cls: type, data: Any) -> Any:
+    """A dataclass from a mapping; keys that it does not know are ignored."""
+    check_type("facts", data, dict[str, Any])
+    hints = get_type_hints(cls)
+    known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+    for name, value in known.items():
+        check_type(name, value, hints[name])
+    return cls(**known)
+
+
+def check_type(name: str, value: Any, expected: Any) -> None:
+    """Raises `TypeError` unless a value out of JSON has this type: `dict[str, float]`, `str | None` and the like."""
+    origin, inner = get_origin(expected), get_args(expected)
+    if expected is Any:
+        return
+    if origin is UnionType:
+        options = [option for option in inner if option is not NoneType]
+        if value is not None:
+            check_type(name, value, options[0])
+        return
+    plain = origin or expected
+    # JSON writes 1.0 as 1 in other languages; True is an integer in Python, but not in JSON
+    matches = isinstance(value, int | float if plain is float else plain) and isinstance(value, bool) == (plain is bool)
+    if not matches:
+        raise TypeError(f"`{name}` is {value!r}, not {expected}")
+    if plain is float and not math.isfinite(value):
+        raise TypeError(f"`{name}` is {value!r}, not a finite number")
+    if plain is list:
+        for element in value:
+            check_type(name, element, inner[0])
+    if plain is dict:
+        for key, element in value.items():
+            check_type(name, key, inner[0])
+            check_type(name, element, inner[1])

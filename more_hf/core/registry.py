@@ -1,0 +1,60 @@
+"""Which models are erased, kept beside them: what pickles, copies or saves a model cannot carry this along."""
+
+from __future__ import annotations
+
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from .erasure import Erasure
+from .errors import AlreadyErasedError
+
+
+# The names of what was erased, a plain attribute of the model: a deep copy or an unpickled model still says so.
+ERASED = "more_hf_erased"
+
+_erasures: WeakKeyDictionary[nn.Module, Erasure] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_registry_lock = Lock()
+
+
+def lock_of(model: nn.Module) -> RLock:
+    """The lock that an erasure or restoration of the model holds from its first check to its last write."""
+    with _registry_lock:
+        return _locks.setdefault(model, RLock())
+
+
+def find_erasure(model: nn.Module) -> Erasure | None:
+    """The erasure of a denoiser or classifier, or `None`."""
+    return _erasures.get(model)
+
+
+def register(model: nn.Module, erasure: Erasure | None) -> None:
+    """Remember what was done to the model, or forget it with `None`."""
+    if erasure is None:
+        _erasures.pop(model, None)
+        model.__dict__.pop(ERASED, None)
+    else:
+        _erasures[model] = erasure
+        setattr(model, ERASED, tuple(erasure.concepts))
+
+
+def require_editable(model: nn.Module) -> Erasure | None:
+    """
+    The model's erasure if it can be fitted again, `None` if it has none.
+
+    Raises:
+        `AlreadyErasedError`: the model was erased and its originals are not here. `IncompatibleBaseError`: the
+        edited layers were changed since.
+    """
+    erasure = find_erasure(model)
+    names = model.__dict__.get(ERASED)
+    if erasure is None and names:
+        raise AlreadyErasedError(
+            f"This is a copy of a model from which {', '.join(map(repr, names))} was erased; copies carry no original "
+            "weights. Call on the model it was copied from, or start from the original and pass all concepts at once."
+        )
+    if erasure is not None:
+        erasure.check_unchanged()
+    return erasure

@@ -1,0 +1,294 @@
+"""What the user asked for: frozen, checked when it is made, JSON both ways. A refit and a record start from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
+from typing import Any, ClassVar, Literal, Self
+
+from .errors import PrototypeError
+
+
+ROUTERS = ("random", "hash", "prototype", "prototype_random")
+SOLVERS = ("auto", "pinv", "covariance")
+TOKENS = ("positions", "subject+end", "subject", "end", "last")
+REMAIN: Literal["remain"] = "remain"
+
+MAX_EXPERTS = 4096  # far beyond what a router can use; each expert costs a column of targets
+SEEDS = range(-(2**63), 2**64)  # what torch's generators take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to forget and how, for pipelines and classifiers alike.
+
+    Args:
+        concepts (`Mapping[str, tuple[str, ...]]`):
+            Each forgotten name and its aliases, which go where it goes.
+        remap_to (`Mapping[str, tuple[str, ...]]`):
+            For each forgotten name the names it may be sent to; an empty tuple erases without remapping.
+        solver (`str`, *optional*, defaults to `"auto"`):
+            One of `SOLVERS`.
+        num_experts (`int`, *optional*):
+            How many experts draw targets; `None` for as many as use each target equally.
+        router (`str`, *optional*):
+            One of `ROUTERS`; `None` for the mean expert alone.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draw of targets.
+
+    Raises:
+        `PrototypeError`: a value has the wrong type or is out of range.
+    """
+
+    concepts: Mapping[str, tuple[str, ...]]
+    remap_to: Mapping[str, tuple[str, ...] | str]
+    solver: str = "auto"
+    num_experts: int | None = None
+    router: str | None = None
+    seed: int = 0
+
+    # the argument by which the user knows `concepts`
+    named_by: ClassVar[str] = "concepts"
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, SOLVERS)
+        check_choice("router", self.router, (None, *ROUTERS))
+        if self.num_experts is not None:
+            self._set("num_experts", read_integer("num_experts", self.num_experts, range(1, MAX_EXPERTS + 1)))
+        self._set("seed", read_integer("seed", self.seed, SEEDS))
+        if not self.concepts:
+            raise PrototypeError(f"`{self.named_by}` is empty. Name at least one.")
+        if self.concepts.keys() != self.remap_to.keys():
+            raise PrototypeError(
+                f"`remap_to` is for {list(self.remap_to)}, but {list(self.concepts)} are forgotten. "
+                "Give every forgotten name its targets."
+            )
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)  # the way to normalise a field of a frozen dataclass
+
+    def joined(self, later: Self) -> Self:
+        """The later request together with what was asked for before; the later one's options hold."""
+        return replace(
+            later,
+            concepts={**self.concepts, **later.concepts},
+            remap_to={**self.remap_to, **later.remap_to},
+        )
+
+    def without(self, names: Iterable[str]) -> Self:
+        """The request with some names no longer forgotten."""
+        dropped = set(names)
+        kept = [name for name in self.concepts if name not in dropped]
+        return replace(
+            self,
+            concepts={name: self.concepts[name] for name in kept},
+            remap_to={name: self.remap_to[name] for name in kept},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """
+        The inverse of `to_dict`, also of what JSON makes of it. Keys of a newer version are ignored.
+
+        Raises:
+            `PrototypeError`: a mandatory key is missing, or a value has the wrong type.
+        """
+        if not isinstance(data, Mapping):
+            raise PrototypeError(f"A request is a mapping, got {type(data).__name__}.")
+        if missing := [name for name in ("concepts", "remap_to") if name not in data]:
+            raise PrototypeError(f"The request lacks {missing[0]!r}.")
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        known["concepts"] = read_mapping("concepts", data["concepts"], read_names)
+        known["remap_to"] = read_mapping("remap_to", data["remap_to"], cls.read_targets)
+        return cls(**known)
+
+    @classmethod
+    def read_targets(cls, argument: str, value: Any) -> tuple[str, ...] | str:
+        """One concept's targets as the request holds them."""
+        return read_names(argument, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptRequest(Request):
+    """
+    What to forget in a text-to-image pipeline: the arguments of `erase_concept`, and what research varies besides.
+
+    Args:
+        retain (`tuple[str, ...]`, *optional*):
+            Names to protect.
+        tokens (`str`, *optional*, defaults to `"positions"`):
+            One of `TOKENS`: which prompt positions make prototypes.
+        pooled (`bool`, *optional*, defaults to `True`):
+            Whether to edit the layer that reads the pooled prompt embedding.
+        templates (`tuple[str, ...]`, *optional*):
+            Sentences with `{}` for a name; `None` for the package's.
+        everyday (`tuple[str, ...]`, *optional*):
+            Ordinary prompts behind Σ; `None` for the package's.
+        shrinkage (`float`, *optional*, defaults to 1e-4):
+            Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
+    """
+
+    retain: tuple[str, ...] = ()
+    tokens: str = "positions"
+    pooled: bool = True
+    templates: tuple[str, ...] | None = None
+    everyday: tuple[str, ...] | None = None
+    shrinkage: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("tokens", self.tokens, TOKENS)
+        if not isinstance(self.pooled, bool):
+            raise PrototypeError(f"`pooled` must be True or False, got {self.pooled!r}.")
+        if not isinstance(self.shrinkage, float) or not 0 <= self.shrinkage < float("inf"):
+            raise PrototypeError(f"`shrinkage` must be a finite float of at least 0, got {self.shrinkage!r}.")
+
+    @classmethod
+    def of(cls, concepts: Any, *, remap_to: Any, retain: Any = None, **options: Any) -> Self:
+        """
+        The request from the arguments of `erase_concept`, in all the forms that they may have.
+
+        Raises:
+            `PrototypeError`: an argument has the wrong type or is out of range, or `remap_to` is empty.
+        """
+        if isinstance(concepts, Mapping):
+            forgotten = read_mapping("concepts", concepts, read_names)
+        else:
+            forgotten = dict.fromkeys(read_names("concepts", concepts), ())
+        targets = read_names("remap_to", remap_to)
+        if remap_to is not None and not targets:
+            raise PrototypeError(
+                "`remap_to` is empty. Name at least one concept to send the others to, "
+                "or pass `remap_to=None` to project them out without remapping."
+            )
+        return cls(
+            concepts=forgotten,
+            remap_to=dict.fromkeys(forgotten, targets),
+            retain=read_names("retain", retain),
+            **options,
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """See `Request.from_dict`."""
+        lists = ("retain", "templates", "everyday")
+        read = {name: read_names(name, data[name]) for name in lists if data.get(name) is not None}
+        return super().from_dict({**data, **read})
+
+    def joined(self, later: Self) -> Self:
+        """See `Request.joined`. What was retained stays retained, and what was edited stays edited."""
+        return replace(
+            super().joined(later),
+            retain=tuple(dict.fromkeys([*self.retain, *later.retain])),
+            pooled=self.pooled or later.pooled,
+        )
+
+    @property
+    def surfaces(self) -> list[str]:
+        """Every forgotten form: names and aliases, each concept's together."""
+        forms = []
+        for name, aliases in self.concepts.items():
+            forms += [name, *aliases]
+        return forms
+
+    @property
+    def targets(self) -> list[str]:
+        """Every name that a concept may be sent to, once."""
+        return list(dict.fromkeys(name for names in self.remap_to.values() for name in names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassRequest(Request):
+    """
+    What to forget in an image classifier: the arguments of `erase_classes`, classes by name.
+
+    Args:
+        remap_to:
+            As in `Request`; `"remain"` instead of a tuple stands for every class that is not forgotten.
+        head (`tuple[str, ...]`):
+            Names of the edited heads.
+        at (`str`, *optional*):
+            Name of the inner module whose input is edited instead.
+    """
+
+    head: tuple[str, ...]
+    at: str | None = None
+
+    named_by: ClassVar[str] = "forget"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """See `Request.from_dict`."""
+        if "head" not in data:
+            raise PrototypeError("The request lacks 'head'.")
+        if not isinstance(data.get("at"), str | None):
+            raise PrototypeError(f"`at` must be the name of a module, got {data['at']!r}.")
+        return super().from_dict({**data, "head": read_names("head", data["head"])})
+
+    @classmethod
+    def read_targets(cls, argument: str, value: Any) -> tuple[str, ...] | str:
+        """See `Request.read_targets`."""
+        return REMAIN if is_remain(value) else read_names(argument, value)
+
+    @property
+    def targets(self) -> list[str]:
+        """Every class that is named as a target, once; none for `"remain"`."""
+        named = [names for names in self.remap_to.values() if not is_remain(names)]
+        return list(dict.fromkeys(name for names in named for name in names))
+
+
+def is_remain(targets: Any) -> bool:
+    """Whether `targets` stands for every class that is not forgotten."""
+    return isinstance(targets, str) and targets == REMAIN
+
+
+def check_choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    """Raises `PrototypeError` unless the value is one of the choices."""
+    if not isinstance(value, str | None) or value not in choices:
+        raise PrototypeError(f"Unknown {argument} {value!r}. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def read_integer(argument: str, value: Any, allowed: range) -> int:
+    """A whole number, also NumPy's. Raises `PrototypeError` unless it is one in the range."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) not in allowed:
+        raise PrototypeError(
+            f"`{argument}` must be a whole number from {allowed[0]} to {allowed[-1]}, got {value!r}."
+        )
+    return int(value)
+
+
+def read_names(argument: str, value: Any) -> tuple[str, ...]:
+    """
+    One name, several, or `None` for none, as a tuple.
+
+    Raises:
+        `PrototypeError`: something in it is not text, or cannot be written as UTF-8.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
+        raise PrototypeError(f"`{argument}` must be a name or a list of names, got {value!r}.")
+    names = tuple(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise PrototypeError(f"`{argument}` must be a name or a list of names, got {name!r} among them.")
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PrototypeError(f"{name!r} in `{argument}` has half of a surrogate pair. Correct it.") from error
+    return names
+
+
+def read_mapping(argument: str, value: Any, read: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """A mapping from names, each value read by `read(argument, value)`. Raises `PrototypeError` as `read` does."""
+    if not isinstance(value, Mapping):
+        raise PrototypeError(f"`{argument}` must be a mapping from names, got {type(value).__name__}.")
+    names = read_names(argument, list(value))
+    return {name: read(argument, value[name]) for name in names}

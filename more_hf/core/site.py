@@ -1,0 +1,155 @@
+"""The layers that read the features: what may be edited, and where their weights really live."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TargetNotFoundError
+
+
+EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Site:
+    """A linear layer that reads the features, and where its weight really lives.
+
+    Under sequential CPU offload the parameter is an empty stand-in on the meta device, and the weight is in the
+    `weights_map` of accelerate's hook. `read` and `write` go there; everything else in the library goes through them.
+
+    Args:
+        name (`str`):
+            The layer's name in the model.
+        module (`nn.Module`):
+            The layer.
+        space (`str`, *optional*, defaults to `"tokens"`):
+            Which features the layer reads, where a model has several kinds.
+        columns (`int`, *optional*):
+            How many of the first columns read them, if not all: they are the weight that `read` and `write` know.
+
+    Raises:
+        `TargetNotFoundError`: the weight cannot be edited in place. The message names the layer and the remedy.
+    """
+
+    def __init__(self, name: str, module: nn.Module, *, space: str = "tokens", columns: int | None = None):
+        self.name, self.module, self.space, self.columns = name, module, space, columns
+        self._check()
+
+    def _check(self) -> None:
+        where = f"`{self.name}` ({type(self.module).__name__})"
+        if type(self.module) is not nn.Linear:
+            raise TargetNotFoundError(
+                f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be edited in "
+                "place. Erase from the unquantized model, save it, and quantize what was saved."
+            )
+        offload = self._offload_map("weight")
+        if offload is not None and not isinstance(offload[0], dict):
+            raise TargetNotFoundError(
+                f"The weight of {where} is offloaded to disk, where an edit would not reach it. "
+                "Load the model without an offload folder, erase, save, and load it with offloading again."
+            )
+        weight = self.read()
+        plain = type(weight) is Tensor and not weight.is_meta and weight.ndim == 2
+        if not plain or weight.dtype not in EDITABLE:
+            raise TargetNotFoundError(
+                f"The weight of {where} is {type(weight).__name__} {weight.dtype} of shape {tuple(weight.shape)} on "
+                f"{weight.device}: quantized, cast to fp8, sharded (FSDP, ZeRO-3) or not loaded. An edit needs the "
+                "whole matrix in fp16, bf16, fp32 or fp64. Erase from the full-precision model, save it, and "
+                "quantize or shard what was saved."
+            )
+
+    def _offload_map(self, parameter: str) -> tuple[Any, str] | None:
+        """The mapping that holds a parameter while it is offloaded, and its key there."""
+        hook = self.module.__dict__.get("_hf_hook")
+        for single in getattr(hook, "hooks", (hook,)):  # accelerate's SequentialHook holds several
+            if not getattr(single, "offload", False):
+                continue
+            data, key = single.weights_map, parameter
+            while hasattr(data, "prefix"):  # PrefixedDataset
+                data, key = data.dataset, data.prefix + key
+            if hasattr(data, "state_dict") and key in data.state_dict:  # OffloadedWeightsLoader, the part in memory
+                data = data.state_dict
+            return data, key
+        return None
+
+    def _whole(self, parameter: str = "weight") -> Tensor:
+        offload = self._offload_map(parameter)
+        return getattr(self.module, parameter).data if offload is None else offload[0][offload[1]]
+
+    def _part(self, weight: Tensor) -> Tensor:
+        return weight if self.columns is None else weight[:, : self.columns]
+
+    def read(self) -> Tensor:
+        """The weight, `(out_features, in_features)` or `(out_features, columns)`; not a copy where it is resident."""
+        return self._part(self._whole())
+
+    def read_bias(self) -> Tensor | None:
+        """The bias, `(out_features,)`, if the layer has one."""
+        return None if self.module.bias is None else self._whole("bias")
+
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Put values into the weight in place, in its dtype and on its device: everything that shares it sees them."""
+        weight = self._whole()
+        self._part(weight).copy_(value)
+        offload = self._offload_map("weight")
+        if offload is not None:
+            offload[0][offload[1]] = weight  # a mapping that returns copies needs the new value written back
+
+    def with_part(self, value: Tensor) -> Tensor:
+        """The whole weight `(out_features, in_features)` with `value` in the part that `read` gives; a new tensor."""
+        rest = self._whole()[:, value.shape[1] :]
+        return torch.cat([value, rest.to(value)], dim=1)
+
+
+def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
+    """Raises `TargetNotFoundError` if another layer shares a site's weight, and would be edited with it."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta:
+            owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    for name, site in sites.items():
+        sharing = owners.get(site.read().untyped_storage().data_ptr(), [])
+        if len(sharing) > 1:
+            raise TargetNotFoundError(
+                f"The weight of `{name}` is shared by {sharing}; editing one would edit all. "
+                "Give each layer its own copy first."
+            )
+
+
+def copy_weights(sites: Mapping[str, Site], device: str | None = None) -> dict[str, Tensor]:
+    """A copy of every site's weight, on its own device unless another is given."""
+    return {name: site.read().to(device or site.read().device, copy=True) for name, site in sites.items()}
+
+
+def write_weights(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> None:
+    """Write a weight into every site."""
+    for name, site in sites.items():
+        site.write(values[name])
+
+
+def put_back(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> None:
+    """Write all sites, and only then raise an interruption that came in between: no mixture of two models is left."""
+    interruption = None
+    for name, site in sites.items():
+        try:
+            site.write(values[name])
+        except BaseException as error:
+            interruption = error
+            site.write(values[name])
+    if interruption is not None:
+        raise interruption
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].float().contiguous().cpu()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""The erasure of a pipeline, as `get_erasure` returns it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..core.erasure import Erasure, measured_rows
+from ..core.facts import ConceptFacts
+from ..core.request import ConceptRequest
+
+
+@dataclass(eq=False)
+class ConceptErasure(Erasure):
+    """An `Erasure` of concepts from a text-to-image pipeline."""
+
+    request: ConceptRequest
+    facts: ConceptFacts
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """See `Erasure.rows`."""
+        request, facts = self.request, self.facts
+        yield "forgotten", "; ".join(_with_aliases(name, also) for name, also in request.concepts.items())
+        yield "sent to", "; ".join(f"{name} → {_mean_of(targets)}" for name, targets in request.remap_to.items())
+        moved = [f"{name} (moves by {100 * share:.2g} %)" for name, share in facts.retained_moved.items()]
+        yield "retained", ", ".join(["special tokens and empty prompt (exact)", *moved])
+        yield "tokens", request.tokens
+        yield "solver", f"{facts.solver}: {facts.solver_reason}"
+        rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
+        yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"
+        yield "router", request.router or "none: the mean expert is in the weights"
+        yield "condition number of P", f"{facts.condition_number:.1f}"
+        yield from measured_rows(self.guarantees, self.proof)
+        for leak in facts.leaks:
+            yield "leak", leak
+
+
+def _with_aliases(name: str, aliases: tuple[str, ...]) -> str:
+    return f"{name} (also {', '.join(aliases)})" if aliases else name
+
+
+def _mean_of(targets: tuple[str, ...]) -> str:
+    if not targets:
+        return "nothing (projected out)"
+    return f"the mean of {', '.join(targets)}" if len(targets) > 1 else targets[0]
