@@ -58,4 +58,4 @@ print("Loaded with its router, it draws the same:", all(a.tobytes() == b.tobytes
 
 print("\nWhat the routers give away:")
 more_hf.erase_concept(pipe, args.concept, remap_to=args.remap_to, router="random")
-print("\n".join(f"- {leak}" for leak in more_hf.get_erasure(pipe).facts["leaks"]))
+print("\n".join(f"- {leak}" for leak in more_hf.get_erasure(pipe).facts.leaks))

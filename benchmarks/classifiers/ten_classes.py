@@ -77,7 +77,7 @@ def measure(name: str, classes: list[str] | None, seed: int) -> list[dict[str, o
             more_hf.restore(model)
             before = site.module(features).argmax(1)
             measured = {"before": [before], "": after, "reloaded": [logits.argmax(1)]}
-            row = {"classifier": name, "forget": forget, "method": method, "sent_to": "; ".join(erasure.facts["sent_to"][forget])}
+            row = {"classifier": name, "forget": forget, "method": method, "sent_to": "; ".join(erasure.facts.sent_to[forget])}
             for part, mask in (("rt", ~gone), ("ft", gone)):
                 for when, runs in measured.items():
                     mean = sum(accuracy(run[mask], labels[mask]) for run in runs) / len(runs)

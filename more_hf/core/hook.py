@@ -60,7 +60,8 @@ class RoutingHook:
         return self.enabled and not is_unrouted(self.key)
 
     def attach(self, module: nn.Module) -> None:
-        """Put the hook before every other hook of the module."""
+        """Put the hook before every other hook of the module, once."""
+        self.detach()
         self.enabled = True
         self.handle = module.register_forward_pre_hook(self, with_kwargs=self.with_kwargs, prepend=True)
 

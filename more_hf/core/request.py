@@ -8,11 +8,9 @@ from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
 from .errors import PrototypeError
+from .options import ROUTERS, SOLVERS, TOKENS
 
 
-ROUTERS = ("random", "hash", "prototype", "prototype_random")
-SOLVERS = ("auto", "pinv", "covariance")
-TOKENS = ("positions", "subject+end", "subject", "end", "last")
 REMAIN: Literal["remain"] = "remain"
 
 MAX_EXPERTS = 4096  # far beyond what a router can use; each expert costs a column of targets
@@ -29,7 +27,7 @@ class Request:
         remap_to (`Mapping[str, tuple[str, ...]]`):
             For each forgotten name the names it may be sent to; an empty tuple erases without remapping.
         solver (`str`, *optional*, defaults to `"auto"`):
-            One of `SOLVERS`.
+            `"auto"` or one of `SOLVERS`.
         num_experts (`int`, *optional*):
             How many experts draw targets; `None` for as many as use each target equally.
         router (`str`, *optional*):
@@ -52,7 +50,7 @@ class Request:
     named_by: ClassVar[str] = "concepts"
 
     def __post_init__(self) -> None:
-        check_choice("solver", self.solver, SOLVERS)
+        check_choice("solver", self.solver, ("auto", *SOLVERS))
         check_choice("router", self.router, (None, *ROUTERS))
         if self.num_experts is not None:
             self._set("num_experts", read_integer("num_experts", self.num_experts, range(1, MAX_EXPERTS + 1)))

@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline
 
 from ..core.errors import PrototypeError
 from ..core.experts import draw_experts
+from ..core.options import SOLVERS
 from ..core.prototypes import Prototypes
-from ..core.remap import SOLVERS, Remap
+from ..core.remap import Remap
 from ..core.request import ConceptRequest
 from .encoder import column, fit_prototypes, kinds_of
 from .prompts import TEMPLATES, everyday_prompts, names_in

@@ -112,7 +112,7 @@ def _section(record: Record, repo_id: str, data, library: str, grid: str | None,
         "- The weights tell what was erased: its direction is the one that the edited layers no longer see, and the difference to the "
         "public original is the edit. Whoever has the original has the concept, and training can teach it again."
         + ("\n- The factors of the edit lie beside the weights: with both, the original can be computed." if with_delta else "")
-        + (f"\n- {_router(request['router'], with_delta)}" if request.router else ""),
+        + (f"\n- {_router(request.router, with_delta)}" if request.router else ""),
         _licence(data),
         "## What was done and measured",
         escape(erasure.to_markdown(), quote=False),

@@ -28,7 +28,7 @@ def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
     model = plain_model(model)
     if erasure.request.at is not None:
         raise ExportError(
-            f"The classes are forgotten by a hook on `{erasure.request['at']}` only; the weights are the original's, and saving would "
+            f"The classes are forgotten by a hook on `{erasure.request.at}` only; the weights are the original's, and saving would "
             "publish them. Erase at the head (leave `at` out) to get a model that can be saved."
         )
     if not isinstance(model, PreTrainedModel):

@@ -32,7 +32,6 @@ from .classifier import load_classifier, savable_classifier
 from .record import (
     DELTA,
     WEIGHT_FILES,
-    Record,
     Verification,
     check_files,
     edited_in,

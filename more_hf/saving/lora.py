@@ -139,7 +139,7 @@ def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
     if erasure.originals is None:
         raise AlreadyErasedError(
             f"A LoRA is relative to the original weights, which this pipeline without {', '.join(map(repr, erasure.concepts))} no longer "
-            f"has. Load {erasure.facts.get('base') or 'the original model'}, erase there with keep_originals=True, and export that."
+            f"has. Load {erasure.facts.base or 'the original model'}, erase there with keep_originals=True, and export that."
         )
     return denoiser, erasure
 

@@ -103,9 +103,9 @@ def test_copies_keep_the_mean_expert(pipe, original, copied, router):
 
     assert_erased(unet, original.unet, text)
     assert [hook.enabled for hook in unet._forward_pre_hooks.values()] == [False] * (router is not None)
-    assert more_hf.core.erasure.find_erasure(unet) is None
+    assert more_hf.core.registry.find_erasure(unet) is None
     with pytest.raises(more_hf.AlreadyErasedError, match="copy"):
-        more_hf.core.erasure.require_editable(unet)
+        more_hf.core.registry.require_editable(unet)
 
 
 def test_copy_of_a_routed_pipeline_leaves_its_hook_working(pipe, original):

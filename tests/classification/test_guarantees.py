@@ -9,6 +9,7 @@ from torch import nn
 
 import more_hf
 from more_hf.classification.features import features_of
+from more_hf.core.views import experts_forced
 
 
 FORGET, TARGET = 4, 9
@@ -169,12 +170,11 @@ def test_averaging_undoes_random_routing_and_not_hash_routing(erased, digits, ro
 def test_g7_two_queries_invert_random_routing(erased, digits, original):
     model, remap = erased(router="random", remap_to="remain")
     eye = torch.eye(32, dtype=torch.float64)
-    hook = more_hf.get_erasure(model).hook
+    erasure = more_hf.get_erasure(model)
     answers = []
     for expert in (0, 1):
-        hook.forced = torch.full((len(original),), expert)
-        answers.append(passed(model, digits))
-    hook.forced = None
+        with experts_forced(erasure, torch.full((len(original),), expert)):
+            answers.append(passed(model, digits))
     stacked = torch.cat([remap.apply(eye, expert) for expert in (0, 1)], dim=1)  # z (E_0 ᵀ, E_1 ᵀ)
     guess = torch.cat(answers, 1) @ torch.linalg.pinv(stacked)
     assert (guess - original).norm() / original.norm() < 1e-4

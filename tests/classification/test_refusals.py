@@ -41,7 +41,7 @@ def everything(images, labels):
         (everything, {"forget": 4, "remap_to": ["five", "four"]}, "'four' is both in `forget` and in `remap_to`"),
         (everything, {"forget": 4, "remap_to": []}, "`remap_to` is empty"),
         (everything, {"forget": 4, "remap_to": "tree"}, "no class 'tree'"),
-        (everything, {"forget": 4, "num_experts": 0}, "`num_experts` must be at least 1, got 0"),
+        (everything, {"forget": 4, "num_experts": 0}, "`num_experts` must be a whole number from 1 to 4096, got 0"),
         (everything, {"forget": 4, "router": "best"}, "Unknown router 'best'"),
         (everything, {"forget": 4, "solver": "lsq"}, "Unknown solver 'lsq'"),
         (without_labels, {"forget": 4}, "The data has no labels"),
@@ -126,7 +126,7 @@ def test_a_second_call_fits_both_jointly(model, loader, digits, digit_classifier
 
     erasure = more_hf.get_erasure(model)
     assert erasure.concepts == ["four", "seven"]
-    assert erasure.facts["sent_to"] == {"four": ["nine"], "seven": ["one"]}
+    assert erasure.facts.sent_to == {"four": ["nine"], "seven": ["one"]}
     torch.testing.assert_close(erasure.remap.D_F, more_hf.get_erasure(joint).remap.D_F, rtol=1e-4, atol=1e-5)
     assert len(model.classifier[1]._forward_pre_hooks) == 1
     assert (accuracies(model, digits)[[4, 7]] == 0).all()

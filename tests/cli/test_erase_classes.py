@@ -57,15 +57,15 @@ def test_the_defaults_are_the_calls(folders, digits, tmp_path):
     assert run(folders, tmp_path / "out", "--forget", "four") == 0
     erasure = more_hf.get_erasure(more_hf.load(tmp_path / "out"))
 
-    assert erasure.request["remap_to"] == {"four": "remain"}
-    assert erasure.facts["num_experts"] == 1
+    assert erasure.request.remap_to == {"four": "remain"}
+    assert erasure.facts.num_experts == 1
     assert not (tmp_path / "out" / "more_hf_delta.safetensors").exists()
     with torch.no_grad():
         predicted = AutoModelForImageClassification.from_pretrained(tmp_path / "out")(digits[0][1200:]).logits.argmax(1)
     assert (predicted[digits[1][1200:] == 4] == 4).float().mean() < 0.05
     assert (predicted[digits[1][1200:] == 0] == 0).float().mean() > 0.9
     assert run(folders, tmp_path / "none", "--forget", "four", "--remap_to", "none") == 0
-    assert more_hf.get_erasure(more_hf.load(tmp_path / "none")).request["remap_to"] == {"four": None}
+    assert more_hf.get_erasure(more_hf.load(tmp_path / "none")).request.remap_to == {"four": None}
 
 
 def test_failures_in_one_line(folders, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import more_hf
+from more_hf.core.views import experts_forced
 from more_hf.diffusion.encoder import TOKENS, Encoder
 
 
@@ -137,8 +138,8 @@ def test_exact_for_every_mode_and_solver(pipe, tokens, solver):
     erase(pipe, tokens=tokens, solver=solver, retain=["cat"])
     assert_exact(pipe, before)
     erasure = more_hf.get_erasure(pipe)
-    assert erasure.facts["rank"] == len(TOKENS[tokens])
-    assert erasure.facts["solver"] == solver
+    assert erasure.facts.rank == len(TOKENS[tokens])
+    assert erasure.facts.solver == solver
     assert max(erasure.guarantees[key] for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")) < 1e-8
     assert erasure.proof["forget_vs_target"] < 1e-3
     assert erasure.proof["target_changed"] < 1e-3
@@ -178,7 +179,7 @@ def test_retained_names_are_exact_with_pinv(pipe):
     for name in ("cat · last", "cat · end", "claude monet · padding", "begin token", "empty prompt, end", "empty prompt, padding"):
         prototype = erasure.remap.prototypes[name]
         assert torch.allclose(erasure.remap.apply(prototype), prototype, atol=1e-8)
-    assert erasure.facts["retained_moved"]["cat"] < 1e-8
+    assert erasure.facts.retained_moved["cat"] < 1e-8
 
 
 @pytest.mark.slow
@@ -187,7 +188,7 @@ def test_covariance_spares_retained_names(tiny_sd):
     for retain in (["cat"], ["cat", "house"]):
         pipe = erase(tiny_sd(), retain=retain, solver="covariance")
         erasure = more_hf.get_erasure(pipe)
-        moved.append(erasure.facts["retained_moved"]["cat"])
+        moved.append(erasure.facts.retained_moved["cat"])
         assert "cat · last" not in erasure.remap.prototypes.names
         assert "cat (moves by" in erasure.to_markdown()
     encoder = Encoder(pipe)
@@ -200,18 +201,18 @@ def test_covariance_spares_retained_names(tiny_sd):
 def test_auto_takes_what_is_possible(tiny_sd):
     names = ["cat", "dog", "house", "tree", "car", "person"]
     erasure = more_hf.get_erasure(erase(tiny_sd(), retain=names))
-    assert erasure.facts["solver"] == "covariance"
-    assert "pinv has no exact edit" in erasure.facts["solver_reason"]
+    assert erasure.facts.solver == "covariance"
+    assert "pinv has no exact edit" in erasure.facts.solver_reason
     with pytest.raises(more_hf.PrototypeError, match="do not fit into 32 dimensions"):
         erase(tiny_sd(), retain=names, solver="pinv")
 
 
 def test_auto_says_why(pipe):
     erasure = more_hf.get_erasure(erase(pipe))
-    assert erasure.request["solver"] == "auto"
-    assert erasure.facts["solver"] in ("pinv", "covariance")
-    assert f"| solver | {erasure.facts['solver']}: {erasure.facts['solver_reason']} |" in str(erasure)
-    assert "%" in erasure.facts["solver_reason"]  # chosen by measurement
+    assert erasure.request.solver == "auto"
+    assert erasure.facts.solver in ("pinv", "covariance")
+    assert f"| solver | {erasure.facts.solver}: {erasure.facts.solver_reason} |" in str(erasure)
+    assert "%" in erasure.facts.solver_reason  # chosen by measurement
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ def test_second_erasure_is_the_joint_one(tiny_sd, solver):
     erase(joint, [FORGET, "pablo picasso"], remap_to=target, solver=solver)
     assert close(step, joint)
     assert more_hf.get_erasure(step).request == more_hf.get_erasure(joint).request
-    assert more_hf.get_erasure(step).facts["fingerprint"] == more_hf.get_erasure(joint).facts["fingerprint"]
+    assert more_hf.get_erasure(step).facts.fingerprint == more_hf.get_erasure(joint).facts.fingerprint
     assert_exact(step, before)
     assert same(more_hf.restore(step), before)
 
@@ -344,6 +345,7 @@ def test_disabled(tiny_sd, router):
     with more_hf.disabled(pipe) as inside:
         assert inside is pipe
         assert torch.equal(outputs(pipe.unet, text), outputs(original.unet, text))
+        assert same(pipe, after)  # beside the weights, not in them
     assert same(pipe, after)
     assert not torch.allclose(outputs(pipe.unet, text), outputs(original.unet, text), **ROUNDING)
 
@@ -408,10 +410,9 @@ def test_hook_is_the_expert(tiny_sd):
     erase(pipe, router="random")
     erasure = more_hf.get_erasure(pipe)
     text, experts = ordinary_text(), torch.tensor([0, 1])
-    erasure.hook.forced = experts
-    assert torch.allclose(erasure.hook.route(text), erasure.remap.apply(text, experts), rtol=1e-4, atol=1e-4)
-
-    routed = outputs(pipe.unet, text)
+    with experts_forced(erasure, experts):
+        assert torch.allclose(erasure.hook.route(text), erasure.remap.apply(text, experts), rtol=1e-4, atol=1e-4)
+        routed = outputs(pipe.unet, text)
     for expert in (0, 1):  # the expert merged into the original weights, without any hook
         for name, weight in erasure.originals.items():
             original.unet.get_submodule(name).weight.data.copy_(erasure.remap.merged(weight, expert))

@@ -167,21 +167,21 @@ def test_guarantees_and_proof_cover_every_space(erased_families, family):
     assert erasure.proof["forget_vs_target"] < 1e-3
     assert erasure.proof["target_changed"] < 1e-3
     assert erasure.proof["forget_changed"] > 0.9
-    assert any("`clip_skip`" in leak for leak in erasure.facts["leaks"]) == (family in ("sdxl", "sd3"))
-    assert any("upper from lower case" in leak for leak in erasure.facts["leaks"]) == (family in ("sd3", "flux"))
-    assert not any("pooled" in leak for leak in erasure.facts["leaks"])
+    assert any("`clip_skip`" in leak for leak in erasure.facts.leaks) == (family in ("sdxl", "sd3"))
+    assert any("upper from lower case" in leak for leak in erasure.facts.leaks) == (family in ("sd3", "flux"))
+    assert not any("pooled" in leak for leak in erasure.facts.leaks)
 
 
 def test_every_space_has_its_own_solver(families):
     pipe = erase(copy.deepcopy(families["flux"]), solver="auto")
-    tokens, pooled = more_hf.get_erasure(pipe).facts["solver_reason"].split("; pooled: ")
+    tokens, pooled = more_hf.get_erasure(pipe).facts.solver_reason.split("; pooled: ")
     assert "in 48 dimensions" in tokens
     assert "in 32 dimensions" in pooled
     for reason in (tokens, pooled):
         assert all(re.search(rf"{solver} [\d.]+ %", reason) for solver in ("pinv", "covariance"))
     remaps = spaces(pipe)
     assert pooled.startswith(remaps["pooled"].solver)
-    assert more_hf.get_erasure(pipe).facts["solver"] == remaps["tokens"].solver
+    assert more_hf.get_erasure(pipe).facts.solver == remaps["tokens"].solver
 
 
 @pytest.mark.parametrize("site", ["tokens", "pooled"])

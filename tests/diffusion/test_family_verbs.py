@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.families import FAMILIES, FORGET, TARGET, denoiser_of, erase, images, weights
 
 import more_hf
+from more_hf.core.views import experts_forced, routing_off
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -20,10 +21,14 @@ def test_restore_disabled_and_a_second_erasure(families, family):
     erase(erase(pipe, tokens="subject"), "andy warhol", tokens="subject", router="hash")
     erasure = more_hf.get_erasure(pipe)
     assert erasure.concepts == [FORGET, "andy warhol"]
-    assert len([name for name in erasure.remap.prototypes.names if name.startswith((FORGET, "andy"))]) == erasure.facts["rank"]
+    assert len([name for name in erasure.remap.prototypes.names if name.startswith((FORGET, "andy"))]) == erasure.facts.rank
     after = weights(pipe)
+    erased = images(pipe, family, "a house by van gogh")
     with more_hf.disabled(pipe):
-        assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+        assert all(torch.equal(value, after[name]) for name, value in weights(pipe).items())
+        original = images(pipe, family, "a house by van gogh")
+    assert torch.equal(original, images(families[family], family, "a house by van gogh"))
+    assert not torch.allclose(original, erased, rtol=1e-3)
     assert all(torch.equal(value, after[name]) for name, value in weights(pipe).items())
     more_hf.restore(pipe)
     assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
@@ -52,9 +57,8 @@ def test_the_hook_routes_tokens_and_pooled_embedding_to_the_same_expert(families
     apart = (wanted[0] - wanted[1]).norm()
     assert apart > 1e-4 * wanted[0].norm()
     for expert in (0, 1):
-        erasure.hook.forced = torch.tensor([expert])
-        assert (images(pipe, family, "a house by van gogh") - wanted[expert]).norm() < 0.01 * apart
-    erasure.hook.forced = None
+        with experts_forced(erasure, torch.tensor([expert])):
+            assert (images(pipe, family, "a house by van gogh") - wanted[expert]).norm() < 0.01 * apart
     with more_hf.routing(pipe, seeds=[1]):
         first = images(pipe, family, "a house by van gogh")
     with more_hf.routing(pipe, seeds=[1]):
@@ -63,13 +67,14 @@ def test_the_hook_routes_tokens_and_pooled_embedding_to_the_same_expert(families
 
 def test_positional_arguments_are_routed(families):
     pipe = erase(copy.deepcopy(families["sd3"]), remap_to=[TARGET, "johannes vermeer"], router="random")
-    more_hf.get_erasure(pipe).hook.forced = torch.tensor([1])
+    erasure = more_hf.get_erasure(pipe)
     latents, tokens, pooled, time = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 48), torch.ones(1, 40), torch.tensor([500.0])
-    with torch.no_grad():
+    with torch.no_grad(), experts_forced(erasure, torch.tensor([1])):
         named = pipe.transformer(latents, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=time).sample
         assert torch.equal(pipe.transformer(latents, tokens, pooled, time).sample, named)
-        more_hf.get_erasure(pipe).hook.enabled = False
-        assert not torch.allclose(pipe.transformer(latents, tokens, pooled, time).sample, named, rtol=1e-4)
+        with routing_off(erasure):
+            unrouted = pipe.transformer(latents, tokens, pooled, time).sample
+        assert not torch.allclose(unrouted, named, rtol=1e-4)
 
 
 def assert_same_images(pipe, wanted, other, family, prompt="a house by van gogh"):

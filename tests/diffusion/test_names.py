@@ -39,8 +39,8 @@ WRONG = {
     "tokens": ({"tokens": "words"}, "Unknown tokens 'words'. Choose one of 'positions'"),
     "solver": ({"solver": "lstsq"}, "Unknown solver 'lstsq'. Choose one of 'auto', 'pinv', 'covariance'"),
     "router": ({"router": "roulette"}, "Unknown router 'roulette'. Choose one of None, 'random', 'hash'"),
-    "no_experts": ({"num_experts": 0}, "`num_experts` must be at least 1, got 0"),
-    "negative_experts": ({"num_experts": -2}, "`num_experts` must be at least 1, got -2"),
+    "no_experts": ({"num_experts": 0}, "`num_experts` must be a whole number from 1 to 4096, got 0"),
+    "negative_experts": ({"num_experts": -2}, "`num_experts` must be a whole number from 1 to 4096, got -2"),
     "too_long": ({"concepts": "van gogh " * 50}, "too long"),
     "too_long_target": ({"remap_to": "claude monet " * 50}, "too long"),
     "same_tokens": ({"remap_to": "van  gogh"}, "No exact edit exists.*'van  gogh.*cosine 1.0000"),
@@ -100,9 +100,9 @@ def test_shared_first_tokens_are_reported_with_their_leak(tiny_sd):
         f"which have the same vectors there; they move by {moved:.1f} %"
     )
     assert moved > 0.1
-    assert leak in erasure.facts["leaks"]
+    assert leak in erasure.facts.leaks
     assert leak in str(erasure)
-    assert not [leak for leak in erasure.facts["leaks"] if "'cat'" in leak or "'andy warhol'" in leak]
+    assert not [leak for leak in erasure.facts.leaks if "'cat'" in leak or "'andy warhol'" in leak]
 
 
 @pytest.mark.slow

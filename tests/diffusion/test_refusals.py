@@ -18,7 +18,8 @@ from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionA
 from torch import nn
 
 import more_hf
-from more_hf.core.erasure import Site, find_erasure
+from more_hf.core.registry import find_erasure
+from more_hf.core.site import Site
 
 
 CPU = torch.device("cpu")
@@ -183,7 +184,7 @@ def assert_refused(pipe, words):
     assert not missing, f"{missing} not in: {error.value}"
     assert changed(pipe, before) == []
     assert find_erasure(pipe.unet) is None
-    assert more_hf.core.erasure.ERASED not in vars(pipe.unet)
+    assert more_hf.core.registry.ERASED not in vars(pipe.unet)
     assert not pipe.unet._forward_pre_hooks
 
 
@@ -363,8 +364,7 @@ def test_interrupted_edit(tiny_sd, fail_at, router, error):
 
 
 @pytest.mark.slow
-# A refit writes the 8 originals for the proof, the 8 edited weights back, and then the 8 new ones.
-@pytest.mark.parametrize("k", [1, 5, 13, 21])
+@pytest.mark.parametrize("k", [1, 5, 8])
 @pytest.mark.parametrize("router", [None, "random"])
 def test_interrupted_refit(tiny_sd, fail_at, router, k):
     pipe = erase(tiny_sd(), router=router)
@@ -384,16 +384,6 @@ def test_interrupted_restore(tiny_sd, fail_at, k):
         more_hf.restore(pipe)
     assert_still_in_force(pipe, erasure, before)
     assert changed(more_hf.restore(pipe), snapshot(tiny_sd())) == []
-
-
-@pytest.mark.parametrize("k", [5, 13])
-def test_interrupted_disabled(tiny_sd, fail_at, k):
-    pipe = erase(tiny_sd(), router="random")
-    erasure, before = more_hf.get_erasure(pipe), snapshot(pipe)
-    fail_at(k)
-    with pytest.raises(RuntimeError, match="interrupted"), more_hf.disabled(pipe):
-        pass
-    assert_still_in_force(pipe, erasure, before)
 
 
 def test_denoiser_that_fails_during_the_proof(tiny_sd, monkeypatch):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import more_hf
 from more_hf.cli.main import main
+from more_hf.core.request import ConceptRequest
 
 
 PROMPT = "a painting of a house by van gogh"
@@ -216,10 +217,10 @@ def test_names_dtypes_and_header(erased, tmp_path):
             metadata = opened.metadata()
         assert metadata.pop("format") == "pt"
         record = json.loads(metadata.pop("more_hf"))
-        assert record["request"] == erasure.request
+        assert ConceptRequest.from_dict(record["request"]) == erasure.request
         assert record["request"]["concepts"] == {"van gogh": []}
         assert record["expert"] is None
-        assert record["fingerprint"] == erasure.facts["fingerprint"]
+        assert record["fingerprint"] == erasure.facts.fingerprint
         if file.name == PEFT:
             assert metadata == {}  # `lora_adapter_metadata` would replace what loaders infer
     assert metadata == {
@@ -410,7 +411,7 @@ def test_command(original, tmp_path, capsys):
     original.save_pretrained(tmp_path / "base")
     request = ["lora", tmp_path / "base", "--concept", "van gogh", "--remap_to", *TARGETS, "--alias", "van gogh=vincent"]
     assert main([str(arg) for arg in [*request, "--output", tmp_path / "lora"]]) == 0
-    assert f"Saved to {tmp_path / 'lora' / PEFT}, for the original" in capsys.readouterr().out
+    assert f"Saved to {tmp_path / 'lora' / PEFT}" in capsys.readouterr().out
     argv = [*request, "--output", tmp_path / "a.safetensors", "--format", "kohya", "--dtype", "float32", "--tokens", "last"]
     assert main([str(arg) for arg in argv]) == 0
 

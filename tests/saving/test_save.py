@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import more_hf
-from more_hf.saving.folder import DELTA, RECORD
+from more_hf.core.record import RECORD, Record
+from more_hf.saving.folder import DELTA
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -63,11 +65,15 @@ def test_record(tiny_sd, tmp_path):
         "router": None,
         "seed": 0,
         "pooled": True,
+        "templates": None,
+        "everyday": None,
+        "shrinkage": 1e-4,
     }
+    assert Record.read(folder).request == erasure.request
     assert record["sites"] == {name: list(site.read().shape) for name, site in erasure.sites.items()}
     assert len(record["sites"]) == 8
     assert record["facts"]["rank"] == 8
-    assert record["facts"]["fingerprint"] == erasure.facts["fingerprint"]
+    assert record["facts"]["fingerprint"] == erasure.facts.fingerprint
     assert record["denoiser"] == "unet"
     assert record["proof"]["forget_vs_target"] < 1e-3
     assert not (folder / DELTA).exists()
@@ -190,11 +196,16 @@ def test_save_needs_an_erasure(tiny_sd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_save_inside_disabled_would_publish_the_original(tiny_sd, tmp_path):
+def test_save_inside_disabled_writes_the_erased_model(tiny_sd, tmp_path):
     pipe = erase(tiny_sd())
-    with more_hf.disabled(pipe), pytest.raises(more_hf.MoreError):
-        more_hf.save(pipe, tmp_path / "model")
-    assert not list(tmp_path.iterdir())
+    with more_hf.disabled(pipe):
+        inside = more_hf.save(pipe, tmp_path / "inside")
+        pipe.save_pretrained(tmp_path / "plain")
+    outside = more_hf.save(pipe, tmp_path / "outside")
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (inside / weights).read_bytes() == (outside / weights).read_bytes()
+    assert (tmp_path / "plain" / weights).read_bytes() == (outside / weights).read_bytes()
+    assert more_hf.verify(inside).ok
 
 
 def test_save_refuses_an_unfused_lora(tiny_sd, tmp_path):
@@ -334,7 +345,7 @@ def test_missing_key(saved, read, key):
 def test_more_retained_names_than_fit_into_the_space(tiny_sd, tmp_path):
     pipe = erase(tiny_sd(), retain=["cat", "dog", "house", "tree", "car", "person"])  # covariance alone can
     assert more_hf.verify(more_hf.save(pipe, tmp_path / "erased")).ok
-    assert more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request["retain"][0] == "cat"
+    assert more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request.retain[0] == "cat"
 
 
 @pytest.mark.parametrize("read", [more_hf.load, more_hf.verify])
@@ -353,6 +364,7 @@ def test_no_record(saved, read):
 
 
 def test_record_of_another_model(saved):
-    edit_record(saved, sites={"conv_in": [4, 4]})
+    facts = json.loads((saved / RECORD).read_text("utf-8"))["facts"]
+    edit_record(saved, sites={"conv_in": [4, 4]}, facts={**facts, "separation": {"conv_in": 1.0}})
     with pytest.raises(more_hf.IncompatibleBaseError, match="other layers"):
         more_hf.load(saved)

@@ -44,7 +44,7 @@ class Cached:
     def routed(self) -> ClassErasure | None:
         """The erasure that routes what the head reads, each time that it is asked. One at an inner module routed before the cache."""
         erasure = get_erasure(self.model)
-        here = erasure is not None and erasure.router is not None and erasure.request["at"] is None
+        here = erasure is not None and erasure.router is not None and erasure.request.at is None
         return erasure if here else None
 
     @property

@@ -234,7 +234,7 @@ class _Seed:
     def _targets(self, edited: nn.Module, settings: Mapping[str, Any], forget: Sequence[int]) -> list[int]:
         """Class ids that the forgotten classes were sent to, or that a method was told to make them like; else empty."""
         if (erasure := get_erasure(edited)) is not None:
-            sent = [name for targets in erasure.facts["sent_to"].values() for name in targets]
+            sent = [name for targets in erasure.facts.sent_to.values() for name in targets]
             return [self.data.class_names.index(name) for name in dict.fromkeys(sent)]
         if "target" not in settings or settings.get("against") == "rest":
             return []

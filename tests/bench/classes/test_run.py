@@ -120,7 +120,7 @@ def test_accuracies_are_those_of_the_model_that_was_trained(folder, data, origin
 def test_remap_row_is_erase_classes_and_reloading_takes_only_the_hook_away(folder, data, original):
     splits, rows = split_by_class(data, [3]), rows_of(folder)
     edited = CLASSIFICATION["remap"].load()(copy.deepcopy(original), splits, seed=0)
-    assert rows["remap"]["sent_to"] == ", ".join(get_erasure(edited).facts["sent_to"]["3"])
+    assert rows["remap"]["sent_to"] == ", ".join(get_erasure(edited).facts.sent_to["3"])
     for name in ("ft", "rt"):
         part = getattr(splits, name)
         expected = 100 * (predict(edited, part) == part.labels).float().mean().item()

@@ -440,7 +440,7 @@ def test_at_an_inner_module_the_weights_stay(model, splits):
     with torch.no_grad():
         assert torch.allclose(edited(pixels(splits.f)), reference(pixels(splits.f)), atol=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(edited).items())
-    assert get_erasure(edited).request["at"] == "3"
+    assert get_erasure(edited).request.at == "3"
     assert not torch.equal(at_head[-1].weight, before["4.weight"])
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from ....core.errors import TargetNotFoundError
-from ....diffusion.plan import make_request, surfaces_of
+from ....core.request import ConceptRequest
+from ....diffusion.plan import check_names
 from ....diffusion.prompts import everyday_prompts, names_in
 
 
@@ -34,10 +35,10 @@ def name_roles(
     concepts: Concepts, remap_to: str | Sequence[str] | None, retain: Sequence[str] | None
 ) -> Roles:
     """Check the arguments exactly as `erase_concept` does. Raises `PrototypeError`."""
-    request = make_request(concepts, remap_to, retain, None, None, "auto", "positions", 0)
-    targets = next(iter(request["remap_to"].values()))
-    keep = list(dict.fromkeys([*targets, *request["retain"]]))
-    return Roles(surfaces_of(request), targets, keep)
+    request = ConceptRequest.of(concepts, remap_to=remap_to, retain=retain)
+    check_names(request)
+    keep = list(dict.fromkeys([*request.targets, *request.retain]))
+    return Roles(request.surfaces, request.targets, keep)
 
 
 def guides(roles: Roles, guide: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ....core.erasure import fingerprint
+from ....core.site import fingerprint
 from ....core.errors import MoreError, TargetNotFoundError
 from ....core.files import replacing
 from ....diffusion.sites import find_denoiser, find_sites

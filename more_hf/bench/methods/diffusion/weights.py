@@ -12,8 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ....core.erasure import Site, written
 from ....core.errors import IncompatibleBaseError, MoreError
+from ....core.site import Site, copy_weights, put_back
 from ....diffusion.sites import check_widths, find_denoiser, find_sites
 
 
@@ -64,8 +64,13 @@ def write_weights(
             raise IncompatibleBaseError(
                 f"The edited `{name}` is not finite in {value.dtype}. Nothing was changed. {remedy}".rstrip()
             )
-    with written(sites, cast, keep=True):
-        pass
+    before = copy_weights(sites)
+    try:
+        for name, site in sites.items():
+            site.write(cast[name])
+    except BaseException:
+        put_back(sites, before)
+        raise
 
 
 def multiply(pipe: DiffusionPipeline, A: Tensor, layers: str = "kv") -> None:

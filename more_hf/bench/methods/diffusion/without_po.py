@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline
 
 from ....core.prototypes import Prototypes
 from ....core.remap import Remap
-from ....diffusion.plan import make_request, prepare
+from ....core.request import ConceptRequest
+from ....diffusion.plan import Problem, prepare
 from ....diffusion.sites import check_widths, find_denoiser, find_sites
 from .roles import Concepts
 from .weights import write_weights
@@ -38,14 +39,20 @@ def more_without_po(
     Raises:
         `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
     """
-    request = make_request(concepts, remap_to, retain, num_experts, None, "pinv", tokens, seed)
+    request = ConceptRequest.of(
+        concepts, remap_to=remap_to, retain=retain, num_experts=num_experts, solver="pinv", tokens=tokens, seed=seed
+    )
     sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
     problems = prepare(pipe, request, ())
-    remaps = {space: without_orthogonalisation(**problem) for space, problem in problems.items()}
+    remaps = {space: _solve(problem) for space, problem in problems.items()}
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
     edited = {name: remaps[site.space].merged(site.read().double()) for name, site in sites.items()}
     write_weights(sites, edited)
     return pipe
+
+
+def _solve(problem: Problem) -> Remap:
+    return without_orthogonalisation(problem.prototypes, problem.forget, problem.targets)
 
 
 def without_orthogonalisation(
