@@ -78,7 +78,7 @@ def save(pipe: DiffusionPipeline | nn.Module, folder: str | os.PathLike, *, incl
             sites={name: list(site.read().shape) for name, site in erasure.sites.items()},
             guarantees=erasure.guarantees,
             proof=erasure.proof,
-            facts=replace(erasure.facts, base_revision=revision or erasure.facts.base_revision),
+            facts=replace(erasure.facts, base_revision=erasure.facts.base_revision or revision),
             denoiser=name,
             variant=kwargs.get("variant"),
             layout=layout_of(shapes),

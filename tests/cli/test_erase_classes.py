@@ -65,7 +65,7 @@ def test_the_defaults_are_the_calls(folders, digits, tmp_path):
     assert (predicted[digits[1][1200:] == 4] == 4).float().mean() < 0.05
     assert (predicted[digits[1][1200:] == 0] == 0).float().mean() > 0.9
     assert run(folders, tmp_path / "none", "--forget", "four", "--remap_to", "none") == 0
-    assert more_hf.get_erasure(more_hf.load(tmp_path / "none")).request.remap_to == {"four": None}
+    assert more_hf.get_erasure(more_hf.load(tmp_path / "none")).request.remap_to == {"four": ()}
 
 
 def test_failures_in_one_line(folders, tmp_path, capsys):

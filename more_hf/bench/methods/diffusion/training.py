@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ....core.site import fingerprint
 from ....core.errors import MoreError, TargetNotFoundError
 from ....core.files import replacing
+from ....core.site import fingerprint
 from ....diffusion.sites import find_denoiser, find_sites
 from .progress import is_quiet
 from .weights import Trained, write_weights
