@@ -12,13 +12,11 @@ import csv
 import itertools
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.metrics import harmonic_mean
-from more_hf.bench.classes.start import RECIPES, Trainer
-from more_hf.bench.classes.training import Recipe, accuracy, predict
+from more_hf.bench.classes.training import Recipe, Trainer, accuracy, predict
 from more_hf.bench.columns import write_rows
 from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.bench.splits import split_by_class
@@ -58,9 +56,7 @@ def main() -> None:
     args = parser.parse_args()
 
     data = load_kd_data(args.dataset)
-    recipe = replace(RECIPES.get(args.dataset, Recipe()), flip=data.flip)
-    recipe = recipe if args.epochs is None else replace(recipe, epochs=args.epochs)
-    original = Trainer(args.model, data, recipe, args.models).original(0)
+    original = Trainer(args.model, data, Recipe.of(data, args.epochs), args.models).original(0)
     splits = split_by_class(data, [args.forget])
     path = args.output / "grid.csv"
     rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []

@@ -19,7 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.run import Known, run_kd
+from more_hf.bench.classes.measure import Shared
+from more_hf.bench.classes.run import run_kd
 from more_hf.bench.classes.tables import RELOADED
 from more_hf.bench.columns import write_rows
 from more_hf.bench.splits import KDData, split_by_class
@@ -97,7 +98,7 @@ def main() -> None:
     data = load_kd_data(args.dataset, path=args.data)
     forget = [int(name) if name not in data.class_names else name for name in args.forget.split("+")]
     remaining = split_by_class(data, forget).r.labels.unique().tolist()
-    known = Known()  # the original's features are the same whatever the value, and so are a reloaded model's
+    shared = Shared()  # the original's features are the same for all values, and so are a reloaded model's
     lines, own = [], []
     for label, (method, settings) in FACTORS[args.factor](args.values, data, remaining).items():
         summary = run_kd(
@@ -111,7 +112,7 @@ def main() -> None:
             epochs=args.epochs,
             models=args.models or args.output / "models",
             tuned={method: settings},
-            known=known,
+            shared=shared,
         )
         lines += [{args.factor: label, **line} for line in summary]
         own += [line for line in lines if line[args.factor] == label and line["method"] == method]

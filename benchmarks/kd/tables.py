@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 from more_hf.bench.classes import samples as kd_samples
-from more_hf.bench.classes.summary import read_rows, summarise
-from more_hf.bench.classes.tables import REFERENCES
+from more_hf.bench.classes.tables import REFERENCES, ROW_COLUMNS, summarise
+from more_hf.bench.columns import read_rows
 from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
@@ -58,7 +58,8 @@ def read(folder: str) -> list[dict]:
     if not (path / "rows.csv").is_file():
         return []
     names = json.loads((path / "config.json").read_text("utf-8"))["forget"]
-    return [row | {"forget": "+".join(names[row["forget"]])} for row in read_rows(path / "rows.csv")]
+    columns = kd_samples.ROW_COLUMNS if folder.endswith("samples") else ROW_COLUMNS
+    return [row | {"forget": "+".join(names[row["forget"]])} for row in read_rows(path / "rows.csv", columns)]
 
 
 def write(name: str, tables: list[list[dict]]) -> None:

@@ -1,4 +1,5 @@
 """Classes and samples forgotten by an image classifier."""
 
 DATASETS = ("digits", "fashion-mnist", "emoji-100", "cifar10", "cifar100", "tiny-imagenet", "imagenet-1k")
-"""The data sets that `data.load_kd_data` knows by name, here so that the command line can list them without torch."""
+"""The data sets that `data.load_kd_data` knows by name, here so that the command line can list them without
+torch."""

@@ -1,13 +1,14 @@
-"""What a classifier's head reads, collected once: everything that happens at the head is then measured without the backbone.
+"""What a classifier's head reads, collected once: everything at the head is then measured without the
+backbone.
 
-The hooks of a head (an erasure's routing, a baseline's linear map) run again on cached inputs, so a stochastic layer can be asked as
-often as one likes, at the price of a matrix product.
+The hooks of a head (an erasure's routing, a baseline's linear map) run again on the collected inputs, so a
+stochastic layer can be asked any number of times at the price of a matrix product.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,113 +28,141 @@ from ..splits import ImageSet, Splits
 CHUNK = 100_000  # samples that go through the head's hooks at once
 
 
+@contextmanager
+def inputs_of(head: nn.Module, *, before_hooks: bool = False) -> Iterator[list[Tensor]]:
+    """Collect the input of every call of a head, as its weight reads it, or before its other hooks changed
+    it."""
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=before_hooks)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 @dataclass(frozen=True)
 class Cached:
-    """The inputs of a model's head before its hooks, `(n, d)` float32 on the CPU, and the head with its hooks.
+    """A classifier's head with its hooks, and what it reads before them.
 
     Attributes:
-        inputs (`dict[str, Tensor]`): by part, `"train"` and `"test"`.
+        inputs (`Mapping[str, Tensor]`): part, `"train"` or `"test"`, to `(n, d)`, float32 on the CPU.
         model, head (`nn.Module`): the classifier and its last linear layer.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
     model: nn.Module
     head: nn.Module
 
     @property
     def routed(self) -> ClassErasure | None:
-        """The erasure that routes what the head reads, each time that it is asked. One at an inner module routed before the cache."""
+        """The erasure that routes the head's input at each call.
+
+        An erasure at an inner module is not one: it has routed already when the inputs were collected.
+        """
         erasure = get_erasure(self.model)
-        here = erasure is not None and erasure.router is not None and erasure.request.at is None
-        return erasure if here else None
+        if erasure is None or erasure.router is None or erasure.request.at is not None:
+            return None
+        return erasure
 
     @property
     def is_random(self) -> bool:
-        """Whether the head's hooks draw: the same input then reads differently each time."""
+        """Whether the head's hooks draw, so that the same input gives other features each time."""
         return self.routed is not None and self.routed.router == "random"
 
     def features(self, part: str, *, passes: int = 1, draw: int = 0) -> Tensor:
-        """`(n, d)`, what the head's weight reads: the mean over `passes` calls. `draw` gives every sample streams of its own."""
+        """What the head's weight reads, `(n, d)`: the mean over `passes` calls.
+
+        Each `draw` gives every sample a random stream of its own.
+        """
         return self._ask(part, passes, draw)[0]
 
     def logits(self, part: str, *, passes: int = 1, draw: int = 0) -> Tensor:
-        """`(n, k)`: the head's weight on the same features that `features` returns."""
+        """The logits `(n, k)` of what `features` returns."""
         return self._ask(part, passes, draw)[1]
 
     def experts(self, part: str) -> Tensor | None:
-        """`(n,)`: the expert that each sample takes in draw 0, or `None` without a router."""
+        """The expert of each sample `(n,)` in draw 0, or `None` without a router."""
         erasure = self.routed
         if erasure is None:
             return None
         _seed(erasure, 0, len(self.inputs[part]))
-        return erasure.hook.router(self.inputs[part].to(self._device)).cpu()
-
-    @property
-    def _device(self) -> torch.device:
-        return self.head.weight.device
+        return erasure.hook.router(self.inputs[part].to(self.head.weight.device)).cpu()
 
     @torch.no_grad()
     def _ask(self, part: str, passes: int, draw: int) -> tuple[Tensor, Tensor]:
-        erasure, found = self.routed, []
-        seen: list[Tensor] = []
-        handle = self.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # last: after the other hooks
-        try:
+        erasure, means = self.routed, []
+        with inputs_of(self.head) as seen:
             for start in range(0, len(self.inputs[part]), CHUNK):
-                z = self.inputs[part][start : start + CHUNK].to(self._device)
+                z = self.inputs[part][start : start + CHUNK].to(self.head.weight.device)
                 if erasure is not None:
                     _seed(erasure, start, len(z), draw)
                 seen.clear()
                 for _ in range(passes):
                     self.head(z)
-                found.append(torch.stack(seen).mean(0))
-        finally:
-            handle.remove()
-        features = torch.cat(found)
+                means.append(torch.stack(seen).mean(0))
+        features = torch.cat(means)
         logits = nn.functional.linear(features, self.head.weight, self.head.bias)
         return features.float().cpu(), logits.float().cpu()
 
 
-def cache(model: nn.Module, head: nn.Module, parts: dict[str, ImageSet], *, batch_size: int = 100, desc: str = "features") -> Cached:
-    """One pass of the images through the model in evaluation mode, on its device; routing at an inner module draws from fixed seeds.
+def cache(
+    model: nn.Module,
+    head: nn.Module,
+    parts: Mapping[str, ImageSet],
+    *,
+    batch_size: int = 100,
+    desc: str = "features",
+) -> Cached:
+    """Collect the head's inputs in one pass in evaluation mode, on the model's device.
 
-    Raises `MoreError` if the head is called other than once per batch with features `(batch, d)`.
+    Routing at an inner module draws from fixed seeds.
+
+    Raises:
+        `MoreError`: unless the head is called once per batch, with features `(batch, d)`.
     """
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()), prepend=True)
     device, erasure, inputs = next(model.parameters()).device, get_erasure(model), {}
     bar = tqdm(total=sum(map(len, parts.values())), desc=desc, unit="image", leave=False)
-    try:
-        with evaluating(model):
-            for name, images in parts.items():
+    with evaluating(model), inputs_of(head, before_hooks=True) as seen:
+        for name, images in parts.items():
+            collected, start = [], 0
+            for batch in images.loader(batch_size):
+                count = len(batch["labels"])
+                if erasure is not None and erasure.router is not None:
+                    _seed(erasure, start, count)
                 seen.clear()
-                for start, batch in zip(range(0, len(images), batch_size), images.loader(batch_size), strict=True):
-                    if erasure is not None and erasure.router is not None:
-                        _seed(erasure, start, len(batch["labels"]))
-                    model(batch["pixel_values"].to(device))
-                    bar.update(len(batch["labels"]))
-                inputs[name] = torch.cat(seen)
-                if inputs[name].shape != (len(images), head.in_features):
-                    raise MoreError(
-                        f"The head read {tuple(inputs[name].shape)} for {len(images)} images, not ({len(images)}, {head.in_features}): "
-                        "it must be called once per batch, with one feature per image."
-                    )
-    finally:
-        handle.remove()
-        bar.close()
+                model(batch["pixel_values"].to(device))
+                collected += [z.float().cpu() for z in seen]
+                start += count
+                bar.update(count)
+            inputs[name] = torch.cat(collected)
+            if inputs[name].shape != (len(images), head.in_features):
+                raise MoreError(
+                    f"The head read {tuple(inputs[name].shape)} for {len(images)} images, "
+                    f"not ({len(images)}, {head.in_features}): "
+                    "it must be called once per batch, with one feature per image."
+                )
+    bar.close()
     return Cached(inputs, model, head)
 
 
 def _seed(erasure: ClassErasure, start: int, count: int, draw: int = 0) -> None:
-    """Streams of the samples from `start` on, others in each draw."""
-    erasure.hook.router.reset(range((draw << 32) + start, (draw << 32) + start + count))
+    """Give each sample from `start` on its random stream, another one in each draw."""
+    first = (draw << 32) + start
+    erasure.hook.router.reset(range(first, first + count))
 
 
 def same_backbone(model: nn.Module, other: nn.Module, head: str) -> bool:
-    """Whether two models give their heads the same inputs for sure: all tensors outside the head equal, no hook outside it."""
-    if any(module._forward_pre_hooks or module._forward_hooks for name, module in model.named_modules() if name != head):
-        return False
-    mine, theirs = model.state_dict(), other.state_dict()
-    return all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items() if not name.startswith(f"{head}."))
+    """Whether two models certainly give their heads the same inputs: equal tensors and no hook outside the
+    head."""
+    for name, module in model.named_modules():
+        if name != head and (module._forward_pre_hooks or module._forward_hooks):
+            return False
+    theirs = other.state_dict()
+    return all(
+        torch.equal(tensor, theirs[name])
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{head}.")
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,15 +176,19 @@ class FeatureSet(ImageSet):
 
 
 def splits_of_features(splits: Splits, train: ImageSet, inputs: Tensor) -> Splits:
-    """The splits with `f` and `r` as `FeatureSet`s, from the head's inputs `(n, d)` for the n images of `train`."""
-    features = torch.zeros(int(train.rows.max()) + 1, inputs.shape[1]).index_copy_(0, train.rows, inputs)
-    parts = {name: getattr(splits, name) for name in ("f", "r")}
-    return replace(splits, **{name: FeatureSet(features, part.labels, part.rows, part.image_size) for name, part in parts.items()})
+    """Replace the images of `f` and `r` by the head's inputs `(n, d)` for the n images of `train`."""
+    features = torch.zeros(int(train.rows.max()) + 1, inputs.shape[1])
+    features.index_copy_(0, train.rows, inputs)
+
+    def part(images: ImageSet) -> FeatureSet:
+        return FeatureSet(features, images.labels, images.rows, images.image_size)
+
+    return replace(splits, f=part(splits.f), r=part(splits.r))
 
 
 @contextmanager
 def head_only(model: nn.Module, head: nn.Module) -> Iterator[None]:
-    """The model takes features for images: only its head, with its hooks, is called."""
+    """Let the model take features for images: a call runs only its head, with the head's hooks."""
     model.forward = head.__call__
     try:
         yield
@@ -165,9 +198,10 @@ def head_only(model: nn.Module, head: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def reloaded(model: nn.Module) -> Iterator[nn.Module]:
-    """What anyone gets who loads what `save_pretrained` wrote: the weights, and no hook.
+    """Yield the model that `save_pretrained` and `from_pretrained` give: the weights, without a hook.
 
-    Written here as `save_pretrained` writes it, which under `accelerate launch` does so in the first process only.
+    `save_pretrained` itself writes only in the first process of `accelerate launch`, so this writes the same
+    files.
     """
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)

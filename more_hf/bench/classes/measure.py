@@ -1,10 +1,10 @@
-"""Every number of one unlearned classifier: one row of `rows.csv`, and a row per probe."""
+"""Every number of one edited classifier: one row of `rows.csv`, and a row of `probes.csv` for each probe."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,46 +19,71 @@ from .similarity import class_means, linear_cka, prototype_cosines
 
 
 PAPER_RATE = 0.1  # the learning rate of the KR columns in the paper's main tables
-CONVERGED = "converged"
-MEASURED = ("acc_f", "acc_r", "acc_ft", "acc_rt", "hm", "hm_t")
+CONVERGED = "converged"  # in place of the learning rate
+PARTS = ("train", "test")
 
-KnownProbes = dict[str, dict[tuple[float | str, int], Probe]]
-"""By a hash of the features: the probes by learning rate and seed."""
+Probes = dict[tuple[float | str, int], Probe]
+"""Learning rate and seed to the probe."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Results that several runs on the same data and trained classifiers need: found once, then looked up.
+
+    Attributes:
+        probes (`dict[str, Probes]`): a hash of features to their probes.
+        inputs (`dict[int, Mapping[str, Tensor]]`): seed to what the original's head reads.
+    """
+
+    probes: dict[str, Probes] = field(default_factory=dict)
+    inputs: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Which rows of a data set's `train` and `test` belong to the splits: boolean masks, and the labels of both."""
+    """Which samples of a data set's parts belong to the splits.
 
-    part: dict[str, str]
-    mask: dict[str, Tensor]
-    labels: dict[str, Tensor]
+    Attributes:
+        mask (`Mapping[str, Tensor]`): split to a boolean mask over its part.
+        labels (`Mapping[str, Tensor]`): part to its labels.
+        num_classes (`int`): k.
+    """
+
+    mask: Mapping[str, Tensor]
+    labels: Mapping[str, Tensor]
     num_classes: int
 
     @classmethod
     def of(cls, data: KDData, splits: Splits) -> Places:
+        mask = {
+            "f": torch.isin(data.train.rows, splits.f.rows),
+            "r": torch.isin(data.train.rows, splits.r.rows),
+            "ft": torch.isin(data.test.rows, splits.ft.rows),
+            "rt": torch.isin(data.test.rows, splits.rt.rows),
+        }
+        return cls(mask, {"train": data.train.labels, "test": data.test.labels}, len(data.class_names))
+
+    def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Select from tensors of both parts those of each split."""
         part = {"f": "train", "r": "train", "ft": "test", "rt": "test"}
-        rows = {"train": data.train.rows, "test": data.test.rows}
-        masks = {name: torch.isin(rows[part[name]], getattr(splits, name).rows) for name in SPLITS}
-        return cls(part, masks, {"train": data.train.labels, "test": data.test.labels}, len(data.class_names))
-
-    def take(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From tensors of `train` and `test` to those of the splits."""
-        return {name: values[self.part[name]][self.mask[name]] for name in SPLITS}
-
-    @property
-    def of_split(self) -> dict[str, Tensor]:
-        return self.take(self.labels)
+        return {split: values[part[split]][mask] for split, mask in self.mask.items()}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measurement:
-    """What `measure` found: the numbers of a row, a row per probe, and what the plots need."""
+    """What `measure` returns.
+
+    Attributes:
+        row (`dict[str, Any]`): column to number.
+        probes (`list[dict[str, Any]]`): the same for each probe.
+        means (`Tensor`): `(k, d)`, class means of the training features, for the plots.
+        test_features (`Tensor`): `(m, d)`, for the plots.
+    """
 
     row: dict[str, Any]
     probes: list[dict[str, Any]]
-    means: Tensor  # (k, d), of training features
-    test_features: Tensor  # (m, d)
+    means: Tensor
+    test_features: Tensor
 
 
 def measure(
@@ -72,81 +97,107 @@ def measure(
     original_means: Tensor,
     probe_seeds: Sequence[int],
     passes: int = 1,
-    known_probes: KnownProbes,
+    shared: Shared,
 ) -> Measurement:
-    """Accuracies, probes, membership attacks, similarities and expert load of a classifier.
+    """Measure accuracies, probes, membership attacks, similarities and expert load of a classifier.
 
     Args:
-        cached (`Cached`): the unlearned classifier's head and what it reads.
+        cached (`Cached`): the edited classifier's head and what it reads.
         places (`Places`): where the splits are.
         forget, targets (`Sequence[int]`): class ids; without targets `auc_target` stays empty.
-        original, retrained (`Cached`): what similarities are taken to; without Retrain that column stays empty.
-        original_means (`Tensor`): `(k, d)`, Original's class means of training features.
+        original, retrained (`Cached`): what similarities are taken to; without Retrain its columns stay
+            empty.
+        original_means (`Tensor`): `(k, d)`, the original's class means of training features.
         probe_seeds (`Sequence[int]`): of the probes.
         passes (`int`, defaults to 1): how often the head is asked; features and logits are means over that.
-        known_probes (`dict`): features' hash to their probes; read and added to. The same features get the same probes.
+        shared (`Shared`): its probes are read and added to: the same features get the same probes.
     """
-    labels = places.of_split
-    features = {part: cached.features(part, passes=passes) for part in ("train", "test")}
-    logits = places.take({part: cached.logits(part, passes=passes) for part in ("train", "test")})
+    labels = places.take(places.labels)
+    features = {part: cached.features(part, passes=passes) for part in PARTS}
+    logits = places.take({part: cached.logits(part, passes=passes) for part in PARTS})
     row: dict[str, Any] = kd_scores({split: accuracy(logits[split], labels[split]) for split in SPLITS})
 
-    asked_again = cached.is_random and passes == 1
-    key = _digest(features, tuple(probe_seeds), asked_again)
-    if key not in known_probes:
-        known_probes[key] = _probes(cached, features, places, probe_seeds, asked_again)
+    # A layer that draws is asked again in each epoch of a probe, unless an attacker has averaged it.
+    redraws = cached.is_random and passes == 1
+    key = _digest(features, tuple(probe_seeds), redraws)
+    if key not in shared.probes:
+        shared.probes[key] = _probes(cached, features, places, probe_seeds, redraws)
     split_features = places.take(features)
-    probes = [
-        {"learning_rate": rate, "probe_seed": seed, **probe_scores(probe, split_features, labels, forget, targets)}
-        for (rate, seed), probe in known_probes[key].items()
-    ]
-    paper = [probe for probe in probes if probe["learning_rate"] == PAPER_RATE]
-    (final,) = [probe for probe in probes if probe["learning_rate"] == CONVERGED]
-    row |= {f"kr_{name}": sum(probe[name] for probe in paper) / len(paper) for name in MEASURED}
-    row |= {f"kr_converged_{name}": final[name] for name in (*MEASURED, "auc_rest", "auc_target")}
+    probes = []
+    for (rate, seed), probe in shared.probes[key].items():
+        scores = probe_scores(probe, split_features, labels, forget, targets)
+        probes.append({"learning_rate": rate, "probe_seed": seed, **scores})
+    row |= _retention(probes)
     row |= _membership(logits, labels)
 
-    row["cka_original_f"], row["cka_original_r"] = _similar(split_features, original, places)
-    row["cka_retrain_f"], row["cka_retrain_r"] = (None, None) if retrained is None else _similar(split_features, retrained, places)
+    row |= _alignment("original", split_features, original, places)
+    row |= _alignment("retrain", split_features, retrained, places)
     means = class_means(features["train"], places.labels["train"], places.num_classes)
-    cosines = prototype_cosines(original_means, means).diagonal()
-    remaining = torch.ones(places.num_classes, dtype=torch.bool).index_fill(0, torch.tensor(list(forget)), False)
-    row["cosine_f"], row["cosine_r"] = cosines[~remaining].mean().item(), cosines[remaining].min().item() if remaining.any() else None
+    row |= _cosines(original_means, means, forget)
     experts = cached.experts("test")
-    row["load_cv"] = None if experts is None else expert_load(experts[places.mask["ft"]], cached.routed.remap.num_experts)["cv"]
+    row["load_cv"] = None
+    if experts is not None:
+        row["load_cv"] = expert_load(experts[places.mask["ft"]], cached.routed.remap.num_experts).cv
     row |= {f"n_{split}": len(labels[split]) for split in SPLITS}
     return Measurement(row, probes, means, features["test"])
 
 
 def _probes(
-    cached: Cached, features: dict[str, Tensor], places: Places, seeds: Sequence[int], asked_again: bool
-) -> dict[tuple[float | str, int], Probe]:
-    labels, k = places.labels["train"], places.num_classes
+    cached: Cached, features: Mapping[str, Tensor], places: Places, seeds: Sequence[int], redraws: bool
+) -> Probes:
+    labels = places.labels["train"]
 
     def redrawn(epoch: int, seed: int) -> Tensor:
-        return cached.features("train", draw=1 + epoch * (1 + max(seeds)) + seed)  # draw 0 is what they are evaluated on
+        # Draw 0 is the one that probes are evaluated on.
+        return cached.features("train", draw=1 + epoch * (1 + max(seeds)) + seed)
 
-    probes = sgd_probes(redrawn if asked_again else features["train"], labels, k, seeds=seeds)
-    return {**probes, (CONVERGED, 0): converged_probe(features["train"], labels, k)}
+    train = redrawn if redraws else features["train"]
+    probes = sgd_probes(train, labels, places.num_classes, seeds=seeds)
+    return {**probes, (CONVERGED, 0): converged_probe(features["train"], labels)}
 
 
-def _membership(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float | None]:
-    """The loss attack against test samples of the same classes, or against all where there are none (random samples forgotten)."""
-    unseen = "ft" if len(labels["ft"]) else "rt"
-    losses = {split: sample_losses(logits[split], labels[split]) for split in ("f", unseen)}
-    found = loss_attack(losses["f"], losses[unseen])
+def _retention(probes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The KR columns: means over the probes of the paper's learning rate, and the converged probe."""
+    paper = [probe for probe in probes if probe["learning_rate"] == PAPER_RATE]
+    (converged,) = [probe for probe in probes if probe["learning_rate"] == CONVERGED]
+    names = [*(f"acc_{split}" for split in SPLITS), "hm", "hm_t"]
+    return {
+        **{f"kr_{name}": sum(probe[name] for probe in paper) / len(paper) for name in names},
+        **{f"kr_converged_{name}": converged[name] for name in (*names, "auc_rest", "auc_target")},
+    }
+
+
+def _membership(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, float]:
+    """The three attacks: on the loss against test samples of the same classes, on one number by a shadow
+    model."""
+    forget, unseen = (sample_losses(logits[split], labels[split]) for split in ("f", "ft"))
+    row = loss_attack(forget, unseen)
     for name, number in (("confidence", confidence), ("entropy", modified_entropy)):
-        found[f"mia_{name}"] = shadow_attack(*(number(logits[split], labels[split]) for split in ("r", "rt", "f")))
-    return found
+        seen, other, asked = (number(logits[split], labels[split]) for split in ("r", "rt", "f"))
+        row[f"mia_{name}"] = shadow_attack(seen, other, asked)
+    return row
 
 
-def _similar(features: dict[str, Tensor], other: Cached, places: Places) -> tuple[float, float]:
-    theirs = places.take({part: other.features(part) for part in ("train", "test")})
-    return linear_cka(features["f"], theirs["f"]), linear_cka(features["r"], theirs["r"])
+def _alignment(
+    name: str, features: Mapping[str, Tensor], other: Cached | None, places: Places
+) -> dict[str, float | None]:
+    """CKA with the training features of another classifier."""
+    columns = {split: f"cka_{name}_{split}" for split in ("f", "r")}
+    if other is None:
+        return dict.fromkeys(columns.values())
+    theirs = places.take({part: other.features(part) for part in PARTS})
+    return {column: linear_cka(features[split], theirs[split]) for split, column in columns.items()}
 
 
-def _digest(features: dict[str, Tensor], *facts: Any) -> str:
+def _cosines(before: Tensor, after: Tensor, forget: Sequence[int]) -> dict[str, float]:
+    """The cosine of class means with themselves before: mean over forgotten, least of remaining classes."""
+    cosines = prototype_cosines(before, after).diagonal()
+    forgotten = torch.isin(torch.arange(len(cosines)), torch.tensor(list(forget)))
+    return {"cosine_f": cosines[forgotten].mean().item(), "cosine_r": cosines[~forgotten].min().item()}
+
+
+def _digest(features: Mapping[str, Tensor], *facts: Any) -> str:
     digest = hashlib.sha256(repr((facts, LEARNING_RATES)).encode())
-    for part in ("train", "test"):
+    for part in PARTS:
         digest.update(features[part].contiguous().numpy().tobytes())
     return digest.hexdigest()

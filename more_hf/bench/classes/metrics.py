@@ -1,8 +1,10 @@
-"""Knowledge deletion in numbers: accuracies, their harmonic mean, areas under ROC curves, the load of experts. Pure functions."""
+"""Knowledge deletion in numbers: accuracies, their harmonic mean, areas under ROC curves, the load of
+experts. Pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +15,13 @@ SPLITS = ("f", "r", "ft", "rt")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy of logits `(n, k)` against labels `(n,)`, in percent.
+    """Compute the top-1 accuracy of logits `(n, k)` against labels `(n,)`.
 
-    Range 0 to 100; up is better on what remains, down on what is forgotten. Raises `ValueError` if there is no sample.
+    Returns:
+        `float`: percent; up is better on what remains, down on what is forgotten.
+
+    Raises:
+        `ValueError`: if there is no sample.
     """
     if len(labels) == 0:
         raise ValueError("An accuracy needs at least one sample. Is a split empty?")
@@ -23,49 +29,66 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def harmonic_mean(acc_f: float, acc_r: float) -> float:
-    """2 (100 − acc_f) acc_r / ((100 − acc_f) + acc_r), from accuracies in percent (MoRE, appendix B.3).
+    """Compute 2 (100 − acc_f) acc_r / ((100 − acc_f) + acc_r) from accuracies in percent (MoRE, appendix
+    B.3).
 
-    Range 0 to 100, up is better; 0 where nothing is forgotten or nothing kept. HM takes the training splits, HM_t the test splits.
+    Returns:
+        `float`: 0 to 100, up is better; 0 where nothing is forgotten or nothing kept. HM is of the training
+            splits, HM_t of
+        the test splits.
     """
     forgotten = 100.0 - acc_f
     return 2 * forgotten * acc_r / (forgotten + acc_r) if forgotten + acc_r > 0 else 0.0
 
 
 def kd_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """`acc_f acc_r acc_ft acc_rt hm hm_t`, in percent, from the accuracy of each split."""
-    scores = {f"acc_{split}": accuracies[split] for split in SPLITS}
+    """Return `acc_f acc_r acc_ft acc_rt hm hm_t`, in percent, from the accuracy of each split."""
     return {
-        **scores,
-        "hm": harmonic_mean(scores["acc_f"], scores["acc_r"]),
-        "hm_t": harmonic_mean(scores["acc_ft"], scores["acc_rt"]),
+        **{f"acc_{split}": accuracies[split] for split in SPLITS},
+        "hm": harmonic_mean(accuracies["f"], accuracies["r"]),
+        "hm_t": harmonic_mean(accuracies["ft"], accuracies["rt"]),
     }
 
 
 def auc(positive: Tensor, negative: Tensor, *, resolution: float = 0.0) -> float:
-    """The probability that a score of `positive` `(n,)` is above one of `negative` `(m,)`, ties counted half, in percent.
-
-    Range 0 to 100; 50 says that the scores do not tell the two apart, and needs no prior, no threshold and no chance to break ties.
+    """Compute the probability that a score of `positive` is above one of `negative`, ties counted half.
 
     Args:
-        positive, negative (`Tensor`): scores.
-        resolution (`float`, defaults to 0): scores are rounded to multiples of it. A difference that is zero in theory is not in
-            floating point, and what is left of it would be ranked as if it were evidence.
+        positive, negative (`Tensor`): scores `(n,)` and `(m,)`.
+        resolution (`float`, defaults to 0): scores are rounded to multiples of it. A difference that is zero
+            in theory is not zero in floating point, and its remainder would be ranked as if it were evidence.
+
+    Returns:
+        `float`: percent; 50 says that the scores do not tell the two apart. It needs no prior, no threshold
+            and no chance
+        to break ties.
     """
     scores = torch.cat([positive, negative]).double()
     if resolution:
         scores = (scores / resolution).round()
     _, ranked, counts = scores.unique(return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - (counts - 1) / 2  # the mean rank of each distinct score, from 1
+    mean_rank = counts.cumsum(0) - (counts - 1) / 2  # of each distinct score, from 1
     n, m = len(positive), len(negative)
-    return 100.0 * ((middle[ranked[:n]].sum() - n * (n + 1) / 2) / (n * m)).item()
+    return 100.0 * ((mean_rank[ranked[:n]].sum() - n * (n + 1) / 2) / (n * m)).item()
 
 
-def expert_load(experts: Tensor, num_experts: int) -> dict[str, object]:
-    """How evenly a router spreads samples: from the experts `(n,)` that they took.
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How evenly a router spreads samples over experts.
 
-    Returns `shares`, the percent of samples of each expert (they add up to 100), and `cv`, their standard deviation over their mean:
-    0 is even, down is better, at most √(num_experts − 1). (MoRE, appendix D.3, says variance over mean, which grows with the samples.)
+    Attributes:
+        shares (`list[float]`): percent of the samples that each expert took; they add up to 100.
+        cv (`float`): their standard deviation over their mean, the coefficient of variation: 0 is even, down
+            is better, at most √(num_experts − 1). Appendix D.3 of MoRE says variance over mean, which grows
+            with the number of samples, but the numbers of its Table 15 are this.
     """
+
+    shares: list[float]
+    cv: float
+
+
+def expert_load(experts: Tensor, num_experts: int) -> ExpertLoad:
+    """Measure the load from the experts `(n,)` that samples took."""
     counts = torch.bincount(experts, minlength=num_experts).double()
     shares = counts / counts.sum()
-    return {"shares": (100 * shares).tolist(), "cv": float(shares.std(correction=0) / shares.mean())}
+    return ExpertLoad((100 * shares).tolist(), float(shares.std(correction=0) / shares.mean()))

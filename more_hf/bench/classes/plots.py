@@ -1,44 +1,58 @@
-"""Plots of a knowledge-deletion benchmark: the feature space (the paper's Fig. 1), cosines of class means (Figs. 3, 6), cost (Fig. 5)."""
+"""Plots of a benchmark of classes: the feature space (the paper's Fig. 1), cosines of class means (Figs. 3,
+6), cost (Fig. 5)."""
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ...core.files import replacing
 from .similarity import prototype_cosines
-from .summary import POOLED
+from .store import ClassesConfig, KDCell
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 PANELS = 12  # methods, four to a row
 
 
-def write_plots(folder: Path, config: Mapping[str, Any], cells: Sequence[Any], summary: Sequence[Mapping[str, Any]]) -> None:
-    """Write `tsne.png` and `cosines.png` of the first entry of `forget`, from what its cells of seed 0 kept, and `cost.png`."""
-    first = next(iter(config["forget"]))
-    kept: dict[str, np.ndarray] = {}
-    for path in (cell.path.with_suffix(".npz") for cell in cells if cell.forget == first and cell.seed == 0):
-        with np.load(path) as held:
-            kept |= dict(held)
-    names = [key.removesuffix("/features") for key in kept if key.endswith("/features")]
+def write_plots(
+    folder: Path, config: ClassesConfig, cells: Sequence[KDCell], summary: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write `tsne.png` and `cosines.png` of the first entry of `forget`, from the arrays of its cells of seed
+    0, and `cost.png`."""
+    first = next(iter(config.forget))
+    arrays: dict[str, np.ndarray] = {}
+    for cell in cells:
+        if cell.forget == first and cell.seed == 0:
+            with np.load(cell.path.with_suffix(".npz")) as held:
+                arrays |= dict(held)
+    names = [key.removesuffix("/features") for key in arrays if key.endswith("/features")]
     shown = [name for name in names if not name.endswith("-reloaded") and "-x" not in name][:PANELS]
-    classes = config["class_names"]
-    forgotten = [classes.index(name) for name in config["forget"][first]]
-    _write(folder / "tsne.png", _tsne({name: kept[f"{name}/features"] for name in shown}, kept["labels"], classes, forgotten))
-    if "original/means" in kept:
-        after = {name: kept[f"{name}/means"] for name in shown if name != "original"}
-        if after:
-            _write(folder / "cosines.png", _cosines(kept["original/means"], after, classes, forgotten))
-    pooled = [line for line in summary if line["forget"] == POOLED] or [line for line in summary if line["forget"] == first]
-    _write(folder / "cost.png", _cost([line for line in pooled if line["method"] in config["methods"] and line["method"] != "original"]))
+    classes = config.class_names
+    forgotten = [classes.index(name) for name in config.forget[first]]
+
+    features = {name: arrays[f"{name}/features"] for name in shown}
+    _write(folder / "tsne.png", _tsne(features, arrays["labels"], classes, forgotten))
+    after = {name: arrays[f"{name}/means"] for name in shown if name != "original"}
+    if "original/means" in arrays and after:
+        _write(folder / "cosines.png", _cosines(arrays["original/means"], after, classes, forgotten))
+    entries = [line["forget"] for line in summary]
+    entry = "all" if "all" in entries else first
+    lines = [line for line in summary if line["forget"] == entry and line["method"] in config.methods]
+    _write(folder / "cost.png", _cost([line for line in lines if line["method"] != "original"]))
 
 
-def _tsne(features: Mapping[str, np.ndarray], labels: np.ndarray, classes: Sequence[str], forgotten: Sequence[int]):
+def _tsne(
+    features: Mapping[str, np.ndarray], labels: np.ndarray, classes: Sequence[str], forgotten: Sequence[int]
+) -> Figure:
     """One panel per method: test features in two dimensions, forgotten classes in red."""
     from matplotlib import colormaps
     from sklearn.manifold import TSNE
@@ -46,24 +60,29 @@ def _tsne(features: Mapping[str, np.ndarray], labels: np.ndarray, classes: Seque
     figure, axes = _panels(len(features))
     remaining = [c for c in range(len(classes)) if c not in forgotten]
     for axis, (name, z) in zip(axes, features.items(), strict=False):
-        flat = TSNE(random_state=0, init="pca", perplexity=min(30, (len(z) - 1) / 3), max_iter=500).fit_transform(z.astype(np.float64))
+        embedding = TSNE(random_state=0, init="pca", perplexity=min(30, (len(z) - 1) / 3), max_iter=500)
+        points = embedding.fit_transform(z.astype(np.float64))
         for i, c in enumerate(remaining):
-            mask = labels == c
-            axis.scatter(*flat[mask].T, s=5, color=colormaps["Blues"](0.35 + 0.6 * i / len(remaining)), linewidths=0)
+            colour = colormaps["Blues"](0.35 + 0.6 * i / len(remaining))
+            axis.scatter(*points[labels == c].T, s=5, color=colour, linewidths=0)
         for c in forgotten:
-            axis.scatter(*flat[labels == c].T, s=9, color="tab:red", linewidths=0, label=classes[c])
+            axis.scatter(*points[labels == c].T, s=9, color="tab:red", linewidths=0, label=classes[c])
         axis.set_title(name)
         axis.set_xticks([])
         axis.set_yticks([])
-    axes[0].legend(title="forgotten", fontsize=8, title_fontsize=8) if len(forgotten) <= 5 else None
+    if len(forgotten) <= 5:
+        axes[0].legend(title="forgotten", fontsize=8, title_fontsize=8)
     return figure
 
 
-def _cosines(before: np.ndarray, after: Mapping[str, np.ndarray], classes: Sequence[str], forgotten: Sequence[int]):
+def _cosines(
+    before: np.ndarray, after: Mapping[str, np.ndarray], classes: Sequence[str], forgotten: Sequence[int]
+) -> Figure:
     """One panel per method: class means before (rows) against after (columns)."""
     figure, axes = _panels(len(after))
     for axis, (name, means) in zip(axes, after.items(), strict=False):
-        image = axis.imshow(prototype_cosines(torch.from_numpy(before), torch.from_numpy(means)).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        cosines = prototype_cosines(torch.from_numpy(before), torch.from_numpy(means))
+        image = axis.imshow(cosines.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set_title(f"{name}: before (rows), after", fontsize=9)
         if len(classes) <= 20:
             axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
@@ -75,35 +94,32 @@ def _cosines(before: np.ndarray, after: Mapping[str, np.ndarray], classes: Seque
     return figure
 
 
-def _cost(lines: Sequence[Mapping[str, Any]]):
+def _cost(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Time, logarithmic, and peak memory of every method, one bar each."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 0.7 * max(4, len(lines)), 6), layout="constrained")
-    for axis, (column, unit) in zip(figure.subplots(2, 1, sharex=True), (("seconds", "seconds"), ("peak_memory", "MiB")), strict=True):
+    seconds, memory = figure.subplots(2, 1, sharex=True)
+    seconds.set_yscale("log")
+    for axis, column, unit in ((seconds, "seconds", "seconds"), (memory, "peak_memory", "MiB")):
         axis.bar([line["method"] for line in lines], [line[column] or 0 for line in lines], color="tab:blue")
-        axis.set_yscale("log" if column == "seconds" else "linear")
         axis.set_ylabel(unit)
         axis.tick_params("x", rotation=60)
     return figure
 
 
-def _panels(count: int):
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     columns = min(4, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(3.6 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[count:]:
-        axis.set_axis_off()
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.set_visible(False)
     return figure, axes
 
 
-def _write(path: Path, figure) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_bytes(data.getvalue())
-    beside.replace(path)
+def _write(path: Path, figure: Figure) -> None:
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=110, format="png")

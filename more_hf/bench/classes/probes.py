@@ -1,11 +1,14 @@
-"""Linear probes of a frozen feature extractor (knowledge retention): a new head, as the paper trains it, and one trained to the end.
+"""Linear probes of a frozen feature extractor (knowledge retention): a new head, trained as in the paper, or
+to the end.
 
-All probes of one feature extractor, every learning rate and every seed, are trained together on cached features: each step is a pair
-of batched matrix products over the seeds, with the heads of all learning rates side by side.
+All SGD probes of one feature extractor, every learning rate and every seed, are trained together on cached
+features: each step is a pair of batched matrix products over the seeds, with the heads of all learning rates
+side by side.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +19,14 @@ from .metrics import SPLITS, accuracy, auc, kd_scores
 
 
 LEARNING_RATES = (0.1, 0.01, 0.001)  # the paper's
-PICKED = 32  # steps whose samples are picked together
-ITERATIONS = 1000  # at most, of the converged probe
-APPROACH, CURVED = 30, 2000  # iterations before its curvature is taken; numbers of a head that is small enough for that
-RESOLUTION = 1e-3  # log-odds that differ by less are a tie: what the optimiser and L2 leave where the difference is zero in theory
+GATHER_STEPS = 32  # mini-batches gathered by one indexing call
+
+TOLERANCE = 1e-6  # of the converged probe's gradient
+LARGEST_HESSIAN = 2000  # numbers in a head that is small enough for Newton's method
+APPROACH, ITERATIONS = 100, 1000  # L-BFGS iterations before Newton's method, and at most instead of it
+
+# Log-odds that differ by less are a tie: the size of what is left where the difference is zero in theory.
+RESOLUTION = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,16 @@ class Probe:
 
 
 def new_heads(num_features: int, num_classes: int, seed: int) -> tuple[Tensor, torch.Generator]:
-    """A head's first weight `(k, d)`, float32, Xavier normal, and the generator that goes on to shuffle: both a function of the seed."""
+    """Draw a head's first weight, Xavier normal.
+
+    Returns:
+        `tuple[Tensor, torch.Generator]`: the weight `(k, d)`, float32, and the generator that goes on to
+            shuffle. Both are
+        functions of the seed.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return nn.init.xavier_normal_(torch.empty(num_classes, num_features), generator=generator), generator
+    weight = torch.empty(num_classes, num_features)
+    return nn.init.xavier_normal_(weight, generator=generator), generator
 
 
 def sgd_probes(
@@ -49,141 +63,194 @@ def sgd_probes(
     epochs: int = 10,
     batch_size: int = 64,
 ) -> dict[tuple[float, int], Probe]:
-    """Train new heads with plain SGD, as the paper measures knowledge retention (MoRE, appendix B.3; ESC's `evaluate_KR`).
+    """Train new heads with plain SGD, as the paper measures knowledge retention (MoRE, appendix B.3).
 
-    Xavier normal weight, zero bias, cross-entropy, no momentum, no weight decay, constant learning rate, a new shuffle in each epoch.
-    All learning rates of a seed share start and shuffles, and every probe gets the numbers that it would get alone.
+    As in ESC's `evaluate_KR`: Xavier normal weight, zero bias, cross-entropy, no momentum, no weight decay,
+    constant learning rate, a new shuffle in each epoch. All learning rates of a seed share start and
+    shuffles; every probe is the one that it would be alone.
 
     Args:
-        features (`Tensor` or `Callable`): `(n, d)` of forget and remain training samples together, or a function of epoch and seed
-            that returns them: a stochastic layer is asked again in each epoch, separately for each probe seed.
+        features (`Tensor` or `Callable`): `(n, d)` of forget and remain training samples together, or a
+            function of epoch and seed that returns them: a stochastic layer is asked again in each epoch,
+            separately for each probe seed.
         labels (`Tensor`): `(n,)`, int64.
         num_classes (`int`): k.
-        learning_rates (`Sequence[float]`), seeds (`Sequence[int]`), epochs (`int`), batch_size (`int`): of the paper by default.
+        learning_rates (`Sequence[float]`), seeds (`Sequence[int]`), epochs (`int`), batch_size (`int`): the
+            paper's by default.
 
-    Returns a probe for each `(learning rate, seed)`. At 0.001 ten epochs do not get far: that probe is underfitted, and says little.
+    Returns:
+        `dict`: (learning rate, seed) to its probe. At 0.001 ten epochs do not get far: that probe is
+        underfitted, and says little.
     """
     drawn = features if callable(features) else lambda epoch, seed: features
     first = drawn(0, seeds[0]).float()
-    started = [new_heads(first.shape[1], num_classes, seed) for seed in seeds]
-    L, k = len(learning_rates), num_classes
-    weight = torch.stack([start.repeat(L, 1) for start, _ in started]).to(first.device)  # (seeds, L k, d)
-    bias = torch.zeros(len(seeds), L * k, 1, device=first.device)
-    rates = torch.tensor(learning_rates, device=first.device).repeat_interleave(k)[:, None]  # (L k, 1)
-    one_hot = nn.functional.one_hot(labels.to(first.device), k).float()
+    device, rates = first.device, len(learning_rates)
+    starts = [new_heads(first.shape[1], num_classes, seed) for seed in seeds]
+
+    # The heads of all learning rates of a seed are stacked: (seeds, rates k, d).
+    weight = torch.stack([start.repeat(rates, 1) for start, _ in starts]).to(device)
+    bias = torch.zeros(len(seeds), rates * num_classes, 1, device=device)
+    step_size = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)[:, None]
+    one_hot = nn.functional.one_hot(labels.to(device), num_classes).float()
     for epoch in range(epochs):
-        seen = [(first if (epoch, seed) == (0, seeds[0]) else drawn(epoch, seed).float()) for seed in seeds]
-        orders = [torch.randperm(len(labels), generator=generator).to(first.device) for _, generator in started]
+        seen = []
+        for seed in seeds:
+            is_first = epoch == 0 and seed == seeds[0]
+            seen.append(first if is_first else drawn(epoch, seed).float())
+        orders = [torch.randperm(len(labels), generator=generator).to(device) for _, generator in starts]
         for x, y in batches(seen, one_hot, orders, batch_size):
-            logits = torch.baddbmm(bias, weight, x.mT).unflatten(1, (L, k))  # samples last: a softmax over a stride is the fast one
-            gradient = (logits.softmax(2) - y).flatten(1, 2) * (rates / x.shape[1])
+            # Samples are the last dimension: a softmax over a strided one is the fast one.
+            logits = torch.baddbmm(bias, weight, x.mT).unflatten(1, (rates, num_classes))
+            gradient = (logits.softmax(2) - y).flatten(1, 2) * (step_size / x.shape[1])
             weight.baddbmm_(gradient, x, alpha=-1)
             bias -= gradient.sum(2, keepdim=True)
-    weights, biases = weight.unflatten(1, (L, k)).cpu(), bias[..., 0].unflatten(1, (L, k)).cpu()
-    return {(lr, seed): Probe(weights[s, i], biases[s, i]) for i, lr in enumerate(learning_rates) for s, seed in enumerate(seeds)}
+
+    weights = weight.unflatten(1, (rates, num_classes)).cpu()
+    biases = bias[..., 0].unflatten(1, (rates, num_classes)).cpu()
+    probes = {}
+    for i, rate in enumerate(learning_rates):
+        for j, seed in enumerate(seeds):
+            probes[rate, seed] = Probe(weights[j, i], biases[j, i])
+    return probes
 
 
-def batches(features: Sequence[Tensor], targets: Tensor, orders: Sequence[Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features `(seeds, batch, d)` and targets `(seeds, 1, k, batch)` of each step, from an order `(n,)` for each seed.
+def batches(
+    features: Sequence[Tensor], targets: Tensor, orders: Sequence[Tensor], batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield features `(seeds, batch, d)` and targets `(seeds, 1, k, batch)` of each step.
 
-    They are picked for many steps at once: for one step at a time the picking would take longer than the step.
+    They are gathered for many steps at once: for one step alone, gathering takes longer than the step.
+
+    Args:
+        features (`Sequence[Tensor]`): `(n, d)` for each seed.
+        targets (`Tensor`): `(n, k)`.
+        orders (`Sequence[Tensor]`): a permutation `(n,)` for each seed.
+        batch_size (`int`): samples in a step.
     """
-    block = PICKED * batch_size
+    block = GATHER_STEPS * batch_size
     for parts in zip(*(order.split(block) for order in orders), strict=True):
         x = torch.stack([z[rows] for z, rows in zip(features, parts, strict=True)])
         y = torch.stack([targets[rows].T for rows in parts])[:, None]
         yield from zip(x.split(batch_size, 1), y.split(batch_size, 3), strict=True)
 
 
-def converged_probe(features: Tensor, labels: Tensor, num_classes: int, *, C: float = 1e4, tolerance: float = 1e-6) -> Probe:
-    """The multinomial logistic regression of `labels` `(n,)` on `features` `(n, d)`: the best linear head, whatever it takes.
+def converged_probe(features: Tensor, labels: Tensor, *, C: float = 1e4) -> Probe:
+    """Fit the multinomial logistic regression of labels on features: the best linear head, at any cost.
 
-    Minimises the mean cross-entropy + ‖W‖² / (2 C n), bias free: scikit-learn's objective. L-BFGS in float64 on whitened features,
-    which changes the path and not the minimum, until no entry of the gradient is above `tolerance` (or `ITERATIONS` are done). A head
-    of at most `CURVED` numbers is whitened again where it is after `APPROACH` iterations, with the curvature there: a tenth of the time.
+    It minimises the mean cross-entropy + ‖W‖² / (2 C n), with a free bias.
+
+    Args:
+        features (`Tensor`): `(n, d)`.
+        labels (`Tensor`): `(n,)`, with every class at least once.
+        C (`float`, defaults to 1e4): inverse strength of the penalty.
+
+    Returns:
+        `Probe`: float64.
     """
-    x, n = features.double(), len(labels)
+    num_classes = int(labels.max()) + 1
+    if num_classes * (features.shape[1] + 1) > LARGEST_HESSIAN:
+        return _whitened_lbfgs(features.double(), labels, num_classes, C)
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = features.double().numpy(), labels.numpy()
+    # For two classes scikit-learn fits the difference of the rows of W, whose square norm is twice ‖W‖².
+    penalty = 2 * C if num_classes == 2 else C
+    model = LogisticRegression(C=penalty, tol=TOLERANCE, max_iter=APPROACH, warm_start=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x, y)
+    # Newton's method ends what L-BFGS has begun; alone it takes twice as long.
+    model.set_params(solver="newton-cholesky").fit(x, y)
+    weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+    if num_classes == 2:
+        return Probe(torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2)
+    return Probe(weight, bias)
+
+
+def _whitened_lbfgs(x: Tensor, labels: Tensor, num_classes: int, C: float) -> Probe:
+    """Fit a head that is too large for a Hessian.
+
+    L-BFGS runs on whitened features, which changes the path and not the minimum: on the features themselves,
+    as scikit-learn's, it is far from the minimum after thousands of iterations.
+    """
     mean = x.mean(0)
-    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / n)
-    whiten = (vectors * (values.clamp_min(0) + 1e-6 * values.max() + 1e-30).rsqrt()) @ vectors.T
-    white = torch.cat([(x - mean) @ whiten, x.new_ones(n, 1)], dim=1)  # the last number of each row of a head is its bias
-    labels, shape = labels.to(x.device), (num_classes, white.shape[1])
+    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    # Directions without variance keep a finite scale.
+    scale = (values.clamp_min(0) + 1e-6 * values.max()).rsqrt()
+    whiten = (vectors * scale) @ vectors.T
+    white = (x - mean) @ whiten
+    weight = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=ITERATIONS,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=1e-14,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
-    def loss(head: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(white @ head.T, labels) + (head[:, :-1] @ whiten).square().sum() / (2 * C * n)
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        entropy = nn.functional.cross_entropy(white @ weight.T + bias, labels)
+        value = entropy + (weight @ whiten).square().sum() / (2 * C * len(labels))
+        value.backward()
+        return value
 
-    def minimised(start: Tensor, metric: Callable[[Tensor], Tensor], iterations: int) -> Tensor:
-        """L-BFGS over `step` in `start` + `metric(step)`."""
-        step = torch.zeros_like(start, requires_grad=True)
-        stop = {"max_iter": iterations, "tolerance_grad": tolerance, "tolerance_change": 1e-14}
-        optimizer = torch.optim.LBFGS([step], **stop, history_size=20, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = loss(start + metric(step))
-            value.backward()
-            return value
-
-        with torch.enable_grad():
-            optimizer.step(closure)
-        return start + metric(step.detach())
-
-    head = x.new_zeros(shape)
-    if head.numel() <= CURVED:
-        head = minimised(head, lambda step: step, APPROACH)
-        penalty = torch.block_diag(whiten @ whiten.T, x.new_zeros(1, 1)) / (C * n)
-        values, vectors = torch.linalg.eigh(curvature(white, head) + torch.block_diag(*[penalty] * num_classes))
-        scale = vectors * values.clamp_min(1e-6 * values.max()).rsqrt()
-        head = minimised(head, lambda step: (scale @ step.flatten()).view(shape), ITERATIONS)
-    else:
-        head = minimised(head, lambda step: step, ITERATIONS)
-    weight = head[:, :-1] @ whiten
-    return Probe(weight, head[:, -1] - weight @ mean)
-
-
-def curvature(x: Tensor, head: Tensor) -> Tensor:
-    """The Hessian `(k d, k d)` of the mean cross-entropy of logits `x headᵀ`, for `x` `(n, d)` and `head` `(k, d)`. It needs no labels.
-
-    Products are in float32, which is enough for a change of coordinates; 4096 samples at a time.
-    """
-    k, d = head.shape
-    found = x.new_zeros(k * d, k * d)
-    for part in x.split(4096):
-        p = (part @ head.T).softmax(1).float()
-        part = part.float()
-        each = (p[:, :, None] * part[:, None]).flatten(1)  # (batch, k d)
-        found -= (each.T @ each).double()
-        for c, block in enumerate((each.T @ part).double().split(d)):
-            found[c * d : (c + 1) * d, c * d : (c + 1) * d] += block
-    return found / len(x)
+    with torch.enable_grad():
+        optimizer.step(loss)
+    with torch.no_grad():
+        original_weight = weight @ whiten
+        return Probe(original_weight, bias - original_weight @ mean)
 
 
 def probe_scores(
-    probe: Probe, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], forget: Collection[int], targets: Collection[int] = ()
+    probe: Probe,
+    features: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    forget: Collection[int],
+    targets: Collection[int] = (),
 ) -> dict[str, float]:
-    """What a probe recovers, from features `(n, d)` and labels `(n,)` of the splits `f r ft rt`.
+    """Measure what a probe recovers.
 
-    Returns the accuracies and harmonic means of `kd_scores`, and on the test splits, in percent, with 50 for "cannot tell":
+    Args:
+        probe (`Probe`): the head.
+        features (`Mapping[str, Tensor]`), labels (`Mapping[str, Tensor]`): `(n, d)` and `(n,)` of the splits
+            `f r ft rt`.
+        forget, targets (`Collection[int]`): ids of the forgotten classes, and of the classes that they were
+            sent to.
 
-    - `auc_rest`: forget against all remaining samples, ranked by the probability of the forget classes;
-    - `auc_target`: forget against samples of the targets, ranked by the log-odds of forget classes and targets, with ties below
-      `RESOLUTION`. `nan` without targets.
+    Returns:
+        `dict[str, float]`: the accuracies and harmonic means of `kd_scores`, and on the test splits, in
+            percent, with 50
+        for "cannot tell":
 
-    Unlike accuracies they do not depend on how many classes share a place: a share of 1/(experts + 1) loses every vote.
+        - `auc_rest`: forget against all remaining samples, ranked by the probability of the forget classes;
+        - `auc_target`: forget against samples of the targets, ranked by the log-odds of forget classes and
+          targets, with ties below `RESOLUTION`. `nan` without targets.
+
+        Unlike accuracies they do not depend on how many classes share a place: a share of 1/(experts + 1)
+        loses every vote.
     """
     logits = {split: probe(features[split]) for split in SPLITS}
     scores = kd_scores({split: accuracy(logits[split].cpu(), labels[split].cpu()) for split in SPLITS})
+    log_p_ft, log_p_rt = (logits[split].double().log_softmax(-1) for split in ("ft", "rt"))
     forget, targets = list(forget), list(targets)
-    log_p = {split: logits[split].double().log_softmax(-1) for split in ("ft", "rt")}
-    odds = {split: _log_odds(p, forget, [c for c in range(p.shape[1]) if c not in forget]) for split, p in log_p.items()}
-    scores["auc_rest"] = auc(odds["ft"], odds["rt"], resolution=RESOLUTION)
+    rest = [c for c in range(log_p_ft.shape[1]) if c not in forget]
+
+    def forget_auc(others: list[int], negative: Tensor) -> float:
+        ours, theirs = (_log_odds(log_p, forget, others) for log_p in (log_p_ft, negative))
+        return auc(ours, theirs, resolution=RESOLUTION)
+
+    scores["auc_rest"] = forget_auc(rest, log_p_rt)
     scores["auc_target"] = float("nan")
     if targets:
-        odds = {split: _log_odds(p, forget, targets) for split, p in log_p.items()}
-        of_target = torch.isin(labels["rt"].cpu(), torch.tensor(targets)).to(odds["rt"].device)
-        scores["auc_target"] = auc(odds["ft"], odds["rt"][of_target], resolution=RESOLUTION)
+        of_target = torch.isin(labels["rt"].cpu(), torch.tensor(targets)).to(log_p_rt.device)
+        scores["auc_target"] = forget_auc(targets, log_p_rt[of_target])
     return scores
 
 
-def _log_odds(log_p: Tensor, some: Sequence[int], others: Sequence[int]) -> Tensor:
-    return log_p[:, list(some)].logsumexp(-1) - log_p[:, list(others)].logsumexp(-1)
+def _log_odds(log_p: Tensor, some: list[int], others: list[int]) -> Tensor:
+    return log_p[:, some].logsumexp(-1) - log_p[:, others].logsumexp(-1)

@@ -1,42 +1,57 @@
-"""`run_samples`: a random tenth of the training samples forgotten, of all classes (the paper's Table 4)."""
+"""Random samples forgotten: a tenth of the training images, of all classes (the paper's Table 4)."""
 
 from __future__ import annotations
 
 import copy
-import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.utils import tqdm
+from torch import nn
 
+from ... import __version__
 from ...classification.heads import find_heads
 from ...core.files import write_text
 from ...core.markdown import markdown_table
-from ..artists.store import read_config
-from ..columns import write_rows
-from ..machine import peak_memory, processes
+from ..columns import Column, read_rows, write_rows
+from ..machine import processes, this_run
 from ..methods.registry import find_classification_method
-from ..page import html_facts, html_table, write_html
-from ..splits import split_by_sample
-from .data import load_kd_data
+from ..page import Section, write_page
+from ..splits import Splits, split_by_sample
 from .features import cache
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
 from .metrics import accuracy
-from .models import MODELS, pretrained_inputs
-from .start import Trainer, leaving_out_what_diverges, start_run
-from .summary import draw_hits, read_rows
-from .tables import cells_of
+from .run import (
+    Methods,
+    apply_method,
+    join_folder,
+    load_data,
+    retrain,
+    rounded,
+    settings_of,
+    skipping_divergence,
+    start_trainer,
+    training_facts,
+)
+from .store import KDCell, SamplesConfig
+from .tables import COST, KEYS, LOSS_ATTACK, config_facts, draw_row_accuracies, summary_line
+from .training import Trainer
 
 
 SPLITS = ("f", "r", "rt")
-GAP = ("acc_f", "acc_r", "acc_rt", "mia_member")  # the average gap to Retrain is over these, as in Table 4
+ACCURACIES = [Column(f"acc_{split}", unit="%") for split in SPLITS]
+MEMBERS = [Column("mia_member", unit="%"), Column("mia_entropy_member", unit="%")]
+NUMBERS = [*ACCURACIES, *LOSS_ATTACK, *MEMBERS, *COST]
+ROW_COLUMNS = [*KEYS, *NUMBERS, *(Column(f"n_{split}", int) for split in SPLITS)]
+
+GAP = ("acc_f", "acc_r", "acc_rt", "mia_member")  # Table 4's average gap to Retrain is over these
 NOTE = (
-    "acc_rt is the whole test set. mia_member: percent of forgotten samples that an attack on the confidence takes for training samples "
-    "(the paper's Table 4 looks like this); mia_loss: accuracy of appendix B.3's attack on the loss, 50 is ideal. gap: mean absolute "
-    "difference to retrain of acc_f, acc_r, acc_rt and mia_member, on the same seed; smaller is better. 95 % bootstrap intervals."
+    "acc_rt is the whole test set. mia_member: percent of forgotten samples that an attack on the confidence "
+    "takes for training samples (the paper's Table 4 looks like this); mia_loss: accuracy of appendix B.3's "
+    "attack on the loss, 50 is ideal. gap: mean absolute difference to retrain of acc_f, acc_r, acc_rt and "
+    "mia_member, on the same seed; smaller is better. 95 % bootstrap intervals."
 )
 
 
@@ -54,128 +69,141 @@ def run_samples(
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train a classifier, let each method forget a random part of its training samples, and measure how far it is from Retrain.
+    """Train a classifier, let each method forget random training samples, and measure how far it is from
+    Retrain.
 
-    Arguments, resumption and files as of `run_kd`, without plots; `fraction` of the samples is forgotten, another draw for each seed.
-    Methods are those that do not need whole classes, and `remap-samples`, ours (Algorithm 3). Returns the lines of `summary.csv`.
+    Arguments, resumption and files are those of `run_kd`, without plots. A `fraction` of the samples is
+    forgotten, another draw for each seed. The methods are those that do not need whole classes, and
+    `remap-samples`, ours (Algorithm 3).
 
-    Raises `BenchmarkError` before anything is trained, if the arguments do not go together or `output` holds another benchmark.
+    Returns:
+        `list[dict]`: the lines of `summary.csv`.
+
+    Raises:
+        `BenchmarkError`, `DatasetError`: before anything is trained, if the arguments do not go together or
+        `output` holds
+            another benchmark.
     """
     state, output = processes(), Path(output)
     functions = {name: find_classification_method(name, forgets="samples") for name in methods}
-    data = load_kd_data(dataset, path=path, **({} if model in MODELS else pretrained_inputs(model)))
-    config, trainer = start_run(
-        "kd-samples",
-        data,
-        model,
-        functions,
-        {f"{100 * fraction:g} % of samples": [f"{fraction}"]},
-        {"evaluation": {"fraction": fraction}},
-        output=output,
+    data = load_data(dataset, path, model)
+    trainer = start_trainer(data, model, functions, epochs, Path(models or output / "models"))
+    config = SamplesConfig(
+        benchmark="kd-samples",
+        more_hf=__version__,
+        training=training_facts(trainer),
+        evaluation={"fraction": fraction},
         seeds=seeds,
-        models=models,
-        epochs=epochs,
-        settings=settings or {},
-        tuned=tuned or {},
+        methods=settings_of(functions, settings or {}, tuned or {}),
+        forget={f"{100 * fraction:g} % of samples": [f"{fraction}"]},
+        runs=[this_run(state)],
     )
-    todo = [cell for cell in cells_of(output, config) if not cell.path.is_file() and cell.method in functions]
-    for seed in sorted({cell.seed for cell in todo}):
-        original, splits = trainer.original(seed), split_by_sample(data, fraction, seed=seed)
+    config = join_folder(config, output, state)
+
+    cells = [cell for cell in config.cells(output) if cell.method in functions and not cell.is_done]
+    for seed in sorted({cell.seed for cell in cells}):
+        splits = split_by_sample(data, fraction, seed=seed)
+        original = trainer.original(seed).to(state.device)
         if "retrain" in functions:
             trainer.retrained(splits.r, f"{fraction}", seed)
-        mine = [cell for cell in todo if cell.seed == seed][state.process_index :: state.num_processes]
+        mine = [cell for cell in cells if cell.seed == seed][state.process_index :: state.num_processes]
         for cell in tqdm(mine, desc=f"{data.name}, seed {seed}", unit="cell", main_process_only=False):
-            with leaving_out_what_diverges(cell):
-                write_text(cell.path, json.dumps(_row(cell, trainer, original.to(state.device), splits, functions, config)))
+            with skipping_divergence(cell):
+                cell.write(_row(cell, trainer, original, splits, functions, config))
     state.wait_for_everyone()
     summary = write_outputs(output, config) if state.is_main_process else []
     state.wait_for_everyone()
     return summary
 
 
-def _row(cell, trainer: Trainer, original, splits, functions, config) -> dict[str, Any]:
-    """Everything measured of one cell."""
-    device, fraction = next(original.parameters()).device, config["evaluation"]["fraction"]
-    extra = {"fit": lambda images, seed: trainer.retrained(images, f"{fraction}", seed)} if cell.method == "retrain" else {}
-    with peak_memory(device) as peak:
-        start = time.perf_counter()
-        edited = functions[cell.method](copy.deepcopy(original), splits, seed=cell.seed, **config["methods"][cell.method], **extra)
-        seconds = time.perf_counter() - start
+def _row(
+    cell: KDCell,
+    trainer: Trainer,
+    original: nn.Module,
+    splits: Splits,
+    functions: Methods,
+    config: SamplesConfig,
+) -> dict[str, Any]:
+    """Measure one cell."""
+    device = next(original.parameters()).device
+    function, model = functions[cell.method], copy.deepcopy(original)
+    if cell.method == "retrain":
+        name = f"{config.evaluation['fraction']}"
+        edited, cost = retrain(function, model, splits, trainer, name, cell.seed)
+    else:
+        settings = config.methods[cell.method]
+        edited, cost = apply_method(function, model, splits, settings, cell.seed, device)
     edited = edited.to(device)
-    head = next(iter(find_heads(edited, splits.f[[0, 1]]["pixel_values"].to(device)).values()))
-    cached = cache(edited, head, {name: getattr(splits, name) for name in SPLITS})
+    (head, *_) = find_heads(edited, splits.f[[0, 1]]["pixel_values"].to(device)).values()
+    parts = {"f": splits.f, "r": splits.r, "rt": splits.rt}
+    cached = cache(edited, head, parts)
     logits = {name: cached.logits(name) for name in SPLITS}
-    labels = {name: getattr(splits, name).labels for name in SPLITS}
-    losses = [sample_losses(logits[name], labels[name]) for name in ("f", "rt")]
-    attacked = {
-        name: [number(logits[split], labels[split]) for split in ("r", "rt", "f")]
-        for name, number in (("confidence", confidence), ("entropy", modified_entropy))
-    }
-    return {
-        "method": cell.method,
-        "forget": cell.forget,
-        "seed": cell.seed,
-        **{f"acc_{name}": round(accuracy(logits[name], labels[name]), 6) for name in SPLITS},
-        **{name: round(value, 6) for name, value in loss_attack(*losses).items()},
-        "mia_member": round(100 - shadow_attack(*attacked["confidence"]), 6),
-        "mia_entropy_member": round(100 - shadow_attack(*attacked["entropy"]), 6),
-        "seconds": trainer.seconds(f"{fraction}", cell.seed) if cell.method == "retrain" else round(seconds, 4),
-        "peak_memory": None if cell.method == "retrain" or peak.mebibytes is None else round(peak.mebibytes, 1),
-        **{f"n_{name}": len(labels[name]) for name in SPLITS},
-    }
+    labels = {name: part.labels for name, part in parts.items()}
+
+    def members(number) -> float:
+        """Percent of the forgotten samples that an attack on a number takes for training samples."""
+        return 100 - shadow_attack(*(number(logits[name], labels[name]) for name in ("r", "rt", "f")))
+
+    forgotten, unseen = (sample_losses(logits[name], labels[name]) for name in ("f", "rt"))
+    return rounded(
+        {
+            "method": cell.method,
+            "forget": cell.forget,
+            "seed": cell.seed,
+            **{f"acc_{name}": accuracy(logits[name], labels[name]) for name in SPLITS},
+            **loss_attack(forgotten, unseen),
+            "mia_member": members(confidence),
+            "mia_entropy_member": members(modified_entropy),
+            **vars(cost),
+            **{f"n_{name}": len(labels[name]) for name in SPLITS},
+        }
+    )
 
 
-def write_outputs(output: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def write_outputs(output: Path, config: SamplesConfig) -> list[dict[str, Any]]:
     """Write rows.csv and everything made from it; return the summary."""
-    done = [cell for cell in cells_of(output, config) if cell.path.is_file()]
-    rows = [json.loads(cell.path.read_text("utf-8")) for cell in done]
+    rows = [cell.read() for cell in config.cells(output) if cell.is_done]
     write_rows(output / "rows.csv", rows)
     return _write(output, config, rows)
 
 
 def rebuild(output: str | Path) -> list[dict[str, Any]]:
-    """Write the tables of a folder again from its rows.csv."""
+    """Write the tables of a folder again from its rows.csv; return the summary."""
     output = Path(output)
-    return _write(output, read_config(output), read_rows(output / "rows.csv"))
+    return _write(output, SamplesConfig.read(output), read_rows(output / "rows.csv", ROW_COLUMNS))
 
 
-def _write(output: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _write(output: Path, config: SamplesConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     summary = summarise(rows)
     write_rows(output / "summary.csv", summary)
     table = short_table(summary)
-    commands = list(dict.fromkeys(run["command"] for run in config["runs"]))
-    made = "\n".join(f"- `{command}`" for command in commands)
-    write_text(output / "table.md", f"{NOTE}\n\n{markdown_table(table)}\n\n{made}\n")
-    write_html(
+    commands = "\n".join(f"- `{command}`" for command in config.commands)
+    write_text(output / "table.md", f"{NOTE}\n\n{markdown_table(table)}\n\n{commands}\n")
+    write_page(
         output / "report.html",
-        title=f"Random samples forgotten: {config['training']['dataset']}, {config['training']['model']}",
+        title=f"Random samples forgotten: {config.training.dataset}, {config.training.model}",
         intro=NOTE,
-        sections={
-            "Distance to retraining": html_table(table),
-            "How it was made": html_facts({key: config[key] for key in ("training", "evaluation", "methods")} | {"commands": commands}),
-        },
+        sections=[
+            Section("Distance to retraining", table=table),
+            Section("How it was made", facts=config_facts(config)),
+        ],
     )
     return summary
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line per method: means over seeds, intervals of the accuracies, and the average gap to Retrain where it was run."""
+    """One line per method: means over seeds, intervals of the accuracies, and the average gap to Retrain if
+    it was run."""
     retrained = {row["seed"]: row for row in rows if row["method"] == "retrain"}
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         part = [row for row in rows if row["method"] == method]
-        line: dict[str, Any] = {"method": method, "forget": part[0]["forget"], "seeds": len(part)}
-        line |= {name: part[0][name] for name in ("n_f", "n_r")}
-        drawn = draw_hits(part, {f"acc_{split}": split for split in SPLITS})
-        for column in part[0]:
-            if column in ("method", "forget", "seed") or column.startswith("n_"):
-                continue
-            values = [row[column] for row in part if row[column] is not None]
-            line[column] = round(float(np.mean(values)), 6) if values else None
-            if column in drawn:
-                low, high = np.quantile(drawn[column].mean(1), (0.025, 0.975))
-                line[f"{column}_low"], line[f"{column}_high"] = round(float(low), 6), round(float(high), 6)
-        gaps = [abs(row[name] - retrained[row["seed"]][name]) for row in part if row["seed"] in retrained for name in GAP]
+        drawn = draw_row_accuracies(part, [column.name for column in ACCURACIES])
+        line = summary_line(method, part[0]["forget"], part, NUMBERS, drawn)
+        gaps = []
+        for row in part:
+            if row["seed"] in retrained:
+                gaps += [abs(row[name] - retrained[row["seed"]][name]) for name in GAP]
         line["gap"] = round(float(np.mean(gaps)), 6) if gaps else None
         lines.append(line)
     return lines
@@ -183,15 +211,22 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def short_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Table 4's columns and the other attack."""
-    table = []
-    for line in summary:
-        texts = {"method": line["method"], "seeds": line["seeds"]}
-        for column in (f"acc_{split}" for split in SPLITS):
-            texts[column] = f"{line[column]:.2f} [{line[f'{column}_low']:.1f}, {line[f'{column}_high']:.1f}]"
-        texts |= {column: f"{line[column]:.2f}" for column in ("mia_member", "mia_entropy_member")}
-        texts["mia_loss"] = f"{line['mia_loss']:.2f} [{line['mia_loss_low']:.1f}, {line['mia_loss_high']:.1f}]"
-        table.append({**texts, "gap ↓": "" if line["gap"] is None else f"{line['gap']:.2f}", "seconds": f"{line['seconds']:.2f}"})
-    return table
+
+    def with_interval(line: Mapping[str, Any], name: str) -> str:
+        return f"{line[name]:.2f} [{line[f'{name}_low']:.1f}, {line[f'{name}_high']:.1f}]"
+
+    return [
+        {
+            "method": line["method"],
+            "seeds": line["seeds"],
+            **{column.name: with_interval(line, column.name) for column in ACCURACIES},
+            **{column.name: column.format(line[column.name], 2) for column in MEMBERS},
+            "mia_loss": with_interval(line, "mia_loss"),
+            "gap ↓": "" if line["gap"] is None else f"{line['gap']:.2f}",
+            "seconds": f"{line['seconds']:.2f}",
+        }
+        for line in summary
+    ]
 
 
 def short_markdown(summary: Sequence[Mapping[str, Any]]) -> str:

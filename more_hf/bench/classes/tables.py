@@ -1,202 +1,332 @@
-"""What a knowledge-deletion benchmark leaves: rows.csv, probes.csv, summary.csv, table.md, plots, report.html. All of it from its cells."""
+"""The files that a benchmark of classes makes from its cells: rows.csv, probes.csv, summary.csv, table.md,
+plots, report.html."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...core.files import write_text
-from ...core.markdown import markdown_table, number
-from ..artists.store import BenchmarkError, read_config
-from ..columns import write_rows
-from ..page import html_facts, html_table, write_html
+from ...core.markdown import markdown_table
+from ..bootstrap import draw_accuracies, interval
+from ..columns import Column, read_rows, write_rows
+from ..errors import BenchmarkError
+from ..page import Section, png_uri, write_page
+from ..tables import compare, made_with
 from .plots import write_plots
-from .summary import BETTER, POOLED, read_rows, summarise
+from .store import ClassesConfig, KDConfig
 
 
+Row = Mapping[str, Any]
+
+POOLED = "all"  # the `forget` of lines over all entries
 RELOADED = "-reloaded"
-REFERENCES = ("original", "retrain")  # not methods: they are not in bold, and others are compared with them
-ARROWS = {"up": "↑", "down": "↓"}
-OWN_HEAD = ("acc_f", "acc_r", "acc_ft", "acc_rt", "hm", "hm_t")
-NEW_HEAD = tuple(f"kr_{name}" for name in OWN_HEAD)
-CONVERGED = (*(f"kr_converged_{name}" for name in OWN_HEAD), "kr_converged_auc_rest", "kr_converged_auc_target")
-PRIVACY = ("mia_loss", "mia_loss_low", "mia_loss_high", "mia_loss_auc", "mia_confidence", "mia_entropy")
-ALIKE = ("cka_original_f", "cka_original_r", "cka_retrain_f", "cka_retrain_r", "cosine_f", "cosine_r", "load_cv")
-COST = ("seconds", "peak_memory")
-SHORT = ("acc_f", "acc_r", "acc_ft", "acc_rt", "hm", "hm_t", "kr_acc_ft", "kr_hm_t", "kr_converged_acc_ft", "seconds")
+REFERENCES = ("original", "retrain")  # not methods: others are compared with them
+
+GROUPS = ("", "kr_", "kr_converged_")  # the own head, the paper's new head, the converged one
 
 
-@dataclass(frozen=True)
-class KDCell:
-    """One method that forgets one entry in one training. It counts when its file is there."""
+def scores(group: str) -> list[Column]:
+    """The accuracies and harmonic means of one head."""
+    return [
+        Column(f"{group}acc_f", unit="%", better="down"),
+        Column(f"{group}acc_r", unit="%", better="up"),
+        Column(f"{group}acc_ft", unit="%", better="down"),
+        Column(f"{group}acc_rt", unit="%", better="up"),
+        Column(f"{group}hm", unit="%", better="up"),
+        Column(f"{group}hm_t", unit="%", better="up"),
+    ]
 
-    method: str
-    forget: str
-    seed: int
-    path: Path
 
+KEYS = [Column("method", str), Column("forget", str), Column("seed", int)]
+OWN_HEAD, NEW_HEAD = scores(""), scores("kr_")
+CONVERGED = [
+    *scores("kr_converged_"),
+    Column("kr_converged_auc_rest", unit="%"),
+    Column("kr_converged_auc_target", unit="%"),
+]
+# Attacks and similarities are compared with Retrain's: neither direction is better.
+LOSS_ATTACK = [
+    Column("mia_loss", unit="%"),
+    Column("mia_loss_low", unit="%"),
+    Column("mia_loss_high", unit="%"),
+    Column("mia_loss_auc", unit="%"),
+]
+MEMBERSHIP = [*LOSS_ATTACK, Column("mia_confidence", unit="%"), Column("mia_entropy", unit="%")]
+SIMILARITY = [
+    Column("cka_original_f"),
+    Column("cka_original_r"),
+    Column("cka_retrain_f"),
+    Column("cka_retrain_r"),
+    Column("cosine_f"),
+    Column("cosine_r"),
+    Column("load_cv"),
+]
+COUNTS = [Column("n_f", int), Column("n_r", int), Column("n_ft", int), Column("n_rt", int)]
+COST = [Column("seconds", unit="s", better="down"), Column("peak_memory", unit="MiB", better="down")]
+NUMBERS = [*OWN_HEAD, *NEW_HEAD, *CONVERGED, *MEMBERSHIP, *SIMILARITY, *COST]
 
-def cells_of(output: Path, config: Mapping[str, Any]) -> list[KDCell]:
-    """Every cell of a configuration, done or not: seeds, then entries of `forget`, then methods. A file's name is a hash of all that
-    determines what is in it."""
-    cells = []
-    for seed in range(config["seeds"]):
-        for forget, classes in config["forget"].items():
-            for method, settings in config["methods"].items():
-                determines = [config["training"], config["evaluation"], method, settings, classes, seed, "retrain" in config["methods"]]
-                name = hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:16]
-                cells.append(KDCell(method, forget, seed, output / "cells" / f"{name}.json"))
-    return cells
+ROW_COLUMNS = [
+    *KEYS,
+    Column("sent_to", str),
+    *OWN_HEAD,
+    *NEW_HEAD,
+    *CONVERGED,
+    *MEMBERSHIP,
+    *SIMILARITY,
+    *COUNTS,
+    *COST,
+]
+PROBE_COLUMNS = [
+    *KEYS,
+    Column("learning_rate", str),
+    Column("probe_seed", int),
+    *OWN_HEAD,
+    Column("auc_rest", unit="%"),
+    Column("auc_target", unit="%"),
+]
+SHORT = [
+    *OWN_HEAD,
+    *(column for column in NEW_HEAD if column.name in ("kr_acc_ft", "kr_hm_t")),
+    *(column for column in CONVERGED if column.name == "kr_converged_acc_ft"),
+    COST[0],
+]
+
+INTRO = (
+    "Accuracies in percent: forgotten and remaining classes, training (f, r) and test images (ft, rt). "
+    "KR is what a new head finds in the features after the edit."
+)
+RETENTION_NOTE = (
+    "A new head trained on the features as in the paper: SGD, learning rate 0.1, 10 epochs, batch 64; "
+    "mean over probe seeds."
+)
+CONVERGED_NOTE = (
+    "Multinomial logistic regression to the end. auc_rest, auc_target: forgotten test samples against all "
+    "others, and against the class they were sent to; 50 says that the probe cannot tell."
+)
+PROBES_NOTE = (
+    "acc_ft of each new head, probe seed after probe seed: a mean hides a coin flip. "
+    "At 0.001 ten epochs are too few."
+)
+MEMBERSHIP_NOTE = (
+    "mia_loss: accuracy of an attack on the loss, 50 is ideal, with a 95 % interval over samples. "
+    "mia_confidence and mia_entropy: percent of forgotten samples taken for unseen. "
+    "To be compared with retrain."
+)
+SIMILARITY_NOTE = (
+    "Linear CKA with the features of original and retrain; the cosine of class means with their own place "
+    "before, mean over forgotten and least of remaining classes; load_cv: how unevenly experts are used."
+)
 
 
 def rebuild(output: str | Path) -> list[dict[str, Any]]:
-    """Write all tables and pages of a folder again, from its cells or else from rows.csv and probes.csv; return the summary."""
+    """Write all tables and pages of a folder again, from its cells or else from rows.csv and probes.csv.
+
+    Returns:
+        `list[dict]`: the lines of `summary.csv`.
+    """
     output = Path(output)
-    config = read_config(output)
+    config = ClassesConfig.read(output)
     if (output / "cells").is_dir():
         return write_outputs(output, config)
     if not (output / "rows.csv").is_file():
-        raise BenchmarkError(f"{output} has neither cells nor rows.csv, so there is nothing to make tables from.")
-    return _write(output, config, read_rows(output / "rows.csv"), read_rows(output / "probes.csv"))
+        raise BenchmarkError(
+            f"{output} has neither cells nor rows.csv, so there is nothing to make tables from."
+        )
+    rows = read_rows(output / "rows.csv", ROW_COLUMNS)
+    return _write(output, config, rows, read_rows(output / "probes.csv", PROBE_COLUMNS))
 
 
-def write_outputs(output: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Write everything but the configuration from the cells that are done; return the summary. Raises `BenchmarkError` without any."""
-    done = [cell for cell in cells_of(output, config) if cell.path.is_file()]
+def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
+    """Write everything but the configuration from the cells that are done.
+
+    Returns:
+        `list[dict]`: the lines of `summary.csv`.
+
+    Raises:
+        `BenchmarkError`: if no cell is done.
+    """
+    done = [cell for cell in config.cells(output) if cell.is_done]
     if not done:
         raise BenchmarkError(f"{output} has no completed cell yet. Run the same `bench kd` command again.")
-    order = list(config["methods"])
-    done.sort(key=lambda cell: (list(config["forget"]).index(cell.forget), order.index(cell.method), cell.seed))
-    held = [json.loads(cell.path.read_text("utf-8")) for cell in done]
-    rows, probes = ([row for cell in held for row in cell[key]] for key in ("rows", "probes"))
+    entries, methods = list(config.forget), list(config.methods)
+    done.sort(key=lambda cell: (entries.index(cell.forget), methods.index(cell.method), cell.seed))
+    measured = [cell.read() for cell in done]
+    rows = [row for cell in measured for row in cell["rows"]]
+    probes = [probe for cell in measured for probe in cell["probes"]]
     write_rows(output / "rows.csv", rows)
     write_rows(output / "probes.csv", probes)
     write_plots(output / "plots", config, done, summarise(rows))
     return _write(output, config, rows, probes)
 
 
-def _write(output: Path, config: Mapping[str, Any], rows: Sequence[Mapping], probes: Sequence[Mapping]) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Summarise rows: a line per method and entry of `forget`, then one per method over its entries if it has
+    several.
+
+    Every number is the mean over rows. Accuracies and harmonic means have a 95 % bootstrap interval, `_low`
+    and `_high`: rows (seeds, erasures) are drawn with replacement, and in each the hits among its n samples
+    from a binomial. `seeds` is the number of rows; `n_f` and `n_r` count the training samples that are
+    forgotten and remain in one of them.
+    """
+    lines = []
+    for method, forget in dict.fromkeys((row["method"], row["forget"]) for row in rows):
+        part = [row for row in rows if (row["method"], row["forget"]) == (method, forget)]
+        lines.append(_line(method, forget, part))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        part = [row for row in rows if row["method"] == method]
+        if len({row["forget"] for row in part}) > 1:
+            lines.append(_line(method, POOLED, part))
+    return lines
+
+
+def _line(method: str, forget: str, rows: Sequence[Row]) -> dict[str, Any]:
+    # Harmonic means are taken of the accuracies in the same draw.
+    accuracies = [f"{group}acc_{split}" for group in GROUPS for split in ("f", "r", "ft", "rt")]
+    drawn = draw_row_accuracies(rows, accuracies)
+    for group in GROUPS:
+        drawn[f"{group}hm"] = _harmonic_mean(drawn[f"{group}acc_f"], drawn[f"{group}acc_r"])
+        drawn[f"{group}hm_t"] = _harmonic_mean(drawn[f"{group}acc_ft"], drawn[f"{group}acc_rt"])
+    return summary_line(method, forget, rows, NUMBERS, drawn)
+
+
+def draw_row_accuracies(rows: Sequence[Row], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Bootstrap draws `(draws, rows)` of the named accuracies; the sample count of `acc_f` is in `n_f`."""
+    measured = {}
+    for name in names:
+        count = "n_" + name.rpartition("acc_")[2]
+        measured[name] = ([row[count] for row in rows], [row[name] for row in rows])
+    return draw_accuracies(measured)
+
+
+def summary_line(
+    method: str,
+    forget: str,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    drawn: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """One line of a summary: the mean over rows of each column that they have, with the interval of what was
+    drawn."""
+    line = {"method": method, "forget": forget, "seeds": len(rows)}
+    line |= {name: rows[0][name] for name in ("n_f", "n_r")}
+    for column in columns:
+        values = [row[column.name] for row in rows if row[column.name] is not None]
+        line[column.name] = round(float(np.mean(values)), 6) if values else None
+        if column.name in drawn:
+            low, high = interval(drawn[column.name].mean(1))
+            line[f"{column.name}_low"], line[f"{column.name}_high"] = round(low, 6), round(high, 6)
+    return line
+
+
+def _harmonic_mean(acc_f: np.ndarray, acc_r: np.ndarray) -> np.ndarray:
+    forgotten = 100 - acc_f
+    return 2 * forgotten * acc_r / np.maximum(forgotten + acc_r, 1e-12)
+
+
+def sections(summary: Sequence[Row], probes: Sequence[Row]) -> list[Section]:
+    """The tables with their notes: the paper's Table 1 first, both halves, then what it leaves out."""
+    entries = list(dict.fromkeys(line["forget"] for line in summary))
+    is_pooled = POOLED in entries
+    shown = POOLED if is_pooled else entries[0]
+    main = [line for line in summary if line["forget"] == shown]
+    forgotten = "every entry in turn, means over all" if is_pooled else shown
+    accuracy_note = f"Forgotten: {forgotten}. 95 % bootstrap intervals over runs and samples."
+    tables = [
+        Section("Accuracy", accuracy_note, _compare(main, OWN_HEAD, interval_decimals=1)),
+        Section("Knowledge retention", RETENTION_NOTE, _compare(main, NEW_HEAD, interval_decimals=1)),
+        Section("Knowledge retention, converged", CONVERGED_NOTE, _compare(main, CONVERGED)),
+        Section("Every probe", PROBES_NOTE, _every_probe(probes)),
+        Section("Membership", MEMBERSHIP_NOTE, _compare(main, MEMBERSHIP)),
+        Section("Similarity", SIMILARITY_NOTE, _compare(main, SIMILARITY)),
+        Section("Cost", "Seconds, and MiB while the method works.", _compare(main, COST)),
+    ]
+    if is_pooled:
+        single = [line for line in summary if line["forget"] != POOLED]
+        tables.append(Section("Every erasure", "Means over seeds.", _compare(single, SHORT)))
+    return tables
+
+
+def short_markdown(summary: Sequence[Row]) -> str:
+    """What the command prints: one line per method."""
+    pooled = [line for line in summary if line["forget"] == POOLED]
+    return markdown_table(_compare(pooled or summary, SHORT))
+
+
+def config_facts(config: KDConfig) -> dict[str, Any]:
+    """The facts of a configuration, as a page lists them."""
+    return {
+        "training": asdict(config.training),
+        "evaluation": config.evaluation,
+        "methods": config.methods,
+        "forget": config.forget,
+        "commands": config.commands,
+    }
+
+
+def _write(
+    output: Path, config: ClassesConfig, rows: Sequence[Row], probes: Sequence[Row]
+) -> list[dict[str, Any]]:
     summary = summarise(rows)
     write_rows(output / "summary.csv", summary)
-    sections = tables(summary, probes)
-    text = "\n\n".join(f"## {heading}\n\n{note}\n\n{markdown_table(table)}" for heading, (note, table) in sections.items())
-    write_text(output / "table.md", f"{text}\n\n{_made_with(config)}\n")
-    pictures = "".join(
-        f'<figure><img style="width:100%;background:#fff" alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}"></figure>'
-        for path in sorted((output / "plots").glob("*.png"))
-    )
-    write_html(
+    tables = sections(summary, probes)
+    parts = [f"## {part.heading}\n\n{part.note}\n\n{markdown_table(part.table)}" for part in tables]
+    write_text(output / "table.md", "\n\n".join([*parts, made_with(config, _facts(config))]) + "\n")
+    pictures = {path.stem: png_uri(path) for path in sorted((output / "plots").glob("*.png"))}
+    write_page(
         output / "report.html",
-        title=f"Classes forgotten: {config['training']['dataset']}, {config['training']['model']}",
-        intro="Accuracies in percent: forgotten and remaining classes, training (f, r) and test images (ft, rt). KR is what a new head "
-        "finds in the features after the edit.",
-        sections={
-            **{heading: f"<p>{note}</p>" + _bold(html_table(table)) for heading, (note, table) in sections.items()},
-            "Pictures": pictures,
-            "How it was made": html_facts({key: config[key] for key in ("training", "evaluation", "methods", "forget")})
-            + html_facts({"commands": list(dict.fromkeys(run["command"] for run in config["runs"]))}),
-        },
+        title=f"Classes forgotten: {config.training.dataset}, {config.training.model}",
+        intro=INTRO,
+        sections=[
+            *tables,
+            Section("Pictures", pictures=pictures),
+            Section("How it was made", facts=config_facts(config)),
+        ],
     )
     return summary
 
 
-def tables(summary: Sequence[Mapping[str, Any]], probes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-    """Heading to a note and a table: the paper's Table 1 first, both halves, then what it leaves out."""
-    forgotten = [line["forget"] for line in summary]
-    shown = [POOLED] if POOLED in forgotten else list(dict.fromkeys(forgotten))[:1]
-    main = [line for line in summary if line["forget"] in shown]
-    what = f"Forgotten: {'every entry in turn, means over all' if shown == [POOLED] else shown[0]}."
-    found = {
-        "Accuracy": (f"{what} 95 % bootstrap intervals over runs and samples.", _cells(main, OWN_HEAD, intervals=True)),
-        "Knowledge retention": (
-            "A new head trained on the features as in the paper: SGD, learning rate 0.1, 10 epochs, batch 64; mean over probe seeds.",
-            _cells(main, NEW_HEAD, intervals=True),
-        ),
-        "Knowledge retention, converged": (
-            "Multinomial logistic regression to the end. auc_rest, auc_target: forgotten test samples against all others, and against "
-            "the class they were sent to; 50 says that the probe cannot tell.",
-            _cells(main, CONVERGED),
-        ),
-        "Every probe": (
-            "acc_ft of each new head, probe seed after probe seed: a mean hides a coin flip. At 0.001 ten epochs are too few.",
-            _every_probe(probes),
-        ),
-        "Membership": (
-            "mia_loss: accuracy of an attack on the loss, 50 is ideal, with a 95 % interval over samples. mia_confidence and mia_entropy: "
-            "percent of forgotten samples taken for unseen. To be compared with retrain.",
-            _cells(main, PRIVACY),
-        ),
-        "Similarity": (
-            "Linear CKA with the features of original and retrain; the cosine of class means with their own place before, mean over "
-            "forgotten and least of remaining classes; load_cv: how unevenly experts are used.",
-            _cells(main, ALIKE),
-        ),
-        "Cost": ("Seconds, and MiB while the method works.", _cells(main, COST)),
-    }
-    if shown == [POOLED]:
-        single = [line for line in summary if line["forget"] != POOLED]
-        found["Every erasure"] = ("Means over seeds.", _cells(single, SHORT))
-    return found
+def _compare(
+    summary: Sequence[Row], columns: Sequence[Column], interval_decimals: int | None = None
+) -> list[dict[str, Any]]:
+    return compare(
+        [{**line, "runs": line["seeds"]} for line in summary],
+        ("method", "forget", "runs"),
+        columns,
+        references=REFERENCES,
+        decimals=2,
+        interval_decimals=interval_decimals,
+    )
 
 
-def short_markdown(summary: Sequence[Mapping[str, Any]]) -> str:
-    """What the command prints: one line per method."""
-    shown = [line for line in summary if line["forget"] == POOLED] or summary
-    return markdown_table(_cells(shown, SHORT))
-
-
-def _cells(summary: Sequence[Mapping[str, Any]], columns: Sequence[str], *, intervals: bool = False) -> list[dict[str, Any]]:
-    """Texts of numbers; the best of several methods in bold."""
-    lines = []
-    for line in summary:
-        texts = {"method": line["method"], "forget": line["forget"], "runs": line["seeds"]}
-        rivals = [other for other in summary if other["forget"] == line["forget"] and other["method"] not in REFERENCES]
-        for column in columns:
-            value = line[column]
-            values = [other[column] for other in rivals if other[column] is not None]
-            text = "" if value is None else number(value) if column.startswith(("cka", "cosine", "load")) else f"{value:.2f}"
-            if column in BETTER and len(values) > 1 and line["method"] not in REFERENCES:
-                best = (max if BETTER[column] == "up" else min)(values)
-                text = f"**{text}**" if value is not None and value == best else text
-            if intervals:
-                text += f" [{line[f'{column}_low']:.1f}, {line[f'{column}_high']:.1f}]"
-            texts[f"{column} {ARROWS[BETTER[column]]}" if column in BETTER else column] = text
-        lines.append(texts)
-    return lines
-
-
-def _every_probe(probes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rates = list(dict.fromkeys(probe["learning_rate"] for probe in probes))
-    lines: dict[tuple, dict[str, Any]] = {}
+def _every_probe(probes: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line per method, entry and seed, a column per learning rate: `acc_ft` of each probe seed in turn."""
+    rates = list(dict.fromkeys(str(probe["learning_rate"]) for probe in probes))
+    lines: dict[tuple[str, str, int], dict[str, Any]] = {}
     for probe in probes:
-        key = (probe["method"], probe["forget"], probe["seed"])
-        line = lines.setdefault(key, {"method": key[0], "forget": key[1], "seed": key[2], **{str(rate): "" for rate in rates}})
-        line[str(probe["learning_rate"])] = f"{line[str(probe['learning_rate'])]} {probe['acc_ft']:.1f}".strip()
+        key = probe["method"], probe["forget"], probe["seed"]
+        if key not in lines:
+            lines[key] = {"method": key[0], "forget": key[1], "seed": key[2], **dict.fromkeys(rates, "")}
+        rate = str(probe["learning_rate"])
+        lines[key][rate] = f"{lines[key][rate]} {probe['acc_ft']:.1f}".strip()
     return list(lines.values())
 
 
-def _made_with(config: Mapping[str, Any]) -> str:
-    training, run = config["training"], config["runs"][-1]
-    recipe = ", ".join(f"{key} {value}" for key, value in training["recipe"].items())
+def _facts(config: ClassesConfig) -> list[str]:
+    """The configuration in sentences, for table.md."""
+    training = config.training
+    recipe = ", ".join(f"{name} {value}" for name, value in asdict(training.recipe).items())
+    forgotten = "; ".join(", ".join(names) for names in config.forget.values())
     facts = [
-        f"{training['dataset']}, {training['images']} training images of {training['image_size']} pixels; {training['model']}; {recipe}",
-        f"{config['seeds']} training(s); {config['evaluation']['probe_seeds']} probe seeds; forgotten: "
-        + "; ".join(", ".join(names) for names in config["forget"].values()),
-        *(f"{name}: {', '.join(f'{k} {v}' for k, v in settings.items())}" for name, settings in config["methods"].items() if settings),
-        f"{run['hardware']}, {run['processes']} process(es); "
-        + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        + f", more_hf {config['more_hf']}",
-        *(f"`{command}`" for command in dict.fromkeys(run["command"] for run in config["runs"])),
+        f"{training.dataset}, {training.images} training images of {training.image_size} pixels; "
+        f"{training.model}; {recipe}",
+        f"{config.seeds} training(s); {config.evaluation['probe_seeds']} probe seeds; forgotten: {forgotten}",
     ]
-    return "\n".join(f"- {fact}" for fact in facts)
-
-
-def _bold(html: str) -> str:
-    return re.sub(r"\*\*([^*<]+)\*\*", r"<b>\1</b>", html)
+    for name, settings in config.methods.items():
+        if settings:
+            facts.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    return facts

@@ -10,7 +10,6 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
 from sklearn.datasets import load_digits
 
-from more_hf.bench.classes import emoji as kd_emoji
 from more_hf.bench.classes import sources as kd_sources
 from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.splits import DatasetError, split_by_class, split_by_sample
@@ -267,7 +266,7 @@ def test_emoji_100(rendered):
 
 def test_emoji_holds_out_drawings(rendered, monkeypatch):
     """Without moving or recolouring, no image of the test set is one of the training set."""
-    monkeypatch.setattr(kd_emoji, "views", lambda pixels, generator: ((pixels + 1) * 127.5).round().to(torch.uint8))
+    monkeypatch.setattr(kd_sources, "views", lambda pixels, generator: ((pixels + 1) * 127.5).round().to(torch.uint8))
     data = load_kd_data("emoji-100", path=rendered, image_size=2)
     train, test = (
         {(*part.images[row].flatten().tolist(), label) for row, label in zip(part.rows.tolist(), part.labels.tolist(), strict=True)}

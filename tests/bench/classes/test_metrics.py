@@ -64,9 +64,9 @@ def test_auc_against_sklearn_with_ties():
 
 def test_expert_load_by_hand():
     load = expert_load(torch.tensor([0, 0, 0, 1]), 3)
-    assert load["shares"] == [75, 25, 0]
-    assert load["cv"] == pytest.approx(np.std([3, 1, 0]) / np.mean([3, 1, 0]))
-    assert expert_load(torch.arange(12) % 3, 3)["cv"] == pytest.approx(0, abs=1e-12)
+    assert load.shares == [75, 25, 0]
+    assert load.cv == pytest.approx(np.std([3, 1, 0]) / np.mean([3, 1, 0]))
+    assert expert_load(torch.arange(12) % 3, 3).cv == pytest.approx(0, abs=1e-12)
 
 
 # probes
@@ -110,20 +110,36 @@ def test_batched_probes_are_the_single_ones():
     assert (fixed.weight - fresh.weight).abs().max() > 0.01
 
 
-def test_converged_probe_is_sklearns():
-    z, labels = blobs(spread=3.0)
-    for C in (1.0, 100.0):
-        probe = converged_probe(z, labels, 4, C=C)
-        reference = LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(z.double().numpy(), labels.numpy())
-        assert np.allclose(probe.weight, reference.coef_, atol=2e-5)
-        gap = probe.bias.numpy() - reference.intercept_
-        assert np.allclose(gap, gap[0], atol=1e-4)  # softmax does not see a constant
+def gradient(probe, z, labels, C):
+    """Of the mean cross-entropy + ‖W‖² / (2 C n), in float64."""
+    head = [part.detach().double().requires_grad_() for part in (probe.weight, probe.bias)]
+    entropy = nn.functional.cross_entropy(z.double() @ head[0].T + head[1], labels)
+    (entropy + head[0].square().sum() / (2 * C * len(z))).backward()
+    return torch.cat([head[0].grad.flatten(), head[1].grad])
+
+
+@pytest.mark.parametrize(
+    ("d", "k"),
+    [
+        (8, 4),
+        (8, 2),  # scikit-learn has another parameterisation for two classes
+        (50, 50),  # too large for a Hessian
+    ],
+)
+@pytest.mark.parametrize("C", [1.0, 1e4])
+def test_converged_probe_is_at_the_minimum(d, k, C):
+    z, labels = blobs(d=d, k=k, spread=3.0)
+    probe = converged_probe(z, labels, C=C)
+    assert probe.weight.shape == (k, d)
+    assert gradient(probe, z, labels, C).abs().max() < 1e-5
+    short = sgd_probes(z, labels, k, learning_rates=(0.1,), seeds=(0,))[0.1, 0]
+    assert gradient(short, z, labels, C).abs().max() > 1e-3
 
 
 def test_converged_probe_on_singular_features_beats_short_training():
     z, labels = blobs(spread=3.0)
     z = torch.cat([z, z[:, :3], torch.ones(len(z), 1)], dim=1)  # rank 8 of 12
-    final, short = converged_probe(z, labels, 4), sgd_probes(z, labels, 4, learning_rates=(0.001,), seeds=(0,))[0.001, 0]
+    final, short = converged_probe(z, labels), sgd_probes(z, labels, 4, learning_rates=(0.001,), seeds=(0,))[0.001, 0]
     losses = [nn.functional.cross_entropy(probe(z), labels).item() for probe in (final, short)]
     assert losses[0] < 0.7 * losses[1]
 
@@ -155,7 +171,7 @@ def test_no_probe_tells_a_remapped_class_from_its_target_and_one_tells_an_erased
     scores = {}
     for name, targets in (("before", None), ("erase", [[None]]), ("remap", [["c"]])):
         after = z.double() if targets is None else Remap.fit(prototypes, ["a"], targets).apply(z.double())
-        probe = converged_probe(after, labels, 4, C=1.0)
+        probe = converged_probe(after, labels, C=1.0)
         scores[name] = probe_scores(probe, *splits_of(after, labels), forget=[0], targets=[2])
     assert scores["remap"]["auc_target"] == 50
     assert scores["before"]["auc_target"] > 99

@@ -9,8 +9,9 @@ from more_hf.api import get_erasure
 from more_hf.bench.classes import run as kd
 from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.features import cache, head_only, splits_of_features
-from more_hf.bench.classes.probes import PICKED, batches
-from more_hf.bench.classes.summary import read_rows
+from more_hf.bench.classes.probes import GATHER_STEPS, batches
+from more_hf.bench.classes.tables import ROW_COLUMNS
+from more_hf.bench.columns import read_rows
 from more_hf.bench.methods.registry import CLASSIFICATION, methods_that_forget
 from more_hf.bench.splits import split_by_class
 from more_hf.data import load_classifier
@@ -54,19 +55,18 @@ def test_a_closed_form_on_cached_features_is_the_one_on_images(method, original,
     assert not torch.allclose(logits(other, splits.ft), logits(expected, splits.ft), atol=0.1)
 
 
-def test_only_the_first_cells_of_a_closed_form_have_a_price(tmp_path, monkeypatch):
-    monkeypatch.setattr("more_hf.bench.classes.probes.ITERATIONS", 5)
-    kd.run_kd("digits", "allcnn-narrow", ["esc", "esc-t"], ["3", "4"], output=tmp_path, seeds=2, epochs=1, probe_seeds=1)
-    rows = {(row["method"], row["forget"], row["seed"]): row for row in read_rows(tmp_path / "rows.csv")}
+def test_only_the_first_cells_of_a_closed_form_have_a_price(tmp_path):
+    summary = kd.run_kd("digits", "allcnn-narrow", ["esc", "esc-t"], ["3", "4"], output=tmp_path, seeds=2, epochs=1, probe_seeds=1)
+    rows = {(row["method"], row["forget"], row["seed"]): row for row in read_rows(tmp_path / "rows.csv", ROW_COLUMNS)}
     priced = {key for key, row in rows.items() if row["seconds"] is not None}
     assert priced == {("esc", "3", 0), *(("esc-t", forget, seed) for forget in "34" for seed in (0, 1))}
-    lines = {(line["method"], line["forget"]): line for line in read_rows(tmp_path / "summary.csv")}
+    lines = {(line["method"], line["forget"]): line for line in summary}
     assert lines["esc", "all"]["seconds"] == rows["esc", "3", 0]["seconds"]
     assert lines["esc", "4"]["seconds"] is None
 
 
 def test_every_step_has_its_samples():
-    n, seeds, size = PICKED * 4 * 2 + 7, 3, 4
+    n, seeds, size = GATHER_STEPS * 4 * 2 + 7, 3, 4
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(n, 2, generator=generator) for _ in range(seeds)]
     targets, orders = torch.randn(n, 5, generator=generator), [torch.randperm(n, generator=generator) for _ in range(seeds)]

@@ -7,23 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from more_hf.api import get_erasure
-from more_hf.bench.artists.store import BenchmarkError
 from more_hf.bench.classes import measure as measuring
-from more_hf.bench.classes import probes as probe
 from more_hf.bench.classes import run as kd
-from more_hf.bench.classes import start as kd_run
+from more_hf.bench.classes import training
 from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.features import cache, same_backbone
+from more_hf.bench.classes.probes import sgd_probes
 from more_hf.bench.classes.similarity import class_means
-from more_hf.bench.classes.summary import read_rows, summarise
-from more_hf.bench.classes.tables import rebuild
+from more_hf.bench.classes.store import ClassesConfig
+from more_hf.bench.classes.tables import PROBE_COLUMNS, ROW_COLUMNS, rebuild, summarise
 from more_hf.bench.classes.training import accuracy, predict
+from more_hf.bench.columns import read_rows
+from more_hf.bench.errors import BenchmarkError
 from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.bench.splits import split_by_class
 from more_hf.cli.main import main
@@ -37,14 +40,6 @@ SMALL = {"epochs": 3, "probe_seeds": 2, "passes": (3,)}
 METHODS = ("original", "retrain", "esc", "remap", "more")
 ROWS = ["original", "retrain", "esc", "remap", "remap-reloaded", "more", "more-reloaded", "more-x3"]
 COSTS = ("seconds", "peak_memory")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_probes():
-    """How far the converged probe gets is tested with the probes; here it costs most of the time."""
-    before, probe.ITERATIONS = probe.ITERATIONS, 40
-    yield
-    probe.ITERATIONS = before
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +60,7 @@ def original(folder):
 
 
 def rows_of(folder):
-    return {row["method"]: row for row in read_rows(folder / "rows.csv")}
+    return {row["method"]: row for row in read_rows(folder / "rows.csv", ROW_COLUMNS)}
 
 
 def head_inputs(model, images):
@@ -96,9 +91,9 @@ def test_one_call_leaves_everything(folder):
         assert (folder / name).stat().st_size > 100, name
     assert {path.name for path in (folder / "plots").iterdir()} == {"tsne.png", "cosines.png", "cost.png"}
     assert list(rows_of(folder)) == ROWS
-    probes = read_rows(folder / "probes.csv")
+    probes = read_rows(folder / "probes.csv", PROBE_COLUMNS)
     assert len(probes) == len(ROWS) * (3 * SMALL["probe_seeds"] + 1)  # three learning rates, and one that converged
-    assert {probe["learning_rate"] for probe in probes} == {"converged", 0.1, 0.01, 0.001}
+    assert {probe["learning_rate"] for probe in probes} == {"converged", "0.1", "0.01", "0.001"}
     assert not list(folder.rglob("*.part"))
     table = (folder / "table.md").read_text()
     assert all(f"| {name} " in table for name in ROWS)
@@ -161,20 +156,19 @@ def test_retrain_never_saw_the_class_and_is_priced_as_a_training(folder):
 
 
 def without_costs(folder):
-    return [{key: value for key, value in row.items() if key not in COSTS} for row in read_rows(folder / "rows.csv")]
+    return [{key: value for key, value in row.items() if key not in COSTS} for row in read_rows(folder / "rows.csv", ROW_COLUMNS)]
 
 
 def test_run_again_measures_nothing_twice_and_a_lost_cell_comes_out_the_same(folder, monkeypatch):
     before, asked = without_costs(folder), []
     monkeypatch.setattr(kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs))
-    monkeypatch.setattr(kd_run, "train_classifier", lambda *args, **kwargs: asked.append("training"))
+    monkeypatch.setattr(training, "train_classifier", lambda *args, **kwargs: asked.append("training"))
     kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
     assert asked == []
     assert without_costs(folder) == before
     monkeypatch.undo()
     monkeypatch.setattr(kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs))
-    config = json.loads((folder / "config.json").read_text())
-    (lost,) = [cell for cell in kd.cells_of(folder, config) if cell.method == "more"]
+    (lost,) = [cell for cell in ClassesConfig.read(folder).cells(folder) if cell.method == "more"]
     lost.path.unlink()
     kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
     assert len(asked) == 3  # more, reloaded, three passes
@@ -189,7 +183,7 @@ def test_killed_and_run_again(tmp_path, folder):
     output = tmp_path / "killed"
     methods = METHODS[:4]
     settings = f"methods={methods!r}, forget=['3'], output={str(output)!r}, models={str(folder / 'models')!r}, **{SMALL!r}"
-    script = f"from more_hf.evaluation import kd, probe; probe.ITERATIONS = 40; kd.run_kd('digits', 'allcnn-narrow', {settings})"
+    script = f"from more_hf.bench.classes import run; run.run_kd('digits', 'allcnn-narrow', {settings})"
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not list(output.glob("cells/*.json")) and process.poll() is None and time.monotonic() < deadline:
@@ -205,14 +199,16 @@ def test_killed_and_run_again(tmp_path, folder):
 
 
 def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    grown = kd_run.join_config(config, {**config, "methods": {"erase": {}}, "forget": {"5": ["5"]}, "seeds": 3, "runs": ["later"]}, folder)
-    assert set(grown["methods"]) == {*METHODS, "erase"}
-    assert set(grown["forget"]) == {"3", "5"}
-    assert (grown["seeds"], grown["runs"][-1]) == (3, "later")
-    with pytest.raises(BenchmarkError, match="holds results of another configuration .*evaluation is .*probe_seeds"):
+    config = ClassesConfig.read(folder)
+    more = {"methods": {"erase": {}}, "forget": {"5": ["5"]}, "seeds": 3, "runs": ["later"]}
+    grown = replace(config, **more).joined_with(folder)
+    assert set(grown.methods) == {*METHODS, "erase"}
+    assert set(grown.forget) == {"3", "5"}
+    assert (grown.seeds, grown.runs[-1]) == (3, "later")
+    assert replace(config, seeds=0).joined_with(folder).seeds == config.seeds
+    with pytest.raises(BenchmarkError, match="holds results of another configuration .*evaluation: probe_seeds"):
         kd.run_kd("digits", "allcnn-narrow", ["original"], "3", output=folder, epochs=3, probe_seeds=7)
-    with pytest.raises(BenchmarkError, match="methods: esc is"):
+    with pytest.raises(BenchmarkError, match="methods: esc: percent is"):
         kd.run_kd("digits", "allcnn-narrow", ["esc"], "3", output=folder, tuned={"esc": {"percent": 9}}, **SMALL)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BenchmarkError, match="holds another kind of benchmark"):
@@ -226,7 +222,7 @@ def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
         ({"forget": "11"}, "digits has no class 11"),
         ({"seeds": 0}, "Needs at least one seed and one probe seed, got 0 and 5"),
         ({"settings": {"num_expert": 3}}, "No method among esc, more takes `num_expert`"),
-        ({"tuned": {"esc": {"lr": 1}}}, "esc takes no `lr`. It takes batch_size, mode, percent, seed"),
+        ({"tuned": {"esc": {"lr": 1}}}, "esc takes no `lr`. It takes batch_size, mode, percent"),
         ({"dataset": "mnist"}, "There is no data set 'mnist'"),
         ({"model": "allcnn-wide"}, ""),
     ],
@@ -248,21 +244,42 @@ def test_classes_by_name_number_and_together(data):
 
 
 def test_folder_names_are_short_and_differ():
-    assert kd_run.without("crane/bird", 2) == "without-crane_bird-seed2"
+    assert training.without("crane/bird", 2) == "without-crane_bird-seed2"
     many = ["+".join(map(str, range(first, 1000, 10))) for first in (3, 4)]
-    names = {kd_run.without(entry, 0) for entry in many}
+    names = {training.without(entry, 0) for entry in many}
     assert len(names) == 2
     assert max(map(len, names)) < 100
 
 
 def test_settings_are_defaults_then_asked_then_tuned():
-    more, remap = CLASSIFICATION["more"].load(), CLASSIFICATION["remap"].load()
-    asked = {"num_experts": 4, "solver": "pinv"}
-    assert kd_run.method_settings(more, asked, {"solver": "covariance"}) == {
+    functions = {name: CLASSIFICATION[name].load() for name in ("more", "remap", "retrain")}
+    settings = kd.settings_of(
+        functions, {"num_experts": 4, "solver": "pinv"}, {"more": {"solver": "covariance"}}
+    )
+    assert settings["more"] == {
         "remap_to": "remain", "num_experts": 4, "router": "random", "solver": "covariance", "batch_size": 500
     }  # fmt: skip
-    assert kd_run.method_settings(remap, asked, {})["num_experts"] is None  # one expert is what it is
-    assert "fit" not in kd_run.method_settings(CLASSIFICATION["retrain"].load(), {}, {})
+    assert settings["remap"]["num_experts"] is None  # one expert is its definition
+    assert "fit" not in settings["retrain"]
+
+
+def test_a_method_of_ones_own_may_take_anything():
+    def own(model, splits, *, seed=0, strength=1.0, **kwargs):
+        return model.eval()
+
+    assert kd.settings_of({"own": own}, {}, {"own": {"strength": 2.0}}) == {"own": {"strength": 2.0}}
+
+
+def test_cells_keep_their_names():
+    """A committed folder is continued: its configuration gives the names that its cells were written under."""
+    folder = Path(__file__).parents[3] / "benchmarks" / "kd" / "fashion-mnist-allcnn"
+    config = ClassesConfig.read(folder)
+    assert config.to_dict() == json.loads((folder / "config.json").read_text())
+    cells = config.cells(folder)
+    assert len(cells) == 3 * 10 * 10
+    names = {(cell.method, cell.forget, cell.seed): cell.path.name for cell in cells}
+    assert names["original", "T-shirt or top", 0] == "3ce6726304b34336.json"
+    assert names["more-hash", "ankle boot", 2] == "f9c2b41c1756c8c9.json"
 
 
 # features
@@ -318,7 +335,7 @@ def test_load_counts_experts_that_nobody_takes(data, original):
     cached, plain = cache(routed, routed.classifier, parts), cache(original, original.classifier, parts)
     means = class_means(plain.features("train"), data.train.labels, 10)
     settings = {"forget": [3], "targets": [], "original": plain, "retrained": None, "original_means": means}
-    found = kd_measure(cached, places, **settings, probe_seeds=[0], known_probes={})
+    found = kd_measure(cached, places, **settings, probe_seeds=[0], shared=measuring.Shared())
     assert found.row["load_cv"] == pytest.approx(8**0.5)  # of nine experts
 
 
@@ -329,12 +346,12 @@ def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, cap
     assert "scrub without 3, seed 0, is left out. After scrub" in caplog.text
 
 
-def test_what_is_known_is_not_found_again(folder, tmp_path, monkeypatch):
-    trained, collected, known = [], [], kd.Known()
+def test_what_is_shared_is_not_found_again(folder, tmp_path, monkeypatch):
+    trained, collected, shared = [], [], measuring.Shared()
     monkeypatch.setattr(kd, "cache", lambda *args: collected.append(args) or cache(*args))
-    monkeypatch.setattr(measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or probe.sgd_probes(*args, **kwargs))
+    monkeypatch.setattr(measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or sgd_probes(*args, **kwargs))
     for name in ("first", "second"):
-        settings = {"models": folder / "models", "output": tmp_path / name, "known": known, **SMALL}
+        settings = {"models": folder / "models", "output": tmp_path / name, "shared": shared, **SMALL}
         kd.run_kd("digits", "allcnn-narrow", ["original", "remap"], ["3", "5"], **settings)
         assert len(trained) == 3  # original with both reloaded, two remapped
         assert len(collected) == 1
@@ -366,21 +383,23 @@ def test_same_backbone_sees_weights_statistics_and_hooks(original, edited):
 
 
 def row(method="more", forget="3", seed=0, acc_f=50.0, **numbers):
+    empty = {column.name: None for column in ROW_COLUMNS}
     accuracies = {f"{group}acc_{name}": 100.0 for group in ("", "kr_", "kr_converged_") for name in ("f", "r", "ft", "rt")}
     harmonic = {f"{group}hm{end}": 0.0 for group in ("", "kr_", "kr_converged_") for end in ("", "_t")}
     counts = {"n_f": 100, "n_r": 900, "n_ft": 10, "n_rt": 90}
-    return {"method": method, "forget": forget, "seed": seed, "sent_to": "", **accuracies, **harmonic, **counts, "acc_f": acc_f, **numbers}
+    key = {"method": method, "forget": forget, "seed": seed, "sent_to": ""}
+    return {**empty, **key, **accuracies, **harmonic, **counts, "acc_f": acc_f, **numbers}
 
 
 def test_summary_by_hand():
-    rows = [row(acc_f=0.0, mia=1.0), row(seed=1, acc_f=100.0, mia=None), row(forget="5", acc_f=20.0, mia=None), row("esc", mia=None)]
+    rows = [row(acc_f=0.0, mia_loss=1.0), row(seed=1, acc_f=100.0, mia_loss=None), row(forget="5", acc_f=20.0, mia_loss=None), row("esc", mia_loss=None)]
     lines = {(line["method"], line["forget"]): line for line in summarise(rows)}
     assert list(lines) == [("more", "3"), ("more", "5"), ("esc", "3"), ("more", "all")]
     both = lines["more", "3"]
-    assert (both["acc_f"], both["mia"], both["seeds"], both["n_f"]) == (50, 1, 2, 100)
+    assert (both["acc_f"], both["mia_loss"], both["seeds"], both["n_f"]) == (50, 1, 2, 100)
     assert (both["acc_f_low"], both["acc_f_high"]) == (0, 100)  # two points and nothing between
     assert lines["more", "all"]["acc_f"] == pytest.approx(40)
-    assert lines["more", "5"]["mia"] is None
+    assert lines["more", "5"]["mia_loss"] is None
     single = lines["esc", "3"]  # one run: the interval is the binomial's
     assert single["acc_f_low"] == pytest.approx(100 * np.quantile(np.random.default_rng(1).binomial(100, 0.5, 50_000), 0.025) / 100, abs=1)
     assert single["acc_f_high"] == pytest.approx(60, abs=1)

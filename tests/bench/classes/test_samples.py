@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_hf.bench.artists.store import BenchmarkError
 from more_hf.bench.classes import samples as kd_samples
 from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.summary import read_rows
 from more_hf.bench.classes.training import predict
+from more_hf.bench.columns import read_rows
+from more_hf.bench.errors import BenchmarkError
 from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.bench.splits import split_by_class, split_by_sample
 from more_hf.classification.erase import erase_classes
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def rows_of(folder):
-    return {row["method"]: row for row in read_rows(folder / "rows.csv")}
+    return {row["method"]: row for row in read_rows(folder / "rows.csv", kd_samples.ROW_COLUMNS)}
 
 
 def test_rows_are_those_of_the_models(folder):
@@ -87,7 +87,7 @@ def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, cap
 def test_refusals(folder, tmp_path):
     with pytest.raises(BenchmarkError, match="no method 'more' that forgets samples.*: original, retrain, .*remap-samples"):
         kd_samples.run_samples("digits", "allcnn-narrow", ["more"], output=tmp_path / "new")
-    with pytest.raises(BenchmarkError, match="evaluation is .*0.1.* there, .*0.2.* here"):
+    with pytest.raises(BenchmarkError, match="evaluation: fraction is 0.1 there, 0.2 here"):
         kd_samples.run_samples("digits", "allcnn-narrow", METHODS, output=folder, epochs=3, fraction=0.2)
     assert not (tmp_path / "new").exists()
 
@@ -105,8 +105,8 @@ def script(name):
 def test_settings_are_chosen_on_validation_images(folder, tmp_path, monkeypatch):
     choose = script("choose")
     monkeypatch.setattr(choose, "GRIDS", {"lau": {"lr": [1e-6, 0.3]}, "neggrad": {"lr": [1e30]}})
-    monkeypatch.setitem(choose.RECIPES, "digits", choose.Recipe(**{**vars(choose.RECIPES["digits"]), "epochs": 3}))
-    arguments = ["--dataset", "digits", "--model", "allcnn-narrow", "--forget", "3", "--models", str(folder / "models")]
+    arguments = ["--dataset", "digits", "--model", "allcnn-narrow", "--forget", "3", "--epochs", "3"]
+    arguments += ["--models", str(folder / "models")]
     monkeypatch.setattr(sys, "argv", ["choose.py", *arguments, "--output", str(tmp_path)])
     choose.main()
     rows = read_lines(tmp_path / "grid.csv")
@@ -121,7 +121,6 @@ def test_settings_are_chosen_on_validation_images(folder, tmp_path, monkeypatch)
 
 def sweep(monkeypatch, folder, output, *arguments):
     """Its lines; on digits without class 3, with the classifiers of `folder`."""
-    monkeypatch.setattr("more_hf.bench.classes.probes.ITERATIONS", 20)
     fixed = ["--dataset", "digits", "--forget", "3", "--epochs", "3", "--models", str(folder / "models"), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, *fixed])
     script("sweep").main()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from more_hf.bench.classes.tables import ROW_COLUMNS
+
 
 KD = Path(__file__).parents[3] / "benchmarks" / "kd"
 SPLITS = ("f", "r", "ft", "rt")
@@ -19,12 +21,13 @@ def tables():
 
 
 def row(method, forget="a", seed=0, acc_ft=0.0, acc_rt=90.0, seconds=1.0):
+    empty = {column.name: None for column in ROW_COLUMNS}
     numbers = {f"{group}acc_{split}": 50.0 for group in ("", "kr_", "kr_converged_") for split in SPLITS}
     numbers |= {f"{group}{hm}": 50.0 for group in ("", "kr_", "kr_converged_") for hm in ("hm", "hm_t")}
-    numbers |= {"kr_converged_auc_rest": 50.0, "kr_converged_auc_target": None, **{f"n_{split}": 10 for split in SPLITS}}
-    told = {"method": method, "forget": forget, "seed": seed, "sent_to": ""}
+    numbers |= {"kr_converged_auc_rest": 50.0, **{f"n_{split}": 10 for split in SPLITS}}
+    key = {"method": method, "forget": forget, "seed": seed, "sent_to": ""}
     hm_t = 2 * (100 - acc_ft) * acc_rt / (100 - acc_ft + acc_rt)
-    return {**told, **numbers, "acc_ft": acc_ft, "acc_rt": acc_rt, "hm_t": hm_t, "seconds": seconds}
+    return {**empty, **key, **numbers, "acc_ft": acc_ft, "acc_rt": acc_rt, "hm_t": hm_t, "seconds": seconds}
 
 
 def test_misses_by_hand(tables):
