@@ -15,5 +15,10 @@ def state(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
+def changed(model, before):
+    """Names of what is not bit for bit as it was."""
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+
+
 def same(model, before):
     return model.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -1,8 +1,9 @@
-"""Every diffusion baseline on every newer family: it works there, or it refuses before anything is changed."""
+"""Every method on every newer family: it works there, or it refuses before anything is changed."""
 
 import pytest
 import torch
 from support.families import FAMILIES, build, images
+from support.texts import weights
 
 from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import TargetNotFoundError
@@ -25,17 +26,17 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def few_ordinary_prompts(monkeypatch):
-    monkeypatch.setattr("more_hf.bench.methods.diffusion.roles.everyday_prompts", lambda tokenizer: ("a dog and a tree", "a house", "a car"))
+    monkeypatch.setattr(
+        "more_hf.bench.methods.diffusion.roles.everyday_prompts",
+        lambda tokenizer: ("a dog and a tree", "a house", "a car"),
+    )
 
 
 def run(name, pipe):
     remap_to = None if DIFFUSION[name].targets == "none" else [TARGET]
-    return DIFFUSION[name].load()(pipe, CONCEPT, remap_to=remap_to, retain=["pablo picasso"], **SETTINGS.get(name, {}))
-
-
-def weights(pipe):
-    modules = {part: module for part, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
-    return {f"{part}.{name}": value.clone() for part, module in modules.items() for name, value in module.state_dict().items()}
+    return DIFFUSION[name].load()(
+        pipe, CONCEPT, remap_to=remap_to, retain=["pablo picasso"], **SETTINGS.get(name, {})
+    )
 
 
 def changed(pipe, before):
@@ -51,11 +52,13 @@ TEXT_LAYERS = {
 
 
 def layers_of(name, family, names):
-    """What a baseline that works edits: ours every layer that reads text, the published ones keys and values."""
+    """What a method edits: ours every layer that reads text, the published ones keys and values."""
+    if name == "original":
+        return set()
     ends = TEXT_LAYERS[family]
     if name in KEYS_AND_VALUES:
         ends = ends[-1:] if name in VALUES_ONLY else ends[1:]
-    return set() if name == "original" else {key for key in names if key.startswith(("unet.", "transformer.")) and key.endswith(ends)}
+    return {key for key in names if key.startswith(("unet.", "transformer.")) and key.endswith(ends)}
 
 
 @pytest.mark.slow
@@ -69,7 +72,11 @@ def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):
         assert changed(found, before) == layers_of(name, family, before)
         assert torch.isfinite(images(found, family, f"a cat by {CONCEPT}", num_inference_steps=1)).all()
         return
-    kind = "keys and values of CLIP features.*Stable Diffusion 1.x, 2.x or XL" if name in KEYS_AND_VALUES else "runs inside StableDiff"
+    kind = (
+        "keys and values of CLIP features.*Stable Diffusion 1.x, 2.x or XL"
+        if name in KEYS_AND_VALUES
+        else "runs inside StableDiff"
+    )
     with pytest.raises(TargetNotFoundError, match=rf"(?s){kind}.*`erase_concept`") as error:
         run(name, pipe)
     assert type(pipe).__name__ in str(error.value)
@@ -84,7 +91,9 @@ def feature(pipe, name):
     for number in ("", "_2"):
         ids = getattr(pipe, "tokenizer" + number)(name, padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():
-            parts.append(getattr(pipe, "text_encoder" + number)(ids, output_hidden_states=True).hidden_states[-2])
+            parts.append(
+                getattr(pipe, "text_encoder" + number)(ids, output_hidden_states=True).hidden_states[-2]
+            )
     return torch.cat(parts, -1)[0, len(pipe.tokenizer(name).input_ids) - 2]
 
 
@@ -95,7 +104,10 @@ def test_sends_the_concept_to_its_target_in_sdxl(name):
     c, g = feature(pipe, CONCEPT), feature(pipe, TARGET)
     edited = changed(run(name, pipe), before)
     after = weights(pipe)
-    left = [float((after[key] @ c - before[key] @ g).norm() / (before[key] @ (c - g)).norm()) for key in sorted(edited)]
+    left = [
+        float((after[key] @ c - before[key] @ g).norm() / (before[key] @ (c - g)).norm())
+        for key in sorted(edited)
+    ]
     assert max(left) < 0.6
 
 
