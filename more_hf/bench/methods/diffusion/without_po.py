@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from ....core.prototypes import Prototypes
 from ....core.remap import Remap
 from ....core.request import ConceptRequest
-from ....diffusion.plan import Problem, prepare
+from ....diffusion.plan import prepare
 from ....diffusion.sites import check_widths, find_denoiser, find_sites
 from .roles import Concepts
 from .weights import write_weights
@@ -40,19 +40,23 @@ def more_without_po(
         `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
     """
     request = ConceptRequest.of(
-        concepts, remap_to=remap_to, retain=retain, num_experts=num_experts, solver="pinv", tokens=tokens, seed=seed
+        concepts,
+        remap_to=remap_to,
+        retain=retain,
+        num_experts=num_experts,
+        solver="pinv",
+        tokens=tokens,
+        seed=seed,
     )
     sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
-    problems = prepare(pipe, request, ())
-    remaps = {space: _solve(problem) for space, problem in problems.items()}
+    remaps = {
+        space: without_orthogonalisation(problem.prototypes, problem.forget, problem.targets)
+        for space, problem in prepare(pipe, request, ()).items()
+    }
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
     edited = {name: remaps[site.space].merged(site.read().double()) for name, site in sites.items()}
     write_weights(sites, edited)
     return pipe
-
-
-def _solve(problem: Problem) -> Remap:
-    return without_orthogonalisation(problem.prototypes, problem.forget, problem.targets)
 
 
 def without_orthogonalisation(
