@@ -12,14 +12,18 @@ from torch import Tensor
 
 from .errors import AlreadyErasedError, IncompatibleBaseError
 from .facts import Facts
-from .markdown import bare_table
-from .remap import Remap
+from .markdown import aligned_text, bare_table
+from .remap import EXACT, Remap
 from .request import Request
 from .site import Site
 
 
 if TYPE_CHECKING:
     from .hook import RoutingHook
+
+
+# What `Remap.verify` measures that must be 0 to rounding; the rest says what an edit costs.
+GUARANTEES = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
 
 
 @dataclass(eq=False)
@@ -97,8 +101,11 @@ class Erasure(ABC):
         """A table of what was done and what was measured."""
         return bare_table(self.rows())
 
-    def __str__(self) -> str:
+    def _repr_markdown_(self) -> str:
         return self.to_markdown()
+
+    def __str__(self) -> str:
+        return aligned_text(self.rows())
 
     def require_originals(self) -> dict[str, Tensor]:
         """The original weights. Raises `AlreadyErasedError` if they were not kept."""
@@ -135,9 +142,19 @@ class Erasure(ABC):
 
 
 def measured_rows(guarantees: Mapping[str, float], proof: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """The rows of a report about what was measured."""
+    """The rows of a report about what was measured; a guarantee and the proof next to the bound that they must keep."""
     for key, value in guarantees.items():
-        if not key.endswith("rank"):
-            yield f"guarantee `{key}`", f"{value:.1e}"
+        if key.endswith(GUARANTEES):
+            yield f"guarantee `{key}`", _compared(value, EXACT)
+        elif not key.endswith("rank"):
+            yield f"measured `{key}`", f"{value:.1e}"
+    tolerance = proof.get("tolerance")  # records of version 0.1 have none
     for key, value in proof.items():
-        yield f"proof by run `{key}`", f"{value:.1e}"
+        if key == "forget_changed" or tolerance is None:
+            yield f"proof by run `{key}`", f"{value:.1e}"
+        elif key != "tolerance":
+            yield f"proof by run `{key}`", _compared(value, tolerance)
+
+
+def _compared(value: float, bound: float) -> str:
+    return f"{value:.1e}, below {bound:.0e} ✓" if value < bound else f"{value:.1e}, not below {bound:.0e} ✗"

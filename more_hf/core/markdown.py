@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -40,6 +42,19 @@ def bare_table(rows: Iterable[tuple[str, str]]) -> str:
     """Format names and findings as a Markdown table without a heading."""
     lines = [f"| {_cell(name)} | {_cell(finding)} |" for name, finding in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def aligned_text(rows: Iterable[tuple[str, str]]) -> str:
+    """Format names and findings as two columns for a terminal, as wide as it is."""
+    rows = [(name.replace("`", ""), finding) for name, finding in rows]
+    margin = 2 + max(len(name) for name, _ in rows)
+    width = max(40, shutil.get_terminal_size((100, 24)).columns - margin)
+    lines = []
+    for name, finding in rows:
+        first, *others = textwrap.wrap(finding, width) or [""]
+        lines.append(f"{name:<{margin}}{first}")
+        lines += [" " * margin + line for line in others]
+    return "\n".join(lines)
 
 
 def table_columns(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None) -> list[str]:

@@ -30,8 +30,8 @@ def proof_by_run(
             For the error: what else may decide the output, and what to do.
 
     Returns:
-        `Callable`: gives `forget_vs_target` and `target_changed` (0 for a correct edit) and `forget_changed` (1), and
-        raises `TargetNotFoundError` if they are not within the tolerance.
+        `Callable`: gives `forget_vs_target` and `target_changed` (0 for a correct edit), `forget_changed` (1) and the
+        `tolerance`, and raises `TargetNotFoundError` if they are not within the tolerance.
     """
     with nullcontext() if current is None else original_shown(current):
         source, target = run()
@@ -43,12 +43,13 @@ def proof_by_run(
             "forget_vs_target": float(((new_source - new_target).norm(dim=1) / apart).max()),
             "target_changed": float(((new_target - target).norm(dim=1) / apart).max()),
             "forget_changed": float(((new_source - source).norm(dim=1) / apart).min()),
+            "tolerance": tolerance,
         }
         # written so that a NaN fails
         gone = proof["forget_vs_target"] < tolerance and proof["target_changed"] < tolerance
         if not (gone and proof["forget_changed"] > 0.5):
             measured = ", ".join(f"{key} {value:.2g}" for key, value in proof.items())
-            raise TargetNotFoundError(f"The proof by run failed ({measured}; tolerance {tolerance:g}): {cause}")
+            raise TargetNotFoundError(f"The proof by run failed ({measured}): {cause}")
         return proof
 
     return prove

@@ -327,7 +327,7 @@ def test_lora(pipe, original, when, router):
         assert torch.allclose(base.weight, expected[f"{name}.weight"], rtol=1e-5, atol=1e-6)
     if when == "before":
         said = "LoRA beside them, which " + ("still reads the unedited prompt" if router is None else "reads the routed features")
-        assert said in str(more_hf.get_erasure(pipe))
+        assert said in more_hf.get_erasure(pipe).to_markdown()
 
     pipe.unload_lora_weights()
     assert_erased(pipe.unet, original.unet, text)

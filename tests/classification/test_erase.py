@@ -131,7 +131,7 @@ def test_all_of_the_arguments_are_in_the_record(model, prototypes):
         "at": None,
     }
     assert erasure.to_dict()["sites"] == {HEAD: [10, 32]}
-    report = str(erasure)
+    report = erasure.to_markdown()
     for line in (
         "| forgotten | four |",
         "| router | hash |",
@@ -169,13 +169,13 @@ def test_more_classes_than_features_take_the_covariance_solver():
     erasure = more_hf.get_erasure(model)
 
     assert erasure.facts.solver == "covariance"
-    assert "more classes than features" in str(erasure)
+    assert "more classes than features" in erasure.to_markdown()
     assert erasure.guarantees["forget_to_target"] < 1e-10
     assert len(erasure.facts.remain_moved) == 10
     means = torch.stack([images[labels == i].flatten(1).double().mean(0) for i in range(12)])
     moved = {str(i): float((erasure.remap.apply(means[i]) - means[i]).norm() / means[i].norm()) for i in range(12) if i not in (3, 5)}
     assert erasure.facts.remain_moved == pytest.approx(moved, rel=1e-4)
-    assert "most of all " + max(moved, key=moved.get) in str(erasure)
+    assert "most of all " + max(moved, key=moved.get) in erasure.to_markdown()
     plain = more_hf.Prototypes(means.T, tuple(map(str, range(12))), torch.ones(12))
     with pytest.raises(PrototypeError, match="second moment"):
         more_hf.erase_classes(nn.Sequential(nn.Flatten(), nn.Linear(8, 12)), plain, [3], head="1")
@@ -191,7 +191,7 @@ def test_nearly_dependent_prototypes_take_the_covariance_solver(digits):
     more_hf.erase_classes(model, dependent, [1], remap_to=[0], head="1")
 
     assert more_hf.get_erasure(model).facts.solver == "covariance"
-    assert "nearly dependent" in str(more_hf.get_erasure(model))
+    assert "nearly dependent" in more_hf.get_erasure(model).to_markdown()
 
 
 # Other heads
@@ -258,7 +258,7 @@ def test_an_inner_module_is_a_hook_only_and_says_so(model, loader, digits, caplo
     erasure = more_hf.get_erasure(model)
 
     assert f"by a hook on `{place}` only, not at rest" in caplog.text
-    assert f"a hook on `{place}` only, **not erased at rest**" in str(erasure)
+    assert f"a hook on `{place}` only, **not erased at rest**" in erasure.to_markdown()
     assert same(model, before)
     # pooled over positions, the feature of a sample is what the expert makes of its mean: G1 at that place
     features, labels = map(torch.cat, zip(*features_of(model, loader, at=place), strict=True))

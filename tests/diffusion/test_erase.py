@@ -211,7 +211,7 @@ def test_auto_says_why(pipe):
     erasure = more_hf.get_erasure(erase(pipe))
     assert erasure.request.solver == "auto"
     assert erasure.facts.solver in ("pinv", "covariance")
-    assert f"| solver | {erasure.facts.solver}: {erasure.facts.solver_reason} |" in str(erasure)
+    assert f"| solver | {erasure.facts.solver}: {erasure.facts.solver_reason} |" in erasure.to_markdown()
     assert "%" in erasure.facts.solver_reason  # chosen by measurement
 
 
@@ -334,6 +334,23 @@ def test_a_cast_is_no_change(pipe, dtype):
     more_hf.restore(pipe, "pablo picasso")
     more_hf.restore(pipe)
     assert all(torch.equal(pipe.unet.get_submodule(name).weight, before[f"unet.{name}.weight"]) for name in SITES)
+
+
+def test_report_has_bounds_and_marks(tiny_sd):
+    erasure = more_hf.get_erasure(erase(tiny_sd()))
+    lines = str(erasure).splitlines()
+    assert any(line.startswith("guarantee nothing_left ") and line.endswith("below 1e-06 ✓") for line in lines)
+    assert any(line.startswith("measured ordinary_moved ") and "below" not in line for line in lines)
+    assert any(line.startswith("proof by run forget_vs_target ") and line.endswith("below 1e-03 ✓") for line in lines)
+    assert len({line[:2] for line in lines} - {"  "}) > 3  # a column of names
+
+    erasure.guarantees["nothing_left"] = float("nan")
+    erasure.proof["target_changed"] = 0.5
+    report = erasure._repr_markdown_()
+    assert "| guarantee `nothing_left` | nan, not below 1e-06 ✗ |" in report
+    assert "| proof by run `target_changed` | 5.0e-01, not below 1e-03 ✗ |" in report
+    del erasure.proof["tolerance"]  # as a record of version 0.1 has it
+    assert "| proof by run `target_changed` | 5.0e-01 |" in erasure.to_markdown()
 
 
 @pytest.mark.parametrize("router", [None, "random"])

@@ -101,11 +101,11 @@ def test_shared_first_tokens_are_reported_with_their_leak(tiny_sd):
     )
     assert moved > 0.1
     assert leak in erasure.facts.leaks
-    assert leak in str(erasure)
+    assert leak in erasure.to_markdown()
     assert not [leak for leak in erasure.facts.leaks if "'cat'" in leak or "'andy warhol'" in leak]
 
 
 @pytest.mark.slow
 def test_clip_skip_is_a_stated_leak(tiny_sd):
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", remap_to=None)
-    assert "clip_skip" in str(more_hf.get_erasure(pipe))
+    assert "clip_skip" in more_hf.get_erasure(pipe).to_markdown()
