@@ -1,6 +1,9 @@
-"""Put the committed tables into the READMEs: `<!-- table: FILE N -->` is followed by the N-th table of that Markdown file.
+"""Put the committed tables into the READMEs.
 
-python benchmarks/readme.py
+`<!-- table: FILE N -->` is followed by the N-th table of that Markdown file, and
+`<!-- table: FILE N only A, B -->` by its rows A and B, in this order.
+
+    python benchmarks/readme.py
 """
 
 import re
@@ -8,17 +11,22 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-READMES = (ROOT / "README.md", *(ROOT / "benchmarks" / name / "README.md" for name in ("artists", "emoji_sd", "geometry", "kd", "speed")))
-MARKER = re.compile(r"(<!-- table: (\S+) (\d+) -->\n\n)((?:\|.*\n)*)")
+READMES = [file for file in sorted(ROOT.glob("**/README.md")) if "<!-- table:" in file.read_text("utf-8")]
+MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))? -->\n\n)((?:\|.*\n)*)")
 
 
 def filled(text: str) -> str:
     """The text with every marked table as it stands in its file."""
 
     def table(match: re.Match) -> str:
-        blocks = (ROOT / match[2]).read_text("utf-8").split("\n\n")
+        marker, file, number, names, _ = match.groups()
+        blocks = (ROOT / file).read_text("utf-8").split("\n\n")
         tables = [block.strip() for block in blocks if block.startswith("|")]
-        return f"{match[1]}{tables[int(match[3])]}\n"
+        lines = tables[int(number)].splitlines()
+        if names is not None:
+            rows = {line.split("|")[1].strip(): line for line in lines[2:]}
+            lines = [*lines[:2], *(rows[name] for name in names.split(", "))]
+        return marker + "\n".join(lines) + "\n"
 
     return MARKER.sub(table, text)
 

@@ -1,4 +1,4 @@
-"""The README's code runs, its table is the committed one, and its picture is there."""
+"""The READMEs' code runs, their commands parse, their tables are the committed ones, and their links work."""
 
 import re
 import runpy
@@ -6,34 +6,62 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from transformers import ViTImageProcessor
 
 import more_hf
+from more_hf.bench.methods.registry import find_diffusion_method
 from more_hf.cli.main import parse
 
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = (ROOT / "examples" / "README.md").read_text("utf-8")
+
+
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture
+def here(tiny_sd, digit_classifier, digits, tmp_path, monkeypatch):
+    """A working directory in which the names that the blocks would look up on the Hub are folders."""
+    monkeypatch.chdir(tmp_path)
+    tiny_sd().save_pretrained("CompVis/stable-diffusion-v1-4")
+    digit_classifier.save_pretrained("my-classifier")
+    ViTImageProcessor(do_resize=False, do_normalize=False).save_pretrained("my-classifier")
+    for i, (image, label) in enumerate(zip(digits[0][:200, 0], digits[1][:200].tolist(), strict=True)):
+        folder = tmp_path / "my-images" / "train" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((255 * image).round().byte().numpy()).save(folder / f"{i}.png")
+    return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_python_block_runs(block, tiny_sd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny_sd().save_pretrained("CompVis/stable-diffusion-v1-4")  # where the block would read the Hub, it reads this folder
-
+@pytest.mark.parametrize("block", [*blocks(README), *blocks(EXAMPLES)[:-1]])
+def test_every_python_block_runs(block, here):
     names = {}
     exec(compile(block, "README.md", "exec"), names)
 
-    saved = [path.parent for path in tmp_path.rglob("more_hf.json")]
+    saved = [path.parent for path in here.rglob("more_hf.json")]
     assert len(saved) == 1
     assert more_hf.verify(saved[0]).ok
     erased = names["pipe"] if "pipe" in names else names["model"]
-    assert more_hf.get_erasure(erased).concepts in (["Blobmoji"], ["Van Gogh"], ["3"])
+    assert more_hf.get_erasure(erased).concepts in (["Blobmoji"], ["Van Gogh"], ["3"], ["three"])
+
+
+def test_a_method_of_ones_own(tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_method.py").write_text(blocks(EXAMPLES)[-1])
+    method = find_diffusion_method("my_method:my_erase")
+    pipe = method(tiny_sd(), "Van Gogh", remap_to=["Claude Monet"], retain=[])
+    assert more_hf.get_erasure(pipe).concepts == ["Van Gogh"]
 
 
 def test_every_command_is_one_that_the_command_line_knows():
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").glob("*/README.md")]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
+    files += [ROOT / "benchmarks" / "README.md", *(ROOT / "benchmarks").glob("*/README.md")]
     text = "\n".join(file.read_text("utf-8") for file in files).replace("\\\n", " ")
     commands = re.findall(r"^(?: {4})?(?:.* && )?more-hf (.*)$", text, re.MULTILINE)
     assert len(commands) > 20
@@ -46,23 +74,36 @@ def test_every_command_is_one_that_the_command_line_knows():
 
 def test_the_tables_are_the_committed_ones():
     script = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert {ROOT / "README.md", ROOT / "benchmarks" / "README.md"} < set(script["READMES"])
     for readme in script["READMES"]:
         text = readme.read_text("utf-8")
         assert script["filled"](text) == text
         assert text.count("<!-- table: ") == len(re.findall(r"-->\n\n\|", text)) > 0
-        assert re.findall(r"^\|.*\n(?!\||$)", text, re.MULTILINE) == []  # without an empty line, what follows is one more row
+        # without an empty line after a table, what follows is one more row
+        assert re.findall(r"^\|.*\n(?!\||$)", text, re.MULTILINE) == []
     edited = README.replace("| lpips_f", "| lpips_x", 1)
     assert script["filled"](edited) == README != edited  # a table that was edited by hand is noticed
 
 
-def test_links_and_pictures_exist():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_pictures_exist(name):
+    file = ROOT / name
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text("utf-8"))
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for link in links:
+        assert link.startswith("http") or (file.parent / link).exists(), link
 
 
-def test_the_tests_that_the_readme_names_exist():
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", README)
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 140
+
+
+def test_the_tests_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"`(\w+/test_\w+\.py)(?:::(test_\w+))?`", text)
     assert len(named) > 10
     for file, function in named:
         wanted = f"def {function}(" if function else "def test_"
