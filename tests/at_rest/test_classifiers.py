@@ -301,6 +301,7 @@ def of_timm():
     return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_vit", num_labels=4)), ["timm_model.head"], (3, 160, 160)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [two_heads, of_timm])
 def test_other_layouts_round_trip(build, tmp_path):
     with torch.random.fork_rng(devices=[]):

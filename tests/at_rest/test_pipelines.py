@@ -118,6 +118,7 @@ def test_copy_of_a_routed_pipeline_leaves_its_hook_working(pipe, original):
     assert min((routed - target).norm() for target in targets) < 1e-3 * (targets[0] - targets[1]).norm()
 
 
+@pytest.mark.slow
 # The tolerances are about 20 rounding steps of the dtype's mantissa.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-2), (torch.bfloat16, 2e-1), (torch.float64, 1e-3)])
 def test_cast_and_back(pipe, original, dtype, tolerance):
@@ -335,6 +336,7 @@ def test_lora(pipe, original, when, router):
     assert_same(pipe.unet, original.unet, text)
 
 
+@pytest.mark.slow
 def test_lora_fused_after_the_edit_is_refused_until_unfused(pipe, original):
     text = texts(erase(pipe))
     pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="style")
@@ -378,6 +380,7 @@ def test_from_pipe_shares_the_erasure(pipe, original):
     assert_same(pipe.unet, original.unet, text)
 
 
+@pytest.mark.slow
 def test_from_pipe_with_a_cast_can_be_restored(pipe, original):
     text = texts(erase(pipe))
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=torch.float16)

@@ -152,6 +152,7 @@ def test_a_mean_over_several_targets_stays_separable(erased, digits):
     assert recovered(passed(model, digits), digits[1]) > 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("router", "lost"), [("random", True), ("hash", False)])
 def test_averaging_undoes_random_routing_and_not_hash_routing(erased, digits, router, lost):
     model, _ = erased(router=router, remap_to="remain")

@@ -216,6 +216,7 @@ def test_example_needs_a_configuration():
 # The house
 
 
+@pytest.mark.slow
 def test_classification_and_diffusion_do_not_import_each_other():
     code = (
         "import sys, more_hf\n"

@@ -76,6 +76,7 @@ def test_edits_exactly_the_layers_that_read_text(tiny_sd, version):
     assert sorted(more_hf.get_erasure(pipe).sites) == SITES
 
 
+@pytest.mark.slow
 def test_edits_attention_in_every_block(tiny_sd):
     pipe = tiny_sd("2", down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
     more = [
@@ -164,6 +165,7 @@ def test_several_concepts_and_aliases(pipe):
     assert names == ["van gogh · subject", "vincent · subject", "pablo picasso · subject"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_several_targets_are_their_mean(pipe, tokens):
     erase(pipe, tokens=tokens)
@@ -173,6 +175,7 @@ def test_several_targets_are_their_mean(pipe, tokens):
         assert torch.allclose(remap.apply(remap.prototypes[f"{FORGET} · {kind}"]), mean, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_retained_names_are_exact_with_pinv(pipe):
     erase(pipe, retain=["cat"], solver="pinv")
     erasure = more_hf.get_erasure(pipe)
@@ -198,6 +201,7 @@ def test_covariance_spares_retained_names(tiny_sd):
     assert all(0 < value < 1 for value in moved)
 
 
+@pytest.mark.slow
 def test_auto_takes_what_is_possible(tiny_sd):
     names = ["cat", "dog", "house", "tree", "car", "person"]
     erasure = more_hf.get_erasure(erase(tiny_sd(), retain=names))
@@ -262,6 +266,7 @@ def test_second_erasure_is_the_joint_one(tiny_sd, solver):
     assert same(more_hf.restore(step), before)
 
 
+@pytest.mark.slow
 def test_second_erasure_keeps_each_concepts_own_target(pipe):
     before = state(pipe)
     erase(erase(pipe, remap_to="claude monet"), "pablo picasso", remap_to="johannes vermeer")
@@ -300,6 +305,7 @@ def test_without_originals(pipe):
     assert same(pipe, after)
 
 
+@pytest.mark.slow
 def test_copy_of_an_erased_pipeline(pipe):
     clone = copy.deepcopy(erase(pipe))
     assert more_hf.get_erasure(clone) is None
@@ -309,6 +315,7 @@ def test_copy_of_an_erased_pipeline(pipe):
         more_hf.restore(clone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "again",
     [more_hf.restore, lambda pipe: erase(pipe, "pablo picasso"), lambda pipe: more_hf.restore(pipe, FORGET)],
@@ -396,6 +403,7 @@ def test_images_do_not_depend_on_batch_size(pipe, router):
         assert torch.allclose(alone, image, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_images_differ_between_experts(pipe):
     erase(pipe, router="random")
     images = []
@@ -442,6 +450,7 @@ def test_routing_needs_a_router(pipe):
         pass
 
 
+@pytest.mark.slow
 def test_generators_of_the_user_are_untouched(pipe):
     erase(pipe, router="random")
     torch.manual_seed(0)

@@ -184,6 +184,7 @@ def test_every_space_has_its_own_solver(families):
     assert more_hf.get_erasure(pipe).facts.solver == remaps["tokens"].solver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["tokens", "pooled"])
 @pytest.mark.parametrize("family", WITH_POOLED)
 @pytest.mark.parametrize("router", [None, "random"])

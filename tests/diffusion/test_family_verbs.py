@@ -15,6 +15,7 @@ from more_hf.core.views import experts_forced, routing_off
 pytestmark = pytest.mark.usefixtures("short_prompts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restore_disabled_and_a_second_erasure(families, family):
     pipe, before = copy.deepcopy(families[family]), weights(families[family])
@@ -49,6 +50,7 @@ def with_expert(pipe, erasure, expert):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hook_routes_tokens_and_pooled_embedding_to_the_same_expert(families, family):
     pipe = erase(copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="random", retain=None)
@@ -121,6 +123,7 @@ def test_plain_save_pretrained_is_erased(families, erased_families, family, tmp_
 # LoRA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "format"), [("sdxl", "peft"), ("sdxl", "kohya"), ("sd3", "peft"), ("flux", "peft")])
 def test_lora_on_the_original_is_the_erased_pipeline(families, erased_families, family, format, tmp_path):
     pipe = copy.deepcopy(families[family])

@@ -194,6 +194,7 @@ def test_refused(tiny_sd, tmp_path, prepare):
     assert_refused(prepare(tiny_sd(), tmp_path), PREPARED[prepare])
 
 
+@pytest.mark.slow
 def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
     pipe = offloaded_to_disk(tiny_sd(), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -203,6 +204,7 @@ def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -227,6 +229,7 @@ def test_refused_denoisers(tiny_sd, options, words):
     assert_refused(tiny_sd(**options), words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [fused_projections, unfused_projections, fused_lora], ids=lambda prepare: prepare.__name__)
 def test_earlier_erasure_survives_a_refusal(tiny_sd, tmp_path, prepare):
     pipe = erase(tiny_sd(), router="random")

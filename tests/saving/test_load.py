@@ -89,6 +89,7 @@ def test_a_push_in_between_does_not_mix_commits(cache, saved_twice, monkeypatch)
     assert more_hf.get_erasure(cache.load()).concepts == ["pablo picasso"]  # control: main did move
 
 
+@pytest.mark.slow
 def test_the_bases_commit_is_recorded(tiny_sd, tmp_path):
     cache = Cache(tmp_path / "cache")
     tiny_sd().save_pretrained(tmp_path / "base")
@@ -143,6 +144,7 @@ def test_no_code_in_the_folder(saved_twice, tmp_path):
         more_hf.load(folder)
 
 
+@pytest.mark.slow
 def test_the_variant_is_the_records(tiny_sd, tmp_path):
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", remap_to="claude monet")
     folder = more_hf.save(pipe, tmp_path / "erased", variant="fp16")

@@ -165,6 +165,7 @@ def with_expert(pipe, remap, expert):
     return pipe
 
 
+@pytest.mark.slow
 def test_experts_as_adapters(original, erased):
     adapters = more_hf.to_adapters(erased)
     assert list(adapters) == ["expert_0", "expert_1"]
@@ -252,6 +253,7 @@ def test_a_file_is_replaced_and_the_erased_pipeline_is_not_changed(erased, tmp_p
     assert all(torch.equal(value, state[name]) for name, value in erased.unet.state_dict().items())
 
 
+@pytest.mark.slow
 # Every surface form has four prototypes in token mode "positions", one in "last".
 @pytest.mark.parametrize(
     ("concepts", "tokens", "rank"),
@@ -276,6 +278,7 @@ def test_rank_is_the_number_of_forget_prototypes_in_every_layer(tiny_sd, concept
         assert (lora_B @ lora_A - delta).norm() < 1e-6 * delta.norm()
 
 
+@pytest.mark.slow
 def test_more_prototypes_than_a_layer_has_outputs(tiny_sd, tmp_path):
     original, erased = tiny_sd(), erase(tiny_sd(), ["van gogh", "picasso"])
     before = output(original)
@@ -396,6 +399,7 @@ def test_refuses_a_place_beside_erased_weights(erased, tmp_path):
     assert more_hf.verify(tmp_path / "erased").ok
 
 
+@pytest.mark.slow
 # float16 is a multiple of 6e-8 and at most 65504; the factors are roots of what is scaled here.
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_refuses_what_half_precision_cannot_hold(original, tmp_path, scale):
@@ -407,6 +411,7 @@ def test_refuses_what_half_precision_cannot_hold(original, tmp_path, scale):
     assert more_hf.save_lora(original, tmp_path / "lora", dtype=torch.float32).is_file()
 
 
+@pytest.mark.slow
 def test_command(original, tmp_path, capsys):
     original.save_pretrained(tmp_path / "base")
     request = ["lora", tmp_path / "base", "--concept", "van gogh", "--remap_to", *TARGETS, "--alias", "van gogh=vincent"]

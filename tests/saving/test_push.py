@@ -43,6 +43,7 @@ def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
     assert more_hf.get_erasure(loaded).request == more_hf.get_erasure(pipe).request
 
 
+@pytest.mark.slow
 def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
     pipe = erase(tiny_sd())
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
@@ -170,6 +171,7 @@ def test_a_folder_with_foreign_weights(saved, hub, name):
     refused(hub, saved, f"no part of the saved pipeline: {re.escape(name)}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -206,6 +208,7 @@ def test_factors_that_are_not_there(saved, hub):
 # Plain diffusers, and the command
 
 
+@pytest.mark.slow
 def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
     from diffusers.pipelines import pipeline_utils
     from diffusers.utils import hub_utils

@@ -112,6 +112,7 @@ def test_plainly_loaded_folder_is_known_as_erased(saved):
         erase(pipe, "pablo picasso")
 
 
+@pytest.mark.slow
 def test_the_original_put_back_after_a_save_over_its_own_folder(tiny_sd, tmp_path):
     tiny_sd().save_pretrained(tmp_path / "model")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
@@ -160,6 +161,7 @@ def test_delta_puts_the_router_back(tiny_sd, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [VARIANT, "unet/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt", f"vae/{DELTA}", "old/unet/model.pth"])
 def test_save_refuses_a_folder_with_foreign_weights(tiny_sd, tmp_path, name):
     folder = tmp_path / "folder"
@@ -220,6 +222,7 @@ def test_save_refuses_an_unfused_lora(tiny_sd, tmp_path):
     assert failed(more_hf.save(pipe, tmp_path / "model")) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True])
 def test_failed_save_leaves_nothing(tiny_sd, tmp_path, monkeypatch, existing):
     pipe = erase(tiny_sd())

@@ -359,6 +359,7 @@ def test_erasures_are_pooled_over_prompts():
 # outputs
 
 
+@pytest.mark.slow
 def test_the_outputs(tiny_sd, prompts, tmp_path):
     output = tmp_path / "out"
 
