@@ -1,11 +1,14 @@
-"""Tune every baseline for the embedded pipeline on the validation prompts: a small declared grid each, and the same score as `choose.py`.
+"""Tune every baseline for the embedded pipeline on the validation prompts.
 
-    python benchmarks/artists/tune.py                      # everything, one cell after the other
-    python benchmarks/artists/tune.py --methods uce rece   # a part; several processes may each do some methods
+Each has a small declared grid; the score is that of `choose.py`.
 
-Every cell is a line of tuning.csv, and one that is there is not measured again. `settings.json` gets the best cell of each method; it is
-what `more-hf bench artists --settings` reads. Every method is told the same target and the same names to keep as in the benchmark. Ours
-stands there with its defaults, which `choose.py` chose on the same prompts. The test prompts are not touched.
+    python benchmarks/artists/tune.py                      # everything, one cell after the other python
+    benchmarks/artists/tune.py --methods uce rece   # a part; several processes may each do some methods
+
+Every cell is a line of tuning.csv, and one that is there is not measured again. `settings.json` gets the best
+cell of each method; it is what `more-hf bench artists --settings` reads. Every method is given the same
+target and the same names to keep as in the benchmark. Ours is listed with its defaults, which `choose.py`
+chose on the same prompts. The test prompts are not touched.
 """
 
 import argparse
@@ -13,13 +16,15 @@ import copy
 import itertools
 import json
 import time
+from dataclasses import asdict
 
-from choose import HERE, STYLES, THINGS, Bench, append, done, summary
+from choose import HERE, STYLES, THINGS, Bench, Measurements
 
+from more_hf.bench.artists.config import Erasure
 from more_hf.bench.artists.prompts import read_prompts, read_targets
-from more_hf.bench.artists.store import told
+from more_hf.bench.columns import append_row, read_cells
 from more_hf.bench.methods.registry import DIFFUSION
-from more_hf.core.files import write_text
+from more_hf.core.files import write_json
 
 
 def grid(**values) -> list[dict]:
@@ -39,57 +44,76 @@ GRIDS = {
     "sld-medium": grid(warmup=[25, 10, 0], threshold=[0.01, 1.0]),
     "safree": grid(midpoint=[5.5, 1.0, -2.0], negative=[True, False]),
     "esd": grid(sampling_steps=10, iterations=[60, 120, 240], learning_rate=[2e-4, 5e-4, 1e-3, 2e-3]),
-    "ca": grid(images=64, prompts=[CONTENT], sampling_steps=10, iterations=100, learning_rate=[2.5e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]),
+    "ca": grid(
+        images=64,
+        prompts=[CONTENT],
+        sampling_steps=10,
+        iterations=100,
+        learning_rate=[2.5e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3],
+    ),
 }
-STYLES_OF = {"esd": STYLES[:2], "ca": STYLES[:2]}  # a training each; the others on all four
+STYLES_OF = {"esd": STYLES[:2], "ca": STYLES[:2]}  # each is a training; the others run on all four
 
 
 class Tuning:
-    """The validation bench, and what an erasure is told."""
+    """The validation bench, and the names that every method is given."""
 
     def __init__(self):
         self.bench = Bench()
-        prompts, targets, several = read_prompts("emoji10_validation"), read_targets("targets"), read_targets("targets_several")
-        asked = {a: {"remap_to": targets[a], "several": several[a], "retain": prompts.group_of(a)} for a in STYLES}
-        self.config = {"forget": asked}
+        prompts = read_prompts("emoji10_validation")
+        targets, several = read_targets("targets"), read_targets("targets_several")
+        self.erasures = {
+            artist: Erasure(targets[artist], several[artist], prompts.group_of(artist)) for artist in STYLES
+        }
 
     def measure(self, method: str, settings: dict) -> dict:
         """One line: a method with its settings, over the styles erased in turn."""
-        pooled: dict[str, list[float]] = {}
+        measurements = Measurements()
         styles, seconds = STYLES_OF.get(method, STYLES), 0.0
         for forget in styles:
             pipe = copy.copy(self.bench.pipe)
             pipe.register_modules(unet=copy.deepcopy(pipe.unet))
+            arguments = asdict(self.erasures[forget].arguments(method, forget))
             start = time.perf_counter()
-            pipe = DIFFUSION[method].load()(pipe, [forget], **told(self.config, method, forget), **settings)
+            pipe = DIFFUSION[method].load()(pipe, [forget], **arguments, **settings)
             seconds += (time.perf_counter() - start) / len(styles)
-            for key, values in self.bench.measure(forget, others=1, pipe=pipe).items():
-                pooled.setdefault(key, []).extend(values)
-        return {"method": method, "settings": json.dumps(settings), **summary(pooled), "seconds_prepare": round(seconds, 2)}
+            self.bench.measure(forget, 1, measurements, pipe)
+        return {
+            "method": method,
+            "settings": json.dumps(settings),
+            **measurements.summary(),
+            "seconds_prepare": round(seconds, 2),
+        }
 
 
 def best_settings(lines: list[dict[str, str]]) -> dict[str, dict]:
     """The settings with the best score, of every method whose grid is done and has more than one cell."""
     best = {}
     for method, cells in GRIDS.items():
-        measured = [line for line in lines if line["method"] == method and json.loads(line["settings"]) in cells]
+        measured = [
+            line for line in lines if line["method"] == method and json.loads(line["settings"]) in cells
+        ]
         if len(measured) == len(cells) > 1:
             best[method] = json.loads(max(measured, key=lambda line: float(line["score"]))["settings"])
     return best
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="only these")
     args = parser.parse_args()
     path, tuning = HERE / "tuning.csv", None
     for method in args.methods:
         for settings in GRIDS[method]:
-            if (method, json.dumps(settings)) not in {(line["method"], line["settings"]) for line in done(path)}:
+            # Read again each time: several processes may append to the file.
+            measured = [(line["method"], line["settings"]) for line in read_cells(path)]
+            if (method, json.dumps(settings)) not in measured:
                 tuning = tuning or Tuning()
-                append(path, tuning.measure(method, settings))
-    best = best_settings(done(path))
-    write_text(HERE / "settings.json", json.dumps(best, indent=1) + "\n")
+                append_row(path, tuning.measure(method, settings))
+    best = best_settings(read_cells(path))
+    write_json(HERE / "settings.json", best)
     for method, settings in best.items():
         print(method, json.dumps(settings))
 

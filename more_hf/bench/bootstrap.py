@@ -31,8 +31,8 @@ class Estimate:
 
 class ClusterBootstrap:
     """
-    Draws of clusters with replacement, within each stratum. Every mean of one object is taken on the same draws, so
-    that differences between two means are paired.
+    Draws of clusters with replacement, within each stratum. Every mean of one object is taken on the same
+    draws, so that differences between two means are paired.
 
     A cluster comes with all its measurements: several images of one prompt are not independent.
 
@@ -52,7 +52,9 @@ class ClusterBootstrap:
         self.times_drawn = draw_counts(sizes.values(), draws, np.random.default_rng(seed))
 
     def mean(self, measurements: Iterable[tuple[tuple[str, Hashable], float | None]]) -> Estimate | None:
-        """Return the mean of (cluster, value) pairs, `None` left out; `None` if there is nothing to average."""
+        """
+        Return the mean of (cluster, value) pairs, `None` left out; `None` if there is nothing to average.
+        """
         total, count = np.zeros(len(self.column)), np.zeros(len(self.column))
         for cluster, value in measurements:
             if value is not None:
@@ -68,7 +70,10 @@ class ClusterBootstrap:
 
 
 def draw_counts(sizes: Iterable[int], draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw with replacement within strata of these sizes: how often each member is drawn, float64 `(draws, members)`."""
+    """
+    Draw with replacement within strata of these sizes: how often each member is drawn, float64 `(draws,
+    members)`.
+    """
     counts = [generator.multinomial(size, np.full(size, 1 / size), size=draws) for size in sizes]
     return np.concatenate(counts, axis=1).astype(float)
 
@@ -87,14 +92,16 @@ def draw_accuracies(
 
     Args:
         measured (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`):
-            Column to the number of samples and the accuracy in percent of each run. All columns have the same runs.
+            Column to the number of samples and the accuracy in percent of each run. All columns have the same
+            runs.
         draws (`int`, *optional*, defaults to 5000):
             How many draws.
         seed (`int`, *optional*, defaults to 0):
             Of the draws.
 
     Returns:
-        `dict[str, np.ndarray]`: column to accuracies in percent, `(draws, runs)`. Runs are the same in all columns.
+        `dict[str, np.ndarray]`: column to accuracies in percent, `(draws, runs)`. Runs are the same in all
+        columns.
     """
     generator = np.random.default_rng(seed)
     runs = len(next(iter(measured.values()))[0])

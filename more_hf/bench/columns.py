@@ -1,4 +1,6 @@
-"""The columns of the benchmarks' CSV files: their types, which way is better, and how they are read and written."""
+"""
+The columns of the benchmarks' CSV files: their types, which way is better, and how they are read and written.
+"""
 
 from __future__ import annotations
 
@@ -53,21 +55,27 @@ class Column:
         return self.type(text) if text else None
 
     def best(self, values: Sequence[float | None]) -> float | None:
-        """Return the best of several values; `None` where nothing was measured or neither direction is better."""
+        """
+        Return the best of several values; `None` where nothing was measured or neither direction is better.
+        """
         measured = [value for value in values if value is not None]
         if self.better is None or not measured:
             return None
         return max(measured) if self.better == "up" else min(measured)
 
     def format(self, value: float | None, decimals: int = 1) -> str:
-        """Format a number for a table: with fixed decimals if it has a unit, else with three significant ones."""
+        """
+        Format a number for a table: with fixed decimals if it has a unit, else with three significant ones.
+        """
         if value is None:
             return ""
         return f"{value:.{decimals}f}" if self.unit else number(value)
 
 
 def read_cells(path: str | Path) -> list[dict[str, str]]:
-    """Read a CSV file that `write_rows` or `append_row` wrote, as text; an empty list if there is no such file."""
+    """
+    Read a CSV file that `write_rows` or `append_row` wrote, as text; an empty list if there is no such file.
+    """
     if not Path(path).is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -90,8 +98,8 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> list[dict[str, Any
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     """
-    Write rows to a CSV file, atomically. The first row's keys are the columns. A text that a spreadsheet would take
-    for a formula is written with an apostrophe before it, which reading takes off.
+    Write rows to a CSV file, atomically. The first row's keys are the columns. A text that a spreadsheet
+    would take for a formula is written with an apostrophe before it, which reading takes off.
 
     Raises:
         ValueError: if there are no rows, or a row has other keys than the first.
@@ -106,11 +114,16 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def append_row(path: str | Path, row: Mapping[str, object]) -> None:
-    """Append one row to a CSV file, which is created if need be. Several processes may append to the same file."""
+    """
+    Append one row to a CSV file, which is created if need be, in the order of its columns. Several processes
+    may append to the same file.
+    """
+    rows = read_cells(path)
+    columns = list(rows[0] if rows else row)
     with open(path, "a", encoding="utf-8", newline="") as file:
         if file.tell() == 0:
-            file.write(_line(row))
-        file.write(_line(row.values()))
+            file.write(_line(columns))
+        file.write(_line(row[column] for column in columns))
 
 
 def _line(cells: Iterable[object]) -> str:

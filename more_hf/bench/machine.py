@@ -32,7 +32,10 @@ PACKAGES = (
 
 
 def processes() -> PartialState:
-    """This process among those that `accelerate launch` or `torchrun` started. Several on CPUs have to be asked for as such."""
+    """
+    This process among those that `accelerate launch` or `torchrun` started. Several on CPUs have to be asked
+    for as such.
+    """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
@@ -77,7 +80,9 @@ def this_run(state: PartialState) -> dict[str, Any]:
 
 
 def weights_sha256(pipe) -> str:
-    """sha256 over every tensor of the pipeline's models: what its images depend on, wherever it was loaded from."""
+    """
+    sha256 over every tensor of the pipeline's models: what its images depend on, wherever it was loaded from.
+    """
     digest = hashlib.sha256()
     for component, module in sorted(pipe.components.items()):
         if not isinstance(module, nn.Module):
@@ -96,7 +101,10 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device):
-    """Measure the most memory held inside the block: allocated on a CUDA device, else resident in this process (Linux)."""
+    """
+    Measure the most memory held inside the block: allocated on a CUDA device, else resident in this process
+    (Linux).
+    """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

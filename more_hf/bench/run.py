@@ -76,7 +76,8 @@ class BenchmarkConfig:
 
     def joined_with(self, folder: str | Path) -> Self:
         """
-        Join the configuration of this run with the one that `folder` holds: its methods, what they forget, its runs.
+        Join the configuration of this run with the one that `folder` holds: its methods, what they forget,
+        its runs.
 
         Raises:
             BenchmarkError: if the two contradict each other. The message says where.
@@ -94,7 +95,8 @@ class BenchmarkConfig:
                     differences += _differences(f"{key}: {name}", there[key][name], here[key][name])
         if differences:
             raise BenchmarkError(
-                f"{folder} holds results of another configuration ({'; '.join(differences)}). Choose another `--output`."
+                f"{folder} holds results of another configuration ({'; '.join(differences)}). "
+                "Choose another `--output`."
             )
         return replace(
             old,
@@ -124,24 +126,26 @@ def method_settings(
     function: Callable, *given: Mapping[str, Any], without: Collection[str]
 ) -> dict[str, Any]:
     """
-    Collect the arguments of a method with the values that it is called with.
+    Collect the settings of a method with the values that it is called with.
 
     Args:
         function (`Callable`):
-            The method.
+            The method. Its first two parameters are what it edits and what it forgets; settings are among the
+            others.
         given (`Mapping[str, Any]`):
-            Values that replace defaults; later mappings win. Names that the method does not take are left out.
+            Values that replace defaults; later mappings win. Names that the method does not take are left
+            out.
         without (`Collection[str]`):
-            Parameters that are not settings.
+            Further parameters that are not settings.
 
     Returns:
-        `dict[str, Any]`: a value for every parameter that was given or has a default.
+        `dict[str, Any]`: a value for every setting that is given or has a default.
     """
     values = {name: value for mapping in given for name, value in mapping.items()}
     settings = {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in _parameters(function, without).items():
         value = values.get(name, parameter.default)
-        if name not in without and value is not inspect.Parameter.empty:
+        if value is not inspect.Parameter.empty:
             settings[name] = value
     return settings
 
@@ -154,23 +158,27 @@ def refuse_unused_settings(
     without: Collection[str],
 ) -> None:
     """
-    Check that `settings` are taken by a method and `tuned` by their own.
+    Check that some method takes each of `settings`, and that each method takes its own in `tuned`.
 
     Raises:
-        BenchmarkError: naming the first setting that is not.
+        BenchmarkError: naming the first setting that is not taken.
     """
-    taken = {
-        name: inspect.signature(function).parameters.keys() - without for name, function in functions.items()
-    }
+    taken = {name: _parameters(function, without) for name, function in functions.items()}
     for key in settings:
         if not any(key in names for names in taken.values()):
             raise BenchmarkError(f"No method among {', '.join(functions)} takes `{key}`.")
-    for name in functions:
+    for name, names in taken.items():
         for key in tuned.get(name, {}):
-            if key not in taken[name]:
+            if key not in names:
                 raise BenchmarkError(
-                    f"{name} takes no `{key}`. It takes {', '.join(sorted(taken[name])) or 'none'}."
+                    f"{name} takes no `{key}`. It takes {', '.join(names) or 'no settings'}."
                 )
+
+
+def _parameters(function: Callable, without: Collection[str]) -> dict[str, inspect.Parameter]:
+    """The parameters of a method that are settings."""
+    _, _, *others = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter for parameter in others if parameter.name not in without}
 
 
 def _differences(what: str, there: Any, here: Any) -> list[str]:

@@ -1,4 +1,7 @@
-"""The benchmarks' tables: numbers with intervals, the best of several methods in bold, and what they were made with."""
+"""
+The benchmarks' tables: numbers with intervals, the best of several methods in bold, and what they were made
+with.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,9 @@ def compare(
 
 
 def made_with(config: BenchmarkConfig, facts: Sequence[str]) -> str:
-    """List facts about a benchmark, then the last run's machine and versions, then the commands, as Markdown."""
+    """
+    List facts about a benchmark, then the last run's machine and versions, then the commands, as Markdown.
+    """
     run = config.runs[-1]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     machine = f"{run['hardware']}, {run['processes']} process(es); {versions}, more_hf {config.more_hf}"

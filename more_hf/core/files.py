@@ -12,8 +12,8 @@ from pathlib import Path
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """
-    Yield a temporary path in the folder of `path`, which is created if need be. What the block wrote there is renamed
-    to `path` at the end of the block, or deleted if the block raises.
+    Yield a temporary path in the folder of `path`, which is created if need be. What the block wrote there is
+    renamed to `path` at the end of the block, or deleted if the block raises.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

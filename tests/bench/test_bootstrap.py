@@ -1,3 +1,7 @@
+import itertools
+import random
+import statistics
+
 import numpy as np
 import pytest
 
@@ -50,3 +54,35 @@ def test_the_interval_of_a_mean_is_that_of_scipy():
         (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
     )
     assert interval(draw_means(values)) == pytest.approx(tuple(theirs.confidence_interval))
+
+
+def quantiles(values, **options):
+    """Mean and interval of (cluster, value) pairs."""
+    estimate = ClusterBootstrap([cluster for cluster, _ in values], **options).mean(values)
+    return estimate.value, *estimate.interval
+
+
+def of_one_stratum(values):
+    return [(("A", i), value) for i, value in enumerate(values)]
+
+
+def test_the_cluster_bootstrap_against_all_draws_by_hand():
+    values = [0.0, 0.1, 0.5, 1.0]
+    every = sorted(statistics.fmean(draw) for draw in itertools.product(values, repeat=4))
+    mean, low, high = quantiles(of_one_stratum(values), draws=40_000)
+    assert mean == pytest.approx(0.4)
+    assert low == pytest.approx(np.quantile(every, 0.025), abs=0.026)
+    assert high == pytest.approx(np.quantile(every, 0.975), abs=0.026)
+    # and against the normal approximation, where there are many
+    rng = random.Random(0)
+    many = of_one_stratum([rng.gauss(0.3, 0.1) for _ in range(300)])
+    mean, low, high = quantiles(many)
+    half = 1.96 * statistics.pstdev(value for _, value in many) / 300**0.5
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.1 * half)
+    assert quantiles(many) == (mean, low, high)
+
+
+def test_measurements_of_one_cluster_are_drawn_together():
+    assert quantiles([(("A", i), float(i)) for i in (0, 1) for _ in range(50)]) == (0.5, 0.0, 1.0)
+    apart = [((stratum, i), float(i)) for i, stratum in enumerate("AB")]
+    assert quantiles(apart) == (0.5, 0.5, 0.5)  # each stratum keeps its one cluster

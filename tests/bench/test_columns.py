@@ -34,7 +34,7 @@ FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "'
 def test_a_text_is_not_written_as_a_formula_and_read_back(tmp_path, text):
     path = tmp_path / "rows.csv"
     write_rows(path, [{"prompt": text, "lpips": -0.5}])
-    append_row(path, {"prompt": text, "lpips": -0.5})
+    append_row(path, {"lpips": -0.5, "prompt": text})
     with open(path, newline="", encoding="utf-8") as file:
         cells = list(csv.DictReader(file))
     assert [line["prompt"][0] for line in cells] == ["'", "'"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from more_hf.bench.artists.summary import read_rows
+from more_hf.bench.artists.rows import read_rows
 from more_hf.cli.main import main
 from more_hf.data import EMOJI_ARTISTS
 
@@ -114,11 +114,11 @@ def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
     assert len(rows) == 2 * ROWS
     exact = ("method", "forget", "remap_to", "case_number", "sample", "evaluation_seed", "artist", "thing", "prompt", "before", "after")
     for row, want in zip(rows, wanted, strict=True):
-        assert {key: row[key] for key in exact} == {key: want[key] for key in exact}
-        assert row["lpips"] == pytest.approx(want["lpips"], abs=1e-3)
-        assert row["style_after"] in EMOJI_ARTISTS
-        assert row["content_after"] in (0, 1)
-    assert any(row["lpips"] > 0.05 for row in rows)
+        assert all(getattr(row, key) == getattr(want, key) for key in exact)
+        assert row.lpips == pytest.approx(want.lpips, abs=1e-3)
+        assert row.style_after in EMOJI_ARTISTS
+        assert row.content_after in (0, 1)
+    assert any(row.lpips > 0.05 for row in rows)
 
     table = (output / "table.md").read_text()
     assert main(["bench", "report", str(output)]) == 0

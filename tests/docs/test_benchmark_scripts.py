@@ -39,13 +39,20 @@ def test_what_is_timed_is_the_closed_form_of_the_baselines(script):
 
     adversarial = adversarial_embeddings(sum(W.T @ W for W in layers), A, C, 1e-3)
     A = A @ edit_matrix(adversarial, G, R, lamb=0.1, **scales)
-    assert all(torch.allclose(new, W @ A) for new, W in zip(speed.rece(layers, C, G, [R]), layers, strict=True))
+    assert all(
+        torch.allclose(new, W @ A) for new, W in zip(speed.rece(layers, C, G, [R]), layers, strict=True)
+    )
 
 
 @pytest.mark.slow
 def test_every_part_of_the_speed_table(script):
     speed = script("speed", "speed")
-    small = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2}
+    small = {
+        "block_out_channels": (32,) * 4,
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    }
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     lines = speed.measure({**speed.SD14, **small}, {**speed.CLIP_L, **text}, 8, names=(2,), prompts=(2,))
     assert lines[0]["times the merge"] == 1
@@ -86,17 +93,72 @@ def test_targets_are_chosen_by_score_then_by_the_smallest_change(script, monkeyp
     def line(forget, remap_to, score, lpips):
         return {"forget": forget, "remap_to": remap_to, "score": str(score), "lpips_f": str(lpips)}
 
-    a = [line("A", "B", 390, 0.4), line("A", "C", 386, 0.2), line("A", "D", 399, 0.1), line("A", "E", 300, 0.5)]
-    assert choose.best_targets(a, ["A"]) == ["C", "B", "E"]  # D can hardly be seen; C is within five points of B and changes less
-    assert choose.best_targets([a[0], line("A", "C", 385, 0.2), *a[2:]], ["A"]) == ["B", "C", "E"]  # five points are too many
-    b = [line("B", "A", 399, 0.5), line("B", "C", 200, 0.2), line("B", "D", 399, 0.3), line("B", "E", 390, 0.5)]
-    assert choose.best_targets([*a, *b], ["A", "B"]) == ["D", "E", "C"]  # the mean of both, and neither itself
+    a = [
+        line("A", "B", 390, 0.4),
+        line("A", "C", 386, 0.2),
+        line("A", "D", 399, 0.1),
+        line("A", "E", 300, 0.5),
+    ]
+    assert choose.best_targets(a, ["A"]) == [
+        "C",
+        "B",
+        "E",
+    ]  # D can hardly be seen; C is within five points of B and changes less
+    assert choose.best_targets([a[0], line("A", "C", 385, 0.2), *a[2:]], ["A"]) == [
+        "B",
+        "C",
+        "E",
+    ]  # five points are too many
+    b = [
+        line("B", "A", 399, 0.5),
+        line("B", "C", 200, 0.2),
+        line("B", "D", 399, 0.3),
+        line("B", "E", 390, 0.5),
+    ]
+    assert choose.best_targets([*a, *b], ["A", "B"]) == [
+        "D",
+        "E",
+        "C",
+    ]  # the mean of both, and neither itself
+
+
+def test_a_cell_of_the_defaults_is_a_request(script):
+    choose = script("artists", "choose")
+    tokenizer = choose.more_hf.load_emoji_sd().tokenizer
+    ranked = ["Noto", "Fluent", "Twemoji", "EmojiOne"]
+
+    def ask(cell):
+        return choose.request_for("Blobmoji", ranked, choose.FACTORS[cell], tokenizer)
+
+    centre = ask("centre")
+    assert (centre.solver, centre.tokens, centre.retain, centre.targets) == (
+        "covariance",
+        "positions",
+        (),
+        ["Noto"],
+    )
+    assert ask("shrinkage=1e-2").shrinkage == 1e-2
+    assert ask("templates=two").templates == choose.BARE
+    assert ask("sigma=1 of 4").everyday == centre.everyday[::4]
+    assert ask("sigma=general").everyday == choose.packaged_prompts("everyday_prompts.txt") != centre.everyday
+    assert ask("targets=3 router=hash").targets == ranked[:3]
+    assert ask("remap_to=None").targets == []
+    assert len(ask("solver=pinv retain=artists+things").retain) == 9 + len(choose.THINGS)
 
 
 def test_the_best_two_factors_are_crossed(script):
     choose = script("artists", "choose")
-    scores = {"centre": 400, "tokens=last": 399, "tokens=end": 398, "shrinkage=1e-3": 390, "tokens=last + solver=pinv": 401}
-    assert choose.best_two([{"cell": cell, "score": str(score)} for cell, score in scores.items()]) == ["tokens=last", "shrinkage=1e-3"]
+    scores = {
+        "centre": 400,
+        "tokens=last": 399,
+        "tokens=end": 398,
+        "shrinkage=1e-3": 390,
+        "tokens=last + solver=pinv": 401,
+    }
+    assert choose.best_two([{"cell": cell, "score": str(score)} for cell, score in scores.items()]) == [
+        "tokens=last",
+        "shrinkage=1e-3",
+    ]
 
 
 def test_settings_are_the_best_cell_of_a_finished_grid(script):
@@ -108,5 +170,7 @@ def test_settings_are_the_best_cell_of_a_finished_grid(script):
         for i, cell in enumerate(tune.GRIDS[method])
     ]
     best = tune.best_settings(lines[:-1])
-    assert best == {"uce": tune.GRIDS["uce"][-1]}  # of `more` there is nothing to choose, and cure is not finished
+    assert best == {
+        "uce": tune.GRIDS["uce"][-1]
+    }  # of `more` there is nothing to choose, and cure is not finished
     assert tune.best_settings(lines)["cure"] == tune.GRIDS["cure"][-1]

@@ -1,19 +1,28 @@
-"""Erase one artist from the embedded pipeline and show what changed and what did not."""
+"""The demo: erase one artist from the embedded pipeline, and show what changed and what did not."""
+
+from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 import more_hf
-from more_hf.bench.artists.images import generate, grid, lpips_distance, stack, to_pil
-from more_hf.bench.columns import write_rows
-from more_hf.bench.page import Pair, Section, write_page
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
+
+from ..columns import write_rows
+from ..page import Pair, Section, write_page
+from .generate import generate
+from .grid import grid, stack, to_pil
+from .lpips import lpips_distance
 
 
 THINGS = (
@@ -21,10 +30,23 @@ THINGS = (
     "mushroom", "crown", "balloon", "cactus", "penguin", "bus", "umbrella", "strawberry", "fish",
 )  # fmt: skip
 COLUMNS = 9  # of the picture: one per artist that stays
+SHOWN_FACTS = (
+    "remap_to", "retain", "tokens", "solver", "solver_reason", "rank", "num_experts", "router",
+    "condition_number", "leaks", "base", "fingerprint",
+)  # fmt: skip
+
+EXPLANATION = (
+    "LPIPS is the distance between a picture before and after: lpips_f of the forgotten artist should be "
+    "large, lpips_r of the others and lpips_no_artist small; lpips_d = lpips_f - lpips_r."
+)
+TARGET_EXPLANATION = (
+    " Noise would score well, too, so lpips_to_target compares the forgotten artist's pictures after, and "
+    "lpips_to_target_before those before, with what the original draws when it is asked for the target."
+)
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One prompt of the demo. `artist` is empty where the prompt names none."""
 
     group: str
@@ -37,16 +59,87 @@ class Row:
         return f"a {self.thing} in the style of {self.artist}" if self.artist else f"a {self.thing}"
 
 
-def demo_rows(concept: str, *, limit: int, seed: int) -> list[Row]:
+@dataclass(frozen=True)
+class Settings:
     """
-    List the prompts: `limit` of the forgotten artist, of the others in turn, and without an artist, in this order.
-    Every prompt has a seed of its own, counted up from `seed`.
+    What the demo does.
+
+    Args:
+        concept (`str`):
+            The artist to erase, one of `EMOJI_ARTISTS`.
+        remap_to (`list[str]`, *optional*):
+            The artists it is sent to; `None` erases without remapping.
+        limit (`int`):
+            Prompts in each of the three groups.
+        steps, guidance, batch_size:
+            As in [`~more_hf.bench.artists.generate.generate`].
+        seed (`int`):
+            The first prompt's; the others count up.
+    """
+
+    concept: str
+    remap_to: list[str] | None
+    limit: int
+    steps: int
+    guidance: float
+    seed: int
+    batch_size: int
+
+    @property
+    def targets(self) -> list[str]:
+        """The targets as the command line has them."""
+        return self.remap_to or ["none"]
+
+    @property
+    def command(self) -> str:
+        return (
+            f"more-hf demo --concept {self.concept!r} --remap_to {' '.join(map(repr, self.targets))} "
+            f"--limit {self.limit} --steps {self.steps} --guidance {self.guidance:g} --seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    What the demo drew and measured.
+
+    Args:
+        rows (`list[DemoRow]`):
+            The prompts: forgotten artist, other artists, no artist.
+        before, after (`torch.Tensor`):
+            Their pictures, uint8 of shape `(n, 3, H, W)`.
+        target (`torch.Tensor`, *optional*):
+            If there is one target: what the original draws for it in place of the forgotten artist.
+        lpips (`torch.Tensor`):
+            The distances between before and after, `(n,)`.
+        erasure:
+            What `get_erasure` returned.
+        scheduler (`str`):
+            The class of the pipeline's scheduler.
+    """
+
+    rows: list[DemoRow]
+    before: Tensor
+    after: Tensor
+    target: Tensor | None
+    lpips: Tensor
+    erasure: Any
+    scheduler: str
+
+
+def demo_rows(concept: str, *, limit: int, seed: int) -> list[DemoRow]:
+    """
+    List the prompts: `limit` of the forgotten artist, of the others in turn, and without an artist, in this
+    order. Every prompt has a seed of its own, counted up from `seed`.
     """
     others = [artist for artist in EMOJI_ARTISTS if artist != concept]
     rows = [("forget", THINGS[i % len(THINGS)], concept) for i in range(limit)]
-    rows += [("remain", THINGS[i // len(others) % len(THINGS)], others[i % len(others)]) for i in range(limit)]
+    for i in range(limit):
+        # One thing for all artists in turn, then the next thing.
+        thing, artist = divmod(i, len(others))
+        rows.append(("remain", THINGS[thing % len(THINGS)], others[artist]))
     rows += [("no artist", THINGS[i % len(THINGS)], "") for i in range(limit)]
-    return [Row(*row, seed + i) for i, row in enumerate(rows)]
+    return [DemoRow(*row, seed + i) for i, row in enumerate(rows)]
 
 
 def run_demo(
@@ -61,42 +154,54 @@ def run_demo(
     output: Path,
 ) -> None:
     """
-    Run the demo: generate, erase, generate again, print a table, and write `before_after.png`, `rows.csv`, `table.md`
-    and `report.html` into `output`.
-
-    Args:
-        concept (`str`):
-            The artist to erase, one of `EMOJI_ARTISTS`.
-        remap_to (`list[str]`, *optional*):
-            The artists it is sent to; `None` erases without remapping.
-        limit (`int`):
-            Prompts in each of the three groups.
-        steps, guidance, seed, batch_size:
-            As in [`~more_hf.bench.artists.images.generate`]; `seed` is the first row's.
-        output (`Path`):
-            The folder to write to; created if need be.
+    Run the demo: generate, erase, generate again, print a table, and write `before_after.png`, `rows.csv`,
+    `table.md` and `report.html` into `output`, which is created if need be. The other arguments are those of
+    [`Settings`].
     """
-    rows = demo_rows(concept, limit=limit, seed=seed)
-    prompts, seeds = [row.prompt for row in rows], [row.seed for row in rows]
-    settings = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
+    settings = Settings(concept, remap_to, limit, steps, guidance, seed, batch_size)
+    result = measure(settings)
+    text = write_outputs(settings, result, output)
+    print(f"\n{text}\n")
+    print(f"Open {output / 'before_after.png'} and {output / 'report.html'}.")
+    print(f"The numbers are in {output / 'rows.csv'}.")
 
+
+def measure(settings: Settings) -> Result:
+    """Draw every prompt before and after the erasure."""
+
+    def draw(rows: Sequence[DemoRow], desc: str) -> Tensor:
+        return generate(
+            pipe,
+            [row.prompt for row in rows],
+            [row.seed for row in rows],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            batch_size=settings.batch_size,
+            desc=desc,
+        )
+
+    rows = demo_rows(settings.concept, limit=settings.limit, seed=settings.seed)
     pipe = load_emoji_sd()
-    before = generate(pipe, prompts, seeds, **settings, desc="before")
-    asked = None
-    if remap_to is not None and len(remap_to) == 1:
+    before = draw(rows, "before")
+    target = None
+    if settings.remap_to is not None and len(settings.remap_to) == 1:
         # With one target there is a right answer: what the original draws when it is asked for the target.
-        wanted = [replace(row, artist=remap_to[0]).prompt for row in rows[:limit]]
-        asked = generate(pipe, wanted, seeds[:limit], **settings, desc="target")
-    more_hf.erase_concept(pipe, concept, remap_to=remap_to)
-    after = generate(pipe, prompts, seeds, **settings, desc="after")
-    erasure = more_hf.get_erasure(pipe)
+        wanted = [replace(row, artist=settings.remap_to[0]) for row in rows[: settings.limit]]
+        target = draw(wanted, "target")
+    more_hf.erase_concept(pipe, settings.concept, remap_to=settings.remap_to)
+    after = draw(rows, "after")
+    erasure, scheduler = more_hf.get_erasure(pipe), type(pipe.scheduler).__name__
+    return Result(rows, before, after, target, lpips_distance(before, after), erasure, scheduler)
 
-    moved = lpips_distance(before, after)
-    lpips_f, lpips_r, lpips_no_artist = (group.mean().item() for group in moved.split(limit))
+
+def summarise(settings: Settings, result: Result) -> dict[str, Any]:
+    """The demo's numbers in one line."""
+    limit = settings.limit
+    lpips_f, lpips_r, lpips_no_artist = (group.mean().item() for group in result.lpips.split(limit))
     summary = {
         "method": "more",
-        "forget": concept,
-        "remap_to": ", ".join(remap_to or ["none"]),
+        "forget": settings.concept,
+        "remap_to": ", ".join(settings.targets),
         "n_f": limit,
         "n_r": limit,
         "lpips_f": lpips_f,
@@ -104,100 +209,115 @@ def run_demo(
         "lpips_d": lpips_f - lpips_r,
         "lpips_no_artist": lpips_no_artist,
     }
-    explanation = _EXPLANATION
-    if asked is not None:
-        summary["lpips_to_target_before"] = lpips_distance(before[:limit], asked).mean().item()
-        summary["lpips_to_target"] = lpips_distance(after[:limit], asked).mean().item()
-        explanation += _TARGET_EXPLANATION
-    facts = erasure.to_dict()
-    done = {"concepts": erasure.concepts, "sites": f"{len(facts['sites'])} layers"}
-    done.update({name: facts[name] for name in _FACTS})
-    measured = [{"check": name, "measured": value} for name, value in {**facts["guarantees"], **facts["proof"]}.items()]
-    origin = {
-        "command": f"more-hf demo --concept {concept!r} --remap_to {' '.join(map(repr, remap_to or ['none']))} "
-        f"--limit {limit} --steps {steps} --guidance {guidance:g} --seed {seed}",
-        "pipeline": f"emoji-sd, {type(pipe.scheduler).__name__}, {after.shape[3]} x {after.shape[2]} pixels",
-        "LPIPS": "alex 0.1, no resize",
-        "versions": [f"more_hf {more_hf.__version__}"] + [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")],
-        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-    }
-    made_with = "; ".join(value if isinstance(value, str) else ", ".join(value) for value in origin.values())
-    text = "\n\n".join([markdown_table([summary]), explanation, f"Made with {made_with}.", erasure.to_markdown()])
+    if result.target is not None:
+        for name, images in (("_before", result.before), ("", result.after)):
+            distance = lpips_distance(images[:limit], result.target)
+            summary[f"lpips_to_target{name}"] = distance.mean().item()
+    return summary
 
-    output.mkdir(parents=True, exist_ok=True)
-    _picture(rows, before, after, asked, limit, remap_to).save(output / "before_after.png")
-    write_rows(output / "rows.csv", [_csv_row(i, row, concept, moved[i].item()) for i, row in enumerate(rows)])
+
+def write_outputs(settings: Settings, result: Result, output: Path) -> str:
+    """Write all files into `output`; return the text of `table.md`."""
+    summary, origin = summarise(settings, result), _origin(settings, result)
+    explanation = EXPLANATION if result.target is None else EXPLANATION + TARGET_EXPLANATION
+    made_with = "; ".join(value if isinstance(value, str) else ", ".join(value) for value in origin.values())
+    erasure = result.erasure
+    text = "\n\n".join(
+        [markdown_table([summary]), explanation, f"Made with {made_with}.", erasure.to_markdown()]
+    )
     write_text(output / "table.md", f"{text}\n")
-    pairs = [Pair(to_pil(before[i]), to_pil(after[i]), row.prompt, moved[i].item()) for i, row in enumerate(rows)]
+    write_rows(output / "rows.csv", _csv_rows(settings, result))
+    _picture(settings, result).save(output / "before_after.png")
+
+    pairs = [
+        Pair(to_pil(before), to_pil(after), row.prompt, lpips)
+        for row, before, after, lpips in zip(
+            result.rows, result.before, result.after, result.lpips.tolist(), strict=True
+        )
+    ]
+    facts, limit = erasure.to_dict(), settings.limit
+    checks = {**facts["guarantees"], **facts["proof"]}
     write_page(
         output / "report.html",
-        title=f"{concept} erased",
-        intro=f"Embedded pipeline, {len(rows)} prompts before and after, {steps} steps, guidance {guidance:g}, seeds "
-        f"{seeds[0]} to {seeds[-1]}, each pair from the same noise. {explanation}",
+        title=f"{settings.concept} erased",
+        intro=f"Embedded pipeline, {len(pairs)} prompts before and after, {settings.steps} steps, guidance "
+        f"{settings.guidance:g}, seeds {result.rows[0].seed} to {result.rows[-1].seed}, each pair from the "
+        f"same noise. {explanation}",
         sections=[
             Section("How far the pictures moved", table=[summary], facts=origin),
-            Section("What was done", facts=done),
-            Section("Guarantees and proof by run", table=measured),
-            Section(f"{concept}, forgotten", pairs=pairs[:limit]),
+            Section(
+                "What was done",
+                facts={
+                    "concepts": erasure.concepts,
+                    "sites": f"{len(facts['sites'])} layers",
+                    **{name: facts[name] for name in SHOWN_FACTS},
+                },
+            ),
+            Section(
+                "Guarantees and proof by run",
+                table=[{"check": name, "measured": value} for name, value in checks.items()],
+            ),
+            Section(f"{settings.concept}, forgotten", pairs=pairs[:limit]),
             Section("Other artists", pairs=pairs[limit : 2 * limit]),
             Section("No artist", pairs=pairs[2 * limit :]),
         ],
     )
-    print(f"\n{text}\n")
-    print(f"Open {output / 'before_after.png'} and {output / 'report.html'}; numbers are in {output / 'rows.csv'}.")
+    return text
 
 
-_FACTS = (
-    "remap_to", "retain", "tokens", "solver", "solver_reason", "rank", "num_experts", "router", "condition_number",
-    "leaks", "base", "fingerprint",
-)  # fmt: skip
-_EXPLANATION = (
-    "LPIPS is the distance between a picture before and after: lpips_f of the forgotten artist should be large, "
-    "lpips_r of the others and lpips_no_artist small; lpips_d = lpips_f - lpips_r."
-)
-_TARGET_EXPLANATION = (
-    " Noise would score well, too, so lpips_to_target compares the forgotten artist's pictures after, and "
-    "lpips_to_target_before those before, with what the original draws when it is asked for the target."
-)
-
-
-def _csv_row(case_number: int, row: Row, concept: str, lpips: float) -> dict[str, object]:
+def _origin(settings: Settings, result: Result) -> dict[str, str | list[str]]:
+    height, width = result.after.shape[-2:]
+    packages = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
     return {
-        "method": "more",
-        "forget": concept,
-        "group": row.group,
-        "case_number": case_number,
-        "prompt": row.prompt,
-        "evaluation_seed": row.seed,
-        "artist": row.artist,
-        "thing": row.thing,
-        "lpips": round(lpips, 6),
+        "command": settings.command,
+        "pipeline": f"emoji-sd, {result.scheduler}, {width} x {height} pixels",
+        "LPIPS": "alex 0.1, no resize",
+        "versions": [f"more_hf {more_hf.__version__}", *packages],
+        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
     }
 
 
-def _picture(rows, before, after, asked, limit, remap_to):
-    """Up to two strips per group: before above after, and below them what the target's prompt gives."""
-    forgotten = f"{rows[0].artist}, forgotten" + (f"; the target is {remap_to[0]}" if asked is not None else "")
+def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
+    return [
+        {
+            "method": "more",
+            "forget": settings.concept,
+            "group": row.group,
+            "case_number": i,
+            "prompt": row.prompt,
+            "evaluation_seed": row.seed,
+            "artist": row.artist,
+            "thing": row.thing,
+            "lpips": round(lpips, 6),
+        }
+        for i, (row, lpips) in enumerate(zip(result.rows, result.lpips.tolist(), strict=True))
+    ]
+
+
+def _picture(settings: Settings, result: Result) -> Image.Image:
+    """Up to two strips per group: before above after, and below them what the original draws as target."""
+    forgotten = f"{settings.concept}, forgotten"
+    if result.target is not None:
+        forgotten += f"; the target is {settings.targets[0]}"
     sheets = []
-    for group, start in (("forget", 0), ("remain", limit), ("no artist", 2 * limit)):
-        title = {"forget": forgotten, "remain": "Other artists", "no artist": "No artist"}[group]
-        for offset in range(start, start + min(limit, 2 * COLUMNS), COLUMNS):
-            part = slice(offset, min(offset + COLUMNS, start + limit))
-            shown, images = rows[part], [before[part], after[part]]
-            labels = ["before", "after"]
-            if group == "forget" and asked is not None:
-                images.append(asked[part])
-                labels.append("target")
+    for group, title in enumerate((forgotten, "Other artists", "No artist")):
+        first = group * settings.limit
+        for start in range(first, first + min(settings.limit, 2 * COLUMNS), COLUMNS):
+            end = min(start + COLUMNS, first + settings.limit)
+            strips = {"before": result.before[start:end], "after": result.after[start:end]}
+            if group == 0 and result.target is not None:
+                strips["target"] = result.target[start:end]
+            rows = result.rows[start:end]
             # Short strips keep their width, so that the columns of all strips are in line.
-            blank = before.new_full((COLUMNS - len(shown), *before.shape[1:]), 255)
+            blank = result.before.new_full((COLUMNS - len(rows), *result.before.shape[1:]), 255)
             sheets.append(
                 grid(
-                    torch.cat([image for strip in images for image in (strip, blank)]),
+                    torch.cat([torch.cat([images, blank]) for images in strips.values()]),
                     columns=COLUMNS,
-                    row_labels=labels,
-                    column_labels=[f"{r.thing} {r.artist if group == 'remain' else ''}" for r in shown],
+                    row_labels=list(strips),
+                    column_labels=[f"{row.thing} {row.artist if group == 1 else ''}" for row in rows],
                     scale=2,
-                    title=title if offset == start else "",
+                    title=title if start == first else "",
                 )
             )
     return stack(sheets)

@@ -1,10 +1,11 @@
-"""The benchmark's prompts: a CSV file in the field's schema, read and checked before anything is generated."""
+"""The benchmark's prompts and targets: CSV files, read and checked before anything is generated."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +19,21 @@ SEVERAL = ";"  # between the names of one cell of a table of targets
 
 
 class PromptFileError(MoreError, ValueError):
-    """A prompts file, or a table of targets, is not what the benchmark can use. The message names file and line."""
+    """The benchmark cannot use a prompts file or a table of targets. The message names file and line."""
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt and its seed.
+    """
+    One prompt and its seed.
 
     Attributes:
-        artist (`str`): the artist that the prompt names; empty if it names none.
-        thing (`str`): what it asks for; empty if the file does not say.
-        group (`str`): the artists that are compared with each other; the file's own name if it does not say.
+        artist (`str`):
+            The artist that the prompt names; empty if it names none.
+        thing (`str`):
+            What it asks for; empty if the file does not say.
+        group (`str`):
+            The artists that are compared with each other; the file's own name if it does not say.
     """
 
     case_number: int
@@ -55,27 +60,40 @@ class Prompts:
     def group_of(self, artist: str) -> list[str]:
         """The other artists of the artist's group."""
         groups = {row.group for row in self.rows if row.artist == artist}
-        return list(dict.fromkeys(row.artist for row in self.rows if row.group in groups and row.artist not in ("", artist)))
+        others = [row.artist for row in self.rows if row.group in groups and row.artist not in ("", artist)]
+        return list(dict.fromkeys(others))
 
     def limited(self, limit: int | None) -> tuple[PromptRow, ...]:
         """The first `limit` rows of each artist, and of those without one."""
-        seen: dict[str, int] = {}
-        kept = []
+        if limit is None:
+            return self.rows
+        seen: Counter[str] = Counter()
+        first = []
         for row in self.rows:
-            seen[row.artist] = seen.get(row.artist, 0) + 1
-            if limit is None or seen[row.artist] <= limit:
-                kept.append(row)
-        return tuple(kept)
+            seen[row.artist] += 1
+            if seen[row.artist] <= limit:
+                first.append(row)
+        return tuple(first)
 
 
 def read_prompts(source: str | Path) -> Prompts:
-    """Read a prompts file: the path of a CSV file, or the name of one that ships with the package (`"emoji10"`).
+    """
+    Read a prompts file.
 
-    Columns are `case_number, prompt, evaluation_seed, artist` and, where there are, `thing` and `group`. Others are ignored, so that
-    the field's own files, with their unnamed index column, can be read as they are.
+    Columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing` and `group`.
+    Others are ignored, so that published files with an unnamed index column can be read as they are.
 
-    Raises `PromptFileError`, naming the file and the line, for a missing file or column, an empty prompt, a case number or seed that
-    is not a whole number of at least 0, and a case number that is there twice.
+    Args:
+        source (`str` or `Path`):
+            The path of a CSV file, or the name of one that ships with the package (`"emoji10"`).
+
+    Returns:
+        `Prompts`: the rows.
+
+    Raises:
+        PromptFileError: naming the file and the line, for a missing file or column, an empty prompt, a case
+        number or
+            seed that is not a whole number of at least 0, and a case number that occurs twice.
     """
     path, content, lines = _read_table(source, REQUIRED)
     rows: list[PromptRow] = []
@@ -83,7 +101,10 @@ def read_prompts(source: str | Path) -> Prompts:
     for line, cells in lines:
         case_number = _whole(path, line, "case_number", cells["case_number"])
         if case_number in line_of:
-            raise PromptFileError(f"{path}, line {line}: case_number {case_number} is already on line {line_of[case_number]}.")
+            first = line_of[case_number]
+            raise PromptFileError(
+                f"{path}, line {line}: case_number {case_number} is already on line {first}."
+            )
         if not cells["prompt"]:
             raise PromptFileError(f"{path}, line {line}: the prompt is empty.")
         line_of[case_number] = line
@@ -101,23 +122,37 @@ def read_prompts(source: str | Path) -> Prompts:
 
 
 def read_targets(source: str | Path) -> dict[str, list[str]]:
-    """Read a table of targets: columns `forget` and `remap_to`, one line per artist, several targets joined by `;`.
+    """
+    Read a table of targets: columns `forget` and `remap_to`, one line per artist, several targets joined by
+    `;`.
 
-    Raises `PromptFileError` for a missing file, column or target, and for an artist that is there twice.
+    Args:
+        source (`str` or `Path`):
+            The path of a CSV file, or the name of one that ships with the package (`"targets"`).
+
+    Returns:
+        `dict[str, list[str]]`: artist to targets.
+
+    Raises:
+        PromptFileError: for a missing file, column or target, and for an artist that occurs twice.
     """
     path, _, lines = _read_table(source, ("forget", "remap_to"))
     targets: dict[str, list[str]] = {}
     for line, cells in lines:
         names = [name.strip() for name in cells["remap_to"].split(SEVERAL) if name.strip()]
         if not cells["forget"] or not names:
-            raise PromptFileError(f"{path}, line {line}: needs a name in `forget` and at least one in `remap_to`.")
+            raise PromptFileError(
+                f"{path}, line {line}: needs a name in `forget` and at least one in `remap_to`."
+            )
         if cells["forget"] in targets:
-            raise PromptFileError(f"{path}, line {line}: {cells['forget']!r} is there twice.")
+            raise PromptFileError(f"{path}, line {line}: {cells['forget']!r} occurs twice.")
         targets[cells["forget"]] = names
     return targets
 
 
-def _read_table(source: str | Path, required: tuple[str, ...]) -> tuple[Path, bytes, list[tuple[int, dict[str, str]]]]:
+def _read_table(
+    source: str | Path, required: tuple[str, ...]
+) -> tuple[Path, bytes, list[tuple[int, dict[str, str]]]]:
     """The file, its bytes, and each line's number and cells, stripped."""
     path = _find(source)
     content = path.read_bytes()
@@ -125,11 +160,16 @@ def _read_table(source: str | Path, required: tuple[str, ...]) -> tuple[Path, by
     columns = [(column or "").strip() for column in reader.fieldnames or ()]
     reader.fieldnames = columns
     if missing := [column for column in required if column not in columns]:
-        raise PromptFileError(f"{path}, line 1: no column {', '.join(map(repr, missing))}. There are: {', '.join(filter(None, columns))}.")
+        raise PromptFileError(
+            f"{path}, line 1: no column {', '.join(map(repr, missing))}. "
+            f"There are: {', '.join(filter(None, columns))}."
+        )
     lines = []
     for cells in reader:
         if None in cells or None in cells.values():
-            raise PromptFileError(f"{path}, line {reader.line_num}: not as many cells as the {len(columns)} columns.")
+            raise PromptFileError(
+                f"{path}, line {reader.line_num}: not as many cells as the {len(columns)} columns."
+            )
         lines.append((reader.line_num, {column: text.strip() for column, text in cells.items() if column}))
     if not lines:
         raise PromptFileError(f"{path} has no rows.")
@@ -140,11 +180,15 @@ def _find(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    packaged = [folder / f"{source}.csv" for folder in FOLDERS]
-    if found := [candidate for candidate in packaged if candidate.is_file()]:
-        return found[0]
-    names = sorted({candidate.stem for folder in FOLDERS for candidate in folder.glob("*.csv")})
-    raise PromptFileError(f"There is no file {path}, and no table of that name ships with the package. Those are: {', '.join(names)}.")
+    names = set()
+    for folder in FOLDERS:
+        if (folder / f"{source}.csv").is_file():
+            return folder / f"{source}.csv"
+        names |= {candidate.stem for candidate in folder.glob("*.csv")}
+    raise PromptFileError(
+        f"There is no file {path}, and no table of that name ships with the package. "
+        f"Those are: {', '.join(sorted(names))}."
+    )
 
 
 def _whole(path: Path, line: int, column: str, text: str) -> int:

@@ -1,4 +1,6 @@
-"""The benchmarks' pages: tables, facts and pictures in one HTML file that needs no other and makes no request."""
+"""
+The benchmarks' pages: tables, facts and pictures in one HTML file that needs no other and makes no request.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from ...core.files import write_text
@@ -69,7 +70,6 @@ class Section:
     pictures: Mapping[str, str] = field(default_factory=dict)
     pairs: Sequence[Pair] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
-    html: Markup = Markup()
 
 
 def write_page(
@@ -158,17 +158,3 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters.update(columns=_columns, flat=_flat, text=_text, uri=image_uri)
-
-
-# The benchmark of classes still composes its sections itself.
-def html_facts(facts: Mapping[str, object]) -> str:
-    return str(_ENVIRONMENT.get_template("parts.html.jinja").module.facts(facts))
-
-
-def html_table(rows: Sequence[Mapping[str, object]]) -> str:
-    return str(_ENVIRONMENT.get_template("parts.html.jinja").module.table(rows))
-
-
-def write_html(path: str | Path, *, title: str, intro: str, sections: Mapping[str, str]) -> None:
-    written = [Section(heading, html=Markup(html)) for heading, html in sections.items()]
-    write_page(path, title=title, intro=intro, sections=written)

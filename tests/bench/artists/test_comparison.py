@@ -1,4 +1,6 @@
-"""Every method in one table: ours in its variants, several artists in one erasure, tuned settings, who wins."""
+"""
+Every method in one table: ours in its variants, several artists in one erasure, tuned settings, who wins.
+"""
 
 import copy
 import json
@@ -7,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.rows import row
 
 import more_hf
-from more_hf.bench.artists import sheets
+from more_hf.bench.artists import grid
 from more_hf.bench.artists.prompts import read_targets
-from more_hf.bench.artists.ranking import rank, winner
+from more_hf.bench.artists.rows import read_rows
 from more_hf.bench.artists.run import run_artists
-from more_hf.bench.artists.store import BenchmarkError
-from more_hf.bench.artists.summary import read_rows, summarise
+from more_hf.bench.artists.summary import summarise
+from more_hf.bench.errors import BenchmarkError
 from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.cli.main import main
 
@@ -39,7 +42,13 @@ def prompts(tmp_path):
 
 
 def run(pipe, methods, prompts, output, **options):
-    defaults = {"forget": "Van Gogh", "remap_to": {"Van Gogh": ["Claude Monet"]}, "steps": 2, "guidance": 5.0, "scheduler": "ddim"}
+    defaults = {
+        "forget": "Van Gogh",
+        "remap_to": {"Van Gogh": ["Claude Monet"]},
+        "steps": 2,
+        "guidance": 5.0,
+        "scheduler": "ddim",
+    }
     return run_artists(pipe, methods, prompts, output=output, **{**defaults, **options})
 
 
@@ -67,7 +76,15 @@ def test_reloaded_is_the_merged_pipeline_with_nothing_of_ours_attached(tiny_sd):
 @pytest.mark.slow
 def test_what_each_of_ours_is_told_and_does(tiny_sd, prompts, tmp_path):
     output, several = tmp_path / "out", ["Claude Monet", "Picasso"]
-    methods = ["more", "more-erase", "more-mean", "more-random", "more-hash", "more-without-po", "more-erase-without-po"]
+    methods = [
+        "more",
+        "more-erase",
+        "more-mean",
+        "more-random",
+        "more-hash",
+        "more-without-po",
+        "more-erase-without-po",
+    ]
     run(tiny_sd(), methods, prompts, output, several={"Van Gogh": several})
     cells = [json.loads(path.read_text()) for path in output.rglob("cell.json")]
     targets = {cell["method"]: cell["remap_to"] for cell in cells}
@@ -78,22 +95,34 @@ def test_what_each_of_ours_is_told_and_does(tiny_sd, prompts, tmp_path):
         **dict.fromkeys(methods[:3]), "more-random": "random", "more-hash": "hash", **dict.fromkeys(methods[5:]),
     }  # fmt: skip
     # everyone keeps the same two of the group of three: those that are no target are in `retain`
-    assert {cell["method"]: cell["retain"] for cell in cells if cell["method"] in ("more", "more-erase", "more-mean")} == {
+    assert {
+        cell["method"]: cell["retain"]
+        for cell in cells
+        if cell["method"] in ("more", "more-erase", "more-mean")
+    } == {
         "more": ["Johannes Vermeer"],
         "more-erase": ["Claude Monet", "Johannes Vermeer"],
         "more-mean": ["Johannes Vermeer"],
     }
-    rows = {(row["method"], row["case_number"]): row for row in read_rows(output / "rows.csv")}
-    assert rows["more-mean", 3]["remap_to"] == "Claude Monet; Picasso"
-    assert rows["more-erase", 3]["remap_to"] == "none"
-    changes = [rows[name, 3]["lpips"] for name in methods]
+    rows = {(row.method, row.case_number): row for row in read_rows(output / "rows.csv")}
+    assert rows["more-mean", 3].remap_to == "Claude Monet; Picasso"
+    assert rows["more-erase", 3].remap_to == "none"
+    changes = [rows[name, 3].lpips for name in methods]
     assert min(changes) > 0
     assert len(set(changes)) == len(methods)  # no two of them do the same
 
 
 def test_several_targets_must_be_declared(tiny_sd, prompts, tmp_path):
-    with pytest.raises(BenchmarkError, match=r"more-mean needs several targets, and there are none for 'Van Gogh'"):
-        run(tiny_sd(), "more-mean", prompts, tmp_path / "out", several={"Picasso": ["Claude Monet", "Andy Warhol"]})
+    with pytest.raises(
+        BenchmarkError, match=r"more-mean needs several targets, and there are none for 'Van Gogh'"
+    ):
+        run(
+            tiny_sd(),
+            "more-mean",
+            prompts,
+            tmp_path / "out",
+            several={"Picasso": ["Claude Monet", "Andy Warhol"]},
+        )
     assert not (tmp_path / "out").exists()
     one, several = read_targets("targets"), read_targets("targets_several")
     assert one.keys() == several.keys()
@@ -110,13 +139,19 @@ def test_several_targets_must_be_declared(tiny_sd, prompts, tmp_path):
 def test_artists_erased_in_one_call(tiny_sd, prompts, tmp_path):
     output, joint = tmp_path / "out", "Van Gogh+Picasso"
     targets = {"Van Gogh": ["Claude Monet"], joint: ["Claude Monet"]}
-    summary = run(tiny_sd(), ["more", "uce"], prompts, output, forget=["Van Gogh", joint], remap_to=targets, seeds=2)
+    summary = run(
+        tiny_sd(), ["more", "uce"], prompts, output, forget=["Van Gogh", joint], remap_to=targets, seeds=2
+    )
     lines = {(line["method"], line["forget"]): line for line in summary}
-    assert set(lines) == {(method, forget) for method in ("more", "uce") for forget in ("Van Gogh", joint)}  # nothing is pooled
-    assert [lines["more", forget][column] for forget in ("Van Gogh", joint) for column in ("n_f", "n_r", "n_none")] == [2, 4, 1, 4, 3, 1]
-    rows = [row for row in read_rows(output / "rows.csv") if row["method"] == "more" and row["forget"] == joint]
-    assert {row["retain"] for row in rows} == {"Johannes Vermeer; Andy Warhol"}  # of both groups
-    of_both_groups = [row["lpips"] for row in rows if row["case_number"] in (4, 5, 7)]
+    assert set(lines) == {
+        (method, forget) for method in ("more", "uce") for forget in ("Van Gogh", joint)
+    }  # nothing is pooled
+    assert [
+        lines["more", forget][column] for forget in ("Van Gogh", joint) for column in ("n_f", "n_r", "n_none")
+    ] == [2, 4, 1, 4, 3, 1]
+    rows = [row for row in read_rows(output / "rows.csv") if row.method == "more" and row.forget == joint]
+    assert {row.retain for row in rows} == {"Johannes Vermeer; Andy Warhol"}  # of both groups
+    of_both_groups = [row.lpips for row in rows if row.case_number in (4, 5, 7)]
     assert lines["more", joint]["lpips_r_group"] == pytest.approx(sum(of_both_groups) / 3, abs=1e-6)
 
     # its pictures are what one call of the library gives for both names
@@ -144,14 +179,16 @@ def test_tuned_settings_reach_their_method_and_are_kept(tiny_sd, prompts, tmp_pa
     methods = json.loads((output / "config.json").read_text())["methods"]
     assert methods["uce"]["lamb"] == 30.0
     assert methods["cure"] == {"alpha": 2.0, "tokens": "content"}
-    plain = {row["case_number"]: row["lpips"] for row in run_rows(tiny_sd(), "uce", prompts, tmp_path / "plain")}
-    kept = {row["case_number"]: row["lpips"] for row in read_rows(output / "rows.csv") if row["method"] == "uce"}
+    plain = {row.case_number: row.lpips for row in run_rows(tiny_sd(), "uce", prompts, tmp_path / "plain")}
+    kept = {row.case_number: row.lpips for row in read_rows(output / "rows.csv") if row.method == "uce"}
     assert kept[3] != pytest.approx(plain[3], abs=1e-5)
     with pytest.raises(BenchmarkError, match=r"lamb is 30\.0 there, 0\.5 here"):
         run(tiny_sd(), "uce", prompts, output)
     with pytest.raises(BenchmarkError, match=r"cure takes no `lamb`"):
         run(tiny_sd(), "cure", prompts, tmp_path / "no", tuned={"cure": {"lamb": 1.0}})
-    run(tiny_sd(), "uce", prompts, tmp_path / "flag", tuned=tuned, settings={"lamb": 3.0})  # what was typed goes first
+    run(
+        tiny_sd(), "uce", prompts, tmp_path / "flag", tuned=tuned, settings={"lamb": 3.0}
+    )  # what was typed goes first
     assert json.loads((tmp_path / "flag" / "config.json").read_text())["methods"]["uce"]["lamb"] == 3.0
 
 
@@ -171,7 +208,17 @@ def test_the_command_reads_settings_and_joint_names(monkeypatch, tmp_path, emoji
     monkeypatch.setattr("more_hf.load_emoji_sd", lambda dtype: copy.copy(emoji_sd))
     monkeypatch.setattr("more_hf.bench.artists.tables.short_markdown", lambda summary: "")
     (tmp_path / "settings.json").write_text('{"uce": {"lamb": 20}}')
-    words = ["bench", "artists", "--methods", "training-free", "--forget", "twemoji+noto", "Blobmoji", "--output", str(tmp_path / "out")]
+    words = [
+        "bench",
+        "artists",
+        "--methods",
+        "training-free",
+        "--forget",
+        "twemoji+noto",
+        "Blobmoji",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--settings", str(tmp_path / "settings.json")]) == 0
     assert called["forget"] == ["Twemoji+Noto", "Blobmoji"]
     assert called["tuned"] == {"uce": {"lamb": 20}}
@@ -183,56 +230,7 @@ def test_the_command_reads_settings_and_joint_names(monkeypatch, tmp_path, emoji
     assert "Error:" in capsys.readouterr().err
 
 
-# who wins
-
-
-def rows_of(method, far, near, *, styles=1, content=10, prompts=10, forget="A", after=None):
-    """Ten forgotten pictures and ten others; `styles` of the first still recognised, `content` of ten things still there."""
-    common = {"method": method, "forget": forget, "remap_to": "B", "retain": "", "sample": 0}
-    rows = []
-    for i in range(prompts):
-        own = {"artist": forget, "case_number": i, "lpips": far[i], "style_after": "A" if i < styles else "B"}
-        rows.append({**common, **own, "content_before": 1, "content_after": int(i < content)})
-        other = {"artist": "B", "case_number": 100 + i, "lpips": near[i], "style_after": "B"}
-        rows.append({**common, **other, "content_before": 1, "content_after": 1})
-    return rows
-
-
-SPREAD = [0.1 * i for i in range(10)]
-
-
-def test_the_winner_by_paired_intervals():
-    flat = [0.0] * 10
-    rows = rows_of("noise", [2.0] * 10, flat, content=0)
-    rows += rows_of("first", [x + 0.30 for x in SPREAD], flat)
-    rows += rows_of("behind", [x + 0.25 for x in SPREAD], flat)  # always 0.05 less: a loss, though the spread over prompts is far larger
-    rows += rows_of("tied", [x + 0.29 for x in reversed(SPREAD)], flat)  # 0.01 less on average, and far more or less prompt by prompt
-    rows += rows_of("recognised", [1.0] * 10, flat, styles=2)
-    rows += rows_of("emptied", [1.0] * 10, flat, content=8)
-    ranking = rank(rows)
-    assert [(line["method"], line["qualifies"]) for line in ranking] == [
-        ("first", "yes"), ("tied", "yes"), ("behind", "yes"), ("recognised", "no"), ("emptied", "no"), ("noise", "control"),
-    ]  # fmt: skip
-    by = {line["method"]: line for line in ranking}
-    assert by["first"]["lpips_d"] == pytest.approx(0.75)
-    assert (by["behind"]["behind"], by["behind"]["behind_low"], by["behind"]["behind_high"]) == pytest.approx((0.05, 0.05, 0.05))
-    assert by["tied"]["behind_low"] < 0 < by["tied"]["behind_high"]
-    assert "first has the largest lpips_d, tied with tied, by" in winner(ranking)
-    assert "10 %" in winner(ranking)
-    assert winner([line for line in ranking if line["qualifies"] != "yes"]).startswith("No method has style_f")
-
-
-def test_only_pictures_that_every_method_has_are_compared():
-    far, flat = [0.5] * 10, [0.0] * 10
-    rows = rows_of("a", far, flat) + rows_of("b", [0.4] * 10, flat)
-    easy = rows_of("a", [9.0] * 10, flat, forget="C")  # an erasure that b does not have
-    joint = rows_of("a", far, flat, forget="A+C") + rows_of("b", [9.0] * 10, flat, forget="A+C")
-    ranking = rank([*rows[:-2], *easy, *joint])
-    assert [line["lpips_d"] for line in ranking] == pytest.approx([0.5, 0.4])
-    assert [line["erasures"] for line in ranking] == [1, 1]
-    assert rank(rows_of("a", far, flat) + rows_of("noise", far, flat)) == []
-    unjudged = [{**row, "style_after": ""} for row in rows]
-    assert rank(unjudged) == []
+# pictures
 
 
 def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
@@ -242,9 +240,14 @@ def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
         return pipe
 
     output = tmp_path / "out"
-    run(tiny_sd(), {"original": DIFFUSION["original"].load(), "more": more_hf.erase_concept, "shaken": shaken}, prompts, output)
-    first = next(row for row in read_rows(output / "rows.csv") if row["method"] == "shaken")
-    assert first["prompt"] == "a cat in the style of Van Gogh"
+    run(
+        tiny_sd(),
+        {"original": DIFFUSION["original"].load(), "more": more_hf.erase_concept, "shaken": shaken},
+        prompts,
+        output,
+    )
+    first = next(row for row in read_rows(output / "rows.csv") if row.method == "shaken")
+    assert first.prompt == "a cat in the style of Van Gogh"
     sheet = Image.open(output / "methods.png").convert("RGB")
 
     def shown(column):
@@ -252,21 +255,26 @@ def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
         return np.array(sheet.crop((x, sheet.height - 164, x + 160, sheet.height - 4)), dtype=np.float32)
 
     def kept(name):
-        return np.array(Image.open(output / "images" / name).resize((160, 160), Image.Resampling.BILINEAR), dtype=np.float32)
+        return np.array(
+            Image.open(output / "images" / name).resize((160, 160), Image.Resampling.BILINEAR),
+            dtype=np.float32,
+        )
 
-    before, after = kept(first["before"]), kept(first["after"])
+    before, after = kept(first.before), kept(first.after)
     assert np.abs(shown(0) - before).mean() < 3 < np.abs(shown(0) - after).mean()
     assert np.abs(shown(2) - after).mean() < 3 < np.abs(shown(2) - before).mean()
 
 
 def test_many_methods_and_erasures_are_not_all_side_by_side(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    row = {"group": "forget", "prompt": "a", "sample": 0, "before": "a.png", "after": "a.png"}
-    rows = [{**row, "forget": forget, "artist": forget, "method": method} for forget in "xyz" for method in ("more", "uce")]
+    files = {"before": "a.png", "after": "a.png"}
+    rows = [
+        row(forget=name, artist=name, method=method, **files) for name in "xyz" for method in ("more", "uce")
+    ]
 
     def height(most):
-        monkeypatch.setattr(sheets, "METHODS_MOST", most)
-        sheets.write_methods(tmp_path / "methods.png", tmp_path, rows)
+        monkeypatch.setattr(grid, "METHODS_MOST", most)
+        grid.write_methods(tmp_path / "methods.png", tmp_path, rows)
         return Image.open(tmp_path / "methods.png").height
 
     assert height(9) == height(64) == pytest.approx(3 * height(1), abs=30)

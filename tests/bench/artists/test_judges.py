@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from more_hf.bench.artists.images import generate
+from more_hf.bench.artists.generate import generate
 from more_hf.bench.artists.judges import ClipJudges, EmojiJudges, JudgeError, pooled_features, without_artist
 from more_hf.bench.artists.prompts import PromptRow, read_prompts
 from more_hf.data import EMOJI_ARTISTS

@@ -1,0 +1,146 @@
+"""
+The configuration of a benchmark of artists: what generated its pictures, its methods, and what they were
+given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+from ..errors import BenchmarkError
+from ..methods.registry import DIFFUSION, UNREGISTERED
+from ..run import BenchmarkConfig
+from .rows import artists_of
+
+
+@dataclass(frozen=True)
+class Generation:
+    """
+    Everything that the original's pictures depend on besides prompt and seed.
+
+    Attributes:
+        more_hf (`str`):
+            Version.
+        weights (`str`):
+            sha256 of the pipeline's weights.
+        scheduler (`Mapping[str, Any]`):
+            Its class and settings.
+        steps, guidance, dtype, device:
+            As in [`~more_hf.bench.artists.run.run_artists`].
+        prompts, prompts_sha256 (`str`):
+            Name of the prompts file, and the hash of its bytes.
+    """
+
+    more_hf: str
+    weights: str
+    scheduler: Mapping[str, Any]
+    steps: int
+    guidance: float
+    dtype: str
+    device: str
+    prompts: str
+    prompts_sha256: str
+
+
+@dataclass(frozen=True)
+class MethodArguments:
+    """The names that one method is given for one erasure: its targets, and what to keep besides them."""
+
+    remap_to: list[str] | None
+    retain: list[str]
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """
+    The names that belong to one entry of `forget`.
+
+    Attributes:
+        remap_to (`list[str]`, *optional*):
+            The target, or targets, of most methods; `None` erases without remapping.
+        several (`list[str]`, *optional*):
+            The targets of methods that take several; `None` if there are none.
+        retain (`list[str]`):
+            Names to keep.
+    """
+
+    remap_to: list[str] | None
+    several: list[str] | None
+    retain: list[str]
+
+    def arguments(self, method: str, forget: str) -> MethodArguments:
+        """
+        Choose what a method is given.
+
+        Raises:
+            BenchmarkError: if the method takes several targets and there are none.
+        """
+        kind = DIFFUSION.get(method, UNREGISTERED).targets
+        targets = {"none": None, "one": self.remap_to, "several": self.several}[kind]
+        if targets is None and kind == "several":
+            raise BenchmarkError(
+                f"{method} needs several targets, and there are none for {forget!r}. "
+                "Give them, or leave the method out."
+            )
+        return MethodArguments(targets, [name for name in self.retain if name not in (targets or ())])
+
+    @property
+    def target_text(self) -> str:
+        """The targets for a reader."""
+        return ", ".join(self.remap_to or ["nothing"])
+
+
+@dataclass(frozen=True)
+class ArtistsConfig(BenchmarkConfig):
+    """`config.json` of a benchmark of artists."""
+
+    benchmark: ClassVar[str] = "artists"
+    FIXED: ClassVar[tuple[str, ...]] = ("generation", "seeds", "limit", "judges")
+
+    more_hf: str
+    model: str
+    generation: Generation
+    lpips: str
+    seeds: int
+    limit: int | None
+    judges: str | None
+    judge_facts: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]]
+    forget: Mapping[str, Erasure]
+    runs: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ArtistsConfig:
+        """Build from what `to_dict` returned."""
+        return replace(
+            cls(**data),
+            generation=Generation(**data["generation"]),
+            forget={forget: Erasure(**names) for forget, names in data["forget"].items()},
+        )
+
+    def arguments(self, method: str, forget: str) -> MethodArguments:
+        """The names that a method is given for one erasure; raises as `Erasure.arguments`."""
+        return self.forget[forget].arguments(method, forget)
+
+    def determining(self, method: str, forget: str) -> list[Any]:
+        """Everything that a method's pictures depend on, in the order in which it is hashed."""
+        arguments = asdict(self.arguments(method, forget))
+        return [asdict(self.generation), method, self.methods[method], forget, arguments]
+
+    @property
+    def generation_text(self) -> str:
+        """How the pictures were generated, for a reader."""
+        made = self.generation
+        return f"{made.scheduler['class']}, {made.steps} steps, guidance {made.guidance:g}"
+
+    @property
+    def targets_text(self) -> list[str]:
+        """Every entry of `forget` with its targets, for a reader."""
+        return [f"{forget} → {erasure.target_text}" for forget, erasure in self.forget.items()]
+
+    @property
+    def all_forgotten(self) -> set[str]:
+        """Every artist that some erasure forgets."""
+        return {artist for forget in self.forget for artist in artists_of(forget)}
