@@ -144,8 +144,8 @@ _CLASSIFICATION = (
 
 CLASSIFICATION: dict[str, Method] = {method.name: method for method in _CLASSIFICATION}
 """Methods for classifiers, `method(model, splits, *, seed=0, **settings) -> model`, in the order of the
-tables. A method may edit the model, which is a copy of its own, and returns it in evaluation mode. `splits` is a
-`bench.splits.Splits`, of which it reads `f` and `r`. Settings have the defaults of the method's source."""
+tables. A method may edit the model, which is a copy of its own, and returns it in evaluation mode. It reads
+`f` and `r` of `splits`, a `bench.splits.Splits`. Its settings have the defaults of its source."""
 
 
 def diffusion_groups() -> dict[str, list[str]]:
