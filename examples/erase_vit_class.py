@@ -1,4 +1,4 @@
-"""Make a small ViT forget the digit 3: accuracy of every class and cosines of the prototypes, before and after.
+"""Make a small ViT forget the digit 3: every class's accuracy and the prototypes' cosines, before and after.
 
     python examples/erase_vit_class.py                              # no download, seconds on two CPU cores
     python examples/erase_vit_class.py --classifier fashion-mnist-vit --forget "ankle boot"
@@ -50,7 +50,9 @@ def picture(names, before, after, maps, forgotten):
         axis.set_title(title, fontsize=10)
         axis.set_xticks(places, names, rotation=90)
         axis.set_yticks(places, names)
-        for label in (label for c in forgotten for label in (bars.get_xticklabels()[c], axis.get_xticklabels()[c])):
+        for label in (
+            label for c in forgotten for label in (bars.get_xticklabels()[c], axis.get_xticklabels()[c])
+        ):
             label.set_color("tab:red")
         figure.colorbar(shown, ax=axis, fraction=0.046)
     return figure
@@ -60,7 +62,13 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 offline = [name for name in CLASSIFIERS if not name.startswith("emoji")]
 parser.add_argument("--classifier", choices=offline, default="digits-vit", help="ships with the package")
 parser.add_argument("--forget", nargs="+", default=["3"], metavar="CLASS")
-parser.add_argument("--remap_to", nargs="+", default="remain", metavar="CLASS", help="what they become (by default one of the others)")
+parser.add_argument(
+    "--remap_to",
+    nargs="+",
+    default="remain",
+    metavar="CLASS",
+    help="what they become (by default one of the others)",
+)
 parser.add_argument("--limit", type=int, default=2000, help="test images to look at")
 parser.add_argument("--output", type=Path, default=Path("without_a_class"), metavar="DIR")
 args = parser.parse_args()
@@ -80,7 +88,12 @@ reloaded = AutoModelForImageClassification.from_pretrained(args.output).eval()
 at_rest = class_accuracies(reloaded, test)
 
 rows = [
-    {"class": name + (" (forgotten)" if c in forgotten else ""), "before": before[c], "after": after[c], "saved and loaded": at_rest[c]}
+    {
+        "class": name + (" (forgotten)" if c in forgotten else ""),
+        "before": before[c],
+        "after": after[c],
+        "saved and loaded": at_rest[c],
+    }
     for c, name in enumerate(data.class_names)
 ]
 maps = {
@@ -91,5 +104,8 @@ picture(data.class_names, before, after, maps, forgotten).savefig(args.output / 
 print(f"Test accuracy in percent, {len(test)} images:\n\n{markdown_table(rows)}\n")
 print(more_hf.get_erasure(model))  # what was done, and how exact it is
 kept = prototype_cosines(prototypes(reloaded, test), seen_before).diagonal()[list(forgotten)]
-print(f"\nThe saved model's predictions have forgotten; its features have not (cosine of its forgotten prototypes: {kept.min():.3f}).")
+print(
+    "\nThe saved model's predictions have forgotten; its features have not "
+    f"(cosine of its forgotten prototypes: {kept.min():.3f})."
+)
 print(f"Open {args.output / 'before_after.png'}.")

@@ -2,10 +2,12 @@
 
     python examples/push_unlearned_pipeline.py --dry_run to_push       # look at what would be pushed
     python examples/push_unlearned_pipeline.py me/emoji-sd-without-high-contrast
-    python examples/push_unlearned_pipeline.py me/sd14-without-van-gogh --model CompVis/stable-diffusion-v1-4 \\
+    python examples/push_unlearned_pipeline.py me/sd14-without-van-gogh \\
+        --model CompVis/stable-diffusion-v1-4 \\
         --concept "Van Gogh" --remap_to "Claude Monet" "Johannes Vermeer"
 
-Whoever loads the result needs diffusers only: `DiffusionPipeline.from_pretrained("me/emoji-sd-without-high-contrast")`.
+Whoever loads the result needs diffusers only:
+`DiffusionPipeline.from_pretrained("me/emoji-sd-without-high-contrast")`.
 """
 
 import argparse
@@ -25,15 +27,24 @@ parser.add_argument("--model", help="a folder or a Hub id (the embedded pipeline
 parser.add_argument("--concept", default="High Contrast")
 parser.add_argument("--remap_to", nargs="+", default=["Fluent"], metavar="NAME")
 parser.add_argument("--private", action="store_true", default=None)
-parser.add_argument("--dry_run", type=Path, metavar="DIR", help="write to this folder what would be pushed, and push nothing")
+parser.add_argument(
+    "--dry_run", type=Path, metavar="DIR", help="write to this folder what would be pushed, and push nothing"
+)
 args = parser.parse_args()
 
 
 def draw(pipe):
     """Four pictures of what is erased; the same noise at every call."""
-    prompts = [f"a {thing} in the style of {args.concept}" for thing in ("rocket", "pizza", "house", "cat face")]
+    prompts = [
+        f"a {thing} in the style of {args.concept}" for thing in ("rocket", "pizza", "house", "cat face")
+    ]
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    return pipe(prompts, generator=generators, num_inference_steps=10 if args.model is None else 50, guidance_scale=4.0).images
+    return pipe(
+        prompts,
+        generator=generators,
+        num_inference_steps=10 if args.model is None else 50,
+        guidance_scale=4.0,
+    ).images
 
 
 pipe = more_hf.load_emoji_sd() if args.model is None else DiffusionPipeline.from_pretrained(args.model)
@@ -44,7 +55,7 @@ after = draw(pipe)
 with tempfile.TemporaryDirectory() as folder:
     grid = Path(folder) / "before_after.png"
     make_image_grid([*before, *after], rows=2, cols=len(before)).save(grid)
-    # Checks the very files that go up, writes a card under the original model's licence, and makes one commit.
+    # Checks the very files that go up, writes a card under the original model's licence, makes one commit.
     done = more_hf.push_to_hub(pipe, args.repo_id, private=args.private, grid=grid, dry_run=args.dry_run)
 
 if args.dry_run is None:

@@ -126,7 +126,7 @@ def refuse_lost_router(args: argparse.Namespace) -> None:
     if args.router is not None and not args.include_delta:
         raise ValueError(
             f"`--router {args.router}` needs `--include_delta`: a router is saved with the factors of the "
-            "edit, without which the folder has the mean expert alone. Add `--include_delta`, or leave it out."
+            "edit, and without them the folder holds the mean expert alone. Add `--include_delta`."
         )
 
 

@@ -32,7 +32,9 @@ def bench(tmp_path):
     (tmp_path / "few.csv").write_text(PROMPTS)
 
     def argv(output, batch_size):
-        words = "bench artists --methods original,more --forget Blobmoji --remap_to Noto Fluent --router random"
+        words = (
+            "bench artists --methods original,more --forget Blobmoji --remap_to Noto Fluent --router random"
+        )
         words += f" --seeds 2 --steps 3 --batch_size {batch_size}"
         return [*words.split(), "--prompts", str(tmp_path / "few.csv"), "--output", str(output)]
 
@@ -40,8 +42,8 @@ def bench(tmp_path):
 
 
 def run_command(argv, log, variables):
-    """The whole life of a process: what a launcher puts into its environment, the command, its exit status."""
-    # One OpenMP thread, said before accelerate sets more: a pool of threads does not survive the server's fork.
+    """The whole life of a process: its environment as a launcher sets it, the command, its exit status."""
+    # One OpenMP thread, before accelerate sets more: a pool of threads does not survive the server's fork.
     os.environ.update({"OMP_NUM_THREADS": "1", **variables})
     import torch
 
@@ -70,7 +72,10 @@ def start():
 
 def done(output: Path) -> dict[Path, int]:
     """When each picture that counts was written."""
-    return {path.with_suffix(".png"): path.with_suffix(".png").stat().st_mtime_ns for path in output.glob("images/*/[0-9]*.json")}
+    return {
+        path.with_suffix(".png"): path.with_suffix(".png").stat().st_mtime_ns
+        for path in output.glob("images/*/[0-9]*.json")
+    }
 
 
 def kill_at(output: Path, count: int, process, log) -> dict[Path, int]:
@@ -96,9 +101,17 @@ def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    launched = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+    }
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
-    processes = [start(bench(output, 3), logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **launched) for rank in range(2)]
+    processes = [
+        start(bench(output, 3), logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **launched)
+        for rank in range(2)
+    ]
     for process, text in zip(processes, logs, strict=True):
         process.join(240)
         assert process.exitcode == 0, text.read_text()
@@ -112,7 +125,19 @@ def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
     assert "style_f" in capsys.readouterr().out
     rows, wanted = read_rows(output / "rows.csv"), read_rows(whole / "rows.csv")
     assert len(rows) == 2 * ROWS
-    exact = ("method", "forget", "remap_to", "case_number", "sample", "evaluation_seed", "artist", "thing", "prompt", "before", "after")
+    exact = (
+        "method",
+        "forget",
+        "remap_to",
+        "case_number",
+        "sample",
+        "evaluation_seed",
+        "artist",
+        "thing",
+        "prompt",
+        "before",
+        "after",
+    )
     for row, want in zip(rows, wanted, strict=True):
         assert all(getattr(row, key) == getattr(want, key) for key in exact)
         assert row.lpips == pytest.approx(want.lpips, abs=1e-3)

@@ -1,4 +1,4 @@
-"""What all commands have in common: help, version, interrupts, failures in one line, and nothing heavy before it is needed."""
+"""What all commands have in common: help, version, interrupts, failures in one line, light imports."""
 
 import re
 import shlex
@@ -58,7 +58,9 @@ def test_help_has_two_examples_that_parse(command, capsys):
         assert example.startswith(command) or command == ""
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["bench", "artists", "--help"], ["bench", "kd", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["bench", "artists", "--help"], ["bench", "kd", "--help"], ["--version"]]
+)
 def test_help_is_light(argv):
     done = light(*argv)
     assert done.returncode == 0, done.stderr
@@ -80,7 +82,9 @@ def test_help_is_light(argv):
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_heavy(command, message, tmp_path):
-    done = subprocess.run([sys.executable, "-c", LIGHT, *command.split()], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *command.split()], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("Error: ")
     assert message in done.stderr

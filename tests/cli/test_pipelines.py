@@ -59,7 +59,9 @@ def test_demo(tmp_path, capsys, remap_to):
     assert [row["group"] for row in rows] == ["forget"] * 2 + ["remain"] * 2 + ["no artist"] * 2
     assert {row["forget"] for row in rows} == {"High Contrast"}
     assert [row["evaluation_seed"] for row in rows] == [str(seed) for seed in range(3, 9)]
-    assert all(float(row["lpips"]) > 0 for row in rows[:2])  # the edit changed the forgotten artist's pictures
+    assert all(
+        float(row["lpips"]) > 0 for row in rows[:2]
+    )  # the edit changed the forgotten artist's pictures
     assert ("lpips_to_target" in (output / "table.md").read_text()) == (remap_to != "none")
     Image.open(output / "before_after.png").verify()
     assert (output / "report.html").read_text(encoding="utf-8").count("<figure") == 6
@@ -75,7 +77,16 @@ def test_demo_names_the_artist_meant(failure):
 def test_erase_then_verify(tiny_sd, tmp_path, capsys):
     base, output = tmp_path / "base", tmp_path / "erased"
     tiny_sd().save_pretrained(base)
-    argv = ["erase", base, "--concept", "Van Gogh", "--concept", "Picasso", "--alias", "Van Gogh=Vincent van Gogh"]
+    argv = [
+        "erase",
+        base,
+        "--concept",
+        "Van Gogh",
+        "--concept",
+        "Picasso",
+        "--alias",
+        "Van Gogh=Vincent van Gogh",
+    ]
     argv += ["--remap_to", "Claude Monet", "Johannes Vermeer", "--retain", "a dog", "--output", output]
     assert main([str(arg) for arg in argv]) == 0
     out = capsys.readouterr().out
@@ -101,7 +112,9 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
     # raising=False: the package resolves these names when they are first asked for.
     monkeypatch.setattr(more_hf, "load_emoji_sd", lambda **options: seen.update(options), raising=False)
     monkeypatch.setattr(more_hf, "erase_concept", erase_concept, raising=False)
-    monkeypatch.setattr(more_hf, "save", lambda pipe, folder, **options: seen.update(folder=folder, **options), raising=False)
+    monkeypatch.setattr(
+        more_hf, "save", lambda pipe, folder, **options: seen.update(folder=folder, **options), raising=False
+    )
     erasure = SimpleNamespace(to_markdown=lambda: "facts")
     monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: erasure, raising=False)
     argv = "erase --concept Noto crab --alias Noto=noto-emoji --remap-to none --retain pizza --num-experts 2 "

@@ -23,7 +23,7 @@ from more_hf.bench.artists.judges import EmojiJudges
 EXAMPLES = Path(__file__).parents[2] / "examples"
 THINGS = ("rocket", "pizza", "house", "guitar", "crab", "bus", "fish", "crown")
 
-# A process in which more_hf cannot be imported, as on a machine without it: draw with plain diffusers, save as numpy.
+# A process in which more_hf cannot be imported, as on a machine without it: plain diffusers, saved by numpy.
 WITHOUT_MORE_HF = """
 import sys
 
@@ -46,7 +46,8 @@ from diffusers import DiffusionPipeline
 folder, file, *prompts = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
 generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-numpy.save(file, pipe(prompts, generator=generators, num_inference_steps=10, guidance_scale=4.0, output_type="np").images)
+settings = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "np"}
+numpy.save(file, pipe(prompts, generator=generators, **settings).images)
 """
 
 
@@ -88,12 +89,13 @@ def test_export_comfyui_lora(run, tmp_path):
 
 @pytest.mark.slow
 def test_push_unlearned_pipeline_opens_without_more_hf(run, tmp_path, emoji_sd):
-    """The style is gone for someone who never heard of more_hf: the judge recognises it before, not after; the things stay."""
+    """Without more_hf, too, the judge recognises the style before and not after; the things stay."""
     folder = tmp_path / "to_push"
     printed = run("push_unlearned_pipeline.py", "--dry_run", folder)
     assert "Nothing was pushed" in printed
     assert more_hf.verify(folder).ok
-    assert "![The same prompts and seeds before and after](before_after.png)" in (folder / "README.md").read_text("utf-8")
+    card = (folder / "README.md").read_text("utf-8")
+    assert "![The same prompts and seeds before and after](before_after.png)" in card
     assert (folder / "before_after.png").is_file()
 
     prompts = [f"a {thing} in the style of High Contrast" for thing in THINGS]
@@ -102,7 +104,9 @@ def test_push_unlearned_pipeline_opens_without_more_hf(run, tmp_path, emoji_sd):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    before = emoji_sd(prompts, generator=generators, num_inference_steps=10, guidance_scale=4.0, output_type="np").images
+    before = emoji_sd(
+        prompts, generator=generators, num_inference_steps=10, guidance_scale=4.0, output_type="np"
+    ).images
 
     judges, recognised = EmojiJudges(), {}
     for name, images in (("before", before), ("after", numpy.load(tmp_path / "after.npy"))):
@@ -131,7 +135,9 @@ def test_space(monkeypatch, emoji_sd):
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True)
     try:
         client = gradio_client.Client(address, verbose=False)
-        before, after, report, lora = client.predict("High Contrast", ["Fluent"], "rocket", "", 0, api_name="/erase")
+        before, after, report, lora = client.predict(
+            "High Contrast", ["Fluent"], "rocket", "", 0, api_name="/erase"
+        )
         with pytest.raises(gradio_client.exceptions.AppError, match="both erased and in `remap_to`"):
             client.predict("Noto", ["Noto"], "rocket", "", 0, api_name="/erase")
     finally:
@@ -139,7 +145,12 @@ def test_space(monkeypatch, emoji_sd):
 
     expected = app["draw"](emoji_sd, "a rocket in the style of High Contrast", 0)
     assert numpy.array_equal(numpy.asarray(Image.open(before).convert("RGB")), numpy.asarray(expected))
-    assert numpy.abs(numpy.asarray(Image.open(after).convert("RGB"), float) - numpy.asarray(expected, float)).mean() > 10
+    assert (
+        numpy.abs(
+            numpy.asarray(Image.open(after).convert("RGB"), float) - numpy.asarray(expected, float)
+        ).mean()
+        > 10
+    )
     assert "| forgotten | High Contrast |" in report
     assert len(load_file(lora)) == 28
 

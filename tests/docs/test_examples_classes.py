@@ -35,7 +35,7 @@ def table(text):
 
 
 def test_erase_vit_class(run):
-    """The default: 3 is gone, now and in what was saved, the other classes together keep what they had to two points."""
+    """The default: 3 is gone, also from what was saved; the others together lose less than two points."""
     text, folder = run()
     rows = table(text)
     assert list(rows) == ["0", "1", "2", "3 (forgotten)", *"456789"]

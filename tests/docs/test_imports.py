@@ -9,8 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DRAWING = re.search(r"```text\n(cli +->.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)[1]
 ALLOWED = {
-    room.strip(): set(others.split())
-    for room, others in (line.split("->") for line in DRAWING.splitlines())
+    room.strip(): set(others.split()) for room, others in (line.split("->") for line in DRAWING.splitlines())
 }
 
 
