@@ -198,13 +198,14 @@ def _find(name: str, methods: Mapping[str, Method], kind: str, keywords: Sequenc
     """Look a name up in `methods`, or import it; a benchmark passes two arguments and these keywords."""
     if name in methods:
         return methods[name].load()
-    if ":" not in name:
+    module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
         raise BenchmarkError(
             f"There is no method {name!r} {kind}.{_did_you_mean(name, methods)} "
             f"There are: {', '.join(methods)}. "
             "Choose one of them, or name a function of your own as my_module:my_erase."
         )
-    function = _own_function(name)
+    function = _own_function(module_name, function_name)
     try:
         inspect.signature(function).bind(None, None, **dict.fromkeys(keywords))
     except TypeError as error:
@@ -215,8 +216,7 @@ def _find(name: str, methods: Mapping[str, Method], kind: str, keywords: Sequenc
     return function
 
 
-def _own_function(place: str) -> Callable[..., Any]:
-    module_name, _, function_name = place.partition(":")
+def _own_function(module_name: str, function_name: str) -> Callable[..., Any]:
     # A console script, unlike `python -m`, does not look for modules in the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -224,8 +224,8 @@ def _own_function(place: str) -> Callable[..., Any]:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         raise BenchmarkError(
-            f"{place} cannot be imported: {error}. Start the command in the folder of {module_name}.py, "
-            "or install the package that it belongs to."
+            f"The module {module_name} cannot be imported: {error}. "
+            f"Start the command in the folder of {module_name}.py, or install the package that it belongs to."
         ) from error
     functions = {name: value for name, value in vars(module).items() if callable(value)}
     if function_name not in functions:

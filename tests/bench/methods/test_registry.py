@@ -101,6 +101,8 @@ def test_ones_own_method(my_module):
     [
         ("uec", "Did you mean uce"),
         ("zzzz", "There are: original, noise"),
+        (":my_erase", "no method ':my_erase'"),
+        ("..module_of_mine:my_erase", "no method '..module_of_mine:my_erase'"),
         ("module_of_mime:my_erase", "cannot be imported.*module_of_mime"),
         ("module_of_mine:my_erse", "no function 'my_erse'.*Did you mean my_erase"),
         ("module_of_mine:number", "no function 'number'"),
