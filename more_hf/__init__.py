@@ -16,7 +16,8 @@ _EXPORTS = {
     "PrototypeFitter": "core.prototypes",
     "Prototypes": "core.prototypes",
     "Remap": "core.remap",
-    "TargetNotFoundError": "core.errors",
+    "SiteNotFoundError": "core.errors",
+    "TargetNotFoundError": "core.errors",  # the first name of SiteNotFoundError
     "collect_prototypes": "classification.features",
     "disabled": "api",
     "erase_classes": "classification.erase",

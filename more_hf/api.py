@@ -39,7 +39,7 @@ def restore(model: Any, concepts: str | int | Sequence[str | int] | None = None)
 
     Raises:
         `MoreError`: nothing was erased, or a concept was not. `AlreadyErasedError`: the originals are not here.
-        `IncompatibleBaseError`: the edited layers were changed since (a LoRA fused, training). `TargetNotFoundError`:
+        `IncompatibleBaseError`: the edited layers were changed since (a LoRA fused, training). `SiteNotFoundError`:
         they are no longer what the model reads (fused projections).
     """
     return kind_of(model).restore(model, concepts)
@@ -69,7 +69,7 @@ def disabled(model: Any) -> Iterator[Any]:
             An erased pipeline or classifier whose originals were kept.
 
     Raises:
-        `MoreError`: nothing was erased. `AlreadyErasedError`: the originals are not here. `TargetNotFoundError`: the
+        `MoreError`: nothing was erased. `AlreadyErasedError`: the originals are not here. `SiteNotFoundError`: the
         model no longer reads through the edited layers (fused projections), before the block or after it.
 
     Example:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.errors import MoreError, PrototypeError, TargetNotFoundError
+from ..core.errors import MoreError, PrototypeError, SiteNotFoundError
 from ..core.facts import ClassFacts
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.prototypes import Prototypes
@@ -91,7 +91,7 @@ def erase_classes(
 
     Raises:
         `PrototypeError`: a class is unknown, has no sample, or is on both sides; the data has no labels; an option is
-        wrong; no exact edit exists. `TargetNotFoundError`: the head cannot be found, or cannot be edited as it is.
+        wrong; no exact edit exists. `SiteNotFoundError`: the head cannot be found, or cannot be edited as it is.
         `AlreadyErasedError`: the model was erased and its originals are not here. The model is unchanged then, as it is
         after an interruption.
 
@@ -107,7 +107,7 @@ def erase_classes(
         {'0': ['1']}
     """
     if not isinstance(model, nn.Module):
-        raise TargetNotFoundError(f"A {type(model).__name__} is not a classifier. Pass the model itself, an nn.Module.")
+        raise SiteNotFoundError(f"A {type(model).__name__} is not a classifier. Pass the model itself, an nn.Module.")
     plain = plain_model(model)
     with lock_of(plain):
         current = require_editable(plain)
@@ -180,12 +180,12 @@ def get_erasure(model: nn.Module) -> ClassErasure | None:
 
 
 def check_in_place(model: nn.Module) -> None:
-    """Raises `TargetNotFoundError` unless the edited modules are where they were."""
+    """Raises `SiteNotFoundError` unless the edited modules are where they were."""
     plain = plain_model(model)
     erasure = find_erasure(plain)
     modules = edited_modules(plain, erasure)
     if replaced := [name for name, site in erasure.sites.items() if modules[name] is not site.module]:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"`{replaced[0]}` was replaced since the edit. Put the edited layer back, or erase again from the original."
         )
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
-from accelerate.utils import extract_model_from_parallel, reduce
+from accelerate.utils import extract_model_from_parallel, reduce, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core.errors import PrototypeError, TargetNotFoundError
+from ..core.errors import PrototypeError, SiteNotFoundError
 from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.registry import find_erasure
 from ..core.views import routing_off
@@ -48,7 +48,7 @@ def collect_prototypes(
     Returns `Prototypes`: `(d, k)` float64, named by `class_names`. With several heads a feature is their inputs one after the other.
 
     Raises `PrototypeError` for data without labels, labels that the head has no output for, and classes without a sample;
-    `TargetNotFoundError` if the head cannot be found. Nothing is changed: training flags and BatchNorm statistics are what they were.
+    `SiteNotFoundError` if the head cannot be found. Nothing is changed: training flags and BatchNorm statistics are what they were.
 
     Source: MoRE, Algorithm 1, step 1; the released code of ESC collects in train mode, which overwrites BatchNorm statistics.
 
@@ -144,7 +144,7 @@ def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Cal
     def look(name: str):
         def hook(module: nn.Module, args: tuple) -> None:
             if not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
-                raise TargetNotFoundError(
+                raise SiteNotFoundError(
                     f"`{name}` ({type(module).__name__}) is not called with a tensor of features as its first argument. Name another."
                 )
             z = args[0].movedim(channel_dim(module, args[0]), -1).float()
@@ -157,7 +157,7 @@ def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Cal
         seen.clear()
         model(pixels)
         if missing := [name for name in modules if name not in seen]:
-            raise TargetNotFoundError(f"The model does not call `{missing[0]}` in its forward pass, so it has no features there.")
+            raise SiteNotFoundError(f"The model does not call `{missing[0]}` in its forward pass, so it has no features there.")
         features = torch.cat([seen[name] for name in modules], dim=1)
         return features, labels.to(features.device)
 
@@ -215,8 +215,5 @@ def _every_sample_once(loader: Iterable[Any]) -> Iterator[tuple[Iterable[Any], b
 
 
 def _sum_over_processes(fitter: PrototypeFitter) -> PrototypeFitter:
-    device = PartialState().device
-    fitter.moment_count = int(reduce(torch.tensor(fitter.moment_count, device=device), "sum"))
-    for name in ("sums", "counts", "moment"):
-        setattr(fitter, name, reduce(getattr(fitter, name).to(device), "sum"))
+    fitter.totals = reduce(send_to_device(fitter.totals, PartialState().device), "sum")
     return fitter

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import AlreadyErasedError, PrototypeError, TargetNotFoundError
+from ..core.errors import AlreadyErasedError, PrototypeError, SiteNotFoundError
 from ..core.install import PROOF_TOLERANCE
 from ..core.prototypes import Prototypes
 from ..core.registry import find_erasure
@@ -63,7 +63,7 @@ def forget_samples(
 
     Raises:
         `PrototypeError`: a class has no sample on one side, or the forgotten means are linearly dependent. `AlreadyErasedError`: classes
-        were erased from the model. `TargetNotFoundError`: there is not one head that can be edited, or the edit drowns in the rounding
+        were erased from the model. `SiteNotFoundError`: there is not one head that can be edited, or the edit drowns in the rounding
         of its dtype. The model is unchanged then.
     """
     plain = plain_model(model)
@@ -72,7 +72,7 @@ def forget_samples(
     heads, P_f = collect(plain, forget, head=head, at=None, second_moment=False)
     _, P_r = collect(plain, remain, head=head, at=None, second_moment=False)
     if len(heads) != 1:
-        raise TargetNotFoundError(f"The edit is absorbed into one head, and this model has {', '.join(heads)}. Name one with `head`.")
+        raise SiteNotFoundError(f"The edit is absorbed into one head, and this model has {', '.join(heads)}. Name one with `head`.")
     ((name, module),) = heads.items()
     site = Site(name, module)
     check_unshared({name: site}, plain)
@@ -90,7 +90,7 @@ def forget_samples(
             site.write((original.to(weight.device).double() + change).to(weight.dtype))
             missed = float((_outputs(module, P_f.matrix, weight) - target).norm() / (source - target).norm())
             if not missed < PROOF_TOLERANCE[weight.dtype]:
-                raise TargetNotFoundError(
+                raise SiteNotFoundError(
                     f"`{name}` does not treat the forgotten means as the others after the edit (off by {missed:.2g} of their "
                     f"difference): the change, {facts['weight_changed']:.1e} of the weight, drowns in the rounding of "
                     f"{weight.dtype}, or something other than the weight decides. The model is as it was. Use "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import TargetNotFoundError
+from ..core.errors import SiteNotFoundError
 
 
 def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -24,7 +24,7 @@ def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | Non
         pixels (`Tensor`): `(batch, channels, height, width)`, any images that the model takes.
         head (`str` or `Sequence[str]`, *optional*): the name or names, where the rule does not apply. Nothing is run then.
 
-    Raises `TargetNotFoundError` if there is no such layer or the rule finds none, naming the candidates.
+    Raises `SiteNotFoundError` if there is no such layer or the rule finds none, naming the candidates.
 
     Example:
 
@@ -37,7 +37,7 @@ def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | Non
     if head is not None:
         named = {name: find_module(model, name) for name in ([head] if isinstance(head, str) else head)}
         if other := [name for name, module in named.items() if not isinstance(module, nn.Linear)]:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"`{other[0]}` ({type(named[other[0]]).__name__}) is not a linear layer. Name the nn.Linear that makes the logits."
             )
         return named
@@ -56,7 +56,7 @@ def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | Non
     if not equal and len(shaped) > 1 and _same(torch.stack([*shaped.values()]).mean(0), logits):
         equal = list(shaped)
     elif len(equal) != 1:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"No head found in {type(model).__name__}: of its {len(linear)} linear layers, {len(equal)} give exactly its logits "
             f"{tuple(logits.shape)}, alone or as a mean. Linear layers with outputs of that shape: "
             f'{", ".join(map(repr, shaped)) or "none"}. Pass the name of the one that makes the logits, head="...".'
@@ -65,11 +65,11 @@ def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | Non
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Raises `TargetNotFoundError` if the model has no such module."""
+    """Raises `SiteNotFoundError` if the model has no such module."""
     modules = dict(model.named_modules())
     if name not in modules:
         close = difflib.get_close_matches(name, modules, n=5) or list(modules)[-5:]
-        raise TargetNotFoundError(f"{type(model).__name__} has no module {name!r}. It has {', '.join(map(repr, close))}.")
+        raise SiteNotFoundError(f"{type(model).__name__} has no module {name!r}. It has {', '.join(map(repr, close))}.")
     return modules[name]
 
 
@@ -86,11 +86,11 @@ def _same(output: Tensor, logits: Tensor) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """`(batch, num_classes)` from what a classifier returns. Raises `TargetNotFoundError` if it is neither a tensor nor has `.logits`."""
+    """`(batch, num_classes)` from what a classifier returns. Raises `SiteNotFoundError` if it is neither a tensor nor has `.logits`."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"The model returned {what}, not logits (batch, num_classes), as a tensor or as `.logits`. Is it an image classifier?"
         )
     return logits
@@ -99,7 +99,7 @@ def logits_of(output: Any) -> Tensor:
 def example_pixels(model: nn.Module) -> Tensor:
     """One image `(1, channels, height, width)` of the size that the model's configuration (Transformers or timm) names; fixed noise.
 
-    Raises `TargetNotFoundError` for a model without a configuration.
+    Raises `SiteNotFoundError` for a model without a configuration.
     """
     inner = getattr(model, "timm_model", model)
     if hasattr(inner, "pretrained_cfg"):
@@ -109,7 +109,7 @@ def example_pixels(model: nn.Module) -> Tensor:
         height, width = (size, size) if isinstance(size, int) else size
         shape = (getattr(model.config, "num_channels", 3), height, width)
     else:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{type(model).__name__} has no configuration that names its input size, so it cannot be run to find its head. "
             'Pass head="..." or data with images.'
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from ..core.errors import MoreError, TargetNotFoundError
+from ..core.errors import MoreError, SiteNotFoundError
 from ..core.hook import reset_compiled
 from ..core.remap import Remap
 from ..core.routers import PrototypeRouter
@@ -81,7 +81,7 @@ def train_router(
         losses, lambda_forget, lambda_balance, epochs, batch_size, learning_rate, seed: as in `fit_router`; the paper's by default.
 
     Raises:
-        `MoreError`: the model is not erased, or has another router. `TargetNotFoundError`: it was erased at an inner module or has
+        `MoreError`: the model is not erased, or has another router. `SiteNotFoundError`: it was erased at an inner module or has
         several heads, so that there is no single head to train through.
     """
     plain, erasure = plain_model(model), get_erasure(model)
@@ -89,7 +89,7 @@ def train_router(
     if not isinstance(router, PrototypeRouter):
         raise MoreError('Only a prototype router has a weight to train. Erase with router="prototype" or "prototype_random" first.')
     if len(erasure.sites) != 1:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"A router is trained through one head, and this model has {len(erasure.sites)} edited heads"
             f"{' (it was erased at an inner module)' if not erasure.sites else ''}. Use the untrained router."
         )

@@ -1,12 +1,15 @@
-"""What can go wrong. Every message has the fact with its values, the reason if it is not obvious, and the next step."""
+"""The errors. A message has the fact with its values, the reason if it is not obvious, and a next step."""
 
 
 class MoreError(Exception):
     """Base of all errors of more_hf."""
 
 
-class TargetNotFoundError(MoreError, ValueError):
-    """The model has nothing that can be edited, or holds it in a form in which it must not be edited."""
+class SiteNotFoundError(MoreError, ValueError):
+    """The model has no layer to edit, or stores it in a form that cannot be edited safely."""
+
+
+TargetNotFoundError = SiteNotFoundError  # its first name; a target is a concept everywhere else
 
 
 class PrototypeError(MoreError, ValueError):

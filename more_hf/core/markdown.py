@@ -9,33 +9,41 @@ from collections.abc import Iterable, Mapping, Sequence
 
 def number(value: object) -> str:
     """Format a cell: a float with three decimals, or two significant digits where that would read 0.000."""
-    if isinstance(value, bool) or not isinstance(value, float):
-        return "" if value is None else str(value)
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
     return f"{value:.3f}" if value == 0 or 5e-4 <= abs(value) < 1e5 else f"{value:.1e}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
     """
-    Format rows as a GitHub-flavoured Markdown table, aligned in plain text too; numbers stand to the right.
+    Format rows as a GitHub-flavoured Markdown table, aligned in plain text too, with numbers on the right.
 
     Args:
         rows (`Sequence[Mapping[str, object]]`):
             The rows; a missing key is an empty cell.
         columns (`Sequence[str]`, *optional*):
-            Which keys, in which order. Defaults to the first row's.
+            Which keys, in which order; `None` for the first row's.
+
+    Raises:
+        `ValueError`: there are neither rows nor columns.
     """
-    columns = table_columns(rows, columns)
-    cells = [[_cell(number(row.get(column))) for column in columns] for row in rows]
-    headers = [_cell(column) for column in columns]
-    widths = [max(3, *(len(line[i]) for line in [headers, *cells])) for i in range(len(columns))]
-    right = [is_numeric(rows, column) for column in columns]
+    if columns is None and not rows:
+        raise ValueError("A table without rows needs column names. Pass `columns`.")
+    texts = []
+    for column in rows[0] if columns is None else columns:
+        cells = [_cell(number(row.get(column))) for row in rows]
+        texts.append(_aligned(_cell(column), cells, right=_is_numeric(rows, column)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*texts, strict=True))
 
-    def line(texts):
-        padded = (text.rjust(w) if r else text.ljust(w) for text, w, r in zip(texts, widths, right, strict=True))
-        return f"| {' | '.join(padded)} |"
 
-    rule = (f"{'-' * (w - 1)}:" if r else "-" * w for w, r in zip(widths, right, strict=True))
-    return "\n".join([line(headers), f"| {' | '.join(rule)} |", *map(line, cells)])
+def _aligned(header: str, cells: Sequence[str], *, right: bool) -> list[str]:
+    """A column's lines, padded to one width: header, rule, cells."""
+    width = max(3, *map(len, [header, *cells]))
+    if right:
+        return [header.rjust(width), "-" * (width - 1) + ":", *(cell.rjust(width) for cell in cells)]
+    return [header.ljust(width), "-" * width, *(cell.ljust(width) for cell in cells)]
 
 
 def bare_table(rows: Iterable[tuple[str, str]]) -> str:
@@ -57,16 +65,12 @@ def aligned_text(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def table_columns(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None) -> list[str]:
-    if columns is None and not rows:
-        raise ValueError("A table without rows needs `columns`.")
-    return list(rows[0] if columns is None else columns)
-
-
-def is_numeric(rows: Sequence[Mapping[str, object]], column: str) -> bool:
-    values = [row.get(column) for row in rows if row.get(column) is not None]
+def _is_numeric(rows: Sequence[Mapping[str, object]], column: str) -> bool:
+    """Whether the column has values, and all of them are numbers."""
+    values = [row[column] for row in rows if row.get(column) is not None]
     return bool(values) and all(isinstance(value, int | float) for value in values)
 
 
 def _cell(text: str) -> str:
+    """Text that cannot end its cell."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from torch import Tensor
 
 from .erasure import Erasure
-from .errors import TargetNotFoundError
+from .errors import SiteNotFoundError
 from .views import original_shown
 
 
@@ -31,7 +31,7 @@ def proof_by_run(
 
     Returns:
         `Callable`: gives `forget_vs_target` and `target_changed` (0 for a correct edit), `forget_changed` (1) and the
-        `tolerance`, and raises `TargetNotFoundError` if they are not within the tolerance.
+        `tolerance`, and raises `SiteNotFoundError` if they are not within the tolerance.
     """
     with nullcontext() if current is None else original_shown(current):
         source, target = run()
@@ -49,7 +49,7 @@ def proof_by_run(
         gone = proof["forget_vs_target"] < tolerance and proof["target_changed"] < tolerance
         if not (gone and proof["forget_changed"] > 0.5):
             measured = ", ".join(f"{key} {value:.2g}" for key, value in proof.items())
-            raise TargetNotFoundError(f"The proof by run failed ({measured}): {cause}")
+            raise SiteNotFoundError(f"The proof by run failed ({measured}): {cause}")
         return proof
 
     return prove

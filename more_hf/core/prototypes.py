@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,21 +18,27 @@ from .errors import PrototypeError
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Named means of features, one column each.
+    """
+    Named means of features, one column each.
 
-    Attributes:
-        matrix (`Tensor`): `(num_features, num_prototypes)`, float64.
-        names (`tuple[str, ...]`): one unique name per column.
-        counts (`Tensor`): `(num_prototypes,)`, int64, how many features each mean is over.
-        second_moment (`Tensor`, *optional*): `(num_features, num_features)`, float64, the uncentred mean of z zᵀ over all
-            features that the fitter saw with `update_moment`.
-        moment_count (`int`): how many features that mean is over.
+    Args:
+        matrix (`Tensor`):
+            `(num_features, num_prototypes)`, float64.
+        names (`tuple[str, ...]`):
+            One unique name per column.
+        counts (`Tensor`):
+            `(num_prototypes,)`, int64, how many features each mean is over.
+        second_moment (`Tensor`, *optional*):
+            `(num_features, num_features)`, float64, the uncentred mean of z zᵀ over all features that the
+            fitter saw with `update_moment`.
+        moment_count (`int`, *optional*, defaults to 0):
+            How many features that mean is over.
 
     Example:
 
         >>> import torch
         >>> from more_hf.core.prototypes import Prototypes
-        >>> here = Prototypes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), ("cat", "dog"), torch.tensor([1, 1]))
+        >>> here = Prototypes(torch.eye(2, dtype=torch.float64), ("cat", "dog"), torch.tensor([1, 1]))
         >>> there = Prototypes(torch.tensor([[4.0], [0.0]]).double(), ("cat",), torch.tensor([2]))
         >>> here.merge(there)["cat"]
         tensor([3., 0.], dtype=torch.float64)
@@ -46,7 +53,10 @@ class Prototypes:
     def index(self, name: str) -> int:
         """Column of a prototype. Raises `PrototypeError` for a name that was never fitted."""
         if name not in self.names:
-            raise PrototypeError(f"There is no prototype {name!r}. Fitted: {', '.join(map(repr, self.names))}.")
+            raise PrototypeError(
+                f"There is no prototype {name!r}. Choose one of {', '.join(map(repr, self.names))}, or fit "
+                "it too."
+            )
         return self.names.index(name)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -55,25 +65,30 @@ class Prototypes:
     def without(self, names: Collection[str]) -> Prototypes:
         """The other prototypes, with the same second moment."""
         kept = [i for i, name in enumerate(self.names) if name not in names]
-        return replace(self, matrix=self.matrix[:, kept], names=tuple(self.names[i] for i in kept), counts=self.counts[kept])
+        return replace(
+            self,
+            matrix=self.matrix[:, kept],
+            names=tuple(self.names[i] for i in kept),
+            counts=self.counts[kept],
+        )
 
     def merge(self, other: Prototypes) -> Prototypes:
-        """The prototypes of both samples together: names of both, means weighted by their counts. Raises `PrototypeError` for
-        another width, or where only one of the two has a second moment."""
-        if len(other.matrix) != len(self.matrix) or (other.second_moment is None) != (self.second_moment is None):
+        """
+        The prototypes of both samples together: the names of both, means weighted by their counts.
+
+        Raises:
+            `PrototypeError`: the widths differ, or only one of the two has a second moment.
+        """
+        moments = [part.second_moment is not None for part in (self, other)]
+        if len(other.matrix) != len(self.matrix) or moments[0] != moments[1]:
             raise PrototypeError(
-                f"Only prototypes of the same features can be merged, both with a second moment or both without; got widths "
-                f"{len(self.matrix)} and {len(other.matrix)}, second moment {self.second_moment is not None} and "
-                f"{other.second_moment is not None}."
+                f"These prototypes are not of the same features: widths {len(self.matrix)} and "
+                f"{len(other.matrix)}, second moment {moments[0]} and {moments[1]}. Collect both at the same "
+                "layer, with a second moment or without."
             )
         fitter = PrototypeFitter(len(self.matrix), dict.fromkeys(self.names + other.names))
         for part in (self, other):
-            columns = [fitter.names.index(name) for name in part.names]
-            fitter.sums[columns] += (part.matrix * part.counts).T
-            fitter.counts[columns] += part.counts
-            if part.second_moment is not None:
-                fitter.moment = fitter.moment + part.second_moment * part.moment_count
-                fitter.moment_count += part.moment_count
+            fitter.add(part)
         return fitter.prototypes
 
     def save(self, path: str | os.PathLike) -> None:
@@ -81,34 +96,51 @@ class Prototypes:
         tensors = {"matrix": self.matrix, "counts": self.counts}
         if self.second_moment is not None:
             tensors["second_moment"] = self.second_moment
-        facts = {"names": self.names, "moment_count": self.moment_count}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"more_hf": json.dumps(facts)})
+        facts = json.dumps({"names": self.names, "moment_count": self.moment_count})
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(contiguous, path, metadata={"more_hf": facts})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Prototypes:
         """Read what `save` wrote, bit for bit."""
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["more_hf"])
-            moment = file.get_tensor("second_moment") if "second_moment" in file.keys() else None
-            return cls(file.get_tensor("matrix"), tuple(facts["names"]), file.get_tensor("counts"), moment, facts["moment_count"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return cls(names=tuple(facts["names"]), moment_count=facts["moment_count"], **tensors)
+
+
+class Totals(NamedTuple):
+    """What a fitter has summed. Totals of two samples add up to the totals of both."""
+
+    sums: Tensor  # (k, d)
+    counts: Tensor  # (k,), int64
+    moment: Tensor  # (d, d), the sum of z zᵀ; () until it is fed, since most users never need it
+    moment_count: Tensor  # (), int64
 
 
 class PrototypeFitter:
-    """Collects the means of features, batch by batch, in float64. Changed in place by `update`, `update_moment`, `merge`.
+    """
+    Collects the means of features, batch by batch, in float64. `update`, `update_moment` and `add` change it
+    in place.
 
-    The sums are additive: any batch size, order and sharding gives the same prototypes to float64 rounding.
+    The totals are additive: any batch size, order and sharding gives the same prototypes up to float64
+    rounding.
 
     Args:
-        num_features (`int`): width d of a feature.
-        names (`Iterable[str]`): one unique name per prototype; label i belongs to `names[i]`.
-        device (*optional*): where the sums live, the CPU if not given.
+        num_features (`int`):
+            Width d of a feature.
+        names (`Iterable[str]`):
+            One unique name per prototype; label i belongs to `names[i]`.
+        device (`torch.device` or `str`, *optional*):
+            Where the totals are; `None` for the CPU.
 
     Example:
 
         >>> import torch
         >>> from more_hf.core.prototypes import PrototypeFitter
         >>> fitter = PrototypeFitter(2, ["cat", "dog"])
-        >>> fitter.update(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1])).prototypes.matrix
+        >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+        >>> fitter.update(features, torch.tensor([0, 0, 1])).prototypes.matrix
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
     """
@@ -116,55 +148,74 @@ class PrototypeFitter:
     def __init__(self, num_features: int, names: Iterable[str], *, device: torch.device | str | None = None):
         self.names = tuple(names)
         if len(set(self.names)) != len(self.names):
-            raise PrototypeError(f"Prototype names must be unique, got {list(self.names)}.")
-        self.sums = torch.zeros(len(self.names), num_features, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(len(self.names), dtype=torch.int64, device=device)
-        self.moment = torch.zeros((), dtype=torch.float64, device=device)  # (d, d) once it is fed: most users never need it
-        self.moment_count = 0
+            raise PrototypeError(
+                f"Prototype names must be unique, got {list(self.names)}. Rename the repeated ones."
+            )
+        self.totals = Totals(
+            sums=torch.zeros(len(self.names), num_features, dtype=torch.float64, device=device),
+            counts=torch.zeros(len(self.names), dtype=torch.int64, device=device),
+            moment=torch.zeros((), dtype=torch.float64, device=device),
+            moment_count=torch.zeros((), dtype=torch.int64, device=device),
+        )
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> PrototypeFitter:
-        """Add features `(..., d)` of any float dtype under integer labels `(...)`; a negative label leaves a feature out.
-
-        Raises `PrototypeError` for a label without a name, before anything is added.
         """
-        features = features.reshape(-1, self.sums.shape[1]).to(self.sums)
-        labels = labels.reshape(-1).to(self.sums.device)
+        Add features `(..., d)` of any float dtype under integer labels `(...)`; a negative label leaves a
+        feature out.
+
+        Raises:
+            `PrototypeError`: a label has no name. Nothing is added then.
+        """
+        features, labels = self._rows(features), labels.reshape(-1).to(self.totals.sums.device)
         if len(labels) and labels.max() >= len(self.names):
-            raise PrototypeError(f"Label {int(labels.max())} has no name: the fitter knows {len(self.names)} prototypes.")
+            raise PrototypeError(
+                f"Label {int(labels.max())} has no name: the fitter knows {len(self.names)} prototypes. "
+                "Correct the labels, or name every class."
+            )
         features, labels = features[labels >= 0], labels[labels >= 0]
-        self.sums.index_add_(0, labels, features)
-        self.counts += torch.bincount(labels, minlength=len(self.names))
+        self.totals.sums.index_add_(0, labels, features)
+        self.totals.counts.add_(torch.bincount(labels, minlength=len(self.names)))
         return self
 
     @torch.no_grad()
     def update_moment(self, features: Tensor) -> PrototypeFitter:
         """Add features `(..., d)` of any float dtype to the second moment alone."""
-        features = features.reshape(-1, self.sums.shape[1]).to(self.sums)
-        self.moment = self.moment + features.T @ features
-        self.moment_count += len(features)
+        features = self._rows(features)
+        self._add_moment(features.T @ features, len(features))
         return self
 
-    def merge(self, other: PrototypeFitter) -> PrototypeFitter:
-        """Add what another fitter with the same names has seen, another shard of the data for instance."""
-        if other.names != self.names:
-            raise PrototypeError(f"Only fitters with the same names can be merged, got {self.names} and {other.names}.")
-        self.sums += other.sums.to(self.sums)
-        self.counts += other.counts.to(self.counts)
-        self.moment = self.moment + other.moment.to(self.moment)
-        self.moment_count += other.moment_count
+    def add(self, prototypes: Prototypes) -> PrototypeFitter:
+        """Add the features of these prototypes, whose names must be among the fitter's."""
+        columns = [self.names.index(name) for name in prototypes.names]
+        self.totals.sums[columns] += (prototypes.matrix * prototypes.counts).T
+        self.totals.counts[columns] += prototypes.counts
+        if prototypes.second_moment is not None:
+            self._add_moment(prototypes.second_moment * prototypes.moment_count, prototypes.moment_count)
         return self
 
     @property
     def prototypes(self) -> Prototypes:
-        """The means so far, on the CPU. Raises `PrototypeError` naming the prototypes that have seen no feature."""
-        empty = [name for name, count in zip(self.names, self.counts.tolist(), strict=True) if count == 0]
+        """The means so far, on the CPU. Raises `PrototypeError` naming those that have seen no feature."""
+        sums, counts, moment, moment_count = self.totals
+        empty = [name for name, count in zip(self.names, counts.tolist(), strict=True) if count == 0]
         if empty:
-            raise PrototypeError(f"No feature was seen for {', '.join(map(repr, empty))}: a mean needs at least one.")
+            raise PrototypeError(
+                f"No feature was seen for {', '.join(map(repr, empty))}, and a mean needs one. Add "
+                "a sample of each."
+            )
         return Prototypes(
-            matrix=(self.sums / self.counts[:, None]).T.cpu().contiguous(),
+            matrix=(sums / counts[:, None]).T.cpu().contiguous(),
             names=self.names,
-            counts=self.counts.cpu().clone(),
-            second_moment=(self.moment / self.moment_count).cpu() if self.moment_count else None,
-            moment_count=self.moment_count,
+            counts=counts.cpu().clone(),
+            second_moment=(moment / moment_count).cpu() if moment_count else None,
+            moment_count=int(moment_count),
         )
+
+    def _rows(self, features: Tensor) -> Tensor:
+        sums = self.totals.sums
+        return features.reshape(-1, sums.shape[1]).to(sums)
+
+    def _add_moment(self, moment: Tensor, count: int) -> None:
+        total, total_count = self.totals.moment + moment, self.totals.moment_count + count
+        self.totals = self.totals._replace(moment=total, moment_count=total_count)

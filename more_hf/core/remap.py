@@ -1,11 +1,11 @@
-"""The method: prototype-orthogonal projection, then forget prototypes are sent to remain prototypes (MoRE, Eq. 4 to 6).
+"""The method: project the forget prototypes out, then send them to remain prototypes (MoRE, Eq. 4 to 6).
 
 With prototypes P = [P_F, P_R] as columns and the dual D (D P = I), an expert is
 
     E z = z + (P_t − P_F) D_F z,
 
-where D_F z says how much of each forget prototype is in z. For a linear layer that reads z this is a LoRA of rank f:
-W E = W + B A with A = D_F, shared by all layers and all experts, and B = W (P_t − P_F).
+where D_F z says how much of each forget prototype is in z. For a linear layer that reads z this is a LoRA of
+rank f: W E = W + B A with A = D_F, shared by all layers and all experts, and B = W (P_t − P_F).
 """
 
 from __future__ import annotations
@@ -22,20 +22,30 @@ from .options import SOLVERS
 from .prototypes import Prototypes
 
 
-EXACT = 1e-6  # how far D_F P may be from [I, 0], in units of one coordinate, before the edit is called not exact
+EXACT = 1e-6  # how far D_F P may be from [I, 0], in units of one coordinate, for the edit to be called exact
+NOWHERE = -1  # the target of a prototype that is erased
 
 
 @dataclass(frozen=True)
 class Remap:
-    """Sends each forget prototype to a target and leaves every other prototype where it is. Frozen; float64 on the CPU.
+    """
+    Sends each forget prototype to a target and leaves every other prototype where it is. Frozen; float64 on
+    the CPU.
 
-    Attributes:
-        prototypes (`Prototypes`): P, `(d, k)`.
-        forget (`tuple[int, ...]`): the f columns of P that are forgotten.
-        targets (`Tensor`): `(num_experts, f)`, int64, the column that each forget prototype is sent to; -1 erases it (sends it to 0).
-        dual (`Tensor`): D, `(k, d)`.
-        solver (`str`): `"pinv"` (the paper: D = P⁺) or `"covariance"` (least change of ordinary features).
-        condition_number (`float`): of P with its columns scaled to unit norm.
+    Args:
+        prototypes (`Prototypes`):
+            P, `(d, k)`.
+        forget (`tuple[int, ...]`):
+            The f columns of P that are forgotten.
+        targets (`Tensor`):
+            `(num_experts, f)`, int64, the column that each forget prototype is sent to; -1 erases it (sends
+            it to 0).
+        dual (`Tensor`):
+            D, `(k, d)`.
+        solver (`str`):
+            `"pinv"` (the paper: D = P⁺) or `"covariance"` (least change of ordinary features).
+        condition_number (`float`):
+            Of P with its columns scaled to unit norm.
     """
 
     prototypes: Prototypes
@@ -55,18 +65,26 @@ class Remap:
         solver: str = "pinv",
         shrinkage: float = 1e-4,
     ) -> Remap:
-        """Solve for the dual.
+        """
+        Solve for the dual.
 
         Args:
-            prototypes (`Prototypes`): forget, target and every other prototype that must stay exactly where it is.
-            forget (`Sequence[str]`): names of the f prototypes to forget.
-            targets (`Sequence[Sequence[str | None]]`): for each expert, the f names that `forget` is sent to; `None` erases.
-            solver (`str`, defaults to `"pinv"`): the metric Σ of D = (Pᵀ Σ⁻¹ P)⁻¹ Pᵀ Σ⁻¹. `"pinv"`: the identity, so
-                D = P⁺. `"covariance"`: the second moment in `prototypes`; of all exact edits, the one that moves the features
-                behind Σ least, in mean square of the coordinates that they read.
-            shrinkage (`float`, defaults to 1e-4): added to the diagonal of Σ, as a fraction of its mean eigenvalue.
+            prototypes (`Prototypes`):
+                Forget, target and every other prototype that must stay exactly where it is.
+            forget (`Sequence[str]`):
+                Names of the f prototypes to forget.
+            targets (`Sequence[Sequence[str | None]]`):
+                For each expert, the f names that `forget` is sent to; `None` erases.
+            solver (`str`, *optional*, defaults to `"pinv"`):
+                The metric Σ of D = (Pᵀ Σ⁻¹ P)⁻¹ Pᵀ Σ⁻¹. `"pinv"`: the identity, so D = P⁺. `"covariance"`:
+                the second moment in `prototypes`; of all exact edits, the one that moves the features behind
+                Σ least, in mean square of the coordinates that they read.
+            shrinkage (`float`, *optional*, defaults to 1e-4):
+                Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
 
-        Raises `PrototypeError` when a forget prototype is a linear combination of the others, so that no exact edit exists.
+        Raises:
+            `PrototypeError`: a forget prototype is a linear combination of the others, so that no exact edit
+            exists.
 
         Example:
 
@@ -77,58 +95,69 @@ class Remap:
             >>> Remap.fit(P, forget=["cat"], targets=[["dog"]]).apply(torch.tensor([[5.0, 1.0, 7.0]]))
             tensor([[0., 6., 7.]])
         """
-        if solver not in SOLVERS:
-            raise PrototypeError(f"Unknown solver {solver!r}. Choose one of {', '.join(SOLVERS)}.")
-        if not forget or len(set(forget)) != len(forget):
-            raise PrototypeError(f"`forget` must name at least one prototype, and each once, got {list(forget)}.")
-        if not targets or any(len(expert) != len(forget) for expert in targets):
-            raise PrototypeError(f"Each expert needs one target (or None) for each of the {len(forget)} forget prototypes, got {targets}.")
+        _check_arguments(forget, targets, solver)
         P = prototypes.matrix
         norms = P.norm(dim=0)
-        if not (torch.isfinite(norms).all() and (norms > 0).all()):
-            bad = prototypes.names[int((~torch.isfinite(norms) | (norms == 0)).nonzero()[0])]
-            raise PrototypeError(f"The prototype {bad!r} is zero or not finite. Check the features that it was fitted on.")
-        whiten = torch.eye(len(P), dtype=P.dtype) if solver == "pinv" else _inverse_root(prototypes, shrinkage)
+        unusable = ~torch.isfinite(norms) | (norms == 0)
+        if unusable.any():
+            name = prototypes.names[int(unusable.nonzero()[0])]
+            raise PrototypeError(
+                f"The prototype {name!r} is zero or not finite. Check the features that it was fitted on."
+            )
+
+        # with columns of unit norm, whitened by Σ^(−1/2), the dual is a pseudo-inverse
         unit = P / norms
+        whiten = torch.eye(len(P), dtype=P.dtype)
+        if solver == "covariance":
+            whiten = _inverse_root(prototypes, shrinkage)
         dual = torch.linalg.pinv(whiten @ unit, rtol=1e-12) @ whiten / norms[:, None]  # (k, d)
+
+        columns = []
+        for expert in targets:
+            columns.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
         remap = cls(
             prototypes=prototypes,
             forget=tuple(prototypes.index(name) for name in forget),
-            targets=torch.tensor([[-1 if t is None else prototypes.index(t) for t in expert] for expert in targets]),
+            targets=torch.tensor(columns),
             dual=dual,
             solver=solver,
             condition_number=float(torch.linalg.cond(unit)),
         )
-        remap._check()
+        remap._check_exact()
         return remap
 
-    def _check(self) -> None:
+    def _check_exact(self) -> None:
+        """Raises `PrototypeError` unless the edit is exact, with the reason why none is."""
         names, P = self.prototypes.names, self.prototypes.matrix
         d, k = P.shape
         if set(self.forget) & set(self.targets.flatten().tolist()):
-            raise PrototypeError("A prototype cannot be both forgotten and a target. Remove it from one of the lists.")
-        read = self.D_F @ P  # (f, k), one where a forget prototype reads itself and zero elsewhere
-        error = (read - torch.eye(k, dtype=P.dtype)[list(self.forget)]).abs()
+            raise PrototypeError(
+                "A prototype cannot be both forgotten and a target. Remove it from one of the lists."
+            )
+        # one where a forget prototype reads itself and zero elsewhere
+        error = (self.D_F @ P - torch.eye(k, dtype=P.dtype)[list(self.forget)]).abs()
         if error.max() < EXACT:
             return
-        row = int(error.amax(1).argmax())
-        column = self.forget[row]
+
+        # the forget prototype that is read worst, and the one that it resembles most
+        column = self.forget[int(error.amax(1).argmax())]
         cosines = torch.nn.functional.cosine_similarity(P[:, [column]], P, dim=0)
         cosines[column] = 0
         nearest = int(cosines.abs().argmax())
-        reason = (
-            f"{k} prototypes do not fit into {d} dimensions"
-            if k > d
-            else f"{names[column]!r} is a linear combination of the other prototypes (nearest: {names[nearest]!r}, "
-            f"cosine {float(cosines[nearest]):.4f})"
-        )
+        reason = f"{k} prototypes do not fit into {d} dimensions"
+        if k <= d:
+            reason = (
+                f"{names[column]!r} is a linear combination of the other prototypes "
+                f"(nearest: {names[nearest]!r}, cosine {float(cosines[nearest]):.4f})"
+            )
         raise PrototypeError(
-            f"No exact edit exists: {reason}, so it cannot be removed and they be kept. Drop a target or a retained name, "
-            "or choose one that is further away."
+            f"No exact edit exists: {reason}, so it cannot be removed while the others are kept. "
+            "Drop a target or a retained name, or choose one that is further away."
         )
 
     @property
     def num_experts(self) -> int:
+        """How many experts there are."""
         return len(self.targets)
 
     @property
@@ -137,15 +166,23 @@ class Remap:
         return len(self.forget)
 
     @property
+    def remain(self) -> Tensor:
+        """P_R, `(d, k − f)`: every prototype that is not forgotten."""
+        P = self.prototypes.matrix
+        return P[:, [column for column in range(P.shape[1]) if column not in self.forget]]
+
+    @property
     def D_F(self) -> Tensor:
-        """`(f, d)`: row i reads how much of forget prototype i is in a feature. Every other prototype reads 0."""
+        """`(f, d)`: row i reads forget prototype i in a feature, and 0 in every other prototype."""
         return self.dual[list(self.forget)]
 
     @cached_property
     def shifts(self) -> Tensor:
         """`(num_experts, d, f)`: P_t − P_F of every expert."""
         P = self.prototypes.matrix
-        padded = torch.cat([P, torch.zeros_like(P[:, :1])], dim=1)  # column -1 is the target 0 of an erasure
+        padded = torch.cat(
+            [P, torch.zeros_like(P[:, :1])], dim=1
+        )  # column NOWHERE, the last, is the target 0
         return padded[:, self.targets].transpose(0, 1) - P[:, list(self.forget)]
 
     def shift(self, expert: int | None = None) -> Tensor:
@@ -153,7 +190,15 @@ class Remap:
         return self.shifts.mean(0) if expert is None else self.shifts[expert]
 
     def apply(self, z: Tensor, expert: int | Tensor | None = None) -> Tensor:
-        """E z for features `(..., d)`, in the dtype of z. `expert`: one for all, `(batch,)` int64 for z `(batch, ..., d)`, or the mean."""
+        """
+        E z for features `(..., d)`, in the dtype of z.
+
+        Args:
+            z (`Tensor`):
+                The features.
+            expert (`int` or `Tensor`, *optional*):
+                One expert for all, or `(batch,)` int64 for z `(batch, ..., d)`; `None` for the mean expert.
+        """
         read = z.double() @ self.D_F.T.to(z.device)  # (..., f)
         if isinstance(expert, Tensor):
             shift = self.shifts.to(z.device)[expert.to(z.device)]  # (batch, d, f)
@@ -168,59 +213,90 @@ class Remap:
         return float(((self.apply(z) - z).norm(dim=-1) / z.norm(dim=-1)).max())
 
     def delta(self, weight: Tensor, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        """The change of a linear layer that reads the features: `weight` `(out, d)` becomes `weight + lora_B @ lora_A`.
+        """
+        The change of a linear layer that reads the features: `weight` becomes `weight + lora_B @ lora_A`.
 
-        Returns `lora_A` `(f, d)`, the same for every layer and expert, and `lora_B` `(out, f)`, float64 on the weight's device.
+        Args:
+            weight (`Tensor`):
+                `(out, d)`.
+            expert (`int`, *optional*):
+                Which expert; `None` for the mean.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: `lora_A` `(f, d)`, the same for every layer and expert, and `lora_B`
+            `(out, f)`, float64 on the weight's device.
         """
         return self.D_F.to(weight.device), weight.double() @ self.shift(expert).to(weight.device)
 
     def merged(self, weight: Tensor, expert: int | None = None) -> Tensor:
-        """`(out, d)`: the edited weight in the dtype of `weight`, which is not changed. Computed in float64, cast once."""
+        """The edited weight `(out, d)` as a new tensor of the same dtype. Computed in float64, cast once."""
         lora_A, lora_B = self.delta(weight, expert)
         return torch.addmm(weight.double(), lora_B, lora_A).to(weight.dtype)
 
     def verify(self) -> dict[str, float]:
-        """Measure what the method promises, as relative errors of the worst expert (float64: about 1e-12 for a good P).
-
-        - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖
-        - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype
-        - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖
-        - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, what an edited feature can still show of a forget prototype
-        - `ordinary_moved`: √(E‖E z − z‖² / E‖z‖²) over the features behind Σ, where there are any: what the edit costs them
-        - `rank` (G2): of I − E, the smallest over the experts
         """
-        P, D_F, forget = self.prototypes.matrix, self.D_F, list(self.forget)
-        remain = P[:, [i for i in range(P.shape[1]) if i not in self.forget]]
-        moment = self.prototypes.second_moment
-        measured, ranks = [], []
-        for M in self.shifts:
+        Measure what the method promises, as relative errors of the worst expert (float64: about 1e-12 for a
+        good P).
+
+        Returns:
+            `dict[str, float]`:
+
+            - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖
+            - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype
+            - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖
+            - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, what an edited feature can still show of a forget
+              prototype
+            - `ordinary_moved`: √(E‖E z − z‖² / E‖z‖²) over the features behind Σ, where there are any: what
+              the edit costs them
+            - `rank` (G2): of I − E, the smallest over the experts
+        """
+        D_F, remain, moment = self.D_F, self.remain, self.prototypes.second_moment
+        forget = self.prototypes.matrix[:, list(self.forget)]
+        experts = []
+        for M in self.shifts:  # E = I + M D_F
             left = D_F + (D_F @ M) @ D_F  # D_F E
-            measured.append(
-                [
-                    _worst_ratio(M @ (D_F @ P[:, forget]) - M, M),
-                    _worst_ratio(M @ (D_F @ remain), remain),
-                    (M @ left).norm() / (M @ D_F).norm(),
-                    left.norm() / D_F.norm(),
-                ]
-            )
-            if moment is not None:  # E‖M D_F z‖² = tr(Mᵀ M D_F Σ D_Fᵀ)
-                measured[-1].append(((M.T @ M) * (D_F @ moment @ D_F.T)).sum().clamp_min(0).sqrt() / moment.trace().sqrt())
-            ranks.append(torch.linalg.matrix_rank(M))
-        keys = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left", "ordinary_moved")
-        worst = torch.tensor(measured).amax(0).tolist()  # keeps a NaN
-        return {**dict(zip(keys, worst, strict=False)), "rank": int(min(*ranks, torch.linalg.matrix_rank(D_F)))}
+            measured = {
+                "forget_to_target": _worst_ratio(M @ (D_F @ forget) - M, M),
+                "remain_fixed": _worst_ratio(M @ (D_F @ remain), remain),
+                "idempotent": (M @ left).norm() / (M @ D_F).norm(),
+                "nothing_left": left.norm() / D_F.norm(),
+            }
+            if moment is not None:
+                # E‖M D_F z‖² = tr(Mᵀ M D_F Σ D_Fᵀ)
+                squared = ((M.T @ M) * (D_F @ moment @ D_F.T)).sum().clamp_min(0)
+                measured["ordinary_moved"] = squared.sqrt() / moment.trace().sqrt()
+            experts.append(measured)
+        worst = {
+            key: float(torch.stack([one[key] for one in experts]).max()) for key in experts[0]
+        }  # keeps a NaN
+        ranks = [torch.linalg.matrix_rank(factor) for factor in (D_F, *self.shifts)]
+        return {**worst, "rank": int(min(ranks))}
+
+
+def _check_arguments(forget: Sequence[str], targets: Sequence[Sequence[str | None]], solver: str) -> None:
+    if solver not in SOLVERS:
+        raise PrototypeError(f"Unknown solver {solver!r}. Choose one of {', '.join(SOLVERS)}.")
+    if not forget or len(set(forget)) != len(forget):
+        raise PrototypeError(f"`forget` must name at least one prototype, and each once, got {list(forget)}.")
+    if not targets or any(len(expert) != len(forget) for expert in targets):
+        raise PrototypeError(
+            f"Each expert needs one target (or None) for each of the {len(forget)} forget prototypes, got "
+            f"{targets}."
+        )
 
 
 def _worst_ratio(change: Tensor, reference: Tensor) -> Tensor:
     """The largest ‖change‖ / ‖reference‖ over columns, 0 where there is no column."""
     ratios = change.norm(dim=0) / reference.norm(dim=0)
-    return ratios.max() if len(ratios) else torch.zeros(())
+    return ratios.max() if len(ratios) else ratios.new_zeros(())
 
 
 def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor:
     """Σ^(−1/2), `(d, d)`, of the shrunk second moment."""
     if prototypes.second_moment is None:
-        raise PrototypeError('solver="covariance" needs a second moment. Feed the fitter with `update_moment` too.')
+        raise PrototypeError(
+            'solver="covariance" needs a second moment. Feed the fitter with `update_moment` too.'
+        )
     values, vectors = torch.linalg.eigh(prototypes.second_moment)
-    return (vectors * (values.clamp_min(0) + shrinkage * values.mean()).rsqrt()) @ vectors.T
-
+    shrunk = values.clamp_min(0) + shrinkage * values.mean()
+    return (vectors * shrunk.rsqrt()) @ vectors.T

@@ -1,4 +1,4 @@
-"""Routers: which expert a sample takes. One class each; `ROUTERS` is the list of names."""
+"""Routers: which expert a sample takes. One class each; `ROUTERS` has them by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from .remap import Remap
 
 
-# splitmix64's constants, as signed 64-bit integers. The draw is a hash of (seed, call), not a generator: it needs no state that
-# torch.compile could not trace, touches no one's random numbers, and is the same on every device and for every batch size.
-_GOLDEN, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# splitmix64's constants, as signed 64-bit integers. The draw is a hash of (seed, call), not a generator: it
+# needs no state that torch.compile could not trace, touches no one's random numbers, and is the same on every
+# device and for every batch size.
+_CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_GOLDEN, _MIX1, _MIX2 = (constant - (1 << 64) for constant in _CONSTANTS)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -22,18 +24,21 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(seeds: Tensor, call: Tensor) -> Tensor:
-    """Pseudo-random non-negative integers from int64 seeds `(n,)` and an int64 call index `()` (splitmix64's finaliser)."""
+    """Pseudo-random non-negative integers from int64 seeds `(n,)` and an int64 call index `()`."""
     x = seeds * _MIX1 + (call + 1) * _GOLDEN
+    # splitmix64's finaliser
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
     return _shift_right(x ^ _shift_right(x, 31), 1)
 
 
 class RandomRouter:
-    """The paper's router: one uniform draw per call and sample.
+    """
+    The paper's router: one uniform draw per call and sample.
 
-    With `seeds`, the expert of sample i in call c is a function of `seeds[i]` and c alone; rows beyond `len(seeds)` repeat them, so
-    that the halves of classifier-free guidance share their draws. Without, every row has a stream of its own, new in each process.
+    With `seeds`, the expert of sample i in call c is a function of `seeds[i]` and c alone; rows beyond
+    `len(seeds)` repeat them, so that the halves of classifier-free guidance share their draws. Without them
+    every row has its own stream, new in each process.
     """
 
     def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
@@ -44,7 +49,9 @@ class RandomRouter:
 
     def reset(self, seeds: Sequence[int] | None) -> None:
         """Start again at call 0 with these streams."""
-        self.seeds = None if seeds is None else torch.tensor([seed % 2**63 for seed in seeds], device=self.call.device)
+        self.seeds = None
+        if seeds is not None:
+            self.seeds = torch.tensor([seed % 2**63 for seed in seeds], device=self.call.device)
         self.call.zero_()
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -57,35 +64,41 @@ class RandomRouter:
 
 
 class HashRouter:
-    """An expert that is a function of what no expert changes, (I − P D) z: asking again gives the same answer.
+    """
+    The same expert whenever the same sample comes: a function of (I − P D) z, the part that no expert
+    changes.
 
-    The sample's mean feature, its first token left out where it has tokens, is compared with one fixed random direction per
-    expert. Where nothing is left of it (z near a prototype) the sample takes expert 0.
+    The sample's mean feature, its first token left out where it has tokens, is compared with one fixed random
+    direction per expert. Where nothing of it remains (z near a prototype) the sample takes expert 0.
     """
 
     def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
         P = remap.prototypes.matrix
         complement = torch.eye(len(P), dtype=P.dtype) - P @ remap.dual
-        directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=generator)
         self.complement = complement.to(device)
         self.directions = directions.to(device)
-        self.tiny = 1e-3 * float(P.norm(dim=0).median())  # not a fraction of ‖z‖, which experts change
+        # not a fraction of ‖z‖, which experts change
+        self.tiny = 1e-3 * float(P.norm(dim=0).median())
 
     def reset(self, seeds: Sequence[int] | None) -> None:
         """Nothing is drawn, so there is nothing to start again."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """Experts `(batch,)`, int64, for features `(batch, tokens, d)` or `(batch, d)`."""
-        left = _sample_feature(z.to(self.complement)) @ self.complement.T
-        experts = (left @ self.directions.T).argmax(1)
-        return experts.where(left.norm(dim=1) > self.tiny, 0)
+        unchanged = _sample_feature(z.to(self.complement)) @ self.complement.T
+        experts = (unchanged @ self.directions.T).argmax(1)
+        return experts.where(unchanged.norm(dim=1) > self.tiny, 0)
 
 
 class PrototypeRouter:
-    """MoRE-P: the expert whose row of the remain prototypes' pseudo-inverse responds most, argmax W z with W = (P_R⁺)[:num_experts]
-    (Algorithm 4). A function of the sample's mean feature; `weight` `(rows, d)` may be trained.
+    """
+    MoRE-P: the expert whose row of the remain prototypes' pseudo-inverse responds most (Algorithm 4).
 
-    P_R⁺ has one row per remain prototype, so experts beyond that many have no row and are never taken, as Algorithm 4 has it.
+    That is argmax W z of the sample's mean feature z, with W = (P_R⁺)[:num_experts]; `weight` `(rows, d)` may
+    be trained. P_R⁺ has one row per remain prototype, so experts beyond that many have no row and are never
+    taken, as in Algorithm 4.
     """
 
     def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
@@ -94,9 +107,7 @@ class PrototypeRouter:
     @staticmethod
     def initial(remap: Remap) -> Tensor:
         """The untrained weight, float64."""
-        P = remap.prototypes.matrix
-        remain = P[:, [i for i in range(P.shape[1]) if i not in remap.forget]]
-        return torch.linalg.pinv(remain)[: remap.num_experts]
+        return torch.linalg.pinv(remap.remain)[: remap.num_experts]
 
     def reset(self, seeds: Sequence[int] | None) -> None:
         """Nothing is drawn, so there is nothing to start again."""
@@ -111,6 +122,7 @@ class RandomPrototypeRouter(PrototypeRouter):
 
     @staticmethod
     def initial(remap: Remap) -> Tensor:
+        """The untrained weight, float64."""
         shape = remap.num_experts, len(remap.prototypes.matrix)
         return 0.1 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -120,4 +132,9 @@ def _sample_feature(z: Tensor) -> Tensor:
     return z[:, 1:].mean(1) if z.ndim == 3 else z
 
 
-ROUTERS = {"random": RandomRouter, "hash": HashRouter, "prototype": PrototypeRouter, "prototype_random": RandomPrototypeRouter}
+ROUTERS = {
+    "random": RandomRouter,
+    "hash": HashRouter,
+    "prototype": PrototypeRouter,
+    "prototype_random": RandomPrototypeRouter,
+}

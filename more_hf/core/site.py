@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import TargetNotFoundError
+from .errors import SiteNotFoundError
 
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,7 +32,7 @@ class Site:
             How many of the first columns read them, if not all: they are the weight that `read` and `write` know.
 
     Raises:
-        `TargetNotFoundError`: the weight cannot be edited in place. The message names the layer and the remedy.
+        `SiteNotFoundError`: the weight cannot be edited in place. The message names the layer and the remedy.
     """
 
     def __init__(self, name: str, module: nn.Module, *, space: str = "tokens", columns: int | None = None):
@@ -42,20 +42,20 @@ class Site:
     def _check(self) -> None:
         where = f"`{self.name}` ({type(self.module).__name__})"
         if type(self.module) is not nn.Linear:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be edited in "
                 "place. Erase from the unquantized model, save it, and quantize what was saved."
             )
         offload = self._offload_map("weight")
         if offload is not None and not isinstance(offload[0], dict):
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"The weight of {where} is offloaded to disk, where an edit would not reach it. "
                 "Load the model without an offload folder, erase, save, and load it with offloading again."
             )
         weight = self.read()
         plain = type(weight) is Tensor and not weight.is_meta and weight.ndim == 2
         if not plain or weight.dtype not in EDITABLE:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"The weight of {where} is {type(weight).__name__} {weight.dtype} of shape {tuple(weight.shape)} on "
                 f"{weight.device}: quantized, cast to fp8, sharded (FSDP, ZeRO-3) or not loaded. An edit needs the "
                 "whole matrix in fp16, bf16, fp32 or fp64. Erase from the full-precision model, save it, and "
@@ -107,7 +107,7 @@ class Site:
 
 
 def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
-    """Raises `TargetNotFoundError` if another layer shares a site's weight, and would be edited with it."""
+    """Raises `SiteNotFoundError` if another layer shares a site's weight, and would be edited with it."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta:
@@ -115,7 +115,7 @@ def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
     for name, site in sites.items():
         sharing = owners.get(site.read().untyped_storage().data_ptr(), [])
         if len(sharing) > 1:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"The weight of `{name}` is shared by {sharing}; editing one would edit all. "
                 "Give each layer its own copy first."
             )

@@ -63,7 +63,7 @@ class Encoder:
             Sentences around a name, with `{}` for it.
 
     Raises:
-        `TargetNotFoundError`: the pipeline's way to encode prompts is not known.
+        `SiteNotFoundError`: the pipeline's way to encode prompts is not known.
     """
 
     def __init__(self, pipe: DiffusionPipeline, templates: Sequence[str] = TEMPLATES):

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from ..core.errors import MoreError, TargetNotFoundError
+from ..core.errors import MoreError, SiteNotFoundError
 from ..core.facts import ConceptFacts
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.record import refuse_erased_source
@@ -89,7 +89,7 @@ def erase_concept(
         `DiffusionPipeline`: the same pipeline.
 
     Raises:
-        `PrototypeError`: a name or an option is wrong, or no exact edit exists. `TargetNotFoundError`: the pipeline
+        `PrototypeError`: a name or an option is wrong, or no exact edit exists. `SiteNotFoundError`: the pipeline
         cannot be edited as it is. `AlreadyErasedError`: it was erased and its originals are not here. The pipeline is
         unchanged then, as it is after an interruption.
 
@@ -177,7 +177,7 @@ def get_erasure(pipe: DiffusionPipeline) -> ConceptErasure | None:
 
 def check_in_place(pipe: DiffusionPipeline) -> None:
     """
-    Raises `TargetNotFoundError` unless the denoiser still reads the prompt through the layers that were edited.
+    Raises `SiteNotFoundError` unless the denoiser still reads the prompt through the layers that were edited.
 
     Projections that were fused since read a copy of the edited weights, which neither `restore` nor `disabled` reaches.
     """
@@ -185,7 +185,7 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     erasure = find_erasure(denoiser.module)
     sites = find_layers(denoiser, pooled=erasure.request.pooled)
     if replaced := [name for name, site in erasure.sites.items() if sites[name].module is not site.module]:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{len(replaced)} edited layers were replaced since the edit (first: `{replaced[0]}`). "
             "Put the edited layers back, or erase again from the original model."
         )

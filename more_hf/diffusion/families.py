@@ -17,7 +17,7 @@ from diffusers.models.embeddings import ImageProjection
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
-from ..core.errors import TargetNotFoundError
+from ..core.errors import SiteNotFoundError
 
 
 CUSTOM_DIFFUSION = (
@@ -60,7 +60,7 @@ def _find_unet(unet: nn.Module) -> dict[str, Reader]:
     """to_k and to_v of every attention that reads text (an IP-Adapter's own projections read images and are left alone)."""
     for option, understood in CONDITIONS.items():
         if unet.config[option] not in understood:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"This UNet also reads its conditions through `{option}={unet.config[option]!r}`. Only plain Stable Diffusion UNets "
                 "and Stable Diffusion XL's are supported."
             )
@@ -69,12 +69,12 @@ def _find_unet(unet: nn.Module) -> dict[str, Reader]:
         if not isinstance(module, Attention) or not module.is_cross_attention:
             continue
         if "to_kv" in module._modules:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"`{name}` has fused projections, which keep a copy of the original weights and are saved with the model. "
                 "Load the pipeline again without `fuse_qkv_projections()`, erase, then fuse."
             )
         if isinstance(module.processor, CUSTOM_DIFFUSION):
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"`{name}` has a Custom Diffusion processor with text projections of its own. "
                 "Call `unet.set_default_attn_processor()` first, or erase without it."
             )

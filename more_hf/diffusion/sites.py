@@ -11,7 +11,7 @@ from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from ..core.errors import TargetNotFoundError
+from ..core.errors import SiteNotFoundError
 from ..core.site import Site, check_unshared
 from .families import FAMILIES, Family, Reader, family_of
 from .text import text_of
@@ -29,9 +29,9 @@ class Denoiser(NamedTuple):
 
 
 def require_pipeline(pipe: DiffusionPipeline) -> None:
-    """Raises `TargetNotFoundError` for anything that is not a pipeline of diffusers."""
+    """Raises `SiteNotFoundError` for anything that is not a pipeline of diffusers."""
     if not isinstance(pipe, DiffusionPipeline):
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"A {type(pipe).__name__} is neither a pipeline of diffusers nor an image classifier (nn.Module). "
             "Pass the pipeline or the classifier itself."
         )
@@ -42,7 +42,7 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
     Find the pipeline's denoiser.
 
     Raises:
-        `TargetNotFoundError`: its family is unknown (the message names the layers that may read its text), text encoders
+        `SiteNotFoundError`: its family is unknown (the message names the layers that may read its text), text encoders
         are missing or used in an unknown way, or another component reads text.
     """
     require_pipeline(pipe)
@@ -51,16 +51,16 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
     families = {name: family_of(part) for name, part in modules.items()}
     denoisers = [Denoiser(name, modules[name], family) for name, family in families.items() if family is not None]
     if len(denoisers) != 1:
-        raise TargetNotFoundError(_unknown(pipe, modules, len(denoisers)))
+        raise SiteNotFoundError(_unknown(pipe, modules, len(denoisers)))
     (denoiser,) = denoisers
     if denoiser.family.pooled and not text_of(pipe).pooled:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt embedding that "
             "its text encoder does not make. Is this the right text encoder?"
         )
     for name, part in modules.items():
         if name != denoiser.name and not name.startswith("text_encoder") and _reads_text(part):
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"`{name}` ({type(part).__name__}) reads the prompt with layers of its own and would still know the "
                 "concept. Erase from the pipeline without it (e.g. `StableDiffusionPipeline.from_pipe(pipe)`)."
             )
@@ -101,11 +101,11 @@ def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:
     Every layer of the denoiser that reads the prompt's tokens, and its pooled feature if `pooled`; under a LoRA the base.
 
     Raises:
-        `TargetNotFoundError`: there is none, or their projections are fused.
+        `SiteNotFoundError`: there is none, or their projections are fused.
     """
     readers = denoiser.family.find(denoiser.module)
     if not readers:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{type(denoiser.module).__name__} has no attention that reads text (no layer with cross-attention)."
         )
     return {
@@ -122,20 +122,20 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
     A LoRA that is loaded but not fused stays as it is: the site is its base layer.
 
     Raises:
-        `TargetNotFoundError`: a layer cannot be edited in place; the message has the remedy.
+        `SiteNotFoundError`: a layer cannot be edited in place; the message has the remedy.
     """
     if getattr(pipe, "num_fused_loras", 0):
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse again."
         )
     if _is_offloaded_to_disk(denoiser.module):
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             "The denoiser is group-offloaded to disk, where an edit would not reach it. "
             "Erase first, then enable offloading to disk."
         )
     for name, reader in denoiser.family.find(denoiser.module).items():
         if _is_lora(reader.module) and reader.module.merged:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"`{name}` has a merged LoRA. Call `pipe.unfuse_lora()` first, erase, then fuse again."
             )
     readers = find_layers(denoiser, pooled=pooled)
@@ -151,10 +151,10 @@ def _is_offloaded_to_disk(model: nn.Module) -> bool:
 
 
 def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:
-    """Raises `TargetNotFoundError` unless every site reads as many features as its space has."""
+    """Raises `SiteNotFoundError` unless every site reads as many features as its space has."""
     for name, site in sites.items():
         if site.read().shape[1] != widths[site.space]:
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"`{name}` does not read the text encoder's {widths[site.space]} features. "
                 "Is this the right text encoder?"
             )

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
-from ..core.errors import TargetNotFoundError
+from ..core.errors import SiteNotFoundError
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,23 @@ TEXTS = {
 
 
 def text_of(pipe: DiffusionPipeline) -> Text:
-    """How the pipeline encodes prompts. Raises `TargetNotFoundError` if an encoder is missing or the way is not known."""
+    """How the pipeline encodes prompts. Raises `SiteNotFoundError` if an encoder is missing or the way is not known."""
     encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
     if missing := [name for name, part in encoders.items() if part is None]:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{type(pipe).__name__} was loaded without its text encoder `{missing[0]}`, which prototypes are made with: what it says to "
             "the model would stay. Load the pipeline with all of its text encoders."
         )
     classes = tuple(type(unwrap_module(encoders[name])).__name__ for name in sorted(encoders))
     if classes not in TEXTS:
         known = "; ".join(" + ".join(names) for names in TEXTS)
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}. Supported are {known}."
         )
     text = TEXTS[classes]
     takes = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else {}
     if lacking := [argument for argument in text.arguments if argument not in takes]:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{type(pipe).__name__} encodes prompts in a way of its own (its `encode_prompt` takes no `{lacking[0]}`), so that it is not "
             "known what its denoiser reads. Erase from the model's text-to-image pipeline, and pass its components on."
         )

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 import more_hf
-from more_hf import PrototypeError, TargetNotFoundError
+from more_hf import PrototypeError, SiteNotFoundError
 from more_hf.classification.features import features_of
 
 
@@ -242,7 +242,7 @@ def test_an_own_module_with_its_head_named(digits):
             return self.top(x.flatten(1)).log_softmax(1)
 
     model = Own()
-    with pytest.raises(TargetNotFoundError, match="No head found in Own"):
+    with pytest.raises(SiteNotFoundError, match="No head found in Own"):
         more_hf.erase_classes(model, [(images, labels)], [4])
     more_hf.erase_classes(model, [(images, labels)], [4], head="top")
     assert more_hf.get_erasure(model).concepts == ["4"]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import more_hf
 from more_hf.classification.features import features_of
-from more_hf.core.errors import PrototypeError, TargetNotFoundError
+from more_hf.core.errors import PrototypeError, SiteNotFoundError
 
 
 ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
@@ -243,16 +243,16 @@ def test_no_batches(model):
 
 
 def test_bad_places(model, data):
-    with pytest.raises(TargetNotFoundError, match=r"no module 'resnet.encoder.stages.7'. It has 'resnet.encoder.stages.1'"):
+    with pytest.raises(SiteNotFoundError, match=r"no module 'resnet.encoder.stages.7'. It has 'resnet.encoder.stages.1'"):
         more_hf.collect_prototypes(model, DataLoader(data), at="resnet.encoder.stages.7")
-    with pytest.raises(TargetNotFoundError, match="does not call `resnet.encoder.stages`"):
+    with pytest.raises(SiteNotFoundError, match="does not call `resnet.encoder.stages`"):
         more_hf.collect_prototypes(model, DataLoader(data), at="resnet.encoder.stages")
 
     class Keywords(nn.Sequential):
         def forward(self, x):
             return self[1](input=self[0](x))
 
-    with pytest.raises(TargetNotFoundError, match=r"`1` \(Linear\) is not called with a tensor"):
+    with pytest.raises(SiteNotFoundError, match=r"`1` \(Linear\) is not called with a tensor"):
         more_hf.collect_prototypes(Keywords(nn.Flatten(), nn.Linear(64, 10)), DataLoader(data))
 
 

@@ -8,7 +8,7 @@ from more_hf.bench.classes.training import accuracy, predict
 from more_hf.bench.splits import split_by_sample
 from more_hf.classification.features import collect_prototypes
 from more_hf.classification.forget_samples import factors, forget_samples, measure
-from more_hf.core.errors import AlreadyErasedError, PrototypeError, TargetNotFoundError
+from more_hf.core.errors import AlreadyErasedError, PrototypeError, SiteNotFoundError
 from more_hf.data import load_classifier
 
 
@@ -106,7 +106,7 @@ def test_models_that_are_refused(splits):
     more_hf.erase_classes(model, splits.r.loader(500), ["3"])
     with pytest.raises(AlreadyErasedError, match="restore"):
         forget_samples(model, splits.f.loader(100), splits.r.loader(500))
-    with pytest.raises(TargetNotFoundError, match="no module 'head'"):
+    with pytest.raises(SiteNotFoundError, match="no module 'head'"):
         forget_samples(load_classifier("digits-allcnn"), splits.f.loader(100), splits.r.loader(500), head="head")
 
 
@@ -116,7 +116,7 @@ def test_an_edit_that_drowns_in_rounding_is_rolled_back(splits):
     model = load_classifier("digits-allcnn").to(torch.bfloat16)
     before = model.classifier.weight.detach().clone()
     nearly = splits.r.subset(torch.arange(1, len(splits.r)))
-    with pytest.raises(TargetNotFoundError, match="drowns in the rounding of torch.bfloat16"):
+    with pytest.raises(SiteNotFoundError, match="drowns in the rounding of torch.bfloat16"):
         forget_samples(model, nearly.loader(500), splits.r.loader(500))
     assert model.classifier.weight.equal(before)
 
@@ -132,5 +132,5 @@ def test_a_model_with_two_heads(splits):
             return (self.one(z) + self.two(z)) / 2
 
     model = Two()
-    with pytest.raises(TargetNotFoundError, match="one head, and this model has one, two"):
+    with pytest.raises(SiteNotFoundError, match="one head, and this model has one, two"):
         forget_samples(model, splits.f.loader(100), splits.r.loader(500))

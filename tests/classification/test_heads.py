@@ -36,7 +36,7 @@ from transformers import (
 
 import more_hf
 from more_hf.classification.heads import example_pixels, find_heads
-from more_hf.core.errors import TargetNotFoundError
+from more_hf.core.errors import SiteNotFoundError
 
 
 # Width and number of labels are both 8 in some: a layer inside that has the head's shape must not be taken for it.
@@ -172,10 +172,10 @@ def test_named_heads_are_taken_at_their_word():
 
 
 def test_no_head_is_refused_with_the_candidates():
-    with pytest.raises(TargetNotFoundError, match=r"No head found in Own.*'logits', 'classifier'.*head="):
+    with pytest.raises(SiteNotFoundError, match=r"No head found in Own.*'logits', 'classifier'.*head="):
         find_heads(Own(scale=0.5), torch.rand(2, 3, 2, 2))
     convolution = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten())
-    with pytest.raises(TargetNotFoundError, match="of its 0 linear layers"):
+    with pytest.raises(SiteNotFoundError, match="of its 0 linear layers"):
         find_heads(convolution, torch.rand(1, 3, 2, 2))
 
 
@@ -188,26 +188,26 @@ def test_two_equal_heads_are_refused():
                 self.classifier.bias.zero_()
             return self.classifier(z)
 
-    with pytest.raises(TargetNotFoundError, match="2 give exactly its logits"):
+    with pytest.raises(SiteNotFoundError, match="2 give exactly its logits"):
         find_heads(Twice(), torch.rand(2, 3, 2, 2))
 
 
 def test_wrong_names_are_refused():
-    with pytest.raises(TargetNotFoundError, match=r"no module 'classifer'. It has 'classifier'"):
+    with pytest.raises(SiteNotFoundError, match=r"no module 'classifer'. It has 'classifier'"):
         find_heads(Own(), None, "classifer")
-    with pytest.raises(TargetNotFoundError, match=r"`0` \(Conv2d\) is not a linear layer"):
+    with pytest.raises(SiteNotFoundError, match=r"`0` \(Conv2d\) is not a linear layer"):
         find_heads(nn.Sequential(nn.Conv2d(3, 4, 2)), None, "0")
 
 
 def test_what_is_not_a_classifier_is_refused():
-    with pytest.raises(TargetNotFoundError, match=r"returned \(1, 4, 1, 1\), not logits"):
+    with pytest.raises(SiteNotFoundError, match=r"returned \(1, 4, 1, 1\), not logits"):
         find_heads(nn.Sequential(nn.Conv2d(3, 4, 2)), torch.rand(1, 3, 2, 2))
-    with pytest.raises(TargetNotFoundError, match="returned BaseModelOutput"):
+    with pytest.raises(SiteNotFoundError, match="returned BaseModelOutput"):
         find_heads(ViTForImageClassification(ViTConfig(**TOKENS)).vit, torch.rand(1, 3, 32, 32))
 
 
 def test_example_needs_a_configuration():
-    with pytest.raises(TargetNotFoundError, match="no configuration"):
+    with pytest.raises(SiteNotFoundError, match="no configuration"):
         example_pixels(Own())
     assert example_pixels(SwinForImageClassification(SwinConfig(**SWIN, num_channels=1)).half()).dtype == torch.float16
     assert example_pixels(timm.create_model("test_vit")).shape == (1, 3, 160, 160)

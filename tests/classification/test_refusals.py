@@ -9,7 +9,7 @@ from support.compare import accuracies, same, state
 from torch import nn
 
 import more_hf
-from more_hf import AlreadyErasedError, IncompatibleBaseError, MoreError, PrototypeError, TargetNotFoundError
+from more_hf import AlreadyErasedError, IncompatibleBaseError, MoreError, PrototypeError, SiteNotFoundError
 
 
 HEAD = "classifier.1"
@@ -53,7 +53,7 @@ def everything(images, labels):
 )
 def test_bad_input(model, digits, data, arguments, message):
     before = state(model)
-    with pytest.raises((PrototypeError, TargetNotFoundError), match=message):
+    with pytest.raises((PrototypeError, SiteNotFoundError), match=message):
         more_hf.erase_classes(model, data(*digits), **arguments)
     assert same(model, before)
     assert more_hf.get_erasure(model) is None
@@ -79,14 +79,14 @@ def test_prototypes_of_another_model_or_without_the_class(model, prototypes):
 def test_a_shared_or_quantized_head_is_refused(model, prototypes):
     model.tied = nn.Linear(32, 10)
     model.tied.weight = model.classifier[1].weight
-    with pytest.raises(TargetNotFoundError, match="is shared by"):
+    with pytest.raises(SiteNotFoundError, match="is shared by"):
         more_hf.erase_classes(model, prototypes, "four")
 
     class Quantized(nn.Linear):
         pass
 
     model.classifier[1] = Quantized(32, 10)
-    with pytest.raises(TargetNotFoundError, match="quantized or wrapped"):
+    with pytest.raises(SiteNotFoundError, match="quantized or wrapped"):
         more_hf.erase_classes(model, prototypes, "four")
 
 
@@ -99,7 +99,7 @@ def test_offloaded_to_the_cpu_is_edited_and_to_disk_refused(model, digit_classif
         torch.testing.assert_close(model(digits[0][:9]).logits, digit_classifier(digits[0][:9]).logits)
 
     on_disk = disk_offload(copy.deepcopy(digit_classifier), tmp_path, torch.device("cpu"))
-    with pytest.raises(TargetNotFoundError, match="offloaded to disk"):
+    with pytest.raises(SiteNotFoundError, match="offloaded to disk"):
         more_hf.erase_classes(on_disk, prototypes, "four", head=HEAD)
 
 
@@ -107,7 +107,7 @@ def test_the_proof_by_run_rolls_back(model, prototypes):
     before = state(model)
     keep = copy.deepcopy(model.classifier[1])
     handle = model.classifier[1].register_forward_hook(lambda module, args, output: output + keep(args[0]))  # a branch beside it
-    with pytest.raises(TargetNotFoundError, match="proof by run failed"):
+    with pytest.raises(SiteNotFoundError, match="proof by run failed"):
         more_hf.erase_classes(model, prototypes, "four", head=HEAD)
     assert same(model, before)
     assert more_hf.get_erasure(model) is None

@@ -17,7 +17,7 @@ from more_hf.classification.router_training import (
     load_variation,
     train_router,
 )
-from more_hf.core.errors import MoreError, TargetNotFoundError
+from more_hf.core.errors import MoreError, SiteNotFoundError
 from more_hf.core.remap import Remap
 from more_hf.core.routers import PrototypeRouter
 from more_hf.data import load_classifier
@@ -220,7 +220,7 @@ def test_what_has_no_router_to_train(digits):
 def test_without_a_single_head(digits):
     inner = load_classifier("digits-allcnn")
     more_hf.erase_classes(inner, digits.train.loader(500), [FORGET], router="prototype", at="features.7")
-    with pytest.raises(TargetNotFoundError, match="0 edited heads .it was erased at an inner module"):
+    with pytest.raises(SiteNotFoundError, match="0 edited heads .it was erased at an inner module"):
         train_router(inner, digits.train.loader(500))
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = DeiTConfig(image_size=8, patch_size=4, num_channels=1, id2label=dict(enumerate("0123456789")), **shape)
@@ -230,5 +230,5 @@ def test_without_a_single_head(digits):
         nn.init.normal_(two.distillation_classifier.weight)
         nn.init.normal_(two.cls_classifier.weight)
     more_hf.erase_classes(two, digits.train.loader(500), [FORGET], router="prototype", solver="covariance")
-    with pytest.raises(TargetNotFoundError, match="2 edited heads"):
+    with pytest.raises(SiteNotFoundError, match="2 edited heads"):
         train_router(two, digits.train.loader(500))

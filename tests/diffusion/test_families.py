@@ -195,7 +195,7 @@ def test_the_proof_sees_a_missed_layer_on_either_path(families, family, site, ro
     weight = layer.weight.detach().clone()
     layer.forward = lambda x: torch.nn.functional.linear(x, weight, layer.bias)
     before = weights(pipe)
-    with pytest.raises(more_hf.TargetNotFoundError, match="proof by run failed .* rolled back"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed .* rolled back"):
         erase(pipe, router=router)
     after = weights(pipe)
     assert all(torch.equal(after[name], before[name]) for name in before)

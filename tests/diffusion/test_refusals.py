@@ -178,7 +178,7 @@ PREPARED = {
 
 def assert_refused(pipe, words):
     before = snapshot(pipe)
-    with pytest.raises(more_hf.TargetNotFoundError) as error:
+    with pytest.raises(more_hf.SiteNotFoundError) as error:
         erase(pipe)
     missing = [word for word in words if word not in str(error.value)]
     assert not missing, f"{missing} not in: {error.value}"
@@ -198,7 +198,7 @@ def test_refused(tiny_sd, tmp_path, prepare):
 def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
     pipe = offloaded_to_disk(tiny_sd(), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(more_hf.TargetNotFoundError):
+    with pytest.raises(more_hf.SiteNotFoundError):
         erase(pipe)
     assert len(before) > 100
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -287,7 +287,7 @@ def test_proof_by_run_rolls_back(tiny_sd, sabotage, router):
     pipe = tiny_sd()
     sabotage(pipe.unet)
     before = snapshot(pipe)
-    with pytest.raises(more_hf.TargetNotFoundError, match="proof by run failed .* rolled back"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed .* rolled back"):
         erase(pipe, router=router)
     assert changed(pipe, before) == []
     assert more_hf.get_erasure(pipe) is None
@@ -301,7 +301,7 @@ def test_proof_by_run_sees_one_missed_layer_in_half_precision(tiny_sd, sabotage,
     pipe = tiny_sd().to(dtype)
     sabotage(pipe.unet)
     before = snapshot(pipe)
-    with pytest.raises(more_hf.TargetNotFoundError, match="proof by run failed"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
         erase(pipe)
     assert changed(pipe, before) == []
 
@@ -310,7 +310,7 @@ def test_proof_by_run_sees_text_that_bypasses_the_layers(tiny_sd):
     pipe = tiny_sd()
     features_that_bypass_sites(pipe.unet)
     before = snapshot(pipe)
-    with pytest.raises(more_hf.TargetNotFoundError, match="does not read the prompt through the edited layers alone"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="does not read the prompt through the edited layers alone"):
         erase(pipe)
     assert changed(pipe, before) == []
 
@@ -331,7 +331,7 @@ def test_proof_by_run_keeps_the_earlier_erasure(tiny_sd, sabotage, router):
     erasure = more_hf.get_erasure(pipe)
     sabotage(pipe.unet)
     before = snapshot(pipe)
-    with pytest.raises(more_hf.TargetNotFoundError, match="proof by run failed"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
         erase(pipe, "pablo picasso", router=router)
     assert_still_in_force(pipe, erasure, before)
 

@@ -302,7 +302,7 @@ def test_refuses(bases, make):
     pipe = make(bases)
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
-    with pytest.raises(more_hf.TargetNotFoundError) as error:
+    with pytest.raises(more_hf.SiteNotFoundError) as error:
         more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
     missing = [word for word in REFUSED[make] if word not in str(error.value)]
     assert not missing, f"{missing} not in: {error.value}"
