@@ -105,9 +105,9 @@ def test_dashes_are_underscores():
 
 
 def test_choices_are_the_librarys():
-    assert options.ROUTERS == tuple(ROUTERS)
+    assert tuple(ROUTERS) == options.ROUTERS
     assert set(options.TOKENS) == set(TOKENS)
-    assert DATASETS == tuple(SOURCES)
+    assert tuple(SOURCES) == DATASETS
 
 
 def test_a_hub_id_is_not_a_folder(tmp_path, monkeypatch):

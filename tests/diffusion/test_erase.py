@@ -343,6 +343,7 @@ def test_a_cast_is_no_change(pipe, dtype):
     assert all(torch.equal(pipe.unet.get_submodule(name).weight, before[f"unet.{name}.weight"]) for name in SITES)
 
 
+@pytest.mark.slow
 def test_report_has_bounds_and_marks(tiny_sd):
     erasure = more_hf.get_erasure(erase(tiny_sd()))
     lines = str(erasure).splitlines()

@@ -158,6 +158,7 @@ def test_experts_as_adapters(families, family):
         assert (images(pipe, family, prompt) - wanted[expert]).norm() < 0.01 * (wanted[0] - wanted[1]).norm()
 
 
+@pytest.mark.slow
 def test_kohya_keys_of_sdxl(erased_families, tmp_path):
     tensors = load_file(more_hf.save_lora(erased_families["sdxl"], tmp_path, format="kohya"))
     layers = [name for name, _ in erased_families["sdxl"].unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]

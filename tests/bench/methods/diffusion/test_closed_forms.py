@@ -33,6 +33,7 @@ def test_moves_the_picture_and_only_layers_that_read_text(tiny_sd, name, version
     assert (after - picture).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLOSED)
 def test_works_in_half_precision_and_without_targets_or_retained_names(tiny_sd, name):
     pipe = tiny_sd("1")
@@ -52,6 +53,7 @@ def test_names_are_checked_and_nothing_is_changed_then(tiny_sd, name):
     assert all(torch.equal(value, before[key]) for key, value in weights(pipe).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CLOSED if name != "uce"])
 def test_several_concepts_with_aliases(tiny_sd, name):
     pipe = tiny_sd("1", block_out_channels=(16, 32))

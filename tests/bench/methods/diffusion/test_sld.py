@@ -28,6 +28,7 @@ def test_sld_guidance_by_hand():
     assert torch.allclose(gamma, torch.tensor([0.3, 2.0, 0.6, 0.2525]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_sld_with_scale_zero_is_the_pipeline(tiny_sd, version):
     pipe = tiny_sd(version)

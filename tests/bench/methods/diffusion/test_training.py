@@ -24,6 +24,7 @@ CA = {
 METHODS = {"esd": (esd, ESD), "ca": (ca, CA)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_the_layers_that_read_text_and_nothing_else(tiny_sd, name, version):
