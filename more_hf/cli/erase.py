@@ -41,6 +41,6 @@ def _erase(args: argparse.Namespace) -> int:
     more_hf.save(pipe, args.output, include_delta=args.include_delta)
     if args.single_file is not None:
         more_hf.save_checkpoint(pipe, args.single_file)
-    print(more_hf.get_erasure(pipe).to_markdown())
+    print(more_hf.get_erasure(pipe))
     print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0

@@ -96,6 +96,6 @@ def _erase_classes(args: argparse.Namespace) -> int:
     if state.is_main_process:
         folder = more_hf.save(model, args.output, include_delta=args.include_delta)
         processor.save_pretrained(folder)
-        print(more_hf.get_erasure(model).to_markdown())
+        print(more_hf.get_erasure(model))
         print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0

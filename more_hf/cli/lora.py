@@ -46,7 +46,7 @@ def _lora(args: argparse.Namespace) -> int:
 
     dtype = getattr(torch, args.dtype)
     file = more_hf.save_lora(pipe, args.output, format=args.format, dtype=dtype)
-    print(more_hf.get_erasure(pipe).to_markdown())
+    print(more_hf.get_erasure(pipe))
     print(f"\nSaved to {file}, for the original model at weight 1.")
     print("Together with the erased weights it gives the concept back: keep the two apart.")
     return 0
