@@ -34,6 +34,7 @@ WAYS = {
     "more-random": {"num_experts": 20, "router": "random"},
     "more-hash": {"num_experts": 20, "router": "hash"},
     "more-mean": {"num_experts": 20},
+    "default": {},
 }
 METHODS = {f"{name} ({solver})": {**settings, "solver": solver} for solver in ("pinv", "covariance") for name, settings in WAYS.items()}
 DRAWS = 5  # calls over which a random router's accuracies are averaged

@@ -117,13 +117,10 @@ def solve(prototypes: Prototypes, widths: Sequence[int], request: ClassRequest) 
     heads = _split(prototypes, widths)
     solver, reason = _choose_solver(heads, request.solver)
 
-    # 1. Every expert's targets. The paper's Remap, one expert, is the default for "remain" without a router.
+    # 1. Every expert's targets; by default as many experts as use each target equally often.
     options = [remain if is_remain(targets) else targets or (None,) for targets in request.remap_to.values()]
-    num_experts = request.num_experts
-    if num_experts is None and request.router is None and REMAIN in request.remap_to.values():
-        num_experts = 1
     room = len(remain) if solver == "pinv" else max(1, min(widths) // 2 - len(forget))
-    experts = draw_experts(options, num_experts, max_distinct=room, seed=request.seed)
+    experts = draw_experts(options, request.num_experts, max_distinct=room, seed=request.seed)
 
     # 2. One remap per head. What is not a target need not stay exact under `covariance`.
     used = {name for expert in experts for name in expert}

@@ -42,7 +42,7 @@ def more(
 
 more_hash = partial(more, router="hash")
 more_prototype = partial(more, router="prototype")
-remap = partial(more, router=None)
+remap = partial(more, router=None, num_experts=1)  # the paper's: one target
 erase = partial(more, router=None, remap_to=None)
 
 
