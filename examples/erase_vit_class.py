@@ -67,7 +67,7 @@ parser.add_argument(
     nargs="+",
     default="remain",
     metavar="CLASS",
-    help="what they become (by default one of the others)",
+    help="what they become (by default the mean of the others)",
 )
 parser.add_argument("--limit", type=int, default=2000, help="test images to look at")
 parser.add_argument("--output", type=Path, default=Path("without_a_class"), metavar="DIR")

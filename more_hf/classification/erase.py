@@ -67,7 +67,7 @@ def erase_classes(
             still finds it.
         num_experts (`int`, *optional*):
             How many experts draw targets, without replacement until all are used, then again. By default as many as use
-            each target equally; but one for `"remain"` without a router, the paper's Remap.
+            each target equally. One, without a router, is the paper's Remap.
         router (`str`, *optional*):
             Which expert a sample takes: `"random"` (MoRE, redrawn at every call: asking twice undoes it), `"hash"` (a
             function of the sample), `"prototype"` (MoRE-P), `"prototype_random"` (MoRE-R). By default the mean expert:
@@ -94,6 +94,11 @@ def erase_classes(
         wrong; no exact edit exists. `SiteNotFoundError`: the head cannot be found, or cannot be edited as it is.
         `AlreadyErasedError`: the model was erased and its originals are not here. The model is unchanged then, as it is
         after an interruption.
+
+    Why every remaining class is a target by default, measured on Fashion-MNIST, each class forgotten in turn from three
+    classifiers: the mean of all kept the other classes within half a point and at most 0.5 % of the forgotten one for 25
+    of 30 pairs (`"pinv"`; 27 with `"covariance"`), one drawn target for 14 (16), as it grows by all of the forgotten
+    class's images (`benchmarks/classifiers/ten_classes.md`).
 
     Source: MoRE, Eq. 4 to 6 and Algorithms 1, 2 and 4; the covariance metric and the hash router are ours.
 
@@ -240,7 +245,7 @@ def _fit(
         sites=sites,
         remaps=remaps,
         originals=originals,
-        guarantees=_guarantees(solution.remaps),
+        guarantees=_guarantees(solution.remaps, mean_only=request.router is None),
         prototypes=prototypes,
     )
     erasure.hooks = make_hooks(erasure, modules, next(model.parameters()).device)
@@ -258,9 +263,9 @@ def _separation(original: Tensor, remap: Remap) -> float:
     return float((original.double() @ remap.shift()).norm())
 
 
-def _guarantees(remaps: Sequence[Remap]) -> dict[str, float]:
+def _guarantees(remaps: Sequence[Remap], *, mean_only: bool) -> dict[str, float]:
     """What `Remap.verify` measures, of the worst head."""
-    measured = [remap.verify() for remap in remaps]
+    measured = [remap.verify(mean_only=mean_only) for remap in remaps]
     worst = {}
     for key in measured[0]:
         values = [one[key] for one in measured]

@@ -11,7 +11,7 @@ from ..core.prototypes import Prototypes
 from ..core.request import ClassRequest
 
 
-LISTED = 5  # remaining classes whose movement a report names
+LISTED = 5  # classes that a row of a report names at most
 
 
 @dataclass(eq=False)
@@ -32,8 +32,8 @@ class ClassErasure(Erasure):
         """See `Erasure.rows`."""
         request, facts = self.request, self.facts
         yield "forgotten", ", ".join(self.concepts)
-        sent = {name: ", ".join(targets) or "nothing (projected out)" for name, targets in facts.sent_to.items()}
-        yield "sent to", "; ".join(f"{name} → {targets}" for name, targets in sent.items())
+        sent = [f"{name} → {_targets(targets, request.router)}" for name, targets in facts.sent_to.items()]
+        yield "sent to", "; ".join(sent)
         yield "remaining classes", _movement(facts.remain_moved)
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         heads = ", ".join(f"`{name}`" for name in request.head)
@@ -46,6 +46,14 @@ class ClassErasure(Erasure):
         yield "leak", "the backbone is untouched: without the hook, features are the original's"
         if request.router == "random":
             yield "leak", "asking twice undoes random routing: two experts on the same image determine its feature"
+
+
+def _targets(names: list[str], router: str | None) -> str:
+    if not names:
+        return "nothing (projected out)"
+    more = [f"{len(names) - LISTED} more"] if len(names) > LISTED else []
+    listed = ", ".join([*names[:LISTED], *more])
+    return f"the mean of {listed}" if len(names) > 1 and router is None else listed
 
 
 def _movement(moved: dict[str, float]) -> str:

@@ -51,7 +51,7 @@ def add_to(commands) -> None:
         "--num_experts",
         type=positive,
         metavar="N",
-        help="remapping experts (one for each target; one without a router)",
+        help="remapping experts (one for each target)",
     )
     add_router(parser)
     add_solver(parser, default="auto")

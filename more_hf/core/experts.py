@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 
@@ -42,10 +43,10 @@ def draw_experts(
 
     # 1. One target for each concept, by a greedy cover: of the concepts without one, take the option that
     # most of them share, until every concept has an option among the allowed. Erasing (`None`) takes no room.
-    allowed: list[str | None] = [None]
-    while uncovered := [names for names in shuffled if not set(names) & set(allowed)]:
-        candidates = [name for names in uncovered for name in names]
-        allowed.append(max(candidates, key=candidates.count))
+    allowed: dict[str | None, None] = {None: None}  # a set in order
+    while uncovered := [names for names in shuffled if allowed.keys().isdisjoint(names)]:
+        shared = Counter(chain.from_iterable(uncovered))
+        allowed[max(shared, key=shared.get)] = None
     if len(allowed) - 1 > max_distinct:
         raise PrototypeError(
             f"No exact edit exists: {len(shuffled)} concepts need at least one target each, and there is "
@@ -57,7 +58,7 @@ def draw_experts(
     for turn in zip_longest(*shuffled):
         for name in turn:
             if name not in allowed and len(allowed) <= max_distinct:
-                allowed.append(name)
+                allowed[name] = None
     shuffled = [[name for name in names if name in allowed] for names in shuffled]
 
     # 3. Expert e has each concept's e-th allowed option, and starts again after the last.

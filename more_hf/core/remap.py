@@ -179,15 +179,24 @@ class Remap:
     @cached_property
     def shifts(self) -> Tensor:
         """`(num_experts, d, f)`: P_t − P_F of every expert."""
-        P = self.prototypes.matrix
-        padded = torch.cat(
-            [P, torch.zeros_like(P[:, :1])], dim=1
-        )  # column NOWHERE, the last, is the target 0
-        return padded[:, self.targets].transpose(0, 1) - P[:, list(self.forget)]
+        padded = self._padded
+        return padded[:, self.targets].transpose(0, 1) - padded[:, list(self.forget)]
 
     def shift(self, expert: int | None = None) -> Tensor:
         """`(d, f)`: P_t − P_F of one expert, or of the mean expert."""
-        return self.shifts.mean(0) if expert is None else self.shifts[expert]
+        if expert is not None:
+            return self.shifts[expert]
+        # By each target's share of the experts: all `shifts` of a thousand experts would take gigabytes.
+        padded, targets = self._padded, self.targets
+        shares = padded.new_zeros(padded.shape[1], targets.shape[1])  # (k + 1, f)
+        shares.scatter_add_(0, targets % len(shares), shares.new_full(targets.shape, 1 / len(targets)))
+        return padded @ shares - padded[:, list(self.forget)]
+
+    @property
+    def _padded(self) -> Tensor:
+        """`(d, k + 1)`: P, and behind it the target 0 as column `NOWHERE`."""
+        P = self.prototypes.matrix
+        return torch.cat([P, torch.zeros_like(P[:, :1])], dim=1)
 
     def apply(self, z: Tensor, expert: int | Tensor | None = None) -> Tensor:
         """
@@ -233,10 +242,14 @@ class Remap:
         lora_A, lora_B = self.delta(weight, expert)
         return torch.addmm(weight.double(), lora_B, lora_A).to(weight.dtype)
 
-    def verify(self) -> dict[str, float]:
+    def verify(self, *, mean_only: bool = False) -> dict[str, float]:
         """
         Measure what the method promises, as relative errors of the worst expert (float64: about 1e-12 for a
         good P).
+
+        Args:
+            mean_only (`bool`, *optional*, defaults to `False`):
+                Measure the mean expert, which is all that acts without a router.
 
         Returns:
             `dict[str, float]`:
@@ -252,8 +265,9 @@ class Remap:
         """
         D_F, remain, moment = self.D_F, self.remain, self.prototypes.second_moment
         forget = self.prototypes.matrix[:, list(self.forget)]
+        shifts = [self.shift()] if mean_only else self.shifts
         experts = []
-        for M in self.shifts:  # E = I + M D_F
+        for M in shifts:  # E = I + M D_F
             left = D_F + (D_F @ M) @ D_F  # D_F E
             measured = {
                 "forget_to_target": _worst_ratio(M @ (D_F @ forget) - M, M),
@@ -269,7 +283,7 @@ class Remap:
         worst = {
             key: float(torch.stack([one[key] for one in experts]).max()) for key in experts[0]
         }  # keeps a NaN
-        ranks = [torch.linalg.matrix_rank(factor) for factor in (D_F, *self.shifts)]
+        ranks = [torch.linalg.matrix_rank(factor) for factor in (D_F, *shifts)]
         return {**worst, "rank": int(min(ranks))}
 
 

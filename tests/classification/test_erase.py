@@ -95,9 +95,23 @@ def test_targets_without_replacement_until_used_up(model, prototypes):
     assert 1 not in counts
 
 
+def test_by_default_a_class_goes_to_the_mean_of_all_that_remain(model, prototypes):
+    more_hf.erase_classes(model, prototypes, ["four", "one"])
+    erasure = more_hf.get_erasure(model)
+    remain = [i for i, name in enumerate(prototypes.names) if name not in ("four", "one")]
+    centroid = prototypes.matrix[:, remain].mean(1)
+
+    for name in ("four", "one"):
+        torch.testing.assert_close(erasure.remap.apply(prototypes[name]), centroid, rtol=1e-9, atol=1e-9)
+        assert f"{name} → the mean of {', '.join(erasure.facts.sent_to[name][:5])}, 3 more" in str(erasure)
+    assert erasure.facts.num_experts == 8
+    assert erasure.guarantees == erasure.remap.verify(mean_only=True)
+    torch.testing.assert_close(erasure.remap.shift(), erasure.remap.shifts.mean(0))
+
+
 def test_seed_draws_the_targets(model, prototypes):
     def target(seed):
-        more_hf.erase_classes(model, prototypes, "four", seed=seed)
+        more_hf.erase_classes(model, prototypes, "four", num_experts=1, seed=seed)
         sent = more_hf.get_erasure(model).facts.sent_to["four"]
         more_hf.restore(model)
         return tuple(sent)

@@ -75,7 +75,7 @@ def test_the_defaults_are_the_calls(folders, digits, tmp_path):
     erasure = more_hf.get_erasure(more_hf.load(tmp_path / "out"))
 
     assert erasure.request.remap_to == {"four": "remain"}
-    assert erasure.facts.num_experts == 1
+    assert erasure.facts.num_experts == 9
     assert not (tmp_path / "out" / "more_hf_delta.safetensors").exists()
     with torch.no_grad():
         predicted = AutoModelForImageClassification.from_pretrained(tmp_path / "out")(
