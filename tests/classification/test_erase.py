@@ -103,7 +103,7 @@ def test_by_default_a_class_goes_to_the_mean_of_all_that_remain(model, prototype
 
     for name in ("four", "one"):
         torch.testing.assert_close(erasure.remap.apply(prototypes[name]), centroid, rtol=1e-9, atol=1e-9)
-        assert f"{name} → the mean of {', '.join(erasure.facts.sent_to[name][:5])}, 3 more" in str(erasure)
+        assert f"{name} → the mean of {', '.join(erasure.facts.sent_to[name][:5])}, 3 more" in erasure.to_markdown()
     assert erasure.facts.num_experts == 8
     assert erasure.guarantees == erasure.remap.verify(mean_only=True)
     torch.testing.assert_close(erasure.remap.shift(), erasure.remap.shifts.mean(0))
