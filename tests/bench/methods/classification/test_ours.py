@@ -17,7 +17,7 @@ from more_hf.classification.router_training import train_router
 def test_ours_are_erase_classes(name, model, splits):
     """Asked for the same by hand; and the control, another seed or other targets, is another edit."""
     options = {
-        "remap": {},
+        "remap": {"num_experts": 1},
         "more": {"router": "random"},
         "more-hash": {"router": "hash"},
         "more-prototype": {"router": "prototype"},
