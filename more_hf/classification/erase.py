@@ -21,8 +21,8 @@ from .erasure import ClassErasure
 from .features import collect, plain_model
 from .heads import example_pixels, find_heads, find_module
 from .hook import make_hooks
-from .labels import class_names, find_class
-from .plan import as_classes, check_request, make_request, solve
+from .labels import class_names, find_class, read_classes
+from .plan import check_request, make_request, solve
 from .proof import prover
 
 
@@ -117,7 +117,8 @@ def erase_classes(
     with lock_of(plain):
         current = require_editable(plain)
         refuse_inside_block(current)
-        head = head or (current and current.request.head)
+        if head is None and current is not None:
+            head = current.request.head
         options = {"num_experts": num_experts, "router": router, "solver": solver, "seed": seed}
 
         request: ClassRequest | None = None
@@ -137,7 +138,7 @@ def erase_classes(
             check_request(names, request)
 
         if isinstance(data, Prototypes):
-            heads, prototypes = find_heads(plain, None if head else example_pixels(plain), head), data
+            heads, prototypes = find_heads(plain, example_pixels(plain) if head is None else None, head), data
             make_checked_request(heads)
         else:
             heads, prototypes = collect(
@@ -167,7 +168,7 @@ def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = 
         names = class_names(plain, erasure.facts.num_classes)
         dropped = erasure.concepts
         if classes is not None:
-            dropped = [find_class(names, name) for name in as_classes("classes", classes)]
+            dropped = [find_class(names, name) for name in read_classes("classes", classes)]
         if unknown := [name for name in dropped if name not in erasure.concepts]:
             erased = ", ".join(map(repr, erasure.concepts))
             raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")

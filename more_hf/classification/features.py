@@ -14,8 +14,8 @@ from accelerate.utils import extract_model_from_parallel, reduce, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core.errors import PrototypeError, SiteNotFoundError
-from ..core.prototypes import PrototypeFitter, Prototypes
+from ..core.errors import PrototypeError, SiteNotFoundError, shown
+from ..core.prototypes import PrototypeFitter, Prototypes, is_integer
 from ..core.registry import find_erasure
 from ..core.views import routing_off
 from .heads import evaluating, find_heads, find_module
@@ -38,17 +38,18 @@ def collect_prototypes(
 
     Args:
         model (`nn.Module`): a Transformers or timm image classifier, or your own with `head` named; DDP and compiled ones too.
-        loader (`Iterable`): of `(images, labels)` or of mappings with `pixel_values` and `labels` (or `label`); images in any float
-            dtype, labels `(batch,)` int64, negative ones left out. A `DataLoader`, or any iterable of batches, which every process
-            reads whole.
+        loader (`Iterable`): of `(images, labels)` or of mappings with `pixel_values` (or `image`) and `labels` (or `label`): tensors,
+            arrays or lists of numbers; images in any dtype, labels `(batch,)` of any integer dtype, negative ones left out. A
+            `DataLoader`, or any iterable of batches, which every process reads whole. A batch without an image is passed over.
         head (`str` or `Sequence[str]`, *optional*): name of the head where it cannot be found by running the model.
         at (`str`, *optional*): take the input of this module instead; its mean over tokens or positions.
         second_moment (`bool`, defaults to `True`): also collect what `solver="covariance"` needs.
 
     Returns `Prototypes`: `(d, k)` float64, named by `class_names`. With several heads a feature is their inputs one after the other.
 
-    Raises `PrototypeError` for data without labels, labels that the head has no output for, and classes without a sample;
-    `SiteNotFoundError` if the head cannot be found. Nothing is changed: training flags and BatchNorm statistics are what they were.
+    Raises `PrototypeError` for data without labels, labels that the head has no output for, classes without a
+    sample, and images or features that are not finite; `SiteNotFoundError` if the head cannot be found; and what the
+    model itself raises for images that it does not take. Nothing is changed: training flags and BatchNorm statistics are what they were.
 
     Source: MoRE, Algorithm 1, step 1; the released code of ESC collects in train mode, which overwrites BatchNorm statistics.
 
@@ -76,17 +77,17 @@ def collect(
     model = plain_model(model)
     current = find_erasure(model)
     with _every_sample_once(loader) as (batches, sharded), nullcontext() if current is None else routing_off(current):
-        batches = iter(batches)
-        first = next(batches, None)
+        inputs = _inputs(model, batches)
+        first = next(inputs, None)
         if first is None:
-            raise PrototypeError("The data has no batch. Prototypes need at least one sample of every class.")
-        heads = _heads(model, first, head)
+            raise PrototypeError("The data has no image. Prototypes need at least one of every class.")
+        heads = _heads(model, first[0], head)
         on_heads(heads)
         names = class_names(model, next(iter(heads.values())).out_features)
         fitter = None
         with _reading(model, heads if at is None else {at: find_module(model, at)}) as read:
-            for batch in chain([first], batches):
-                features, labels = read(batch)
+            for pixels, labels in chain([first], inputs):
+                features, labels = read(pixels, labels)
                 if fitter is None:
                     fitter = PrototypeFitter(features.shape[1], names, device=features.device if features.is_cuda else "cpu")
                 fitter.update(features, labels)
@@ -114,10 +115,10 @@ def features_of(
     model = plain_model(model)
     with _every_sample_once(loader) as (batches, _):
         modules: dict[str, nn.Module] = {}
-        for batch in batches:
-            modules = modules or (_heads(model, batch, head) if at is None else {at: find_module(model, at)})
+        for pixels, labels in _inputs(model, batches):
+            modules = modules or (_heads(model, pixels, head) if at is None else {at: find_module(model, at)})
             with _reading(model, modules) as read:  # for one batch: what is done between batches finds the model in its own mode
-                found = read(batch)
+                found = read(pixels, labels)
             yield found
 
 
@@ -126,16 +127,17 @@ def plain_model(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _heads(model: nn.Module, batch: Any, head: str | Sequence[str] | None) -> dict[str, nn.Module]:
+def _heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """The named heads, else those that were edited, else those that a run on two images shows."""
     current = find_erasure(model)
-    pixels, _ = _inputs(model, batch)
-    return find_heads(model, pixels[:2], head or (current and current.request.head))
+    if head is None and current is not None:
+        head = current.request.head
+    return find_heads(model, pixels[:2], head)
 
 
 @contextmanager
-def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Callable[[Any], tuple[Tensor, Tensor]]]:
-    """The function that runs the model on a batch and returns its features and labels.
+def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """The function that runs the model on images and returns their features, and their labels on the same device.
 
     Hooks and eval mode are set once for all batches: a walk over all modules for each batch costs a small model several percent.
     """
@@ -152,8 +154,7 @@ def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Cal
 
         return hook
 
-    def read(batch: Any) -> tuple[Tensor, Tensor]:
-        pixels, labels = _inputs(model, batch)
+    def read(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         seen.clear()
         model(pixels)
         if missing := [name for name in modules if name not in seen]:
@@ -170,30 +171,48 @@ def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Cal
             handle.remove()
 
 
-def _inputs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Images on the model's device in its dtype, and their labels."""
+def _inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every batch that is not empty: images on the model's device in its dtype, and their labels, int64."""
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for batch in batches:
+        pixels, labels = _as_tensors(batch)
+        if not is_integer(labels) or pixels.ndim < 2 or labels.shape != pixels.shape[:1]:
+            raise PrototypeError(
+                f"Labels must be one class number per image, got {tuple(labels.shape)} {labels.dtype} for images "
+                f"{tuple(pixels.shape)}. Soft or one-hot labels: pass `labels.argmax(1)`."
+            )
+        if not pixels.isfinite().all():
+            raise PrototypeError("Some images hold NaN or infinite values. Leave them out.")
+        if len(pixels):
+            # under offload accelerate's hooks move the images
+            yield pixels.to(like.dtype) if like.is_meta else pixels.to(like), labels.long()
+
+
+def _as_tensors(batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch's images and labels. Raises `PrototypeError` if it has none."""
     pixels = labels = None
     if isinstance(batch, Mapping):
-        pixels, labels = batch.get("pixel_values"), batch.get("labels", batch.get("label"))
+        pixels, labels = batch.get("pixel_values", batch.get("image")), batch.get("labels", batch.get("label"))
     elif isinstance(batch, Sequence) and len(batch) == 2:
         pixels, labels = batch
     if pixels is None or labels is None:
-        what = f"a mapping with {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        what = f"a mapping with {shown(list(batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise PrototypeError(
             f"The data has no labels: a batch is {what}. It must be (images, labels), or a mapping with `pixel_values` and `labels`."
         )
-    if labels.is_floating_point() or labels.shape != pixels.shape[:1]:
+    try:
+        return torch.as_tensor(pixels), torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise PrototypeError(
-            f"Labels must be one class number per image, ({len(pixels)},) int64, got {tuple(labels.shape)} {labels.dtype}. "
-            "Soft or one-hot labels: pass `labels.argmax(1)`."
-        )
-    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    return pixels.to(like.dtype) if like.is_meta else pixels.to(like), labels  # under offload accelerate's hooks move the images
+            f"A batch's images or labels are no tensors, and cannot be made into some: {error} Give every batch as tensors."
+        ) from error
 
 
 @contextmanager
 def _every_sample_once(loader: Iterable[Any]) -> Iterator[tuple[Iterable[Any], bool]]:
     """This process's batches, and whether the other processes have others. An uneven end is not filled up with the first samples."""
+    if not isinstance(loader, Iterable):
+        raise PrototypeError(f"The data must be batches of images and labels, got {shown(loader)}.")
     if PartialState().num_processes == 1 or not isinstance(loader, DataLoader):
         yield loader, False
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
+from ..core.request import read_names
 
 
 def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -35,7 +36,9 @@ def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | Non
         {'3': Linear(in_features=5, out_features=2, bias=True)}
     """
     if head is not None:
-        named = {name: find_module(model, name) for name in ([head] if isinstance(head, str) else head)}
+        named = {name: find_module(model, name) for name in read_names("head", head)}
+        if not named:
+            raise SiteNotFoundError("`head` is empty. Name the nn.Linear that makes the logits, or leave it out.")
         if other := [name for name, module in named.items() if not isinstance(module, nn.Linear)]:
             raise SiteNotFoundError(
                 f"`{other[0]}` ({type(named[other[0]]).__name__}) is not a linear layer. Name the nn.Linear that makes the logits."

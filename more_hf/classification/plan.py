@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..core.experts import draw_experts
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap
 from ..core.request import REMAIN, ClassRequest, is_remain
-from .labels import find_class
+from .labels import find_class, read_classes
 
 
 ILL_CONDITIONED = 1e4  # beyond this condition number of P, D_F amplifies a feature's rounding and noise too much
@@ -58,12 +57,12 @@ def make_request(
     Raises:
         `PrototypeError`: a class is unknown or named twice, or an option is wrong.
     """
-    forgotten = [find_class(names, wanted) for wanted in as_classes("forget", forget)]
+    forgotten = [find_class(names, wanted) for wanted in read_classes("forget", forget)]
     if twice := [name for name in forgotten if forgotten.count(name) > 1]:
         raise PrototypeError(f"{twice[0]!r} is in `forget` twice. Name it once.")
     targets: tuple[str, ...] | str = REMAIN
     if not is_remain(remap_to):
-        targets = tuple(find_class(names, wanted) for wanted in as_classes("remap_to", remap_to))
+        targets = tuple(find_class(names, wanted) for wanted in read_classes("remap_to", remap_to))
     if remap_to is not None and not targets:
         raise PrototypeError(
             '`remap_to` is empty. Name classes, or pass "remain" for all others, or `None` to erase without remapping.'
@@ -75,19 +74,6 @@ def make_request(
         at=at,
         **options,
     )
-
-
-def as_classes(argument: str, value: Any) -> list[str | int]:
-    """One class, several, or `None` for none, as a list of names and numbers. Raises `PrototypeError` otherwise."""
-    if value is None:
-        return []
-    if isinstance(value, str | Integral):
-        return [value]
-    if isinstance(value, Tensor):
-        value = value.reshape(-1).tolist()
-    if not isinstance(value, Sequence | set | frozenset):
-        raise PrototypeError(f"`{argument}` must be a class or a list of classes, got {value!r}.")
-    return list(value)
 
 
 def check_request(names: Sequence[str], request: ClassRequest) -> None:
@@ -155,7 +141,7 @@ def _split(prototypes: Prototypes, widths: Sequence[int]) -> list[Prototypes]:
 def _choose_solver(heads: Sequence[Prototypes], solver: str) -> tuple[str, str]:
     """The solver, and why."""
     d, k = heads[0].matrix.shape
-    condition = max(float(torch.linalg.cond(head.matrix / head.matrix.norm(dim=0))) for head in heads)
+    condition = max(float(torch.linalg.cond(head.unit)) for head in heads)
     facts = f"{k} prototypes in {d} dimensions, condition number {condition:.3g}"
     if solver != "auto":
         return solver, f"as asked for; {facts}"

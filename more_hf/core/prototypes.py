@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import PrototypeError
+from .errors import PrototypeError, shown
+from .request import read_integer, read_names
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ class Prototypes:
     def __getitem__(self, name: str) -> Tensor:
         return self.matrix[:, self.index(name)]
 
+    @property
+    def unit(self) -> Tensor:
+        """The columns scaled to unit norm. Raises `PrototypeError` for one that is zero or not finite."""
+        norms = self.matrix.norm(dim=0)
+        usable = norms.isfinite() & (norms > 0)
+        if not usable.all():
+            bad = self.names[usable.tolist().index(False)]
+            raise PrototypeError(
+                f"The prototype {bad!r} is zero or not finite. Check the features that it was fitted on."
+            )
+        return self.matrix / norms
+
     def without(self, names: Collection[str]) -> Prototypes:
         """The other prototypes, with the same second moment."""
         kept = [i for i, name in enumerate(self.names) if name not in names]
@@ -86,7 +99,7 @@ class Prototypes:
                 f"{len(other.matrix)}, second moment {moments[0]} and {moments[1]}. Collect both at the same "
                 "layer, with a second moment or without."
             )
-        fitter = PrototypeFitter(len(self.matrix), dict.fromkeys(self.names + other.names))
+        fitter = PrototypeFitter(len(self.matrix), [*dict.fromkeys(self.names + other.names)])
         for part in (self, other):
             fitter.add(part)
         return fitter.prototypes
@@ -146,7 +159,8 @@ class PrototypeFitter:
     """
 
     def __init__(self, num_features: int, names: Iterable[str], *, device: torch.device | str | None = None):
-        self.names = tuple(names)
+        self.names = read_names("names", names)
+        num_features = read_integer("num_features", num_features, range(1, 2**31))
         if len(set(self.names)) != len(self.names):
             raise PrototypeError(
                 f"Prototype names must be unique, got {list(self.names)}. Rename the repeated ones."
@@ -165,9 +179,15 @@ class PrototypeFitter:
         feature out.
 
         Raises:
-            `PrototypeError`: a label has no name. Nothing is added then.
+            `PrototypeError`: a label has no name or is no integer, or the features have another width, another number
+            or values that are not finite. Nothing is added then.
         """
-        features, labels = self._rows(features), labels.reshape(-1).to(self.totals.sums.device)
+        features = self._rows(features)
+        if not isinstance(labels, Tensor) or not is_integer(labels) or labels.numel() != len(features):
+            raise PrototypeError(
+                f"Labels must be a tensor of {len(features)} integers, one for each feature, got {shown(labels)}."
+            )
+        labels = labels.reshape(-1).to(features.device, torch.int64)
         if len(labels) and labels.max() >= len(self.names):
             raise PrototypeError(
                 f"Label {int(labels.max())} has no name: the fitter knows {len(self.names)} prototypes. "
@@ -180,7 +200,7 @@ class PrototypeFitter:
 
     @torch.no_grad()
     def update_moment(self, features: Tensor) -> PrototypeFitter:
-        """Add features `(..., d)` of any float dtype to the second moment alone."""
+        """Add features `(..., d)` of any float dtype to the second moment alone. See `update` for what is raised."""
         features = self._rows(features)
         self._add_moment(features.T @ features, len(features))
         return self
@@ -213,9 +233,25 @@ class PrototypeFitter:
         )
 
     def _rows(self, features: Tensor) -> Tensor:
+        """Features `(..., d)` as `(n, d)`, float64, where the sums are."""
         sums = self.totals.sums
-        return features.reshape(-1, sums.shape[1]).to(sums)
+        width = sums.shape[1]
+        if not isinstance(features, Tensor) or features.ndim == 0 or features.shape[-1] != width:
+            raise PrototypeError(f"Features must be a tensor (..., {width}), got {shown(features)}.")
+        rows = features.reshape(-1, width).to(sums)
+        # one such value would spoil its prototype and the second moment
+        if not rows.isfinite().all():
+            raise PrototypeError(
+                "Some features are NaN or infinite, and no mean of them exists. Check the data, or run the model in a "
+                "wider dtype."
+            )
+        return rows
 
     def _add_moment(self, moment: Tensor, count: int) -> None:
         total, total_count = self.totals.moment + moment, self.totals.moment_count + count
         self.totals = self.totals._replace(moment=total, moment_count=total_count)
+
+
+def is_integer(labels: Tensor) -> bool:
+    """Whether labels are whole numbers: of an integer dtype, and no mask."""
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)

@@ -17,9 +17,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .errors import PrototypeError
+from .errors import PrototypeError, shown
 from .options import SOLVERS
 from .prototypes import Prototypes
+from .request import check_choice, check_shrinkage, read_names
 
 
 EXACT = 1e-6  # how far D_F P may be from [I, 0], in units of one coordinate, for the edit to be called exact
@@ -84,7 +85,7 @@ class Remap:
 
         Raises:
             `PrototypeError`: a forget prototype is a linear combination of the others, so that no exact edit
-            exists.
+            exists; or an argument names no prototype or is out of range.
 
         Example:
 
@@ -95,22 +96,18 @@ class Remap:
             >>> Remap.fit(P, forget=["cat"], targets=[["dog"]]).apply(torch.tensor([[5.0, 1.0, 7.0]]))
             tensor([[0., 6., 7.]])
         """
-        _check_arguments(forget, targets, solver)
+        check_choice("solver", solver, SOLVERS)
+        check_shrinkage(shrinkage)
+        forget = read_names("forget", forget)
+        _check_targets(forget, targets)
         P = prototypes.matrix
-        norms = P.norm(dim=0)
-        unusable = ~torch.isfinite(norms) | (norms == 0)
-        if unusable.any():
-            name = prototypes.names[int(unusable.nonzero()[0])]
-            raise PrototypeError(
-                f"The prototype {name!r} is zero or not finite. Check the features that it was fitted on."
-            )
 
         # with columns of unit norm, whitened by Σ^(−1/2), the dual is a pseudo-inverse
-        unit = P / norms
+        unit = prototypes.unit
         whiten = torch.eye(len(P), dtype=P.dtype)
         if solver == "covariance":
             whiten = _inverse_root(prototypes, shrinkage)
-        dual = torch.linalg.pinv(whiten @ unit, rtol=1e-12) @ whiten / norms[:, None]  # (k, d)
+        dual = torch.linalg.pinv(whiten @ unit, rtol=1e-12) @ whiten / P.norm(dim=0)[:, None]  # (k, d)
 
         columns = []
         for expert in targets:
@@ -287,15 +284,14 @@ class Remap:
         return {**worst, "rank": int(min(ranks))}
 
 
-def _check_arguments(forget: Sequence[str], targets: Sequence[Sequence[str | None]], solver: str) -> None:
-    if solver not in SOLVERS:
-        raise PrototypeError(f"Unknown solver {solver!r}. Choose one of {', '.join(SOLVERS)}.")
+def _check_targets(forget: Sequence[str], targets: Sequence[Sequence[str | None]]) -> None:
     if not forget or len(set(forget)) != len(forget):
         raise PrototypeError(f"`forget` must name at least one prototype, and each once, got {list(forget)}.")
-    if not targets or any(len(expert) != len(forget) for expert in targets):
+    listed = isinstance(targets, list | tuple) and all(isinstance(expert, list | tuple) for expert in targets)
+    if not listed or not targets or any(len(expert) != len(forget) for expert in targets):
         raise PrototypeError(
             f"Each expert needs one target (or None) for each of the {len(forget)} forget prototypes, got "
-            f"{targets}."
+            f"{shown(targets)}."
         )
 
 
@@ -311,6 +307,10 @@ def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor:
         raise PrototypeError(
             'solver="covariance" needs a second moment. Feed the fitter with `update_moment` too.'
         )
+    if not prototypes.second_moment.isfinite().all():
+        raise PrototypeError("The second moment is not finite. Check the features that it was fitted on.")
     values, vectors = torch.linalg.eigh(prototypes.second_moment)
     shrunk = values.clamp_min(0) + shrinkage * values.mean()
+    if not shrunk.min() > 0:
+        raise PrototypeError("The second moment is singular, and nothing is added to it. Pass a larger `shrinkage`.")
     return (vectors * shrunk.rsqrt()) @ vectors.T

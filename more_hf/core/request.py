@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
-from .errors import PrototypeError
+from .errors import PrototypeError, shown
 from .options import ROUTERS, SOLVERS, TOKENS
 
 
@@ -143,8 +143,13 @@ class ConceptRequest(Request):
         check_choice("tokens", self.tokens, TOKENS)
         if not isinstance(self.pooled, bool):
             raise PrototypeError(f"`pooled` must be True or False, got {self.pooled!r}.")
-        if not isinstance(self.shrinkage, float) or not 0 <= self.shrinkage < float("inf"):
-            raise PrototypeError(f"`shrinkage` must be a finite float of at least 0, got {self.shrinkage!r}.")
+        check_shrinkage(self.shrinkage)
+        for field in ("templates", "everyday"):
+            if getattr(self, field) is not None:
+                self._set(field, read_names(field, getattr(self, field)))
+        for template in self.templates or ():
+            if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+                raise PrototypeError(f"A template needs one `{{}}` for the name and no other brace, got {shown(template)}.")
 
     @classmethod
     def of(cls, concepts: Any, *, remap_to: Any, retain: Any = None, **options: Any) -> Self:
@@ -219,13 +224,16 @@ class ClassRequest(Request):
 
     named_by: ClassVar[str] = "forget"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.at, str | None):
+            raise PrototypeError(f"`at` must be the name of a module, got {shown(self.at)}.")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """See `Request.from_dict`."""
         if "head" not in data:
             raise PrototypeError("The request lacks 'head'.")
-        if not isinstance(data.get("at"), str | None):
-            raise PrototypeError(f"`at` must be the name of a module, got {data['at']!r}.")
         return super().from_dict({**data, "head": read_names("head", data["head"])})
 
     @classmethod
@@ -248,14 +256,20 @@ def is_remain(targets: Any) -> bool:
 def check_choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Raises `PrototypeError` unless the value is one of the choices."""
     if not isinstance(value, str | None) or value not in choices:
-        raise PrototypeError(f"Unknown {argument} {value!r}. Choose one of {', '.join(map(repr, choices))}.")
+        raise PrototypeError(f"Unknown {argument} {shown(value)}. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_shrinkage(value: Any) -> None:
+    """Raises `PrototypeError` unless the value is a finite number of at least 0."""
+    if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        raise PrototypeError(f"`shrinkage` must be a finite number of at least 0, got {shown(value)}.")
 
 
 def read_integer(argument: str, value: Any, allowed: range) -> int:
     """A whole number, also NumPy's. Raises `PrototypeError` unless it is one in the range."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) not in allowed:
         raise PrototypeError(
-            f"`{argument}` must be a whole number from {allowed[0]} to {allowed[-1]}, got {value!r}."
+            f"`{argument}` must be a whole number from {allowed[0]} to {allowed[-1]}, got {shown(value)}."
         )
     return int(value)
 
@@ -271,16 +285,19 @@ def read_names(argument: str, value: Any) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         value = [value]
-    if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
-        raise PrototypeError(f"`{argument}` must be a name or a list of names, got {value!r}.")
-    names = tuple(value)
+    try:
+        names = None if isinstance(value, Mapping | bytes) else tuple(value)
+    except TypeError:  # not iterable, or an array without a dimension, which only says so now
+        names = None
+    if names is None:
+        raise PrototypeError(f"`{argument}` must be a name or a list of names, got {shown(value)}.")
     for name in names:
         if not isinstance(name, str):
-            raise PrototypeError(f"`{argument}` must be a name or a list of names, got {name!r} among them.")
+            raise PrototypeError(f"`{argument}` must be a name or a list of names, got {shown(name)} among them.")
         try:
             name.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise PrototypeError(f"{name!r} in `{argument}` has half of a surrogate pair. Correct it.") from error
+            raise PrototypeError(f"{shown(name)} in `{argument}` has half of a surrogate pair. Correct it.") from error
     return names
 
 

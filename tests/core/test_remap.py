@@ -115,7 +115,7 @@ def probe_f_against_t(counts, l2):
     """Fit a probe before and after; for both return w_f − w_t, and s_f − s_t on the features of f and of t."""
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
     features = randn(len(labels), 6, seed=3) + 1.5 * randn(4, 6, seed=4)[labels]  # classes overlap: a minimiser exists
-    remap = Remap.fit(PrototypeFitter(6, "ftrs").update(features, labels).prototypes, ["f"], [["t"]])
+    remap = Remap.fit(PrototypeFitter(6, [*"ftrs"]).update(features, labels).prototypes, ["f"], [["t"]])
     for z in (features, remap.apply(features)):
         weight, bias = softmax_regression(z, labels, 4, l2)
         score = z @ (weight[0] - weight[1]) + bias[0] - bias[1]

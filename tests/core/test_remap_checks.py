@@ -126,7 +126,7 @@ def test_a_concept_forgotten_twice_is_refused():
 
 
 def test_unknown_solver_lists_the_known():
-    with pytest.raises(PrototypeError, match="'ridge'.*pinv, covariance"):
+    with pytest.raises(PrototypeError, match="'ridge'.*'pinv', 'covariance'"):
         Remap.fit(make_prototypes(12, 5), ["p0"], [["p1"]], solver="ridge")
 
 

@@ -9,12 +9,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...core.errors import MoreError
+from ...core.errors import MoreError, shown
 
 
 # an installed wheel has the files inside the package, a checkout beside it
 FOLDERS = (Path(__file__).parents[2] / "prompts", Path(__file__).parents[3] / "prompts")
 REQUIRED = ("case_number", "prompt", "evaluation_seed", "artist")
+LONGEST_NUMBER = 18  # digits of a case number or a seed: 64 bits
 SEVERAL = ";"  # between the names of one cell of a table of targets
 
 
@@ -156,21 +157,25 @@ def _read_table(
     """The file, its bytes, and each line's number and cells, stripped."""
     path = _find(source)
     content = path.read_bytes()
-    reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-    columns = [(column or "").strip() for column in reader.fieldnames or ()]
-    reader.fieldnames = columns
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        columns = [(column or "").strip() for column in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        rows = [(reader.line_num, cells) for cells in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise PromptFileError(f"{path} is not a CSV file in UTF-8: {error}. Write it again as one.") from error
     if missing := [column for column in required if column not in columns]:
         raise PromptFileError(
             f"{path}, line 1: no column {', '.join(map(repr, missing))}. "
             f"There are: {', '.join(filter(None, columns))}."
         )
     lines = []
-    for cells in reader:
+    for line, cells in rows:
         if None in cells or None in cells.values():
             raise PromptFileError(
-                f"{path}, line {reader.line_num}: not as many cells as the {len(columns)} columns."
+                f"{path}, line {line}: not as many cells as the {len(columns)} columns."
             )
-        lines.append((reader.line_num, {column: text.strip() for column, text in cells.items() if column}))
+        lines.append((line, {column: text.strip() for column, text in cells.items() if column}))
     if not lines:
         raise PromptFileError(f"{path} has no rows.")
     return path, content, lines
@@ -192,6 +197,6 @@ def _find(source: str | Path) -> Path:
 
 
 def _whole(path: Path, line: int, column: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise PromptFileError(f"{path}, line {line}: {column} is {text!r}, not a whole number of at least 0.")
+    if not text.isascii() or not text.isdigit() or len(text) > LONGEST_NUMBER:
+        raise PromptFileError(f"{path}, line {line}: {column} is {shown(text)}, not a whole number of at least 0.")
     return int(text)

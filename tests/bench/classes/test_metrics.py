@@ -167,7 +167,7 @@ def test_probe_scores_by_hand():
 def test_no_probe_tells_a_remapped_class_from_its_target_and_one_tells_an_erased_one():
     """G5: prototypes fitted on the probe's own data. The controls are the unedited features and erasure without a target."""
     z, labels = blobs(n=800, d=12)
-    prototypes = PrototypeFitter(12, "abcd").update(z, labels).prototypes
+    prototypes = PrototypeFitter(12, [*"abcd"]).update(z, labels).prototypes
     scores = {}
     for name, targets in (("before", None), ("erase", [[None]]), ("remap", [["c"]])):
         after = z.double() if targets is None else Remap.fit(prototypes, ["a"], targets).apply(z.double())
