@@ -1,6 +1,6 @@
 """Draw the training curves: LOG.csv, as a training script wrote it, becomes LOG.png beside it.
 
-    python curves.py logs/*.csv
+python curves.py logs/*.csv
 """
 
 import argparse
@@ -19,7 +19,9 @@ def draw(log: Path) -> Path:
     with open(log) as file:
         lines = [{name: float(value) for name, value in line.items()} for line in csv.DictReader(file)]
     names = [name for name in lines[0] if name not in ("step", "seconds", "learning_rate")]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained"
+    )
     for axis, name in zip(axes[0], names, strict=True):
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=0.8)
         axis.set(xlabel="step", title=name, yscale="linear" if name.endswith("_acc") else "log")
@@ -31,7 +33,9 @@ def draw(log: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("logs", type=Path, nargs="+", help="log.csv files")
     for log in parser.parse_args().logs:
         print(draw(log))

@@ -6,9 +6,9 @@ Reads the npm packages `@iconify-json/*` (drawings) and `emojibase-data` (other 
           @iconify-json/{emojione,emojione-monotone,fxemoji,streamline-emojis} emojibase-data
     python data.py --node_modules node_modules --output DATA
 
-writes DATA/images.npz (images, artist and name numbers), DATA/meta.json (names, chosen things, synonyms, held-out
-pairs)
-and, with --attribution, ATTRIBUTION.md from the packages' own metadata. Nothing is downloaded by this script.
+writes DATA/images.npz (images, artist and name numbers), DATA/meta.json (names, chosen things, synonyms,
+held-out pairs) and, with --attribution, ATTRIBUTION.md from the packages' own metadata. Nothing is downloaded
+by this script.
 """
 
 import argparse
@@ -39,8 +39,8 @@ ARTISTS = {
 SKIP = re.compile(r"skin-tone|^flag-|-low$|-high$|^keycap|-(dark|light|medium)(-|$)|medium-(light|dark)")
 VOTERS = ("twemoji", "noto", "fluent-emoji-flat", "emojione", "noto-v1")  # these five use the Unicode names
 
-# Names that a set gives to a thing against the Unicode name; checked by eye. In Firefox OS the plain animal name is
-# the face.
+# Names that a set gives to a thing against the Unicode name; checked by eye. In Firefox OS the plain animal
+# name is the face.
 OTHER_NAMES = {
     "fxemoji": {
         "acorn": "chestnut", "aubergine": "eggplant", "blackscissors": "scissors", "bouquetofflowers":
@@ -81,11 +81,11 @@ OTHER_NAMES = {
 }  # fmt: skip
 
 
-# Of the Unicode keywords, those that are another name of their thing and not a word about it; of the short names,
-# those that are none.
+# Of the Unicode keywords, those that are another name of their thing and not a word about it; of the short
+# names, those that are none.
 KEYWORDS = set(
-    "plane aeroplane cake loaf kitten kitty cherry martini puppy donut drop flame truck jewel eyewear grape stiletto "
-    "bumblebee pumpkin citrus toadstool fungus capsule bunny heart yacht slug serpent berry "
+    "plane aeroplane cake loaf kitten kitty cherry martini puppy donut drop flame truck jewel eyewear "
+    "grape stiletto bumblebee pumpkin citrus toadstool fungus capsule bunny heart yacht slug serpent berry "
     "tortoise spanner ladybird".split()
 )
 NOT_NAMES = {"yes", "flipper", "sunny", "birthday", "skeleton"}
@@ -98,16 +98,21 @@ def unicode_names(sets: dict) -> set[str]:
 
 
 def choose_icons(sets: dict) -> dict[tuple[str, str], str]:
-    """{(artist, thing): the icon's name in its package}; names are mended by dropping "-1" or adding lost hyphens."""
+    """
+    {(artist, thing): the icon's name in its package}. Names are mended: "-1" dropped, lost hyphens added.
+    """
     names = unicode_names(sets)
     squashed = {name.replace("-", ""): name for name in names}
     chosen = {}
     for artist, package in ARTISTS.items():
         other = OTHER_NAMES.get(package, {})
         icons = [
-            name for name, icon in sets[package]["icons"].items() if not SKIP.search(name) and not icon.get("hidden")
+            name
+            for name, icon in sets[package]["icons"].items()
+            if not SKIP.search(name) and not icon.get("hidden")
         ]
-        icons.sort(key=lambda name: name not in other)  # what was checked by eye comes first, then the first found
+        # What was checked by eye comes first, then the first found.
+        icons.sort(key=lambda name: name not in other)
         for name in icons:
             short = re.sub(r"-\d$", "", name)
             thing = other.get(name) or (
@@ -119,7 +124,7 @@ def choose_icons(sets: dict) -> dict[tuple[str, str], str]:
 
 
 def render(icons: dict, name: str) -> np.ndarray | None:
-    """(64, 64, 3) uint8: the drawing on white with a margin of two pixels; None if it is blank or cannot be drawn."""
+    """The drawing on white with a margin of two pixels, (64, 64, 3) uint8; None if it cannot be drawn."""
     import resvg_py
 
     icon = icons["icons"][name]
@@ -135,9 +140,8 @@ def render(icons: dict, name: str) -> np.ndarray | None:
         print(f"skipped {name}: {str(error)[:80]}")
         return None
     canvas = Image.new("RGB", (64, 64), "white")
-    canvas.paste(
-        Image.open(io.BytesIO(png)).convert("RGB").resize((60, 60), Image.BOX), (2, 2)
-    )  # 240 = 4 x 60: exact area means
+    # 240 = 4 x 60: exact area means.
+    canvas.paste(Image.open(io.BytesIO(png)).convert("RGB").resize((60, 60), Image.BOX), (2, 2))
     image = np.asarray(canvas)
     return image if image.std() >= 3 else None
 
@@ -150,13 +154,15 @@ def spoken(name: str) -> str:
 def find_synonyms(node_modules: Path, things: list[str]) -> dict[str, list[str]]:
     """Up to three other names a thing, from `emojibase-data` (MIT).
 
-    First the short names that GitHub, Slack and JoyPixels use, then Unicode keywords that are names. A word that is
-    none (NOT_NAMES), or that names two things, is left out.
+    First the short names that GitHub, Slack and JoyPixels use, then Unicode keywords that are names. A word
+    that is none (NOT_NAMES), or that names two things, is left out.
     """
     folder = node_modules / "emojibase-data" / "en"
     entries = {}
     for entry in json.loads((folder / "data.json").read_text()):
-        entries.setdefault(re.sub(r"[^a-z0-9]+", "-", entry["label"].lower().replace("’", "")).strip("-"), entry)
+        entries.setdefault(
+            re.sub(r"[^a-z0-9]+", "-", entry["label"].lower().replace("’", "")).strip("-"), entry
+        )
     sources = [
         json.loads((folder / "shortcodes" / f"{s}.json").read_text())
         for s in ("github", "iamcal", "joypixels", "emojibase")
@@ -199,8 +205,10 @@ def write_attribution(node_modules: Path, counts: dict[str, int], path: Path) ->
     lines = [
         "# Where the images come from",
         "",
-        "The model was trained on the drawings of these ten emoji sets, read from their npm packages and rendered on",
-        "white at 64 x 64. The names and other names of the things come from Unicode and `emojibase-data` (MIT).",
+        "The model was trained on the drawings of these ten emoji sets, read from their npm packages and "
+        "rendered on",
+        "white at 64 x 64. The names and other names of the things come from Unicode and `emojibase-data` "
+        "(MIT).",
         "This table is written by `data.py` from the packages' own metadata.",
         "",
         "| artist | set | package | by | licence | images |",
@@ -218,14 +226,17 @@ def write_attribution(node_modules: Path, counts: dict[str, int], path: Path) ->
     lines += [
         "",
         "Changes made: rasterised, scaled to 60 x 60 with a white margin, and used as training images. The",
-        "drawings are not redistributed here; pictures of the model may resemble them: keep this notice with it.",
+        "drawings are not redistributed here; pictures of the model may resemble them: keep this notice "
+        "with it.",
         "",
     ]
     path.write_text("\n".join(lines))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--node_modules", type=Path, required=True, help="folder with @iconify-json and emojibase-data"
     )
@@ -242,7 +253,8 @@ def main() -> None:
     args = parser.parse_args()
 
     sets = {
-        p: json.loads((args.node_modules / "@iconify-json" / p / "icons.json").read_text()) for p in ARTISTS.values()
+        p: json.loads((args.node_modules / "@iconify-json" / p / "icons.json").read_text())
+        for p in ARTISTS.values()
     }
     chosen = choose_icons(sets)
     things = args.things.read_text().split()
@@ -259,7 +271,12 @@ def main() -> None:
 
     pairs = {(list(ARTISTS)[a], names[n]) for a, n in zip(artist_ids, name_ids, strict=False)}
     args.output.mkdir(parents=True, exist_ok=True)
-    np.savez(args.output / "images.npz", images=np.stack(images), artist=np.array(artist_ids), name=np.array(name_ids))
+    np.savez(
+        args.output / "images.npz",
+        images=np.stack(images),
+        artist=np.array(artist_ids),
+        name=np.array(name_ids),
+    )
     meta = dict(
         artists=list(ARTISTS),
         names=names,
@@ -270,7 +287,9 @@ def main() -> None:
     (args.output / "meta.json").write_text(json.dumps(meta, indent=1))
     per_artist = collections.Counter(list(ARTISTS)[a] for a in artist_ids)
     of_things = collections.Counter(a for a, n in pairs if n in set(things))
-    print(f"{len(images)} images of {len(names)} things; {sum(of_things.values())} of the {len(things)} chosen")
+    print(
+        f"{len(images)} images of {len(names)} things; {sum(of_things.values())} of the {len(things)} chosen"
+    )
     for artist in ARTISTS:
         print(f"  {artist}: {per_artist[artist]}, of the chosen {of_things[artist]}")
     if args.attribution:

@@ -1,4 +1,6 @@
-"""The rendered images as tensors, with who drew what and which pairs are held out; the wordings of a caption."""
+"""
+The rendered images as tensors, with their artists, things and held-out pairs; the wordings of a caption.
+"""
 
 import json
 import random
@@ -61,7 +63,9 @@ def load_dataset(folder: Path) -> EmojiData:
         artist=artist,
         thing=thing,
         name=torch.from_numpy(arrays["name"]),
-        held_out=torch.tensor([(t, a) in held for t, a in zip(thing.tolist(), artist.tolist(), strict=False)]),
+        held_out=torch.tensor(
+            [(t, a) in held for t, a in zip(thing.tolist(), artist.tolist(), strict=False)]
+        ),
         artists=meta["artists"],
         things=spoken,
         synonyms=[[s, *meta["synonyms"][name]] for s, name in zip(spoken, meta["things"], strict=False)],
@@ -83,8 +87,8 @@ def all_captions(data: EmojiData) -> dict[tuple[int, int], list[str]]:
 def draw_caption(captions: dict, artist: int, thing: int, rng: random.Random) -> str:
     """One wording: 10 % empty (so that guidance works), 5 % without artist, 2 % without thing, else both.
 
-    A thing's own name is drawn half of the time, its other names share the rest. For a thing without a name (-1): 15 %
-    empty, else the artist alone.
+    A thing's own name is drawn half of the time, its other names share the rest. For a thing without a name
+    (-1): 15 % empty, else the artist alone.
     """
     chance = rng.random()
     if chance < 0.10:

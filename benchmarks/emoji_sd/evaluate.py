@@ -1,16 +1,14 @@
-"""Measure an exported pipeline: its VAE, recognition of artist and thing by judges of real images, copying; grids.
+"""Measure an exported pipeline: its VAE, copying, and recognition of artist and thing by judges of real
+images.
 
-    python evaluate.py --data DATA --model emoji_sd --alexnet alexnet_features.safetensors --output EVALUATION
+    python evaluate.py --data DATA --model emoji_sd --output EVALUATION
 
-Writes rows.csv (one line an image), summary.csv (one line a group and artist), table.md, config.json, grid.png,
-held_out.png and
-real.png. Several values of --steps or --guidance are compared on --limit pairs in settings.csv, and nothing else is
-written.
+Writes rows.csv (one line an image), summary.csv (one line a group and artist), table.md, config.json,
+grid.png, held_out.png and real.png. Several values of --steps or --guidance are compared on --limit pairs in
+settings.csv, and nothing else is written.
 """
 
 import argparse
-import csv
-import json
 import platform
 import sys
 import time
@@ -20,19 +18,20 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from alexnet import load_lpips
 from dataset import load_dataset
 from diffusers import StableDiffusionPipeline
 from grids import GRID_THINGS, draw_grid
 from judges import Judges
 
+from more_hf.bench.bootstrap import draw_means, interval
+from more_hf.bench.columns import write_rows
+from more_hf.core.files import write_json, write_text
+from more_hf.data import load_lpips
+
 
 PROMPT = "a {thing} in the style of {artist}"
-GROUPS = (
-    "training",
-    "held_out",
-    "undrawn",
-)  # undrawn: the artist has no such emoji, so there is nothing to compare with
+# Undrawn: the artist has no such emoji, so there is nothing to compare with.
+GROUPS = ("training", "held_out", "undrawn")
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
@@ -67,7 +66,8 @@ def generate(
 def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
     """The VAE's round trip of (n, 3, 64, 64), clamped."""
     parts = [
-        vae.decode(vae.encode(x.to(vae.device)).latent_dist.mean).sample.clamp(-1, 1).cpu() for x in images.split(64)
+        vae.decode(vae.encode(x.to(vae.device)).latent_dist.mean).sample.clamp(-1, 1).cpu()
+        for x in images.split(64)
     ]
     return torch.cat(parts)
 
@@ -78,7 +78,9 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(images: torch.Tensor, training: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Root mean square distance to the nearest training image, in grey levels 0 to 255, and which one it is."""
+    """
+    Root mean square distance to the nearest training image, in grey levels 0 to 255, and which one it is.
+    """
     distance = torch.cdist(images.flatten(1), training.flatten(1)) / images[0].numel() ** 0.5 * 127.5
     value, index = distance.min(1)
     return value.numpy(), index.numpy()
@@ -111,21 +113,17 @@ def judged_rows(data, judges, images, pairs, extra: dict) -> list[dict]:
             judged_thing=data.things[y],
             artist_ok=int(a == x),
             thing_ok=int(t == y),
-            **{key: column[i] if isinstance(column, (list, np.ndarray)) else column for key, column in extra.items()},
+            **{
+                key: column[i] if isinstance(column, (list, np.ndarray)) else column
+                for key, column in extra.items()
+            },
         )
         for i, (a, t, x, y) in enumerate(zip(artists, things, seen_artist, seen_thing, strict=False))
     ]
 
 
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean, over images."""
-    values = np.asarray(values, float)
-    means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(1)
-    return tuple(np.percentile(means, (2.5, 97.5)))
-
-
 def summarise(rows: list[dict], artists: list[str]) -> list[dict]:
-    """One line for every source (generated, real, reconstructed), group and artist, and for all artists together."""
+    """One line for every source (generated, real, reconstructed), group and artist, and for all artists."""
     lines = []
     for source in ("generated", "real", "reconstructed"):
         for group in GROUPS:
@@ -138,7 +136,7 @@ def summarise(rows: list[dict], artists: list[str]) -> list[dict]:
                 for key in ("artist", "thing"):
                     values = [100 * r[f"{key}_ok"] for r in mine]
                     line[f"{key}_acc"] = np.mean(values)
-                    line[f"{key}_low"], line[f"{key}_high"] = interval(values)
+                    line[f"{key}_low"], line[f"{key}_high"] = interval(draw_means(values))
                 if source != "reconstructed":
                     line["nearest"] = float(np.mean([r["nearest"] for r in mine]))
                 lines.append({k: f"{v:.1f}" if isinstance(v, float) else v for k, v in line.items()})
@@ -146,26 +144,28 @@ def summarise(rows: list[dict], artists: list[str]) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows that have not all the same columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, [{column: row.get(column) for column in columns} for row in rows])
 
 
 def write_table(path: Path, lines: list[dict], artists: list[str], codec: dict) -> None:
     """The summary as Markdown, artists across; read from the lines of summary.csv."""
-    value = {(s["source"], s["group"], s["artist"], k): s[f"{k}_acc"] for s in lines for k in ("artist", "thing")}
+    value = {
+        (s["source"], s["group"], s["artist"], k): s[f"{k}_acc"] for s in lines for k in ("artist", "thing")
+    }
     table = [f"| recognised, % | {' | '.join(artists)} | all |", "|---" * (len(artists) + 2) + "|"]
     for key in ("artist", "thing"):
         for group in GROUPS:
             for source in ("generated", "reconstructed", "real"):
                 cells = [value.get((source, group, a, key), "") for a in (*artists, "all")]
                 if any(cells):
-                    table.append(f"| {key}, {group.replace('_', ' ')} pairs, {source} | {' | '.join(cells)} |")
+                    table.append(
+                        f"| {key}, {group.replace('_', ' ')} pairs, {source} | {' | '.join(cells)} |"
+                    )
     table += ["", "| VAE | PSNR, dB | LPIPS |", "|---|---|---|"]
     table += [f"| {group} images | {v['psnr']:.2f} | {v['lpips']:.4f} |" for group, v in codec.items()]
-    path.write_text("\n".join(table) + "\n")
+    write_text(path, "\n".join(table) + "\n")
 
 
 def compare_settings(pipe, data, judges, pairs, args) -> None:
@@ -177,7 +177,9 @@ def compare_settings(pipe, data, judges, pairs, args) -> None:
             images = generate(pipe, data, pairs, args.seeds, steps, guidance, args.batch_size)
             rate = len(images) / (time.monotonic() - start)
             rows = judged_rows(data, judges, images, pairs * args.seeds, {})
-            accuracy = {f"{k}_acc": f"{100 * np.mean([r[f'{k}_ok'] for r in rows]):.1f}" for k in ("artist", "thing")}
+            accuracy = {
+                f"{k}_acc": f"{100 * np.mean([r[f'{k}_ok'] for r in rows]):.1f}" for k in ("artist", "thing")
+            }
             lines.append(
                 dict(steps=steps, guidance=guidance, n=len(rows), **accuracy, images_per_second=f"{rate:.1f}")
             )
@@ -186,10 +188,11 @@ def compare_settings(pipe, data, judges, pairs, args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of the StableDiffusionPipeline")
-    parser.add_argument("--alexnet", type=Path, required=True, help="alexnet_features.safetensors")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[12])
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
@@ -208,7 +211,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     data = load_dataset(args.data)
-    lpips_model = load_lpips(args.alexnet)
+    lpips_model = load_lpips()
     judges = Judges(data, lpips_model, args.output / "features.npy")
     pipe = load_pipeline(args.model)
     groups = pair_groups(data)
@@ -219,7 +222,9 @@ def main() -> None:
         return
 
     number = {
-        (a, t): i for i, (a, t) in enumerate(zip(data.artist.tolist(), data.thing.tolist(), strict=False)) if t >= 0
+        (a, t): i
+        for i, (a, t) in enumerate(zip(data.artist.tolist(), data.thing.tolist(), strict=False))
+        if t >= 0
     }
     train_index = torch.nonzero(data.chosen & ~data.held_out).flatten()
     training = data.pixels(train_index)
@@ -230,10 +235,16 @@ def main() -> None:
         seeds = args.seeds * (2 if group == "held_out" else 1)
         start = time.monotonic()
         images = generate(pipe, data, pairs, seeds, args.steps[0], args.guidance[0], args.batch_size)
-        print(f"{group}: {len(images)} images, {len(images) / (time.monotonic() - start):.1f} a second", flush=True)
+        print(
+            f"{group}: {len(images)} images, {len(images) / (time.monotonic() - start):.1f} a second",
+            flush=True,
+        )
         distance, which = nearest(images, training)
         extra = dict(
-            source="generated", group=group, seed=np.repeat(np.arange(seeds), len(pairs)), nearest=distance.round(1)
+            source="generated",
+            group=group,
+            seed=np.repeat(np.arange(seeds), len(pairs)),
+            nearest=distance.round(1),
         )
         extra["nearest_artist"] = [data.artists[a] for a in data.artist[train_index[which]]]
         extra["nearest_thing"] = [data.things[t] for t in data.thing[train_index[which]]]
@@ -243,9 +254,12 @@ def main() -> None:
         index = torch.tensor([number[p] for p in pairs])
         real = data.pixels(index)
         copies = reconstruct(pipe.vae, real)
-        codec[group] = dict(psnr=psnr(real, copies).mean().item(), lpips=lpips_model(real, copies).mean().item())
+        codec[group] = dict(
+            psnr=psnr(real, copies).mean().item(), lpips=lpips_model(real, copies).mean().item()
+        )
         others = torch.cdist(real.flatten(1), training.flatten(1))
-        others[index[:, None] == train_index[None]] = torch.inf  # a training image's nearest other training image
+        # A training image's nearest other training image.
+        others[index[:, None] == train_index[None]] = torch.inf
         distance = (others.min(1).values / real[0].numel() ** 0.5 * 127.5).numpy().round(1)
         rows += judged_rows(data, judges, real, pairs, dict(source="real", group=group, nearest=distance))
         rows += judged_rows(data, judges, copies, pairs, dict(source="reconstructed", group=group))
@@ -255,18 +269,26 @@ def main() -> None:
     write_csv(args.output / "summary.csv", lines)
     write_table(args.output / "table.md", lines, data.artists, codec)
     config = dict(
-        command=" ".join(["evaluate.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]), prompt=PROMPT
+        command=" ".join(["evaluate.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
+        prompt=PROMPT,
     )
     config |= dict(
-        steps=args.steps[0], guidance=args.guidance[0], seeds=args.seeds, scheduler=type(pipe.scheduler).__name__
+        steps=args.steps[0],
+        guidance=args.guidance[0],
+        seeds=args.seeds,
+        scheduler=type(pipe.scheduler).__name__,
     )
     config |= dict(
         image_size=64, lpips="alex, 64 x 64", vae=codec, hardware=platform.processor() or platform.machine()
     )
-    config |= dict(torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__)
-    (args.output / "config.json").write_text(json.dumps(config, indent=1))
+    config |= dict(
+        torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__
+    )
+    write_json(args.output / "config.json", config)
 
-    asked = [(a, data.things.index(t)) for a in range(len(data.artists)) for t in GRID_THINGS if t in data.things]
+    asked = [
+        (a, data.things.index(t)) for a in range(len(data.artists)) for t in GRID_THINGS if t in data.things
+    ]
     if args.smoke:
         asked = [(a, t) for a in range(len(data.artists)) for t in range(2)]
     images = generate(pipe, data, asked, 1, args.steps[0], args.guidance[0], args.batch_size)

@@ -1,4 +1,4 @@
-"""Write the trained parts as one StableDiffusionPipeline folder: float16 safetensors, the text encoder float32.
+"""Write the trained parts as one StableDiffusionPipeline folder: float16, the text encoder float32.
 
     python export.py --vae VAE/vae --text TEXT --denoiser DENOISER --output emoji_sd
 
@@ -58,7 +58,9 @@ def build_pipeline(vae: Path, text: Path, denoiser: Path) -> StableDiffusionPipe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--denoiser", type=Path, required=True)

@@ -1,7 +1,7 @@
 """Judges of artist and thing: AlexNet features and linear classifiers trained on real images only.
 
-A judge never saw what it judges: artists are judged by a classifier fit on other things, things by one fit on other
-artists.
+A judge never saw what it judges: artists are judged by a classifier fit on other things, things by one fit on
+other artists.
 """
 
 from pathlib import Path
@@ -20,14 +20,20 @@ THING_FOLDS = 4
 
 def fit(features: np.ndarray, labels: np.ndarray, alpha: float):
     """Standardised features and a ridge classifier: exact, without a seed, every class weighing the same."""
-    return make_pipeline(StandardScaler(), RidgeClassifier(alpha=alpha, class_weight="balanced")).fit(features, labels)
+    return make_pipeline(StandardScaler(), RidgeClassifier(alpha=alpha, class_weight="balanced")).fit(
+        features, labels
+    )
 
 
 class Judges:
-    """judge(features, artists, things) -> what each image is taken for, by a judge that never saw its like."""
+    """
+    judge(features, artists, things) -> what each image is taken for, by a judge that never saw its like.
+    """
 
     def __init__(self, data, lpips_model: torch.nn.Module, cache: Path, min_artists: int = 8):
-        """cache: a .npy file for the real images' features, which take minutes; written if missing or out of date."""
+        """
+        `cache` is a .npy file for the real images' features, which take minutes; written if out of date.
+        """
         self.data, self.lpips_model = data, lpips_model
         self.features = np.load(cache) if cache.exists() else np.empty((0, 0))
         if len(self.features) != len(data.images):
@@ -49,7 +55,9 @@ class Judges:
         """(n, 3456) float32 features of images (n, 3, 64, 64) in [-1, 1]."""
         return pooled_features(self.lpips_model, images).numpy()
 
-    def judge(self, features: np.ndarray, artists: np.ndarray, things: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def judge(
+        self, features: np.ndarray, artists: np.ndarray, things: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(judged artist, judged thing), each (n,) int64; `artists` and `things` say what was asked for."""
         judged_artist, judged_thing = np.empty(len(features), int), np.empty(len(features), int)
         for fold, model in enumerate(self.by_fold):

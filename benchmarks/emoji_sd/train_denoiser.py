@@ -2,10 +2,10 @@
 
     python train_denoiser.py --data DATA --vae VAE/vae --text TEXT --output DENOISER --minutes 90
 
-VAE and text encoder are frozen, so each latent and each wording is computed once. With --others, a part of each batch
-shows things that no caption names, under their artist's name alone: ten times as many pictures to learn a style from,
-apart from the things that it is to be put on. Run it again to resume; the EMA is in DENOISER/unet, the latents' scale in
-DENOISER/latents.json.
+VAE and text encoder are frozen, so each latent and each wording is computed once. With --others, a part of
+each batch shows things that no caption names, under their artist's name alone: ten times as many pictures to
+learn a style from, apart from the things that it is to be put on. Run it again to resume; the EMA is in
+DENOISER/unet, the latents' scale in DENOISER/latents.json.
 """
 
 import argparse
@@ -28,7 +28,9 @@ NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_
 
 
 def build_unet(text_width: int, latent_channels: int, smoke: bool) -> UNet2DConditionModel:
-    """Cross-attention in every block: 8 x 8 and 4 x 4 positions are few enough to let all of them read the text."""
+    """
+    Cross-attention in every block: 8 x 8 and 4 x 4 positions are few enough to let all of them read the text.
+    """
     channels = (32, 32) if smoke else (128, 192)
     return UNet2DConditionModel(
         sample_size=8,
@@ -46,7 +48,9 @@ def build_unet(text_width: int, latent_channels: int, smoke: bool) -> UNet2DCond
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, data, index: torch.Tensor) -> torch.Tensor:
-    """(n, 32, 8, 8): the posterior means, scaled to a deviation of one; the scale goes into the VAE's config."""
+    """
+    (n, 32, 8, 8): the posterior means, scaled to a deviation of one; the scale goes into the VAE's config.
+    """
     latents = torch.cat([vae.encode(data.pixels(part)).latent_dist.mean for part in index.split(128)])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return latents * vae.config.scaling_factor
@@ -63,17 +67,24 @@ def cache_text(text: Path, captions: dict) -> dict[str, torch.Tensor]:
 
 
 def stratified_timesteps(count: int, draw: torch.Generator) -> torch.Tensor:
-    """(count,) int64: one timestep from each of `count` equal slices of 0..999, which steadies the loss at no cost."""
+    """(count,) int64: one timestep from each of `count` equal slices of 0..999, which steadies the loss."""
     slices = torch.arange(count) + torch.rand(count, generator=draw)
     return (slices / count * NOISE["num_train_timesteps"]).long()[torch.randperm(count, generator=draw)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, steps=8000, batch_size=64, learning_rate=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--text", type=Path, required=True, help="folder that train_text.py wrote")
-    parser.add_argument("--others", type=float, default=0.0, help="the part of a batch that shows other things than the named ones")
+    parser.add_argument(
+        "--others",
+        type=float,
+        default=0.0,
+        help="the part of a batch that shows other things than the named ones",
+    )
     parser.add_argument("--others_until", type=int, help="the step from which on only named things are shown")
     parser.add_argument(
         "--start", type=Path, help="a UNet folder of the same layout to start from instead of random weights"
@@ -89,7 +100,10 @@ def main() -> None:
     device = accelerator.device
 
     data = load_dataset(args.data)
-    named, others = torch.nonzero(data.chosen & ~data.held_out).flatten(), torch.nonzero(~data.chosen).flatten()
+    named, others = (
+        torch.nonzero(data.chosen & ~data.held_out).flatten(),
+        torch.nonzero(~data.chosen).flatten(),
+    )
     train = torch.cat([named, others])
     captions = all_captions(data)
     hidden = cache_text(args.text, captions)
@@ -105,12 +119,14 @@ def main() -> None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start).float().state_dict())
     unet = unet.to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # over 64 positions plain products beat the fused kernel's bf16 backward pass by a fifth
+        # Over 64 positions plain products beat the fused kernel's bf16 backward pass by a fifth.
+        unet.set_attn_processor(AttnProcessor())
     trainer = Trainer(args, accelerator, unet, copy.deepcopy(unet), ("loss",), weight_decay=1e-2)
     model = compiled(unet, trainer.model)[0] if args.compile else trainer.model
     schedule = DDPMScheduler(**NOISE, clip_sample=False, prediction_type="v_prediction")
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    weights = torch.minimum(snr + 1, torch.tensor(5.0)) / (snr + 1)  # else the nearly clean steps rule the loss
+    # Else the nearly clean steps rule the loss.
+    weights = torch.minimum(snr + 1, torch.tensor(5.0)) / (snr + 1)
 
     while trainer.running():
         draw = generator(args.seed, trainer.step)

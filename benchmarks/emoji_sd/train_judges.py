@@ -1,13 +1,15 @@
-"""Fit the benchmark's judges, linear classifiers of artist and thing over pooled AlexNet features, on the rendered real images.
+"""Fit the benchmark's judges on the rendered real images: linear classifiers over pooled AlexNet features.
 
     python train_judges.py --data DATA
 
-reads what data.py wrote and writes more_hf/data/judges.safetensors, with what the judges are worth on real images that they were not
-fitted on: the artist judge on things it never saw (four folds of things), the thing judge on artists it never saw. The shipped
-classifiers are then fitted on everything. Every image is there twice, as it is and as the embedded pipeline's VAE gives it back: no
-picture of the pipeline can be sharper than the second, and judges fitted on the first alone took its blur for a style: of the first
-version's pictures of emoji10.csv they recognised the artist of 32 % and the thing of 45 %, these 43 % and 53 %, and lost a point on real
-images. No generated picture is used. Exact least squares, no seed; ten minutes on one core.
+reads what data.py wrote and writes more_hf/data/judges.safetensors, with what the judges are worth on real
+images that they were not fitted on: the artist judge on things it never saw (four folds of things), the thing
+judge on artists it never saw. The shipped classifiers are then fitted on everything. Every image is there
+twice, as it is and as the embedded pipeline's VAE gives it back: no picture of the pipeline can be sharper
+than the second, and judges fitted on the first alone took its blur for a style: of the first version's
+pictures of emoji10.csv they recognised the artist of 32 % and the thing of 45 %, these 43 % and 53 %, and
+lost a point on real images. No generated picture is used. Exact least squares, no seed; ten minutes on one
+core.
 """
 
 import argparse
@@ -41,8 +43,12 @@ def describe(data: EmojiData, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(features, dim=1)
 
 
-def ridge(z: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (classes, d), bias (classes,)) of a ridge regression to +1 and -1, every class weighing the same."""
+def ridge(
+    z: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (weight (classes, d), bias (classes,)) of a ridge regression to +1 and -1, every class weighing the same.
+    """
     count = torch.bincount(labels, minlength=classes).clamp(min=1)
     share = (len(labels) / len(count) / count)[labels][:, None]
     y = torch.nn.functional.one_hot(labels, classes).float() * 2 - 1
@@ -55,13 +61,21 @@ def ridge(z: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float) -
     return weight.T.contiguous(), y_mean - z_mean @ weight
 
 
-def fit(z: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+def fit(
+    z: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`ridge` on some rows of `z` (2, n, d), both kinds of them."""
     return ridge(z[:, rows].flatten(0, 1), labels[rows].repeat(2), int(labels.max()) + 1, penalty)
 
 
-def held_out(z: torch.Tensor, labels: torch.Tensor, folds: list[tuple[torch.Tensor, torch.Tensor]], penalty: float) -> torch.Tensor:
-    """(2, n) what each image is taken for by the classifier that was not fitted on it; folds are (fitted on, asked about)."""
+def held_out(
+    z: torch.Tensor, labels: torch.Tensor, folds: list[tuple[torch.Tensor, torch.Tensor]], penalty: float
+) -> torch.Tensor:
+    """
+    What each image is taken for by a classifier that was not fitted on it, (2, n).
+
+    Folds are pairs of masks: the images fitted on, and the images asked about.
+    """
     predicted = torch.full((2, len(labels)), -1)
     for fitted, asked in folds:
         weight, bias = fit(z, labels, fitted, penalty)
@@ -70,20 +84,34 @@ def held_out(z: torch.Tensor, labels: torch.Tensor, folds: list[tuple[torch.Tens
 
 
 def measure(data: EmojiData, z: torch.Tensor, rows: torch.Tensor) -> dict:
-    """Percentages by artist on images held out, and what the artist judge takes each artist's real images for."""
+    """
+    Percentages by artist on images held out, and what the artist judge takes each artist's real images for.
+    """
     artist, thing = data.artist[rows], data.thing[rows]
     chosen, fold = thing >= 0, thing % THING_FOLDS
     by_thing = [(~chosen | (fold != f), chosen & (fold == f)) for f in range(THING_FOLDS)]
     by_artist = [(chosen & (artist != a), chosen & (artist == a)) for a in range(len(data.artists))]
     artist_taken = held_out(z, artist, by_thing, ARTIST_PENALTY)
     thing_taken = held_out(z, thing, by_artist, THING_PENALTY)
-    facts = {key: {} for key in ("artist_accuracy", "thing_accuracy", "artist_accuracy_vae", "thing_accuracy_vae", "confusion", "images")}
+    facts = {
+        key: {}
+        for key in (
+            "artist_accuracy",
+            "thing_accuracy",
+            "artist_accuracy_vae",
+            "thing_accuracy_vae",
+            "confusion",
+            "images",
+        )
+    }
     for a, name in enumerate(data.artists):
         own = chosen & (artist == a)
         for i, suffix in enumerate(("", "_vae")):
             facts[f"artist_accuracy{suffix}"][name] = percent(artist_taken[i, own] == a)
             facts[f"thing_accuracy{suffix}"][name] = percent(thing_taken[i, own] == thing[own])
-        facts["confusion"][name] = {other: percent(artist_taken[0, own] == b) for b, other in enumerate(data.artists)}
+        facts["confusion"][name] = {
+            other: percent(artist_taken[0, own] == b) for b, other in enumerate(data.artists)
+        }
         facts["images"][name] = int(own.sum())
     return facts
 
@@ -93,8 +121,12 @@ def percent(right: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with data.py's images.npz and meta.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with data.py's images.npz and meta.json"
+    )
     parser.add_argument("--output", type=Path, default=JUDGES_FILE)
     args = parser.parse_args()
 
@@ -108,7 +140,10 @@ def main() -> None:
     facts = measure(data, z, rows)
     print("percent on held-out real images (and through the VAE):")
     for name in data.artists:
-        words = (f"{kind} {facts[f'{kind}_accuracy'][name]} ({facts[f'{kind}_accuracy_vae'][name]})" for kind in ("artist", "thing"))
+        words = (
+            f"{kind} {facts[f'{kind}_accuracy'][name]} ({facts[f'{kind}_accuracy_vae'][name]})"
+            for kind in ("artist", "thing")
+        )
         print(f"  {name}: {', '.join(words)}")
     for key in ("artist_accuracy", "artist_accuracy_vae", "thing_accuracy", "thing_accuracy_vae"):
         print(f"  {key}, mean: {sum(facts[key].values()) / len(facts[key]):.1f}")

@@ -1,10 +1,12 @@
-"""Make the tokenizer and warm up the CLIPTextModel on recognising (thing, artist) in every wording; no image is used.
+"""Make the tokenizer and warm up the CLIPTextModel on recognising (thing, artist) in every wording, without
+images.
 
     python train_text.py --data DATA --output TEXT --minutes 3
 
-The denoiser then reads a frozen encoder whose outputs it can cache. Two linear classifiers are trained with the
-encoder, on every position from which the name has been read in full: the name's own last token, all later tokens, the
-end token and the padding. The classifiers are thrown away. TEXT/tokenizer and TEXT/text_encoder are what counts.
+The denoiser then reads a frozen encoder whose outputs it can cache. Two linear classifiers are trained with
+the encoder, on every position from which the name has been read in full: the name's own last token, all later
+tokens, the end token and the padding. The classifiers are thrown away. TEXT/tokenizer and TEXT/text_encoder
+are what counts.
 """
 
 import argparse
@@ -111,7 +113,7 @@ class Positions:
     def __call__(
         self, captions: list[str], artists: list[int], things: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels (b, 24) for artist and thing; -100, which the loss skips, before the name and where there is none."""
+        """Labels (b, 24) for artist and thing; -100, which the loss skips, before the name or without one."""
         labels = torch.full((2, len(captions), MAX_TOKENS), -100)
         for row, (caption, artist, thing) in enumerate(zip(captions, artists, things, strict=False)):
             if artist >= 0:
@@ -132,7 +134,9 @@ def named(captions: dict, artist: int, thing: int, rng: random.Random) -> tuple[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, steps=500, batch_size=128, learning_rate=1e-3)
     parser.add_argument(
         "--vocab_size", type=int, default=1600, help="of the merges and letters, before byte completion"
@@ -148,7 +152,12 @@ def main() -> None:
     data = load_dataset(args.data)
     captions = all_captions(data)
     names = json.loads((args.data / "meta.json").read_text())["names"]  # other things' words get merges too
-    others = [shape.format(artist=a, thing=n.replace("-", " ")) for n in names for a in data.artists for shape in BOTH]
+    others = [
+        shape.format(artist=a, thing=n.replace("-", " "))
+        for n in names
+        for a in data.artists
+        for shape in BOTH
+    ]
     tokenizer = build_tokenizer([*others, *(c for cs in captions.values() for c in cs)], args.vocab_size)
     save_tokenizer(tokenizer, args.output / "tokenizer")
     longest = max(len(tokenizer(c).input_ids) for cs in captions.values() for c in cs)
@@ -156,8 +165,11 @@ def main() -> None:
 
     recogniser = Recogniser(build_text_encoder(tokenizer, args.smoke), len(data.artists), len(data.things))
     positions = Positions(tokenizer, data.artists, data.synonyms)
-    train = torch.nonzero(data.chosen & ~data.held_out).flatten()  # the words of held-out pairs stay unseen together
-    trainer = Trainer(args, accelerator, recogniser, copy.deepcopy(recogniser), ("artist_acc", "thing_acc"), 1e-2)
+    # The words of held-out pairs stay unseen together.
+    train = torch.nonzero(data.chosen & ~data.held_out).flatten()
+    trainer = Trainer(
+        args, accelerator, recogniser, copy.deepcopy(recogniser), ("artist_acc", "thing_acc"), 1e-2
+    )
     while trainer.running():
         draw = generator(args.seed, trainer.step)
         picked = train[torch.randint(len(train), (args.batch_size,), generator=draw)]
@@ -173,7 +185,9 @@ def main() -> None:
         losses, accuracies = [], []
         for logit, label in zip(logits, labels, strict=False):
             losses.append(
-                torch.nn.functional.cross_entropy(logit.float().flatten(0, 1), label.flatten(), ignore_index=-100)
+                torch.nn.functional.cross_entropy(
+                    logit.float().flatten(0, 1), label.flatten(), ignore_index=-100
+                )
             )
             read = label >= 0
             accuracies.append(100 * (logit.argmax(-1)[read] == label[read]).float().mean().item())

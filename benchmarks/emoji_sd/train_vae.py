@@ -1,15 +1,16 @@
 """Train the AutoencoderKL (64 x 64 x 3 <-> 8 x 8 x 32) on every rendered emoji but the held-out pairs.
 
-    python train_vae.py --data DATA --output VAE --alexnet alexnet_features.safetensors --minutes 15
+    python train_vae.py --data DATA --output VAE --minutes 15
 
-With --init it goes on from a trained VAE, and with --freeze_encoder it trains the decoder alone, so that a denoiser
-trained on the latents stays valid: the last minutes of a run are well spent on a sharper decoder. --moments_weight
-adds what L1 and LPIPS do not hold on to, thin lines and texture: mean and deviation over the image of each AlexNet
-channel (the statistics of neural style transfer). --latent_noise makes the decoder draw clean areas from latents that
-are off by a little, as a denoiser's are.
+With --init it goes on from a trained VAE, and with --freeze_encoder it trains the decoder alone, so that a
+denoiser trained on the latents stays valid: the last minutes of a run are well spent on a sharper decoder.
+--moments_weight adds what L1 and LPIPS do not hold on to, thin lines and texture: mean and deviation over the
+image of each AlexNet channel (the statistics of neural style transfer). --latent_noise makes the decoder draw
+clean areas from latents that are off by a little, as a denoiser's are.
 
-Half of each batch comes from the things that the denoiser learns, half from all 1,592: few images would be learned by
-heart, and the chosen ones are those that must be sharp. Run it again to resume; the EMA is in VAE/vae.
+Half of each batch comes from the things that the denoiser learns, half from all 1,592: few images would be
+learned by heart, and the chosen ones are those that must be sharp. Run it again to resume; the EMA is in
+VAE/vae.
 """
 
 import argparse
@@ -19,11 +20,12 @@ from pathlib import Path
 import lpips
 import torch
 from accelerate import Accelerator
-from alexnet import load_lpips
 from dataset import load_dataset
 from diffusers import AutoencoderKL
 from torch.nn.functional import interpolate
 from training import Trainer, add_arguments, batch_indices, compiled, generator
+
+from more_hf.data import load_lpips
 
 
 def build_vae(smoke: bool) -> AutoencoderKL:
@@ -43,8 +45,14 @@ def build_vae(smoke: bool) -> AutoencoderKL:
     )
 
 
-def perceptual_losses(model: torch.nn.Module, output: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """LPIPS and the distance of channel moments, both at 128 x 128: AlexNet's first stride is wider than a thin line at 64."""
+def perceptual_losses(
+    model: torch.nn.Module, output: torch.Tensor, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    LPIPS and the distance of channel moments, both at 128 x 128.
+
+    At 64 x 64, AlexNet's first stride is wider than a thin line.
+    """
 
     def layers(x):
         x = interpolate(x, size=(128, 128), mode="bilinear", align_corners=False)
@@ -62,14 +70,18 @@ def perceptual_losses(model: torch.nn.Module, output: torch.Tensor, images: torc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, steps=3000, batch_size=16, learning_rate=2e-3)
-    parser.add_argument(
-        "--alexnet", type=Path, help="AlexNet weights for the LPIPS term; without them the loss is L1 alone"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lpips_weight", type=float, default=0.5)
+    add_arguments(parser, steps=3000, batch_size=16, learning_rate=2e-3)
+    parser.add_argument("--lpips_weight", type=float, default=0.5, help="of LPIPS; L1 has weight 1")
     parser.add_argument("--moments_weight", type=float, default=0.0)
-    parser.add_argument("--latent_noise", type=float, default=0.0, help="up to this much more noise, in deviations of the latents")
+    parser.add_argument(
+        "--latent_noise",
+        type=float,
+        default=0.0,
+        help="up to this much more noise, in deviations of the latents",
+    )
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence a latent number")
     parser.add_argument("--init", type=Path, help="folder of an AutoencoderKL to start from")
     parser.add_argument("--freeze_encoder", action="store_true", help="train the decoder alone")
@@ -84,12 +96,16 @@ def main() -> None:
     data = load_dataset(args.data)
     everything = torch.nonzero(~data.held_out).flatten()  # held-out pairs are new to the VAE too
     chosen = torch.nonzero(data.chosen & ~data.held_out).flatten()
-    vae = AutoencoderKL.from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build_vae(args.smoke)
+    vae = (
+        AutoencoderKL.from_pretrained(args.init, torch_dtype=torch.float32)
+        if args.init
+        else build_vae(args.smoke)
+    )
     vae = vae.train().to(memory_format=torch.channels_last)
     if args.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    perceptual = load_lpips(args.alexnet).to(accelerator.device) if args.alexnet else None
+    perceptual = load_lpips().to(accelerator.device)
     trainer = Trainer(args, accelerator, vae, copy.deepcopy(vae), ("l1", "lpips", "moments", "kl"))
     encode, decode, losses = vae.encode, vae.decode, perceptual_losses
     if args.compile:
@@ -108,15 +124,15 @@ def main() -> None:
         flip = torch.rand(len(images), generator=draw) < 0.5
         images[flip] = images[flip].flip(-1)
         images = images.to(accelerator.device, memory_format=torch.channels_last)
-        noise = torch.randn(len(images), vae.config.latent_channels, 8, 8, generator=draw).to(accelerator.device)
-        distance = moments = torch.zeros(())
+        noise = torch.randn(len(images), vae.config.latent_channels, 8, 8, generator=draw).to(
+            accelerator.device
+        )
         further = args.latent_noise * torch.rand(len(images), 1, 1, 1, generator=draw).to(accelerator.device)
         with accelerator.autocast():
             posterior = encode(images).latent_dist
             latents = posterior.mean + (posterior.std + further * posterior.mean.std()) * noise
             output = decode(latents).sample.float()
-            if perceptual:
-                distance, moments = losses(perceptual, output, images)
+            distance, moments = losses(perceptual, output, images)
         l1 = (output - images).abs().mean()
         kl = posterior.kl().float().mean() / latents[0].numel()
         loss = l1 + args.lpips_weight * distance + args.moments_weight * moments + args.kl_weight * kl

@@ -1,7 +1,9 @@
-"""What the training scripts share: checkpoints that survive kill -9, learning rate, EMA, batches by step, CSV logs.
+"""What the training scripts share: checkpoints that survive a kill, learning rate, EMA, batches by step,
+logs.
 
-Everything random in a step comes from a generator seeded with (seed, step), and the batch of a step is a function of
-the step, so a resumed run needs no more than the step's number to go on exactly as the run that was never stopped.
+Everything random in a step comes from a generator seeded with (seed, step), and the batch of a step is a
+function of the step, so a resumed run needs no more than the step's number to go on exactly as the run that
+was never stopped.
 """
 
 import argparse
@@ -14,13 +16,20 @@ from pathlib import Path
 import torch
 from diffusers.models.upsampling import Upsample2D
 
+from more_hf.core.files import replacing
+
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, batch_size: int, learning_rate: float) -> None:
     """The flags that both training scripts have."""
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint.pt, log.csv and the EMA model go here")
     parser.add_argument(
-        "--steps", type=int, default=steps, help="the learning rate reaches zero here, unless --minutes is given"
+        "--output", type=Path, required=True, help="checkpoint.pt, log.csv and the EMA model go here"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        help="the learning rate reaches zero here, unless --minutes is given",
     )
     parser.add_argument(
         "--minutes", type=float, help="anneal over this much training time instead, earlier runs counted in"
@@ -30,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int, batch_size: int, 
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model: 1.4 times as fast on a CPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the model: 1.4 times as fast on a CPU"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--save_seconds", type=float, default=100)
     parser.add_argument("--log_every", type=int, default=20)
@@ -41,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int, batch_size: int, 
 
 
 def compiled(model: torch.nn.Module, *functions):
-    """The functions of a model compiled, all but its upsampling: torch 2.13's CPU backend gives that a gradient of zero."""
+    """
+    Compile functions of a model, but not its upsampling: torch 2.13's CPU backend gives that a zero gradient.
+    """
     for module in model.modules():
         if isinstance(module, Upsample2D):
             module.forward = torch.compiler.disable(module.forward)
@@ -64,28 +77,33 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> torch.Te
 
 
 def save_atomically(state: dict, path: Path) -> None:
-    """Write beside the place, flush to disk, rename: a kill at any moment leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    """Write a checkpoint and flush it to disk: a kill at any moment leaves the old file or the new one."""
+    with replacing(path) as draft, open(draft, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class Trainer:
-    """One model with its optimiser, EMA copy, step counter and log. `model` and `ema` have the same layout."""
+    """
+    One model with its optimiser, EMA copy, step counter and log. `model` and `ema` have the same layout.
+    """
 
     def __init__(self, args, accelerator, model, ema, columns: tuple[str, ...], weight_decay: float = 0.0):
-        self.args, self.accelerator, self.ema = args, accelerator, ema.requires_grad_(False).to(accelerator.device)
+        self.args, self.accelerator, self.ema = (
+            args,
+            accelerator,
+            ema.requires_grad_(False).to(accelerator.device),
+        )
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, args.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.raw = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.pairs = [(e, m) for e, m in zip(ema.parameters(), model.parameters(), strict=False) if m.requires_grad]
+        self.pairs = [
+            (e, m) for e, m in zip(ema.parameters(), model.parameters(), strict=False) if m.requires_grad
+        ]
         self.columns = ("step", "seconds", "learning_rate", *columns)
         self.sums, self.since_log = dict.fromkeys(columns, 0.0), 0
         self.step, self.seconds = 0, 0.0
@@ -106,7 +124,9 @@ class Trainer:
         print(f"resumed at step {self.step} after {self.seconds:.0f} s of training", flush=True)
 
     def save(self) -> None:
-        state = dict(model=self.raw.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+        state = dict(
+            model=self.raw.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict()
+        )
         state |= dict(step=self.step, seconds=self.seconds, sums=self.sums, since_log=self.since_log)
         save_atomically(state, self.path)
         self.saved_at = time.monotonic()
@@ -116,13 +136,17 @@ class Trainer:
         rows = []
         if self.log_path.exists():
             with open(self.log_path) as file:
-                rows = [r for r in csv.reader(file) if len(r) == len(self.columns)][1:]  # a torn last line is short
+                # A torn last line is short.
+                lines = [line for line in csv.reader(file) if len(line) == len(self.columns)]
+            rows = lines[1:]
         self.args.output.mkdir(parents=True, exist_ok=True)
         with open(self.log_path, "w", newline="") as file:
             csv.writer(file).writerows([self.columns, *(r for r in rows if int(r[0]) <= self.step)])
 
     def progress(self) -> float:
-        """How much of the schedule is done, 0 to 1: by steps (exact on resume), or by time where a deadline rules."""
+        """
+        How much of the schedule is done, 0 to 1: by steps (exact on resume), or by time with a deadline.
+        """
         if self.args.minutes is not None:
             return min(1.0, self.seconds / (60 * self.args.minutes))
         return min(1.0, self.step / self.args.steps)
@@ -142,7 +166,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        decay = min(args.ema_decay, (self.step + 1) / (self.step + 10))  # a young EMA forgets its random start
+        # A young EMA forgets its random start.
+        decay = min(args.ema_decay, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_([e for e, _ in self.pairs], [m for _, m in self.pairs], 1 - decay)
 

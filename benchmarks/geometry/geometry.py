@@ -1,11 +1,12 @@
-"""Closed-form methods at 1 to 1000 concepts at once: time, memory, and what every other feature loses. On synthetic features.
+"""Closed-form methods at 1 to 1000 concepts at once: time, memory, and what every other feature loses. On
+synthetic features.
 
     OMP_NUM_THREADS=1 python benchmarks/geometry/geometry.py    # geometry.csv, geometry.md, geometry.png
 
-The features are not a text encoder's. They are drawn around a mean with covariance eigenvalues proportional to 1 / i, in 768 dimensions; a
-third of their mean square, which is 768, is the mean's. Every concept, its own target, the retained names and ordinary text are independent
-draws. Four layers of 640 x 768 with Gaussian weights read them. Each method gets one vector per name, as UCE does, and its published
-settings.
+The features are not a text encoder's. They are drawn around a mean with covariance eigenvalues proportional
+to 1 / i, in 768 dimensions; a third of their mean square, which is 768, is the mean's. Every concept, its own
+target, the retained names and ordinary text are independent draws. Four layers of 640 x 768 with Gaussian
+weights read them. Each method gets one vector per name, as UCE does, and its published settings.
 """
 
 import ctypes
@@ -37,7 +38,10 @@ MEAN_SHARE = 1 / 3
 
 
 def features(count: int, generator: torch.Generator, basis: Tensor) -> Tensor:
-    """`(count, WIDTH)`, float64: draws with the declared spectrum. `basis` is orthonormal, and its last column the mean's direction."""
+    """
+    `(count, WIDTH)`, float64: draws with the declared spectrum. `basis` is orthonormal, and its last column
+    the mean's direction.
+    """
     spectrum = 1 / torch.arange(1, WIDTH + 1, dtype=torch.float64)
     spectrum *= (1 - MEAN_SHARE) * WIDTH / spectrum.sum()
     drawn = torch.randn(count, WIDTH, generator=generator, dtype=torch.float64) * spectrum.sqrt()
@@ -45,7 +49,10 @@ def features(count: int, generator: torch.Generator, basis: Tensor) -> Tensor:
 
 
 class Problem:
-    """Concepts C, targets G `(n, d)`, retained names R, a second moment of ordinary text, and ordinary text that no method saw."""
+    """
+    Concepts C, targets G `(n, d)`, retained names R, a second moment of ordinary text, and ordinary text that
+    no method saw.
+    """
 
     def __init__(self, concepts: int):
         generator = torch.Generator().manual_seed(concepts)
@@ -54,34 +61,52 @@ class Problem:
         self.R, seen = features(RETAINED, generator, basis), features(ORDINARY, generator, basis)
         self.unseen = features(ORDINARY, generator, basis)
         self.moment = seen.T @ seen / ORDINARY
-        self.layers = [torch.randn(OUT, WIDTH, generator=generator, dtype=torch.float64) / WIDTH**0.5 for _ in range(LAYERS)]
+        self.layers = [
+            torch.randn(OUT, WIDTH, generator=generator, dtype=torch.float64) / WIDTH**0.5
+            for _ in range(LAYERS)
+        ]
 
     def prototypes(self, *parts: Tensor) -> Prototypes:
         """The rows of parts `(n, d)` as prototypes c0, c1, ..., g0, ..., r0, ..."""
-        names = tuple(f"{kind}{i}" for kind, part in zip("cgr", parts, strict=False) for i in range(len(part)))
-        return Prototypes(torch.cat(parts).T, names, torch.ones(len(names), dtype=torch.int64), self.moment, ORDINARY)
+        names = tuple(
+            f"{kind}{i}" for kind, part in zip("cgr", parts, strict=False) for i in range(len(part))
+        )
+        return Prototypes(
+            torch.cat(parts).T, names, torch.ones(len(names), dtype=torch.int64), self.moment, ORDINARY
+        )
 
     def names(self, kind: str) -> list[str]:
         return [f"{kind}{i}" for i in range(len(self.C))]
 
 
 def more(problem: Problem) -> list[Tensor]:
-    remap = Remap.fit(problem.prototypes(problem.C, problem.G), problem.names("c"), [problem.names("g")], solver="covariance")
+    remap = Remap.fit(
+        problem.prototypes(problem.C, problem.G),
+        problem.names("c"),
+        [problem.names("g")],
+        solver="covariance",
+    )
     return [remap.merged(W) for W in problem.layers]
 
 
 def more_pinv(problem: Problem) -> list[Tensor]:
-    remap = Remap.fit(problem.prototypes(problem.C, problem.G, problem.R), problem.names("c"), [problem.names("g")])
+    remap = Remap.fit(
+        problem.prototypes(problem.C, problem.G, problem.R), problem.names("c"), [problem.names("g")]
+    )
     return [remap.merged(W) for W in problem.layers]
 
 
 def more_erase(problem: Problem) -> list[Tensor]:
-    remap = Remap.fit(problem.prototypes(problem.C), problem.names("c"), [[None] * len(problem.C)], solver="covariance")
+    remap = Remap.fit(
+        problem.prototypes(problem.C), problem.names("c"), [[None] * len(problem.C)], solver="covariance"
+    )
     return [remap.merged(W) for W in problem.layers]
 
 
 def more_without_po(problem: Problem) -> list[Tensor]:
-    remap = without_orthogonalisation(problem.prototypes(problem.C, problem.G), problem.names("c"), [problem.names("g")])
+    remap = without_orthogonalisation(
+        problem.prototypes(problem.C, problem.G), problem.names("c"), [problem.names("g")]
+    )
     return [remap.merged(W) for W in problem.layers]
 
 
@@ -115,9 +140,13 @@ def run_speed(problem: Problem) -> list[Tensor]:
 
 
 def run_oce(problem: Problem) -> list[Tensor]:
-    erase, spread = (500.0, 10.0) if len(problem.C) < 100 else (800.0, 70.0)  # as published for styles and for 100 celebrities
+    # As published for styles, and for 100 celebrities.
+    erase, spread = (500.0, 10.0) if len(problem.C) < 100 else (800.0, 70.0)
     kept = problem.R.T @ problem.R + spread * problem.moment + 10.0 * torch.eye(WIDTH, dtype=torch.float64)
-    return [oce.rotation(oce.erasing_term(W, problem.C, problem.G, erase) + W @ kept @ W.T) @ W for W in problem.layers]
+    return [
+        oce.rotation(oce.erasing_term(W, problem.C, problem.G, erase) + W @ kept @ W.T) @ W
+        for W in problem.layers
+    ]
 
 
 METHODS: dict[str, Callable[[Problem], list[Tensor]]] = {
@@ -136,8 +165,10 @@ NUMBERS = ("concept_moved", "concept_to_target", "retained_moved", "ordinary_mov
 
 
 def moved(problem: Problem, edited: list[Tensor], x: Tensor, reference: Tensor | None = None) -> float:
-    """Percent, root mean square over features `(n, d)` and layers: how far W' x is from W x, or from W times the reference, which W x is
-    100 % away from."""
+    """
+    How far W' x is from W x, in percent: root mean square over features `(n, d)` and layers. With a
+    reference, how far it is from W times that; W x is 100 % away from it.
+    """
     change = total = 0.0
     for W, new in zip(problem.layers, edited, strict=True):
         wanted = (x if reference is None else reference) @ W.T
@@ -148,7 +179,9 @@ def moved(problem: Problem, edited: list[Tensor], x: Tensor, reference: Tensor |
 
 def measure(method: str, problem: Problem) -> dict:
     line = {"method": method, "concepts": len(problem.C)}
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier methods freed goes back to the system, and is not reused unseen
+    has_target = method not in WITHOUT_TARGET
+    # Memory that earlier methods freed goes back to the system; reused, it would not be counted.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with peak_memory(torch.device("cpu")) as before:
         pass  # what is resident now
     start = time.process_time()  # of one thread, so that what else runs on the machine does not count
@@ -161,7 +194,7 @@ def measure(method: str, problem: Problem) -> dict:
     return {
         **line,
         "concept_moved": round(moved(problem, edited, problem.C), 3),
-        "concept_to_target": None if method in WITHOUT_TARGET else round(moved(problem, edited, problem.C, problem.G), 3),
+        "concept_to_target": round(moved(problem, edited, problem.C, problem.G), 3) if has_target else None,
         "retained_moved": round(moved(problem, edited, problem.R), 3),
         "ordinary_moved": round(moved(problem, edited, problem.unseen), 3),
         "seconds": round(seconds, 4),
@@ -182,7 +215,12 @@ def plot(lines: list[dict]) -> None:
     for ax, (column, title) in zip(axes, shown.items(), strict=True):
         for method in METHODS:
             own = [line for line in lines if line["method"] == method and line[column] is not None]
-            ax.plot([line["concepts"] for line in own], [max(line[column], 1e-2) for line in own], marker="o", label=method)
+            ax.plot(
+                [line["concepts"] for line in own],
+                [max(line[column], 1e-2) for line in own],
+                marker="o",
+                label=method,
+            )
         ax.set(xscale="log", yscale="log", xlabel="concepts erased together", title=title)
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
@@ -197,9 +235,13 @@ def main() -> None:
         problem = Problem(concepts)
         lines += [measure(method, problem) for method in METHODS]
     write_rows(HERE / "geometry.csv", lines)
-    notes = [f"- {line['method']}, {line['concepts']} concepts: {line['note']}" for line in lines if line["note"]]
+    notes = [
+        f"- {line['method']}, {line['concepts']} concepts: {line['note']}" for line in lines if line["note"]
+    ]
     table = markdown_table([{**line, "note": "refused" if line["note"] else ""} for line in lines])
-    write_text(HERE / "geometry.md", "\n\n".join([table, "\n".join(notes), hardware(torch.device("cpu"))]) + "\n")
+    write_text(
+        HERE / "geometry.md", "\n\n".join([table, "\n".join(notes), hardware(torch.device("cpu"))]) + "\n"
+    )
     plot(lines)
     print(table)
 

@@ -1,11 +1,13 @@
-"""The edit of a real-sized Stable Diffusion v1.4 UNet beside the closed forms of UCE and RECE, as ratios in one run.
+"""The edit of a Stable Diffusion v1.4 UNet next to the closed forms of UCE and RECE, as ratios in one run.
 
     python benchmarks/speed/speed.py    # speed.csv, speed.md
 
-The UNet has v1.4's class and configuration and random weights, in float32; the text encoder is CLIP ViT-L/14's, random too, with the
-embedded pipeline's tokenizer. What the two methods compute was written for this file from their formulas, in the order of their scripts:
-layer by layer, one concept and one retained name after the other, float32, an inverse for every layer. UCE's current script takes one
-vector per name; its paper-era script, which RECE builds on, takes every position of every prompt. Their retained features are random.
+The UNet has v1.4's class and configuration and random weights, in float32; the text encoder is CLIP
+ViT-L/14's, random too, with the embedded pipeline's tokenizer. What the two methods compute was written for
+this file from their formulas, in the order of their scripts: layer by layer, one concept and one retained
+name after the other, float32, an inverse for every layer. UCE's current script takes one vector per name; its
+paper-era script, which RECE builds on, takes every position of every prompt. Their retained features are
+random.
 """
 
 import argparse
@@ -32,14 +34,25 @@ SD14 = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "down_block_types": (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+}
 CONCEPT, TARGETS, RETAIN = "Blobmoji", ["Fluent", "Noto"], ["Twemoji", "EmojiOne", "Monotone", "Streamline"]
 NAMES = (4, 100)  # how many names UCE retains, one vector each
 PROMPTS = (5, 100)  # how many prompts its paper-era script and RECE retain, 77 positions each
@@ -50,7 +63,11 @@ def sd14(unet: dict, text: dict, seed: int = 0) -> StableDiffusionPipeline:
     """A pipeline of these sizes with random weights."""
     tokenizer = copy.deepcopy(more_hf.load_emoji_sd().tokenizer)
     tokenizer.model_max_length = text["max_position_embeddings"]
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(seed)
     return StableDiffusionPipeline(
         vae=AutoencoderKL(latent_channels=4).eval(),
@@ -64,8 +81,13 @@ def sd14(unet: dict, text: dict, seed: int = 0) -> StableDiffusionPipeline:
     )
 
 
-def closed_form(layers: list[Tensor], old: list[Tensor], new: list[Tensor], kept: list[Tensor], lamb: float, keep: float) -> list[Tensor]:
-    """One closed-form edit in the order of UCE's scripts: `old`, `new` and `kept` are lists of features `(positions, d)`."""
+def closed_form(
+    layers: list[Tensor], old: list[Tensor], new: list[Tensor], kept: list[Tensor], lamb: float, keep: float
+) -> list[Tensor]:
+    """
+    One closed-form edit in the order of UCE's scripts: `old`, `new` and `kept` are lists of features
+    `(positions, d)`.
+    """
     edited = []
     for W in layers:
         left, right = lamb * W, lamb * torch.eye(W.shape[1]).to(W)
@@ -80,7 +102,9 @@ def closed_form(layers: list[Tensor], old: list[Tensor], new: list[Tensor], kept
 
 
 def adversarial(layers: list[Tensor], edited: list[Tensor], c: Tensor, rho: float) -> Tensor:
-    """RECE's embeddings `(positions, d)` that make edited layers give what the original layers make of `c`."""
+    """
+    RECE's embeddings `(positions, d)` that make edited layers give what the original layers make of `c`.
+    """
     left, right = rho * torch.eye(c.shape[1]).to(c), c.new_zeros(c.shape[1], c.shape[1])
     for W, new in zip(layers, edited, strict=True):
         left, right = left + new.T @ new, right + new.T @ W
@@ -104,7 +128,9 @@ def seconds(call: Callable[[], object], times: int = 3) -> float:
 
 
 @torch.no_grad()
-def measure(unet: dict = SD14, text: dict = CLIP_L, latent: int = LATENT, names=NAMES, prompts=PROMPTS) -> list[dict]:
+def measure(
+    unet: dict = SD14, text: dict = CLIP_L, latent: int = LATENT, names=NAMES, prompts=PROMPTS
+) -> list[dict]:
     """One line per thing timed: seconds, and how many times the merge alone that is."""
     pipe = sd14(unet, text)
     start = time.perf_counter()
@@ -114,11 +140,19 @@ def measure(unet: dict = SD14, text: dict = CLIP_L, latent: int = LATENT, names=
     remap, sites, layers = erasure.remap, list(erasure.sites.values()), list(erasure.originals.values())
     d = layers[0].shape[1]
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     lines = []
 
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
     def line(what: str, taken: float) -> None:
-        lines.append({"what": what, "seconds": round(taken, 4), "times the merge": round(taken / lines[0]["seconds"], 2) if lines else 1.0})
+        lines.append(
+            {
+                "what": what,
+                "seconds": round(taken, 4),
+                "times the merge": round(taken / lines[0]["seconds"], 2) if lines else 1.0,
+            }
+        )
 
     def merge() -> None:
         for site, W in zip(sites, layers, strict=True):
@@ -134,14 +168,23 @@ def measure(unet: dict = SD14, text: dict = CLIP_L, latent: int = LATENT, names=
         one = [[draw(1, d)] for _ in range(2)]
         kept = [draw(1, d) for _ in range(count)]
         taken = seconds(lambda one=one, kept=kept: closed_form(layers, *one, kept, 0.5, 1.0), 1)
-        line(f"UCE, closed form as its script computes it: 1 concept, {count} retained names, one vector each", taken)
+        line(
+            f"UCE, closed form as its script computes it: 1 concept, {count} retained names, one vector each",
+            taken,
+        )
     positions = text["max_position_embeddings"]
     for count in prompts:
         c, g = draw(positions, d), draw(positions, d)
         kept = [draw(positions, d) for _ in range(count)]
         what = f"1 concept, {count} retained prompts, {positions} positions each"
-        line(f"UCE, paper-era closed form: {what}", seconds(lambda c=c, g=g, k=kept: closed_form(layers, [c], [g], k, 0.5, 0.1), 1))
-        line(f"RECE, closed form, one epoch: {what}", seconds(lambda c=c, g=g, k=kept: rece(layers, c, g, k), 1))
+        line(
+            f"UCE, paper-era closed form: {what}",
+            seconds(lambda c=c, g=g, k=kept: closed_form(layers, [c], [g], k, 0.5, 0.1), 1),
+        )
+        line(
+            f"RECE, closed form, one epoch: {what}",
+            seconds(lambda c=c, g=g, k=kept: rece(layers, c, g, k), 1),
+        )
 
     one_pass = seconds(lambda: fit_prototypes(pipe, [CONCEPT], "positions", sigma_prompts=()), 1)
     line("more, one prototype pass: the prompts of one name through the text encoder", one_pass)
@@ -149,21 +192,30 @@ def measure(unet: dict = SD14, text: dict = CLIP_L, latent: int = LATENT, names=
     merge()
 
     sample, prompt, t = draw(2, unet["in_channels"], latent, latent), draw(2, positions, d), torch.tensor(500)
-    forward = lambda: pipe.unet(sample, t, encoder_hidden_states=prompt)  # noqa: E731
+
+    def forward() -> None:
+        pipe.unet(sample, t, encoder_hidden_states=prompt)
+
     line(f"one UNet forward, two samples of {8 * latent} pixels, merged", seconds(forward, 2))
     more_hf.restore(pipe)
     more_hf.erase_concept(pipe, CONCEPT, remap_to=TARGETS, retain=RETAIN, router="hash")
     line("the same forward with the routing hook", seconds(forward, 2))
     hook = more_hf.get_erasure(pipe).hook
-    line("the routing hook alone", seconds(lambda: hook(pipe.unet, (), {"encoder_hidden_states": prompt}), 20))
+    line(
+        "the routing hook alone", seconds(lambda: hook(pipe.unet, (), {"encoder_hidden_states": prompt}), 20)
+    )
     return lines
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     lines = measure()
     write_rows(HERE / "speed.csv", lines)
-    facts = f"{hardware(torch.device('cpu'))}; " + ", ".join(f"{name} {version}" for name, version in versions().items())
+    facts = f"{hardware(torch.device('cpu'))}; " + ", ".join(
+        f"{name} {version}" for name, version in versions().items()
+    )
     table = markdown_table(lines)
     write_text(HERE / "speed.md", f"{table}\n\n{facts}\n")
     print(table)

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,46 +34,47 @@ PACKAGES = (
 
 def processes() -> PartialState:
     """
-    This process among those that `accelerate launch` or `torchrun` started. Several on CPUs have to be asked
-    for as such.
+    Return accelerate's state of this process, among those that `accelerate launch` or `torchrun` started.
     """
+    # Where there is an accelerator, several processes run on CPUs only if the launcher says so.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that have a part in the numbers."""
-    found = {"python": platform.python_version()}
+    """List the versions of Python and of the libraries that the numbers depend on."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def hardware(device: torch.device) -> str:
-    """The device in words."""
+    """Describe the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def this_run(state: PartialState) -> dict[str, Any]:
-    """When, with which command and on what a benchmark runs: an entry of its `config.json`."""
+    """Describe a run for its `config.json`: when, with which command and on what."""
     program = Path(sys.argv[0])
-    ours = program.name == "more-hf" or (program.name == "__main__.py" and program.parent.name == "more_hf")
+    # The path of an installed command or of `python -m more_hf` says nothing to a reader.
+    is_ours = program.name == "more-hf" or (
+        program.name == "__main__.py" and program.parent.name == "more_hf"
+    )
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["more-hf" if ours else sys.argv[0], *sys.argv[1:]]),
+        "command": shlex.join(["more-hf" if is_ours else sys.argv[0], *sys.argv[1:]]),
         "processes": state.num_processes,
         "hardware": hardware(state.device),
         "versions": versions(),
@@ -81,7 +83,7 @@ def this_run(state: PartialState) -> dict[str, Any]:
 
 def weights_sha256(pipe) -> str:
     """
-    sha256 over every tensor of the pipeline's models: what its images depend on, wherever it was loaded from.
+    Hash every tensor of a pipeline's models with sha256: the same wherever the pipeline was loaded from.
     """
     digest = hashlib.sha256()
     for component, module in sorted(pipe.components.items()):
@@ -94,16 +96,16 @@ def weights_sha256(pipe) -> str:
 
 
 class Peak:
-    """Filled by `peak_memory`: mebibytes, or `None` where the system does not say."""
+    """What `peak_memory` measured: mebibytes, or `None` if the system does not say."""
 
     mebibytes: float | None = None
 
 
 @contextmanager
-def peak_memory(device: torch.device):
+def peak_memory(device: torch.device) -> Iterator[Peak]:
     """
-    Measure the most memory held inside the block: allocated on a CUDA device, else resident in this process
-    (Linux).
+    Measure the most memory held inside the block: allocated on a CUDA device, else resident in this process,
+    which only Linux says.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -111,10 +113,11 @@ def peak_memory(device: torch.device):
         yield peak
         peak.mebibytes = torch.cuda.max_memory_allocated(device) / 2**20
         return
-    resettable = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
-    if resettable:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    is_resettable = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
+    if is_resettable:
+        # The high-water mark falls to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
     yield peak
-    if resettable:
+    if is_resettable:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         peak.mebibytes = int(status["VmHWM"].split()[0]) / 1024

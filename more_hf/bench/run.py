@@ -8,14 +8,10 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..core.files import write_json
 from .errors import BenchmarkError
-
-
-if TYPE_CHECKING:
-    from typing import Self
 
 
 class BenchmarkConfig:

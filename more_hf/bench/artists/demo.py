@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import more_hf
+from more_hf.core.erasure import measured_rows
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
@@ -236,7 +237,7 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
         )
     ]
     facts, limit = erasure.to_dict(), settings.limit
-    checks = {**facts["guarantees"], **facts["proof"]}
+    checks = measured_rows(erasure.guarantees, erasure.proof)
     write_page(
         output / "report.html",
         title=f"{settings.concept} erased",
@@ -255,7 +256,7 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
             ),
             Section(
                 "Guarantees and proof by run",
-                table=[{"check": name, "measured": value} for name, value in checks.items()],
+                table=[{"check": name.replace("`", ""), "measured": finding} for name, finding in checks],
             ),
             Section(f"{settings.concept}, forgotten", pairs=pairs[:limit]),
             Section("Other artists", pairs=pairs[limit : 2 * limit]),
