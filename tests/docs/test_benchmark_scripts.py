@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmark scripts: what is timed is the published closed form, and choices are made as their docstrings say."""
+"""The benchmark scripts: what is timed is the published closed form, choices are made as docstrings say."""
 
 import importlib
 import json
