@@ -1,18 +1,23 @@
-"""One factor of our edit at a time; the paper's tables behind each command.
+"""One factor of our edit at a time; the paper's tables after each command.
 
-    python benchmarks/kd/sweep.py experts --dataset digits --forget 3 --output SWEEP       # Table 12, Fig. 7
-    python benchmarks/kd/sweep.py target --dataset digits --forget 3 --output SWEEP        # Table 5
-    python benchmarks/kd/sweep.py projection --dataset digits --forget 3 --output SWEEP    # Tables 3, 11, and Eq. 3
-    python benchmarks/kd/sweep.py routers --dataset digits --forget 3 --output SWEEP       # Tables 6, 14, 15
-    python benchmarks/kd/sweep.py depth --dataset digits --forget 3 --values head features.7 features.6 --output SWEEP    # Tables 7, 13
+    python benchmarks/kd/sweep.py experts --dataset digits --forget 3 --output SWEEP      # Table 12, Fig. 7
+    python benchmarks/kd/sweep.py target --dataset digits --forget 3 --output SWEEP       # Table 5
+    python benchmarks/kd/sweep.py projection --dataset digits --forget 3 --output SWEEP   # Tables 3, 11, Eq. 3
+    python benchmarks/kd/sweep.py routers --dataset digits --forget 3 --output SWEEP      # Tables 6, 14, 15
+    python benchmarks/kd/sweep.py depth --dataset digits --forget 3 --output SWEEP --values head features.7
 
-Every value is a `bench kd` in a folder of its own below SWEEP, all with the same trained classifiers, and resumes as that does.
-`SWEEP/sweep.csv` has the lines of all summaries, `SWEEP/sweep.md` a table, `SWEEP/sweep.png` the harmonic means with their intervals.
+`depth` (Tables 7, 13) edits the input of the modules that `--values` names, `head` for the last layer.
+
+Every value is a `bench kd` in a folder of its own below SWEEP, all with the same trained classifiers, and
+resumes as that does. `SWEEP/sweep.csv` has the lines of all summaries, `SWEEP/sweep.md` a table,
+`SWEEP/sweep.png` the harmonic means with their intervals.
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,57 +41,75 @@ ROUTED = (8, 10, 40, 80)  # numbers of experts in Tables 6 and 15
 SAMPLES_SEEN = 500_000  # by a router in training: ten epochs of 50,000
 PLACES = {"--output": "SWEEP", "--models": "MODELS", "--data": "DATA"}
 
-Variants = dict[str, tuple[str, dict[str, Any]]]  # label to method and its settings
+
+@dataclass(frozen=True)
+class Variant:
+    """One value of a factor: a method with its settings."""
+
+    label: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def experts(values: list[str], data: KDData, remaining: list[int]) -> Variants:
+def experts(values: Sequence[str], data: KDData, remaining: Sequence[int]) -> list[Variant]:
     step = 1 if len(remaining) < 20 else 10
-    return {str(n): ("more", {"num_experts": int(n)}) for n in values or range(step, len(remaining) + 1, step)}
+    counts = map(int, values or range(step, len(remaining) + 1, step))
+    return [Variant(str(n), "more", {"num_experts": n}) for n in counts]
 
 
-def target(values: list[str], data: KDData, remaining: list[int]) -> Variants:
-    return {str(c): ("remap", {"remap_to": int(c), "num_experts": 1}) for c in values or remaining}
+def target(values: Sequence[str], data: KDData, remaining: Sequence[int]) -> list[Variant]:
+    return [
+        Variant(str(c), "remap", {"remap_to": c, "num_experts": 1}) for c in map(int, values or remaining)
+    ]
 
 
-def projection(values: list[str], data: KDData, remaining: list[int]) -> Variants:
-    """All that remap do so to the first remaining class, as the variants without PO and without the complement term do."""
+def projection(values: Sequence[str], data: KDData, remaining: Sequence[int]) -> list[Variant]:
+    """All that remap do so to the first remaining class, as the variants without PO and without the
+    complement term do."""
     ours = {"erase": {}, "remap": {"remap_to": remaining[0], "num_experts": 1}, "more": {}}
-    return {name: (name, ours.get(name, {})) for name in values or ("original", *WITHOUT, *ours)}
+    names = values or ("original", *WITHOUT, *ours)
+    return [Variant(name, name, ours.get(name, {})) for name in names]
 
 
-def routers(values: list[str], data: KDData, remaining: list[int]) -> Variants:
+def routers(values: Sequence[str], data: KDData, remaining: Sequence[int]) -> list[Variant]:
     """Untrained, then trained with every combination of losses, on as many samples as in the paper."""
     epochs = round(SAMPLES_SEEN / len(data.train))
-    found: Variants = {}
+    variants = []
     for n in map(int, values or [n for n in ROUTED if n <= len(remaining)]):
         for router in ("random", "hash", "prototype", "prototype_random"):
-            found[f"{n} {router}"] = ("more", {"num_experts": n, "router": router})
+            variants.append(Variant(f"{n} {router}", "more", {"num_experts": n, "router": router}))
         for router in ("prototype", "prototype_random"):
             for losses in map("+".join, COMBINATIONS):
                 settings = {"num_experts": n, "router": router, "losses": losses, "epochs": epochs}
-                found[f"{n} {router} {losses}"] = ("more-trained", settings)
-    return found
+                variants.append(Variant(f"{n} {router} {losses}", "more-trained", settings))
+    return variants
 
 
-def depth(values: list[str], data: KDData, remaining: list[int]) -> Variants:
+def depth(values: Sequence[str], data: KDData, remaining: Sequence[int]) -> list[Variant]:
     """`values`: modules whose input is edited, by name; `head` for the last layer."""
     ours = {"erase": {"remap_to": None, "router": None}, "remap": {"router": None}, "more": {}}
-    return {
-        f"{at} {name}": ("more-inner", {"at": None if at == "head" else at, **settings}) for at in values for name, settings in ours.items()
-    }
+    variants = []
+    for at in values:
+        for name, settings in ours.items():
+            settings = {"at": None if at == "head" else at, **settings}
+            variants.append(Variant(f"{at} {name}", "more-inner", settings))
+    return variants
 
 
 FACTORS = {function.__name__: function for function in (experts, target, projection, routers, depth)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("factor", choices=FACTORS)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--data", type=Path, help="where the data lie, if not in their usual place")
     parser.add_argument("--model", default="allcnn-narrow")
     parser.add_argument("--forget", required=True)
-    parser.add_argument("--values", nargs="+", default=[], help="numbers of experts, class numbers, methods, or modules; depth needs them")
+    values = "numbers of experts, class numbers, methods, or modules; depth needs them"
+    parser.add_argument("--values", nargs="+", default=[], help=values)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, help="of a training (the recipe's)")
     parser.add_argument("--models", type=Path, help="folder of trained classifiers (models in --output)")
@@ -98,53 +121,76 @@ def main() -> None:
     data = load_kd_data(args.dataset, path=args.data)
     forget = [int(name) if name not in data.class_names else name for name in args.forget.split("+")]
     remaining = split_by_class(data, forget).r.labels.unique().tolist()
-    shared = Shared()  # the original's features are the same for all values, and so are a reloaded model's
+    # The original's features are the same for every value, and so are a reloaded model's.
+    shared = Shared()
     lines, own = [], []
-    for label, (method, settings) in FACTORS[args.factor](args.values, data, remaining).items():
+    for variant in FACTORS[args.factor](args.values, data, remaining):
         summary = run_kd(
             args.dataset,
             args.model,
-            [method],
+            [variant.method],
             args.forget,
-            output=args.output / f"{args.factor}-{label}".replace(" ", "-"),
+            output=args.output / f"{args.factor}-{variant.label}".replace(" ", "-"),
             seeds=args.seeds,
             path=args.data,
             epochs=args.epochs,
             models=args.models or args.output / "models",
-            tuned={method: settings},
+            tuned={variant.method: variant.settings},
             shared=shared,
         )
-        lines += [{args.factor: label, **line} for line in summary]
-        own += [line for line in lines if line[args.factor] == label and line["method"] == method]
+        labelled = [{args.factor: variant.label, **line} for line in summary]
+        lines += labelled
+        own += [line for line in labelled if line["method"] == variant.method]
         write_rows(args.output / "sweep.csv", lines)
     draw(args.factor, own).savefig(args.output / "sweep.png", dpi=110)
-    table = markdown_table([line for line in lines if not line["method"].endswith(RELOADED)], [args.factor, "method", *COLUMNS])
-    arguments = [PLACES.get(before, argument) for before, argument in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
-    command = shlex.join(["python", "benchmarks/kd/sweep.py", *arguments])
-    write_text(args.output / "sweep.md", f"`{command}`\n\nPercent; saved and loaded again: in sweep.csv.\n\n{table}\n")
+    shown = [line for line in lines if not line["method"].endswith(RELOADED)]
+    table = markdown_table(shown, [args.factor, "method", *COLUMNS])
+    note = "Percent; saved and loaded again: in sweep.csv."
+    write_text(args.output / "sweep.md", f"`{portable_command()}`\n\n{note}\n\n{table}\n")
     print(table)
 
 
-def draw(factor: str, own: list[dict[str, Any]]) -> Figure:
+def portable_command() -> str:
+    """The command without the folders of the machine that it ran on."""
+    arguments = sys.argv[1:]
+    before = ["", *arguments[:-1]]
+    places = [PLACES.get(flag, value) for flag, value in zip(before, arguments, strict=True)]
+    return shlex.join(["python", "benchmarks/kd/sweep.py", *places])
+
+
+def draw(factor: str, own: Sequence[Mapping[str, Any]]) -> Figure:
     """Harmonic means of the own head, the paper's new head and the converged one, with 95 % intervals."""
     labels = [line[factor] for line in own]
-    long = max(map(len, labels)) > 3  # they are read from the side, one below the other
-    figure = Figure(figsize=(9, 1.5 + 0.22 * len(own)) if long else (max(6, 2 + 0.35 * len(own)), 4), layout="constrained")
+    if max(map(len, labels)) > 3:
+        return draw_below_each_other(factor, labels, own)
+    figure = Figure(figsize=(max(6, 2 + 0.35 * len(own)), 4), layout="constrained")
     axis = figure.subplots()
     for column in SHOWN:
-        centre = [line[column] for line in own]
-        ends = [[abs(line[f"{column}{end}"] - line[column]) for line in own] for end in ("_low", "_high")]
-        place, error = ((centre, labels), {"xerr": ends}) if long else ((labels, centre), {"yerr": ends})
-        axis.errorbar(*place, **error, label=column, capsize=3, marker="o", ms=4, ls="" if long else "-")
-    categories, percent = (axis.yaxis, axis.xaxis) if long else (axis.xaxis, axis.yaxis)
-    categories.set_label_text(factor)
-    percent.set_label_text("percent")
-    axis.set(**{"xlim" if long else "ylim": (-1, 103)})
-    if long:
-        axis.set_ylim(len(own) - 0.5, -0.5)
-        axis.grid(axis="x", alpha=0.3)
+        centre, ends = with_interval(own, column)
+        axis.errorbar(labels, centre, yerr=ends, label=column, capsize=3, marker="o", ms=4)
+    axis.set(xlabel=factor, ylabel="percent", ylim=(-1, 103))
     figure.legend(loc="outside upper center", ncols=len(SHOWN))
     return figure
+
+
+def draw_below_each_other(factor: str, labels: Sequence[str], own: Sequence[Mapping[str, Any]]) -> Figure:
+    """The same for long labels, which are read from the side."""
+    figure = Figure(figsize=(9, 1.5 + 0.22 * len(own)), layout="constrained")
+    axis = figure.subplots()
+    for column in SHOWN:
+        centre, ends = with_interval(own, column)
+        axis.errorbar(centre, labels, xerr=ends, label=column, capsize=3, marker="o", ms=4, ls="")
+    axis.set(xlabel="percent", ylabel=factor, xlim=(-1, 103), ylim=(len(own) - 0.5, -0.5))
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(SHOWN))
+    return figure
+
+
+def with_interval(lines: Sequence[Mapping[str, Any]], column: str) -> tuple[list[float], list[list[float]]]:
+    """A column's means, and their distances to both ends of the interval."""
+    low = [line[column] - line[f"{column}_low"] for line in lines]
+    high = [line[f"{column}_high"] - line[column] for line in lines]
+    return [line[column] for line in lines], [list(map(abs, low)), list(map(abs, high))]
 
 
 if __name__ == "__main__":

@@ -200,17 +200,3 @@ def balance_loss(gates: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """
     fractions = torch.bincount(experts, minlength=gates.shape[1]) / len(experts)
     return num_experts * (gates.mean(0) * fractions).sum()
-
-
-def load_variation(load: Tensor) -> dict[str, float]:
-    """How uneven the load `(num_experts,)` of experts is: 0 is even, lower is better.
-
-    - `variance_over_mean`: as appendix D.3 words its "coefficient of variation"; grows with the number of samples.
-    - `cv`: standard deviation over mean; at most √(N_E − 1), where one expert takes everything.
-
-    The numbers in Table 15 are the second: a uniform draw for 10,000 test samples has √((N_E − 1) / 10,000) = 0.03, 0.06 and 0.09 for
-    10, 40 and 80 experts (printed: 0.03, 0.07, 0.09), and its largest, 6.25 and 8.89, are √39 and √79.
-    """
-    load = load.double()
-    variance = load.var(correction=0)
-    return {"variance_over_mean": float(variance / load.mean()), "cv": float(variance.sqrt() / load.mean())}

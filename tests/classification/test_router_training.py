@@ -14,7 +14,6 @@ from more_hf.classification.router_training import (
     LOSSES,
     balance_loss,
     fit_router,
-    load_variation,
     train_router,
 )
 from more_hf.core.errors import MoreError, SiteNotFoundError
@@ -98,8 +97,8 @@ def test_the_balance_loss_evens_out_the_forgotten(cached):
     still = fit(cached, start, losses=["balance"], learning_rate=0.0)
     trained = fit(cached, start, losses=["balance"], learning_rate=1e-2)
     assert still.weight.equal(start)
-    before, after = (load_variation(t.load_forget)["cv"] for t in (still, trained))
-    assert after < 0.6 * before
+    before, after = (t.load_forget.double() for t in (still, trained))
+    assert after.std() < 0.6 * before.std()  # of as many samples
     assert trained.log[-1]["loss_balance"] < trained.log[0]["loss_balance"]
     assert int(trained.load.sum()) == len(cached[2])
     assert int(trained.load_forget.sum()) == int(cached[4].sum())
@@ -150,23 +149,6 @@ def test_balance_loss_at_its_ends():
     even, one = torch.full((4, 4), 0.25), torch.eye(4)[[2, 2, 2, 2]]
     assert balance_loss(even, torch.arange(4), 4) == pytest.approx(1)
     assert balance_loss(one, torch.tensor([2, 2, 2, 2]), 4) == pytest.approx(4)
-
-
-def test_load_variation_has_closed_forms():
-    """Even; everything on one expert; and a uniform draw of 10,000, whose values Table 15 prints as 0.03, 0.07 and 0.09."""
-    assert load_variation(torch.full((8,), 5)) == {"variance_over_mean": 0.0, "cv": 0.0}
-    everything = torch.zeros(80, dtype=torch.int64)
-    everything[3] = 1000
-    found = load_variation(everything)
-    assert found["cv"] == pytest.approx(math.sqrt(79))
-    assert found["variance_over_mean"] == pytest.approx(1000 * 79 / 80)
-    for experts, printed in ((10, 0.03), (40, 0.07), (80, 0.09)):
-        draws = torch.randint(0, experts, (100, 10_000), generator=torch.Generator().manual_seed(0))
-        found = [load_variation(torch.bincount(draw, minlength=experts)) for draw in draws]
-        cv = math.sqrt(sum(one["cv"] ** 2 for one in found) / 100)
-        assert cv == pytest.approx(math.sqrt((experts - 1) / 10_000), rel=0.1)
-        assert cv == pytest.approx(printed, abs=0.01)
-        assert min(one["variance_over_mean"] for one in found) > 0.1
 
 
 @pytest.mark.parametrize("losses", [[], ["remain", "balanced"]])

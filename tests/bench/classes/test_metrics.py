@@ -67,6 +67,16 @@ def test_expert_load_by_hand():
     assert load.shares == [75, 25, 0]
     assert load.cv == pytest.approx(np.std([3, 1, 0]) / np.mean([3, 1, 0]))
     assert expert_load(torch.arange(12) % 3, 3).cv == pytest.approx(0, abs=1e-12)
+    assert expert_load(torch.full((1000,), 3), 80).cv == pytest.approx(79**0.5)
+
+
+def test_expert_load_is_what_table_15_prints():
+    """A uniform draw of 10,000 samples, whose values are printed as 0.03, 0.07 and 0.09."""
+    for experts, printed in ((10, 0.03), (40, 0.07), (80, 0.09)):
+        draws = torch.randint(0, experts, (100, 10_000), generator=generator())
+        cv = (sum(expert_load(draw, experts).cv ** 2 for draw in draws) / 100) ** 0.5
+        assert cv == pytest.approx(((experts - 1) / 10_000) ** 0.5, rel=0.1)
+        assert cv == pytest.approx(printed, abs=0.01)
 
 
 # probes

@@ -164,18 +164,23 @@ def test_sweeps_are_the_papers():
     factors, data = script("sweep").FACTORS, load_kd_data("digits")
     remaining = [c for c in range(10) if c != 3]
     hundred = list(range(10, 100))
-    assert list(factors["experts"]([], data, remaining)) == list("123456789")
-    assert list(factors["experts"]([], data, hundred)) == [str(n) for n in range(10, 91, 10)]
-    assert list(factors["target"]([], data, remaining)) == list("012456789")
-    routers = factors["routers"]([], data, remaining)
+
+    def labels(factor, classes):
+        return [variant.label for variant in factors[factor]([], data, classes)]
+
+    assert labels("experts", remaining) == list("123456789")
+    assert labels("experts", hundred) == [str(n) for n in range(10, 91, 10)]
+    assert labels("target", remaining) == list("012456789")
+    routers = {variant.label: variant for variant in factors["routers"]([], data, remaining)}
     assert len(routers) == 4 + 2 * 7
-    assert len({json.dumps(variant) for variant in routers.values()}) == len(routers)
+    assert len({json.dumps([v.method, v.settings]) for v in routers.values()}) == len(routers)
     assert len(factors["routers"]([], data, hundred)) == 4 * len(routers)
-    trained = routers["8 prototype remain+forget+balance"][1]
+    trained = routers["8 prototype remain+forget+balance"].settings
     assert trained["epochs"] * len(data.train) == pytest.approx(500_000, rel=0.01)
     for factor, values in (("experts", []), ("target", []), ("routers", []), ("projection", []), ("depth", ["head"])):
-        for method, settings in factors[factor](values, data, remaining).values():
-            assert set(settings) <= set(inspect.signature(CLASSIFICATION[method].load()).parameters)
+        for variant in factors[factor](values, data, remaining):
+            function = CLASSIFICATION[variant.method].load()
+            assert set(variant.settings) <= set(inspect.signature(function).parameters)
 
 
 def test_probe_benchmark_compares_the_same_probes(tmp_path, monkeypatch, capsys):
