@@ -1,11 +1,12 @@
-"""What `erase_classes` costs beyond a bare forward pass over the same data: time and memory. Writes erase_cost.csv and erase_cost.md.
+"""The cost of `erase_classes` beyond a bare forward pass over the same data: time and memory.
 
     python benchmarks/classifiers/erase_cost.py
 
-The erasure, from the first batch to the proof by run, and a bare forward pass of a copy of the model over the same images take turns batch
-by batch, each on its own clock, so that a machine with other work slows both alike. The turns are repeated, and the fastest of each turn
-counts: what other work adds is never negative. On a CPU the time is that of the process (one thread), on CUDA the clock's. Memory is
-measured before, in passes of their own.
+Writes erase_cost.csv and erase_cost.md. The erasure, from the first batch to the proof by run, and a bare
+forward pass of a copy of the model over the same images take turns batch by batch, each on its own clock, so
+that a machine with other work slows both alike. The turns are repeated, and the fastest of each turn counts:
+what other work adds is never negative. On a CPU the time is that of the process (one thread), on CUDA the
+clock's. Memory is measured before, in passes of their own.
 """
 
 import argparse
@@ -31,11 +32,32 @@ from more_hf.data import CLASSIFIERS, load_classifier
 
 HERE = Path(__file__).parent
 FASHION = [name for name in CLASSIFIERS if name.startswith("fashion")]
-COLUMNS = ("classifier", "images", "d", "seconds_forward", "seconds_erase", "overhead", "overhead_each", "peak_extra_mib", "statistics_mib")
+COLUMNS = (
+    "classifier",
+    "images",
+    "d",
+    "seconds_forward",
+    "seconds_erase",
+    "overhead",
+    "overhead_each",
+    "peak_extra_mib",
+    "statistics_mib",
+)
+NOTE = """# What `erase_classes` costs beyond a forward pass
+
+The erasure and a bare forward pass over the same images take turns batch by batch, and the fastest of \
+{repeats} repeats of each turn counts. `overhead` in percent of the forward pass; `overhead_each` is that \
+of every repeat as a whole. `peak_extra_mib` is the growth of the process's peak memory during an erasure \
+over that during a pass, after a first erasure, `statistics_mib` what the prototypes, counts and second \
+moment hold, 8 (dk + k + d²) bytes. On {hardware}. Written by `erase_cost.py`.
+
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--classifiers", nargs="+", choices=CLASSIFIERS, default=FASHION, metavar="NAME")
     parser.add_argument("--limit", type=int, default=60_000, help="training images at most")
     parser.add_argument("--repeats", type=int, default=3)
@@ -45,16 +67,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measure(name, args) for name in args.classifiers]
     write_rows(args.output / "erase_cost.csv", rows)
-    text = (
-        "# What `erase_classes` costs beyond a forward pass\n\n"
-        "The erasure and a bare forward pass over the same images take turns batch by batch, and the fastest of "
-        f"{args.repeats} repeats of each turn counts. `overhead` in percent of the forward pass; `overhead_each` is that of every "
-        "repeat as a whole. `peak_extra_mib` is the growth of the process's peak memory during an erasure over that during a pass, after a "
-        "first erasure, `statistics_mib` what the prototypes, counts and second moment hold, 8 (dk + k + d²) bytes. "
-        f"On {rows[0]['hardware']}. Written by `erase_cost.py`.\n\n"
-    )
-    write_text(args.output / "erase_cost.md", text + markdown_table(rows, COLUMNS) + "\n")
-    print(markdown_table(rows, COLUMNS))
+    note = NOTE.format(repeats=args.repeats, hardware=rows[0]["hardware"])
+    table = markdown_table(rows, COLUMNS)
+    write_text(args.output / "erase_cost.md", f"{note}{table}\n")
+    print(table)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
@@ -65,8 +81,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     loader = images.loader(args.batch_size)
     extra = peak_of_erasure(model, loader, device)
     runs = [take_turns(model, images, args.batch_size, device) for _ in tqdm(range(args.repeats), desc=name)]
-    forward_each, erase_each = (torch.tensor(turns, dtype=torch.float64) for turns in zip(*runs, strict=True))  # (repeats, turns)
-    seconds_forward, seconds_erase = (float(each.min(0).values.sum()) for each in (forward_each, erase_each))
+    # Seconds of every turn in every repeat, (repeats, turns).
+    forward_each = torch.tensor([forward for forward, _ in runs], dtype=torch.float64)
+    erase_each = torch.tensor([erase for _, erase in runs], dtype=torch.float64)
+    seconds_forward = float(forward_each.min(0).values.sum())
+    seconds_erase = float(erase_each.min(0).values.sum())
+    overheads = (100 * (erase_each.sum(1) / forward_each.sum(1) - 1)).tolist()
     d, k = model.get_submodule(head_of(model)).in_features, len(model.config.id2label)
     return {
         "classifier": name,
@@ -75,7 +95,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         "seconds_forward": round(seconds_forward, 3),
         "seconds_erase": round(seconds_erase, 3),
         "overhead": round(100 * (seconds_erase / seconds_forward - 1), 2),
-        "overhead_each": " ".join(f"{100 * (ratio - 1):.2f}" for ratio in (erase_each.sum(1) / forward_each.sum(1)).tolist()),
+        "overhead_each": " ".join(f"{overhead:.2f}" for overhead in overheads),
         "seconds_forward_each": " ".join(f"{seconds:.6f}" for seconds in forward_each.sum(1).tolist()),
         "seconds_erase_each": " ".join(f"{seconds:.6f}" for seconds in erase_each.sum(1).tolist()),
         "peak_extra_mib": extra,
@@ -85,10 +105,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def take_turns(model: nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds of each batch of a forward pass; seconds of an erasure before its first batch, with each, and after the last."""
+def take_turns(
+    model: nn.Module, images: ImageSet, batch_size: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds of each batch of a forward pass; seconds of an erasure before its first batch, with each, after
+    the last."""
     loader, bare = images.loader(batch_size), copy.deepcopy(model)
-    # the pass starts in the middle, so that neither finds in the cache what the other has just read
+    # The pass starts in the middle: neither finds in the cache what the other has just read.
     middle = len(loader) // 2 * batch_size
     plain = iter(images.subset(torch.arange(len(images)).roll(-middle)).loader(batch_size))
     forward, erase = [], []
@@ -100,7 +123,8 @@ def take_turns(model: nn.Module, images: ImageSet, batch_size: int, device: torc
         return time.process_time()
 
     def batches():
-        """The erasure's batches. Before it gets one its clock is stopped, and the forward pass does one of its own."""
+        """The erasure's batches. Before it gets one its clock is stopped, and the forward pass does one of
+        its own."""
         nonlocal start
         own = iter(loader)
         for _ in range(len(loader)):
@@ -120,7 +144,8 @@ def take_turns(model: nn.Module, images: ImageSet, batch_size: int, device: torc
 
 
 def peak_of_erasure(model: nn.Module, loader: DataLoader, device: torch.device) -> float | None:
-    """By how many mebibytes the peak memory of an erasure exceeds that of a forward pass; `None` where the system does not say."""
+    """By how many mebibytes the peak memory of an erasure exceeds that of a forward pass; `None` where the
+    system does not say."""
 
     def forward() -> None:
         with evaluating(model):

@@ -1,8 +1,8 @@
 """Choose the settings of the trained baselines: the declared grid point with the largest HM on validation
 images, for one class.
 
-    python benchmarks/kd/choose.py --dataset fashion-mnist --model allcnn-narrow --forget bag --models MODELS
-    --output CHOSEN
+    python benchmarks/kd/choose.py --dataset fashion-mnist --model allcnn-narrow --forget bag \\
+        --models MODELS --output CHOSEN
 
 `CHOSEN/grid.csv` gets a row per grid point as it finishes; a run that was stopped goes on after the last one.
 `CHOSEN/settings.json` is what `more-hf bench kd --settings` reads. Choose on a class that the benchmark does
@@ -32,7 +32,7 @@ from more_hf.core.markdown import markdown_table
 
 
 # Chosen for one CPU core: the sources train for 3 to 10 epochs and try more rates. A method that reads all of
-# D_r gets one epoch and two points; one that reads D_f alone or a part of D_r is cheap and gets three of each.
+# D_r gets one epoch and two points; one that reads D_f alone, or a part of D_r, gets three of each.
 WHOLE, FORGOTTEN = {"epochs": [1]}, {"epochs": [3]}
 GRIDS = {
     "finetune": {"lr": [0.03, 0.1], **WHOLE},

@@ -1,9 +1,9 @@
 """One factor of our edit at a time; the paper's tables after each command.
 
-    python benchmarks/kd/sweep.py experts --dataset digits --forget 3 --output SWEEP      # Table 12, Fig. 7
-    python benchmarks/kd/sweep.py target --dataset digits --forget 3 --output SWEEP       # Table 5
-    python benchmarks/kd/sweep.py projection --dataset digits --forget 3 --output SWEEP   # Tables 3, 11, Eq. 3
-    python benchmarks/kd/sweep.py routers --dataset digits --forget 3 --output SWEEP      # Tables 6, 14, 15
+    python benchmarks/kd/sweep.py experts --dataset digits --forget 3 --output SWEEP     # Table 12, Fig. 7
+    python benchmarks/kd/sweep.py target --dataset digits --forget 3 --output SWEEP      # Table 5
+    python benchmarks/kd/sweep.py projection --dataset digits --forget 3 --output SWEEP  # Tables 3, 11, Eq. 3
+    python benchmarks/kd/sweep.py routers --dataset digits --forget 3 --output SWEEP     # Tables 6, 14, 15
     python benchmarks/kd/sweep.py depth --dataset digits --forget 3 --output SWEEP --values head features.7
 
 `depth` (Tables 7, 13) edits the input of the modules that `--values` names, `head` for the last layer.
