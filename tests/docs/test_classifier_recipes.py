@@ -50,36 +50,70 @@ def rows_of(path):
 
 @pytest.mark.slow
 def test_train_and_package(run, tmp_path, monkeypatch):
-    """The packaged file, the row and the README's table are of one model; the command names no folder of this machine."""
+    """The packaged file, the row and the README's table are of one model; the command names no folder of this
+    machine."""
     shutil.copy(SCRIPTS / "README.md", tmp_path)
     monkeypatch.setattr(more_hf.data, "FOLDER", tmp_path)
 
     def setup(module):
         module.HERE, module.PACKAGED = tmp_path, tmp_path / "classifiers"
 
-    options = ("--dataset", "digits", "--model", "allcnn-narrow", "--epochs", 3, "--batch_size", 64, "--warmup_steps", 5, "--shift", 0)
+    options = (
+        "--dataset",
+        "digits",
+        "--model",
+        "allcnn-narrow",
+        "--epochs",
+        3,
+        "--batch_size",
+        64,
+        "--warmup_steps",
+        5,
+        "--shift",
+        0,
+    )
     run("train", *options, "--output", tmp_path / "run", "--package", "digits-allcnn", setup=setup)
     (row,) = rows_of(tmp_path / "classifiers.csv")
     model, data = load_classifier("digits-allcnn"), load_kd_data("digits")
-    assert float(row["accuracy_test"]) == pytest.approx(accuracy(predict(model, data.test), data.test.labels), abs=0.01)
+    assert float(row["accuracy_test"]) == pytest.approx(
+        accuracy(predict(model, data.test), data.test.labels), abs=0.01
+    )
     with safe_open(tmp_path / "classifiers" / "digits-allcnn" / "model.safetensors", "pt") as file:
         assert file.get_tensor("classifier.weight").dtype == torch.float16
     assert row["command"].endswith("--output RUN --package digits-allcnn")
-    assert str(tmp_path) not in (tmp_path / "classifiers.csv").read_text() + (tmp_path / "README.md").read_text()
+    assert (
+        str(tmp_path) not in (tmp_path / "classifiers.csv").read_text() + (tmp_path / "README.md").read_text()
+    )
     readme = (tmp_path / "README.md").read_text()
     assert row["command"] in readme
     assert readme.count("digits-vit") == 0  # the old table is gone
     assert readme.startswith("# Classifiers to forget with")
     assert "The paper's own" in readme
-    run("train", *options, "--output", tmp_path / "run", "--package", "digits-vit", setup=setup)  # already trained
+    run(
+        "train", *options, "--output", tmp_path / "run", "--package", "digits-vit", setup=setup
+    )  # already trained
     assert [row["name"] for row in rows_of(tmp_path / "classifiers.csv")] == ["digits-allcnn", "digits-vit"]
 
 
 def test_train_from_a_pretrained_classifier(run, tmp_path, capsys):
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5
+    )
     ResNetForImageClassification(config).save_pretrained(tmp_path / "start")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "start")
-    run("train", "--dataset", "digits", "--pretrained", tmp_path / "start", "--output", tmp_path / "run", "--epochs", 1, "--threads", 1)
+    run(
+        "train",
+        "--dataset",
+        "digits",
+        "--pretrained",
+        tmp_path / "start",
+        "--output",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--threads",
+        1,
+    )
     assert "test accuracy" in capsys.readouterr().out
     facts = json.loads((tmp_path / "run" / "training.json").read_text())
     assert facts["image_size"] == 16
@@ -92,7 +126,9 @@ def test_erase_cost(run, tmp_path):
     assert row["images"] == "500"
     assert float(row["seconds_erase"]) > 0
     forward, erase = float(row["seconds_forward_each"]), float(row["seconds_erase_each"])
-    assert float(row["overhead"]) == pytest.approx(100 * (erase / forward - 1), abs=0.1)  # of seconds rounded to six places
+    assert float(row["overhead"]) == pytest.approx(
+        100 * (erase / forward - 1), abs=0.1
+    )  # of seconds rounded to six places
     assert float(row["statistics_mib"]) == pytest.approx(8 * (32 * 10 + 10 + 32 * 32) / 2**20, abs=1e-3)
     assert "digits-allcnn" in (tmp_path / "erase_cost.md").read_text()
 
@@ -113,7 +149,18 @@ def test_an_erasure_runs_every_image_once(run, tmp_path):
     def setup(module):
         module.load_classifier, module.time = counted, SimpleNamespace(process_time=lambda: images)
 
-    run("erase_cost", "--classifiers", "digits-allcnn", "--limit", 600, "--repeats", 2, "--output", tmp_path, setup=setup)
+    run(
+        "erase_cost",
+        "--classifiers",
+        "digits-allcnn",
+        "--limit",
+        600,
+        "--repeats",
+        2,
+        "--output",
+        tmp_path,
+        setup=setup,
+    )
     (row,) = rows_of(tmp_path / "erase_cost.csv")
     assert (float(row["seconds_forward"]), float(row["seconds_erase"])) == (600, 602)
     assert row["overhead_each"] == "0.33 0.33"
@@ -127,19 +174,24 @@ def test_ten_classes(run, tmp_path):
     for row in rows:
         assert float(row["acc_ft_before"]) > 90
         assert float(row["acc_rt_before"]) > 95
-        if row["method"].split()[0] in ("erase", "remap", "remap-nearest", "more-mean", "default"):  # without a router, what is saved is what is seen
+        # Without a router, what is saved is what is seen.
+        if row["method"].split()[0] in ("erase", "remap", "remap-nearest", "more-mean", "default"):
             assert row["acc_rt"] == row["acc_rt_reloaded"]
             assert row["acc_ft"] == row["acc_ft_reloaded"]
         if row["method"] in ("remap (pinv)", "more-mean (pinv)", "default (pinv)"):
             assert row["acc_ft"] == "0.0"
     P = collect_prototypes(load_classifier("digits-allcnn"), load_kd_data("digits").train.loader(500)).matrix
-    gram = torch.nn.functional.normalize(P, dim=0).T @ torch.nn.functional.normalize(P, dim=0) - 2 * torch.eye(10)
+    unit = torch.nn.functional.normalize(P, dim=0)
+    gram = unit.T @ unit - 2 * torch.eye(10)
     sent = [int(row["sent_to"]) for row in rows if row["method"] == "remap-nearest (pinv)"]
     assert sent == gram.argmax(1)[[3, 8]].tolist()
     met = [float(r["acc_rt"]) >= float(r["acc_rt_before"]) - 0.5 and float(r["acc_ft"]) <= 0.5 for r in rows]
     assert [row["met"] for row in rows] == [str(value) for value in met]
     remap = [row for row in rows if row["method"] == "remap (pinv)"]
-    assert f"- digits-allcnn, remap (pinv): {sum(row['met'] == 'True' for row in remap)} of 2" in (tmp_path / "ten_classes.md").read_text()
+    assert (
+        f"- digits-allcnn, remap (pinv): {sum(row['met'] == 'True' for row in remap)} of 2"
+        in (tmp_path / "ten_classes.md").read_text()
+    )
 
 
 def test_committed_classifiers_have_rows_notices_and_little_weight():
@@ -150,6 +202,8 @@ def test_committed_classifiers_have_rows_notices_and_little_weight():
         file = ROOT / "more_hf" / "data" / "classifiers" / name / "model.safetensors"
         assert file.stat().st_size < 3_000_000
         assert int(rows[name]["kilobytes"]) == file.stat().st_size // 1000
-        assert int(rows[name]["parameters"]) == sum(parameter.numel() for parameter in load_classifier(name).parameters())
+        assert int(rows[name]["parameters"]) == sum(
+            parameter.numel() for parameter in load_classifier(name).parameters()
+        )
         assert f"`{name}`" in notice
         assert rows[name]["command"] in (SCRIPTS / "README.md").read_text()

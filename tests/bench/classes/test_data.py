@@ -31,7 +31,8 @@ def png(array):
 
 
 def write_parquet(folder, split, columns, names, shape, count):
-    """A split as the Hub has it: one parquet file with an image and a label column. Returns what was written."""
+    """A split as the Hub has it: one parquet file with an image and a label column. Returns what was
+    written."""
     image, label = columns
     pixels, labels = colours((count, *shape), seed=len(split)), [i % len(names) for i in range(count)]
     features = Features({image: Image(), label: ClassLabel(names=names)})
@@ -44,7 +45,10 @@ def write_parquet(folder, split, columns, names, shape, count):
 def test_digits_are_scikit_learns(digits):
     """Every image of scikit-learn is in exactly one part, scaled from 0..16 to [-1, 1], under its label."""
     raw = load_digits()
-    expected = sorted((*(image / 8 - 1).round(2).ravel(), label) for image, label in zip(raw.images, raw.target, strict=True))
+    expected = sorted(
+        (*(image / 8 - 1).round(2).ravel(), label)
+        for image, label in zip(raw.images, raw.target, strict=True)
+    )
     found = []
     for part in (digits.train, digits.validation, digits.test):
         batch = part[torch.arange(len(part))]
@@ -52,7 +56,9 @@ def test_digits_are_scikit_learns(digits):
         assert batch["pixel_values"].shape == (len(part), 1, 8, 8)
         rows = batch["pixel_values"].flatten(1).double().numpy()
         found += [(*row, label) for row, label in zip(rows, batch["labels"].tolist(), strict=True)]
-    np.testing.assert_allclose(sorted((*np.round(row[:-1], 2), row[-1]) for row in found), expected, atol=0.011)
+    np.testing.assert_allclose(
+        sorted((*np.round(row[:-1], 2), row[-1]) for row in found), expected, atol=0.011
+    )
     assert digits.class_names == tuple("0123456789")
 
 
@@ -92,7 +98,8 @@ def test_one_image_many_images_and_loader_agree(digits):
 def test_accelerate_shards_the_loader(digits):
     part = digits.test.subset(torch.arange(10))
     shards = [
-        prepare_data_loader(part.loader(2), num_processes=2, process_index=i, put_on_device=False) for i in (0, 1)
+        prepare_data_loader(part.loader(2), num_processes=2, process_index=i, put_on_device=False)
+        for i in (0, 1)
     ]
     assert all(isinstance(shard.batch_sampler, BatchSamplerShard) for shard in shards)
     labels = [torch.cat([batch["labels"] for batch in shard]).tolist() for shard in shards]
@@ -106,7 +113,9 @@ def test_size_channels_and_normalisation():
     pixels = data.test[0]["pixel_values"]
     assert data.channels == 3
     assert pixels.shape == (3, 16, 16)
-    grey = torch.nn.functional.interpolate((plain / 2 + 0.5)[None], (16, 16), mode="bilinear", antialias=True)[0, 0]
+    grey = torch.nn.functional.interpolate(
+        (plain / 2 + 0.5)[None], (16, 16), mode="bilinear", antialias=True
+    )[0, 0]
     torch.testing.assert_close(pixels, torch.stack([(grey - 0.5) / 0.5, grey, (grey - 0.25) / 0.5]))
 
 
@@ -155,11 +164,15 @@ def test_errors(digits, call, message):
 
 
 def test_fashion_mnist_from_idx_files(tmp_path):
-    """Files written by hand after the format's description, small: the reader has to find shape, bytes and labels."""
+    """Files written by hand after the format's description, small: the reader has to find shape, bytes and
+    labels."""
     written = {}
     for part, count in (("train", 20), ("t10k", 10)):
         pixels, labels = colours((count, 28, 28), seed=count), np.arange(count, dtype=np.uint8) % 10
-        for name, array in ((f"{part}-images-idx3-ubyte.gz", pixels), (f"{part}-labels-idx1-ubyte.gz", labels)):
+        for name, array in (
+            (f"{part}-images-idx3-ubyte.gz", pixels),
+            (f"{part}-labels-idx1-ubyte.gz", labels),
+        ):
             head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
             (tmp_path / name).write_bytes(gzip.compress(head + array.tobytes()))
         written[part] = pixels
@@ -202,12 +215,15 @@ def test_hub_data_sets(tmp_path, name, columns, test, size):
     batch = data.test[torch.tensor([5, 2])]["pixel_values"]
     expected = torch.from_numpy(pixels[[5, 2]]).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(batch, expected)
-    assert isinstance(data.train.images, torch.Tensor) == (name != "imagenet-1k")  # ImageNet is not read into memory
+    assert isinstance(data.train.images, torch.Tensor) == (
+        name != "imagenet-1k"
+    )  # ImageNet is not read into memory
 
 
 @pytest.mark.parametrize("test", ["test", "validation"])
 def test_a_folder_of_images(tmp_path, test):
-    """Images of any size: the shorter side is resized, the centre taken. Here white with a red middle that alone is kept."""
+    """Images of any size: the shorter side is resized, the centre taken. Here white with a red middle that
+    alone is kept."""
     for split in ("train", test):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -220,7 +236,9 @@ def test_a_folder_of_images(tmp_path, test):
     assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 8)
     pixels = data.test[torch.arange(8)]["pixel_values"]
     assert pixels.shape == (8, 3, 8, 8)
-    torch.testing.assert_close(pixels[..., 2:-2].mean((0, 2, 3)), torch.tensor([1.0, -1.0, -1.0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        pixels[..., 2:-2].mean((0, 2, 3)), torch.tensor([1.0, -1.0, -1.0]), atol=0.02, rtol=0
+    )
 
 
 def test_a_folder_without_test_images(tmp_path):
@@ -232,14 +250,19 @@ def test_a_folder_without_test_images(tmp_path):
 
 @pytest.fixture
 def rendered(tmp_path):
-    """A folder as benchmarks/emoji_sd/data.py writes it: 102 things, ten drawings each but for the first two, one colour per thing."""
+    """A folder as benchmarks/emoji_sd/data.py writes it: 102 things, ten drawings each but for the first two,
+    one colour per thing."""
     things = [f"thing-{i}" for i in range(102)]
     names = ["not-chosen", *things]
     of_drawing = [name for i in range(103) for name in [i] * (3 if i in (1, 2) else 10)]
     colour = np.random.default_rng(0).integers(0, 200, (103, 3), dtype=np.uint8)
     images = np.broadcast_to(colour[of_drawing][:, None, None], (len(of_drawing), 64, 64, 3)).copy()
-    images[:, :, :, 0] += (np.arange(len(of_drawing)) % 50).astype(np.uint8)[:, None, None]  # every drawing is a little different
-    np.savez(tmp_path / "images.npz", images=images, artist=np.zeros(len(of_drawing)), name=np.array(of_drawing))
+    images[:, :, :, 0] += (np.arange(len(of_drawing)) % 50).astype(np.uint8)[
+        :, None, None
+    ]  # every drawing is a little different
+    np.savez(
+        tmp_path / "images.npz", images=images, artist=np.zeros(len(of_drawing)), name=np.array(of_drawing)
+    )
     (tmp_path / "meta.json").write_text(json.dumps({"names": names, "things": things}))
     return tmp_path
 
@@ -247,17 +270,21 @@ def rendered(tmp_path):
 @pytest.mark.slow
 def test_emoji_100(rendered):
     data = load_kd_data("emoji-100", path=rendered, image_size=8)
-    assert data.class_names == tuple(f"thing {i}" for i in range(2, 102))  # the two that fewest artists drew are left out
+    assert data.class_names == tuple(
+        f"thing {i}" for i in range(2, 102)
+    )  # the two that fewest artists drew are left out
     assert len(data.train) + len(data.validation) == 100 * 8 * 25
     assert len(data.test) == 100 * 2 * 5
     assert data.test.images.shape == (1000, 3, 8, 8)
     again = load_kd_data("emoji-100", path=rendered, image_size=8)
     assert again.train.images.equal(data.train.images)
-    # The views of one drawing differ, and yet its thing's colour is nearest to that of its own class nearly always.
+    # The views of one drawing differ; its colour is still nearest to its own class nearly always.
     views = data.test.images[:5].double()
     assert all(not views[0].equal(view) for view in views[1:])
     middle = data.train.images[:, :, 3:5, 3:5].double().mean((2, 3))
-    centres = torch.stack([middle[data.train.rows][data.train.labels == label].mean(0) for label in range(100)])
+    centres = torch.stack(
+        [middle[data.train.rows][data.train.labels == label].mean(0) for label in range(100)]
+    )
     nearest = torch.cdist(data.test.images[:, :, 3:5, 3:5].double().mean((2, 3)), centres).argmin(1)
     right = (nearest == data.test.labels).double().mean()
     wrong = (nearest == data.test.labels.roll(10)).double().mean()
@@ -266,10 +293,15 @@ def test_emoji_100(rendered):
 
 def test_emoji_holds_out_drawings(rendered, monkeypatch):
     """Without moving or recolouring, no image of the test set is one of the training set."""
-    monkeypatch.setattr(kd_sources, "views", lambda pixels, generator: ((pixels + 1) * 127.5).round().to(torch.uint8))
+    monkeypatch.setattr(
+        kd_sources, "views", lambda pixels, generator: ((pixels + 1) * 127.5).round().to(torch.uint8)
+    )
     data = load_kd_data("emoji-100", path=rendered, image_size=2)
     train, test = (
-        {(*part.images[row].flatten().tolist(), label) for row, label in zip(part.rows.tolist(), part.labels.tolist(), strict=True)}
+        {
+            (*part.images[row].flatten().tolist(), label)
+            for row, label in zip(part.rows.tolist(), part.labels.tolist(), strict=True)
+        }
         for part in (data.train, data.test)
     )
     assert len(test) == 200

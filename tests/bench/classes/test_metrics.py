@@ -1,4 +1,5 @@
-"""Numbers of the knowledge-deletion benchmark, each against scikit-learn, numpy, a loop, or a case by hand."""
+"""Numbers of the knowledge-deletion benchmark, each against scikit-learn, numpy, a loop, or a case by
+hand."""
 
 import numpy as np
 import pytest
@@ -44,7 +45,12 @@ def test_accuracy_is_percent():
 
 def test_harmonic_mean_reproduces_the_paper():
     """Rows of MoRE's Table 1, to the digits printed there."""
-    for acc_f, acc_r, hm in ((99.92, 99.94, 0.16), (0.0, 99.15, 99.57), (72.62, 97.06, 42.71), (91.80, 91.07, 15.05)):
+    for acc_f, acc_r, hm in (
+        (99.92, 99.94, 0.16),
+        (0.0, 99.15, 99.57),
+        (72.62, 97.06, 42.71),
+        (91.80, 91.07, 15.05),
+    ):
         assert harmonic_mean(acc_f, acc_r) == pytest.approx(hm, abs=0.006)
     assert harmonic_mean(100, 0) == 0
     assert kd_scores({"f": 0, "r": 100, "ft": 100, "rt": 50}) == {
@@ -53,7 +59,9 @@ def test_harmonic_mean_reproduces_the_paper():
 
 
 def test_auc_against_sklearn_with_ties():
-    positive, negative = (torch.randint(0, high, (n,), generator=generator(high)).float() for high, n in ((9, 70), (7, 110)))
+    positive, negative = (
+        torch.randint(0, high, (n,), generator=generator(high)).float() for high, n in ((9, 70), (7, 110))
+    )
     expected = roc_auc_score(np.repeat([1, 0], [70, 110]), torch.cat([positive, negative]))
     assert auc(positive, negative) == pytest.approx(100 * expected)
     assert auc(positive + 100, negative) == 100
@@ -116,7 +124,9 @@ def test_batched_probes_are_the_single_ones():
             assert torch.allclose(probe.weight, head.weight, atol=1e-5)
             assert torch.allclose(probe.bias, head.bias, atol=1e-5)
             assert (probe.weight - new_heads(8, 4, seed)[0]).abs().max() > 0.01
-    fixed, fresh = (sgd_probes(f, labels, 4, learning_rates=(0.1,), seeds=(0,), epochs=2)[0.1, 0] for f in (z, redrawn))
+    fixed, fresh = (
+        sgd_probes(f, labels, 4, learning_rates=(0.1,), seeds=(0,), epochs=2)[0.1, 0] for f in (z, redrawn)
+    )
     assert (fixed.weight - fresh.weight).abs().max() > 0.01
 
 
@@ -149,7 +159,10 @@ def test_converged_probe_is_at_the_minimum(d, k, C):
 def test_converged_probe_on_singular_features_beats_short_training():
     z, labels = blobs(spread=3.0)
     z = torch.cat([z, z[:, :3], torch.ones(len(z), 1)], dim=1)  # rank 8 of 12
-    final, short = converged_probe(z, labels), sgd_probes(z, labels, 4, learning_rates=(0.001,), seeds=(0,))[0.001, 0]
+    final, short = (
+        converged_probe(z, labels),
+        sgd_probes(z, labels, 4, learning_rates=(0.001,), seeds=(0,))[0.001, 0],
+    )
     losses = [nn.functional.cross_entropy(probe(z), labels).item() for probe in (final, short)]
     assert losses[0] < 0.7 * losses[1]
 
@@ -163,19 +176,30 @@ def splits_of(z, labels, forget=0):
 
 def test_probe_scores_by_hand():
     probe = Probe(torch.eye(3), torch.zeros(3))
-    features = {"f": torch.eye(3)[[0, 0, 1]], "r": torch.eye(3)[[1, 2]], "ft": torch.eye(3)[[0, 1]], "rt": torch.eye(3)[[1, 1, 2, 0]]}
-    labels = {"f": torch.zeros(3).long(), "r": torch.tensor([1, 2]), "ft": torch.zeros(2).long(), "rt": torch.tensor([1, 1, 2, 2])}
+    features = {
+        "f": torch.eye(3)[[0, 0, 1]],
+        "r": torch.eye(3)[[1, 2]],
+        "ft": torch.eye(3)[[0, 1]],
+        "rt": torch.eye(3)[[1, 1, 2, 0]],
+    }
+    labels = {
+        "f": torch.zeros(3).long(),
+        "r": torch.tensor([1, 2]),
+        "ft": torch.zeros(2).long(),
+        "rt": torch.tensor([1, 1, 2, 2]),
+    }
     scores = probe_scores(probe, features, labels, forget=[0], targets=[1])
     assert scores["acc_f"] == pytest.approx(200 / 3)
     assert (scores["acc_r"], scores["acc_ft"], scores["acc_rt"]) == (100, 50, 75)
-    # ft scores high, low; rt low, low, low, high: of eight pairs three won and four tied, in the ranking against the rest
+    # Against the rest, ft scores high, low; rt low, low, low, high: of eight pairs three are won, four tied.
     assert scores["auc_rest"] == pytest.approx(100 * (3 + 4 / 2) / 8)
     assert scores["auc_target"] == pytest.approx(100 * (2 + 2 / 2) / 4)
     assert np.isnan(probe_scores(probe, features, labels, forget=[0])["auc_target"])
 
 
 def test_no_probe_tells_a_remapped_class_from_its_target_and_one_tells_an_erased_one():
-    """G5: prototypes fitted on the probe's own data. The controls are the unedited features and erasure without a target."""
+    """G5: prototypes fitted on the probe's own data. The controls are the unedited features and erasure
+    without a target."""
     z, labels = blobs(n=800, d=12)
     prototypes = PrototypeFitter(12, [*"abcd"]).update(z, labels).prototypes
     scores = {}
@@ -197,7 +221,9 @@ def test_modified_entropy_against_a_loop():
     p = logits.double().softmax(1).numpy()
     for i, found in enumerate(modified_entropy(logits, labels)):
         y = int(labels[i])
-        expected = -(1 - p[i, y]) * np.log(p[i, y]) - sum(p[i, j] * np.log(1 - p[i, j]) for j in range(3) if j != y)
+        expected = -(1 - p[i, y]) * np.log(p[i, y]) - sum(
+            p[i, j] * np.log(1 - p[i, j]) for j in range(3) if j != y
+        )
         assert float(found) == pytest.approx(expected)
     sure = torch.tensor([[200.0, 0, 0]]).repeat(2, 1)
     assert torch.isfinite(modified_entropy(sure, torch.tensor([0, 1]))).all()
@@ -209,7 +235,9 @@ def test_loss_attack_finds_members_and_only_members():
     low, high = torch.rand(400, generator=generator(1)), torch.rand(300, generator=generator(2)) + 0.8
     found = loss_attack(low, high)
     assert 80 < found["mia_loss_low"] < found["mia_loss"] < found["mia_loss_high"] <= 100
-    assert found["mia_loss_auc"] == pytest.approx(100 * roc_auc_score(np.repeat([1, 0], [400, 300]), -torch.cat([low, high])))
+    assert found["mia_loss_auc"] == pytest.approx(
+        100 * roc_auc_score(np.repeat([1, 0], [400, 300]), -torch.cat([low, high]))
+    )
     nothing = loss_attack(low, torch.rand(300, generator=generator(3)))
     assert nothing["mia_loss_low"] < 50 < nothing["mia_loss_high"]
     assert loss_attack(low, high, seed=1) != found
@@ -221,14 +249,19 @@ def test_loss_attack_is_five_stratified_splits():
 
     forget, unseen = torch.randn(80, generator=generator(0)), torch.randn(80, generator=generator(1)) + 1
     order = np.random.default_rng(0)
-    x = np.concatenate([np.asarray(side.double())[order.permutation(80)] for side in (forget, unseen)])[:, None]
+    x = np.concatenate([np.asarray(side.double())[order.permutation(80)] for side in (forget, unseen)])[
+        :, None
+    ]
     folds = StratifiedShuffleSplit(5, test_size=0.1, random_state=0)
     expected = cross_val_score(LogisticRegression(), x, np.repeat([1, 0], 80), cv=folds).mean()
     assert loss_attack(forget, unseen)["mia_loss"] == pytest.approx(100 * expected)
 
 
 def test_shadow_attack_counts_non_members():
-    seen, unseen = 0.9 + 0.1 * torch.rand(200, generator=generator(0)), 0.6 * torch.rand(150, generator=generator(1))
+    seen, unseen = (
+        0.9 + 0.1 * torch.rand(200, generator=generator(0)),
+        0.6 * torch.rand(150, generator=generator(1)),
+    )
     assert shadow_attack(seen, unseen, torch.full((50,), 0.95)) == 0
     assert shadow_attack(seen, unseen, torch.full((50,), 0.3)) == 100
     assert shadow_attack(seen, unseen, torch.tensor([0.95, 0.3, 0.3, 0.3])) == 75
@@ -242,11 +275,16 @@ def test_class_means_and_cosines_by_hand():
     means = class_means(z, labels, 3)
     assert torch.equal(means, torch.tensor([[3.0, 0], [0, 2], [0, 0]]).double())
     after = means[[1, 1, 2]]  # class 0 was sent to class 1
-    assert torch.allclose(prototype_cosines(means, after), torch.tensor([[0.0, 0, 0], [1, 1, 0], [0, 0, 0]]).double())
+    assert torch.allclose(
+        prototype_cosines(means, after), torch.tensor([[0.0, 0, 0], [1, 1, 0], [0, 0, 0]]).double()
+    )
 
 
 def test_linear_cka_is_the_kernel_form_and_has_its_invariances():
-    X, Y = torch.randn(40, 5, generator=generator(0)).double(), torch.randn(40, 7, generator=generator(1)).double()
+    X, Y = (
+        torch.randn(40, 5, generator=generator(0)).double(),
+        torch.randn(40, 7, generator=generator(1)).double(),
+    )
     Y[:, :3] += X[:, :3]
     centre = torch.eye(40).double() - 1 / 40
     K, L = (centre @ Z @ Z.T @ centre for Z in (X, Y))

@@ -49,7 +49,9 @@ def test_save_and_load_give_the_same_logits(name, digits, tmp_path):
 def test_the_seed_alone_decides_the_weights(digits):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, same, other = (build_classifier("allcnn-narrow", digits, seed=seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (
+        build_classifier("allcnn-narrow", digits, seed=seed).state_dict() for seed in (0, 0, 1)
+    )
     assert torch.get_rng_state().equal(before)
     assert all(one[key].equal(same[key]) for key in one)
     assert not one["classifier.weight"].equal(other["classifier.weight"])
@@ -57,12 +59,17 @@ def test_the_seed_alone_decides_the_weights(digits):
 
 
 def test_allcnn_is_the_network_of_the_unlearning_literature(digits):
-    """The same numbers from convolutions written out one by one: widths 48 and 96, strides, BatchNorm, ReLU, mean over positions."""
+    """The same numbers from convolutions written out one by one: widths 48 and 96, strides, BatchNorm, ReLU,
+    mean over positions."""
     model = build_classifier("allcnn", load_kd_data("digits", channels=3, image_size=32)).eval()
     weights = model.state_dict()
     assert [w.shape for key, w in weights.items() if w.ndim == 4] == [
-        (48, 3, 3, 3), (48, 48, 3, 3), (96, 48, 3, 3), (96, 96, 3, 3), (96, 96, 3, 3), (96, 96, 3, 3), (96, 96, 3, 3), (96, 96, 1, 1)
-    ]  # fmt: skip
+        (48, 3, 3, 3),
+        (48, 48, 3, 3),
+        (96, 48, 3, 3),
+        *[(96, 96, 3, 3)] * 4,
+        (96, 96, 1, 1),
+    ]
     x = pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     sizes = []
     for i, stride in enumerate([1, 1, 2, 1, 1, 2, 1, 1]):
@@ -75,18 +82,26 @@ def test_allcnn_is_the_network_of_the_unlearning_literature(digits):
     with torch.no_grad():
         output = model(pixel_values=pixels, labels=torch.tensor([1, 2]))
     torch.testing.assert_close(output.logits, logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(logits, torch.tensor([1, 2])), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output.loss, nn.functional.cross_entropy(logits, torch.tensor([1, 2])), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.slow
 def test_resnet18_sizes(digits):
-    """The field's ResNet-18 for CIFAR-100 has 11,220,132 parameters, and with the small stem its last map is 4×4 at 32 pixels."""
+    """The field's ResNet-18 for CIFAR-100 has 11,220,132 parameters, and with the small stem its last map is
+    4×4 at 32 pixels."""
     data = load_kd_data("digits", channels=3, image_size=32)
     model = build_classifier("resnet18", data).eval()
     assert count(model) - count(model.classifier) == 11_220_132 - (512 * 100 + 100)
     with torch.no_grad():
         assert model.resnet(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 512, 4, 4)
-        shape = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2] * 4, "layer_type": "basic"}
+        shape = {
+            "embedding_size": 64,
+            "hidden_sizes": [64, 128, 256, 512],
+            "depths": [2] * 4,
+            "layer_type": "basic",
+        }
         plain = ResNetForImageClassification(ResNetConfig(**shape)).eval()
         assert plain.resnet(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 512, 1, 1)
 
@@ -94,7 +109,14 @@ def test_resnet18_sizes(digits):
 def test_vit_base_is_vit_b_16():
     config = MODELS["vit-base"](224, num_channels=3, num_labels=1000)
     theirs = ViTConfig(num_labels=1000)
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+    sizes = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+    )
     for key in (*sizes, "initializer_range"):
         assert getattr(config, key) == getattr(theirs, key)
 
@@ -126,12 +148,17 @@ def test_no_such_classifier(digits):
 
 @pytest.fixture(scope="module")
 def imagenet_resnet(tmp_path_factory):
-    """A tiny ResNet of transformers' own class with its 7×7 first convolution, five labels and an image processor, saved."""
+    """A tiny ResNet of transformers' own class with its 7×7 first convolution, five labels and an image
+    processor, saved."""
     folder = tmp_path_factory.mktemp("resnet")
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5
+    )
     model = ResNetForImageClassification(config)
     model.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 24, "width": 24}, image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3]).save_pretrained(folder)
+    ViTImageProcessorPil(
+        size={"height": 24, "width": 24}, image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3]
+    ).save_pretrained(folder)
     return folder, model
 
 

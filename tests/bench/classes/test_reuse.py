@@ -1,4 +1,5 @@
-"""What the benchmark does once instead of often: features of the original for closed forms, samples of many probe steps."""
+"""What the benchmark does once instead of often: features of the original for closed forms, samples of many
+probe steps."""
 
 import copy
 
@@ -56,8 +57,20 @@ def test_a_closed_form_on_cached_features_is_the_one_on_images(method, original,
 
 
 def test_only_the_first_cells_of_a_closed_form_have_a_price(tmp_path):
-    summary = kd.run_kd("digits", "allcnn-narrow", ["esc", "esc-t"], ["3", "4"], output=tmp_path, seeds=2, epochs=1, probe_seeds=1)
-    rows = {(row["method"], row["forget"], row["seed"]): row for row in read_rows(tmp_path / "rows.csv", ROW_COLUMNS)}
+    summary = kd.run_kd(
+        "digits",
+        "allcnn-narrow",
+        ["esc", "esc-t"],
+        ["3", "4"],
+        output=tmp_path,
+        seeds=2,
+        epochs=1,
+        probe_seeds=1,
+    )
+    rows = {
+        (row["method"], row["forget"], row["seed"]): row
+        for row in read_rows(tmp_path / "rows.csv", ROW_COLUMNS)
+    }
     priced = {key for key, row in rows.items() if row["seconds"] is not None}
     assert priced == {("esc", "3", 0), *(("esc-t", forget, seed) for forget in "34" for seed in (0, 1))}
     lines = {(line["method"], line["forget"]): line for line in summary}
@@ -69,7 +82,10 @@ def test_every_step_has_its_samples():
     n, seeds, size = GATHER_STEPS * 4 * 2 + 7, 3, 4
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(n, 2, generator=generator) for _ in range(seeds)]
-    targets, orders = torch.randn(n, 5, generator=generator), [torch.randperm(n, generator=generator) for _ in range(seeds)]
+    targets, orders = (
+        torch.randn(n, 5, generator=generator),
+        [torch.randperm(n, generator=generator) for _ in range(seeds)],
+    )
     steps = list(batches(features, targets, orders, size))
     assert len(steps) == -(-n // size)
     for step, (x, y) in enumerate(steps):

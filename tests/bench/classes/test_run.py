@@ -1,4 +1,5 @@
-"""The knowledge-deletion benchmark from one call: cells, resume, rows, tables, plots; against independent recomputation."""
+"""The knowledge-deletion benchmark from one call: cells, resume, rows, tables, plots; against independent
+recomputation."""
 
 import copy
 import json
@@ -56,7 +57,9 @@ def data():
 
 @pytest.fixture(scope="module")
 def original(folder):
-    return AllCNNForImageClassification.from_pretrained(folder / "models" / "digits-allcnn-narrow-seed0" / "model").eval()
+    return AllCNNForImageClassification.from_pretrained(
+        folder / "models" / "digits-allcnn-narrow-seed0" / "model"
+    ).eval()
 
 
 def rows_of(folder):
@@ -92,7 +95,9 @@ def test_one_call_leaves_everything(folder):
     assert {path.name for path in (folder / "plots").iterdir()} == {"tsne.png", "cosines.png", "cost.png"}
     assert list(rows_of(folder)) == ROWS
     probes = read_rows(folder / "probes.csv", PROBE_COLUMNS)
-    assert len(probes) == len(ROWS) * (3 * SMALL["probe_seeds"] + 1)  # three learning rates, and one that converged
+    assert len(probes) == len(ROWS) * (
+        3 * SMALL["probe_seeds"] + 1
+    )  # three learning rates, and one that converged
     assert {probe["learning_rate"] for probe in probes} == {"converged", "0.1", "0.01", "0.001"}
     assert not list(folder.rglob("*.part"))
     table = (folder / "table.md").read_text()
@@ -106,7 +111,9 @@ def test_accuracies_are_those_of_the_model_that_was_trained(folder, data, origin
     splits, row = split_by_class(data, [3]), rows_of(folder)["original"]
     for name in ("f", "r", "ft", "rt"):
         part = getattr(splits, name)
-        assert row[f"acc_{name}"] == pytest.approx(100 * (predict(original, part) == part.labels).float().mean().item(), abs=1e-4)
+        assert row[f"acc_{name}"] == pytest.approx(
+            100 * (predict(original, part) == part.labels).float().mean().item(), abs=1e-4
+        )
         assert row[f"n_{name}"] == len(part)
     f, r = row["acc_f"], row["acc_r"]
     assert row["hm"] == pytest.approx(2 * (100 - f) * r / (100 - f + r), abs=1e-4)
@@ -120,7 +127,9 @@ def test_remap_row_is_erase_classes_and_reloading_takes_only_the_hook_away(folde
         part = getattr(splits, name)
         expected = 100 * (predict(edited, part) == part.labels).float().mean().item()
         assert rows["remap"][f"acc_{name}"] == pytest.approx(expected, abs=1e-4)
-        assert rows["remap-reloaded"][f"acc_{name}"] == pytest.approx(expected, abs=1e-4)  # the head holds the edit
+        assert rows["remap-reloaded"][f"acc_{name}"] == pytest.approx(
+            expected, abs=1e-4
+        )  # the head holds the edit
     for column, value in rows["original"].items():  # and the features are the original's
         if column.startswith(("kr_acc", "kr_hm", "kr_converged_acc", "cka_original")):
             assert rows["remap-reloaded"][column] == pytest.approx(value, abs=1e-3), column
@@ -134,9 +143,9 @@ def test_reloaded_is_what_save_pretrained_gives(data, original, tmp_path):
     expected = AllCNNForImageClassification.from_pretrained(tmp_path).state_dict()
     with kd.reloaded(edited) as found:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
-        assert found.config.to_dict() == AllCNNForImageClassification.from_pretrained(tmp_path).config.to_dict() | {
-            "_name_or_path": found.config._name_or_path
-        }
+        assert found.config.to_dict() == AllCNNForImageClassification.from_pretrained(
+            tmp_path
+        ).config.to_dict() | {"_name_or_path": found.config._name_or_path}
         assert get_erasure(found) is None
     assert not torch.equal(expected["classifier.weight"], original.classifier.weight)
 
@@ -150,24 +159,33 @@ def test_retrain_never_saw_the_class_and_is_priced_as_a_training(folder):
     log = (folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "log.csv").read_text().splitlines()
     assert rows["retrain"]["seconds"] == float(log[-1].split(",")[2])
     assert (
-        json.loads((folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "training.json").read_text())["images"]
+        json.loads(
+            (folder / "models" / "digits-allcnn-narrow-without-3-seed0" / "training.json").read_text()
+        )["images"]
         == rows["retrain"]["n_r"]
     )
 
 
 def without_costs(folder):
-    return [{key: value for key, value in row.items() if key not in COSTS} for row in read_rows(folder / "rows.csv", ROW_COLUMNS)]
+    return [
+        {key: value for key, value in row.items() if key not in COSTS}
+        for row in read_rows(folder / "rows.csv", ROW_COLUMNS)
+    ]
 
 
 def test_run_again_measures_nothing_twice_and_a_lost_cell_comes_out_the_same(folder, monkeypatch):
     before, asked = without_costs(folder), []
-    monkeypatch.setattr(kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs))
+    monkeypatch.setattr(
+        kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs)
+    )
     monkeypatch.setattr(training, "train_classifier", lambda *args, **kwargs: asked.append("training"))
     kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
     assert asked == []
     assert without_costs(folder) == before
     monkeypatch.undo()
-    monkeypatch.setattr(kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs))
+    monkeypatch.setattr(
+        kd, "measure", lambda *args, **kwargs: asked.append(args) or kd_measure(*args, **kwargs)
+    )
     (lost,) = [cell for cell in ClassesConfig.read(folder).cells(folder) if cell.method == "more"]
     lost.path.unlink()
     kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
@@ -179,12 +197,16 @@ kd_measure = kd.measure
 
 
 def test_killed_and_run_again(tmp_path, folder):
-    """kill -9 while cells are being measured: the second run keeps every finished cell's file and ends with the same rows."""
+    """kill -9 while cells are being measured: the second run keeps every finished cell's file and ends with
+    the same rows."""
     output = tmp_path / "killed"
     methods = METHODS[:4]
-    settings = f"methods={methods!r}, forget=['3'], output={str(output)!r}, models={str(folder / 'models')!r}, **{SMALL!r}"
-    script = f"from more_hf.bench.classes import run; run.run_kd('digits', 'allcnn-narrow', {settings})"
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    settings = {"output": str(output), "models": str(folder / "models"), **SMALL}
+    arguments = f"'digits', 'allcnn-narrow', {methods!r}, ['3'], **{settings!r}"
+    script = f"from more_hf.bench.classes import run; run.run_kd({arguments})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 120
     while not list(output.glob("cells/*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -206,10 +228,14 @@ def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
     assert set(grown.forget) == {"3", "5"}
     assert (grown.seeds, grown.runs[-1]) == (3, "later")
     assert replace(config, seeds=0).joined_with(folder).seeds == config.seeds
-    with pytest.raises(BenchmarkError, match="holds results of another configuration .*evaluation: probe_seeds"):
+    with pytest.raises(
+        BenchmarkError, match="holds results of another configuration .*evaluation: probe_seeds"
+    ):
         kd.run_kd("digits", "allcnn-narrow", ["original"], "3", output=folder, epochs=3, probe_seeds=7)
     with pytest.raises(BenchmarkError, match="methods: esc: percent is"):
-        kd.run_kd("digits", "allcnn-narrow", ["esc"], "3", output=folder, tuned={"esc": {"percent": 9}}, **SMALL)
+        kd.run_kd(
+            "digits", "allcnn-narrow", ["esc"], "3", output=folder, tuned={"esc": {"percent": 9}}, **SMALL
+        )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BenchmarkError, match="holds another kind of benchmark"):
         kd.run_kd("digits", "allcnn-narrow", ["original"], "3", output=tmp_path, **SMALL)
@@ -228,7 +254,13 @@ def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
     ],
 )
 def test_refusals_before_anything_is_written(options, message, tmp_path):
-    asked = {"dataset": "digits", "model": "allcnn-narrow", "methods": ["esc", "more"], "forget": "3", **options}
+    asked = {
+        "dataset": "digits",
+        "model": "allcnn-narrow",
+        "methods": ["esc", "more"],
+        "forget": "3",
+        **options,
+    }
     with pytest.raises((ValueError, OSError), match=message):
         kd.run_kd(**asked, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -271,7 +303,8 @@ def test_a_method_of_ones_own_may_take_anything():
 
 
 def test_cells_keep_their_names():
-    """A committed folder is continued: its configuration gives the names that its cells were written under."""
+    """A committed folder is continued: its configuration gives the names that its cells were written
+    under."""
     folder = Path(__file__).parents[3] / "benchmarks" / "kd" / "fashion-mnist-allcnn"
     config = ClassesConfig.read(folder)
     assert config.to_dict() == json.loads((folder / "config.json").read_text())
@@ -319,9 +352,15 @@ def test_draws_are_the_remaps_experts_and_their_mean_is_the_mean_expert(edited):
 
 
 def test_routing_at_an_inner_module_is_drawn_once_from_fixed_seeds(data, original):
-    routed = CLASSIFICATION["more-inner"].load()(copy.deepcopy(original), split_by_class(data, [3]), at="features.6")
-    once, again = (cache(routed, routed.classifier, {"test": data.test}, batch_size=size) for size in (500, 100))
-    assert torch.allclose(once.features("test"), again.features("test"), atol=1e-4)  # the control: the hook itself draws
+    routed = CLASSIFICATION["more-inner"].load()(
+        copy.deepcopy(original), split_by_class(data, [3]), at="features.6"
+    )
+    once, again = (
+        cache(routed, routed.classifier, {"test": data.test}, batch_size=size) for size in (500, 100)
+    )
+    assert torch.allclose(
+        once.features("test"), again.features("test"), atol=1e-4
+    )  # the control: the hook itself draws
     assert not torch.allclose(head_inputs(routed, data.test), head_inputs(routed, data.test), atol=1e-4)
     assert not once.is_random
     assert once.experts("test") is None
@@ -341,7 +380,9 @@ def test_load_counts_experts_that_nobody_takes(data, original):
 
 def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, caplog):
     run = {"models": folder / "models", "output": tmp_path, **SMALL}
-    summary = kd.run_kd("digits", "allcnn-narrow", ["original", "scrub", "esc"], ["3"], tuned={"scrub": {"lr": 1e6}}, **run)
+    summary = kd.run_kd(
+        "digits", "allcnn-narrow", ["original", "scrub", "esc"], ["3"], tuned={"scrub": {"lr": 1e6}}, **run
+    )
     assert [line["method"] for line in summary] == ["original", "esc"]
     assert "scrub without 3, seed 0, is left out. After scrub" in caplog.text
 
@@ -349,13 +390,18 @@ def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, cap
 def test_what_is_shared_is_not_found_again(folder, tmp_path, monkeypatch):
     trained, collected, shared = [], [], measuring.Shared()
     monkeypatch.setattr(kd, "cache", lambda *args: collected.append(args) or cache(*args))
-    monkeypatch.setattr(measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or sgd_probes(*args, **kwargs))
+    monkeypatch.setattr(
+        measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or sgd_probes(*args, **kwargs)
+    )
     for name in ("first", "second"):
         settings = {"models": folder / "models", "output": tmp_path / name, "shared": shared, **SMALL}
         kd.run_kd("digits", "allcnn-narrow", ["original", "remap"], ["3", "5"], **settings)
         assert len(trained) == 3  # original with both reloaded, two remapped
         assert len(collected) == 1
-    rows, expected = without_costs(tmp_path / "second"), [row for row in without_costs(folder) if row["method"] in ("original", "remap")]
+    rows, expected = (
+        without_costs(tmp_path / "second"),
+        [row for row in without_costs(folder) if row["method"] in ("original", "remap")],
+    )
     mine = [row for row in rows if row["forget"] == "3" and not row["method"].endswith("reloaded")]
     empty = {"cka_retrain_f": None, "cka_retrain_r": None}  # no Retrain was run here
     assert mine == [{**row, **empty} for row in expected]
@@ -372,7 +418,9 @@ def test_same_backbone_sees_weights_statistics_and_hooks(original, edited):
     for change in ("features.0.0.weight", "features.0.1.running_mean"):
         other = copy.deepcopy(original)
         with torch.no_grad():
-            other.get_parameter(change).add_(1e-3) if change.endswith("weight") else other.get_buffer(change).add_(1e-3)
+            other.get_parameter(change).add_(1e-3) if change.endswith("weight") else other.get_buffer(
+                change
+            ).add_(1e-3)
         assert not same_backbone(other, original, "classifier")
     hooked = copy.deepcopy(original)
     hooked.features.register_forward_hook(lambda module, args, output: 2 * output)
@@ -384,7 +432,11 @@ def test_same_backbone_sees_weights_statistics_and_hooks(original, edited):
 
 def row(method="more", forget="3", seed=0, acc_f=50.0, **numbers):
     empty = {column.name: None for column in ROW_COLUMNS}
-    accuracies = {f"{group}acc_{name}": 100.0 for group in ("", "kr_", "kr_converged_") for name in ("f", "r", "ft", "rt")}
+    accuracies = {
+        f"{group}acc_{name}": 100.0
+        for group in ("", "kr_", "kr_converged_")
+        for name in ("f", "r", "ft", "rt")
+    }
     harmonic = {f"{group}hm{end}": 0.0 for group in ("", "kr_", "kr_converged_") for end in ("", "_t")}
     counts = {"n_f": 100, "n_r": 900, "n_ft": 10, "n_rt": 90}
     key = {"method": method, "forget": forget, "seed": seed, "sent_to": ""}
@@ -392,7 +444,12 @@ def row(method="more", forget="3", seed=0, acc_f=50.0, **numbers):
 
 
 def test_summary_by_hand():
-    rows = [row(acc_f=0.0, mia_loss=1.0), row(seed=1, acc_f=100.0, mia_loss=None), row(forget="5", acc_f=20.0, mia_loss=None), row("esc", mia_loss=None)]
+    rows = [
+        row(acc_f=0.0, mia_loss=1.0),
+        row(seed=1, acc_f=100.0, mia_loss=None),
+        row(forget="5", acc_f=20.0, mia_loss=None),
+        row("esc", mia_loss=None),
+    ]
     lines = {(line["method"], line["forget"]): line for line in summarise(rows)}
     assert list(lines) == [("more", "3"), ("more", "5"), ("esc", "3"), ("more", "all")]
     both = lines["more", "3"]
@@ -401,7 +458,9 @@ def test_summary_by_hand():
     assert lines["more", "all"]["acc_f"] == pytest.approx(40)
     assert lines["more", "5"]["mia_loss"] is None
     single = lines["esc", "3"]  # one run: the interval is the binomial's
-    assert single["acc_f_low"] == pytest.approx(100 * np.quantile(np.random.default_rng(1).binomial(100, 0.5, 50_000), 0.025) / 100, abs=1)
+    assert single["acc_f_low"] == pytest.approx(
+        100 * np.quantile(np.random.default_rng(1).binomial(100, 0.5, 50_000), 0.025) / 100, abs=1
+    )
     assert single["acc_f_high"] == pytest.approx(60, abs=1)
     assert single["hm_low"] > 0  # of 100 − acc_f and acc_r in the same draws
 
@@ -426,8 +485,35 @@ def test_command_line(folder, tmp_path, capsys):
     tuned = tmp_path / "tuned.json"
     tuned.write_text('{"esc": {"percent": 5}}')
     output = tmp_path / "out"
-    arguments = ["--dataset", "digits", "--methods", "esc", "--forget", "3", "5+6", "--epochs", "3", "--probe_seeds", "1"]
-    assert main(["bench", "kd", *arguments, "--settings", str(tuned), "--models", str(folder / "models"), "--output", str(output)]) == 0
+    arguments = [
+        "--dataset",
+        "digits",
+        "--methods",
+        "esc",
+        "--forget",
+        "3",
+        "5+6",
+        "--epochs",
+        "3",
+        "--probe_seeds",
+        "1",
+    ]
+    assert (
+        main(
+            [
+                "bench",
+                "kd",
+                *arguments,
+                "--settings",
+                str(tuned),
+                "--models",
+                str(folder / "models"),
+                "--output",
+                str(output),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert f"Open {output / 'report.html'}" in printed
     config = json.loads((output / "config.json").read_text())
@@ -437,7 +523,10 @@ def test_command_line(folder, tmp_path, capsys):
     assert "means over all" in table
     assert "## Every erasure" in table
     assert rows_of(output)["esc"]["cka_retrain_f"] is None
-    assert {path.name for path in (output / "plots").iterdir()} == {"tsne.png", "cost.png"}  # cosines need the original's means
+    assert {path.name for path in (output / "plots").iterdir()} == {
+        "tsne.png",
+        "cost.png",
+    }  # cosines need the original's means
     assert not (output / "models").exists()
     assert main(["bench", "kd", "--methods", "nothing", "--forget", "3", "--output", str(output)]) == 2
     assert "There is no method 'nothing'" in capsys.readouterr().err

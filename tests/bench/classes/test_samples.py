@@ -1,4 +1,5 @@
-"""Random samples forgotten: rows against recomputation, the gap by hand, resume; and the scripts beside the benchmark."""
+"""Random samples forgotten: rows against recomputation, the gap by hand, resume; and the scripts beside the
+benchmark."""
 
 import importlib.util
 import inspect
@@ -30,7 +31,16 @@ METHODS = ["original", "retrain", "remap-samples"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("samples")
-    arguments = ["--dataset", "digits", "--methods", ",".join(METHODS), "--forget", "samples", "--epochs", "3"]
+    arguments = [
+        "--dataset",
+        "digits",
+        "--methods",
+        ",".join(METHODS),
+        "--forget",
+        "samples",
+        "--epochs",
+        "3",
+    ]
     assert main(["bench", "kd", *arguments, "--output", str(output)]) == 0
     return output
 
@@ -44,13 +54,17 @@ def test_rows_are_those_of_the_models(folder):
     splits, rows = split_by_sample(data, 0.1, seed=0), rows_of(folder)
     assert list(rows) == METHODS
     for method, place in (("original", "seed0"), ("retrain", "without-0.1-seed0")):
-        model = AllCNNForImageClassification.from_pretrained(folder / "models" / f"digits-allcnn-narrow-{place}" / "model")
+        model = AllCNNForImageClassification.from_pretrained(
+            folder / "models" / f"digits-allcnn-narrow-{place}" / "model"
+        )
         for name in ("f", "r", "rt"):
             part = getattr(splits, name)
             hits = (predict(model, part) == part.labels).float().mean().item()
             assert rows[method][f"acc_{name}"] == pytest.approx(100 * hits, abs=1e-4)
     assert rows["original"]["n_f"] == round(0.1 * len(data.train))
-    trained_on = json.loads((folder / "models" / "digits-allcnn-narrow-without-0.1-seed0" / "training.json").read_text())
+    trained_on = json.loads(
+        (folder / "models" / "digits-allcnn-narrow-without-0.1-seed0" / "training.json").read_text()
+    )
     assert trained_on["images"] == len(splits.r)
     assert not torch.isin(splits.f.rows, splits.r.rows).any()
 
@@ -59,7 +73,10 @@ def test_gap_is_the_mean_distance_to_retrain(folder):
     summary = {line["method"]: line for line in kd_samples.summarise(list(rows_of(folder).values()))}
     rows = rows_of(folder)
     for method in METHODS:
-        distances = [abs(rows[method][name] - rows["retrain"][name]) for name in ("acc_f", "acc_r", "acc_rt", "mia_member")]
+        distances = [
+            abs(rows[method][name] - rows["retrain"][name])
+            for name in ("acc_f", "acc_r", "acc_rt", "mia_member")
+        ]
         assert summary[method]["gap"] == pytest.approx(sum(distances) / 4)
     assert summary["retrain"]["gap"] == 0 < summary["original"]["gap"]
     alone = kd_samples.summarise([rows["original"]])
@@ -85,7 +102,9 @@ def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, cap
 
 
 def test_refusals(folder, tmp_path):
-    with pytest.raises(BenchmarkError, match="no method 'more' that forgets samples.*: original, retrain, .*remap-samples"):
+    with pytest.raises(
+        BenchmarkError, match="no method 'more' that forgets samples.*: original, retrain, .*remap-samples"
+    ):
         kd_samples.run_samples("digits", "allcnn-narrow", ["more"], output=tmp_path / "new")
     with pytest.raises(BenchmarkError, match="evaluation: fraction is 0.1 there, 0.2 here"):
         kd_samples.run_samples("digits", "allcnn-narrow", METHODS, output=folder, epochs=3, fraction=0.2)
@@ -114,14 +133,27 @@ def test_settings_are_chosen_on_validation_images(folder, tmp_path, monkeypatch)
     assert float(rows[2]["hm_validation"]) == 0  # not finite is a result
     first, second = (float(row["hm_validation"]) for row in rows[:2])
     assert first != second
-    assert json.loads((tmp_path / "settings.json").read_text())["lau"] == {"lr": 1e-6 if first > second else 0.3}
+    assert json.loads((tmp_path / "settings.json").read_text())["lau"] == {
+        "lr": 1e-6 if first > second else 0.3
+    }
     monkeypatch.setattr(choose, "try_out", lambda *args: pytest.fail("tried twice"))
     choose.main()
 
 
 def sweep(monkeypatch, folder, output, *arguments):
     """Its lines; on digits without class 3, with the classifiers of `folder`."""
-    fixed = ["--dataset", "digits", "--forget", "3", "--epochs", "3", "--models", str(folder / "models"), "--output", str(output)]
+    fixed = [
+        "--dataset",
+        "digits",
+        "--forget",
+        "3",
+        "--epochs",
+        "3",
+        "--models",
+        str(folder / "models"),
+        "--output",
+        str(output),
+    ]
     monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, *fixed])
     script("sweep").main()
     return read_lines(output / "sweep.csv")
@@ -129,7 +161,9 @@ def sweep(monkeypatch, folder, output, *arguments):
 
 def test_sweep_gives_a_line_per_value(folder, tmp_path, monkeypatch, capsys):
     lines = sweep(monkeypatch, folder, tmp_path, "target", "--values", "5", "8")
-    assert [(line["target"], line["method"]) for line in lines] == [(v, m) for v in "58" for m in ("remap", "remap-reloaded")]
+    assert [(line["target"], line["method"]) for line in lines] == [
+        (v, m) for v in "58" for m in ("remap", "remap-reloaded")
+    ]
     for value in "58":
         assert read_lines(tmp_path / f"target-{value}" / "rows.csv")[0]["sent_to"] == value
     assert lines[0]["kr_hm_t"] != lines[2]["kr_hm_t"]
@@ -143,11 +177,18 @@ def test_sweep_gives_a_line_per_value(folder, tmp_path, monkeypatch, capsys):
 def test_sweep_over_depth_edits_inner_modules_which_are_not_saved(folder, tmp_path, monkeypatch, capsys):
     lines = sweep(monkeypatch, folder, tmp_path, "depth", "--values", "features.6")
     kinds = ("erase", "remap", "more")
-    assert [line["depth"] for line in lines] == [f"features.6 {kind}" for kind in kinds for _ in range(2)]  # and no draw to average
+    assert [line["depth"] for line in lines] == [
+        f"features.6 {kind}" for kind in kinds for _ in range(2)
+    ]  # and no draw to average
     data = load_kd_data("digits")
     splits = split_by_class(data, [3])
-    original = AllCNNForImageClassification.from_pretrained(folder / "models" / "digits-allcnn-narrow-seed0" / "model").eval()
-    before = {name: (predict(original, part) == part.labels).float().mean().item() for name, part in (("ft", splits.ft), ("rt", splits.rt))}
+    original = AllCNNForImageClassification.from_pretrained(
+        folder / "models" / "digits-allcnn-narrow-seed0" / "model"
+    ).eval()
+    before = {
+        name: (predict(original, part) == part.labels).float().mean().item()
+        for name, part in (("ft", splits.ft), ("rt", splits.rt))
+    }
     edited = erase_classes(original, data.train.loader(500), [3], remap_to=None, at="features.6")
     for name, part in (("ft", splits.ft), ("rt", splits.rt)):
         hits = (predict(edited, part) == part.labels).float().mean().item()
@@ -177,7 +218,13 @@ def test_sweeps_are_the_papers():
     assert len(factors["routers"]([], data, hundred)) == 4 * len(routers)
     trained = routers["8 prototype remain+forget+balance"].settings
     assert trained["epochs"] * len(data.train) == pytest.approx(500_000, rel=0.01)
-    for factor, values in (("experts", []), ("target", []), ("routers", []), ("projection", []), ("depth", ["head"])):
+    for factor, values in (
+        ("experts", []),
+        ("target", []),
+        ("routers", []),
+        ("projection", []),
+        ("depth", ["head"]),
+    ):
         for variant in factors[factor](values, data, remaining):
             function = CLASSIFICATION[variant.method].load()
             assert set(variant.settings) <= set(inspect.signature(function).parameters)

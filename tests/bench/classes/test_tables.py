@@ -1,4 +1,5 @@
-"""The tables of benchmarks/kd: who misses, by hand; which rows are put side by side; the README holds the committed ones."""
+"""The tables of benchmarks/kd: who misses, by hand; which rows are put side by side; the README holds the
+committed ones."""
 
 import importlib.util
 from pathlib import Path
@@ -32,29 +33,67 @@ def row(method, forget="a", seed=0, acc_ft=0.0, acc_rt=90.0, seconds=1.0):
 
 def test_misses_by_hand(tables):
     rows = [row("original", acc_ft=90), row("original", forget="b", acc_ft=90, acc_rt=95)]
-    rows += [row("remap", acc_rt=89.5), row("remap", forget="b", acc_rt=94.49), row("more-x16", acc_ft=0.5), row("more-hash", acc_ft=0.6)]
+    rows += [
+        row("remap", acc_rt=89.5),
+        row("remap", forget="b", acc_rt=94.49),
+        row("more-x16", acc_ft=0.5),
+        row("more-hash", acc_ft=0.6),
+    ]
     rows += [row("erase", acc_rt=0), row("remap-without-po", acc_rt=0)]  # not judged
-    assert [(line["method"], line["forget"]) for line in tables.misses(rows)] == [("remap", "b"), ("more-hash", "a")]
+    assert [(line["method"], line["forget"]) for line in tables.misses(rows)] == [
+        ("remap", "b"),
+        ("more-hash", "a"),
+    ]
     found = {line["method"]: line for line in tables.kept(rows)}
     assert [line["misses"] for line in found.values()] == [1, 0, 1]
     assert found["remap"]["most acc_rt lost"] == "0.51"
     assert found["more-hash"]["largest acc_ft"] == "0.60"
-    assert tables.by_class(rows)[1] == {"forget": "b", "remap": "1 of 1 (0.5, 0.0)", "more-x16": "", "more-hash": ""}
+    assert tables.by_class(rows)[1] == {
+        "forget": "b",
+        "remap": "1 of 1 (0.5, 0.0)",
+        "more-x16": "",
+        "more-hash": "",
+    }
     assert tables.misses(rows[:3])[0]["method"] == "none"
 
 
 def test_the_same_classes_and_seeds_side_by_side(tables):
-    closed = [row(name, forget, seed) for name in ("original", "more-x16", "esc") for forget in "ab" for seed in (0, 1)]
-    trained = [row(name, "a", acc_rt=acc) for name, acc in (("original", 80), ("finetune", 70), ("salun", 60), ("scrub", 50), ("lau", 40))]
+    closed = [
+        row(name, forget, seed)
+        for name in ("original", "more-x16", "esc")
+        for forget in "ab"
+        for seed in (0, 1)
+    ]
+    trained = [
+        row(name, "a", acc_rt=acc)
+        for name, acc in (("original", 80), ("finetune", 70), ("salun", 60), ("scrub", 50), ("lau", 40))
+    ]
     both = tables.together(closed, [*trained, row("original", "b")])  # b was not run with the others
     assert {(line["forget"], line["seed"]) for line in both} == {("a", 0)}
-    assert [line["method"] for line in both] == ["original", "finetune", "salun", "scrub", "lau", "esc", "more-x16"]
+    assert [line["method"] for line in both] == [
+        "original",
+        "finetune",
+        "salun",
+        "scrub",
+        "lau",
+        "esc",
+        "more-x16",
+    ]
     assert both[0]["acc_rt"] == 80  # the second folder's own
-    assert [line["method"] for line in tables.short(both)] == ["original", "finetune", "salun", "scrub", "esc", "more-x16"]
+    assert [line["method"] for line in tables.short(both)] == [
+        "original",
+        "finetune",
+        "salun",
+        "scrub",
+        "esc",
+        "more-x16",
+    ]
 
 
 def test_every_seed_is_told(tables):
-    rows = [row("esc", forget, seed, acc_ft=10 * seed + (forget == "b")) for seed in (0, 1) for forget in "ab"]
+    rows = [
+        row("esc", forget, seed, acc_ft=10 * seed + (forget == "b")) for seed in (0, 1) for forget in "ab"
+    ]
     (line,) = tables.every_seed(rows)
     assert line["acc_ft"] == "0.50 / 10.50"
 

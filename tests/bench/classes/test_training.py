@@ -27,9 +27,11 @@ from more_hf.bench.classes.training import (
 
 RECIPE = Recipe(epochs=2, batch_size=100, learning_rate=3e-3, warmup_steps=5, shift=1, flip=False)
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # as in the script: sums over another number of threads are rounded otherwise
+# As in the script: sums over another number of threads are rounded otherwise.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-# A process that trains on 520 digits with a checkpoint after every step, and kills itself in the step after `kill_after`.
+# A process that trains on 520 digits with a checkpoint after every step, and kills itself in the step after
+# `kill_after`.
 SCRIPT = """
 import os, signal, sys
 import torch
@@ -65,8 +67,12 @@ def train(output, name="allcnn-narrow", recipe=RECIPE, validation=None):
 
 
 def start(output, name, kill_after, **environment):
-    script = SCRIPT.format(tests=os.path.dirname(__file__), kill_after=kill_after, output=str(output), name=name)
-    return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+    script = SCRIPT.format(
+        tests=os.path.dirname(__file__), kill_after=kill_after, output=str(output), name=name
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+    )
 
 
 def same_weights(one, other):
@@ -95,7 +101,8 @@ def test_training_learns_and_is_only_loaded_the_second_time(digits, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_run_again_it_ends_the_same(tmp_path):
-    """Killed in the second epoch's second step, and with a half-written checkpoint beside, weights and log are those of one run."""
+    """Killed in the second epoch's second step, and with a half-written checkpoint beside, weights and log
+    are those of one run."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(killed, "allcnn-narrow", kill_after=8)
     process.communicate()
@@ -106,7 +113,10 @@ def test_killed_and_run_again_it_ends_the_same(tmp_path):
     (killed / ".checkpoint.part" / "model.safetensors").write_bytes(b"torn")
     one, other = train(killed), train(whole)
     assert same_weights(one, other)
-    logs = [[{**row, "seconds": ""} for row in csv.DictReader((folder / "log.csv").open())] for folder in (killed, whole)]
+    logs = [
+        [{**row, "seconds": ""} for row in csv.DictReader((folder / "log.csv").open())]
+        for folder in (killed, whole)
+    ]
     assert logs[0] == logs[1]
     assert not same_weights(other, train(tmp_path / "other", recipe=replace(RECIPE, seed=1)))
 
@@ -117,14 +127,27 @@ def test_two_processes_train_the_same_model(tmp_path, digits):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    both = [start(tmp_path / "two", "vit-narrow", 1_000, RANK=str(rank), LOCAL_RANK=str(rank), **launched) for rank in range(2)]
+    launched = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+    }
+    both = [
+        start(tmp_path / "two", "vit-narrow", 1_000, RANK=str(rank), LOCAL_RANK=str(rank), **launched)
+        for rank in range(2)
+    ]
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
-    one, two = train(tmp_path / "one", "vit-narrow"), train(tmp_path / "two", "vit-narrow")  # the second is only loaded
+    one, two = (
+        train(tmp_path / "one", "vit-narrow"),
+        train(tmp_path / "two", "vit-narrow"),
+    )  # the second is only loaded
     pixels = digits.test[torch.arange(100)]["pixel_values"]
     with torch.no_grad():
-        one, two, before = (m(pixel_values=pixels).logits for m in (one, two, build_classifier("vit-narrow", digits).eval()))
+        one, two, before = (
+            m(pixel_values=pixels).logits for m in (one, two, build_classifier("vit-narrow", digits).eval())
+        )
     assert (one - two).abs().max() < 0.02 < 0.5 < (one - before).abs().max()
 
 
@@ -150,8 +173,12 @@ def test_batches_visit_every_image_once_in_an_epoch():
     later = list(Batches(10, recipe, 3, range(4, 6), slice(None)))
     assert [batch.tolist() for batch in later] == [batch.tolist() for batch in whole[4:]]
     halves = [list(Batches(10, recipe, 3, range(0, 6), slice(rank, None, 2))) for rank in range(2)]
-    assert [sorted(torch.cat(pair).tolist()) for pair in zip(*halves, strict=True)] == [sorted(batch.tolist()) for batch in whole]
-    assert [Batches(10, recipe, 3, range(0, 6), slice(None)).size(step) for step in range(6)] == [len(batch) for batch in whole]
+    assert [sorted(torch.cat(pair).tolist()) for pair in zip(*halves, strict=True)] == [
+        sorted(batch.tolist()) for batch in whole
+    ]
+    assert [Batches(10, recipe, 3, range(0, 6), slice(None)).size(step) for step in range(6)] == [
+        len(batch) for batch in whole
+    ]
 
 
 def test_augment_moves_and_mirrors():
@@ -165,10 +192,14 @@ def test_augment_moves_and_mirrors():
     # mirrored crops are crops of the padded image read from right to left
     assert seen == {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(1))}
     straight = augment(images, 1, False, torch.Generator().manual_seed(0), *everything)[:, 0]
-    assert {tuple(one.flatten().tolist()) for one in straight} == {tuple(crop.flatten().tolist()) for crop in crops}
+    assert {tuple(one.flatten().tolist()) for one in straight} == {
+        tuple(crop.flatten().tolist()) for crop in crops
+    }
     assert augment(image, 0, False, torch.Generator(), 1, slice(None)).equal(image)
     share = slice(1, None, 2)
-    assert augment(images[share], 1, True, torch.Generator().manual_seed(0), 2000, share)[:, 0].equal(made[share])
+    assert augment(images[share], 1, True, torch.Generator().manual_seed(0), 2000, share)[:, 0].equal(
+        made[share]
+    )
 
 
 def test_learning_rate_rises_and_falls_to_zero():
@@ -187,7 +218,9 @@ def test_predict_leaves_the_model_as_it_was(digits):
     assert model.training
     assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
     with torch.no_grad():
-        assert predicted.equal(model.eval()(digits.test[torch.arange(len(digits.test))]["pixel_values"]).logits.argmax(1))
+        assert predicted.equal(
+            model.eval()(digits.test[torch.arange(len(digits.test))]["pixel_values"]).logits.argmax(1)
+        )
 
 
 @pytest.fixture
