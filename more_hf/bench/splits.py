@@ -1,5 +1,4 @@
-"""Labelled images, and the subsets D_f, D_r, D_ft and D_rt that a method of forgetting gets and is measured
-on."""
+"""Labelled images, and the subsets D_f, D_r, D_ft and D_rt that a method gets and is measured on."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ class DatasetError(MoreError, ValueError):
 
 
 class Images(Protocol):
-    """uint8 images `(N, channels, H, W)`: a `Tensor`, or anything that decodes images when they are
-    indexed."""
+    """uint8 images `(N, channels, H, W)`: a `Tensor`, or anything that decodes them when indexed."""
 
     shape: Sequence[int]
 
@@ -30,8 +28,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Dataset):
-    """Images with labels. Indexed by one number, like any torch data set, or by many for a whole batch at
-    once.
+    """Images with labels, indexed by one number or by many for a whole batch at once.
 
     Attributes:
         images (`Images`): shared by all subsets.
@@ -140,9 +137,11 @@ class KDData:
 
 @dataclass(frozen=True)
 class Splits:
-    """The images to forget and those that remain: of the training data (`f`, `r`), the validation data (`fv`,
-    `rv`) and
-    the test data (`ft`, `rt`). Accuracies are named after them: `acc_f`, `acc_r`, `acc_ft`, `acc_rt`."""
+    """The images to forget and those that remain.
+
+    Of the training data they are `f` and `r`, of the validation data `fv` and `rv`, of the test data `ft` and
+    `rt`. Accuracies are named after them: `acc_f`, `acc_r`, `acc_ft`, `acc_rt`.
+    """
 
     f: ImageSet
     r: ImageSet

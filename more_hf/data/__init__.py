@@ -133,8 +133,7 @@ def load_classifier(name: str):
 
 @contextlib.contextmanager
 def _no_loading_bars():
-    """Silence the loading bars of both libraries for a second-long load, and leave their switches as they
-    were."""
+    """Silence the loading bars of both libraries, and leave their switches as they were."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

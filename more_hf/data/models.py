@@ -102,8 +102,7 @@ class SmallStemResNetConfig(ResNetConfig):
 
 
 class SmallStemResNetForImageClassification(ResNetForImageClassification):
-    """The ResNet of transformers with a 3×3 first convolution and no pooling after it, for images of 28 to 64
-    pixels."""
+    """A ResNet with a 3×3 first convolution and no pooling after it, for images of 28 to 64 pixels."""
 
     config_class = SmallStemResNetConfig
 

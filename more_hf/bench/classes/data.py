@@ -68,6 +68,7 @@ def load_kd_data(
         )
 
     def image_set(images: Images, labels: Tensor) -> ImageSet:
+        # Grey data sets are tensors, all of them in memory.
         images = images.expand(-1, 3, -1, -1) if repeat else images
         size = image_size or images.shape[-1]
         return ImageSet(images, labels, torch.arange(len(labels)), size, tuple(mean), tuple(std))

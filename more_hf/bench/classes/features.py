@@ -1,5 +1,4 @@
-"""What a classifier's head reads, collected once: everything at the head is then measured without the
-backbone.
+"""The inputs of a classifier's head, collected once: the head is then measured without the backbone.
 
 The hooks of a head (an erasure's routing, a baseline's linear map) run again on the collected inputs, so a
 stochastic layer can be asked any number of times at the price of a matrix product.
@@ -30,8 +29,7 @@ CHUNK = 100_000  # samples that go through the head's hooks at once
 
 @contextmanager
 def inputs_of(head: nn.Module, *, before_hooks: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the input of every call of a head, as its weight reads it, or before its other hooks changed
-    it."""
+    """Collect the input of each call of a head: as its weight reads it, or before its other hooks."""
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=before_hooks)
     try:
@@ -152,8 +150,7 @@ def _seed(erasure: ClassErasure, start: int, count: int, draw: int = 0) -> None:
 
 
 def same_backbone(model: nn.Module, other: nn.Module, head: str) -> bool:
-    """Whether two models certainly give their heads the same inputs: equal tensors and no hook outside the
-    head."""
+    """Whether two models certainly give their heads the same inputs: equal tensors, no hook outside."""
     for name, module in model.named_modules():
         if name != head and (module._forward_pre_hooks or module._forward_hooks):
             return False

@@ -168,8 +168,7 @@ def _retention(probes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _membership(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, float]:
-    """The three attacks: on the loss against test samples of the same classes, on one number by a shadow
-    model."""
+    """The three attacks: on the loss, on the confidence and on the entropy."""
     forget, unseen = (sample_losses(logits[split], labels[split]) for split in ("f", "ft"))
     row = loss_attack(forget, unseen)
     for name, number in (("confidence", confidence), ("entropy", modified_entropy)):

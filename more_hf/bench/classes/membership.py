@@ -1,5 +1,4 @@
-"""Membership inference: can an attacker tell forgotten training samples from samples that the model never
-saw?
+"""Membership inference: telling forgotten training samples from samples that the model never saw.
 
 The three attacks have three names here, because papers print all of them as "MIA".
 """
@@ -47,8 +46,7 @@ def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def loss_attack(forget: Tensor, unseen: Tensor, *, seed: int = 0, draws: int = 2000) -> dict[str, float]:
-    """Attack with logistic regression on the loss alone: forgotten training samples against unseen test
-    samples.
+    """Attack with logistic regression on the loss alone: forgotten samples against unseen ones.
 
     MoRE's appendix B.3, as ESC and SCRUB implement it: the longer side is cut at random to the shorter, then
     the mean accuracy over five stratified splits, 90 % to fit and 10 % to test.

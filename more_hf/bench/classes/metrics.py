@@ -1,5 +1,4 @@
-"""Knowledge deletion in numbers: accuracies, their harmonic mean, areas under ROC curves, the load of
-experts. Pure functions."""
+"""Numbers of knowledge deletion: accuracies, harmonic means, areas under ROC curves, the load of experts."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def harmonic_mean(acc_f: float, acc_r: float) -> float:
-    """Compute 2 (100 − acc_f) acc_r / ((100 − acc_f) + acc_r) from accuracies in percent (MoRE, appendix
-    B.3).
+    """Compute 2 (100 − acc_f) acc_r / ((100 − acc_f) + acc_r), of percent (MoRE, appendix B.3).
 
     Returns:
         `float`: 0 to 100, up is better; 0 where nothing is forgotten or nothing kept. HM is of the training

@@ -1,5 +1,4 @@
-"""Classifiers of the knowledge-deletion benchmark: the paper's, and narrower ones that train on two CPU
-cores."""
+"""Classifiers of the knowledge-deletion benchmark: the paper's, and narrower ones for two CPU cores."""
 
 from __future__ import annotations
 
@@ -112,8 +111,7 @@ def pretrained_inputs(path: str) -> dict[str, Any]:
 
 
 def load_pretrained(path: str, data: KDData, *, seed: int = 0) -> PreTrainedModel:
-    """Load a pretrained classifier, such as the paper's ImageNet ResNet-18 and ViT-B/16, with a head for a
-    data set.
+    """Load a pretrained classifier, as the paper's ResNet-18 and ViT-B/16, with a head for a data set.
 
     Args:
         path (`str`): a folder or Hub id.

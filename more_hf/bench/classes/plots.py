@@ -1,5 +1,4 @@
-"""Plots of a benchmark of classes: the feature space (the paper's Fig. 1), cosines of class means (Figs. 3,
-6), cost (Fig. 5)."""
+"""Plots: the feature space (the paper's Fig. 1), cosines of class means (Figs. 3, 6), cost (Fig. 5)."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ PANELS = 12  # methods, four to a row
 def write_plots(
     folder: Path, config: ClassesConfig, cells: Sequence[KDCell], summary: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write `tsne.png` and `cosines.png` of the first entry of `forget`, from the arrays of its cells of seed
-    0, and `cost.png`."""
+    """Write `tsne.png` and `cosines.png` of the first entry of `forget`, with seed 0, and `cost.png`."""
     first = next(iter(config.forget))
     arrays: dict[str, np.ndarray] = {}
     for cell in cells:

@@ -1,5 +1,4 @@
-"""Linear probes of a frozen feature extractor (knowledge retention): a new head, trained as in the paper, or
-to the end.
+"""Linear probes of frozen features (knowledge retention): new heads, trained as in the paper or to the end.
 
 All SGD probes of one feature extractor, every learning rate and every seed, are trained together on cached
 features: each step is a pair of batched matrix products over the seeds, with the heads of all learning rates

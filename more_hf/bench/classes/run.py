@@ -1,5 +1,4 @@
-"""The knowledge-deletion benchmark: every method forgets classes in turn, and each result is measured on
-accuracies, new probes, membership attacks and similarities."""
+"""The knowledge-deletion benchmark: every method forgets classes in turn, and the result is measured."""
 
 from __future__ import annotations
 
@@ -334,8 +333,7 @@ class _Seed:
         return apply_method(function, model, splits, settings, self.seed, self.device)
 
     def _variants(self, method: str, edited: nn.Module) -> Iterator[tuple[str, Cached, int]]:
-        """The edited model; ours also after saving and loading, and asked several times where its router
-        draws."""
+        """The edited model; ours also after loading, and asked several times where its router draws."""
         cached = self._cache(edited)
         yield method, cached, 1
         if get_erasure(edited) is not None:
@@ -386,8 +384,7 @@ def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classes(entry: str, data: KDData) -> tuple[int, ...]:
-    """Class ids of an entry of `forget`: names or numbers, joined by `+`. A whole name comes before its
-    parts."""
+    """Class ids of an entry of `forget`: names or numbers, joined by `+`, unless it is a name itself."""
     parts = [entry] if entry in data.class_names else entry.split(JOINT)
     return data.class_ids(
         [int(part) if part.isdigit() and part not in data.class_names else part for part in parts]

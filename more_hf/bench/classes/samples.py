@@ -69,8 +69,7 @@ def run_samples(
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train a classifier, let each method forget random training samples, and measure how far it is from
-    Retrain.
+    """Train a classifier, let each method forget random samples, and measure its distance to Retrain.
 
     Arguments, resumption and files are those of `run_kd`, without plots. A `fraction` of the samples is
     forgotten, another draw for each seed. The methods are those that do not need whole classes, and
@@ -192,8 +191,7 @@ def _write(output: Path, config: SamplesConfig, rows: Sequence[Mapping[str, Any]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line per method: means over seeds, intervals of the accuracies, and the average gap to Retrain if
-    it was run."""
+    """One line per method: means over seeds, intervals of accuracies, the average gap to Retrain."""
     retrained = {row["seed"]: row for row in rows if row["method"] == "retrain"}
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):

@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Average features `(n, d)` over labels `(n,)`: `(num_classes, d)`, float64, zero for a class without a
-    sample."""
+    """Average features `(n, d)` over labels `(n,)`: `(num_classes, d)`, float64, zero without a sample."""
     sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
     sums.index_add_(0, labels, features.double())
     return sums / torch.bincount(labels, minlength=num_classes).clamp_min(1)[:, None]
@@ -29,8 +28,7 @@ def prototype_cosines(before: Tensor, after: Tensor) -> Tensor:
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:
-    """Compute the linear centred kernel alignment of two feature sets of the same n samples (Kornblith et
-    al., 2019).
+    """Compute the linear centred kernel alignment of two sets of features (Kornblith et al., 2019).
 
     ‖Xᵀ Y‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred X `(n, d1)` and Y `(n, d2)`: exact, over all samples at once.
 

@@ -1,5 +1,4 @@
-"""Where the data sets of the knowledge-deletion benchmark come from: one function each, which changes
-nothing."""
+"""The sources of the data sets: one function each, which returns images and labels unchanged."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ TRAIN_VIEWS, TEST_VIEWS = 25, 5  # images made of one drawing
 
 @dataclass(frozen=True)
 class RawData:
-    """What a source gives: uint8 images `(n, channels, H, W)` with int64 labels `(n,)`, for training and
-    test."""
+    """uint8 images `(n, channels, H, W)` with int64 labels `(n,)`, for training and test."""
 
     train: tuple[Images, Tensor]
     test: tuple[Images, Tensor]

@@ -1,5 +1,4 @@
-"""The files that a benchmark of classes makes from its cells: rows.csv, probes.csv, summary.csv, table.md,
-plots, report.html."""
+"""Everything made from the cells: rows.csv, probes.csv, summary.csv, table.md, plots, report.html."""
 
 from __future__ import annotations
 
@@ -165,8 +164,7 @@ def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Summarise rows: a line per method and entry of `forget`, then one per method over its entries if it has
-    several.
+    """Summarise rows: a line per method and entry of `forget`, then one per method over its entries.
 
     Every number is the mean over rows. Accuracies and harmonic means have a 95 % bootstrap interval, `_low`
     and `_high`: rows (seeds, erasures) are drawn with replacement, and in each the hits among its n samples
@@ -210,8 +208,7 @@ def summary_line(
     columns: Sequence[Column],
     drawn: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """One line of a summary: the mean over rows of each column that they have, with the interval of what was
-    drawn."""
+    """One line of a summary: the mean over rows of each column, with the interval of those drawn."""
     line = {"method": method, "forget": forget, "seeds": len(rows)}
     line |= {name: rows[0][name] for name in ("n_f", "n_r")}
     for column in columns:

@@ -1,5 +1,4 @@
-"""One recipe that trains every classifier of the knowledge-deletion benchmark: AdamW, a cosine learning rate,
-shifted and mirrored images.
+"""The training of every classifier: AdamW, a cosine learning rate, shifted and mirrored images.
 
 A step's batch and its augmentation are functions of (seed, step). So a run that was killed needs only its
 last checkpoint to end exactly as the uninterrupted run does. Under `accelerate launch` every process takes
@@ -75,8 +74,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Trainer:
-    """The classifiers of a benchmark: each is trained once, into a folder below `folder`, and loaded from
-    there.
+    """The classifiers of a benchmark: each is trained once, into its folder, and loaded from there.
 
     Attributes:
         model (`str`): a name of `MODELS`, or the folder or Hub id of a pretrained classifier.
@@ -127,8 +125,7 @@ def without(forget: str, seed: int) -> str:
 
 @dataclass
 class Progress:
-    """The part of a checkpoint besides weights and optimiser: step, running sums of the epoch, rows of the
-    log."""
+    """The step, running sums and log of a checkpoint, besides weights and optimiser."""
 
     step: int = 0
     seconds: float = 0.0
@@ -156,8 +153,7 @@ def train_classifier(
     save_seconds: float = 60.0,
     desc: str = "training",
 ) -> PreTrainedModel:
-    """Train a classifier, continuing from the checkpoint in `output` if there is one. A finished training is
-    only loaded.
+    """Train a classifier, or continue from the checkpoint in `output`; a finished one is only loaded.
 
     Args:
         model (`PreTrainedModel`): trained in place, on accelerate's device. Its dropout, if any, draws from
