@@ -248,7 +248,7 @@ def test_a_folder_grows_and_refuses_what_contradicts_it(folder, tmp_path):
         ({"forget": "11"}, "digits has no class 11"),
         ({"seeds": 0}, "Needs at least one seed and one probe seed, got 0 and 5"),
         ({"settings": {"num_expert": 3}}, "No method among esc, more takes `num_expert`"),
-        ({"tuned": {"esc": {"lr": 1}}}, "esc takes no `lr`. It takes batch_size, mode, percent"),
+        ({"tuned": {"esc": {"lr": 1}}}, "esc takes no `lr`"),
         ({"dataset": "mnist"}, "There is no data set 'mnist'"),
         ({"model": "allcnn-wide"}, ""),
     ],
