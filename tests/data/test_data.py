@@ -107,7 +107,8 @@ def test_the_wheel_has_the_data_and_works_from_elsewhere(tmp_path):
         archive.extractall(tmp_path / "site")
     shipped = {path.relative_to(ROOT).as_posix() for path in FOLDER.rglob("*") if path.is_file()}
     assert {name for name in shipped if "__pycache__" not in name} <= names
-    assert {f"more_hf/bench/page/{name}" for name in ("report.html.jinja", "style.css", "gallery.js")} <= names
+    page = ("report.html.jinja", "style.css", "gallery.js")
+    assert {f"more_hf/bench/page/{name}" for name in page} <= names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
     code = (
