@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 from ..errors import BenchmarkError
 from ..methods.registry import DIFFUSION, UNREGISTERED
 from ..run import BenchmarkConfig
-from .rows import artists_of
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,3 @@ class ArtistsConfig(BenchmarkConfig):
     def targets_text(self) -> list[str]:
         """Every entry of `forget` with its targets, for a reader."""
         return [f"{forget} → {erasure.target_text}" for forget, erasure in self.forget.items()]
-
-    @property
-    def all_forgotten(self) -> set[str]:
-        """Every artist that some erasure forgets."""
-        return {artist for forget in self.forget for artist in artists_of(forget)}
