@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 
+# sentences around a name, of styles and of things
 TEMPLATES = (
     "{}",
     "{} style",
@@ -39,10 +40,18 @@ def packaged_prompts(file: str) -> tuple[str, ...]:
 
 
 def everyday_prompts(tokenizer: Callable) -> tuple[str, ...]:
-    """The ordinary prompts behind Σ: of the two lists in the package, general prompts and those of the embedded pipeline, the one that
-    the tokenizer cuts into fewer pieces a word, since an encoder knows the words that its tokenizer keeps whole."""
+    """
+    The ordinary prompts behind Σ, one of two lists in the package: general prompts or those of the embedded
+    pipeline.
 
-    def pieces(prompts: tuple[str, ...]) -> float:
-        return sum(map(len, tokenizer(list(prompts), verbose=False).input_ids)) / sum(len(prompt.split()) for prompt in prompts)
+    It is the list that the tokenizer cuts into fewer pieces a word, since an encoder knows the words that its
+    tokenizer keeps whole.
+    """
 
-    return min(packaged_prompts("everyday_prompts.txt"), packaged_prompts("emoji_prompts.txt"), key=pieces)
+    def pieces_per_word(prompts: tuple[str, ...]) -> float:
+        pieces = tokenizer(list(prompts), verbose=False).input_ids
+        words = [prompt.split() for prompt in prompts]
+        return sum(map(len, pieces)) / sum(map(len, words))
+
+    lists = packaged_prompts("everyday_prompts.txt"), packaged_prompts("emoji_prompts.txt")
+    return min(lists, key=pieces_per_word)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
@@ -17,11 +18,11 @@ from .families import FAMILIES, Family, Reader, family_of
 from .text import text_of
 
 
-LISTED = 12  # layers that the refusal of an unknown family names
+LISTED = 12  # how many layers the refusal of an unknown family names
 
 
 class Denoiser(NamedTuple):
-    """A pipeline's denoiser: the component's name, the module (unwrapped from `torch.compile`) and its family."""
+    """A pipeline's denoiser: the component's name, the module (out of `torch.compile`) and its family."""
 
     name: str
     module: nn.Module
@@ -32,8 +33,8 @@ def require_pipeline(pipe: DiffusionPipeline) -> None:
     """Raises `SiteNotFoundError` for anything that is not a pipeline of diffusers."""
     if not isinstance(pipe, DiffusionPipeline):
         raise SiteNotFoundError(
-            f"A {type(pipe).__name__} is neither a pipeline of diffusers nor an image classifier (nn.Module). "
-            "Pass the pipeline or the classifier itself."
+            f"A {type(pipe).__name__} is neither a pipeline of diffusers nor an image classifier "
+            "(nn.Module). Pass the pipeline or the classifier itself."
         )
 
 
@@ -42,48 +43,67 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
     Find the pipeline's denoiser.
 
     Raises:
-        `SiteNotFoundError`: its family is unknown (the message names the layers that may read its text), text encoders
-        are missing or used in an unknown way, or another component reads text.
+        `SiteNotFoundError`: its family is unknown (the message names the layers that may read its text), text
+        encoders are missing or used in an unknown way, or another component reads text.
     """
     require_pipeline(pipe)
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    modules = {name: unwrap_module(part) for name, part in parts.items()}
+    modules = {}
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            modules[name] = unwrap_module(part)
     families = {name: family_of(part) for name, part in modules.items()}
-    denoisers = [Denoiser(name, modules[name], family) for name, family in families.items() if family is not None]
-    if len(denoisers) != 1:
-        raise SiteNotFoundError(_unknown(pipe, modules, len(denoisers)))
+    denoisers = [
+        Denoiser(name, modules[name], family) for name, family in families.items() if family is not None
+    ]
+    if len(denoisers) > 1:
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} has {len(denoisers)} denoisers, and an edit of one would leave the "
+            "concept in the others. Erase from a pipeline with one of them."
+        )
+    if not denoisers:
+        raise SiteNotFoundError(_unsupported(pipe, modules))
     (denoiser,) = denoisers
     if denoiser.family.pooled and not text_of(pipe).pooled:
         raise SiteNotFoundError(
-            f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt embedding that "
-            "its text encoder does not make. Is this the right text encoder?"
+            f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt "
+            "embedding that its text encoder does not make. Check that this is the right text encoder."
         )
     for name, part in modules.items():
         if name != denoiser.name and not name.startswith("text_encoder") and _reads_text(part):
             raise SiteNotFoundError(
-                f"`{name}` ({type(part).__name__}) reads the prompt with layers of its own and would still know the "
-                "concept. Erase from the pipeline without it (e.g. `StableDiffusionPipeline.from_pipe(pipe)`)."
+                f"`{name}` ({type(part).__name__}) reads the prompt with its own layers and would still know "
+                "the concept. Erase from the pipeline without it (e.g. "
+                "`StableDiffusionPipeline.from_pipe(pipe)`)."
             )
     return denoiser
 
 
-def _unknown(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], count: int) -> str:
-    known = ", ".join(f"{family.name} ({cls})" for (cls, _), family in FAMILIES.items())
+def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> str:
+    """The refusal of an unknown family: what is supported, which layers may read text, and how to add the family."""
+    supported = ", ".join(f"{family.name} ({cls})" for (cls, _), family in FAMILIES.items())
     classes = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules.items())
-    message = f"{type(pipe).__name__} has {count} denoisers of a supported family ({known}). It has {classes}."
+    message = (
+        f"{type(pipe).__name__} is not supported yet. It has {classes}. Supported denoisers are {supported}."
+    )
     encoders = [part for name, part in modules.items() if name.startswith("text_encoder")]
     widths = {encoder.config.hidden_size for encoder in encoders}
+
+    # candidates: layers as wide as the text, in models of diffusers that do not turn latents into images
     layers = []
     for name, part in modules.items():
-        if part not in encoders:
-            layers += [f"{name}.{inner}" for inner, layer in part.named_modules() if _is_as_wide(layer, widths)]
+        if isinstance(part, ModelMixin) and not hasattr(part, "decode"):
+            layers += [
+                f"{name}.{inner}" for inner, layer in part.named_modules() if _is_as_wide(layer, widths)
+            ]
     if layers:
         message += (
             f" {len(layers)} linear layers are as wide as the text encoder's features "
-            f"({', '.join(map(str, sorted(widths)))}) and may read them: {', '.join(layers[:LISTED])}. "
-            "A family that names the right ones is an entry in `more_hf.diffusion.families.FAMILIES`."
+            f"({', '.join(map(str, sorted(widths)))}) and may read them: {', '.join(layers[:LISTED])}."
         )
-    return message
+    return message + (
+        " To add this family, name the layers that read text, and how to call the denoiser once, in an "
+        "entry of `more_hf.diffusion.families.FAMILIES`."
+    )
 
 
 def _is_as_wide(layer: nn.Module, widths: set[int]) -> bool:
@@ -98,7 +118,8 @@ def _reads_text(part: nn.Module) -> bool:
 
 def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:
     """
-    Every layer of the denoiser that reads the prompt's tokens, and its pooled feature if `pooled`; under a LoRA the base.
+    Every layer of the denoiser that reads the prompt's tokens, and its pooled feature if `pooled`; under a
+    LoRA the base.
 
     Raises:
         `SiteNotFoundError`: there is none, or their projections are fused.
@@ -106,7 +127,8 @@ def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:
     readers = denoiser.family.find(denoiser.module)
     if not readers:
         raise SiteNotFoundError(
-            f"{type(denoiser.module).__name__} has no attention that reads text (no layer with cross-attention)."
+            f"{type(denoiser.module).__name__} has no attention that reads text (no layer with "
+            "cross-attention). Pass a text-to-image pipeline."
         )
     return {
         name: reader._replace(module=_base_layer(reader.module))
@@ -126,7 +148,8 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
     """
     if getattr(pipe, "num_fused_loras", 0):
         raise SiteNotFoundError(
-            f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse again."
+            f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse "
+            "again."
         )
     if _is_offloaded_to_disk(denoiser.module):
         raise SiteNotFoundError(
@@ -139,7 +162,9 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
                 f"`{name}` has a merged LoRA. Call `pipe.unfuse_lora()` first, erase, then fuse again."
             )
     readers = find_layers(denoiser, pooled=pooled)
-    sites = {name: Site(name, module, space=space, columns=columns) for name, (module, space, columns) in readers.items()}
+    sites = {}
+    for name, (module, space, columns) in readers.items():
+        sites[name] = Site(name, module, space=space, columns=columns)
     check_unshared(sites, denoiser.module)
     return sites
 
@@ -156,7 +181,7 @@ def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:
         if site.read().shape[1] != widths[site.space]:
             raise SiteNotFoundError(
                 f"`{name}` does not read the text encoder's {widths[site.space]} features. "
-                "Is this the right text encoder?"
+                "Check that this is the right text encoder."
             )
 
 

@@ -1,7 +1,8 @@
-"""How a pipeline turns prompts into what its denoiser reads: the text spaces, and which tokenizer lays out which positions.
+"""How a pipeline turns prompts into what its denoiser reads: text spaces, and the tokenizers that lay out positions.
 
-A space is a kind of feature: `"tokens"` `(batch, tokens, d)` everywhere, and in some models also `"pooled"` `(batch, d')`, one feature
-for the whole prompt. A kind of text encoding is one entry in `TEXTS`; anything else is refused by name.
+A space is a kind of feature: `"tokens"` `(batch, tokens, d)` everywhere, and in some models also `"pooled"`
+`(batch, d')`, one feature for the whole prompt. A kind of text encoding is one entry in `TEXTS`; anything
+else is refused by name.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from ..core.errors import SiteNotFoundError
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions of the token features that one tokenizer lays out: special tokens in front, the prompt, the end token, padding.
+    """
+    The token positions that one tokenizer lays out: special tokens, the prompt, the end token, padding.
 
-    Attributes:
-        tokenizer (`str`): the pipeline's component.
-        clip (`bool`): CLIP (a begin token in front; causal, so that equal starts have equal features) or T5 (neither).
-        padding (`bool`): whether the denoiser reads the padding, or a mask hides it.
-        label (`str`): in front of the names of its prototypes, where there are several segments.
+    Args:
+        tokenizer (`str`, *optional*, defaults to `"tokenizer"`):
+            The pipeline's component.
+        clip (`bool`, *optional*, defaults to `True`):
+            CLIP (a begin token in front; causal, so that equal starts have equal features) or T5 (neither).
+        padding (`bool`, *optional*, defaults to `True`):
+            Whether the denoiser reads the padding, or a mask hides it.
+        label (`str`, *optional*):
+            In front of the names of its prototypes, where there are several segments.
     """
 
     tokenizer: str = "tokenizer"
@@ -39,6 +45,7 @@ class Segment:
         return int(self.clip)
 
     def length(self, pipe: DiffusionPipeline) -> int:
+        """How many positions it lays out."""
         if self.clip:
             return getattr(pipe, self.tokenizer).model_max_length
         return inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
@@ -46,16 +53,23 @@ class Segment:
 
 @dataclass(frozen=True)
 class Text:
-    """One way to encode prompts.
+    """
+    One way to encode prompts.
 
-    Attributes:
-        encode (`Callable`): `(pipe, prompts)` -> `{space: features}`, by the pipeline's own `encode_prompt`, so that its hidden layers,
-            padding and learned tokens are right.
-        segments (`tuple[Segment, ...]`): in the order of the token features' positions.
-        arguments (`tuple[str, ...]`): what `encode_prompt` must take.
-        pooled (`bool`): whether there is a pooled feature.
-        lower (`bool`): whether the pipeline puts prompts into lower case.
-        leaks (`tuple[str, ...]`): what a call can do that no prototype covers.
+    Args:
+        encode (`Callable`):
+            `(pipe, prompts) -> {space: features}`, by the pipeline's own `encode_prompt`, so that its hidden
+            layers, padding and learned tokens are right.
+        segments (`tuple[Segment, ...]`):
+            In the order of the token features' positions.
+        arguments (`tuple[str, ...]`):
+            What `encode_prompt` must take.
+        pooled (`bool`, *optional*, defaults to `True`):
+            Whether there is a pooled feature.
+        lower (`bool`, *optional*, defaults to `False`):
+            Whether the pipeline puts prompts into lower case.
+        leaks (`tuple[str, ...]`, *optional*):
+            What a call can do that no prototype covers.
     """
 
     encode: Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]
@@ -67,17 +81,24 @@ class Text:
 
 
 def _encode_sd(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, _ = pipe.encode_prompt(prompts, pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    device = pipe._execution_device
+    embeds, _ = pipe.encode_prompt(
+        prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     return {"tokens": embeds}
 
 
 def _encode_sdxl(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=pipe._execution_device, do_classifier_free_guidance=False)
+    device = pipe._execution_device
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
     return {"tokens": embeds, "pooled": pooled}
 
 
 def _encode_sd3(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=pipe._execution_device, do_classifier_free_guidance=False)
+    device = pipe._execution_device
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        prompts, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
+    )
     return {"tokens": embeds, "pooled": pooled}
 
 
@@ -94,7 +115,10 @@ def _encode_pixart(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Ten
 CLIP_SKIP = "a call with `clip_skip` reads another layer of the text encoder, on which nothing was fitted"
 PROMPT_2 = "a call with another `prompt_2` joins features of two prompts, on which nothing was fitted"
 LENGTH = "a call with another `max_sequence_length` has other padding, on which nothing was fitted"
-CASE = "T5 tells upper from lower case: the name in another case moves only as far as its features are like the fitted ones"
+CASE = (
+    "T5 tells upper from lower case: "
+    "the name in another case moves only as far as its features are like the fitted ones"
+)
 
 # classes of the text encoders, in order -> how they are used
 TEXTS = {
@@ -114,7 +138,14 @@ TEXTS = {
     ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"): Text(
         encode=_encode_sd3,
         segments=(Segment(), Segment("tokenizer_3", clip=False, label="T5 ")),
-        arguments=("prompt", "prompt_2", "prompt_3", "device", "do_classifier_free_guidance", "max_sequence_length"),
+        arguments=(
+            "prompt",
+            "prompt_2",
+            "prompt_3",
+            "device",
+            "do_classifier_free_guidance",
+            "max_sequence_length",
+        ),
         leaks=(CLIP_SKIP, PROMPT_2, LENGTH, CASE),
     ),
     ("CLIPTextModel", "T5EncoderModel"): Text(
@@ -134,24 +165,33 @@ TEXTS = {
 
 
 def text_of(pipe: DiffusionPipeline) -> Text:
-    """How the pipeline encodes prompts. Raises `SiteNotFoundError` if an encoder is missing or the way is not known."""
+    """
+    How the pipeline encodes prompts.
+
+    Raises:
+        `SiteNotFoundError`: a text encoder is missing, or the way to encode prompts is not known.
+    """
     encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
     if missing := [name for name, part in encoders.items() if part is None]:
         raise SiteNotFoundError(
-            f"{type(pipe).__name__} was loaded without its text encoder `{missing[0]}`, which prototypes are made with: what it says to "
-            "the model would stay. Load the pipeline with all of its text encoders."
+            f"{type(pipe).__name__} was loaded without its text encoder `{missing[0]}`, which prototypes are "
+            "made with. What it says to the model would stay. Load the pipeline with all of its text "
+            "encoders."
         )
     classes = tuple(type(unwrap_module(encoders[name])).__name__ for name in sorted(encoders))
     if classes not in TEXTS:
         known = "; ".join(" + ".join(names) for names in TEXTS)
         raise SiteNotFoundError(
-            f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}. Supported are {known}."
+            f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}, which is "
+            f"not supported yet. Supported are {known}. To add it, describe how its prompts are encoded in "
+            "an entry of `more_hf.diffusion.text.TEXTS`."
         )
     text = TEXTS[classes]
-    takes = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else {}
-    if lacking := [argument for argument in text.arguments if argument not in takes]:
+    parameters = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else {}
+    if missing := [argument for argument in text.arguments if argument not in parameters]:
         raise SiteNotFoundError(
-            f"{type(pipe).__name__} encodes prompts in a way of its own (its `encode_prompt` takes no `{lacking[0]}`), so that it is not "
-            "known what its denoiser reads. Erase from the model's text-to-image pipeline, and pass its components on."
+            f"{type(pipe).__name__} encodes prompts in its own way (its `encode_prompt` takes no "
+            f"`{missing[0]}`), so what its denoiser reads is not known. Erase from the model's text-to-image "
+            "pipeline, and pass its components on."
         )
     return text

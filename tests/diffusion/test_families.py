@@ -129,7 +129,7 @@ POSITIONS = {
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_prototypes_are_the_features_that_the_denoiser_reads(families, monkeypatch, family):
-    monkeypatch.setattr("more_hf.diffusion.encoder.TEMPLATES", ("{}",))
+    monkeypatch.setattr("more_hf.diffusion.plan.TEMPLATES", ("{}",))
     monkeypatch.setitem(more_hf.diffusion.encoder.TOKENS, "positions", ("last", "end", "padding"))  # nothing is after a bare name
     erased = erase(copy.deepcopy(families[family]), retain=None)
     tokens, pooled = reference_features(families[family], family, FORGET)

@@ -150,6 +150,11 @@ def without_text_encoder(pipe, folder):
     return pipe
 
 
+def second_denoiser(pipe, folder):
+    pipe.safety_checker = copy.deepcopy(pipe.unet)
+    return pipe
+
+
 def unsupported_denoiser(pipe, folder):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = UNet2DModel(sample_size=8, block_out_channels=(4, 8), norm_num_groups=2, **blocks)
@@ -170,8 +175,9 @@ PREPARED = {
     not_loaded: ["attn2.to_k", "meta", "not loaded", "Erase from"],
     custom_diffusion: ["attn2", "Custom Diffusion", "set_default_attn_processor()"],
     shared_weight: [SITE, "shared", "its own copy"],
-    controlnet: ["`controlnet` (ControlNetModel)", "layers of its own", "from_pipe"],
+    controlnet: ["`controlnet` (ControlNetModel)", "its own layers", "from_pipe"],
     without_text_encoder: ["StableDiffusionPipeline", "without its text encoder"],
+    second_denoiser: ["2 denoisers", "with one of them"],
     unsupported_denoiser: ["DDPMPipeline", "unet: UNet2DModel", "UNet2DConditionModel"],
 }
 

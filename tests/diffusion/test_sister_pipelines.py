@@ -275,11 +275,11 @@ def unknown_family(bases):
 
 
 REFUSED = {
-    controlnet_xl: ["`controlnet` (ControlNetModel)", "layers of its own"],
-    controlnet_3: ["`controlnet` (SD3ControlNetModel)", "layers of its own"],
-    controlnet_flux: ["`controlnet` (FluxControlNetModel)", "layers of its own"],
+    controlnet_xl: ["`controlnet` (ControlNetModel)", "its own layers"],
+    controlnet_3: ["`controlnet` (SD3ControlNetModel)", "its own layers"],
+    controlnet_flux: ["`controlnet` (FluxControlNetModel)", "its own layers"],
     refiner: ["without its text encoder `text_encoder`", "all of its text encoders"],
-    without_t5: ["without its text encoder `text_encoder_3`", "what it says to the model would stay"],
+    without_t5: ["without its text encoder `text_encoder_3`", "What it says to the model would stay"],
     instruct_pix2pix: ["StableDiffusionInstructPix2PixPipeline", "takes no `prompt`", "text-to-image pipeline"],
     latent_upscaler: ["StableDiffusionLatentUpscalePipeline", "takes no `num_images_per_prompt`"],
     ledits: ["LEditsPPPipelineStableDiffusion", "takes no `prompt`"],
@@ -287,11 +287,12 @@ REFUSED = {
     layout_phrases: ["attention_type='gated'"],
     other_text_encoder: ["reads prompts with UMT5EncoderModel", "Supported are CLIPTextModel; CLIPTextModel + CLIPTextModelWithProjection"],
     unknown_family: [
-        "AuraFlowPipeline has 0 denoisers of a supported family",
+        "AuraFlowPipeline is not supported yet",
         "FLUX (FluxTransformer2DModel)",
         "transformer: AuraFlowTransformer2DModel",
         "linear layers are as wide as the text encoder's features (48)",
         "transformer.context_embedder",
+        "To add this family",
         "more_hf.diffusion.families.FAMILIES",
     ],
 }
