@@ -163,7 +163,9 @@ def _read_table(
         reader.fieldnames = columns
         rows = [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise PromptFileError(f"{path} is not a CSV file in UTF-8: {error}. Write it again as one.") from error
+        raise PromptFileError(
+            f"{path} is not a CSV file in UTF-8: {error}. Write it again as one."
+        ) from error
     if missing := [column for column in required if column not in columns]:
         raise PromptFileError(
             f"{path}, line 1: no column {', '.join(map(repr, missing))}. "
@@ -172,9 +174,7 @@ def _read_table(
     lines = []
     for line, cells in rows:
         if None in cells or None in cells.values():
-            raise PromptFileError(
-                f"{path}, line {line}: not as many cells as the {len(columns)} columns."
-            )
+            raise PromptFileError(f"{path}, line {line}: not as many cells as the {len(columns)} columns.")
         lines.append((line, {column: text.strip() for column, text in cells.items() if column}))
     if not lines:
         raise PromptFileError(f"{path} has no rows.")
@@ -198,5 +198,7 @@ def _find(source: str | Path) -> Path:
 
 def _whole(path: Path, line: int, column: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > LONGEST_NUMBER:
-        raise PromptFileError(f"{path}, line {line}: {column} is {shown(text)}, not a whole number of at least 0.")
+        raise PromptFileError(
+            f"{path}, line {line}: {column} is {shown(text)}, not a whole number of at least 0."
+        )
     return int(text)

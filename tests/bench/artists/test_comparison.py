@@ -92,7 +92,10 @@ def test_what_each_of_ours_is_told_and_does(tiny_sd, prompts, tmp_path):
     assert {name for name in methods if targets[name] == several} == {"more-mean", "more-random", "more-hash"}
     assert {name for name in methods if targets[name] == ["Claude Monet"]} == {"more", "more-without-po"}
     assert {cell["method"]: cell["settings"].get("router") for cell in cells} == {
-        **dict.fromkeys(methods[:3]), "more-random": "random", "more-hash": "hash", **dict.fromkeys(methods[5:]),
+        **dict.fromkeys(methods[:3]),
+        "more-random": "random",
+        "more-hash": "hash",
+        **dict.fromkeys(methods[5:]),
     }  # fmt: skip
     # everyone keeps the same two of the group of three: those that are no target are in `retain`
     assert {
@@ -186,9 +189,10 @@ def test_tuned_settings_reach_their_method_and_are_kept(tiny_sd, prompts, tmp_pa
         run(tiny_sd(), "uce", prompts, output)
     with pytest.raises(BenchmarkError, match=r"cure takes no `lamb`"):
         run(tiny_sd(), "cure", prompts, tmp_path / "no", tuned={"cure": {"lamb": 1.0}})
+    # What was typed goes first.
     run(
         tiny_sd(), "uce", prompts, tmp_path / "flag", tuned=tuned, settings={"lamb": 3.0}
-    )  # what was typed goes first
+    )
     assert json.loads((tmp_path / "flag" / "config.json").read_text())["methods"]["uce"]["lamb"] == 3.0
 
 

@@ -127,7 +127,12 @@ def test_prompts_without_an_artist_name_none_of_either_list():
     for name in FILES:
         for row in rows_of(name):
             if not row["artist"]:
-                parts = {part for artist in SURNAMES for part in artist.replace(":", "").split()} - {"High", "Flat", "Van", "Human"}
+                parts = {part for artist in SURNAMES for part in artist.replace(":", "").split()} - {
+                    "High",
+                    "Flat",
+                    "Van",
+                    "Human",
+                }
                 assert not any(names(part, row["prompt"]) for part in parts), row["prompt"]
 
 
@@ -147,7 +152,9 @@ def test_every_emoji_artist_has_the_same_things():
 
 def test_validation_things_are_spread_evenly():
     rows = rows_of("emoji10_validation")
-    of = {artist: {row["thing"] for row in rows if row["artist"] == artist} for artist in [*EMOJI_ARTISTS, ""]}
+    of = {
+        artist: {row["thing"] for row in rows if row["artist"] == artist} for artist in [*EMOJI_ARTISTS, ""]
+    }
     assert len(of[""]) == 20
     assert {len(of[artist]) for artist in EMOJI_ARTISTS} == {10}
     assert Counter(thing for artist in EMOJI_ARTISTS for thing in of[artist]) == dict.fromkeys(of[""], 5)
@@ -179,7 +186,10 @@ def test_emoji_wordings_are_those_of_training():
 
 def test_validation_shares_nothing_with_test():
     test, validation = rows_of("emoji10"), rows_of("emoji10_validation")
-    for value in (wording, *(lambda row, key=key: row[key] for key in ("prompt", "thing", "evaluation_seed"))):
+    for value in (
+        wording,
+        *(lambda row, key=key: row[key] for key in ("prompt", "thing", "evaluation_seed")),
+    ):
         assert not {value(row) for row in test} & {value(row) for row in validation}
 
 
@@ -188,7 +198,9 @@ def test_painters_are_named_as_people_name_them():
     for group, least in (("big", 7), ("niche", 4)):
         for artist in PAINTER_GROUPS[group]:
             prompts = [row["prompt"].lower() for row in rows if row["artist"] == artist]
-            possessive = sum(f"{artist.lower()}'s" in p or f"{SURNAMES[artist].lower()}'s" in p for p in prompts)
+            possessive = sum(
+                f"{artist.lower()}'s" in p or f"{SURNAMES[artist].lower()}'s" in p for p in prompts
+            )
             full = sum(artist.lower() in p for p in prompts)
             assert least <= possessive <= 12, artist
             if artist in ("Pablo Picasso", "Andy Warhol"):
@@ -201,6 +213,8 @@ def test_painters_prompts_have_no_common_form():
     rows = rows_of("artists10")
     for before, row in pairwise(rows):
         if row["artist"] == before["artist"] != "":
-            forms = [re.sub(re.escape(r["thing"]), "", r["prompt"], flags=re.IGNORECASE) for r in (before, row)]
+            forms = [
+                re.sub(re.escape(r["thing"]), "", r["prompt"], flags=re.IGNORECASE) for r in (before, row)
+            ]
             assert forms[0].lower() != forms[1].lower(), row["prompt"]
     assert len({row["thing"].lower() for row in rows}) == len(rows)

@@ -28,17 +28,20 @@ def test_the_winner_by_paired_intervals():
     flat = [0.0] * 10
     rows = rows_of("noise", [2.0] * 10, flat, content=0)
     rows += rows_of("first", [x + 0.30 for x in SPREAD], flat)
+    # Always 0.05 less: a loss, though the spread over prompts is far larger.
     rows += rows_of(
         "behind", [x + 0.25 for x in SPREAD], flat
-    )  # always 0.05 less: a loss, though the spread over prompts is far larger
+    )
+    # 0.01 less on average, and far more or less prompt by prompt.
     rows += rows_of(
         "tied", [x + 0.29 for x in reversed(SPREAD)], flat
-    )  # 0.01 less on average, and far more or less prompt by prompt
+    )
     rows += rows_of("recognised", [1.0] * 10, flat, styles=2)
     rows += rows_of("emptied", [1.0] * 10, flat, content=8)
     ranking = rank(rows)
     assert [(line.method, line.qualifies) for line in ranking] == [
-        ("first", "yes"), ("tied", "yes"), ("behind", "yes"), ("recognised", "no"), ("emptied", "no"), ("noise", "control"),
+        ("first", "yes"), ("tied", "yes"), ("behind", "yes"),
+        ("recognised", "no"), ("emptied", "no"), ("noise", "control"),
     ]  # fmt: skip
     by = {line.method: line for line in ranking}
     assert by["first"].lpips_d == pytest.approx(0.75)

@@ -171,12 +171,13 @@ def test_what_is_there_is_not_made_again(tiny_sd, prompts, tmp_path):
     run(pipe, prompts, output, "more", forget="Picasso", remap_to=None)
     third = times(output)
     assert {path for path in third if third[path] != second[path]} == {(cell / "5_0.png").relative_to(output)}
+    # A picture made again alone is the same up to rounding.
     measured = (
         "seconds",
         "lpips",
         "lpips_64",
         "lpips_64_rece",
-    )  # a picture made again alone is the same up to rounding
+    )
     for row, again in zip(rows, read_rows(output / "rows.csv"), strict=True):
         assert [v for k, v in asdict(row).items() if k not in measured] == [
             v for k, v in asdict(again).items() if k not in measured
@@ -250,7 +251,8 @@ def test_the_outputs(tiny_sd, prompts, tmp_path):
         {"original": find_diffusion_method("original"), "more": more_hf.erase_concept, "gentle": gentle},
     )
     assert {path.name for path in output.iterdir()} == {
-        "config.json", "rows.csv", "summary.csv", "table.md", "report.html", "grid.png", "methods.png", "images",
+        "config.json", "rows.csv", "summary.csv", "table.md", "report.html", "grid.png",
+        "methods.png", "images",
     }  # fmt: skip
     table = (output / "table.md").read_text(encoding="utf-8")
     assert "Van Gogh lpips_64_rece_f ↑" in table  # the field's resize, since these are not 64 pixels wide
@@ -286,12 +288,17 @@ addEventListener("load", () => {
   const images = [...document.images], input = new Event("input");
   const found = [images.filter(image => image.complete && image.naturalWidth > 0 && image.width > 0).length];
   const prompts = () => all.filter(row => !row.hidden).map(row => row.dataset.prompt);
-  const set = (id, value) => { const box = document.getElementById(id); box.value = value; box.dispatchEvent(input); };
+  const set = (id, value) => {
+    const box = document.getElementById(id);
+    box.value = value;
+    box.dispatchEvent(input);
+  };
   set("artist", "forgotten"); found.push(prompts().length);
   set("text", "dog van"); found.push(prompts().length);
   set("artist", "none"); set("text", ""); found.push(prompts().length);
   set("artist", ""); set("method", "gentle");
-  found.push([...document.querySelectorAll("td[data-method=more]")].filter(cell => cell.offsetWidth > 0).length);
+  const cells = [...document.querySelectorAll("td[data-method=more]")];
+  found.push(cells.filter(cell => cell.offsetWidth > 0).length);
   set("method", ""); set("sort", "more:d");
   const order = [...body.rows].map(row => lpips(row, "more"));
   found.push(order.every((x, i) => i === 0 || x <= order[i - 1]) && order[0] > order.at(-1));
