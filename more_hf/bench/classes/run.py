@@ -179,8 +179,8 @@ def settings_of(
     for name, function in functions.items():
         given = dict(settings)
         if method_settings(function, without=NOT_SETTINGS).get("router", "") is None:
-            # A method that routes nowhere has one expert: that is its definition.
-            given.pop("num_experts", None)
+            # A method that routes nowhere has its own number of experts, which no configuration records.
+            given["num_experts"] = None
         collected[name] = method_settings(function, given, tuned.get(name, {}), without=NOT_SETTINGS)
     return collected
 
@@ -192,6 +192,11 @@ def join_folder(config: KDConfig, output: Path, state: PartialState) -> KDConfig
     if state.is_main_process:
         config.write(output)
     return config
+
+
+def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a method is called with: a number of experts that is not recorded is its default."""
+    return {name: value for name, value in settings.items() if (name, value) != ("num_experts", None)}
 
 
 @contextmanager
@@ -320,7 +325,7 @@ class _Seed:
         A closed form needs nothing of the backbone but the features that are cached already. Only its first
         cell gets the images, and so a cost, unless an earlier run had collected the features.
         """
-        function, settings = self.functions[cell.method], self.config.methods[cell.method]
+        function, settings = self.functions[cell.method], arguments(self.config.methods[cell.method])
         model = copy.deepcopy(self.original)
         is_first = cell.forget == next(iter(self.config.forget)) and cell.seed == 0
         is_closed_form = CLASSIFICATION.get(cell.method, UNREGISTERED).closed_form

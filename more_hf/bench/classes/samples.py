@@ -26,6 +26,7 @@ from .metrics import accuracy
 from .run import (
     Methods,
     apply_method,
+    arguments,
     join_folder,
     load_data,
     retrain,
@@ -130,7 +131,7 @@ def _row(
         name = f"{config.evaluation['fraction']}"
         edited, cost = retrain(function, model, splits, trainer, name, cell.seed)
     else:
-        settings = config.methods[cell.method]
+        settings = arguments(config.methods[cell.method])
         edited, cost = apply_method(function, model, splits, settings, cell.seed, device)
     edited = edited.to(device)
     (head, *_) = find_heads(edited, splits.f[[0, 1]]["pixel_values"].to(device)).values()

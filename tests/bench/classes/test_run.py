@@ -291,7 +291,12 @@ def test_settings_are_defaults_then_asked_then_tuned():
     assert settings["more"] == {
         "remap_to": "remain", "num_experts": 4, "router": "random", "solver": "covariance", "batch_size": 500
     }  # fmt: skip
-    assert settings["remap"]["num_experts"] is None  # one expert is its definition
+    # One expert is its definition; committed configurations record none, and are joined.
+    assert settings["remap"]["num_experts"] is None
+    committed = Path(__file__).parents[3] / "benchmarks" / "kd" / "fashion-mnist-allcnn"
+    assert ClassesConfig.read(committed).methods["remap"] == kd.settings_of(functions, {}, {})["remap"]
+    assert "num_experts" not in kd.arguments(settings["remap"])
+    assert kd.arguments(settings["more"])["num_experts"] == 4
     assert "fit" not in settings["retrain"]
 
 
