@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,14 @@ from torch import nn
 
 from .core.erasure import Erasure
 from .core.errors import MoreError
+from .core.interrupts import afterwards, unwound
+from .core.registry import locked
+from .core.request import read_seeds
 from .core.views import original_shown
 
 
 def kind_of(model: Any) -> ModuleType:
-    """The module with `restore`, `get_erasure` and `check_in_place` for this kind of model."""
+    """The module with `restore`, `get_erasure`, `edited_module` and `check_in_place` for this kind of model."""
     place = ".classification.erase" if isinstance(model, nn.Module) else ".diffusion.erase"
     return import_module(place, __package__)
 
@@ -79,13 +83,17 @@ def disabled(model: Any) -> Iterator[Any]:
         >>> with more_hf.disabled(pipe):
         ...     before = pipe("a cat face in the style of Blobmoji", num_inference_steps=10).images[0]
     """
-    erasure = get_erasure(model)
-    if erasure is None:
-        raise MoreError(f"Nothing was erased from this {type(model).__name__}, so there is nothing to disable.")
-    kind_of(model).check_in_place(model)
-    with original_shown(erasure):
+    kind = kind_of(model)
+    with unwound() as stack:
+        # while another thread erases or restores, what is the original is about to change
+        with locked(kind.edited_module(model)):
+            erasure = get_erasure(model)
+            if erasure is None:
+                raise MoreError(f"Nothing was erased from this {type(model).__name__}, so there is nothing to disable.")
+            kind.check_in_place(model)
+            stack.enter_context(original_shown(erasure))
         yield model
-    kind_of(model).check_in_place(model)
+    kind.check_in_place(model)
 
 
 @contextmanager
@@ -103,15 +111,12 @@ def routing(model: Any, seeds: Sequence[int]) -> Iterator[Any]:
             One integer per image of the batch; the halves of classifier-free guidance share them.
 
     Raises:
-        `MoreError`: there is no router, or no seed.
+        `MoreError`: there is no router. `PrototypeError`: there is no seed, or one is no whole number.
     """
     erasure = get_erasure(model)
     if erasure is None or erasure.router is None or erasure.hook is None:
         raise MoreError(f'This {type(model).__name__} has no router. Erase with router="random" or router="hash" first.')
-    if not seeds:
-        raise MoreError("`seeds` is empty. Pass one integer per image of the batch.")
-    erasure.hook.router.reset(seeds)
-    try:
+    seeds = read_seeds(seeds)
+    with afterwards(partial(erasure.hook.router.reset, None)):
+        erasure.hook.router.reset(seeds)
         yield model
-    finally:
-        erasure.hook.router.reset(None)

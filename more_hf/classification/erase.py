@@ -13,7 +13,7 @@ from ..core.facts import ClassFacts
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.prototypes import Prototypes
 from ..core.record import refuse_erased_source
-from ..core.registry import find_erasure, lock_of, require_editable
+from ..core.registry import find_erasure, locked, require_editable
 from ..core.remap import Remap
 from ..core.request import ClassRequest
 from ..core.site import Site, check_unshared, copy_weights, fingerprint
@@ -111,10 +111,8 @@ def erase_classes(
         >>> more_hf.get_erasure(model).facts.sent_to
         {'0': ['1']}
     """
-    if not isinstance(model, nn.Module):
-        raise SiteNotFoundError(f"A {type(model).__name__} is not a classifier. Pass the model itself, an nn.Module.")
     plain = plain_model(model)
-    with lock_of(plain):
+    with locked(plain):
         current = require_editable(plain)
         refuse_inside_block(current)
         if head is None and current is not None:
@@ -161,7 +159,7 @@ def join_requests(old: ClassRequest, new: ClassRequest) -> ClassRequest:
 def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = None) -> nn.Module:
     """`more_hf.restore` for classifiers."""
     plain = plain_model(model)
-    with lock_of(plain):
+    with locked(plain):
         erasure = require_editable(plain)
         if erasure is None:
             raise MoreError(f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore.")
@@ -194,6 +192,9 @@ def check_in_place(model: nn.Module) -> None:
         raise SiteNotFoundError(
             f"`{replaced[0]}` was replaced since the edit. Put the edited layer back, or erase again from the original."
         )
+
+
+edited_module = plain_model  # what `api` locks
 
 
 def edited_modules(model: nn.Module, erasure: ClassErasure) -> dict[str, nn.Module]:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core.errors import PrototypeError, SiteNotFoundError, shown
+from ..core.interrupts import unwound
 from ..core.prototypes import PrototypeFitter, Prototypes, is_integer
-from ..core.registry import find_erasure
+from ..core.registry import find_erasure, locked
 from ..core.views import routing_off
+from .erasure import ClassErasure
 from .heads import evaluating, find_heads, find_module
 from .hook import channel_dim
 from .labels import class_names
@@ -61,7 +63,8 @@ def collect_prototypes(
         >>> more_hf.collect_prototypes(model, [(images, torch.tensor([0, 0, 1]))])["0"]
         tensor([2., 0., 0., 0.], dtype=torch.float64)
     """
-    return collect(model, loader, head=head, at=at, second_moment=second_moment)[1]
+    with locked(plain_model(model)):  # while another thread erases, the features would be of neither model
+        return collect(model, loader, head=head, at=at, second_moment=second_moment)[1]
 
 
 def collect(
@@ -123,8 +126,18 @@ def features_of(
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The classifier inside DDP, FSDP or `torch.compile`."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
+    """
+    The classifier inside DDP, FSDP or `torch.compile`.
+
+    Raises:
+        `SiteNotFoundError`: it is no module, or the denoiser of an erased pipeline.
+    """
+    if not isinstance(model, nn.Module):
+        raise SiteNotFoundError(f"A {type(model).__name__} is not a classifier. Pass the model itself, an nn.Module.")
+    plain = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(find_erasure(plain), ClassErasure | None):
+        raise SiteNotFoundError(f"This {type(plain).__name__} is the denoiser of an erased pipeline. Pass the pipeline.")
+    return plain
 
 
 def _heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -162,13 +175,10 @@ def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Cal
         features = torch.cat([seen[name] for name in modules], dim=1)
         return features, labels.to(features.device)
 
-    handles = [module.register_forward_pre_hook(look(name)) for name, module in modules.items()]  # last: after the edit's hook
-    try:
-        with evaluating(model):
-            yield read
-    finally:
-        for handle in handles:
-            handle.remove()
+    with unwound() as hooks, evaluating(model):
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(look(name)).remove)  # last: after the edit's hook
+        yield read
 
 
 def _inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -225,12 +235,10 @@ def _every_sample_once(loader: Iterable[Any]) -> Iterator[tuple[Iterable[Any], b
             "An iterable dataset cannot be sharded without counting samples twice. Use a dataset with a length, or collect the "
             "prototypes of each part, and `merge` them."
         )
-    before = shard.even_batches
-    shard.even_batches = False
-    try:
+    with unwound() as changes:
+        changes.callback(setattr, shard, "even_batches", shard.even_batches)
+        shard.even_batches = False
         yield loader, True
-    finally:
-        shard.even_batches = before
 
 
 def _sum_over_processes(fitter: PrototypeFitter) -> PrototypeFitter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from ..core.errors import AlreadyErasedError, PrototypeError, SiteNotFoundError
 from ..core.install import PROOF_TOLERANCE
+from ..core.interrupts import unless_completed
 from ..core.prototypes import Prototypes
 from ..core.registry import find_erasure
-from ..core.site import Site, check_unshared, put_back
+from ..core.site import Site, check_unshared
 from .features import collect, plain_model
 from .heads import evaluating
 
@@ -86,7 +88,7 @@ def forget_samples(
     expected = P_f.matrix + shift @ (read @ P_f.matrix)
     with evaluating(plain):
         source, target = _outputs(module, P_f.matrix, weight), _outputs(module, expected, weight)
-        try:
+        with unless_completed(partial(site.write, original)):
             site.write((original.to(weight.device).double() + change).to(weight.dtype))
             missed = float((_outputs(module, P_f.matrix, weight) - target).norm() / (source - target).norm())
             if not missed < PROOF_TOLERANCE[weight.dtype]:
@@ -96,9 +98,6 @@ def forget_samples(
                     f"{weight.dtype}, or something other than the weight decides. The model is as it was. Use "
                     "`model.float()`, and take adapters off the head."
                 )
-        except BaseException:
-            put_back({name: site}, {name: original})
-            raise
     return SampleErasure(P_f, P_r, shift, read, {**facts, "proof": missed}, site, original)
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
+from ..core.interrupts import afterwards, unwound
 from ..core.request import read_names
+from ..core.views import running_eagerly
 
 
 def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -47,13 +49,10 @@ def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | Non
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     outputs: dict[str, Tensor] = {}
-    handles = [modules[name].register_forward_hook(_watch(name, outputs)) for name in linear]
-    try:
-        with evaluating(model):
-            logits = logits_of(model(pixels))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with unwound() as hooks, evaluating(model):
+        for name in linear:
+            hooks.callback(modules[name].register_forward_hook(_watch(name, outputs)).remove)
+        logits = logits_of(model(pixels))
     shaped = {name: output for name, output in outputs.items() if output.shape == logits.shape}
     equal = [name for name, output in shaped.items() if _same(output, logits)]
     if not equal and len(shaped) > 1 and _same(torch.stack([*shaped.values()]).mean(0), logits):
@@ -123,10 +122,13 @@ def example_pixels(model: nn.Module) -> Tensor:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout, no update of BatchNorm, nothing compiled (hooks are put on inside); all as it was afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
+
+    def undo() -> None:
         for module in training:
             module.training = True
+
+    with afterwards(undo), unwound() as modes:
+        modes.enter_context(torch.no_grad())
+        modes.enter_context(running_eagerly())
+        model.eval()
+        yield

@@ -15,8 +15,9 @@ from . import registry
 from .erasure import Erasure
 from .errors import IncompatibleBaseError, MoreError
 from .hook import attach_hooks, detach_hooks
-from .site import Site, copy_weights, put_back, write_weights
-from .views import sees_original
+from .interrupts import unless_completed
+from .site import Site, copy_weights, write_weights
+from .views import is_shown
 
 
 # What a proof by run accepts, in units of the output difference between forget and target before the edit: rounding of
@@ -55,7 +56,15 @@ def install(
     refuse_inside_block(current)
     edited = {name: _edited(erasure, name, site) for name, site in erasure.sites.items()}
     before = copy_weights(erasure.sites)
-    try:
+
+    def undo() -> None:
+        write_weights(erasure.sites, before)
+        detach_hooks(erasure.hooks)
+        if current is not None:
+            attach_hooks(current.hooks, modules)
+        registry.register(model, current)
+
+    with unless_completed(undo):
         registry.register(model, erasure)
         write_weights(erasure.sites, edited)
         if current is not None:
@@ -64,13 +73,6 @@ def install(
         erasure.proof = prove()
         if not keep_originals:
             erasure.originals = None
-    except BaseException:
-        put_back(erasure.sites, before)
-        detach_hooks(erasure.hooks)
-        if current is not None:
-            attach_hooks(current.hooks, modules)
-        registry.register(model, current)
-        raise
 
 
 def uninstall(model: nn.Module, modules: Sequence[nn.Module]) -> None:
@@ -78,21 +80,26 @@ def uninstall(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     erasure = registry.find_erasure(model)
     refuse_inside_block(erasure)
     before = copy_weights(erasure.sites)
-    try:
+
+    def undo() -> None:
+        registry.register(model, erasure)
+        write_weights(erasure.sites, before)
+        attach_hooks(erasure.hooks, modules)
+
+    with unless_completed(undo):
         detach_hooks(erasure.hooks)
         write_weights(erasure.sites, erasure.require_originals())
         registry.register(model, None)
-    except BaseException:
-        registry.register(model, erasure)
-        put_back(erasure.sites, before)
-        attach_hooks(erasure.hooks, modules)
-        raise
 
 
 def refuse_inside_block(erasure: Erasure | None) -> None:
-    """Raises `MoreError` inside a block that shows the original, where no run could prove what the weights do."""
-    if erasure is not None and sees_original(erasure):
-        raise MoreError("This is inside `more_hf.disabled`. Leave the block, then erase or restore.")
+    """
+    Raises `MoreError` while a block shows the original, in this thread or another.
+
+    No run could prove there what the weights do, and the block would see a mixture of what was and what is to be.
+    """
+    if erasure is not None and is_shown(erasure):
+        raise MoreError("`more_hf.disabled` shows the original of this model. Leave the block, then erase or restore.")
 
 
 def _edited(erasure: Erasure, name: str, site: Site) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from threading import Lock, RLock
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from .erasure import Erasure
 from .errors import AlreadyErasedError
+from .interrupts import held
 
 
 # The names of what was erased, a plain attribute of the model: a deep copy or an unpickled model still says so.
@@ -16,13 +19,16 @@ ERASED = "more_hf_erased"
 
 _erasures: WeakKeyDictionary[nn.Module, Erasure] = WeakKeyDictionary()
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
-_registry_lock = Lock()
+_registry_lock = RLock()
 
 
-def lock_of(model: nn.Module) -> RLock:
-    """The lock that an erasure or restoration of the model holds from its first check to its last write."""
-    with _registry_lock:
-        return _locks.setdefault(model, RLock())
+@contextmanager
+def locked(model: nn.Module) -> Iterator[None]:
+    """Hold the model's lock, as an erasure or restoration does from its first check to its last write."""
+    with held(_registry_lock):
+        lock = _locks.setdefault(model, RLock())
+    with held(lock):
+        yield
 
 
 def find_erasure(model: nn.Module) -> Erasure | None:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
+from torch import Tensor
+
 from .errors import PrototypeError, shown
 from .options import ROUTERS, SOLVERS, TOKENS
 
@@ -272,6 +274,23 @@ def read_integer(argument: str, value: Any, allowed: range) -> int:
             f"`{argument}` must be a whole number from {allowed[0]} to {allowed[-1]}, got {shown(value)}."
         )
     return int(value)
+
+
+def read_seeds(value: Any) -> list[int]:
+    """
+    One seed for each image, from a sequence or a tensor or array of them.
+
+    Raises:
+        `PrototypeError`: there is none, or one is no whole number.
+    """
+    try:
+        seeds = [] if isinstance(value, str | bytes | Mapping) else list(value)
+    except TypeError:  # a number alone, or an array without a dimension
+        seeds = []
+    if not seeds:
+        raise PrototypeError(f"`seeds` needs one whole number per image of the batch, got {shown(value)}.")
+    seeds = [seed.item() if isinstance(seed, Tensor) else seed for seed in seeds]
+    return [read_integer("seeds", seed, SEEDS) for seed in seeds]
 
 
 def read_names(argument: str, value: Any) -> tuple[str, ...]:

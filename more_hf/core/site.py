@@ -132,19 +132,6 @@ def write_weights(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> No
         site.write(values[name])
 
 
-def put_back(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> None:
-    """Write all sites, and only then raise an interruption that came in between: no mixture of two models is left."""
-    interruption = None
-    for name, site in sites.items():
-        try:
-            site.write(values[name])
-        except BaseException as error:
-            interruption = error
-            site.write(values[name])
-    if interruption is not None:
-        raise interruption
-
-
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """The sha256 of names, shapes and float32 values."""
     digest = hashlib.sha256()

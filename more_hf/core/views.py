@@ -1,9 +1,9 @@
 """What one calling context sees of an erased model: the original, or the weights without the routing hook.
 
 Neither writes to a parameter or takes a hook off, so that a save, another thread or a crash meets the erased model.
-The original's output is computed beside the erased weights by a forward hook on every edited layer. It acts for
-contexts that asked for it (`contextvars`; a new thread starts with none) and is gone after the last block. While a
-block is open, compiled models run eagerly: their code was traced without these hooks.
+The original's output is computed beside the erased weights by a forward hook on every edited layer. It acts for the
+context that asked for it (`contextvars`; a new thread starts with none) and is gone with its block. While a block is
+open, compiled models run eagerly: their code was traced without these hooks.
 """
 
 from __future__ import annotations
@@ -11,127 +11,182 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from threading import Lock
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from threading import RLock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .erasure import Erasure
-from .site import Site
+from .errors import MoreError
+from .interrupts import afterwards, held, unwound
+from .site import EDITABLE, Site
 
 
-# What the context sees, by `id` of the erasure, which the block that set it keeps alive.
-_originals: ContextVar[frozenset[int]] = ContextVar("more_hf_originals", default=frozenset())
-_unrouted: ContextVar[frozenset[int]] = ContextVar("more_hf_unrouted", default=frozenset())
-_experts: ContextVar[tuple[int, Tensor] | None] = ContextVar("more_hf_experts", default=None)
+@dataclass(eq=False)
+class _Block:
+    """
+    One open block.
+
+    A context keeps its blocks, and one that is closed counts no longer, whoever closed it: blocks may end in another
+    order than they began, and a context may be copied (a task of asyncio) and outlive the block.
+
+    Args:
+        erasure (`Erasure`):
+            The erasure whose model is seen otherwise.
+        original (`bool`):
+            Whether the original is seen. If not, the weights are, without the routing hook or with these experts.
+        experts (`Tensor`, *optional*):
+            The expert of every sample `(batch,)`, int64.
+        open (`bool`):
+            Whether the block has not ended.
+    """
+
+    erasure: Erasure
+    original: bool = False
+    experts: Tensor | None = None
+    open: bool = True
+
+
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("more_hf_blocks", default=())
 
 
 @contextmanager
 def original_shown(erasure: Erasure) -> Iterator[None]:
     """Inside the block this context sees the original model. Raises `AlreadyErasedError` without the originals."""
     originals = erasure.require_originals() if erasure.sites else {}
-    with _block(erasure, originals, _originals, _originals.get() | {id(erasure)}):
+    block = _Block(erasure, original=True)
+    with unwound() as hooks, _entered(block):
+        for name, original in originals.items():
+            site = erasure.sites[name]
+            # before the user's own hooks: what they see and change is the original's output
+            hook = OriginalOutput(block, site, original)
+            hooks.callback(site.module.register_forward_hook(hook, prepend=True).remove)
         yield
 
 
 @contextmanager
 def routing_off(erasure: Erasure) -> Iterator[None]:
     """Inside the block this context sees the weights alone: the erasure's hooks, if it has any, do nothing."""
-    with _block(erasure, {}, _unrouted, _unrouted.get() | {id(erasure)}):
+    with _entered(_Block(erasure)):
         yield
 
 
 @contextmanager
 def experts_forced(erasure: Erasure, experts: Tensor) -> Iterator[None]:
     """Inside the block every sample `(batch,)` of this context's calls takes the given expert, int64."""
-    with _block(erasure, {}, _experts, (id(erasure), experts)):
+    with _entered(_Block(erasure, experts=experts)):
         yield
 
 
-def sees_original(erasure: Erasure) -> bool:
-    """Whether the calling context is in a block that shows the original."""
-    return id(erasure) in _originals.get()
+def is_shown(erasure: Erasure) -> bool:
+    """Whether any context is in a block that shows the original."""
+    return any(block.open and block.original and block.erasure is erasure for block in tuple(_eager.holders))
 
 
 def is_unrouted(key: int) -> bool:
-    """Whether the hooks of this erasure do nothing in the calling context."""
-    return open_blocks.any and (key in _unrouted.get() or key in _originals.get())
+    """Whether the hooks of the erasure with this `id` do nothing in the calling context."""
+    return any(block.original or block.experts is None for block in _blocks_of(key))
 
 
 def forced_experts(key: int) -> Tensor | None:
     """The experts that the calling context's samples must take, if it says so."""
-    forced = _experts.get() if open_blocks.any else None
-    return forced[1] if forced is not None and forced[0] == key else None
+    forced = [block.experts for block in _blocks_of(key) if block.experts is not None]
+    return forced[-1] if forced else None
+
+
+def _blocks_of(key: int) -> list[_Block]:
+    """The calling context's blocks. Compiled code is traced and runs in no block, so it need not look."""
+    if torch.compiler.is_compiling():
+        return []
+    return [block for block in _blocks.get() if block.open and id(block.erasure) == key]
 
 
 @contextmanager
-def _block(erasure: Erasure, originals: dict[str, Tensor], variable: ContextVar, value: Any) -> Iterator[None]:
-    try:
-        open_blocks.enter(erasure, originals)
-        token = variable.set(value)
-        try:
-            yield
-        finally:
-            variable.reset(token)
-    finally:
-        open_blocks.leave(erasure)
+def _entered(block: _Block) -> Iterator[None]:
+    def close() -> None:
+        block.open = False
+        _eager.let_go(block)
+        _blocks.set(tuple(other for other in _blocks.get() if other.open))
+
+    with afterwards(close):
+        _eager.hold(block)
+        _blocks.set((*_blocks.get(), block))
+        yield
 
 
 class OriginalOutput:
-    """A forward hook of an edited layer: the original's output for contexts that see the original."""
+    """A forward hook of an edited layer: the original's output for the context whose block is open."""
 
-    def __init__(self, key: int, site: Site, original: Tensor):
-        self.key, self.site = key, site
+    def __init__(self, block: _Block, site: Site, original: Tensor):
+        self.block, self.site = block, site
         self.original = original if site.columns is None else site.with_part(original)
         self.weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self.key not in _originals.get():
+        if not self.block.open or self.block not in _blocks.get():
             return None
-        # Where the weight is now: an offloaded layer is back on the CPU, and the model may have been cast.
-        place = output.device, module.weight.dtype
+        _refuse_checkpoint()
+        # Where the weight is now: an offloaded layer is back on the CPU, and the model may have been cast. A layer that
+        # is only stored in fp8 computes in its output's dtype.
+        dtype = module.weight.dtype if module.weight.dtype in EDITABLE else output.dtype
+        place = output.device, dtype
         if place not in self.weights:
             self.weights[place] = self.original.to(*place)
         bias = self.site.read_bias()
         return linear(args[0].to(output.device), self.weights[place], None if bias is None else bias.to(*place))
 
 
-class _OpenBlocks:
-    """The forward hooks of open blocks, by erasure, and the compiler's stance while there are any."""
+def _refuse_checkpoint() -> None:
+    """
+    Raises `MoreError` where gradient checkpointing computes this part twice.
+
+    Only one of the two would be in the block, and gradients would be of neither model.
+    """
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if saving is not None and saving[0].__module__ == torch.utils.checkpoint.__name__:
+        raise MoreError(
+            "Gradient checkpointing computes a layer once more in the backward pass, inside `more_hf.disabled` or "
+            "outside, so that its gradients would mix two models. Use `torch.no_grad()`, or disable checkpointing."
+        )
+
+
+class _Eager:
+    """
+    Compiled models run eagerly while anyone holds this.
+
+    The compiler's stance belongs to the process, and blocks of several threads overlap: the first one sets it, and the
+    last one puts back what it was.
+    """
 
     def __init__(self) -> None:
-        self.any = False  # what compiled code looks at, instead of context variables
-        self.lock = Lock()
-        self.count: dict[int, int] = {}
-        self.hooks: dict[int, ExitStack] = {}
-        self.eager = ExitStack()
+        self.lock = RLock()
+        self.holders: set[object] = set()
+        self.stance = ExitStack()
 
-    def enter(self, erasure: Erasure, originals: dict[str, Tensor]) -> None:
-        key = id(erasure)
-        with self.lock:
-            if not self.any:
-                self.eager.enter_context(torch.compiler.set_stance("force_eager"))
-            self.count[key] = self.count.get(key, 0) + 1
-            self.any = True
-            if originals and key not in self.hooks:
-                self.hooks[key] = ExitStack()
-                for name, original in originals.items():
-                    site = erasure.sites[name]
-                    handle = site.module.register_forward_hook(OriginalOutput(key, site, original))
-                    self.hooks[key].callback(handle.remove)
+    def hold(self, holder: object) -> None:
+        with held(self.lock):
+            if not self.holders:
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self.holders.add(holder)
 
-    def leave(self, erasure: Erasure) -> None:
-        key = id(erasure)
-        with self.lock:
-            self.count[key] = self.count.get(key, 1) - 1
-            if not self.count[key]:
-                del self.count[key]
-                self.hooks.pop(key, ExitStack()).close()
-            if not self.count:
-                self.any = False
-                self.eager.close()
+    def let_go(self, holder: object) -> None:
+        with held(self.lock):
+            self.holders.discard(holder)
+            if not self.holders:
+                self.stance.close()
 
 
-open_blocks = _OpenBlocks()
+_eager = _Eager()
+
+
+@contextmanager
+def running_eagerly() -> Iterator[None]:
+    """Inside the block compiled models run eagerly."""
+    holder = object()
+    with afterwards(partial(_eager.let_go, holder)):
+        _eager.hold(holder)
+        yield

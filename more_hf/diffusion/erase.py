@@ -12,7 +12,7 @@ from ..core.errors import MoreError, SiteNotFoundError
 from ..core.facts import ConceptFacts
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.record import refuse_erased_source
-from ..core.registry import find_erasure, lock_of, require_editable
+from ..core.registry import find_erasure, locked, require_editable
 from ..core.remap import Remap
 from ..core.request import ConceptRequest, read_names
 from ..core.site import Site, copy_weights, fingerprint
@@ -135,7 +135,7 @@ def erase(pipe: DiffusionPipeline, request: ConceptRequest, *, keep_originals: b
         >>> pipe = erase(more_hf.load_emoji_sd(), request)
     """
     denoiser = find_denoiser(pipe)
-    with lock_of(denoiser.module):
+    with locked(denoiser.module):
         current = require_editable(denoiser.module)
         if current is None:
             source = pipe.config.get("_name_or_path")
@@ -149,7 +149,7 @@ def erase(pipe: DiffusionPipeline, request: ConceptRequest, *, keep_originals: b
 def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None) -> DiffusionPipeline:
     """`more_hf.restore` for pipelines."""
     denoiser = find_denoiser(pipe)
-    with lock_of(denoiser.module):
+    with locked(denoiser.module):
         erasure = require_editable(denoiser.module)
         if erasure is None:
             raise MoreError("Nothing was erased from this pipeline, so there is nothing to restore.")
@@ -173,6 +173,11 @@ def get_erasure(pipe: DiffusionPipeline) -> ConceptErasure | None:
         if erasure is not None:
             return erasure
     return None
+
+
+def edited_module(pipe: DiffusionPipeline) -> nn.Module:
+    """The pipeline's denoiser, which `api` locks."""
+    return find_denoiser(pipe).module
 
 
 def check_in_place(pipe: DiffusionPipeline) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..core.erasure import Erasure
 from ..core.install import PROOF_TOLERANCE
+from ..core.interrupts import afterwards
 from ..core.proof import proof_by_run
 from ..core.remap import Remap
-from ..core.views import experts_forced, routing_off
+from ..core.views import experts_forced, routing_off, running_eagerly
 from .sites import Denoiser, lora_branches
 
 
@@ -93,14 +94,15 @@ def _plain(denoiser: Denoiser) -> Iterator[None]:
     """No dropout, no LoRA, no compilation (the proof's shapes must not make the user's model recompile); as before after."""
     training = [module for module in denoiser.module.modules() if module.training]
     loras = [(layer, layer.disable_adapters) for layer in lora_branches(denoiser)]
-    denoiser.module.eval()
-    for layer, _ in loras:
-        layer._disable_adapters = True  # `enable_adapters(False)` would change requires_grad
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
+
+    def undo() -> None:
         for layer, disabled in loras:
             layer._disable_adapters = disabled
         for module in training:
             module.training = True
+
+    with afterwards(undo), running_eagerly():
+        denoiser.module.eval()
+        for layer, _ in loras:
+            layer._disable_adapters = True  # `enable_adapters(False)` would change requires_grad
+        yield

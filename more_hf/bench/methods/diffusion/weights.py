@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ....core.errors import IncompatibleBaseError, MoreError
-from ....core.site import Site, copy_weights, put_back
+from ....core.interrupts import unless_completed
+from ....core.site import Site, copy_weights
+from ....core.site import write_weights as write_all
 from ....diffusion.sites import check_widths, find_denoiser, find_sites
 
 
@@ -65,12 +68,8 @@ def write_weights(
                 f"The edited `{name}` is not finite in {value.dtype}. Nothing was changed. {remedy}".rstrip()
             )
     before = copy_weights(sites)
-    try:
-        for name, site in sites.items():
-            site.write(cast[name])
-    except BaseException:
-        put_back(sites, before)
-        raise
+    with unless_completed(partial(write_all, sites, before)):
+        write_all(sites, cast)
 
 
 def multiply(pipe: DiffusionPipeline, A: Tensor, layers: str = "kv") -> None:
