@@ -9,15 +9,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import make_image_grid
 
 import more_hf
-
-
-def draw(pipe, prompts, **settings):
-    """One picture per prompt; the same noise at every call."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    return pipe(prompts, generator=generators, **settings).images
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,13 +50,10 @@ else:
     ]
     settings = {"num_inference_steps": args.steps or 50}
 
-before = draw(pipe, prompts, **settings)
 pipe = more_hf.erase_concept(pipe, concepts, remap_to=targets)  # in place: pipe is the same object
-after = draw(pipe, prompts, **settings)
-
 folder = more_hf.save(pipe, args.output)
-make_image_grid([*before, *after], rows=2, cols=len(prompts)).save(folder / "before_after.png")
+picture = more_hf.compare(pipe, prompts, **settings)  # before above after, the same noise in a column
+picture.save(folder / "before_after.png")
 print(more_hf.get_erasure(pipe))  # what was done, and how exact it is
-print(f"\nOpen {folder / 'before_after.png'}: before above after, one column each for:")
-print("\n".join(f"  {prompt}" for prompt in prompts))
+print(f"\nOpen {folder / 'before_after.png'}.")
 print(f'Load it anywhere with DiffusionPipeline.from_pretrained("{folder}").')

@@ -1,30 +1,28 @@
-"""Erase a style, draw before and after for the model card, and publish the pipeline.
+"""Erase two styles, draw before and after for the model card, and publish the pipeline.
 
     python examples/push_unlearned_pipeline.py --dry_run to_push       # look at what would be pushed
-    python examples/push_unlearned_pipeline.py me/emoji-sd-without-high-contrast
+    python examples/push_unlearned_pipeline.py me/emoji-sd-without-two-styles
     python examples/push_unlearned_pipeline.py me/sd14-without-van-gogh \\
         --model CompVis/stable-diffusion-v1-4 \\
         --concept "Van Gogh" --remap_to "Claude Monet" "Johannes Vermeer"
 
 Whoever loads the result needs diffusers only:
-`DiffusionPipeline.from_pretrained("me/emoji-sd-without-high-contrast")`.
+`DiffusionPipeline.from_pretrained("me/emoji-sd-without-two-styles")`.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import make_image_grid
 
 import more_hf
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("repo_id", nargs="?", default="me/emoji-sd-without-high-contrast", metavar="NAME/REPO")
+parser.add_argument("repo_id", nargs="?", default="me/emoji-sd-without-two-styles", metavar="NAME/REPO")
 parser.add_argument("--model", help="a folder or a Hub id (the embedded pipeline)")
-parser.add_argument("--concept", default="High Contrast")
+parser.add_argument("--concept", nargs="+", default=["High Contrast", "Monotone"], metavar="NAME")
 parser.add_argument("--remap_to", nargs="+", default=["Fluent"], metavar="NAME")
 parser.add_argument("--private", action="store_true", default=None)
 parser.add_argument(
@@ -33,29 +31,19 @@ parser.add_argument(
 args = parser.parse_args()
 
 
-def draw(pipe):
-    """Four pictures of what is erased; the same noise at every call."""
-    prompts = [
-        f"a {thing} in the style of {args.concept}" for thing in ("rocket", "pizza", "house", "cat face")
-    ]
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    return pipe(
-        prompts,
-        generator=generators,
-        num_inference_steps=10 if args.model is None else 50,
-        guidance_scale=4.0,
-    ).images
-
-
+# 1. Erase, all names together.
 pipe = more_hf.load_emoji_sd() if args.model is None else DiffusionPipeline.from_pretrained(args.model)
-before = draw(pipe)
 more_hf.erase_concept(pipe, args.concept, remap_to=args.remap_to)
-after = draw(pipe)
 
+# 2. Draw before and after for the card: every erased style twice, and one picture that must stay as it is.
+prompts = [f"a {thing} in the style of {name}" for name in args.concept for thing in ("rocket", "cat face")]
+settings = {"num_inference_steps": 10, "guidance_scale": 4.0} if args.model is None else {}
+picture = more_hf.compare(pipe, [*prompts, "a house"], **settings)
+
+# 3. Check the very files that go up, write a card under the original model's licence, make one commit.
 with tempfile.TemporaryDirectory() as folder:
     grid = Path(folder) / "before_after.png"
-    make_image_grid([*before, *after], rows=2, cols=len(before)).save(grid)
-    # Checks the very files that go up, writes a card under the original model's licence, makes one commit.
+    picture.save(grid)
     done = more_hf.push_to_hub(pipe, args.repo_id, private=args.private, grid=grid, dry_run=args.dry_run)
 
 if args.dry_run is None:

@@ -19,6 +19,7 @@ _EXPORTS = {
     "SiteNotFoundError": "core.errors",
     "TargetNotFoundError": "core.errors",  # the first name of SiteNotFoundError
     "collect_prototypes": "classification.features",
+    "compare": "api",
     "disabled": "api",
     "erase_classes": "classification.erase",
     "erase_concept": "diffusion.erase",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -19,10 +19,13 @@ from .core.request import read_seeds
 from .core.views import original_shown
 
 
-def kind_of(model: Any) -> ModuleType:
-    """The module with `restore`, `get_erasure`, `edited_module` and `check_in_place` for this kind of model."""
-    place = ".classification.erase" if isinstance(model, nn.Module) else ".diffusion.erase"
-    return import_module(place, __package__)
+def kind_of(model: Any, module: str = "erase") -> ModuleType:
+    """
+    A module for this kind of model: `erase` with `restore`, `get_erasure`, `edited_module` and
+    `check_in_place`, or `compare`.
+    """
+    place = ".classification" if isinstance(model, nn.Module) else ".diffusion"
+    return import_module(f"{place}.{module}", __package__)
 
 
 def restore(model: Any, concepts: str | int | Sequence[str | int] | None = None) -> Any:
@@ -58,6 +61,72 @@ def get_erasure(model: Any) -> Erasure | None:
     opened from.
     """
     return kind_of(model).get_erasure(model)
+
+
+def compare(model: Any, data: str | Iterable[Any], *, original: Any = None, **kwargs: Any) -> Any:
+    """
+    Compare an erased pipeline or classifier with its original: a picture, or every class's accuracy.
+
+    The rows of a pipeline's picture are `before`, `after` and, for prompts with a forgotten name that has one
+    target, `target`: the same prompt with the target in place of the name, drawn by the original. A column is
+    a prompt, and every picture in it is drawn from the same noise.
+
+    Args:
+        model (`DiffusionPipeline` or `nn.Module`):
+            The erased pipeline or classifier.
+        data (`str`, `Sequence[str]` or `Iterable`):
+            For a pipeline one or several prompts; for a classifier batches as in `collect_prototypes`.
+        original (`DiffusionPipeline` or `nn.Module`, *optional*):
+            The model before the erasure, where its original weights are not here: they were not kept, or it was
+            opened by `more_hf.load`. Without it, such a model is shown as it is now, and the result says so.
+        kwargs:
+            For a pipeline: `seed` (`int`, defaults to 0) of the first column, counted up to the right, and
+            arguments of the pipeline's own call (`num_inference_steps`, `height`, ...), whose defaults hold
+            otherwise.
+
+    Returns:
+        `PIL.Image.Image` for a pipeline, [`~more_hf.classification.compare.Accuracies`] for a classifier. A
+        notebook shows both.
+
+    Raises:
+        `MoreError`: nothing was erased and there is no `original`, or no prompt. `PrototypeError`: data without
+        labels.
+
+    Example:
+
+        >>> import more_hf
+        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+        >>> prompts = ["a cat face in the style of Blobmoji", "a cat face in the style of Noto"]
+        >>> image = more_hf.compare(pipe, prompts, num_inference_steps=10, guidance_scale=4.0)
+    """
+    if original is None and get_erasure(model) is None:
+        raise MoreError(
+            f"Nothing was erased from this {type(model).__name__}, so there is nothing to compare. If it was "
+            "opened with `from_pretrained`, which reads no record, open it with `more_hf.load` or pass `original=`."
+        )
+    room = kind_of(model, "compare")
+    show_original = partial(_show_original, model, original)
+    return room.compare(model, data, show_original=show_original, seeded=_seeded, **kwargs)
+
+
+@contextmanager
+def _show_original(model: Any, original: Any) -> Iterator[Any]:
+    """What answers as the original inside the block: another model, or this one; `None` if neither can."""
+    if original is not None:
+        yield original
+    elif get_erasure(model).originals is None:
+        yield None
+    else:
+        with disabled(model):
+            yield model
+
+
+def _seeded(model: Any, seeds: Sequence[int]) -> AbstractContextManager[Any]:
+    """`routing` for a model that has a router; any other does not need it."""
+    erasure = get_erasure(model)
+    if erasure is None or erasure.router is None or erasure.hook is None:
+        return nullcontext(model)
+    return routing(model, seeds)
 
 
 @contextmanager

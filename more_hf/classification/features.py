@@ -80,7 +80,7 @@ def collect(
     model = plain_model(model)
     current = find_erasure(model)
     with _every_sample_once(loader) as (batches, sharded), nullcontext() if current is None else routing_off(current):
-        inputs = _inputs(model, batches)
+        inputs = inputs_of(model, batches)
         first = next(inputs, None)
         if first is None:
             raise PrototypeError("The data has no image. Prototypes need at least one of every class.")
@@ -118,7 +118,7 @@ def features_of(
     model = plain_model(model)
     with _every_sample_once(loader) as (batches, _):
         modules: dict[str, nn.Module] = {}
-        for pixels, labels in _inputs(model, batches):
+        for pixels, labels in inputs_of(model, batches):
             modules = modules or (_heads(model, pixels, head) if at is None else {at: find_module(model, at)})
             with _reading(model, modules) as read:  # for one batch: what is done between batches finds the model in its own mode
                 found = read(pixels, labels)
@@ -181,7 +181,7 @@ def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Cal
         yield read
 
 
-def _inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Every batch that is not empty: images on the model's device in its dtype, and their labels, int64."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for batch in batches:

@@ -1,4 +1,4 @@
-"""`more-hf demo`: erase one artist from the embedded pipeline and look at the result."""
+"""`more-hf demo`: erase artists from the embedded pipeline and look at the result."""
 
 import argparse
 from pathlib import Path
@@ -14,16 +14,16 @@ def add_to(commands) -> None:
         commands,
         "demo",
         _demo,
-        purpose="erase one artist from the embedded pipeline and look at the result",
+        purpose="erase artists from the embedded pipeline and look at the result",
         examples=(
             "more-hf demo",
-            "more-hf demo --concept Blobmoji --remap_to Noto --limit 4 --output demo_blobmoji",
+            "more-hf demo --concept Blobmoji Monotone --remap_to Noto --limit 4 --output demo_two",
         ),
     )
     add = parser.add_argument
-    artists = f"the artist: {', '.join(EMOJI_ARTISTS)} (High Contrast)"
-    add("--concept", default="High Contrast", help=artists)
-    add_remap_to(parser, note=" (Fluent, or Twemoji for Fluent)")
+    artists = f"one artist, or several to erase together: {', '.join(EMOJI_ARTISTS)} (High Contrast)"
+    add("--concept", nargs="+", action="extend", metavar="NAME", help=artists)
+    add_remap_to(parser, note=" (Fluent, or another where that is erased)")
     add("--limit", type=positive, default=27, help="prompts in each of the three groups (27)")
     add("--steps", type=positive, default=10, help="denoising steps (10)")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (4)")
@@ -33,16 +33,18 @@ def add_to(commands) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    concept = emoji_artist(args.concept)
-    default_target = "Twemoji" if concept == "Fluent" else "Fluent"
-    targets = read_remap_to(args.remap_to or [default_target])
+    concepts = list(dict.fromkeys(map(emoji_artist, args.concept or ["High Contrast"])))
+    remaining = [artist for artist in ("Fluent", *EMOJI_ARTISTS) if artist not in concepts]
+    if not remaining:
+        raise ValueError(f"`--concept` has all {len(EMOJI_ARTISTS)} artists. Leave at least one out.")
+    targets = read_remap_to(args.remap_to or remaining[:1])
     if targets is not None:
         targets = [emoji_artist(name) for name in targets]
 
     from more_hf.bench.artists.demo import run_demo
 
     run_demo(
-        concept,
+        concepts,
         targets,
         limit=args.limit,
         steps=args.steps,

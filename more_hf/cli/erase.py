@@ -30,6 +30,13 @@ def add_to(commands) -> None:
         metavar="FILE",
         help="also write a .safetensors checkpoint for ComfyUI and A1111",
     )
+    add(
+        "--compare",
+        nargs="+",
+        action="extend",
+        metavar="PROMPT",
+        help="also draw these prompts before and after, into compare.png in the folder",
+    )
 
 
 def _erase(args: argparse.Namespace) -> int:
@@ -41,6 +48,10 @@ def _erase(args: argparse.Namespace) -> int:
     more_hf.save(pipe, args.output, include_delta=args.include_delta)
     if args.single_file is not None:
         more_hf.save_checkpoint(pipe, args.single_file)
+    if args.compare:
+        from accelerate import PartialState
+
+        more_hf.compare(pipe.to(PartialState().device), args.compare).save(args.output / "compare.png")
     print(more_hf.get_erasure(pipe))
     print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0

@@ -39,6 +39,12 @@ def add_to(commands) -> None:
         metavar="DIR",
         help="images as DIR/CLASS/*.png or DIR/train/CLASS/*.png",
     )
+    add(
+        "--test",
+        type=Path,
+        metavar="DIR",
+        help="other images, laid out as --data: print every class's accuracy on them, before and after",
+    )
     add("--forget", nargs="+", action="extend", required=True, metavar="CLASS", help="what to forget")
     add(
         "--remap_to",
@@ -64,7 +70,9 @@ def _erase_classes(args: argparse.Namespace) -> int:
     targets = read_remap_to(args.remap_to or ["remain"])
     refuse_lost_router(args)
     refuse_missing_model(args.model)
-    refuse_missing_folder(args.data, "`--data` is a folder with one folder of images per class.")
+    for flag, folder in (("--data", args.data), ("--test", args.test)):
+        if folder is not None:
+            refuse_missing_folder(folder, f"`{flag}` is a folder with one folder of images per class.")
 
     from accelerate import PartialState
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -76,16 +84,11 @@ def _erase_classes(args: argparse.Namespace) -> int:
     state = PartialState()
     model = AutoModelForImageClassification.from_pretrained(args.model).to(state.device)
     processor = AutoImageProcessor.from_pretrained(args.model)
-    images = load_image_folder(
-        args.data,
-        class_names(model, model.config.num_labels),
-        processor,
-        channels=getattr(model.config, "num_channels", 3),
-        batch_size=args.batch_size,
-    )
+    names = class_names(model, model.config.num_labels)
+    settings = {"channels": getattr(model.config, "num_channels", 3), "batch_size": args.batch_size}
     more_hf.erase_classes(
         model,
-        images,
+        load_image_folder(args.data, names, processor, **settings),
         args.forget,
         remap_to="remain" if targets == ["remain"] else targets,
         num_experts=args.num_experts,
@@ -97,5 +100,9 @@ def _erase_classes(args: argparse.Namespace) -> int:
         folder = more_hf.save(model, args.output, include_delta=args.include_delta)
         processor.save_pretrained(folder)
         print(more_hf.get_erasure(model))
+        if args.test is not None:
+            test = load_image_folder(args.test, names, processor, **settings)
+            print(f"\nPercent of the images in {args.test} that are classified rightly:\n")
+            print(more_hf.compare(model, test))
         print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0

@@ -7,11 +7,11 @@ import sys
 from more_hf import __version__
 from more_hf.core.errors import MoreError
 
-from . import bench, demo, erase, erase_classes, lora, push, verify
+from . import bench, compare, demo, erase, erase_classes, lora, push, verify
 from .options import show_examples
 
 
-COMMANDS = (demo, erase, erase_classes, lora, verify, push, bench)
+COMMANDS = (demo, erase, erase_classes, compare, lora, verify, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:

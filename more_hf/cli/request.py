@@ -1,4 +1,4 @@
-"""What `more-hf erase` and `more-hf lora` share: the arguments that say what to erase from which pipeline."""
+"""What `erase`, `lora` and `compare` share: what to erase from which pipeline, and how it is loaded."""
 
 import argparse
 
@@ -59,15 +59,10 @@ def erased_pipeline(args: argparse.Namespace, *, dtype: str, router: str | None 
         for name in [*args.concept, *(targets or []), *(args.retain or [])]:
             refuse_typo(name)
 
-    import torch
-    from diffusers import DiffusionPipeline
+    pipe = load_pipeline(model, dtype)
 
     import more_hf
 
-    if model == EMOJI_SD:
-        pipe = more_hf.load_emoji_sd(dtype=getattr(torch, dtype))
-    else:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     tokens = {} if args.tokens is None else {"tokens": args.tokens}
     more_hf.erase_concept(
         pipe,
@@ -81,6 +76,23 @@ def erased_pipeline(args: argparse.Namespace, *, dtype: str, router: str | None 
         **tokens,
     )
     return pipe
+
+
+def load_pipeline(model: str, dtype: str):
+    """
+    Load a pipeline by the name that the command line has for it: a folder, a Hub id, or `EMOJI_SD`.
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: the pipeline, on the CPU.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    import more_hf
+
+    if model == EMOJI_SD:
+        return more_hf.load_emoji_sd(dtype=getattr(torch, dtype))
+    return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
 
 
 def _model(args: argparse.Namespace) -> str:

@@ -87,6 +87,16 @@ def test_the_defaults_are_the_calls(folders, digits, tmp_path):
     assert more_hf.get_erasure(more_hf.load(tmp_path / "none")).request.remap_to == {"four": ()}
 
 
+def test_what_it_did_to_other_images(folders, tmp_path, capsys):
+    data = folders[1]
+    assert run(folders, tmp_path / "out", "--forget", "four", "--test", str(data)) == 0
+    out = capsys.readouterr().out
+    forgotten = re.search(r"^\| four \(forgotten\) +\| +(\d+) \| +(\S+) \| +(\S+) \|$", out, re.MULTILINE)
+    assert int(forgotten[1]) == len(list((data / "train" / "four").iterdir()))
+    assert float(forgotten[2]) > 90 > 5 > float(forgotten[3])
+    assert "| the others, together " in out
+
+
 def test_failures_in_one_line(folders, tmp_path, capsys):
     def line(*arguments, data=None):
         assert run((folders[0], data or folders[1]), tmp_path / "out", *arguments) == 2

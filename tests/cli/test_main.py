@@ -19,7 +19,7 @@ from more_hf.core.routers import ROUTERS
 from more_hf.diffusion.encoder import TOKENS
 
 
-COMMANDS = ["", "demo", "erase", "erase-classes", "lora", "verify", "push"]
+COMMANDS = ["", "demo", "erase", "erase-classes", "compare", "lora", "verify", "push"]
 COMMANDS += ["bench", "bench artists", "bench kd", "bench report"]
 
 # Runs one command in a process of its own and reports which heavy libraries it imported.
@@ -73,6 +73,7 @@ def test_help_is_light(argv):
         ("erase emoji-sd --concept Notto --remap_to Fluent --output out", "Did you mean 'Noto'?"),
         ("erase ./missing --concept Noto --remap_to Fluent --output out", "There is no folder 'missing'."),
         ("erase-classes --model a/b/c --data . --forget 3 --output out", "There is no folder 'a/b/c'."),
+        ("compare nowhere --prompts x", "There is no folder 'nowhere'."),
         ("bench artists --methods mroe --forget all --output out", "Did you mean 'more'?"),
         ("bench artists --forget all --prompts missing.csv --output out", "no table of that name"),
         ("bench kd --methods esk --forget 3 --output out", "Did you mean 'esc'?"),

@@ -25,14 +25,14 @@ def failure(capsys):
 
 
 def test_demo_rows():
-    rows = demo_rows("Noto", limit=20, seed=7)
+    rows = demo_rows(["Noto"], limit=20, seed=7)
     assert [row.seed for row in rows] == list(range(7, 67))
     assert {row.artist for row in rows[:20]} == {"Noto"}
     assert {row.artist for row in rows[20:40]} == set(EMOJI_ARTISTS) - {"Noto"}
     assert {row.artist for row in rows[40:]} == {""}
     assert rows[0].prompt == f"a {rows[0].thing} in the style of Noto"
     assert rows[40].prompt == f"a {rows[40].thing}"
-    assert demo_rows("Noto", limit=3, seed=7)[:3] == rows[:3]
+    assert demo_rows(["Noto"], limit=3, seed=7)[:3] == rows[:3]
 
 
 @pytest.mark.slow
@@ -66,7 +66,21 @@ def test_demo(tmp_path, capsys, remap_to):
     assert (output / "report.html").read_text(encoding="utf-8").count("<figure") == 6
 
 
+@pytest.mark.slow
+def test_demo_of_two_artists_fills_its_picture(tmp_path):
+    argv = ["demo", "--concept", "Noto", "fluent", "--limit", "2", "--steps", "2", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    text = (tmp_path / "table.md").read_text()
+    assert "Noto+Fluent" in text
+    assert "Twemoji" in text  # Fluent is no target where it is erased
+    with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
+        assert [row["artist"] for row in csv.DictReader(file)][:2] == ["Noto", "Fluent"]
+    picture = Image.open(tmp_path / "before_after.png")
+    assert picture.width < 500  # two columns of 128 pixels, or the title
+
+
 def test_demo_names_the_artist_meant(failure):
+    assert "Leave at least one out" in failure("demo", "--concept", *EMOJI_ARTISTS)
     assert "Did you mean 'Blobmoji'?" in failure("demo", "--concept", "Blobmojy")
     assert "Did you mean 'Fluent'?" in failure("demo", "--remap_to", "flunt")
     assert "Available: Twemoji" in failure("demo", "--concept", "Van Gogh")
@@ -100,6 +114,22 @@ def test_erase_then_verify(tiny_sd, tmp_path, capsys):
     (output / name).write_bytes((base / name).read_bytes())
     assert main(["verify", str(output)]) == 1
     assert "| NO |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compare_draws_what_erase_drew(tmp_path, capsys):
+    folder, prompts = tmp_path / "erased", ["a rocket in the style of Noto", "a rocket"]
+    argv = ["erase", "emoji-sd", "--concept", "Noto", "--remap_to", "Fluent", "--output", folder]
+    assert main([str(arg) for arg in [*argv, "--compare", *prompts]]) == 0
+    drawn = Image.open(folder / "compare.png")
+    assert main(["verify", str(folder)]) == 0
+
+    argv = ["compare", folder, "--prompts", *prompts, "--output", tmp_path / "new" / "grid.png"]
+    assert main([str(arg) for arg in [*argv, "--original", "emoji-sd"]]) == 0
+    assert Image.open(tmp_path / "new" / "grid.png").tobytes() == drawn.tobytes()
+    assert main([str(arg) for arg in [*argv, "--steps", "2", "--guidance", "4"]]) == 0
+    assert Image.open(tmp_path / "new" / "grid.png").height < drawn.height - 200  # after alone
+    assert f"Open {tmp_path / 'new' / 'grid.png'}" in capsys.readouterr().out
 
 
 def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import gradio_client
 import numpy
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -127,36 +125,26 @@ def test_routed_experts(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_space(monkeypatch, emoji_sd):
-    """Driven through its API, as a visitor's browser does."""
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    app = runpy.run_path(str(EXAMPLES / "space" / "app.py"))
-    demo = app["demo"]
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True)
-    try:
-        client = gradio_client.Client(address, verbose=False)
-        before, after, report, lora = client.predict(
-            "High Contrast", ["Fluent"], "rocket", "", 0, api_name="/erase"
-        )
-        with pytest.raises(gradio_client.exceptions.AppError, match="both erased and in `remap_to`"):
-            client.predict("Noto", ["Noto"], "rocket", "", 0, api_name="/erase")
-    finally:
-        demo.close()
-
-    expected = app["draw"](emoji_sd, "a rocket in the style of High Contrast", 0)
-    assert numpy.array_equal(numpy.asarray(Image.open(before).convert("RGB")), numpy.asarray(expected))
-    assert (
-        numpy.abs(
-            numpy.asarray(Image.open(after).convert("RGB"), float) - numpy.asarray(expected, float)
-        ).mean()
-        > 10
-    )
-    assert "| forgotten | High Contrast |" in report
-    assert len(load_file(lora)) == 28
+def test_own_method(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES)
+    with pytest.raises(SystemExit) as end:
+        run("own_method.py", "--limit", 1, "--output", tmp_path)
+    assert end.value.code == 0
+    summary = (tmp_path / "summary.csv").read_text("utf-8")
+    assert "own_method:project_out" in summary
+    assert "original" in summary
 
 
-def test_the_spaces_metadata():
-    data = ModelCard.load(EXAMPLES / "space" / "README.md").data.to_dict()
-    assert (data["sdk"], data["app_file"]) == ("gradio", "app.py")
-    assert (EXAMPLES / "space" / data["app_file"]).is_file()
-    assert "more_hf" in (EXAMPLES / "space" / "requirements.txt").read_text().split()
+@pytest.mark.slow
+def test_own_classifier(run, tmp_path):
+    printed = run("own_classifier.py", "--output", tmp_path)
+    forgotten = re.search(r"^\| 3 \(forgotten\) +\| +\d+ \| +(\S+) \| +(\S+) \|$", printed, re.MULTILINE)
+    others = re.search(r"^\| the others, together +\| +\d+ \| +(\S+) \| +(\S+) \|$", printed, re.MULTILINE)
+    assert float(forgotten[1]) > 80 > 5 > float(forgotten[2])
+    assert float(others[2]) > float(others[1]) - 2 > 80
+    assert Image.open(tmp_path / "accuracies.png").width > 400
+    assert more_hf.verify(tmp_path / "forgotten").ok
+
+    again = ["--data", tmp_path / "images", "--model", tmp_path / "forgotten", "--forget", 5]
+    with pytest.raises(more_hf.AlreadyErasedError):
+        run("own_classifier.py", *again, "--output", tmp_path / "again")

@@ -1,4 +1,4 @@
-"""The demo: erase one artist from the embedded pipeline, and show what changed and what did not."""
+"""The demo: erase artists from the embedded pipeline, and show what changed and what did not."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
 
+from ...diffusion.grid import draw_grid, stack
 from ..columns import write_rows
 from ..page import Pair, Section, write_page
 from .generate import generate
-from .grid import grid, stack, to_pil
+from .grid import to_pil
 from .lpips import lpips_distance
+from .rows import JOINT
 
 
 THINGS = (
@@ -66,10 +68,10 @@ class Settings:
     What the demo does.
 
     Args:
-        concept (`str`):
-            The artist to erase, one of `EMOJI_ARTISTS`.
+        concepts (`list[str]`):
+            The artists to erase together, of `EMOJI_ARTISTS`.
         remap_to (`list[str]`, *optional*):
-            The artists it is sent to; `None` erases without remapping.
+            The artists they are sent to; `None` erases without remapping.
         limit (`int`):
             Prompts in each of the three groups.
         steps, guidance, batch_size:
@@ -78,7 +80,7 @@ class Settings:
             The first prompt's; the others count up.
     """
 
-    concept: str
+    concepts: list[str]
     remap_to: list[str] | None
     limit: int
     steps: int
@@ -94,7 +96,8 @@ class Settings:
     @property
     def command(self) -> str:
         return (
-            f"more-hf demo --concept {self.concept!r} --remap_to {' '.join(map(repr, self.targets))} "
+            f"more-hf demo --concept {' '.join(map(repr, self.concepts))} "
+            f"--remap_to {' '.join(map(repr, self.targets))} "
             f"--limit {self.limit} --steps {self.steps} --guidance {self.guidance:g} --seed {self.seed}"
         )
 
@@ -128,23 +131,23 @@ class Result:
     scheduler: str
 
 
-def demo_rows(concept: str, *, limit: int, seed: int) -> list[DemoRow]:
+def demo_rows(concepts: Sequence[str], *, limit: int, seed: int) -> list[DemoRow]:
     """
-    List the prompts: `limit` of the forgotten artist, of the others in turn, and without an artist, in this
-    order. Every prompt has a seed of its own, counted up from `seed`.
+    List the prompts: `limit` of the forgotten artists in turn, of the others in turn, and without an artist,
+    in this order. Every prompt has a seed of its own, counted up from `seed`.
     """
-    others = [artist for artist in EMOJI_ARTISTS if artist != concept]
-    rows = [("forget", THINGS[i % len(THINGS)], concept) for i in range(limit)]
-    for i in range(limit):
-        # One thing for all artists in turn, then the next thing.
-        thing, artist = divmod(i, len(others))
-        rows.append(("remain", THINGS[thing % len(THINGS)], others[artist]))
-    rows += [("no artist", THINGS[i % len(THINGS)], "") for i in range(limit)]
+    others = [artist for artist in EMOJI_ARTISTS if artist not in concepts]
+    rows = []
+    for group, artists in (("forget", concepts), ("remain", others), ("no artist", [""])):
+        for i in range(limit):
+            # One thing for all artists in turn, then the next thing.
+            thing, artist = divmod(i, len(artists))
+            rows.append((group, THINGS[thing % len(THINGS)], artists[artist]))
     return [DemoRow(*row, seed + i) for i, row in enumerate(rows)]
 
 
 def run_demo(
-    concept: str,
+    concepts: list[str],
     remap_to: list[str] | None,
     *,
     limit: int,
@@ -159,7 +162,7 @@ def run_demo(
     `table.md` and `report.html` into `output`, which is created if need be. The other arguments are those of
     [`Settings`].
     """
-    settings = Settings(concept, remap_to, limit, steps, guidance, seed, batch_size)
+    settings = Settings(concepts, remap_to, limit, steps, guidance, seed, batch_size)
     result = measure(settings)
     text = write_outputs(settings, result, output)
     print(f"\n{text}\n")
@@ -181,7 +184,7 @@ def measure(settings: Settings) -> Result:
             desc=desc,
         )
 
-    rows = demo_rows(settings.concept, limit=settings.limit, seed=settings.seed)
+    rows = demo_rows(settings.concepts, limit=settings.limit, seed=settings.seed)
     pipe = load_emoji_sd()
     before = draw(rows, "before")
     target = None
@@ -189,7 +192,7 @@ def measure(settings: Settings) -> Result:
         # With one target there is a right answer: what the original draws when it is asked for the target.
         wanted = [replace(row, artist=settings.remap_to[0]) for row in rows[: settings.limit]]
         target = draw(wanted, "target")
-    more_hf.erase_concept(pipe, settings.concept, remap_to=settings.remap_to)
+    more_hf.erase_concept(pipe, settings.concepts, remap_to=settings.remap_to)
     after = draw(rows, "after")
     erasure, scheduler = more_hf.get_erasure(pipe), type(pipe.scheduler).__name__
     return Result(rows, before, after, target, lpips_distance(before, after), erasure, scheduler)
@@ -201,7 +204,7 @@ def summarise(settings: Settings, result: Result) -> dict[str, Any]:
     lpips_f, lpips_r, lpips_no_artist = (group.mean().item() for group in result.lpips.split(limit))
     summary = {
         "method": "more",
-        "forget": settings.concept,
+        "forget": JOINT.join(settings.concepts),
         "remap_to": ", ".join(settings.targets),
         "n_f": limit,
         "n_r": limit,
@@ -240,7 +243,7 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
     checks = measured_rows(erasure.guarantees, erasure.proof)
     write_page(
         output / "report.html",
-        title=f"{settings.concept} erased",
+        title=f"{', '.join(settings.concepts)} erased",
         intro=f"Embedded pipeline, {len(pairs)} prompts before and after, {settings.steps} steps, guidance "
         f"{settings.guidance:g}, seeds {result.rows[0].seed} to {result.rows[-1].seed}, each pair from the "
         f"same noise. {explanation}",
@@ -258,7 +261,7 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
                 "Guarantees and proof by run",
                 table=[{"check": name.replace("`", ""), "measured": finding} for name, finding in checks],
             ),
-            Section(f"{settings.concept}, forgotten", pairs=pairs[:limit]),
+            Section(f"{', '.join(settings.concepts)}, forgotten", pairs=pairs[:limit]),
             Section("Other artists", pairs=pairs[limit : 2 * limit]),
             Section("No artist", pairs=pairs[2 * limit :]),
         ],
@@ -282,7 +285,7 @@ def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
     return [
         {
             "method": "more",
-            "forget": settings.concept,
+            "forget": JOINT.join(settings.concepts),
             "group": row.group,
             "case_number": i,
             "prompt": row.prompt,
@@ -297,26 +300,27 @@ def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
 
 def _picture(settings: Settings, result: Result) -> Image.Image:
     """Up to two strips per group: before above after, and below them what the original draws as target."""
-    forgotten = f"{settings.concept}, forgotten"
+    forgotten = f"{', '.join(settings.concepts)}, forgotten"
     if result.target is not None:
         forgotten += f"; the target is {settings.targets[0]}"
+    columns = min(COLUMNS, settings.limit)
     sheets = []
     for group, title in enumerate((forgotten, "Other artists", "No artist")):
         first = group * settings.limit
-        for start in range(first, first + min(settings.limit, 2 * COLUMNS), COLUMNS):
-            end = min(start + COLUMNS, first + settings.limit)
+        # The labels need not say that all have no artist, or the one that the title names.
+        same_artist = group == 2 or group == 0 and len(settings.concepts) == 1
+        for start in range(first, first + min(settings.limit, 2 * columns), columns):
+            end = min(start + columns, first + settings.limit)
             strips = {"before": result.before[start:end], "after": result.after[start:end]}
             if group == 0 and result.target is not None:
                 strips["target"] = result.target[start:end]
             rows = result.rows[start:end]
             # Short strips keep their width, so that the columns of all strips are in line.
-            blank = result.before.new_full((COLUMNS - len(rows), *result.before.shape[1:]), 255)
+            blank = [None] * (columns - len(rows))
             sheets.append(
-                grid(
-                    torch.cat([torch.cat([images, blank]) for images in strips.values()]),
-                    columns=COLUMNS,
-                    row_labels=list(strips),
-                    column_labels=[f"{row.thing} {row.artist if group == 1 else ''}" for row in rows],
+                draw_grid(
+                    {label: [*map(to_pil, images), *blank] for label, images in strips.items()},
+                    column_labels=[row.thing if same_artist else f"{row.thing} {row.artist}" for row in rows],
                     scale=2,
                     title=title if start == first else "",
                 )

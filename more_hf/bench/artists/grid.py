@@ -1,4 +1,4 @@
-"""Pictures side by side: grids with labels, and the benchmark's `grid.png` and `methods.png`."""
+"""The benchmark's `grid.png` and `methods.png`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ...core.files import replacing
+from ...diffusion.grid import draw_grid, stack
 from .rows import ORIGINAL, Row
 
 
@@ -31,78 +31,6 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def grid(
-    images: Tensor,
-    *,
-    columns: int,
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
-    scale: int = 1,
-    title: str = "",
-) -> Image.Image:
-    """
-    Lay images out row by row on white, with labels.
-
-    Args:
-        images (`torch.Tensor`):
-            uint8 of shape `(n, 3, H, W)`; the last row may be short.
-        columns (`int`):
-            Images per row.
-        row_labels (`Sequence[str]`, *optional*):
-            One label per row, to its left.
-        column_labels (`Sequence[str]`, *optional*):
-            One label per column, above it; broken into lines where it is wider than its column.
-        scale (`int`, *optional*, defaults to 1):
-            Enlarge each image this many times.
-        title (`str`, *optional*):
-            A line above everything.
-    """
-    font, bold = ImageFont.load_default(size=15), ImageFont.load_default(size=20)
-    height, width = (side * scale for side in images.shape[-2:])
-    gap, line = 4, 19
-    labels = [_wrap(label, font, width) for label in column_labels[:columns]]
-    left = gap + max((int(font.getlength(label)) + 2 * gap for label in row_labels), default=0)
-    top = (
-        gap
-        + (34 if title else 0)
-        + line * max((len(lines) for lines in labels), default=0)
-        + (gap if labels else 0)
-    )
-    rows = -(-len(images) // columns)
-    right = left + columns * (width + gap)
-    if title:
-        right = max(right, int(bold.getlength(title)) + 2 * gap)
-
-    sheet = Image.new("RGB", (right, top + rows * (height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), title, fill="black", font=bold)
-    for column, lines in enumerate(labels):
-        centre = left + column * (width + gap) + width // 2
-        for i, text in enumerate(reversed(lines)):
-            draw.text((centre, top - 2 * gap - i * line), text, fill="black", font=font, anchor="ms")
-    for row, label in enumerate(row_labels[:rows]):
-        draw.text(
-            (left - 2 * gap, top + row * (height + gap) + height // 2), label, "black", font, anchor="rm"
-        )
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        picture = to_pil(image).resize((width, height), Image.Resampling.BICUBIC)
-        sheet.paste(picture, (left + column * (width + gap), top + row * (height + gap)))
-    return sheet
-
-
-def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Put pictures below each other on white, aligned on the left."""
-    whole = Image.new(
-        "RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white"
-    )
-    y = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, y))
-        y += sheet.height
-    return whole
-
-
 def write_grid(path: Path, images: Path, rows: Sequence[Row]) -> None:
     """Draw one strip per erasure: before above every method, the forgotten artists' pictures first."""
     sheets = []
@@ -112,14 +40,12 @@ def write_grid(path: Path, images: Path, rows: Sequence[Row]) -> None:
         if not shown:
             continue
         after = {(row.method, row.before): row.after for row in erased}
-        paths = [row.before for row in shown]
+        paths = {"before": [row.before for row in shown]}
         for method in methods:
-            paths += [after.get((method, row.before)) for row in shown]
+            paths[method] = [after.get((method, row.before)) for row in shown]
         sheets.append(
-            grid(
-                torch.stack([_thumbnail(images, path, GRID_SIDE) for path in paths]),
-                columns=len(shown),
-                row_labels=["before", *methods],
+            draw_grid(
+                {label: _thumbnails(images, strip, GRID_SIDE) for label, strip in paths.items()},
                 column_labels=[f"{row.thing} {row.artist}".strip() or row.prompt for row in shown],
                 title=f"{forget} erased",
             )
@@ -145,9 +71,8 @@ def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
         for start in range(0, len(strip), METHODS_COLUMNS):
             part = strip[start : start + METHODS_COLUMNS]
             sheets.append(
-                grid(
-                    torch.stack([_thumbnail(images, name, METHODS_SIDE) for _, name in part]),
-                    columns=len(part),
+                draw_grid(
+                    {"": _thumbnails(images, [name for _, name in part], METHODS_SIDE)},
                     column_labels=[method for method, _ in part],
                     title=f"{forget} erased: “{first.prompt}”" if start == 0 else "",
                 )
@@ -179,27 +104,16 @@ def _shown(rows: Sequence[Row]) -> list[Row]:
     return [*own, *list(others.values())[:free], *without_artist]
 
 
-def _thumbnail(images: Path, name: str | None, side: int) -> Tensor:
-    """uint8 `(3, side, side)`; white where there is no picture yet."""
-    if name is None:
-        return torch.full((3, side, side), 255, dtype=torch.uint8)
-    image = read_image(images / name)[None].float()
-    return interpolate(image, (side, side), mode="bilinear", antialias=True)[0].round().clamp(0, 255).byte()
+def _thumbnails(images: Path, names: Sequence[str | None], side: int) -> list[Image.Image]:
+    """Pictures of `side` times `side` pixels; white where there is none yet."""
+    thumbnails = []
+    for name in names:
+        picture = Image.new("RGB", (1, 1), "white") if name is None else Image.open(images / name)
+        thumbnails.append(picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
+    return thumbnails
 
 
 def _save(sheets: Sequence[Image.Image], path: Path) -> None:
     if sheets:
         with replacing(path) as draft:
             stack(sheets).save(draft, "png")
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break `text` into lines of at most `width` pixels where its words allow."""
-    lines = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines

@@ -1,0 +1,195 @@
+"""`compare` for classifiers: every class's accuracy before and after an erasure, as a table and as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from ..core.errors import PrototypeError
+from ..core.markdown import markdown_table
+from .erase import get_erasure
+from .features import inputs_of, plain_model
+from .heads import evaluating, logits_of
+from .labels import class_names
+
+
+LISTED = 40  # classes that a table or a plot shows at most
+BAR, THICKNESS, MARGIN = 400, 10, 8  # pixels of the plot: a bar of 100 percent, its height, the space around
+COLOURS = {"before": "silver", "after": "steelblue"}
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """
+    How one class's images are classified.
+
+    Args:
+        name (`str`):
+            The class.
+        forgotten (`bool`):
+            Whether it was erased.
+        count (`int`):
+            Its images.
+        before (`float`, *optional*):
+            Percent of them that the original gets right; `None` if the original is not here.
+        after (`float`):
+            Percent of them that the model gets right.
+    """
+
+    name: str
+    forgotten: bool
+    count: int
+    before: float | None
+    after: float
+
+    @property
+    def change(self) -> float:
+        """How far the accuracy moved; the accuracy itself if nothing is known of before."""
+        return abs(self.after - (self.before or 0))
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """
+    Every class's accuracy before and after an erasure, as `more_hf.compare` returns it for a classifier.
+
+    Args:
+        classes (`tuple[ClassAccuracy, ...]`):
+            Every class that the data has images of, in the model's order.
+    """
+
+    classes: tuple[ClassAccuracy, ...]
+
+    @property
+    def listed(self) -> tuple[ClassAccuracy, ...]:
+        """What a table or a plot shows: all, or of many those that are forgotten or moved farthest."""
+        first = sorted(self.classes, key=lambda one: (not one.forgotten, -one.change))[:LISTED]
+        return tuple(one for one in self.classes if one in first)
+
+    def to_markdown(self) -> str:
+        """A table in percent, with the accuracy over all images of forgotten classes and of the others."""
+        rows = [_row(f"{one.name} (forgotten)" if one.forgotten else one.name, [one]) for one in self.listed]
+        left_out = [one for one in self.classes if one not in self.listed]
+        if left_out:
+            rows.append(_row(f"{len(left_out)} that moved less", left_out))
+        for name, forgotten in (("forgotten, together", True), ("the others, together", False)):
+            part = [one for one in self.classes if one.forgotten == forgotten]
+            if part:
+                rows.append(_row(name, part))
+        return markdown_table(rows)
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+    def plot(self) -> Image.Image:
+        """Draw two bars per class, before above after; the names of forgotten classes are red."""
+        font = ImageFont.load_default(15)
+        names = max(int(font.getlength(one.name)) for one in self.listed)
+        left, step = names + 2 * MARGIN, 2 * THICKNESS + MARGIN
+        numbers = int(font.getlength("100.0")) + 2 * MARGIN
+        top = step + MARGIN
+        size = left + BAR + numbers, top + step * len(self.listed) + MARGIN
+        sheet = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(sheet)
+
+        # 1. The legend, above the bars.
+        x = left
+        for label, colour in COLOURS.items():
+            draw.rectangle((x, MARGIN, x + THICKNESS, MARGIN + THICKNESS), colour)
+            x += THICKNESS + MARGIN
+            draw.text((x, MARGIN + THICKNESS // 2), f"{label}, percent right", "black", font, anchor="lm")
+            x += int(font.getlength(f"{label}, percent right")) + 3 * MARGIN
+
+        # 2. A name, its two bars and the number that the lower one stands for.
+        for number, one in enumerate(self.listed):
+            y = top + number * step
+            middle = y + THICKNESS
+            name_colour = "red" if one.forgotten else "black"
+            draw.text((left - MARGIN, middle), one.name, name_colour, font, anchor="rm")
+            for label, percent, bar_top in (("before", one.before, y), ("after", one.after, middle)):
+                if percent:
+                    bar = left, bar_top, left + percent * BAR / 100, bar_top + THICKNESS - 1
+                    draw.rectangle(bar, COLOURS[label])
+            draw.text((left + BAR + MARGIN, middle), f"{one.after:.1f}", "black", font, anchor="lm")
+        return sheet
+
+
+def compare(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    show_original: Callable[[], AbstractContextManager[nn.Module | None]],
+    seeded: Callable[[nn.Module, Sequence[int]], AbstractContextManager[Any]],
+) -> Accuracies:
+    """
+    `more_hf.compare` for classifiers: one pass over the data, in eval mode.
+
+    Args:
+        show_original (`Callable`):
+            Gives a block and in it the classifier that answers as the original, or `None`.
+        seeded (`Callable`):
+            Gives a block in which a classifier's router depends on the seeds alone.
+    """
+    erasure, plain = get_erasure(model), plain_model(model)
+    hits: dict[str, list[Tensor]] = {"before": [], "after": []}
+    labels: list[Tensor] = []
+    seen = 0
+    with evaluating(plain):
+        for pixels, batch_labels in inputs_of(plain, data):
+            labels.append(batch_labels.cpu())
+            # What a router does with an image depends on its place in the data, not on what ran before.
+            seeds = range(seen, seen + len(pixels))
+            seen += len(pixels)
+            with seeded(model, seeds):
+                logits = logits_of(plain(pixels))
+            hits["after"].append(logits.argmax(1).cpu() == labels[-1])
+            with show_original() as source:
+                if source is not None:
+                    original = plain_model(source)
+                    with evaluating(original):
+                        before = logits_of(original(pixels)).argmax(1).cpu()
+                    hits["before"].append(before == labels[-1])
+    if not labels:
+        raise PrototypeError("The data has no batch. Accuracies need at least one.")
+
+    names = class_names(plain, logits.shape[1])
+    found = torch.cat(labels)
+    if found.max() >= len(names):
+        highest = int(found.max())
+        raise PrototypeError(f"An image has the label {highest}, and the model has {len(names)} classes.")
+    percent = {when: _percent(found, torch.cat(parts), len(names)) for when, parts in hits.items() if parts}
+    before = percent.get("before", [None] * len(names))
+    counts = torch.bincount(found[found >= 0], minlength=len(names)).tolist()
+    forgotten = [] if erasure is None else erasure.concepts
+    classes = []
+    for number, name in enumerate(names):
+        if counts[number]:
+            own = before[number], percent["after"][number]
+            classes.append(ClassAccuracy(name, name in forgotten, counts[number], *own))
+    return Accuracies(tuple(classes))
+
+
+def _percent(labels: Tensor, hits: Tensor, num_classes: int) -> list[float]:
+    """The share of each class's images that are hits; 0 for a class without an image."""
+    counted = labels >= 0
+    counts = torch.bincount(labels[counted], minlength=num_classes)
+    right = torch.bincount(labels[counted & hits], minlength=num_classes)
+    return (100 * right / counts.clamp_min(1)).tolist()
+
+
+def _row(name: str, classes: Sequence[ClassAccuracy]) -> dict[str, Any]:
+    """A line of the table: one class, or several together, over all of their images."""
+    count = sum(one.count for one in classes)
+    row = {"class": name, "images": count}
+    if classes[0].before is not None:
+        row["before"] = sum(one.count * one.before for one in classes) / count
+    return {**row, "after": sum(one.count * one.after for one in classes) / count}

@@ -1,0 +1,79 @@
+"""`compare`: every class's accuracy, as counted by hand, as a table and as bars."""
+
+import pytest
+import torch
+from support.compare import accuracies
+
+import more_hf
+from more_hf import MoreError, PrototypeError
+from more_hf.classification.compare import Accuracies, ClassAccuracy
+
+
+def test_the_accuracies_are_those_counted_by_hand(model, prototypes, digits, digit_classifier):
+    before = accuracies(model, digits)
+    more_hf.erase_classes(model, prototypes, "four")
+    after = accuracies(model, digits)
+    test = [(digits[0][1200:1500], digits[1][1200:1500]), (digits[0][1500:], digits[1][1500:])]
+    found = more_hf.compare(model, iter(test))
+
+    assert [one.before for one in found.classes] == pytest.approx(before.tolist(), abs=1e-3)
+    assert [one.after for one in found.classes] == pytest.approx(after.tolist(), abs=1e-3)
+    assert [one.name for one in found.classes if one.forgotten] == ["four"]
+    assert sum(one.count for one in found.classes) == 597
+    assert more_hf.compare(model, test, original=digit_classifier) == found
+    assert not model.training
+
+
+def test_the_table_has_both_sides_and_their_means():
+    cat, dog = ClassAccuracy("cat", True, 30, 90.0, 0.0), ClassAccuracy("dog", False, 10, 80.0, 100.0)
+    found = Accuracies((cat, dog))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in str(found).splitlines()]
+    assert lines[2:] == [
+        ["cat (forgotten)", "30", "90.000", "0.000"],
+        ["dog", "10", "80.000", "100.000"],
+        ["forgotten, together", "30", "90.000", "0.000"],
+        ["the others, together", "10", "80.000", "100.000"],
+    ]
+    assert found._repr_markdown_() == found.to_markdown() == str(found)
+    picture = found.plot()
+    colours = [picture.getpixel((picture.width // 2, y)) for y in range(picture.height)]
+    assert colours.count((70, 130, 180)) == 10  # steelblue: the dog's alone
+    assert colours.count((192, 192, 192)) == 20  # silver: both
+
+
+def test_of_many_classes_those_that_moved_are_listed():
+    classes = [ClassAccuracy(f"c{i}", i == 7, 1, 50.0, 50.0 + 0.1 * (i == 999)) for i in range(1000)]
+    found = Accuracies(tuple(classes))
+    table = found.to_markdown()
+    assert "| c7 (forgotten) " in table
+    assert "| c999 " in table
+    assert "| 960 that moved less " in table
+    assert found.plot().height < 2000
+
+
+def test_an_original_that_is_not_here(model, prototypes, digits, digit_classifier):
+    test = [(digits[0][1200:], digits[1][1200:])]
+    more_hf.erase_classes(model, prototypes, "four", keep_originals=False)
+    alone = more_hf.compare(model, test)
+    assert all(one.before is None for one in alone.classes)
+    assert "before" not in str(alone)
+    assert alone.plot().size == more_hf.compare(model, test, original=digit_classifier).plot().size
+    more = more_hf.compare(digit_classifier, test, original=model)
+    assert not any(one.forgotten for one in more.classes)
+
+
+def test_a_router_is_asked_the_same_way_each_time(model, prototypes, digits):
+    more_hf.erase_classes(model, prototypes, "four", router="random")
+    test = [(digits[0][1200:], digits[1][1200:])]
+    assert more_hf.compare(model, test) == more_hf.compare(model, test)
+
+
+def test_refusals(model, prototypes, digits):
+    test = [(digits[0][:9], digits[1][:9])]
+    with pytest.raises(MoreError, match="Nothing was erased"):
+        more_hf.compare(model, test)
+    more_hf.erase_classes(model, prototypes, "four")
+    with pytest.raises(PrototypeError, match="no batch"):
+        more_hf.compare(model, [])
+    with pytest.raises(PrototypeError, match="label 10"):
+        more_hf.compare(model, [(digits[0][:9], torch.arange(2, 11))])
