@@ -34,7 +34,7 @@ _EXPORTS = {
     "save_checkpoint": "saving.single_file",
     "save_lora": "saving.lora",
     "to_adapters": "saving.lora",
-    "verify": "saving.folder",
+    "verify": "saving.check",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.errors import MoreError, PrototypeError, SiteNotFoundError
 from ..core.facts import ClassFacts
@@ -241,7 +241,6 @@ def _fit(
             model=type(model).__name__,
             num_classes=next(iter(heads.values())).out_features,
             fingerprint=current.facts.fingerprint if current else fingerprint(originals),
-            separation={name: _separation(originals[name], remaps[name]) for name in sites},
             spaces={name: name for name in sites},  # each head reads its own features
         ),
         sites=sites,
@@ -258,11 +257,6 @@ def _fit(
             "The classes are forgotten by a hook on `%s` only, not at rest: whatever saves this model saves the original.",
             request.at,
         )
-
-
-def _separation(original: Tensor, remap: Remap) -> float:
-    """‖W (p_f − p̄_t)‖ of the original head."""
-    return float((original.double() @ remap.shift()).norm())
 
 
 def _guarantees(remaps: Sequence[Remap], *, mean_only: bool) -> dict[str, float]:

@@ -25,8 +25,6 @@ class Facts:
             Where the original was loaded from; empty if unknown.
         fingerprint (`str`):
             sha256 of the edited layers before the edit.
-        separation (`dict[str, float]`):
-            For each edited layer ‖W (p_f − p̄_t)‖ of the original, with which a saved file is compared.
         spaces (`dict[str, str]`):
             The space that an edited layer reads, where it is not the prompt's tokens.
         base_revision (`str`, *optional*):
@@ -42,7 +40,6 @@ class Facts:
     condition_number: float
     base: str
     fingerprint: str
-    separation: dict[str, float]
     spaces: dict[str, str]
     base_revision: str | None = None
     benchmark: list[dict[str, Any]] | None = None

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 RECORD = "more_hf.json"
 CLASSIFIER = "."  # the folder of a classifier's weights; a pipeline's denoiser has one of its own
+VARIANT = re.compile(r"[A-Za-z0-9_-]+")
+HASH, COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 LARGEST = 2**24  # bytes; a record has some kilobytes
 
 
@@ -82,19 +84,24 @@ class Record:
         Read a folder's record.
 
         Raises:
-            `MoreError`: the folder has none. `IncompatibleBaseError`: it is not a record of this form: a key is missing,
-            a value has another type or is out of range, or a path leads out of the folder.
+            `MoreError`: the folder has none. `IncompatibleBaseError`: it is not a record of this form: a key
+            is missing, a value has another type or is out of range, or a path leads out of the folder.
         """
         path = folder / RECORD
         if not path.is_file():
-            raise MoreError(f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so nothing vouches for it.")
+            raise MoreError(
+                f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so nothing vouches for it."
+            )
         try:
             if path.stat().st_size > LARGEST:
                 raise ValueError(f"it has {path.stat().st_size} bytes")
             data = json.loads(path.read_text("utf-8-sig"))
+            json.dumps(data, ensure_ascii=False).encode()  # raises for half of a surrogate pair
             return cls._from_dict(data, path)
-        except (ValueError, TypeError, RecursionError, PrototypeError) as error:
-            raise IncompatibleBaseError(f"{path} is not a record: {error}. Save the erased model again.") from error
+        except (ValueError, TypeError, OSError, OverflowError, RecursionError, PrototypeError) as error:
+            raise IncompatibleBaseError(
+                f"{path} is not a record: {error}. Save the erased model again."
+            ) from error
 
     @classmethod
     def _from_dict(cls, data: Any, path: Path) -> Record:
@@ -107,7 +114,7 @@ class Record:
         if missing := [field.name for field in fields(cls) if field.name not in data]:
             raise ValueError(f"it lacks {', '.join(map(repr, missing))}")
         if newer := [key for key in data if key not in known]:
-            logger.warning("%s has keys that this version does not know and ignores: %s", path, ", ".join(newer))
+            logger.warning("%s has keys that this version ignores: %s", path, ", ".join(newer))
         hints = get_type_hints(cls)
         parsed = {"request": request.from_dict(data["request"]), "facts": _read_fields(facts, data["facts"])}
         for name in known:
@@ -121,23 +128,27 @@ class Record:
         """Raises `ValueError` for a value of the right type that no erasure could have written."""
         if self.kind == "pipeline" and not re.fullmatch(r"[A-Za-z]\w*", self.denoiser):
             raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
-        if self.variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", self.variant):
+        if self.variant is not None and not VARIANT.fullmatch(self.variant):
             raise ValueError(f"`variant` is {self.variant!r}, which is no part of a file's name")
+        if not HASH.fullmatch(self.layout) or not HASH.fullmatch(self.edited):
+            raise ValueError("`layout` or `edited` is no sha256")
+        if self.facts.base_revision is not None and not COMMIT.fullmatch(self.facts.base_revision):
+            raise ValueError(f"`base_revision` is {self.facts.base_revision!r}, which is no commit")
         if not self.sites:
             raise ValueError("`sites` is empty")
+        if self.kind == "classifier" and set(self.request.head) != set(self.sites):
+            raise ValueError(f"`head` is {list(self.request.head)}, but `sites` are {list(self.sites)}")
         for name, shape in self.sites.items():
             if len(shape) != 2 or min(shape) < 1:
                 raise ValueError(f"the weight of {name!r} has the shape {shape}")
-        for name in self.facts.separation.keys() ^ self.sites.keys():
-            raise ValueError(f"{name!r} is in only one of `sites` and `separation`")
 
 
 def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[str, Site]]) -> None:
     """
     Raise `AlreadyErasedError` if the model's folder was saved erased and its layers are not the base's.
 
-    They are the base's if the original was saved erased over its own folder and then restored. `sites` gives the layers
-    that the record is about.
+    They are the base's if the original was saved erased over its own folder and then restored. `sites` gives
+    the layers that the record is about.
     """
     if not source or not (Path(source) / RECORD).is_file():
         return
@@ -160,7 +171,7 @@ def _read_fields(cls: type, data: Any) -> Any:
 
 
 def check_type(name: str, value: Any, expected: Any) -> None:
-    """Raises `TypeError` unless a value out of JSON has this type: `dict[str, float]`, `str | None` and the like."""
+    """Raises `TypeError` unless a value out of JSON has this type, such as `dict[str, float]`."""
     origin, inner = get_origin(expected), get_args(expected)
     if expected is Any:
         return
@@ -171,8 +182,8 @@ def check_type(name: str, value: Any, expected: Any) -> None:
         return
     plain = origin or expected
     # JSON writes 1.0 as 1 in other languages; True is an integer in Python, but not in JSON
-    matches = isinstance(value, int | float if plain is float else plain) and isinstance(value, bool) == (plain is bool)
-    if not matches:
+    types = int | float if plain is float else plain
+    if not isinstance(value, types) or isinstance(value, bool) != (plain is bool):
         raise TypeError(f"`{name}` is {value!r}, not {expected}")
     if plain is float and not math.isfinite(value):
         raise TypeError(f"`{name}` is {value!r}, not a finite number")

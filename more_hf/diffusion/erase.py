@@ -249,14 +249,8 @@ def _facts(
         base=current.facts.base if current else str(pipe.config.get("_name_or_path") or ""),
         pipeline=type(pipe).__name__,
         fingerprint=fingerprint(originals),
-        separation={name: _separation(originals[name], remaps[site.space]) for name, site in sites.items()},
         spaces={name: site.space for name, site in sites.items() if site.space != "tokens"},
     )
-
-
-def _separation(original: Tensor, remap: Remap) -> float:
-    """‖W (p_f − p̄_t)‖ of an original layer, all forget prototypes together: what `verify` compares a saved file with."""
-    return float((original.float() @ remap.shift().float()).norm())
 
 
 def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoiser: Denoiser) -> list[str]:

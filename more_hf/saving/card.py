@@ -1,39 +1,37 @@
-"""The model card of something erased: what was erased, what that is and is not, how to load it, under the original's licence."""
+"""Write the model card: what was erased, what the edit is and is not, how to load it, under which licence."""
 
 from __future__ import annotations
 
+import html
 import re
-from html import escape
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from ..classification.erasure import ClassErasure
 from ..core.facts import Facts
-from ..core.markdown import markdown_table
+from ..core.markdown import bare_table, markdown_table
 from ..core.record import Record
 from ..diffusion.erasure import ConceptErasure
 
 
-START, END = "<!-- more_hf: every push writes this section again -->", "<!-- more_hf: end of the section -->"
+START = "<!-- more_hf: every push writes this section again -->"
+END = "<!-- more_hf: end of the section -->"
 TAGS = ("more-hf", "concept-erasure", "machine-unlearning")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TASK = {"diffusers": "text-to-image", "transformers": "image-classification"}
-LOAD = {
-    "diffusers": "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({})",
-    "transformers": "from transformers import AutoModelForImageClassification\n\n"
-    "model = AutoModelForImageClassification.from_pretrained({})",
-}
-EXACT = {
-    "diffusers": "- Exact to rounding: the mean features of prompts that name what was erased now give what those of the target give. "
-    "This was checked on these files, layer by layer, before they were uploaded.\n"
-    "- Not exact: a single prompt moves by as much of that mean as it contains. A paraphrase without the name can keep some of the "
-    "concept, and a prompt close to it can lose some of its own.",
-    "transformers": "- Exact to rounding: the mean feature of every forgotten class now gets the scores of its target. These files were "
-    "checked before they were uploaded.\n"
-    "- Not exact: a single image moves by as much of that mean as it contains.\n"
-    "- The backbone is untouched: its features are the original's, and a new head on them can tell the classes apart again.",
-}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+URL = re.compile(r"https?://[\w.~/%#?=&+:@-]+", re.ASCII)
+LIBRARY = {"pipeline": "diffusers", "classifier": "transformers"}
+TASK = {"pipeline": "text-to-image", "classifier": "image-classification"}
+
+# Markdown in a text: emphasis, code, links, mathematics, mentions, cells, and addresses that become links by
+# themselves.
+SPECIAL = re.compile(r"[\\`*\[\]~]|(?<!\w)_|_(?!\w)")
+ENTITIES = re.compile(r"[|@$]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def make_card(
@@ -42,105 +40,142 @@ def make_card(
     *,
     base: ModelCard | None = None,
     existing: ModelCard | None = None,
-    grid: str | None = None,
+    picture: str | None = None,
     with_delta: bool = False,
 ) -> str:
-    """Write the card of an erased pipeline or classifier, or put its section into a card that exists; what else that card says is kept.
+    """
+    Write the card of an erased model, or its section in a card that exists; the rest of that card is kept.
 
     Args:
-        record: the content of `more_hf.json`.
-        repo_id (`str`): where the model will be.
-        base (`ModelCard`, *optional*): the original model's card, whose licence, language and tags are carried over.
-        existing (`ModelCard`, *optional*): the card to extend. It is changed.
-        grid (`str`, *optional*): the file name of a picture of before and after.
-        with_delta (`bool`, defaults to `False`): whether the factors of the edit lie beside the weights.
+        record (`Record`):
+            The content of `more_hf.json`.
+        repo_id (`str`):
+            Where the model will be.
+        base (`ModelCard`, *optional*):
+            The original model's card, whose licence, language and tags are carried over.
+        existing (`ModelCard`, *optional*):
+            The card to extend. It is changed.
+        picture (`str`, *optional*):
+            The file name of a picture of before and after.
+        with_delta (`bool`, *optional*, defaults to `False`):
+            Whether the factors of the edit lie beside the weights.
 
     Example:
 
-        >>> import more_hf
-        >>> from more_hf.core.record import Record
-        >>> from more_hf.saving.card import make_card
-        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
-        >>> record = Record.read(more_hf.save(pipe, "without-blobmoji"))
-        >>> print(make_card(record, "me/emoji-sd-without-blobmoji"))
+    ```py
+    >>> import more_hf
+    >>> from more_hf.core.record import Record
+    >>> from more_hf.saving.card import make_card
+
+    >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+    >>> record = Record.read(more_hf.save(pipe, "without-blobmoji"))
+    >>> print(make_card(record, "me/emoji-sd-without-blobmoji"))
+    ```
     """
-    library = "transformers" if record.kind == "classifier" else "diffusers"
-    card = existing or ModelCard(f"---\nlibrary_name: {library}\n---\n\n# {repo_id.split('/')[-1]}\n")
-    _carry_over(card.data, base.data if base else None, record.facts, library)
-    section = f"{START}\n{_section(record, repo_id, card.data, library, grid, with_delta)}\n{END}"
+    title = repo_id.split("/")[-1]
+    card = existing or ModelCard(f"---\nlibrary_name: {LIBRARY[record.kind]}\n---\n\n# {title}\n")
+    _carry_over(card.data, None if base is None else base.data, record)
+    section = f"{START}\n{_section(record, repo_id, card.data, picture, with_delta)}\n{END}"
     earlier = re.search(f"{re.escape(START)}.*?{re.escape(END)}", card.text, re.DOTALL)
-    card.text = card.text.replace(earlier[0], section) if earlier else f"{card.text.rstrip()}\n\n{section}\n"
+    if earlier:
+        card.text = card.text.replace(earlier[0], section)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
     return str(card)
 
 
-def _carry_over(data, base, facts: Facts, library: str) -> None:
+def escape(value: object) -> object:
+    """
+    Text that Markdown and HTML show as it is, on one line; `Markup` and numbers stay.
+
+    Everything that the card says goes through here: names, targets and results come from whoever made the
+    record.
+    """
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    visible = "".join(c for c in re.sub(r"\s+", " ", value) if not unicodedata.category(c).startswith("C"))
+    text = SPECIAL.sub(r"\\\g<0>", html.escape(visible, quote=False))
+    return Markup(ENTITIES.sub(lambda match: f"&#{ord(match[0])};", text))
+
+
+def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record) -> None:
     """Fill in what the card does not say yet."""
+    facts = record.facts
     model = facts.base if HUB_ID.fullmatch(facts.base) else None
     if data.base_model is None and model is not None:
         data.base_model, data.base_model_relation = model, "finetune"
     if base is not None and data.license is None:
-        data.license, data.license_name, data.license_link = base.license, base.license_name, base.license_link
+        data.license, data.license_name, data.license_link = (
+            base.license,
+            base.license_name,
+            base.license_link,
+        )
         if data.license_link and model and "://" not in data.license_link:
-            data.license_link = f"https://huggingface.co/{model}/blob/{facts.base_revision or 'main'}/{data.license_link}"
-    data.library_name = data.library_name or library
-    data.pipeline_tag = data.pipeline_tag or (base and base.pipeline_tag) or TASK[library]
+            revision = facts.base_revision or "main"
+            data.license_link = f"https://huggingface.co/{model}/blob/{revision}/{data.license_link}"
+    data.library_name = data.library_name or LIBRARY[record.kind]
+    data.pipeline_tag = data.pipeline_tag or (base and base.pipeline_tag) or TASK[record.kind]
     data.language = data.language or (base and base.language)
     data.tags = list(dict.fromkeys([*(data.tags or []), *(base and base.tags or []), *TAGS]))
 
 
-def _section(record: Record, repo_id: str, data, library: str, grid: str | None, with_delta: bool) -> str:
+def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | None, with_delta: bool) -> str:
     request, facts = record.request, record.facts
-    names = " and ".join(f"**{_text(name)}**" for name in request.concepts)
-    model = facts.base or "the original model"
-    if HUB_ID.fullmatch(model):
-        at = f" (revision `{facts.base_revision}`)" if facts.base_revision else ""
-        model = f"[{model}](https://huggingface.co/{model}){at}"
-    source = f'"{repo_id}"' + (f', variant="{record.variant}"' if record.variant else "")
-    kind = ConceptErasure if library == "diffusers" else ClassErasure
-    erasure = kind(request, facts, record.sites, {}, None, record.guarantees, record.proof)
-    parts = [
-        "## What was erased",
-        f"This is {model} without {names}, edited by more_hf {record.more_hf} in closed form, without training.",
-        f"![The same prompts and seeds before and after]({grid})" if grid else "",
-        "## How to load it",
-        f"```python\n{LOAD[library].format(source)}\n```",
-        "Nothing else is needed: the edit is in the weights. `more_hf.load` opens it with the record of what was done, "
-        "and `more-hf verify` checks a downloaded folder against it.",
-        "## What the edit is, and what it is not",
-        f"- {len(record.sites)} layer(s) differ from the original, each by a matrix of rank {facts.rank}. The edit touches nothing "
-        f"else, and all names and shapes are the original's.\n{EXACT[library]}\n"
-        "- The weights tell what was erased: its direction is the one that the edited layers no longer see, and the difference to the "
-        "public original is the edit. Whoever has the original has the concept, and training can teach it again."
-        + ("\n- The factors of the edit lie beside the weights: with both, the original can be computed." if with_delta else "")
-        + (f"\n- {_router(request.router, with_delta)}" if request.router else ""),
-        _licence(data),
-        "## What was done and measured",
-        escape(erasure.to_markdown(), quote=False),
-        _results(facts.benchmark) if facts.benchmark else "",
-    ]
-    return "\n\n".join(filter(None, parts))
-
-
-def _results(rows: list[dict[str, Any]]) -> str:
-    """The table without the ends of intervals, which are in the record."""
-    return markdown_table(rows, [column for column in rows[0] if not column.endswith(("_low", "_high"))])
-
-
-def _router(name: str, with_delta: bool) -> str:
-    where = "is put back by `more_hf.load`" if with_delta else "is not here"
-    return f"The weights hold the mean of all experts. The `{name}` router, which picks one at run time, {where}."
-
-
-def _licence(data) -> str:
-    if data.license is None:
-        return ""
-    name = data.license_name or data.license
-    return (
-        f"The original's licence, {f'[{name}]({data.license_link})' if data.license_link else f'`{name}`'}, holds for this derivative "
-        "with all its conditions, restrictions on use included."
+    environment = Environment(
+        finalize=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text("utf-8"))
+    variant = f', variant="{record.variant}"' if record.variant else ""
+    return template.render(
+        model=_model(facts),
+        names=list(request.concepts),
+        version=record.more_hf,
+        picture=picture and Markup(picture),  # named by `push_to_hub`
+        classifier=record.kind == "classifier",
+        source=Markup(f'"{repo_id}"{variant}'),  # both were checked
+        layers=len(record.sites),
+        rank=facts.rank,
+        with_delta=with_delta,
+        router=request.router,
+        licence=_licence(data),
+        report=_report(record),
+        results=_results(facts.benchmark) if facts.benchmark else None,
     )
 
 
-def _text(name: str) -> str:
-    """A name as plain text: no markup, no line breaks, no end of the section."""
-    return re.sub(r"([\\`*_\[\]])", r"\\\1", escape(" ".join(name.split()), quote=False))
+def _model(facts: Facts) -> str:
+    """The original's name, with a link and the commit if it came from the Hub."""
+    if not HUB_ID.fullmatch(facts.base):
+        return facts.base or "the original model"
+    revision = f" (revision `{facts.base_revision}`)" if facts.base_revision else ""
+    return Markup(f"[{facts.base}](https://huggingface.co/{facts.base}){revision}")
+
+
+def _licence(data: ModelCardData) -> str | None:
+    if data.license is None:
+        return None
+    name = escape(str(data.license_name or data.license))
+    if data.license_link and URL.fullmatch(str(data.license_link)):
+        return Markup(f"[{name}]({data.license_link})")
+    return name
+
+
+def _report(record: Record) -> str:
+    kind = ClassErasure if record.kind == "classifier" else ConceptErasure
+    # The shapes stand for the layers, of which the report says only how many there are.
+    erasure = kind(record.request, record.facts, record.sites, {}, None, record.guarantees, record.proof)
+    return Markup(bare_table((escape(name), escape(finding)) for name, finding in erasure.rows()))
+
+
+def _results(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table without the ends of intervals, which are in the record."""
+    columns = [column for column in rows[0] if not column.endswith(("_low", "_high"))]
+    return Markup(markdown_table([_cells(row, columns) for row in rows]))
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    cells = {}
+    for column in columns:
+        value = row.get(column)
+        cells[escape(column)] = value if isinstance(value, int | float | None) else escape(str(value))
+    return cells

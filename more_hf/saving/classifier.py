@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
@@ -15,47 +14,56 @@ from ..classification.features import plain_model
 from ..classification.heads import find_module
 from ..classification.hook import make_hooks
 from ..core.erasure import Erasure
-from ..core.errors import ExportError, IncompatibleBaseError
+from ..core.errors import ExportError
 from ..core.hook import attach_hooks
 from ..core.record import Record
 from ..core.registry import register
 from ..core.site import Site
-from .record import DELTA, edited_in, read_delta
+from .check import require_saved_weights
+from .delta import read_delta, read_router
 
 
 def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
-    """The classifier inside DDP or `torch.compile`. Raises `ExportError` where a folder would hold the original."""
+    """
+    The classifier inside DDP or `torch.compile`. Raises `ExportError` where a folder would hold the original.
+    """
     model = plain_model(model)
     if erasure.request.at is not None:
         raise ExportError(
-            f"The classes are forgotten by a hook on `{erasure.request.at}` only; the weights are the original's, and saving would "
-            "publish them. Erase at the head (leave `at` out) to get a model that can be saved."
+            f"The classes are forgotten by a hook on `{erasure.request.at}` only; the weights are the "
+            "original's, and saving would publish them. Erase at the head (leave `at` out) to get a model "
+            "that can be saved."
         )
     if not isinstance(model, PreTrainedModel):
         raise ExportError(
-            f"{type(model).__name__} is not a model of Transformers, and has no `save_pretrained`. Its weights are the erased ones: save "
-            "its `state_dict()`, or wrap a timm model in `TimmWrapperForImageClassification` first."
+            f"{type(model).__name__} is not a model of Transformers, and has no `save_pretrained`. Its "
+            "weights are the erased ones: save its `state_dict()`, or wrap a timm model in "
+            "`TimmWrapperForImageClassification` first."
         )
     return model
 
 
-def load_classifier(source: str | os.PathLike, folder: Path, record: Record, **kwargs: Any) -> PreTrainedModel:
-    """The classifier with its record, and with its hook where the factors are in the folder. Raises `IncompatibleBaseError` if the
-    weights are not those that the record was written for."""
-    model = AutoModelForImageClassification.from_pretrained(source, variant=record.variant, use_safetensors=True, **kwargs)
-    if (found := edited_in(folder, record)) != record.edited:
-        raise IncompatibleBaseError(
-            f"The head in {folder} has the fingerprint {found}, but the record beside it was written for {record.edited}: the weights were "
-            "replaced or trained since. Erase from the original model again, or use `from_pretrained`, which reads no record."
-        )
+def load_classifier(
+    source: str | os.PathLike, folder: Path, record: Record, **kwargs: Any
+) -> PreTrainedModel:
+    """
+    The classifier with its record, and with its hook if the factors are in the folder.
+
+    Raises:
+        `IncompatibleBaseError`: the weights are not those that the record was written for.
+    """
+    model = AutoModelForImageClassification.from_pretrained(
+        source, variant=record.variant, use_safetensors=True, **kwargs
+    )
+    require_saved_weights(folder, record)
     sites = {name: Site(name, find_module(model, name), space=name) for name in record.sites}
-    remaps = read_delta(folder / DELTA) if (folder / DELTA).is_file() else {}
+    remaps = read_delta(folder)
     erasure = ClassErasure(record.request, record.facts, sites, remaps, None, record.guarantees, record.proof)
     if remaps:
         erasure.hooks = make_hooks(erasure, sites, next(model.parameters()).device)
         attach_hooks(erasure.hooks, [site.module for site in sites.values()])
-        with safe_open(folder / DELTA, "pt") as file:
-            if "router.weight" in file.keys():
-                erasure.hook.router.weight = file.get_tensor("router.weight").to(erasure.hook.router.weight)
+        trained = read_router(folder)
+        if trained is not None:
+            erasure.hook.router.weight = trained.to(erasure.hook.router.weight)
     register(model, erasure)
     return model

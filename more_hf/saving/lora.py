@@ -1,34 +1,43 @@
-"""The erasure as a LoRA: adapters in memory and one file for diffusers, or for ComfyUI, A1111 and diffusers."""
+"""Export the erasure as a LoRA: adapters in memory, or one file for diffusers, ComfyUI and A1111."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import __version__
 from ..core.erasure import Erasure
 from ..core.errors import AlreadyErasedError, ExportError
-from ..core.record import RECORD
+from ..core.files import replacing
 from ..core.registry import require_editable
 from ..diffusion.erase import get_erasure
 from ..diffusion.sites import Denoiser, find_denoiser
+from .files import path_of, writing
+from .folder import refuse_saved_folder
 
 
-FILE_NAMES = {"peft": "pytorch_lora_weights.safetensors", "kohya": "pytorch_lora_weights_kohya.safetensors"}
+FILE_NAMES = {
+    "peft": "pytorch_lora_weights.safetensors",
+    "kohya": "pytorch_lora_weights_kohya.safetensors",
+}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TOLERANCE = 4  # ‖B A − ΔW‖ / ‖ΔW‖ of a module in units of the dtype's eps; rounding two balanced factors makes a third of one
+# ‖B A − ΔW‖ / ‖ΔW‖ of a layer in units of the dtype's eps; rounding two balanced factors makes a third of
+# one.
+TOLERANCE = 4
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-KOHYA_NAMES = {"add_embedding.linear_1": "label_emb.0.0"}  # the original name, which diffusers maps back (tested)
+KOHYA_NAMES = {
+    "add_embedding.linear_1": "label_emb.0.0"
+}  # the original name, which diffusers maps back (tested)
 
 
 def save_lora(
@@ -39,107 +48,144 @@ def save_lora(
     dtype: torch.dtype = torch.float16,
     expert: int | None = None,
 ) -> Path:
-    """Write the erasure as one LoRA file for the original model, and return where it is. The pipeline is not changed.
+    """
+    Write the erasure as one LoRA file for the original model. The pipeline is not changed.
 
-    Loaded into the original at weight 1 it gives the erased model, up to the rounding of `dtype`: the change of an edited layer has
-    the rank of the forget prototypes, so nothing is approximated. On a model that is erased already it does not belong.
+    Loaded into the original at weight 1 it gives the erased model, up to the rounding of `dtype`: the change
+    of an edited layer has the rank of the forget prototypes, so nothing is approximated. Do not load it into
+    a model that is already erased.
 
-    The file is the inverse of the erasure: whoever has it and the erased weights subtracts it and has the concept back. It is for
-    people who have the original anyway; keep it out of a repository whose erased weights are meant to stay erased.
+    The file is the inverse of the erasure: whoever has it and the erased weights subtracts it and has the
+    concept back. It is for people who have the original anyway; keep it out of a repository whose erased
+    weights are meant to stay erased.
 
     Args:
-        pipe (`DiffusionPipeline`): an erased pipeline whose original weights were kept (`keep_originals=True`).
-        path: a file that ends in `.safetensors`, which is replaced if it exists, or a folder, where the file is named
-            `pytorch_lora_weights.safetensors` (`peft`, which `load_lora_weights(folder)` finds) or
+        pipe (`DiffusionPipeline`):
+            An erased pipeline whose original weights were kept (`keep_originals=True`).
+        path (`str` or `os.PathLike`):
+            A file that ends in `.safetensors`, which is replaced if it exists, or a folder, where the file is
+            named `pytorch_lora_weights.safetensors` (`peft`, which `load_lora_weights(folder)` finds) or
             `pytorch_lora_weights_kohya.safetensors` (for which it needs `weight_name=`).
-        format (`str`, defaults to `"peft"`): `"peft"` for diffusers, `"kohya"` for ComfyUI and A1111, which diffusers reads too.
-        dtype (`torch.dtype`, defaults to `torch.float16`): of the factors; `torch.bfloat16` and `torch.float32` as well.
-        expert (`int`, *optional*): this expert alone; by default the mean expert, which is in the erased weights.
+        format (`str`, *optional*, defaults to `"peft"`):
+            `"peft"` for diffusers, `"kohya"` for ComfyUI and A1111, which diffusers reads too.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
+            Of the factors; `torch.bfloat16` and `torch.float32` as well.
+        expert (`int`, *optional*):
+            This expert alone; by default the mean expert, which is in the erased weights.
+
+    Returns:
+        `Path`: the file.
 
     Raises:
-        `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, the file would stand beside erased
-        weights, or no loader takes such a file for this family (PixArt in any format, others than UNets in `"kohya"`);
-        `AlreadyErasedError`: the original weights are not here. Nothing is written then.
+        `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, the file
+        would be next to erased weights, it could not be written, or no loader takes such a file for this
+        family (PixArt in any format, others than UNets in `"kohya"`). `AlreadyErasedError`: the original
+        weights are not here. Nothing is written then.
 
     Example:
 
-        >>> import more_hf
-        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
-        >>> file = more_hf.save_lora(pipe, "without_blobmoji", format="kohya")
-        >>> original = more_hf.load_emoji_sd()
-        >>> original.load_lora_weights(file.parent, weight_name=file.name)
+    ```py
+    >>> import more_hf
+
+    >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+    >>> file = more_hf.save_lora(pipe, "without_blobmoji", format="kohya")
+    >>> original = more_hf.load_emoji_sd()
+    >>> original.load_lora_weights(file.parent, weight_name=file.name)
+    ```
     """
-    if format not in FILE_NAMES:
+    if not isinstance(format, str) or format not in FILE_NAMES:
         raise ExportError(f"Unknown format {format!r}. Choose one of {', '.join(map(repr, FILE_NAMES))}.")
-    path = Path(path)
+    path = path_of("path", path)
     if path.suffix in PICKLES:
         raise ExportError(f"{path} would be a pickle. Give a name that ends in .safetensors, or a folder.")
     if path.suffix != ".safetensors":
         path /= FILE_NAMES[format]
-    for folder in path.resolve().parents:
-        if (folder / RECORD).is_file():
-            raise ExportError(
-                f"{folder} holds an erased pipeline, from which a LoRA beside it gets the concept back. Choose another folder."
-            )
+    refuse_saved_folder(path, "from which a LoRA next to it gets the concept back")
     denoiser, erasure = _find(pipe)
     if format == "kohya" and denoiser.name != "unet":
         raise ExportError(
-            f'The names of format="kohya" are those of UNets, and {denoiser.family.name} has none. Pass format="peft", which diffusers '
-            "and ComfyUI read for this model."
+            f'The names of format="kohya" are those of UNets, and {denoiser.family.name} has none. '
+            'Pass format="peft", '
+            "which diffusers and ComfyUI read for this model."
         )
     factors = _factors(erasure, expert, dtype)
-    tensors = _peft(factors, denoiser.name) if format == "peft" else _kohya(factors, denoiser.name)
     metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure, expert))}
-    if format == "kohya":
+    if format == "peft":
+        tensors = _peft(factors, denoiser.name)
+    else:
+        tensors = _kohya(factors, denoiser.name)
         metadata |= _kohya_metadata(pipe, denoiser, erasure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as draft:
-        file = Path(draft) / path.name
-        file.write_bytes(save(tensors, metadata=metadata))  # `save_file` makes files that nobody else may read
-        os.replace(file, path)
+    with writing(path), replacing(path) as draft:
+        draft.write_bytes(
+            to_bytes(tensors, metadata=metadata)
+        )  # `save_file` makes files that nobody else may read
     return path
 
 
-def to_adapters(pipe: DiffusionPipeline, *, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Tensor]]:
-    """Every expert as a LoRA in memory: `{"expert_0": state dict, ...}` for `load_lora_weights`. The pipeline is not changed.
+def to_adapters(
+    pipe: DiffusionPipeline, *, dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, Tensor]]:
+    """
+    Give every expert as a LoRA in memory. The pipeline is not changed.
 
-    For the original pipeline: load each under its name, then `set_adapters("expert_1")` before a call is that expert, and all of
-    them at equal weights that sum to 1 are the mean expert. They have one rank, so `hotswap=True` works between them.
+    Load each into the original pipeline under its name: `set_adapters("expert_1")` before a call is that
+    expert, and all of them at equal weights that sum to 1 are the mean expert. They have one rank, so
+    `hotswap=True` works between them.
 
     Args:
-        pipe (`DiffusionPipeline`): an erased pipeline whose original weights were kept.
-        dtype (`torch.dtype`, defaults to `torch.float32`): of the factors; `torch.float16` and `torch.bfloat16` as well.
+        pipe (`DiffusionPipeline`):
+            An erased pipeline whose original weights were kept.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Of the factors; `torch.float16` and `torch.bfloat16` as well.
 
-    Returns state dicts with `unet.<layer>.lora_A.weight` `(rank, in_features)` and `unet.<layer>.lora_B.weight`
-    `(out_features, rank)`, on the CPU; no two tensors share memory. Raises `ExportError` and `AlreadyErasedError` as `save_lora` does.
+    Returns:
+        `dict[str, dict[str, Tensor]]`: a state dict for `load_lora_weights` under each of the names
+        `expert_0`, `expert_1`, ..., with `unet.<layer>.lora_A.weight` `(rank, in_features)` and
+        `unet.<layer>.lora_B.weight` `(out_features, rank)`, on the CPU; no two tensors share memory.
+
+    Raises:
+        `ExportError` and `AlreadyErasedError`: as `save_lora` does.
 
     Example:
 
-        >>> import more_hf
-        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent", "Noto"])
-        >>> original = more_hf.load_emoji_sd()
-        >>> for name, state_dict in more_hf.to_adapters(pipe).items():
-        ...     original.load_lora_weights(state_dict, adapter_name=name)
-        >>> original.set_adapters("expert_1")
+    ```py
+    >>> import more_hf
+
+    >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent", "Noto"])
+    >>> original = more_hf.load_emoji_sd()
+    >>> for name, state_dict in more_hf.to_adapters(pipe).items():
+    ...     original.load_lora_weights(state_dict, adapter_name=name)
+    >>> original.set_adapters("expert_1")
+    ```
     """
     denoiser, erasure = _find(pipe)
-    return {f"expert_{expert}": _peft(_factors(erasure, expert, dtype), denoiser.name) for expert in range(erasure.remap.num_experts)}
+    adapters = {}
+    for expert in range(erasure.remap.num_experts):
+        adapters[f"expert_{expert}"] = _peft(_factors(erasure, expert, dtype), denoiser.name)
+    return adapters
 
 
 def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
     denoiser = find_denoiser(pipe)
     if not hasattr(pipe, "load_lora_weights"):
         raise ExportError(
-            f"diffusers loads no LoRA into a {type(pipe).__name__} (it has no `load_lora_weights`), so nothing could read the file. Save "
-            "the erased weights with `more_hf.save`."
+            f"diffusers loads no LoRA into a {type(pipe).__name__} (it has no `load_lora_weights`), so "
+            "nothing could read the file. Save the erased weights with `more_hf.save`."
         )
-    erasure = get_erasure(pipe) or require_editable(denoiser.module)  # which refuses a copy of an erased model
+    erasure = get_erasure(pipe) or require_editable(
+        denoiser.module
+    )  # which refuses a copy of an erased model
     if erasure is None:
-        raise ExportError("Nothing was erased from this pipeline, so there is no LoRA of it. Call `more_hf.erase_concept` first.")
+        raise ExportError(
+            "Nothing was erased from this pipeline, so there is no LoRA of it. Call `more_hf.erase_concept` "
+            "first."
+        )
     if erasure.originals is None:
         raise AlreadyErasedError(
-            f"A LoRA is relative to the original weights, which this pipeline without {', '.join(map(repr, erasure.concepts))} no longer "
-            f"has. Load {erasure.facts.base or 'the original model'}, erase there with keep_originals=True, and export that."
+            "A LoRA is relative to the original weights, which this pipeline without "
+            f"{', '.join(map(repr, erasure.concepts))} no longer has. Load "
+            f"{erasure.facts.base or 'the original model'}, erase there with keep_originals=True, and export "
+            "that."
         )
     return denoiser, erasure
 
@@ -147,36 +193,50 @@ def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
 def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> `lora_A` `(rank, in_features)` and `lora_B` `(out_features, rank)` in `dtype`, on the CPU."""
     if dtype not in DTYPES:
-        raise ExportError(f"A LoRA cannot be written in {dtype}. Choose one of {', '.join(map(str, DTYPES))}.")
+        raise ExportError(
+            f"A LoRA cannot be written in {dtype}. Choose one of {', '.join(map(str, DTYPES))}."
+        )
     if expert is not None and expert not in range(erasure.remap.num_experts):
-        raise ExportError(f"There is no expert {expert}. This erasure has {erasure.remap.num_experts}, counted from 0.")
+        raise ExportError(
+            f"There is no expert {expert}. This erasure has {erasure.remap.num_experts}, counted from 0."
+        )
     factors, limit = {}, TOLERANCE * torch.finfo(dtype).eps
     for name, weight in erasure.originals.items():
         lora_A, lora_B = erasure.remap_of(name).delta(weight, expert)
-        lora_A = pad(lora_A, (0, erasure.sites[name].module.in_features - weight.shape[1]))  # columns that do not read text stay
+        lora_A = pad(
+            lora_A, (0, erasure.sites[name].module.in_features - weight.shape[1])
+        )  # columns that do not read text stay
         rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B, erasure.remap.rank))
         delta = lora_B @ lora_A
         size, error = float(delta.norm()), float((rounded_B.double() @ rounded_A.double() - delta).norm())
         if not error <= limit * size:
-            remedy = "The layer's weights are out of its range" if dtype is torch.float32 else "Pass dtype=torch.float32"
+            remedy = (
+                "The layer's weights are out of its range"
+                if dtype is torch.float32
+                else "Pass dtype=torch.float32"
+            )
             raise ExportError(
-                f"The change of `{name}`, of size {size:.1e}, does not fit {dtype}: it would be wrong by {error:.1e}, more than "
-                f"{limit:.1e} of it. {remedy}."
+                f"The change of `{name}`, of size {size:.1e}, does not fit {dtype}: it would be wrong by "
+                f"{error:.1e}, more than {limit:.1e} of it. {remedy}."
             )
         factors[name] = rounded_A, rounded_B
     return factors
 
 
 def _balance(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of this rank and the same product, with orthogonal terms, split evenly: ‖row i of A‖ = ‖column i of B‖ = √(singular value).
+    """
+    Factors of this rank and product, with orthogonal terms, split evenly: row i of A and column i of B
+    both have the norm √(singular value).
 
-    As `Remap.delta` gives them the terms partly cancel, most of all for several concepts: rounded to half precision they lose what
-    these keep.
+    As `Remap.delta` gives them the terms partly cancel, most of all for several concepts: rounded to half
+    precision they lose what these keep.
     """
     Q_A, R_A = torch.linalg.qr(lora_A.T)
     Q_B, R_B = torch.linalg.qr(lora_B)
     left, sizes, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    missing = rank - len(sizes)  # fewer prototypes, or a narrower layer: every layer of a file has the same rank
+    missing = rank - len(
+        sizes
+    )  # fewer prototypes, or a narrower layer: every layer of a file has the same rank
     balanced_A, balanced_B = ((Q_A @ right.T) * sizes.sqrt()).T, (Q_B @ left) * sizes.sqrt()
     return pad(balanced_A, (0, 0, 0, missing)).contiguous(), pad(balanced_B, (0, missing)).contiguous()
 
@@ -184,27 +244,30 @@ def _balance(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]
 def _peft(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str, Tensor]:
     tensors = {}
     for name, (lora_A, lora_B) in factors.items():
-        tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = lora_A, lora_B
+        tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = (
+            lora_A,
+            lora_B,
+        )
     return tensors
 
 
 def _kohya(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str, Tensor]:
-    """alpha is the rank: loaders scale by alpha / rank."""
-    tensors = {}
-    for name, (lora_A, lora_B) in factors.items():
-        key = f"lora_{component}_{KOHYA_NAMES.get(name, name).replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = lora_A, lora_B
-        tensors[f"{key}.alpha"] = torch.tensor(float(len(lora_A)))
-    return tensors
+    renamed = {KOHYA_NAMES.get(name, name): pair for name, pair in factors.items()}
+    return convert_state_dict_to_kohya(_peft(renamed, component))
 
 
 def _record(erasure: Erasure, expert: int | None) -> dict:
-    facts = {key: asdict(erasure.facts)[key] for key in ("solver", "rank", "num_experts", "base", "fingerprint")}
+    facts = {
+        key: asdict(erasure.facts)[key] for key in ("solver", "rank", "num_experts", "base", "fingerprint")
+    }
     return {"more_hf": __version__, "request": erasure.request.to_dict(), "expert": expert, **facts}
 
 
 def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasure) -> dict[str, str]:
-    """What A1111 and ComfyUI show and sort by, in the names of kohya's trainer and of Stability's model specification."""
+    """
+    What A1111 and ComfyUI show and sort by, in the names of kohya's trainer and of Stability's model
+    specification.
+    """
     config, rank = denoiser.module.config, str(erasure.remap.rank)
     version = "xl" if denoiser.family.pooled else "v2" if config.use_linear_projection else "v1"
     v_prediction = pipe.scheduler.config.get("prediction_type") == "v_prediction"
@@ -225,5 +288,6 @@ def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasur
         "modelspec.title": title,
         "modelspec.resolution": f"{width * pipe.vae_scale_factor}x{height * pipe.vae_scale_factor}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
-        "modelspec.usage_hint": "Weight 1 on the original model erases, 0 does not. Not for a model that is erased already.",
+        "modelspec.usage_hint": "Weight 1 on the original model erases, 0 does not. "
+        "Not for a model that is already erased.",
     }

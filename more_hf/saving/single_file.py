@@ -1,10 +1,9 @@
-"""A Stable Diffusion 1.x or 2.x pipeline under the names of the original single-file checkpoints, which ComfyUI and A1111 open."""
+"""Export a Stable Diffusion 1.x or 2.x pipeline as one file under the names that ComfyUI and A1111 open."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..core.errors import ExportError
-from ..core.install import PROOF_TOLERANCE
-from ..core.record import RECORD
+from ..core.files import replacing
+from ..core.site import EDITABLE
 from ..diffusion.erase import get_erasure
 from ..diffusion.sites import find_denoiser
-from .folder import _shifts
+from .check import TOLERANCE, left_over, pipeline_shifts
+from .files import path_of, writing
+from .folder import refuse_saved_folder
 
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -43,8 +44,20 @@ _UNET_RESNET = {
     "conv_shortcut.": "skip_connection.",
 }
 _VAE = {"conv_in.": "conv_in.", "conv_norm_out.": "norm_out.", "conv_out.": "conv_out."}
-_VAE_RESNET = {"norm1.": "norm1.", "conv1.": "conv1.", "norm2.": "norm2.", "conv2.": "conv2.", "conv_shortcut.": "nin_shortcut."}
-_VAE_ATTENTION = {"group_norm.": "norm.", "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "proj_out."}
+_VAE_RESNET = {
+    "norm1.": "norm1.",
+    "conv1.": "conv1.",
+    "norm2.": "norm2.",
+    "conv2.": "conv2.",
+    "conv_shortcut.": "nin_shortcut.",
+}
+_VAE_ATTENTION = {
+    "group_norm.": "norm.",
+    "to_q.": "q.",
+    "to_k.": "k.",
+    "to_v.": "v.",
+    "to_out.0.": "proj_out.",
+}
 _OPEN_CLIP = {
     "embeddings.token_embedding.": "token_embedding.",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -60,21 +73,32 @@ _OPEN_CLIP_LAYER = {
 
 
 def original_layout(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """All weights of the pipeline under the original checkpoint's names. The pipeline is not changed; most tensors are its own.
+    """
+    All weights of the pipeline under the original checkpoint's names. The pipeline is not changed; most
+    tensors are its own.
 
-    The text encoder keeps transformers' names in Stable Diffusion 1.x and has OpenCLIP's in 2.x, with query, key and value in one
-    matrix. What is in no 2.x pipeline (the last text layer and the projection, which none uses) is not here either.
+    The text encoder keeps transformers' names in Stable Diffusion 1.x and has OpenCLIP's in 2.x, with query,
+    key and value in one matrix. What is in no 2.x pipeline (the last text layer and the projection, which
+    none uses) is not here either.
 
-    Raises `ExportError` if a tensor has no place there: another model, an adapter, or a LoRA that is not fused.
+    Raises:
+        `ExportError`: a tensor has no place there: another model, an adapter, or a LoRA that is not fused.
     """
     denoiser = find_denoiser(pipe)
     unet = denoiser.module
     if denoiser.name != "unet":
-        raise ExportError(f"A {type(unet).__name__} has no Stable Diffusion 1.x or 2.x checkpoint. Save a folder with `more_hf.save`.")
+        raise ExportError(
+            f"A {type(unet).__name__} has no Stable Diffusion 1.x or 2.x checkpoint. Save a folder with "
+            "`more_hf.save`."
+        )
     tensors = _renamed(unet.state_dict(), _unet_names(unet), UNET)
     for name, tensor in _renamed(pipe.vae.state_dict(), _vae_names(pipe.vae), VAE).items():
-        tensors[name] = tensor[:, :, None, None] if ".mid.attn_1." in name and tensor.ndim == 2 else tensor  # a 1x1 convolution there
-    text = {name.removeprefix("text_model."): tensor for name, tensor in pipe.text_encoder.state_dict().items()}
+        tensors[name] = (
+            tensor[:, :, None, None] if ".mid.attn_1." in name and tensor.ndim == 2 else tensor
+        )  # a 1x1 convolution there
+    text = {
+        name.removeprefix("text_model."): tensor for name, tensor in pipe.text_encoder.state_dict().items()
+    }
     if unet.config.use_linear_projection:  # Stable Diffusion 2.x
         return {**tensors, **_open_clip(text, pipe.text_encoder.config.num_hidden_layers)}
     return {**tensors, **{CLIP + name: tensor for name, tensor in text.items()}}
@@ -94,8 +118,9 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
     start = next((start for start in names if name.startswith(start)), None)
     if start is None or "lora_" in name or ".processor." in name:
         raise ExportError(
-            f"`{name}` has no place in a Stable Diffusion 1.x or 2.x checkpoint: this is another model, or a LoRA or adapter is loaded. "
-            "Fuse or unload it first, or save the pipeline as a folder with `more_hf.save`."
+            f"`{name}` has no place in a Stable Diffusion 1.x or 2.x checkpoint: this is another model, or a "
+            "LoRA or adapter is loaded. Fuse or unload it first, or save the pipeline as a folder with "
+            "`more_hf.save`."
         )
     return names[start] + name[len(start) :]
 
@@ -132,7 +157,8 @@ def _vae_names(vae: nn.Module) -> dict[str, str]:
         blocks = part.down_blocks if side == "encoder" else part.up_blocks
         down, change = ("down", "downsample") if side == "encoder" else ("up", "upsample")
         for i, block in enumerate(blocks):
-            place = f"{side}.{down}.{i if side == 'encoder' else len(blocks) - 1 - i}."  # the decoder's are counted from its end
+            number = i if side == "encoder" else len(blocks) - 1 - i  # the decoder's are counted from its end
+            place = f"{side}.{down}.{number}."
             for j in range(len(block.resnets)):
                 names |= _inside(f"{side}.{down}_blocks.{i}.resnets.{j}.", f"{place}block.{j}.", _VAE_RESNET)
             names[f"{side}.{down}_blocks.{i}.{change}rs.0."] = f"{place}{change}."
@@ -147,7 +173,11 @@ def _open_clip(text: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             parts = [text[f"encoder.layers.{i}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
             joined[f"{OPEN_CLIP}{place}attn.in_proj_{kind}"] = torch.cat(parts)
-    single = {name: tensor for name, tensor in text.items() if not any(f".{letter}_proj." in name for letter in "qkv")}
+    single = {
+        name: tensor
+        for name, tensor in text.items()
+        if not any(f".{letter}_proj." in name for letter in "qkv")
+    }
     return {**_renamed(single, names, OPEN_CLIP), **joined}
 
 
@@ -155,46 +185,62 @@ def _inside(start: str, place: str, parts: Mapping[str, str]) -> dict[str, str]:
     return {start + old: place + new for old, new in parts.items()}
 
 
-def save_checkpoint(pipe: DiffusionPipeline, file: str | os.PathLike, *, dtype: torch.dtype = torch.float16) -> Path:
-    """Write an erased Stable Diffusion 1.x or 2.x pipeline as one checkpoint file, for ComfyUI, A1111 and `from_single_file`.
+def save_checkpoint(
+    pipe: DiffusionPipeline, file: str | os.PathLike, *, dtype: torch.dtype = torch.float16
+) -> Path:
+    """
+    Write an erased Stable Diffusion 1.x or 2.x pipeline as one checkpoint file, for ComfyUI, A1111 and
+    `from_single_file`.
 
-    It holds the text encoder, the denoiser and the VAE under the names of the original checkpoints. The pipeline is not changed.
+    It holds the text encoder, the denoiser and the VAE under the names of the original checkpoints. The
+    pipeline is not changed.
 
     Args:
-        pipe (`DiffusionPipeline`): an erased pipeline.
-        file: a path that ends in `.safetensors`; an existing file is replaced.
-        dtype (`torch.dtype`, defaults to `torch.float16`): of all tensors.
+        pipe (`DiffusionPipeline`):
+            An erased pipeline.
+        file (`str` or `os.PathLike`):
+            A path that ends in `.safetensors`; an existing file is replaced.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
+            Of all tensors.
 
-    Raises `ExportError`, with nothing written, if nothing was erased, the pipeline has tensors without a place in such a file, its
-    weights are not the erased ones, or the file would lie in a folder that `save` wrote, whose record does not cover it.
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ExportError`: nothing was erased, the pipeline has tensors without a place in such a file, its
+        weights are not the erased ones, the file would be in a folder that `save` wrote, whose record does
+        not cover it, or it could not be written. Nothing is written then.
 
     Example:
 
-        >>> import more_hf
-        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
-        >>> file = more_hf.save_checkpoint(pipe, "emoji-sd-without-blobmoji.safetensors")
+    ```py
+    >>> import more_hf
+
+    >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+    >>> file = more_hf.save_checkpoint(pipe, "emoji-sd-without-blobmoji.safetensors")
+    ```
     """
-    file = Path(file)
+    file = path_of("file", file)
     if file.suffix != ".safetensors":
-        raise ExportError(f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code.")
-    if folder := next((folder for folder in file.resolve().parents if (folder / RECORD).is_file()), None):
-        raise ExportError(f"{folder} holds a saved pipeline, whose record does not cover a second set of weights. Choose another folder.")
+        raise ExportError(
+            f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code."
+        )
+    if dtype not in EDITABLE:
+        raise ExportError(f"`dtype` must be one of {', '.join(map(str, EDITABLE))}, got {dtype!r}.")
+    refuse_saved_folder(file, "whose record does not cover a second set of weights")
     erasure = get_erasure(pipe)
     if erasure is None:
         raise ExportError("Nothing was erased from this pipeline. Call `more_hf.erase_concept` first.")
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original_layout(pipe).items()}
-    shift = (erasure.remap.shift() if erasure.remap else _shifts(pipe, erasure.request)["tokens"]).float()
+    shift = pipeline_shifts(pipe, erasure.request)["tokens"]
     for site, name in site_keys(pipe, erasure.sites).items():
-        left = float((tensors[name].cpu().float() @ shift).norm()) / erasure.facts.separation[site]
-        if not left < PROOF_TOLERANCE[dtype]:
+        left = left_over(tensors[name], shift)
+        if not left < TOLERANCE:
             raise ExportError(
-                f"`{site}` still tells the concept from its target ({left:.1e} of the original's). Was a LoRA fused or the model trained "
-                "since, or is this inside `more_hf.disabled`? Undo that, then save."
+                f"`{site}` still tells the concept from its target ({left:.1e} is left). Was a LoRA fused, "
+                "or the model or its text encoder changed since? Undo that, then save."
             )
     facts = {"more_hf": __version__, "request": erasure.request.to_dict(), "base": erasure.facts.base}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}.") as draft:
-        beside = Path(draft) / file.name
-        beside.write_bytes(to_bytes(tensors, metadata={"format": "pt", "more_hf": json.dumps(facts)}))
-        os.replace(beside, file)
+    with writing(file), replacing(file) as draft:
+        draft.write_bytes(to_bytes(tensors, metadata={"format": "pt", "more_hf": json.dumps(facts)}))
     return file

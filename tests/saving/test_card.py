@@ -6,10 +6,13 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support.hub import BASE, REVISION, card_of, erase
 
 import more_hf
+from more_hf.core.record import Record
+from more_hf.saving.card import END, START, make_card
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -107,3 +110,51 @@ def test_a_licence_that_cannot_be_read_is_said(saved, hub, caplog, base):
     assert "licence is not in this card" in caplog.text
     assert card_of(hub).data.license is None
     assert "licence" not in card_of(hub).text
+
+
+INJECTIONS = [
+    "[click](https://evil.example)",
+    "![x](https://evil.example/x.png)",
+    "a | b",
+    "a\n# owned",
+    "a\u2028# owned",
+    "cat\u202egod",
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "https://evil.example",
+    "www.evil.example",
+    "`code`",
+    "$$x$$",
+    "{{ 7 * 7 }}",
+    "**bold** _it_ ~~no~~",
+]
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_names_and_results_stay_plain_text(saved, hub, text):
+    """Names, aliases, targets, reasons and results come from whoever made the record."""
+    record = json.loads((saved / "more_hf.json").read_text("utf-8"))
+    record["request"]["concepts"] = {"van gogh": [text]}
+    record["request"]["remap_to"] = {"van gogh": [text]}
+    record["facts"]["solver_reason"] = record["facts"]["solver"] = record["more_hf"] = text
+    record["facts"]["leaks"] = [text]
+    record["guarantees"] = {text: 1.0}
+    record["facts"]["benchmark"] = [{text: text, "lpips_f": 0.25}]
+    (saved / "more_hf.json").write_text(json.dumps(record), "utf-8")
+    card = make_card(Record.read(saved), "me/erased")
+
+    for live in ("](https://evil", "<script", "<img", "\u202e", "\u2028", "\n# owned", " https://evil", "www.evil", "$$", "**bold"):
+        assert live not in card
+    assert "<!--" not in card.replace(START, "").replace(END, "")
+    tables = [line for line in card.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {3}  # two columns each
+    assert "| 49 |" not in card
+
+
+def test_a_licence_cannot_break_the_card(saved):
+    base = ModelCard("---\nlicense: other\nlicense_name: \"x](https://evil.example) | <b>\"\nlicense_link: 'javascript:alert(1)'\n---\n")
+    card = make_card(Record.read(saved), "me/erased", base=base)
+    _, _, body = card.split("---", 2)
+    assert "javascript" not in body
+    assert "](https://evil" not in body
+    assert "<b>" not in body

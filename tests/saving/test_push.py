@@ -33,7 +33,7 @@ def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
     folder = more_hf.save(pipe, tmp_path / "erased", **options)
     assert more_hf.push_to_hub(folder, "me/erased", private=True, api=hub) == "the commit"
 
-    assert hub.writes == [("create_repo", True), ("create_commit", "Upload the model without van gogh")]
+    assert hub.writes == [("create_repo", True), ("upload_folder", "Upload the model without van gogh")]
     files = hub.repos["me/erased"]["main"]
     assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} | {"README.md"}
     downloaded = hub.to_folder("me/erased", tmp_path / "downloaded_repo")
@@ -49,7 +49,7 @@ def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     more_hf.push_to_hub(more_hf.save(pipe, tmp_path / "erased"), "me/folder", api=hub)
     more_hf.push_to_hub(pipe, "me/pipeline", api=hub, commit_message="Without a style")
-    assert hub.writes[-1] == ("create_commit", "Without a style")
+    assert hub.writes[-1] == ("upload_folder", "Without a style")
     folder, pushed = hub.repos["me/folder"]["main"], hub.repos["me/pipeline"]["main"]
     assert folder.pop("README.md").replace(b"me/folder", b"me/pipeline").replace(b"# folder", b"# pipeline") == pushed.pop("README.md")
     assert folder == pushed
@@ -144,7 +144,7 @@ def test_nothing_erased(tiny_sd, hub):
 
 def test_a_folder_with_original_weights(saved, saved_once, hub):
     save_file(saved_once[1], saved / WEIGHTS)
-    refused(hub, saved, "does not hold the erased model.*each sends p_f where p_t goes: no")
+    refused(hub, saved, "(?s)does not hold the erased model.*each sends p_f where p_t goes: no")
 
 
 def test_a_pipeline_with_an_original_layer(tiny_sd, hub):
@@ -168,7 +168,7 @@ def test_a_pipeline_with_an_original_layer(tiny_sd, hub):
 def test_a_folder_with_foreign_weights(saved, hub, name):
     (saved / name).parent.mkdir(parents=True, exist_ok=True)
     (saved / name).write_bytes(b"weights")
-    refused(hub, saved, f"no part of the saved pipeline: {re.escape(name)}")
+    refused(hub, saved, f"no part of the saved model: .*{re.escape(name)}")
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_the_command(saved, tmp_path, hub, monkeypatch, capsys):
     flags = ["--private", "--revision", "erased", "--commit_message", "Without", "--rows", str(tmp_path / "summary.csv")]
     assert main(["push", str(saved), "me/erased", *flags]) == 0
     assert "https://huggingface.co/me/erased" in capsys.readouterr().out
-    assert hub.writes == [("create_repo", True), ("create_branch", "erased"), ("create_commit", "Without")]
+    assert hub.writes == [("create_repo", True), ("create_branch", "erased"), ("upload_folder", "Without")]
     assert re.search(r"\| method +\| n_f \| lpips_f \|\n.*\n\| more +\| 100 \| +0\.312 \|", card_of(hub, branch="erased").text)
     record = json.loads(hub.repos["me/erased"]["erased"]["more_hf.json"])
     assert record["facts"]["benchmark"] == [{"method": "more", "n_f": 100, "lpips_f": 0.312345, "lpips_f_low": 0.3, "lpips_f_high": 0.4}]

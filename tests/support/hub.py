@@ -54,11 +54,12 @@ class Hub:
         self.writes.append(("create_branch", branch))
         self.repos[repo_id].setdefault(branch, dict(self.repos[repo_id]["main"]))
 
-    def create_commit(self, repo_id, operations, commit_message, revision=None):
-        self.writes.append(("create_commit", commit_message))
-        for operation in operations:
-            with operation.as_file() as file:
-                self.repos[repo_id][revision or "main"][operation.path_in_repo] = file.read()
+    def upload_folder(self, *, repo_id, folder_path, commit_message, revision=None):
+        self.writes.append(("upload_folder", commit_message))
+        files = self.repos[repo_id][revision or "main"]
+        for path in sorted(folder_path.rglob("*")):
+            if path.is_file():
+                files[path.relative_to(folder_path).as_posix()] = path.read_bytes()
         return "the commit"
 
     def to_folder(self, repo_id, folder, revision="main"):

@@ -1,0 +1,321 @@
+"""Check a saved folder against its record, from the files alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..core.errors import IncompatibleBaseError, MoreError, TargetNotFoundError
+from ..core.markdown import markdown_table
+from ..core.record import Record
+from ..core.request import ConceptRequest
+from ..core.site import fingerprint
+from ..diffusion.families import family_of
+from ..diffusion.plan import prepare
+from ..diffusion.sites import Denoiser, find_layers
+from .contents import Contents, survey
+from .delta import read_delta
+from .files import path_of, reading
+
+
+# How much of ‖W (p_f − p̄_t)‖ may be left, where a weight that does not know the direction gives 1. Rounding
+# of weights and prototypes leaves 1e-7 (float32), 6e-4 (float16) and 7e-3 (bfloat16); an original layer has
+# 0.5 to 2.
+TOLERANCE = 0.05
+
+
+class Check(NamedTuple):
+    """One check of a folder: what must hold, whether it does, and what was found."""
+
+    name: str
+    passed: bool
+    finding: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; true if every check passed."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> str:
+        """The checks that failed and what they found, for an error."""
+        return "; ".join(f"{check.name}: no ({check.finding})" for check in self.checks if not check.passed)
+
+    def to_markdown(self) -> str:
+        """A table, one check a line."""
+        rows = [
+            {"check": check.name, "holds": "yes" if check.passed else "NO", "finding": check.finding}
+            for check in self.checks
+        ]
+        return markdown_table(rows)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+
+class Layer(NamedTuple):
+    """
+    What a folder should hold of an edited layer: its name, the space that it reads, and the shape of that
+    part.
+    """
+
+    name: str
+    space: str
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """
+    What was read from a component's files.
+
+    Args:
+        shapes (`dict[str, list[int]]`):
+            Of every tensor.
+        edited (`dict[str, Tensor]`):
+            The edited part of each layer that the record names, as far as it is there.
+    """
+
+    shapes: dict[str, list[int]]
+    edited: dict[str, Tensor]
+
+
+def verify(folder: str | os.PathLike) -> Verification:
+    """
+    Check a saved folder against its record, from the files alone: are these weights the edited ones?
+
+    The edited layers must have the fingerprint that they were saved with. Besides, the prototypes are
+    computed again with the folder's text encoder, and every layer that reads text must send each forgotten
+    one where its target goes. A classifier's prototypes cannot be computed again, only be read from the
+    factors of `include_delta=True`. Names and shapes must be the base's, and nothing else may be in the
+    folder but texts, pictures and git's files. No code of the folder runs, and no pickle is opened.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A folder that `save` wrote, or that was downloaded.
+
+    Returns:
+        [`Verification`]: true if every check passed; `print` shows the checks and what was found.
+
+    Raises:
+        `MoreError`: the folder has no record. `IncompatibleBaseError`: the record or an index is none that
+        `save` writes.
+
+    Example:
+
+    ```py
+    >>> import more_hf
+
+    >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+    >>> assert more_hf.verify(more_hf.save(pipe, "without-blobmoji"))
+    ```
+    """
+    folder = path_of("folder", folder)
+    record = Record.read(folder)
+    contents = survey(folder, record)
+    layers = [Layer(name, name, shape) for name, shape in record.sites.items()]
+    try:
+        if record.kind == "classifier":
+            shifts = {space: remap.shift() for space, remap in read_delta(folder).items()}
+        else:
+            layers = _layers_in(folder, record)
+            shifts = _shifts_in(folder, record)
+    except MoreError as error:
+        shifts = error  # the other checks still say what is there
+    return check_folder(folder, record, contents, layers, shifts)
+
+
+def check_folder(
+    folder: Path,
+    record: Record,
+    contents: Contents,
+    layers: Iterable[Layer],
+    shifts: Mapping[str, Tensor] | MoreError,
+) -> Verification:
+    """
+    Check a folder's files.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        record (`Record`):
+            Its record.
+        contents (`Contents`):
+            What it holds.
+        layers (`Iterable[Layer]`):
+            Every layer that must be edited.
+        shifts (`Mapping[str, Tensor]` or `MoreError`):
+            P̄_t − P_F, `(d, f)`, of each space; empty if it cannot be known, or the reason why it could not
+            be computed.
+    """
+    try:
+        stored = read_weights(folder, record, contents)
+    except IncompatibleBaseError as error:
+        return Verification((Check("the weights can be read", False, str(error)),))
+    expected = {layer.name: layer.shape for layer in layers}
+    found = {name: list(weight.shape) for name, weight in stored.edited.items()}
+    saved_as = fingerprint(stored.edited)
+    checks = [
+        Check(
+            "names and shapes are the base's",
+            layout_of(stored.shapes) == record.layout,
+            f"{len(stored.shapes)} tensors",
+        ),
+        Check(
+            "every edited layer is there",
+            found == expected == record.sites,
+            f"{len(found)} of {len(expected)}",
+        ),
+        Check(
+            "the edited layers are those that were saved",
+            saved_as == record.edited,
+            f"sha256 {saved_as[:12]}",
+        ),
+    ]
+    if isinstance(shifts, MoreError):
+        checks.append(Check("each sends p_f where p_t goes", False, str(shifts)))
+    elif shifts:
+        checks.append(_remapped(stored.edited, layers, shifts))
+    foreign = ", ".join(map(str, contents.foreign))
+    checks.append(Check("nothing else is in the folder", not foreign, foreign or "none"))
+    return Verification(tuple(checks))
+
+
+def read_weights(folder: Path, record: Record, contents: Contents) -> StoredWeights:
+    """
+    Read the edited component's files.
+
+    Raises:
+        `IncompatibleBaseError`: a file cannot be read.
+    """
+    shapes, edited = {}, {}
+    for path in contents.weights[record.denoiser]:
+        with reading(folder / path), safe_open(folder / path, "pt") as file:
+            names = set(file.keys())
+            shapes |= {name: list(file.get_slice(name).get_shape()) for name in names}
+            for name in [name for name in record.sites if f"{name}.weight" in names]:
+                # Columns after the edited ones read something else than text.
+                edited[name] = file.get_tensor(f"{name}.weight")[..., : record.sites[name][1]]
+    return StoredWeights(shapes, edited)
+
+
+def require_saved_weights(folder: Path, record: Record) -> None:
+    """
+    Raises `IncompatibleBaseError` if the edited layers in the files are not those that the record was written
+    for.
+    """
+    found = fingerprint(read_weights(folder, record, survey(folder, record)).edited)
+    if found != record.edited:
+        raise IncompatibleBaseError(
+            f"The edited layers in {folder / record.denoiser} have the fingerprint {found}, but the record "
+            f"beside them was written for {record.edited}: the weights were replaced or trained since. Erase "
+            "from the original model again, or use `from_pretrained`, which reads no record."
+        )
+
+
+def left_over(weight: Tensor, shift: Tensor) -> float:
+    """
+    ‖W (p_f − p̄_t)‖ as a share of what a weight of this size gives on average; NaN for a weight or shift of
+    zeros.
+    """
+    weight, shift = weight.detach().cpu().double(), shift.double()
+    return float((weight @ shift).norm() / (weight.norm() * shift.norm()) * weight.shape[1] ** 0.5)
+
+
+def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], shifts: Mapping[str, Tensor]) -> Check:
+    """Whether every layer sends p_f where p_t goes, with the first that does not, or the worst."""
+    name, measured = "each sends p_f where p_t goes", []
+    for layer in layers:
+        weight, shift = edited.get(layer.name), shifts.get(layer.space)
+        if weight is None or shift is None or weight.shape[1:] != shift.shape[:1]:
+            return Check(name, False, f"`{layer.name}` is missing or has another width")
+        left = left_over(weight, shift)
+        measured.append((left < TOLERANCE, -left, f"`{layer.name}`: {left:.1e} is left"))  # a NaN is not less
+    passed, _, finding = min(measured)
+    return Check(name, passed, finding)
+
+
+def pipeline_shifts(pipe: DiffusionPipeline, request: ConceptRequest) -> dict[str, Tensor]:
+    """
+    Space -> P̄_t − P_F, `(d, f)`, by the pipeline's text encoders; the solver and retained names do not
+    matter.
+    """
+    problems = prepare(pipe, replace(request, retain=()), ())
+    return {space: problem.fit("pinv").shift() for space, problem in problems.items()}
+
+
+def _shifts_in(folder: Path, record: Record) -> dict[str, Tensor]:
+    with reading(folder):
+        parts = DiffusionPipeline.load_config(folder)
+        unused = {name: None for name in (record.denoiser, "vae", "safety_checker") if name in parts}
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, variant=record.variant, use_safetensors=True, **unused
+        )
+        return pipeline_shifts(pipe, record.request)
+
+
+def _layers_in(folder: Path, record: Record) -> list[Layer]:
+    """
+    Every layer that reads text in a denoiser of the folder's class and configuration, whatever its record
+    says.
+    """
+    place = folder / record.denoiser
+    with reading(place):
+        config = DiffusionPipeline.load_config(folder)
+        cls = getattr(diffusers, config[record.denoiser][1])
+        with init_empty_weights():
+            module = cls.from_config(cls.load_config(place))
+        family = family_of(module)
+        if family is None:
+            raise TargetNotFoundError(f"{cls.__name__} is not a denoiser of a supported family.")
+        readers = find_layers(Denoiser(record.denoiser, module, family), pooled=record.request.pooled)
+    layers = []
+    for name, reader in readers.items():
+        rows, columns = reader.module.weight.shape
+        layers.append(
+            Layer(name, reader.space, [rows, columns if reader.columns is None else reader.columns])
+        )
+    return layers
+
+
+def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    """Name -> shape of every tensor that would be saved."""
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def expected_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Name -> shape of every tensor that a fresh model of the same class and configuration has."""
+    with init_empty_weights():
+        if isinstance(module, ConfigMixin):
+            return shapes_of(type(module).from_config(module.config))
+        return shapes_of(type(module)(module.config))
+
+
+def layout_of(shapes: Mapping[str, list[int]]) -> str:
+    """The sha256 of names and shapes."""
+    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()

@@ -1,0 +1,88 @@
+"""Write and read the thin factors of an erasure, which together with the erased weights give the original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..core.erasure import Erasure
+from ..core.errors import ExportError
+from ..core.prototypes import Prototypes
+from ..core.remap import Remap
+from ..core.routers import PrototypeRouter
+from .contents import DELTA
+from .files import reading
+
+
+ROUTER = "router.weight"  # of a `PrototypeRouter`, which may be trained
+
+
+def write_delta(erasure: Erasure, folder: Path) -> None:
+    """
+    Write the factors of every space, and the router's weight if it has one.
+
+    Raises:
+        `ExportError`: the factors are not here.
+    """
+    if not erasure.remaps:
+        raise ExportError(
+            "The factors of this erasure are not here: it was loaded without them. Save with "
+            "include_delta=False."
+        )
+    tensors, facts = {}, {}
+    for space, remap in erasure.remaps.items():
+        tensors[f"{space}.prototypes"] = remap.prototypes.matrix
+        tensors[f"{space}.counts"] = remap.prototypes.counts
+        tensors[f"{space}.dual"] = remap.dual
+        tensors[f"{space}.targets"] = remap.targets
+        tensors[f"{space}.forget"] = torch.tensor(remap.forget)
+        facts[space] = {
+            "names": remap.prototypes.names,
+            "solver": remap.solver,
+            "condition_number": remap.condition_number,
+        }
+    router = None if erasure.hook is None else erasure.hook.router
+    if isinstance(router, PrototypeRouter):
+        tensors[ROUTER] = router.weight.cpu()
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, folder / DELTA, metadata={"more_hf": json.dumps(facts)})
+
+
+def read_delta(folder: Path) -> dict[str, Remap]:
+    """
+    Space -> its factors; empty if they are not in the folder.
+
+    Raises:
+        `IncompatibleBaseError`: the file cannot be read.
+    """
+    path = folder / DELTA
+    if not path.is_file():
+        return {}
+    remaps = {}
+    with reading(path), safe_open(path, "pt") as file:
+        for space, facts in json.loads(file.metadata()["more_hf"]).items():
+            prototypes = Prototypes(
+                file.get_tensor(f"{space}.prototypes"),
+                tuple(facts["names"]),
+                file.get_tensor(f"{space}.counts"),
+            )
+            remaps[space] = Remap(
+                prototypes=prototypes,
+                forget=tuple(file.get_tensor(f"{space}.forget").tolist()),
+                targets=file.get_tensor(f"{space}.targets"),
+                dual=file.get_tensor(f"{space}.dual"),
+                solver=facts["solver"],
+                condition_number=facts["condition_number"],
+            )
+    return remaps
+
+
+def read_router(folder: Path) -> torch.Tensor | None:
+    """The router's weight, if it is among the factors."""
+    path = folder / DELTA
+    with reading(path), safe_open(path, "pt") as file:
+        return file.get_tensor(ROUTER) if ROUTER in file.keys() else None
