@@ -116,6 +116,7 @@ class Record:
         if newer := [key for key in data if key not in known]:
             logger.warning("%s has keys that this version ignores: %s", path, ", ".join(newer))
         hints = get_type_hints(cls)
+        check_type("request", data["request"], dict[str, Any])
         parsed = {"request": request.from_dict(data["request"]), "facts": _read_fields(facts, data["facts"])}
         for name in known:
             if name not in parsed:

@@ -31,7 +31,9 @@ def path_of(argument: str, value: Any) -> Path:
     """A path from what a user gave. Raises `ExportError` if it is none that a file system knows."""
     try:
         path = Path(value)
-        path.exists()  # which raises for a null byte, half of a surrogate pair and names that are too long
+        path.lstat()  # which raises for a null byte, half of a surrogate pair and names that are too long
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
     except (TypeError, ValueError, OSError) as error:
         raise ExportError(f"`{argument}` must be a path, got {value!r} ({error}).") from error
     return path

@@ -253,7 +253,9 @@ def _peft(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str
 
 def _kohya(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str, Tensor]:
     renamed = {KOHYA_NAMES.get(name, name): pair for name, pair in factors.items()}
-    return convert_state_dict_to_kohya(_peft(renamed, component))
+    tensors = convert_state_dict_to_kohya(_peft(renamed, component))
+    # diffusers writes the alphas as integers; kohya's trainer, and thus what tools expect, as floats
+    return {name: tensor.float() if name.endswith(".alpha") else tensor for name, tensor in tensors.items()}
 
 
 def _record(erasure: Erasure, expert: int | None) -> dict:
@@ -289,5 +291,5 @@ def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasur
         "modelspec.resolution": f"{width * pipe.vae_scale_factor}x{height * pipe.vae_scale_factor}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         "modelspec.usage_hint": "Weight 1 on the original model erases, 0 does not. "
-        "Not for a model that is already erased.",
+        "Not for a model that is erased already.",
     }

@@ -74,7 +74,9 @@ def test_links_do_not_go_up(saved, tmp_path, hub, kind):
     else:
         shutil.move(saved / "unet", outside)
         os.symlink(outside, saved / "unet")
-    assert bool(more_hf.verify(saved)) == (kind == "file")  # as in the Hub's cache, where every file is a link
+    assert bool(more_hf.verify(saved)) == (
+        kind == "file"
+    )  # as in the Hub's cache, where every file is a link
     with pytest.raises(more_hf.ExportError, match="links"):
         more_hf.push_to_hub(saved, "me/erased", api=hub)
     assert hub.writes == []
@@ -116,7 +118,9 @@ def test_an_index_that_leads_elsewhere(tiny_sd, tmp_path):
     folder = more_hf.save(erase(tiny_sd()), tmp_path / "sharded", max_shard_size="20KB")
     outside = shutil.copytree(folder / "unet", tmp_path / "outside")
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    text = index.read_text("utf-8").replace("diffusion_pytorch_model-", f"../../{outside.name}/diffusion_pytorch_model-")
+    text = index.read_text("utf-8").replace(
+        "diffusion_pytorch_model-", f"../../{outside.name}/diffusion_pytorch_model-"
+    )
     index.write_text(text, "utf-8")
     assert not more_hf.verify(folder)
     with pytest.raises(more_hf.IncompatibleBaseError):

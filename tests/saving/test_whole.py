@@ -71,7 +71,9 @@ def state(folder):
     if not folder.exists():
         return None
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 def earlier_save(model, folder):
@@ -108,14 +110,18 @@ def interrupt(erased, tmp_path, existing, events):
             Tracer(stop).run(lambda: more_hf.save(second, folder))
         found = state(folder)
         assert found in (before, after), f"a mixture after event {stop}"
-        assert {path.name for path in tmp_path.iterdir()} <= {"model", "template"}, f"remains after event {stop}"
+        assert {path.name for path in tmp_path.iterdir()} <= {"model", "template"}, (
+            f"remains after event {stop}"
+        )
         seen.add(found == after)
     assert False in seen
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over_an_earlier_save"])
 def test_an_exception_at_some_points(erased, tmp_path, existing):
-    interrupt(erased, tmp_path, existing, lambda count: [*range(1, count, count // 12), *range(count - 40, count)])
+    interrupt(
+        erased, tmp_path, existing, lambda count: [*range(1, count, count // 12), *range(count - 40, count)]
+    )
 
 
 @pytest.mark.slow
