@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,23 @@ def writing(place: object) -> Iterator[None]:
         raise ExportError(f"{place} could not be written ({type(error).__name__}: {error}).") from error
 
 
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """
-    Yield a path for a new folder, which takes the place of `folder` at the end of the block, or goes if it
-    raises.
+    Put a new folder in the place of `folder`, all of it, or leave everything as it was.
 
     Files of the old folder that the new one lacks move along. The new folder is written next to the old one,
     and the two change places by renaming: there is the old one or the new one. If the process is killed
     between the two renames, there is none, and the next call for the same folder puts the old one back first.
     Only one process at a time may call it.
 
+    Args:
+        folder (`Path`):
+            Where to; created if need be.
+        write (`Callable`):
+            Writes the new folder to the path that it is given.
+
     Raises:
-        `ExportError`: the folder cannot be renamed.
+        `ExportError`: the folder cannot be renamed. And what `write` raises.
     """
     folder = folder.resolve()
     stage = folder.with_name(f".{folder.name}.saving")
@@ -94,7 +98,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     try:
         _settle(folder, stage)
         stage.mkdir(parents=True)
-        yield stage / "new"
+        write(stage / "new")
         if folder.exists():
             folder.rename(stage / "old")
         (stage / "new").rename(folder)

@@ -41,7 +41,7 @@ from .check import (
 from .classifier import load_classifier, savable_classifier
 from .contents import DELTA, entries, is_aside, survey
 from .delta import read_delta, write_delta
-from .files import path_of, reading, replacing_folder, writing
+from .files import path_of, reading, replace_folder, writing
 
 
 class Savable(NamedTuple):
@@ -120,7 +120,8 @@ def save(
         savable = _savable(pipe, erasure)
         for name, part in savable.parts.items():
             _require_plain(name, part)
-        with replacing_folder(folder) as draft:
+
+        def write(draft: Path) -> None:
             savable.whole.save_pretrained(draft, variant=variant, **options)
             record = _make_record(savable, erasure, draft, variant)
             write_text(draft / RECORD, record.to_json())
@@ -128,6 +129,8 @@ def save(
                 write_delta(erasure, draft)
             _check_draft(draft, record, erasure, savable.shifts)
             _refuse_leftovers(folder, draft)
+
+        replace_folder(folder, write)
     return folder
 
 

@@ -25,7 +25,7 @@ from ..data import FOLDER
 from .card import HUB_ID, make_card
 from .check import verify
 from .contents import CARD, DELTA, MODEL_INDEX, PICTURES, may_stay, survey
-from .files import path_of, reading, replacing_folder, writing
+from .files import path_of, reading, replace_folder, writing
 from .folder import save
 
 
@@ -125,8 +125,8 @@ def push_to_hub(
             )
             write_text(folder / CARD, text)
         if target is not None:
-            with writing(target), replacing_folder(target) as draft:
-                shutil.copytree(folder, draft)
+            with writing(target):
+                replace_folder(target, lambda draft: shutil.copytree(folder, draft))
             return target
         _warn_about_history(repo_id, present)
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Records and files of a stranger: nothing is believed that the files do not bear out, and every error is one of ours."""
+"""Records and files of a stranger: only what the files bear out is believed, and every error is ours."""
 
 import copy
 import json
