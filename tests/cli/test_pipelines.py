@@ -107,7 +107,7 @@ def test_erase_then_verify(tiny_sd, tmp_path, capsys):
     assert "more-hf verify" in out
 
     assert main(["verify", str(output)]) == 0
-    assert "| yes |" in capsys.readouterr().out
+    assert "| yes " in capsys.readouterr().out
 
     # The original's denoiser in the erased folder: the record says otherwise.
     name = "unet/diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""What may be in a saved folder, and what may go up: a list of what is allowed, whatever the rest is named."""
+"""What may be in a saved folder, and what may go up: a list of what is allowed, whatever else is there."""
 
 import os
 import shutil
