@@ -113,7 +113,7 @@ def test_erase_then_verify(tiny_sd, tmp_path, capsys):
     name = "unet/diffusion_pytorch_model.safetensors"
     (output / name).write_bytes((base / name).read_bytes())
     assert main(["verify", str(output)]) == 1
-    assert "| NO |" in capsys.readouterr().out
+    assert "| NO " in capsys.readouterr().out
 
 
 @pytest.mark.slow
