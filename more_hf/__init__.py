@@ -28,6 +28,7 @@ _EXPORTS = {
     "load_emoji_sd": "data",
     "load_lpips": "data",
     "push_to_hub": "saving.push",
+    "register_family": "diffusion.families",
     "restore": "api",
     "routing": "api",
     "save": "saving.folder",

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
+from .text import TEXTS_BY_DENOISER, Text
 
 
 # attention processors with text projections of their own
@@ -215,7 +216,47 @@ FAMILIES = {
 }
 
 
+# keys of `FAMILIES` that `register_family` added, and may replace
+_REGISTERED: set[tuple[str, None]] = set()
+
+
 def family_of(module: nn.Module) -> Family | None:
     """The family of a denoiser, `None` for any other module."""
     config = getattr(module, "config", None)
     return FAMILIES.get((type(module).__name__, getattr(config, "addition_embed_type", None)))
+
+
+def register_family(denoiser: str, family: Family, text: Text | None = None) -> None:
+    """
+    Add a family of denoisers, for this process: every call of this package then treats it like its own.
+
+    The first erasure proves by a run whether `family` names the right layers: a layer that is missing lets the concept
+    through, and the call is rolled back and raises.
+
+    Args:
+        denoiser (`str`):
+            The name of the denoiser's class in diffusers.
+        family (`Family`):
+            Which of its layers read text, and how to call it once.
+        text (`Text`, *optional*):
+            How the pipeline encodes prompts; by default as another family with the same text encoders does.
+
+    Raises:
+        `SiteNotFoundError`: the package knows this family already.
+
+    Example:
+
+        >>> from more_hf.diffusion.families import Family, Reader, register_family
+        >>> def find(transformer):
+        ...     return {"context_embedder": Reader(transformer.context_embedder)}
+        >>> def call(transformer, text):
+        ...     latent = torch.zeros(len(text["tokens"]), 4, transformer.config.in_channels)
+        ...     return transformer(latent, encoder_hidden_states=text["tokens"]).sample
+        >>> register_family("MyTransformer2DModel", Family("My model", find, call))
+    """
+    if any(name == denoiser for name, _ in FAMILIES) and (denoiser, None) not in _REGISTERED:
+        raise SiteNotFoundError(f"{denoiser} is supported already. Leave the registration out.")
+    FAMILIES[denoiser, None] = family
+    _REGISTERED.add((denoiser, None))
+    if text is not None:
+        TEXTS_BY_DENOISER[denoiser] = text

@@ -101,8 +101,8 @@ def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> s
             f"({', '.join(map(str, sorted(widths)))}) and may read them: {', '.join(layers[:LISTED])}."
         )
     return message + (
-        " To add this family, name the layers that read text, and how to call the denoiser once, in an "
-        "entry of `more_hf.diffusion.families.FAMILIES`."
+        " To add this family, name the layers that read text, and how to call the denoiser once, in a call of "
+        "`more_hf.register_family`."
     )
 
 

@@ -164,6 +164,10 @@ TEXTS = {
 }
 
 
+# the denoiser's class -> how its pipeline uses text encoders that another family uses differently
+TEXTS_BY_DENOISER: dict[str, Text] = {}
+
+
 def text_of(pipe: DiffusionPipeline) -> Text:
     """
     How the pipeline encodes prompts.
@@ -179,14 +183,16 @@ def text_of(pipe: DiffusionPipeline) -> Text:
             "encoders."
         )
     classes = tuple(type(unwrap_module(encoders[name])).__name__ for name in sorted(encoders))
-    if classes not in TEXTS:
+    others = [type(unwrap_module(part)).__name__ for part in pipe.components.values()]
+    own = [TEXTS_BY_DENOISER[name] for name in others if name in TEXTS_BY_DENOISER]
+    if not own and classes not in TEXTS:
         known = "; ".join(" + ".join(names) for names in TEXTS)
         raise SiteNotFoundError(
             f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}, which is "
             f"not supported yet. Supported are {known}. To add it, describe how its prompts are encoded in "
-            "an entry of `more_hf.diffusion.text.TEXTS`."
+            "a call of `more_hf.register_family`."
         )
-    text = TEXTS[classes]
+    text = own[0] if own else TEXTS[classes]
     parameters = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else {}
     if missing := [argument for argument in text.arguments if argument not in parameters]:
         raise SiteNotFoundError(

@@ -1,0 +1,136 @@
+"""A family that the package does not know, added as a user would: Chroma, the real class at a tiny size."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from support.families import T5_LENGTH, T5_WIDTH, shorten, t5_encoder, t5_tokenizer, tiny_vae
+
+import more_hf
+from more_hf.diffusion import families, text
+from more_hf.diffusion.families import Family, Reader
+from more_hf.diffusion.text import Segment, Text
+
+
+SITE = "context_embedder"
+
+
+def find(transformer):
+    return {SITE: Reader(transformer.context_embedder)}
+
+
+def find_another(transformer):
+    return {"x_embedder": Reader(transformer.x_embedder)}
+
+
+def call(transformer, text):
+    latent = torch.ones(len(text["tokens"]), 4, transformer.config.in_channels).to(transformer.dtype)
+    return transformer(
+        hidden_states=latent,
+        encoder_hidden_states=text["tokens"].to(latent),
+        timestep=latent.new_full((len(latent),), 0.5),
+        img_ids=torch.tensor([[0.0, i, j] for i in (0, 1) for j in (0, 1)]),
+        txt_ids=torch.zeros(text["tokens"].shape[1], 3),
+    ).sample
+
+
+def encode(pipe, prompts):
+    embeds, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    return {"tokens": embeds}
+
+
+TEXT = Text(
+    encode=encode,
+    segments=(Segment(clip=False, padding=False),),
+    arguments=("prompt", "do_classifier_free_guidance", "max_sequence_length"),
+    pooled=False,
+)
+
+
+@pytest.fixture
+def chroma(monkeypatch):
+    shorten(monkeypatch, ChromaPipeline)
+    # what a test registers is gone after it
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    monkeypatch.setattr(families, "_REGISTERED", set())
+    monkeypatch.setattr(text, "TEXTS_BY_DENOISER", {})
+    monkeypatch.setattr(families, "TEXTS_BY_DENOISER", text.TEXTS_BY_DENOISER)
+    t5 = t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = ChromaTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=T5_WIDTH,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ).eval()
+        pipe = ChromaPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=t5_encoder(len(t5)),
+            tokenizer=t5,
+            transformer=transformer,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt):
+    return pipe(
+        prompt,
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        max_sequence_length=T5_LENGTH,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+
+
+def test_an_unknown_family_is_refused_with_the_way_to_add_it(chroma):
+    with pytest.raises(more_hf.SiteNotFoundError, match="not supported yet.*context_embedder.*register_family"):
+        more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
+
+
+def test_registered_it_is_erased_saved_and_restored(chroma, tmp_path):
+    more_hf.register_family("ChromaTransformer2DModel", Family("Chroma", find, call), TEXT)
+    original = copy.deepcopy(chroma)
+
+    pipe = more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
+    erasure = more_hf.get_erasure(pipe)
+    assert list(erasure.sites) == [SITE]
+    assert erasure.proof["forget_vs_target"] < 1e-3
+    # the name's last token now gives what the target's gave; the original tells them apart
+    P = erasure.remap.prototypes
+    forget, target = (P[f"{name} · last"].float() for name in ("van gogh", "claude monet"))
+    layer, old = pipe.transformer.context_embedder, original.transformer.context_embedder
+    assert torch.allclose(layer(forget), old(target), atol=1e-4)
+    assert not torch.allclose(old(forget), old(target), atol=1e-2)
+    assert not torch.allclose(draw(pipe, "a house by van gogh"), draw(original, "a house by van gogh"), atol=1e-3)
+
+    loaded = more_hf.load(more_hf.save(pipe, tmp_path / "erased"))
+    assert more_hf.verify(tmp_path / "erased").ok
+    assert torch.equal(draw(loaded, "a house by van gogh"), draw(pipe, "a house by van gogh"))
+    more_hf.restore(pipe)
+    assert torch.equal(layer.weight, old.weight)
+
+
+def test_a_registration_that_names_other_layers_is_refuted_by_the_run(chroma):
+    more_hf.register_family("ChromaTransformer2DModel", Family("Chroma", find_another, call), TEXT)
+    with pytest.raises(more_hf.SiteNotFoundError):
+        more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
+    more_hf.register_family("ChromaTransformer2DModel", Family("Chroma", find, call), TEXT)  # corrected
+    assert list(more_hf.get_erasure(more_hf.erase_concept(chroma, "van gogh", remap_to=None)).sites) == [SITE]
+
+
+def test_a_known_family_is_not_replaced():
+    with pytest.raises(more_hf.SiteNotFoundError, match="supported already"):
+        more_hf.register_family("FluxTransformer2DModel", Family("FLUX", find, call))
