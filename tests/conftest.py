@@ -81,6 +81,22 @@ def short_prompts():
         yield
 
 
+@pytest.fixture
+def chroma(monkeypatch):
+    """A pipeline of a family that the package does not know; what a test registers is gone after it."""
+    from diffusers import ChromaPipeline
+    from support.families import build, shorten
+
+    from more_hf.diffusion import families, text
+
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    monkeypatch.setattr(families, "_REGISTERED", set())
+    monkeypatch.setattr(text, "TEXTS_BY_DENOISER", {})
+    monkeypatch.setattr(families, "TEXTS_BY_DENOISER", text.TEXTS_BY_DENOISER)
+    shorten(monkeypatch, ChromaPipeline)
+    return build()
+
+
 @pytest.fixture(scope="module")
 def families():
     """The newer families, by name. Not to be modified."""

@@ -4,11 +4,9 @@ import copy
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from support.families import T5_LENGTH, T5_WIDTH, shorten, t5_encoder, t5_tokenizer, tiny_vae
+from support.families import T5_LENGTH
 
 import more_hf
-from more_hf.diffusion import families, text
 from more_hf.diffusion.families import Family, Reader
 from more_hf.diffusion.text import Segment, Text
 
@@ -46,41 +44,6 @@ TEXT = Text(
     arguments=("prompt", "do_classifier_free_guidance", "max_sequence_length"),
     pooled=False,
 )
-
-
-@pytest.fixture
-def chroma(monkeypatch):
-    shorten(monkeypatch, ChromaPipeline)
-    # what a test registers is gone after it
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    monkeypatch.setattr(families, "_REGISTERED", set())
-    monkeypatch.setattr(text, "TEXTS_BY_DENOISER", {})
-    monkeypatch.setattr(families, "TEXTS_BY_DENOISER", text.TEXTS_BY_DENOISER)
-    t5 = t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformer = ChromaTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=T5_WIDTH,
-            axes_dims_rope=(4, 4, 8),
-            approximator_num_channels=8,
-            approximator_hidden_dim=16,
-            approximator_layers=1,
-        ).eval()
-        pipe = ChromaPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-            text_encoder=t5_encoder(len(t5)),
-            tokenizer=t5,
-            transformer=transformer,
-        )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def draw(pipe, prompt):

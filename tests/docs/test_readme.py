@@ -37,8 +37,12 @@ def here(tiny_sd, digit_classifier, digits, tmp_path, monkeypatch):
     return tmp_path
 
 
+def is_family(block):
+    return "register_family(" in block
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [*blocks(README), *blocks(EXAMPLES)[:-1]])
+@pytest.mark.parametrize("block", [block for block in [*blocks(README), *blocks(EXAMPLES)[:-1]] if not is_family(block)])
 def test_every_python_block_runs(block, here):
     names = {}
     exec(compile(block, "README.md", "exec"), names)
@@ -48,6 +52,13 @@ def test_every_python_block_runs(block, here):
     assert more_hf.verify(saved[0]).ok
     erased = names["pipe"] if "pipe" in names else names["model"]
     assert more_hf.get_erasure(erased).concepts in (["Blobmoji"], ["Van Gogh"], ["3"], ["three"])
+
+
+def test_a_family_of_ones_own(chroma):
+    (block,) = filter(is_family, blocks(EXAMPLES))
+    exec(compile(block, "README.md", "exec"), {})
+    pipe = more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
+    assert list(more_hf.get_erasure(pipe).sites) == ["context_embedder"]
 
 
 def test_a_method_of_ones_own(tiny_sd, tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -190,14 +192,39 @@ def tiny_pixart(cls=PixArtSigmaPipeline):
     )
 
 
+def tiny_chroma():
+    """A pipeline of a family that the package does not know."""
+    t5 = t5_tokenizer()
+    transformer = ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=t5_encoder(len(t5)),
+        tokenizer=t5,
+        transformer=transformer,
+    )
+
+
 BUILDERS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "pixart": tiny_pixart}
 
 
-def build(family, **options):
-    """A pipeline of this family. Does not change the global random state."""
+def build(family="", **options):
+    """A pipeline of this family, or of one that the package does not know. Does not change the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = BUILDERS[family](**options)
+        pipe = BUILDERS.get(family, tiny_chroma)(**options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
