@@ -250,8 +250,9 @@ def register_family(denoiser: str, family: Family, text: Text | None = None) -> 
         >>> def find(transformer):
         ...     return {"context_embedder": Reader(transformer.context_embedder)}
         >>> def call(transformer, text):
-        ...     latent = torch.zeros(len(text["tokens"]), 4, transformer.config.in_channels)
-        ...     return transformer(latent, encoder_hidden_states=text["tokens"]).sample
+        ...     tokens = text["tokens"].to(transformer.device, transformer.dtype)
+        ...     latent = tokens.new_ones(len(tokens), 4, transformer.config.in_channels)
+        ...     return transformer(latent, encoder_hidden_states=tokens).sample
         >>> register_family("MyTransformer2DModel", Family("My model", find, call))
     """
     if any(name == denoiser for name, _ in FAMILIES) and (denoiser, None) not in _REGISTERED:
