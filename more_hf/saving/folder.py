@@ -157,9 +157,8 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
 def _require_plain(name: str, part: nn.Module) -> None:
     """Raises `ExportError` if the tensors of a model are not those that a fresh one of its class has."""
     expected, own = expected_shapes(part), shapes_of(part)
-    if (
-        getattr(part, "hf_quantizer", None) is not None
-    ):  # which packs weights and adds tensors, and loads them itself
+    # A quantizer packs weights and adds tensors, and loads them itself.
+    if getattr(part, "hf_quantizer", None) is not None:
         own = {key: expected[key] for key in own if key in expected}
     differing = [key for key in sorted(expected.keys() | own.keys()) if expected.get(key) != own.get(key)]
     if differing:
