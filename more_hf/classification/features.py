@@ -1,4 +1,4 @@
-"""Features: the input of a classifier's head, collected over a loader in one pass, each sample once in all processes together."""
+"""The features that a classifier's head reads, collected in one pass; each sample once in all processes."""
 
 from __future__ import annotations
 
@@ -33,27 +33,39 @@ def collect_prototypes(
     at: str | None = None,
     second_moment: bool = True,
 ) -> Prototypes:
-    """The mean feature of every class: one pass over the data in eval mode, O(dk) memory, O(d²) more for the second moment.
+    """
+    Compute the mean feature of every class: one pass over the data in eval mode, O(dk) memory.
 
-    The features are the original model's, even where classes have been erased from it. Under `accelerate launch` a `DataLoader` is
-    sharded over the processes, every sample is counted once, and all processes get the same result.
+    The features are the original model's, even where classes have been erased from it. Under `accelerate
+    launch` a `DataLoader` is sharded over the processes, every sample is counted once, and all processes get
+    the same result. The model is unchanged: training flags and BatchNorm statistics are what they were.
 
     Args:
-        model (`nn.Module`): a Transformers or timm image classifier, or your own with `head` named; DDP and compiled ones too.
-        loader (`Iterable`): of `(images, labels)` or of mappings with `pixel_values` (or `image`) and `labels` (or `label`): tensors,
-            arrays or lists of numbers; images in any dtype, labels `(batch,)` of any integer dtype, negative ones left out. A
-            `DataLoader`, or any iterable of batches, which every process reads whole. A batch without an image is passed over.
-        head (`str` or `Sequence[str]`, *optional*): name of the head where it cannot be found by running the model.
-        at (`str`, *optional*): take the input of this module instead; its mean over tokens or positions.
-        second_moment (`bool`, defaults to `True`): also collect what `solver="covariance"` needs.
+        model (`nn.Module`):
+            A Transformers or timm image classifier, or your own with `head` named; DDP and compiled ones too.
+        loader (`Iterable`):
+            Of `(images, labels)` or of mappings with `pixel_values` (or `image`) and `labels` (or `label`):
+            tensors, arrays or lists of numbers; images in any dtype, labels `(batch,)` of any integer dtype,
+            negative ones left out. A `DataLoader`, or any iterable of batches, which every process reads
+            whole. A batch without an image is passed over.
+        head (`str` or `Sequence[str]`, *optional*):
+            Name of the head where it cannot be found by running the model.
+        at (`str`, *optional*):
+            Take the input of this module instead; its mean over tokens or positions.
+        second_moment (`bool`, *optional*, defaults to `True`):
+            Also collect what `solver="covariance"` needs, with O(d²) more memory.
 
-    Returns `Prototypes`: `(d, k)` float64, named by `class_names`. With several heads a feature is their inputs one after the other.
+    Returns:
+        `Prototypes`: `(d, k)` float64, named by `class_names`. With several heads a feature is their inputs,
+        concatenated.
 
-    Raises `PrototypeError` for data without labels, labels that the head has no output for, classes without a
-    sample, and images or features that are not finite; `SiteNotFoundError` if the head cannot be found; and what the
-    model itself raises for images that it does not take. Nothing is changed: training flags and BatchNorm statistics are what they were.
+    Raises:
+        `PrototypeError`: the data has no labels, a label has no output of the head, a class has no sample, or
+        images or features are not finite. `SiteNotFoundError`: the head cannot be found. And what the model
+        itself raises for images that it does not take.
 
-    Source: MoRE, Algorithm 1, step 1; the released code of ESC collects in train mode, which overwrites BatchNorm statistics.
+    Source: MoRE, Algorithm 1, step 1; the released code of ESC collects in train mode, which overwrites
+    BatchNorm statistics.
 
     Example:
 
@@ -76,10 +88,14 @@ def collect(
     second_moment: bool,
     on_heads: Callable[[dict[str, nn.Module]], None] = lambda heads: None,
 ) -> tuple[dict[str, nn.Module], Prototypes]:
-    """The heads beside what `collect_prototypes` returns. `on_heads` is called with them before the pass, and may raise."""
+    """The heads, and what `collect_prototypes` returns. `on_heads` gets the heads first and may raise."""
     model = plain_model(model)
     current = find_erasure(model)
-    with _every_sample_once(loader) as (batches, sharded), nullcontext() if current is None else routing_off(current):
+    with (
+        _every_sample_once(loader) as (batches, sharded),
+        nullcontext() if current is None else routing_off(current),
+    ):
+        # 1. The first batch shows where the heads are, and so which classes there are.
         inputs = inputs_of(model, batches)
         first = next(inputs, None)
         if first is None:
@@ -87,24 +103,34 @@ def collect(
         heads = _heads(model, first[0], head)
         on_heads(heads)
         names = class_names(model, next(iter(heads.values())).out_features)
+
+        # 2. One pass over all batches. Totals stay on the GPU; other accelerators may have no float64.
         fitter = None
         with _reading(model, heads if at is None else {at: find_module(model, at)}) as read:
             for pixels, labels in chain([first], inputs):
                 features, labels = read(pixels, labels)
                 if fitter is None:
-                    fitter = PrototypeFitter(features.shape[1], names, device=features.device if features.is_cuda else "cpu")
+                    device = features.device if features.is_cuda else "cpu"
+                    fitter = PrototypeFitter(features.shape[1], names, device=device)
                 fitter.update(features, labels)
                 if second_moment:
                     fitter.update_moment(features[labels >= 0])
-    return heads, (_sum_over_processes(fitter) if sharded else fitter).prototypes
+
+    # 3. The totals of all processes.
+    if sharded:
+        fitter.totals = reduce(send_to_device(fitter.totals, PartialState().device), "sum")
+    return heads, fitter.prototypes
 
 
 def features_of(
     model: nn.Module, loader: Iterable[Any], *, head: str | Sequence[str] | None = None, at: str | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features `(batch, d)` as the model has them now, after the edit if there is one, and labels `(batch,)`, batch by batch.
+    """
+    Yield features `(batch, d)` as the model has them now, after the edit if there is one, and labels
+    `(batch,)`.
 
-    Arguments, and what may be raised, as in `collect_prototypes`; under `accelerate launch` this process's part of a `DataLoader`.
+    Arguments, and what may be raised, as in `collect_prototypes`. Under `accelerate launch`, this process's
+    part of a `DataLoader`.
 
     Example:
 
@@ -119,10 +145,12 @@ def features_of(
     with _every_sample_once(loader) as (batches, _):
         modules: dict[str, nn.Module] = {}
         for pixels, labels in inputs_of(model, batches):
-            modules = modules or (_heads(model, pixels, head) if at is None else {at: find_module(model, at)})
-            with _reading(model, modules) as read:  # for one batch: what is done between batches finds the model in its own mode
-                found = read(pixels, labels)
-            yield found
+            if not modules:
+                modules = _heads(model, pixels, head) if at is None else {at: find_module(model, at)}
+            # for one batch: what the caller does between batches finds the model in its own mode
+            with _reading(model, modules) as read:
+                features, labels = read(pixels, labels)
+            yield features, labels
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -133,10 +161,14 @@ def plain_model(model: nn.Module) -> nn.Module:
         `SiteNotFoundError`: it is no module, or the denoiser of an erased pipeline.
     """
     if not isinstance(model, nn.Module):
-        raise SiteNotFoundError(f"A {type(model).__name__} is not a classifier. Pass the model itself, an nn.Module.")
+        raise SiteNotFoundError(
+            f"A {type(model).__name__} is not a classifier. Pass the model itself, an nn.Module."
+        )
     plain = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(find_erasure(plain), ClassErasure | None):
-        raise SiteNotFoundError(f"This {type(plain).__name__} is the denoiser of an erased pipeline. Pass the pipeline.")
+        raise SiteNotFoundError(
+            f"This {type(plain).__name__} is the denoiser of an erased pipeline. Pass the pipeline."
+        )
     return plain
 
 
@@ -149,35 +181,45 @@ def _heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None) -
 
 
 @contextmanager
-def _reading(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """The function that runs the model on images and returns their features, and their labels on the same device.
-
-    Hooks and eval mode are set once for all batches: a walk over all modules for each batch costs a small model several percent.
+def _reading(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """
-    seen: dict[str, Tensor] = {}
+    Yield the function that runs the model on images and returns their features, and their labels on the same
+    device.
 
-    def look(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
+    Hooks and eval mode are set once for all batches: a walk over all modules for each batch costs a small
+    model several percent.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple], None]:
+        def record(module: nn.Module, args: tuple) -> None:
             if not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
                 raise SiteNotFoundError(
-                    f"`{name}` ({type(module).__name__}) is not called with a tensor of features as its first argument. Name another."
+                    f"`{name}` ({type(module).__name__}) is not called with a tensor of features as its "
+                    "first argument. Name another module."
                 )
             z = args[0].movedim(channel_dim(module, args[0]), -1).float()
-            seen[name] = z.reshape(len(z), -1, z.shape[-1]).mean(1)
+            inputs[name] = z.reshape(len(z), -1, z.shape[-1]).mean(1)
 
-        return hook
+        return record
 
     def read(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        seen.clear()
+        inputs.clear()
         model(pixels)
-        if missing := [name for name in modules if name not in seen]:
-            raise SiteNotFoundError(f"The model does not call `{missing[0]}` in its forward pass, so it has no features there.")
-        features = torch.cat([seen[name] for name in modules], dim=1)
+        if missing := [name for name in modules if name not in inputs]:
+            raise SiteNotFoundError(
+                f"The model does not call `{missing[0]}` in its forward pass, so it has no features there. "
+                "Name another module."
+            )
+        features = torch.cat([inputs[name] for name in modules], dim=1)
         return features, labels.to(features.device)
 
     with unwound() as hooks, evaluating(model):
         for name, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(look(name)).remove)  # last: after the edit's hook
+            # registered last: after the edit's hook
+            hooks.callback(module.register_forward_pre_hook(recorder(name)).remove)
         yield read
 
 
@@ -188,8 +230,8 @@ def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor
         pixels, labels = _as_tensors(batch)
         if not is_integer(labels) or pixels.ndim < 2 or labels.shape != pixels.shape[:1]:
             raise PrototypeError(
-                f"Labels must be one class number per image, got {tuple(labels.shape)} {labels.dtype} for images "
-                f"{tuple(pixels.shape)}. Soft or one-hot labels: pass `labels.argmax(1)`."
+                f"Labels must be one class number per image, got {tuple(labels.shape)} {labels.dtype} for "
+                f"images {tuple(pixels.shape)}. For soft or one-hot labels pass `labels.argmax(1)`."
             )
         if not pixels.isfinite().all():
             raise PrototypeError("Some images hold NaN or infinite values. Leave them out.")
@@ -202,45 +244,54 @@ def _as_tensors(batch: Any) -> tuple[Tensor, Tensor]:
     """A batch's images and labels. Raises `PrototypeError` if it has none."""
     pixels = labels = None
     if isinstance(batch, Mapping):
-        pixels, labels = batch.get("pixel_values", batch.get("image")), batch.get("labels", batch.get("label"))
+        pixels, labels = (
+            batch.get("pixel_values", batch.get("image")),
+            batch.get("labels", batch.get("label")),
+        )
     elif isinstance(batch, Sequence) and len(batch) == 2:
         pixels, labels = batch
     if pixels is None or labels is None:
-        what = f"a mapping with {shown(list(batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        kind = (
+            f"a mapping with {shown(list(batch))}"
+            if isinstance(batch, Mapping)
+            else f"a {type(batch).__name__}"
+        )
         raise PrototypeError(
-            f"The data has no labels: a batch is {what}. It must be (images, labels), or a mapping with `pixel_values` and `labels`."
+            f"The data has no labels: a batch is {kind}. Pass (images, labels), or a mapping with "
+            "`pixel_values` and `labels`."
         )
     try:
         return torch.as_tensor(pixels), torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise PrototypeError(
-            f"A batch's images or labels are no tensors, and cannot be made into some: {error} Give every batch as tensors."
+            f"A batch's images or labels are no tensors, and cannot be made into some: {error} Give every "
+            "batch as tensors."
         ) from error
 
 
 @contextmanager
 def _every_sample_once(loader: Iterable[Any]) -> Iterator[tuple[Iterable[Any], bool]]:
-    """This process's batches, and whether the other processes have others. An uneven end is not filled up with the first samples."""
+    """
+    Yield this process's batches, and whether the other processes have others.
+
+    An uneven end is not filled up with the first samples.
+    """
     if not isinstance(loader, Iterable):
         raise PrototypeError(f"The data must be batches of images and labels, got {shown(loader)}.")
     if PartialState().num_processes == 1 or not isinstance(loader, DataLoader):
         yield loader, False
         return
     if not isinstance(loader, DataLoaderShard):
-        # shuffled from one seed in every process, which needs no `Accelerator`: making one would fix the user's mixed precision
+        # Shuffled from one seed in every process, without an `Accelerator`, which would fix the user's mixed
+        # precision.
         loader = prepare_data_loader(loader, use_seedable_sampler=True, data_seed=0, dispatch_batches=False)
     shard = loader.batch_sampler
     if not isinstance(shard, BatchSamplerShard):
         raise PrototypeError(
-            "An iterable dataset cannot be sharded without counting samples twice. Use a dataset with a length, or collect the "
-            "prototypes of each part, and `merge` them."
+            "An iterable dataset cannot be sharded without counting samples twice. Use a dataset with a "
+            "length, or collect the prototypes of each part and join them with `Prototypes.merge`."
         )
     with unwound() as changes:
         changes.callback(setattr, shard, "even_batches", shard.even_batches)
         shard.even_batches = False
         yield loader, True
-
-
-def _sum_over_processes(fitter: PrototypeFitter) -> PrototypeFitter:
-    fitter.totals = reduce(send_to_device(fitter.totals, PartialState().device), "sum")
-    return fitter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,70 +16,91 @@ from ..core.request import read_names
 from ..core.views import running_eagerly
 
 
-def find_heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """The linear layers that give the logits, by name, in the order in which the model calls them.
+def find_heads(
+    model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """
+    Find the linear layers that give the logits, by name, in the order in which the model calls them.
 
-    The rule: run the model once on `pixels` and look at the output of every `nn.Linear`. The head is the one layer whose output is
-    the logits; several heads are all the layers of the logits' shape whose mean is the logits (DeiT with its teacher's token).
+    The rule: run the model once on `pixels` and look at the output of every `nn.Linear`. The head is the one
+    layer whose output is the logits; several heads are all the layers of the logits' shape whose mean is the
+    logits (DeiT with its teacher's token).
 
     Args:
-        model (`nn.Module`): a classifier that returns logits `(batch, num_classes)`, as a tensor or as `.logits`.
-        pixels (`Tensor`): `(batch, channels, height, width)`, any images that the model takes.
-        head (`str` or `Sequence[str]`, *optional*): the name or names, where the rule does not apply. Nothing is run then.
+        model (`nn.Module`):
+            A classifier that returns logits `(batch, num_classes)`, as a tensor or as `.logits`.
+        pixels (`Tensor`):
+            `(batch, channels, height, width)`, any images that the model takes.
+        head (`str` or `Sequence[str]`, *optional*):
+            The name or names, where the rule does not apply. Nothing is run then.
 
-    Raises `SiteNotFoundError` if there is no such layer or the rule finds none, naming the candidates.
+    Raises:
+        `SiteNotFoundError`: there is no such layer, or the rule finds none. The message names the candidates.
 
     Example:
 
         >>> import torch
         >>> from more_hf.classification.heads import find_heads
-        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        >>> layers = torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)
+        >>> model = torch.nn.Sequential(*layers)
         >>> find_heads(model, torch.rand(1, 3, 2, 2))
         {'3': Linear(in_features=5, out_features=2, bias=True)}
     """
     if head is not None:
         named = {name: find_module(model, name) for name in read_names("head", head)}
         if not named:
-            raise SiteNotFoundError("`head` is empty. Name the nn.Linear that makes the logits, or leave it out.")
-        if other := [name for name, module in named.items() if not isinstance(module, nn.Linear)]:
             raise SiteNotFoundError(
-                f"`{other[0]}` ({type(named[other[0]]).__name__}) is not a linear layer. Name the nn.Linear that makes the logits."
+                "`head` is empty. Name the nn.Linear that makes the logits, or leave it out."
             )
+        for name, module in named.items():
+            if not isinstance(module, nn.Linear):
+                raise SiteNotFoundError(
+                    f"`{name}` ({type(module).__name__}) is not a linear layer. Name the nn.Linear that "
+                    "makes the logits."
+                )
         return named
-    modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+
+    # 1. The output of every linear layer in one run.
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     outputs: dict[str, Tensor] = {}
     with unwound() as hooks, evaluating(model):
-        for name in linear:
-            hooks.callback(modules[name].register_forward_hook(_watch(name, outputs)).remove)
+        for name, module in linear.items():
+            hooks.callback(module.register_forward_hook(_recorder(name, outputs)).remove)
         logits = logits_of(model(pixels))
+
+    # 2. The one that is the logits, or those whose mean is.
     shaped = {name: output for name, output in outputs.items() if output.shape == logits.shape}
     equal = [name for name, output in shaped.items() if _same(output, logits)]
     if not equal and len(shaped) > 1 and _same(torch.stack([*shaped.values()]).mean(0), logits):
         equal = list(shaped)
     elif len(equal) != 1:
         raise SiteNotFoundError(
-            f"No head found in {type(model).__name__}: of its {len(linear)} linear layers, {len(equal)} give exactly its logits "
-            f"{tuple(logits.shape)}, alone or as a mean. Linear layers with outputs of that shape: "
-            f'{", ".join(map(repr, shaped)) or "none"}. Pass the name of the one that makes the logits, head="...".'
+            f"No head found in {type(model).__name__}: of its {len(linear)} linear layers, {len(equal)} give "
+            f"exactly its logits {tuple(logits.shape)}, alone or as a mean. Linear layers with outputs of "
+            "that shape: "
+            f"{', '.join(map(repr, shaped)) or 'none'}. Pass the name of the one that makes the logits, "
+            'head="...".'
         )
-    return {name: modules[name] for name in equal}
+    return {name: linear[name] for name in equal}
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Raises `SiteNotFoundError` if the model has no such module."""
+    """A module of the model by its name. Raises `SiteNotFoundError` if there is none."""
     modules = dict(model.named_modules())
     if name not in modules:
         close = difflib.get_close_matches(name, modules, n=5) or list(modules)[-5:]
-        raise SiteNotFoundError(f"{type(model).__name__} has no module {name!r}. It has {', '.join(map(repr, close))}.")
+        raise SiteNotFoundError(
+            f"{type(model).__name__} has no module {name!r}. Choose another, such as "
+            f"{', '.join(map(repr, close))}."
+        )
     return modules[name]
 
 
-def _watch(name: str, outputs: dict[str, Tensor]):
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+def _recorder(name: str, outputs: dict[str, Tensor]) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def record(module: nn.Module, args: tuple, output: Tensor) -> None:
         outputs[name] = output
 
-    return hook
+    return record
 
 
 def _same(output: Tensor, logits: Tensor) -> bool:
@@ -88,20 +109,23 @@ def _same(output: Tensor, logits: Tensor) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """`(batch, num_classes)` from what a classifier returns. Raises `SiteNotFoundError` if it is neither a tensor nor has `.logits`."""
+    """The logits `(batch, num_classes)` in a classifier's output. Raises `SiteNotFoundError` for none."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise SiteNotFoundError(
-            f"The model returned {what}, not logits (batch, num_classes), as a tensor or as `.logits`. Is it an image classifier?"
+            f"The model returned {what}, not logits (batch, num_classes), as a tensor or as `.logits`. Is it "
+            "an image classifier?"
         )
     return logits
 
 
 def example_pixels(model: nn.Module) -> Tensor:
-    """One image `(1, channels, height, width)` of the size that the model's configuration (Transformers or timm) names; fixed noise.
+    """
+    One image of fixed noise, `(1, channels, height, width)`, of the size in the model's configuration.
 
-    Raises `SiteNotFoundError` for a model without a configuration.
+    Raises:
+        `SiteNotFoundError`: the model has no configuration of Transformers or timm.
     """
     inner = getattr(model, "timm_model", model)
     if hasattr(inner, "pretrained_cfg"):
@@ -112,7 +136,8 @@ def example_pixels(model: nn.Module) -> Tensor:
         shape = (getattr(model.config, "num_channels", 3), height, width)
     else:
         raise SiteNotFoundError(
-            f"{type(model).__name__} has no configuration that names its input size, so it cannot be run to find its head. "
+            f"{type(model).__name__} has no configuration that names its input size, so it cannot be run to "
+            "find its head. "
             'Pass head="..." or data with images.'
         )
     return torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
@@ -120,7 +145,12 @@ def example_pixels(model: nn.Module) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no update of BatchNorm, nothing compiled (hooks are put on inside); all as it was afterwards."""
+    """
+    Inside the block: no gradients, no dropout, no update of BatchNorm, and nothing compiled, since hooks are
+    put on.
+
+    Training flags are what they were afterwards.
+    """
     training = [module for module in model.modules() if module.training]
 
     def undo() -> None:

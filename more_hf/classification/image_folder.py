@@ -15,18 +15,35 @@ from .labels import find_class
 
 
 def load_image_folder(
-    folder: str | os.PathLike, names: Sequence[str], processor: Callable[..., Any], *, channels: int = 3, batch_size: int = 32
+    folder: str | os.PathLike,
+    names: Sequence[str],
+    processor: Callable[..., Any],
+    *,
+    channels: int = 3,
+    batch_size: int = 32,
 ) -> DataLoader:
-    """Batches of `pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)` int64, the model's class numbers.
+    """
+    Load a folder of images as batches for a classifier.
 
     Args:
-        folder: in the layout of `datasets`' imagefolder, `folder/CLASS/*.png`, or `folder/train/CLASS/*.png`; other splits are not read.
-        names (`Sequence[str]`): the model's classes. A sub-folder is called like a class, one of its synonyms, or its number.
-        processor: the model's image processor.
-        channels (`int`, defaults to 3): 1 for grey images.
-        batch_size (`int`, defaults to 32): images in a batch.
+        folder (`str` or `os.PathLike`):
+            In the layout of `datasets`' imagefolder, `folder/CLASS/*.png`, or `folder/train/CLASS/*.png`;
+            other splits are not read.
+        names (`Sequence[str]`):
+            The model's classes. A sub-folder is called like a class, one of its synonyms, or its number.
+        processor (`Callable`):
+            The model's image processor.
+        channels (`int`, *optional*, defaults to 3):
+            1 for grey images.
+        batch_size (`int`, *optional*, defaults to 32):
+            Images in a batch.
 
-    Raises `PrototypeError` for a folder without sub-folders, and for one that is called like no class.
+    Returns:
+        `DataLoader`: batches of `pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)`
+        int64, the model's class numbers.
+
+    Raises:
+        `PrototypeError`: the folder has no sub-folders, or one is called like no class.
 
     Example:
 
@@ -36,7 +53,10 @@ def load_image_folder(
     """
     images = load_dataset("imagefolder", data_dir=str(folder), split="train")
     if "label" not in images.features:
-        raise PrototypeError(f"{folder} has images without labels. Put the images of each class into a folder of the class's name.")
+        raise PrototypeError(
+            f"{folder} has images without labels. Put the images of each class into a folder with the "
+            "class's name."
+        )
     numbers = [names.index(find_class(names, name)) for name in images.features["label"].names]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

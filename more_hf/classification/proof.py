@@ -1,4 +1,4 @@
-"""The proof by run: call the real head on forget and target prototypes, before and after the edit, and compare."""
+"""The proof by run: call the real head on forget and target prototypes before and after the edit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRIED_EXPERTS = 8
 
 
 class Trial(NamedTuple):
-    """The expert whose target is shown, `None` for the mean, and whether the hook is on, which is made to take it."""
+    """An expert, `None` for the mean, and whether the hook is on, which then takes it."""
 
     expert: int | None
     routed: bool
@@ -32,22 +32,26 @@ def prover(
     model: nn.Module, modules: Mapping[str, nn.Module], erasure: Erasure, current: Erasure | None
 ) -> Callable[[], dict[str, float]]:
     """
-    Run the real heads on forget and target prototypes now, and return a function that runs them again and compares.
+    Run the real heads on forget and target prototypes now, and return a function that runs them again and
+    compares.
 
-    Before the edit the two differ; after it they must not, and the target's logits must be what they were. The mean expert
-    is tried without the hook, since the weights alone must hold it, then up to eight experts with it. An inner module
-    cannot be called on a prototype, so there its pre-hooks are called, and what they hand on is compared.
+    Before the edit the two differ; after it they must not, and the target's logits must be what they were.
+    The mean expert is tried without the hook, since the weights alone must hold it, then up to eight experts
+    with it. An inner module cannot be called on a prototype, so there its pre-hooks are called, and what they
+    hand on is compared.
     """
     trials = [Trial(None, routed=True)]
     if erasure.router is not None:
-        trials = [Trial(expert, routed=True) for expert in range(min(erasure.remap.num_experts, TRIED_EXPERTS))]
+        trials = [
+            Trial(expert, routed=True) for expert in range(min(erasure.remap.num_experts, TRIED_EXPERTS))
+        ]
     if erasure.sites:
         trials = [Trial(None, routed=False), *trials]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     device, dtype = "cpu" if parameter.is_meta else parameter.device, parameter.dtype
 
     def outputs(trial: Trial) -> Tensor:
-        """What the modules make of `(2 f, d)`, forget prototypes and their targets: `(2, ...)`."""
+        """The modules' outputs `(2, ...)` for forget prototypes and for their targets."""
         parts = []
         for name, module in modules.items():
             remap = erasure.remaps[name]
@@ -67,8 +71,9 @@ def prover(
         run,
         current,
         PROOF_TOLERANCE[dtype],
-        f"something other than the weight and the hook decides what `{next(iter(modules))}` does. The edit was rolled back; "
-        "the model is as it was. Take adapters, hooks and wrappers off the head, erase, and put them back.",
+        f"something other than the weight and the hook decides what `{next(iter(modules))}` does. The edit "
+        "was rolled back; the model is as it was. Take adapters, hooks and wrappers off the head, erase, "
+        "and put them back.",
     )
 
 

@@ -224,7 +224,7 @@ def test_features_after_an_edit_and_before(model, data):
         (lambda images, labels: images, "a batch is a Tensor"),
         (lambda images, labels: (images,), "a batch is a tuple"),
         (lambda images, labels: {"pixel_values": images}, r"a mapping with \['pixel_values'\]"),
-        (lambda images, labels: {"pictures": images, "labels": labels}, "must be .*`pixel_values` and `labels`"),
+        (lambda images, labels: {"pictures": images, "labels": labels}, "`pixel_values` and `labels`"),
         (lambda images, labels: (images, labels.float()), r"got \(200,\) torch.float32"),
         (lambda images, labels: (images, nn.functional.one_hot(labels)), r"got \(200, 10\) torch.int64"),
         (lambda images, labels: (images, labels + 1), "Label 10 has no name"),
@@ -243,7 +243,7 @@ def test_no_batches(model):
 
 
 def test_bad_places(model, data):
-    with pytest.raises(SiteNotFoundError, match=r"no module 'resnet.encoder.stages.7'. It has 'resnet.encoder.stages.1'"):
+    with pytest.raises(SiteNotFoundError, match=r"no module 'resnet.encoder.stages.7'.*'resnet.encoder.stages.1'"):
         more_hf.collect_prototypes(model, DataLoader(data), at="resnet.encoder.stages.7")
     with pytest.raises(SiteNotFoundError, match="does not call `resnet.encoder.stages`"):
         more_hf.collect_prototypes(model, DataLoader(data), at="resnet.encoder.stages")
