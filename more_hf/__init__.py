@@ -1,4 +1,7 @@
-"""more_hf: make diffusers pipelines and image classifiers forget, in closed form (MoRE: a mixture of remapping experts)."""
+"""
+more_hf: make diffusers pipelines and image classifiers forget, in closed form (MoRE: a mixture of remapping
+experts).
+"""
 
 from importlib import import_module
 

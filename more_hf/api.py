@@ -30,10 +30,11 @@ def kind_of(model: Any, module: str = "erase") -> ModuleType:
 
 def restore(model: Any, concepts: str | int | Sequence[str | int] | None = None) -> Any:
     """
-    Undo an erasure in place: all of it bit for bit, or some concepts or classes (the others are fitted again).
+    Undo an erasure in place: all of it bit for bit, or some concepts or classes (the others are fitted
+    again).
 
-    An interruption at any point leaves the erased model or the restored one. A second thread that erases or restores
-    the same model meanwhile waits.
+    An interruption at any point leaves the erased model or the restored one. A second thread that erases or
+    restores the same model meanwhile waits.
 
     Args:
         model (`DiffusionPipeline` or `nn.Module`):
@@ -45,20 +46,21 @@ def restore(model: Any, concepts: str | int | Sequence[str | int] | None = None)
         The same pipeline or classifier.
 
     Raises:
-        `MoreError`: nothing was erased, or a concept was not. `AlreadyErasedError`: the originals are not here.
-        `IncompatibleBaseError`: the edited layers were changed since (a LoRA fused, training). `SiteNotFoundError`:
-        they are no longer what the model reads (fused projections).
+        `MoreError`: nothing was erased, or a concept was not. `AlreadyErasedError`: the originals are not
+        here. `IncompatibleBaseError`: the edited layers were changed since (a LoRA fused, training).
+        `SiteNotFoundError`: they are no longer what the model reads (fused projections).
     """
     return kind_of(model).restore(model, concepts)
 
 
 def get_erasure(model: Any) -> Erasure | None:
     """
-    What was erased from a pipeline or classifier and how, or `None`. The object is the live record; do not change it.
+    What was erased from a pipeline or classifier and how, or `None`. The object is the live record; do not
+    change it.
 
-    It knows what was done in this process, or opened by `more_hf.load`. Plain `from_pretrained` reads no record and gives
-    `None` for an erased model, too; to erase from it again is refused where the record lies in the folder that it was
-    opened from.
+    It knows what was done in this process, or opened by `more_hf.load`. Plain `from_pretrained` reads no
+    record and gives `None` for an erased model, too; to erase from it again is refused where the record lies
+    in the folder that it was opened from.
     """
     return kind_of(model).get_erasure(model)
 
@@ -77,8 +79,9 @@ def compare(model: Any, data: str | Iterable[Any], *, original: Any = None, **kw
         data (`str`, `Sequence[str]` or `Iterable`):
             For a pipeline one or several prompts; for a classifier batches as in `collect_prototypes`.
         original (`DiffusionPipeline` or `nn.Module`, *optional*):
-            The model before the erasure, where its original weights are not here: they were not kept, or it was
-            opened by `more_hf.load`. Without it, such a model is shown as it is now, and the result says so.
+            The model before the erasure, where its original weights are not here: they were not kept, or it
+            was opened by `more_hf.load`. Without it, such a model is shown as it is now, and the result says
+            so.
         kwargs:
             For a pipeline: `seed` (`int`, defaults to 0) of the first column, counted up to the right, and
             arguments of the pipeline's own call (`num_inference_steps`, `height`, ...), whose defaults hold
@@ -89,8 +92,8 @@ def compare(model: Any, data: str | Iterable[Any], *, original: Any = None, **kw
         notebook shows both.
 
     Raises:
-        `MoreError`: nothing was erased and there is no `original`, or no prompt. `PrototypeError`: data without
-        labels.
+        `MoreError`: nothing was erased and there is no `original`, or no prompt. `PrototypeError`: data
+        without labels.
 
     Example:
 
@@ -102,7 +105,8 @@ def compare(model: Any, data: str | Iterable[Any], *, original: Any = None, **kw
     if original is None and get_erasure(model) is None:
         raise MoreError(
             f"Nothing was erased from this {type(model).__name__}, so there is nothing to compare. If it was "
-            "opened with `from_pretrained`, which reads no record, open it with `more_hf.load` or pass `original=`."
+            "opened with `from_pretrained`, which reads no record, open it with `more_hf.load` or pass "
+            "`original=`."
         )
     room = kind_of(model, "compare")
     show_original = partial(_show_original, model, original)
@@ -134,16 +138,17 @@ def disabled(model: Any) -> Iterator[Any]:
     """
     Show the original inside the `with` block, to the calling context only.
 
-    The weights stay the erased ones: the original's output is computed beside them. A save, another thread or a crash
-    inside the block meets the erased model. Compiled models run eagerly meanwhile.
+    The weights stay the erased ones: the original's output is computed beside them. A save, another thread or
+    a crash inside the block meets the erased model. Compiled models run eagerly meanwhile.
 
     Args:
         model (`DiffusionPipeline` or `nn.Module`):
             An erased pipeline or classifier whose originals were kept.
 
     Raises:
-        `MoreError`: nothing was erased. `AlreadyErasedError`: the originals are not here. `SiteNotFoundError`: the
-        model no longer reads through the edited layers (fused projections), before the block or after it.
+        `MoreError`: nothing was erased. `AlreadyErasedError`: the originals are not here.
+        `SiteNotFoundError`: the model no longer reads through the edited layers (fused projections), before
+        the block or after it.
 
     Example:
 
@@ -158,7 +163,9 @@ def disabled(model: Any) -> Iterator[Any]:
         with locked(kind.edited_module(model)):
             erasure = get_erasure(model)
             if erasure is None:
-                raise MoreError(f"Nothing was erased from this {type(model).__name__}, so there is nothing to disable.")
+                raise MoreError(
+                    f"Nothing was erased from this {type(model).__name__}, so there is nothing to disable."
+                )
             kind.check_in_place(model)
             stack.enter_context(original_shown(erasure))
         yield model
@@ -168,10 +175,11 @@ def disabled(model: Any) -> Iterator[Any]:
 @contextmanager
 def routing(model: Any, seeds: Sequence[int]) -> Iterator[Any]:
     """
-    Give every sample of the calls inside its own stream of experts: expert = function of its seed and the call's index.
+    Give every sample of the calls inside its own stream of experts: expert = function of its seed and the
+    call's index.
 
-    What comes out then does not depend on batch size or process. Outside such a block no one's random numbers are
-    touched.
+    What comes out then does not depend on batch size or process. Outside such a block no one's random numbers
+    are touched.
 
     Args:
         model (`DiffusionPipeline` or `nn.Module`):
@@ -184,7 +192,9 @@ def routing(model: Any, seeds: Sequence[int]) -> Iterator[Any]:
     """
     erasure = get_erasure(model)
     if erasure is None or erasure.router is None or erasure.hook is None:
-        raise MoreError(f'This {type(model).__name__} has no router. Erase with router="random" or router="hash" first.')
+        raise MoreError(
+            f'This {type(model).__name__} has no router. Erase with router="random" or router="hash" first.'
+        )
     seeds = read_seeds(seeds)
     with afterwards(partial(erasure.hook.router.reset, None)):
         erasure.hook.router.reset(seeds)

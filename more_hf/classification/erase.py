@@ -44,45 +44,49 @@ def erase_classes(
     keep_originals: bool = True,
 ) -> nn.Module:
     """
-    Make an image classifier forget classes, in place, and return it: in closed form, in one pass over the data.
+    Make an image classifier forget classes, in place, and return it: in closed form, in one pass over the
+    data.
 
-    The feature that the head reads goes through a remapping expert first, by a forward pre-hook, and the mean expert is
-    merged into the head's weight as well; the state dict's keys and shapes stay as they are. So `save_pretrained` and
-    `from_pretrained` give a model whose predictions forget. **Its features are the original's**: the backbone is
-    untouched, and the feature forgets only while the hook is there (`more_hf.save(..., include_delta=True)` and
-    `more_hf.load` put it back). On a model that was erased before, all its classes are fitted again jointly, from the
-    kept originals and the new data. A second thread that erases or restores the same model meanwhile waits.
+    The feature that the head reads goes through a remapping expert first, by a forward pre-hook, and the mean
+    expert is merged into the head's weight as well; the state dict's keys and shapes stay as they are. So
+    `save_pretrained` and `from_pretrained` give a model whose predictions forget. **Its features are the
+    original's**: the backbone is untouched, and the feature forgets only while the hook is there
+    (`more_hf.save(..., include_delta=True)` and `more_hf.load` put it back). On a model that was erased
+    before, all its classes are fitted again jointly, from the kept originals and the new data. A second
+    thread that erases or restores the same model meanwhile waits.
 
     Args:
         model (`nn.Module`):
-            A Transformers or timm image classifier, or your own with `head` named, in fp16, bf16, fp32 or fp64. A model
-            inside DDP or `torch.compile` is edited inside. With two heads (DeiT with its teacher's token) both are edited.
+            A Transformers or timm image classifier, or your own with `head` named, in fp16, bf16, fp32 or
+            fp64. A model inside DDP or `torch.compile` is edited inside. With two heads (DeiT with its
+            teacher's token) both are edited.
         data (`Iterable` or `Prototypes`):
             Batches as in `collect_prototypes`, of every class, or what it returned.
         forget (`str`, `int` or a sequence of them):
             Classes by name (a synonym of an ImageNet label will do) or number.
         remap_to (*optional*, defaults to `"remain"`):
-            What they become: every other class is a candidate (Algorithm 1, step 3), or these classes are, or `None`
-            erases only: the feature then holds nothing of the class, but sits apart from all others, where a new probe
-            still finds it.
+            What they become: every other class is a candidate (Algorithm 1, step 3), or these classes are, or
+            `None` erases only: the feature then holds nothing of the class, but sits apart from all others,
+            where a new probe still finds it.
         num_experts (`int`, *optional*):
-            How many experts draw targets, without replacement until all are used, then again. By default as many as use
-            each target equally. One, without a router, is the paper's Remap.
+            How many experts draw targets, without replacement until all are used, then again. By default as
+            many as use each target equally. One, without a router, is the paper's Remap.
         router (`str`, *optional*):
-            Which expert a sample takes: `"random"` (MoRE, redrawn at every call: asking twice undoes it), `"hash"` (a
-            function of the sample), `"prototype"` (MoRE-P), `"prototype_random"` (MoRE-R). By default the mean expert:
-            with several targets it sends a class to their centroid, a cluster of its own, which a new probe can tell from
-            every target.
+            Which expert a sample takes: `"random"` (MoRE, redrawn at every call: asking twice undoes it),
+            `"hash"` (a function of the sample), `"prototype"` (MoRE-P), `"prototype_random"` (MoRE-R). By
+            default the mean expert: with several targets it sends a class to their centroid, a cluster of its
+            own, which a new probe can tell from every target.
         solver (`str`, *optional*, defaults to `"auto"`):
-            `"pinv"` (the paper: every other prototype stays exactly), `"covariance"` (the targets stay exactly, the others
-            move least), or `pinv` unless there are more classes than features or P is ill-conditioned.
+            `"pinv"` (the paper: every other prototype stays exactly), `"covariance"` (the targets stay
+            exactly, the others move least), or `pinv` unless there are more classes than features or P is
+            ill-conditioned.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draw of targets. No global random state is touched.
         head (`str` or `Sequence[str]`, *optional*):
             Name of the head where running the model does not find it.
         at (`str`, *optional*):
-            Edit the input of this inner module instead, a block for instance. A hook only: such a model is **not erased at
-            rest**, whatever saves it saves the original.
+            Edit the input of this inner module instead, a block for instance. A hook only: such a model is
+            **not erased at rest**, whatever saves it saves the original.
         keep_originals (`bool`, *optional*, defaults to `True`):
             Keep the head's original weight in CPU memory for `restore`.
 
@@ -90,22 +94,23 @@ def erase_classes(
         `nn.Module`: the same model.
 
     Raises:
-        `PrototypeError`: a class is unknown, has no sample, or is on both sides; the data has no labels; an option is
-        wrong; no exact edit exists. `SiteNotFoundError`: the head cannot be found, or cannot be edited as it is.
-        `AlreadyErasedError`: the model was erased and its originals are not here. The model is unchanged then, as it is
-        after an interruption.
+        `PrototypeError`: a class is unknown, has no sample, or is on both sides; the data has no labels; an
+        option is wrong; no exact edit exists. `SiteNotFoundError`: the head cannot be found, or cannot be
+        edited as it is. `AlreadyErasedError`: the model was erased and its originals are not here. The model
+        is unchanged then, as it is after an interruption.
 
-    Why every remaining class is a target by default, measured on Fashion-MNIST, each class forgotten in turn from three
-    classifiers: the mean of all kept the other classes within half a point and at most 0.5 % of the forgotten one for 25
-    of 30 pairs (`"pinv"`; 27 with `"covariance"`), one drawn target for 14 (16), as it grows by all of the forgotten
-    class's images (`benchmarks/classifiers/ten_classes.md`).
+    Why every remaining class is a target by default, measured on Fashion-MNIST, each class forgotten in turn
+    from three classifiers: the mean of all kept the other classes within half a point and at most 0.5 % of
+    the forgotten one for 25 of 30 pairs (`"pinv"`; 27 with `"covariance"`), one drawn target for 14 (16), as
+    it grows by all of the forgotten class's images (`benchmarks/classifiers/ten_classes.md`).
 
     Source: MoRE, Eq. 4 to 6 and Algorithms 1, 2 and 4; the covariance metric and the hash router are ours.
 
     Example:
 
         >>> import torch, more_hf
-        >>> images, labels = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+        >>> images, labels = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
+        torch.arange(60) % 3
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
         >>> model = more_hf.erase_classes(model, [(images, labels)], forget=[0], remap_to=[1])
         >>> more_hf.get_erasure(model).facts.sent_to
@@ -147,7 +152,9 @@ def erase_classes(
 
 
 def join_requests(old: ClassRequest, new: ClassRequest) -> ClassRequest:
-    """One request for what was erased and what is to be. Raises `MoreError` if they are at different places."""
+    """
+    One request for what was erased and what is to be. Raises `MoreError` if they are at different places.
+    """
     if (old.head, old.at) != (new.head, new.at):
         raise MoreError(
             f"Classes were erased at {old.at or old.head} and cannot be fitted jointly with others at "
@@ -162,7 +169,9 @@ def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = 
     with locked(plain):
         erasure = require_editable(plain)
         if erasure is None:
-            raise MoreError(f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore.")
+            raise MoreError(
+                f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore."
+            )
         names = class_names(plain, erasure.facts.num_classes)
         dropped = erasure.concepts
         if classes is not None:
@@ -190,7 +199,8 @@ def check_in_place(model: nn.Module) -> None:
     modules = edited_modules(plain, erasure)
     if replaced := [name for name, site in erasure.sites.items() if modules[name] is not site.module]:
         raise SiteNotFoundError(
-            f"`{replaced[0]}` was replaced since the edit. Put the edited layer back, or erase again from the original."
+            f"`{replaced[0]}` was replaced since the edit. Put the edited layer back, or erase again from "
+            "the original."
         )
 
 
@@ -254,7 +264,8 @@ def _fit(
     install(model, erasure, list(modules.values()), prove, keep_originals=keep_originals)
     if request.at is not None:
         logger.warning(
-            "The classes are forgotten by a hook on `%s` only, not at rest: whatever saves this model saves the original.",
+            "The classes are forgotten by a hook on `%s` only, not at rest: whatever saves this model saves "
+            "the original.",
             request.at,
         )
 

@@ -17,11 +17,13 @@ LISTED = 5  # classes that a row of a report names at most
 @dataclass(eq=False)
 class ClassErasure(Erasure):
     """
-    An `Erasure` of classes. `request.remap_to` holds what was asked for, `facts.sent_to` the targets that were drawn.
+    An `Erasure` of classes. `request.remap_to` holds what was asked for, `facts.sent_to` the targets that
+    were drawn.
 
     Args:
         prototypes (`Prototypes`, *optional*):
-            Of every class, from which `restore` of single classes fits again; `None` for a model that was loaded.
+            Of every class, from which `restore` of single classes fits again; `None` for a model that was
+            loaded.
     """
 
     request: ClassRequest
@@ -45,7 +47,10 @@ class ClassErasure(Erasure):
         yield from measured_rows(self.guarantees, self.proof)
         yield "leak", "the backbone is untouched: without the hook, features are the original's"
         if request.router == "random":
-            yield "leak", "asking twice undoes random routing: two experts on the same image determine its feature"
+            yield (
+                "leak",
+                "asking twice undoes random routing: two experts on the same image determine its feature",
+            )
 
 
 def _targets(names: list[str], router: str | None) -> str:

@@ -19,10 +19,11 @@ def channel_dim(module: nn.Module, z: Tensor) -> int:
 
 class HeadHook(RoutingHook):
     """
-    A feature `(batch, d)`, tokens `(batch, ..., d)` or a feature map `(batch, d, height, width)` becomes E_e z.
+    A feature `(batch, d)`, tokens `(batch, ..., d)` or a feature map `(batch, d, height, width)` becomes E_e
+    z.
 
-    The router sees the sample's mean feature. With several heads the `first` one's hook decides for all: experts that
-    differ from head to head would leave the feature recoverable.
+    The router sees the sample's mean feature. With several heads the `first` one's hook decides for all:
+    experts that differ from head to head would leave the feature recoverable.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class HeadHook(RoutingHook):
 
 
 def make_hooks(erasure: Erasure, names: Iterable[str], device: torch.device) -> tuple[HeadHook, ...]:
-    """A hook for each of the modules, whose names are the spaces of the erasure; the first one has the router."""
+    """
+    A hook for each of the modules, whose names are the spaces of the erasure; the first one has the router.
+    """
     hooks: list[HeadHook] = []
     where = "cpu" if device.type == "meta" else device
     for name in names:

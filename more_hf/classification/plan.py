@@ -17,7 +17,9 @@ from ..core.request import REMAIN, ClassRequest, is_remain
 from .labels import find_class, read_classes
 
 
-ILL_CONDITIONED = 1e4  # beyond this condition number of P, D_F amplifies a feature's rounding and noise too much
+ILL_CONDITIONED = (
+    1e4  # beyond this condition number of P, D_F amplifies a feature's rounding and noise too much
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Solution:
         sent_to (`dict[str, list[str]]`):
             The targets that were drawn for each forgotten class.
         remain_moved (`dict[str, float]`):
-            How far the prototypes moved that were not kept exactly, farthest first, as a share of their length.
+            How far the prototypes moved that were not kept exactly, farthest first, as a share of their
+            length.
     """
 
     remaps: list[Remap]
@@ -65,7 +68,8 @@ def make_request(
         targets = tuple(find_class(names, wanted) for wanted in read_classes("remap_to", remap_to))
     if remap_to is not None and not targets:
         raise PrototypeError(
-            '`remap_to` is empty. Name classes, or pass "remain" for all others, or `None` to erase without remapping.'
+            '`remap_to` is empty. Name classes, or pass "remain" for all others, or `None` to erase without '
+            'remapping.'
         )
     return ClassRequest(
         concepts=dict.fromkeys(forgotten, ()),
@@ -80,18 +84,21 @@ def check_request(names: Sequence[str], request: ClassRequest) -> None:
     """Raises `PrototypeError` when nothing would remain, or a class is both forgotten and a target."""
     if len(request.concepts) == len(names):
         raise PrototypeError(
-            f"`forget` has all {len(names)} classes of the model, so that nothing remains. Leave at least one out."
+            f"`forget` has all {len(names)} classes of the model, so that nothing remains. Leave at least "
+            "one out."
         )
     if both := [name for name in request.targets if name in request.concepts]:
-        raise PrototypeError(f"{both[0]!r} is both in `forget` and in `remap_to`. Remove it from one of them.")
+        raise PrototypeError(
+            f"{both[0]!r} is both in `forget` and in `remap_to`. Remove it from one of them."
+        )
 
 
 def solve(prototypes: Prototypes, widths: Sequence[int], request: ClassRequest) -> Solution:
     """
     Solve a request. `widths` says how many of the features each head reads.
 
-    `pinv` keeps every class exact, in P. `covariance` has the forgotten classes and their targets in P and spares the
-    others through Σ.
+    `pinv` keeps every class exact, in P. `covariance` has the forgotten classes and their targets in P and
+    spares the others through Σ.
 
     Raises:
         `PrototypeError`: a class has no prototype, or no exact edit exists.
@@ -148,11 +155,16 @@ def _choose_solver(heads: Sequence[Prototypes], solver: str) -> tuple[str, str]:
     if k > d:
         return "covariance", f"more classes than features, so that not all can stay exactly; {facts}"
     if condition > ILL_CONDITIONED:
-        return "covariance", f"prototypes nearly dependent (condition number above {ILL_CONDITIONED:.0e}); {facts}"
+        return (
+            "covariance",
+            f"prototypes nearly dependent (condition number above {ILL_CONDITIONED:.0e}); {facts}",
+        )
     return "pinv", f"every other class stays exactly; {facts}"
 
 
 def _movement(remap: Remap, prototype: Tensor, router: str | None) -> float:
     """How far an expert moves a remaining prototype at most, as a share of its length."""
     experts = (None,) if router is None else range(remap.num_experts)
-    return max(float((remap.apply(prototype, expert) - prototype).norm() / prototype.norm()) for expert in experts)
+    return max(
+        float((remap.apply(prototype, expert) - prototype).norm() / prototype.norm()) for expert in experts
+    )

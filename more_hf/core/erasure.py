@@ -111,20 +111,26 @@ class Erasure(ABC):
         """The original weights. Raises `AlreadyErasedError` if they were not kept."""
         if self.originals is None:
             raise AlreadyErasedError(
-                f"{', '.join(map(repr, self.concepts))} is already erased from this model and the original weights are "
+                f"{', '.join(map(repr, self.concepts))} is already erased from this model and the original "
+                "weights are "
                 "not here, so it can be neither restored nor fitted jointly with another concept. Start from "
                 f"{self.facts.base or 'the original model'} and pass all concepts at once."
             )
         return self.originals
 
     def check_unchanged(self) -> None:
-        """Raises `IncompatibleBaseError` if a site no longer holds this edit, beyond what a cast of the model explains."""
+        """
+        Raises `IncompatibleBaseError` if a site no longer holds this edit, beyond what a cast of the model
+        explains.
+        """
         originals = self.require_originals()
         changed = [name for name, original in originals.items() if not self._holds_edit(name, original)]
         if changed:
             raise IncompatibleBaseError(
-                f"{len(changed)} of {len(self.sites)} edited layers changed since the edit (first: `{changed[0]}`): a "
-                "LoRA was fused or the model was trained. Undo that first (`pipe.unfuse_lora()`), or start from the "
+                f"{len(changed)} of {len(self.sites)} edited layers changed since the edit (first: "
+                f"`{changed[0]}`): a "
+                "LoRA was fused or the model was trained. Undo that first (`pipe.unfuse_lora()`), or start "
+                "from the "
                 "base model."
             )
 
@@ -142,7 +148,10 @@ class Erasure(ABC):
 
 
 def measured_rows(guarantees: Mapping[str, float], proof: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """The rows of a report about what was measured; a guarantee and the proof next to the bound that they must keep."""
+    """
+    The rows of a report about what was measured; a guarantee and the proof next to the bound that they must
+    keep.
+    """
     for key, value in guarantees.items():
         if key.endswith(GUARANTEES):
             yield f"guarantee `{key}`", _compared(value, EXACT)

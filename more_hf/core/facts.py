@@ -77,7 +77,8 @@ class ClassFacts(Facts):
         sent_to (`dict[str, list[str]]`):
             The targets that were drawn for each forgotten class.
         remain_moved (`dict[str, float]`):
-            How far the prototypes moved that were not kept exactly, farthest first, as a share of their length.
+            How far the prototypes moved that were not kept exactly, farthest first, as a share of their
+            length.
     """
 
     model: str

@@ -21,9 +21,9 @@ class RoutingHook:
     """
     A forward pre-hook: a feature z becomes E_e z, with the expert that the router picks for each sample.
 
-    On weights that hold the mean expert the result is exactly expert e's, since E_mean E_e = E_e. Without a router every
-    sample takes the mean expert. Pickling or deep-copying drops the factors; the copy is a no-op, and the copied weights
-    keep the mean expert.
+    On weights that hold the mean expert the result is exactly expert e's, since E_mean E_e = E_e. Without a
+    router every sample takes the mean expert. Pickling or deep-copying drops the factors; the copy is a
+    no-op, and the copied weights keep the mean expert.
 
     Args:
         remap (`Remap`, *optional*):
@@ -82,14 +82,19 @@ class RoutingHook:
         return self.router(z)
 
     def route(self, z: Tensor, experts: Tensor | None = None) -> Tensor:
-        """E z for `(batch, ..., d)`, in float32, returned in the dtype of z; by the router unless experts are given."""
+        """
+        E z for `(batch, ..., d)`, in float32, returned in the dtype of z; by the router unless experts are
+        given.
+        """
         experts = self.experts(z) if experts is None else experts
         shifts = self.shifts.to(z.device)[experts.to(z.device)]  # (batch, f, d)
         tokens = z.float().reshape(len(z), -1, z.shape[-1])
         return (tokens + tokens @ self.read.to(z.device) @ shifts).reshape(z.shape).to(z.dtype)
 
     def __reduce__(self) -> tuple:
-        logger.warning("A routing hook is copied without its factors: the copy keeps the mean expert in its weights.")
+        logger.warning(
+            "A routing hook is copied without its factors: the copy keeps the mean expert in its weights."
+        )
         return type(self), ()
 
 

@@ -1,7 +1,8 @@
-"""The one transaction by which a model is erased, erased again, or restored: all of it, or the model is what it was.
+"""The one transaction by which a model is erased, erased again, or restored: all of it, or the model is what
+it was.
 
-The order makes an interruption at any point harmless: originals are registered before a weight changes and until
-after the last one is back, and whatever fails in between puts back weights, hooks and record.
+The order makes an interruption at any point harmless: originals are registered before a weight changes and
+until after the last one is back, and whatever fails in between puts back weights, hooks and record.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .site import Site, copy_weights, write_weights
 from .views import is_shown
 
 
-# What a proof by run accepts, in units of the output difference between forget and target before the edit: rounding of
-# weights and features in the model's dtype. A single missed layer shows as 0.05 or more.
+# What a proof by run accepts, in units of the output difference between forget and target before the edit:
+# rounding of weights and features in the model's dtype. A single missed layer shows as 0.05 or more.
 PROOF_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
@@ -49,8 +50,8 @@ def install(
             Whether the originals stay in memory afterwards.
 
     Raises:
-        `IncompatibleBaseError`: an edited weight is not finite in the model's dtype. `MoreError`: the call is inside a
-        block that shows the original. And what `prove` raises. The model is unchanged then.
+        `IncompatibleBaseError`: an edited weight is not finite in the model's dtype. `MoreError`: the call is
+        inside a block that shows the original. And what `prove` raises. The model is unchanged then.
     """
     current = registry.find_erasure(model)
     refuse_inside_block(current)
@@ -76,7 +77,9 @@ def install(
 
 
 def uninstall(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Write the originals back, bit for bit, take the hooks off, and forget the erasure. Mutates the model."""
+    """
+    Write the originals back, bit for bit, take the hooks off, and forget the erasure. Mutates the model.
+    """
     erasure = registry.find_erasure(model)
     refuse_inside_block(erasure)
     before = copy_weights(erasure.sites)
@@ -96,10 +99,13 @@ def refuse_inside_block(erasure: Erasure | None) -> None:
     """
     Raises `MoreError` while a block shows the original, in this thread or another.
 
-    No run could prove there what the weights do, and the block would see a mixture of what was and what is to be.
+    No run could prove there what the weights do, and the block would see a mixture of what was and what is to
+    be.
     """
     if erasure is not None and is_shown(erasure):
-        raise MoreError("`more_hf.disabled` shows the original of this model. Leave the block, then erase or restore.")
+        raise MoreError(
+            "`more_hf.disabled` shows the original of this model. Leave the block, then erase or restore."
+        )
 
 
 def _edited(erasure: Erasure, name: str, site: Site) -> Tensor:

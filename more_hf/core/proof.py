@@ -1,4 +1,7 @@
-"""The proof by run: the real model is called before and after an edit, and its outputs decide whether the edit stands."""
+"""
+The proof by run: the real model is called before and after an edit, and its outputs decide whether the edit
+stands.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ def proof_by_run(
 
     Args:
         run (`Callable`):
-            Gives the outputs `(trials, ...)` of the model on features that hold forget prototypes, and on the same with
-            their targets, flattened.
+            Gives the outputs `(trials, ...)` of the model on features that hold forget prototypes, and on the
+            same with their targets, flattened.
         current (`Erasure`, *optional*):
             An earlier erasure of the model, which the measurement of the original leaves out.
         tolerance (`float`):
@@ -30,8 +33,8 @@ def proof_by_run(
             For the error: what else may decide the output, and what to do.
 
     Returns:
-        `Callable`: gives `forget_vs_target` and `target_changed` (0 for a correct edit), `forget_changed` (1) and the
-        `tolerance`, and raises `SiteNotFoundError` if they are not within the tolerance.
+        `Callable`: gives `forget_vs_target` and `target_changed` (0 for a correct edit), `forget_changed` (1)
+        and the `tolerance`, and raises `SiteNotFoundError` if they are not within the tolerance.
     """
     with nullcontext() if current is None else original_shown(current):
         source, target = run()

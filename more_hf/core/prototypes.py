@@ -179,13 +179,14 @@ class PrototypeFitter:
         feature out.
 
         Raises:
-            `PrototypeError`: a label has no name or is no integer, or the features have another width, another number
-            or values that are not finite. Nothing is added then.
+            `PrototypeError`: a label has no name or is no integer, or the features have another width,
+            another number or values that are not finite. Nothing is added then.
         """
         features = self._rows(features)
         if not isinstance(labels, Tensor) or not is_integer(labels) or labels.numel() != len(features):
             raise PrototypeError(
-                f"Labels must be a tensor of {len(features)} integers, one for each feature, got {shown(labels)}."
+                f"Labels must be a tensor of {len(features)} integers, one for each feature, got "
+                f"{shown(labels)}."
             )
         labels = labels.reshape(-1).to(features.device, torch.int64)
         if len(labels) and labels.max() >= len(self.names):
@@ -200,7 +201,10 @@ class PrototypeFitter:
 
     @torch.no_grad()
     def update_moment(self, features: Tensor) -> PrototypeFitter:
-        """Add features `(..., d)` of any float dtype to the second moment alone. See `update` for what is raised."""
+        """
+        Add features `(..., d)` of any float dtype to the second moment alone. See `update` for what is
+        raised.
+        """
         features = self._rows(features)
         self._add_moment(features.T @ features, len(features))
         return self
@@ -242,7 +246,8 @@ class PrototypeFitter:
         # one such value would spoil its prototype and the second moment
         if not rows.isfinite().all():
             raise PrototypeError(
-                "Some features are NaN or infinite, and no mean of them exists. Check the data, or run the model in a "
+                "Some features are NaN or infinite, and no mean of them exists. Check the data, or run the "
+                "model in a "
                 "wider dtype."
             )
         return rows

@@ -1,4 +1,6 @@
-"""Which models are erased, kept beside them: what pickles, copies or saves a model cannot carry this along."""
+"""
+Which models are erased, kept beside them: what pickles, copies or saves a model cannot carry this along.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from .errors import AlreadyErasedError
 from .interrupts import held
 
 
-# The names of what was erased, a plain attribute of the model: a deep copy or an unpickled model still says so.
+# The names of what was erased, a plain attribute of the model: a deep copy or an unpickled model still says
+# so.
 ERASED = "more_hf_erased"
 
 _erasures: WeakKeyDictionary[nn.Module, Erasure] = WeakKeyDictionary()
@@ -51,15 +54,17 @@ def require_editable(model: nn.Module) -> Erasure | None:
     The model's erasure if it can be fitted again, `None` if it has none.
 
     Raises:
-        `AlreadyErasedError`: the model was erased and its originals are not here. `IncompatibleBaseError`: the
-        edited layers were changed since.
+        `AlreadyErasedError`: the model was erased and its originals are not here. `IncompatibleBaseError`:
+        the edited layers were changed since.
     """
     erasure = find_erasure(model)
     names = model.__dict__.get(ERASED)
     if erasure is None and names:
         raise AlreadyErasedError(
-            f"This is a copy of a model from which {', '.join(map(repr, names))} was erased; copies carry no original "
-            "weights. Call on the model it was copied from, or start from the original and pass all concepts at once."
+            f"This is a copy of a model from which {', '.join(map(repr, names))} was erased; copies carry no "
+            "original "
+            "weights. Call on the model it was copied from, or start from the original and pass all concepts "
+            "at once."
         )
     if erasure is not None:
         erasure.check_unchanged()

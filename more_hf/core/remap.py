@@ -312,5 +312,7 @@ def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor:
     values, vectors = torch.linalg.eigh(prototypes.second_moment)
     shrunk = values.clamp_min(0) + shrinkage * values.mean()
     if not shrunk.min() > 0:
-        raise PrototypeError("The second moment is singular, and nothing is added to it. Pass a larger `shrinkage`.")
+        raise PrototypeError(
+            "The second moment is singular, and nothing is added to it. Pass a larger `shrinkage`."
+        )
     return (vectors * shrunk.rsqrt()) @ vectors.T

@@ -18,8 +18,9 @@ EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Site:
     """A linear layer that reads the features, and where its weight really lives.
 
-    Under sequential CPU offload the parameter is an empty stand-in on the meta device, and the weight is in the
-    `weights_map` of accelerate's hook. `read` and `write` go there; everything else in the library goes through them.
+    Under sequential CPU offload the parameter is an empty stand-in on the meta device, and the weight is in
+    the `weights_map` of accelerate's hook. `read` and `write` go there; everything else in the library goes
+    through them.
 
     Args:
         name (`str`):
@@ -29,7 +30,8 @@ class Site:
         space (`str`, *optional*, defaults to `"tokens"`):
             Which features the layer reads, where a model has several kinds.
         columns (`int`, *optional*):
-            How many of the first columns read them, if not all: they are the weight that `read` and `write` know.
+            How many of the first columns read them, if not all: they are the weight that `read` and `write`
+            know.
 
     Raises:
         `SiteNotFoundError`: the weight cannot be edited in place. The message names the layer and the remedy.
@@ -43,7 +45,8 @@ class Site:
         where = f"`{self.name}` ({type(self.module).__name__})"
         if type(self.module) is not nn.Linear:
             raise SiteNotFoundError(
-                f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be edited in "
+                f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be "
+                "edited in "
                 "place. Erase from the unquantized model, save it, and quantize what was saved."
             )
         offload = self._offload_map("weight")
@@ -56,8 +59,10 @@ class Site:
         plain = type(weight) is Tensor and not weight.is_meta and weight.ndim == 2
         if not plain or weight.dtype not in EDITABLE:
             raise SiteNotFoundError(
-                f"The weight of {where} is {type(weight).__name__} {weight.dtype} of shape {tuple(weight.shape)} on "
-                f"{weight.device}: quantized, cast to fp8, sharded (FSDP, ZeRO-3) or not loaded. An edit needs the "
+                f"The weight of {where} is {type(weight).__name__} {weight.dtype} of shape "
+                f"{tuple(weight.shape)} on "
+                f"{weight.device}: quantized, cast to fp8, sharded (FSDP, ZeRO-3) or not loaded. An edit "
+                "needs the "
                 "whole matrix in fp16, bf16, fp32 or fp64. Erase from the full-precision model, save it, and "
                 "quantize or shard what was saved."
             )
@@ -71,7 +76,9 @@ class Site:
             data, key = single.weights_map, parameter
             while hasattr(data, "prefix"):  # PrefixedDataset
                 data, key = data.dataset, data.prefix + key
-            if hasattr(data, "state_dict") and key in data.state_dict:  # OffloadedWeightsLoader, the part in memory
+            if (
+                hasattr(data, "state_dict") and key in data.state_dict
+            ):  # OffloadedWeightsLoader, the part in memory
                 data = data.state_dict
             return data, key
         return None
@@ -84,7 +91,10 @@ class Site:
         return weight if self.columns is None else weight[:, : self.columns]
 
     def read(self) -> Tensor:
-        """The weight, `(out_features, in_features)` or `(out_features, columns)`; not a copy where it is resident."""
+        """
+        The weight, `(out_features, in_features)` or `(out_features, columns)`; not a copy where it is
+        resident.
+        """
         return self._part(self._whole())
 
     def read_bias(self) -> Tensor | None:
@@ -93,7 +103,10 @@ class Site:
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
-        """Put values into the weight in place, in its dtype and on its device: everything that shares it sees them."""
+        """
+        Put values into the weight in place, in its dtype and on its device: everything that shares it sees
+        them.
+        """
         weight = self._whole()
         self._part(weight).copy_(value)
         offload = self._offload_map("weight")
@@ -101,7 +114,10 @@ class Site:
             offload[0][offload[1]] = weight  # a mapping that returns copies needs the new value written back
 
     def with_part(self, value: Tensor) -> Tensor:
-        """The whole weight `(out_features, in_features)` with `value` in the part that `read` gives; a new tensor."""
+        """
+        The whole weight `(out_features, in_features)` with `value` in the part that `read` gives; a new
+        tensor.
+        """
         rest = self._whole()[:, value.shape[1] :]
         return torch.cat([value, rest.to(value)], dim=1)
 

@@ -1,4 +1,7 @@
-"""From names to prototypes: the pipeline's own text encoding, the positions of a name in it, and means over them."""
+"""
+From names to prototypes: the pipeline's own text encoding, the positions of a name in it, and means over
+them.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,10 @@ class Encoder:
         self.length = self.segments[0].length
 
     def token_ids(self, prompt: str, segment: Segment | None = None) -> list[int]:
-        """Without begin and end token, by the first segment's tokenizer if not another's; learned tokens spelled out."""
+        """
+        Without begin and end token, by the first segment's tokenizer if not another's; learned tokens spelled
+        out.
+        """
         segment = segment or self.text.segments[0]
         tokenizer = getattr(self.pipe, segment.tokenizer)
         if isinstance(self.pipe, TextualInversionLoaderMixin):
@@ -139,12 +145,15 @@ class Encoder:
             if first is None or segment.before + len(ids) + 1 > length:
                 continue
             start, end = segment.before + first, segment.before + len(ids)  # of the name; of the end token
-            start, stop = _positions(kind, start, start + len(own), end, length if segment.padding else end + 1)
+            start, stop = _positions(
+                kind, start, start + len(own), end, length if segment.padding else end + 1
+            )
             if start < stop:
                 spans.append(Span(prompt, offset + start, offset + stop))
         if not spans:
             raise PrototypeError(
-                f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around it. "
+                f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around "
+                "it. "
                 "Use a shorter name."
             )
         return spans
@@ -159,7 +168,10 @@ def _find(part: list[int], whole: list[int]) -> int | None:
 
 
 def _positions(kind: str, start: int, stop: int, end: int, last: int) -> tuple[int, int]:
-    """The positions of a kind in a prompt with the name at `[start, stop)`, the end token at `end`, padding up to `last`."""
+    """
+    The positions of a kind in a prompt with the name at `[start, stop)`, the end token at `end`, padding up
+    to `last`.
+    """
     return {
         "subject": (start, stop),
         "last": (stop - 1, stop),
@@ -180,7 +192,9 @@ def kinds_of(text: Text, tokens: str, *, pooled: bool = True) -> dict[str, list[
 
 
 class _Plan:
-    """What one space's fitter is fed: the prototypes' names, and which positions of each prompt count for which."""
+    """
+    What one space's fitter is fed: the prototypes' names, and which positions of each prompt count for which.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -215,7 +229,8 @@ def fit_prototypes(
     templates: Sequence[str] = TEMPLATES,
 ) -> dict[str, Prototypes]:
     """
-    Prototypes of names, begin tokens and the empty prompt, and the second moment of ordinary text, in every space.
+    Prototypes of names, begin tokens and the empty prompt, and the second moment of ordinary text, in every
+    space.
 
     Args:
         pipe (`DiffusionPipeline`):
@@ -230,9 +245,9 @@ def fit_prototypes(
             Sentences around a name.
 
     Returns:
-        `dict[str, Prototypes]`: for `"tokens"`, and `"pooled"` where there is one, the columns of begin tokens and the
-        empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype is the mean over the name's
-        prompts.
+        `dict[str, Prototypes]`: for `"tokens"`, and `"pooled"` where there is one, the columns of begin
+        tokens and the empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype is
+        the mean over the name's prompts.
     """
     encoder = Encoder(pipe, templates)
     kinds = kinds_of(encoder.text, tokens)

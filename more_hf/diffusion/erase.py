@@ -50,36 +50,40 @@ def erase_concept(
     """
     Erase concepts from a pipeline, in place, and return it: in closed form, without training.
 
-    Every layer of the denoiser that reads the prompt gets the mean expert merged into its weight; names, shapes and
-    dtypes stay as they are, so that every tool which saves or copies the pipeline copies the erased one. On a pipeline
-    that was erased before, all its concepts are fitted again jointly, from the kept originals. A second thread that
-    erases or restores the same pipeline meanwhile waits.
+    Every layer of the denoiser that reads the prompt gets the mean expert merged into its weight; names,
+    shapes and dtypes stay as they are, so that every tool which saves or copies the pipeline copies the
+    erased one. On a pipeline that was erased before, all its concepts are fitted again jointly, from the kept
+    originals. A second thread that erases or restores the same pipeline meanwhile waits.
 
     Args:
         pipe (`DiffusionPipeline`):
-            A pipeline of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or PixArt, in fp16, bf16, fp32 or fp64, on any device.
+            A pipeline of Stable Diffusion 1.x, 2.x, XL or 3, FLUX or PixArt, in fp16, bf16, fp32 or fp64, on
+            any device.
         concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
             What to forget; a mapping gives each name's aliases.
         remap_to (`str`, `Sequence[str]` or `None`):
-            What the concepts become. With several names, their mean, or one per expert with a router. `None` projects the
-            concepts out and puts nothing in their place.
+            What the concepts become. With several names, their mean, or one per expert with a router. `None`
+            projects the concepts out and puts nothing in their place.
         retain (`Sequence[str]`, *optional*):
-            Names to protect. `pinv` keeps their prototypes exactly where they are, like the begin token's and the empty
-            prompt's; `covariance` counts their prompts among the ordinary ones. The report says how far they move.
+            Names to protect. `pinv` keeps their prototypes exactly where they are, like the begin token's and
+            the empty prompt's; `covariance` counts their prompts among the ordinary ones. The report says how
+            far they move.
         num_experts (`int`, *optional*):
             How many experts draw their targets from `remap_to`; by default as many as use each equally.
         router (`str`, *optional*):
-            `"random"` (the paper: one expert per call and sample) or `"hash"` (a function of the prompt); lives in this
-            process only. By default the mean expert alone, so that what you see is what is saved.
+            `"random"` (the paper: one expert per call and sample) or `"hash"` (a function of the prompt);
+            lives in this process only. By default the mean expert alone, so that what you see is what is
+            saved.
         solver (`str`, *optional*, defaults to `"auto"`):
-            `"pinv"` (the paper), `"covariance"`, or whichever moves ordinary prompts less, measured at every call and
-            reported.
+            `"pinv"` (the paper), `"covariance"`, or whichever moves ordinary prompts less, measured at every
+            call and reported.
         tokens (`str`, *optional*, defaults to `"positions"`):
-            Which prompt positions make prototypes: `"positions"` (the name's last token, the tokens after it, the end
-            token and the padding, one prototype each), `"subject"`, `"end"`, `"subject+end"`, `"last"`.
+            Which prompt positions make prototypes: `"positions"` (the name's last token, the tokens after it,
+            the end token and the padding, one prototype each), `"subject"`, `"end"`, `"subject+end"`,
+            `"last"`.
         pooled (`bool`, *optional*, defaults to `True`):
-            Also edit the layer that reads the pooled prompt embedding (Stable Diffusion XL and 3, FLUX). Without it the
-            concept still reaches the model there, and the report says so.
+            Also edit the layer that reads the pooled prompt embedding (Stable Diffusion XL and 3, FLUX).
+            Without it the concept still reaches the model there, and the report says so.
         keep_originals (`bool`, *optional*, defaults to `True`):
             Keep the edited layers' original weights in CPU memory for `restore`.
         seed (`int`, *optional*, defaults to 0):
@@ -89,17 +93,17 @@ def erase_concept(
         `DiffusionPipeline`: the same pipeline.
 
     Raises:
-        `PrototypeError`: a name or an option is wrong, or no exact edit exists. `SiteNotFoundError`: the pipeline
-        cannot be edited as it is. `AlreadyErasedError`: it was erased and its originals are not here. The pipeline is
-        unchanged then, as it is after an interruption.
+        `PrototypeError`: a name or an option is wrong, or no exact edit exists. `SiteNotFoundError`: the
+        pipeline cannot be edited as it is. `AlreadyErasedError`: it was erased and its originals are not
+        here. The pipeline is unchanged then, as it is after an interruption.
 
     The defaults were measured on the embedded pipeline, four styles erased in turn, 136 pictures a setting:
-    `"positions"` left 0 % of the pictures recognisable, every single kind of token 2 to 10 %; `"pinv"` moved other
-    artists 2.7 times as far (LPIPS) as `"covariance"`; two or more targets left 2 to 8 % where one left none
-    (`benchmarks/artists/defaults.csv`).
+    `"positions"` left 0 % of the pictures recognisable, every single kind of token 2 to 10 %; `"pinv"` moved
+    other artists 2.7 times as far (LPIPS) as `"covariance"`; two or more targets left 2 to 8 % where one left
+    none (`benchmarks/artists/defaults.csv`).
 
-    Source: MoRE, Eq. 4 to 6 and Algorithm 1, on the cross-attention inputs; the covariance metric and token positions
-    are ours.
+    Source: MoRE, Eq. 4 to 6 and Algorithm 1, on the cross-attention inputs; the covariance metric and token
+    positions are ours.
 
     Example:
 
@@ -122,9 +126,12 @@ def erase_concept(
     return erase(pipe, request, keep_originals=keep_originals)
 
 
-def erase(pipe: DiffusionPipeline, request: ConceptRequest, *, keep_originals: bool = True) -> DiffusionPipeline:
+def erase(
+    pipe: DiffusionPipeline, request: ConceptRequest, *, keep_originals: bool = True
+) -> DiffusionPipeline:
     """
-    `erase_concept` for a request, which also sets what research varies: templates, everyday prompts, shrinkage.
+    `erase_concept` for a request, which also sets what research varies: templates, everyday prompts,
+    shrinkage.
 
     Example:
 
@@ -139,7 +146,9 @@ def erase(pipe: DiffusionPipeline, request: ConceptRequest, *, keep_originals: b
         current = require_editable(denoiser.module)
         if current is None:
             source = pipe.config.get("_name_or_path")
-            refuse_erased_source(source, lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
+            refuse_erased_source(
+                source, lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled)
+            )
         else:
             request = current.request.joined(request)
         _fit(pipe, denoiser, request, keep_originals)
@@ -184,7 +193,8 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     """
     Raises `SiteNotFoundError` unless the denoiser still reads the prompt through the layers that were edited.
 
-    Projections that were fused since read a copy of the edited weights, which neither `restore` nor `disabled` reaches.
+    Projections that were fused since read a copy of the edited weights, which neither `restore` nor
+    `disabled` reaches.
     """
     denoiser = find_denoiser(pipe)
     erasure = find_erasure(denoiser.module)
@@ -269,7 +279,8 @@ def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoi
         for other, count in shared_first_tokens(pipe, surface, kept).items():
             moved = remap.moved(encoder.encode([other])[0, 1 : 1 + count])
             leaks.append(
-                f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same vectors there; "
+                f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same "
+                "vectors there; "
                 f"they move by {100 * moved:.1f} %"
             )
     if branches := lora_branches(denoiser):

@@ -21,7 +21,10 @@ class ConceptErasure(Erasure):
         """See `Erasure.rows`."""
         request, facts = self.request, self.facts
         yield "forgotten", "; ".join(_with_aliases(name, also) for name, also in request.concepts.items())
-        yield "sent to", "; ".join(f"{name} → {_mean_of(targets)}" for name, targets in request.remap_to.items())
+        yield (
+            "sent to",
+            "; ".join(f"{name} → {_mean_of(targets)}" for name, targets in request.remap_to.items()),
+        )
         moved = [f"{name} (moves by {100 * share:.2g} %)" for name, share in facts.retained_moved.items()]
         yield "retained", ", ".join(["special tokens and empty prompt (exact)", *moved])
         yield "tokens", request.tokens

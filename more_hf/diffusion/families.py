@@ -1,4 +1,6 @@
-"""The denoiser families, one entry each in `FAMILIES`: which layers read text, and how to call the model once."""
+"""
+The denoiser families, one entry each in `FAMILIES`: which layers read text, and how to call the model once.
+"""
 
 from __future__ import annotations
 
@@ -230,8 +232,8 @@ def register_family(denoiser: str, family: Family, text: Text | None = None) -> 
     """
     Add a family of denoisers, for this process: every call of this package then treats it like its own.
 
-    The first erasure proves by a run whether `family` names the right layers: a layer that is missing lets the concept
-    through, and the call is rolled back and raises.
+    The first erasure proves by a run whether `family` names the right layers: a layer that is missing lets
+    the concept through, and the call is rolled back and raises.
 
     Args:
         denoiser (`str`):

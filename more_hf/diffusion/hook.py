@@ -1,4 +1,7 @@
-"""The forward pre-hook that routes: which expert the prompt's features go through before the denoiser reads them."""
+"""
+The forward pre-hook that routes: which expert the prompt's features go through before the denoiser reads
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ class PromptHook(RoutingHook):
     """
     The pre-hook of a denoiser: `encoder_hidden_states` `(batch, tokens, d)` becomes E_e z.
 
-    A pooled feature `(batch, d')`, at the place `where` among the arguments, goes through the same expert of its own
-    space. `arguments` are the names of `forward`'s parameters, for those that are given by position.
+    A pooled feature `(batch, d')`, at the place `where` among the arguments, goes through the same expert of
+    its own space. `arguments` are the names of `forward`'s parameters, for those that are given by position.
     """
 
     with_kwargs = True
@@ -51,7 +54,9 @@ class PromptHook(RoutingHook):
         return (), kwargs
 
 
-def _replaced(values: Mapping[str, Any], where: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _replaced(
+    values: Mapping[str, Any], where: tuple[str, ...], change: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
     """The mapping with the value at one place changed; mappings on the way are copied, not written to."""
     name, *inner = where
     value = _replaced(values[name], tuple(inner), change) if inner else change(values[name])

@@ -1,4 +1,6 @@
-"""From a request to its solution: prototypes, every expert's targets, and the remap of each space of features."""
+"""
+From a request to its solution: prototypes, every expert's targets, and the remap of each space of features.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,9 @@ class Problem:
         """
         Solve exactly. Raises `PrototypeError` if there is no exact edit.
 
-        `pinv` keeps retained names exact, in P. `covariance` spares them through Σ, to which their prompts were added:
-        forcing many close prototypes to be exact makes D_F large, and then everything else moves more (measured).
+        `pinv` keeps retained names exact, in P. `covariance` spares them through Σ, to which their prompts
+        were added: forcing many close prototypes to be exact makes D_F large, and then everything else moves
+        more (measured).
         """
         prototypes = self.prototypes
         if solver == "covariance":
@@ -79,7 +82,9 @@ def check_names(request: ConceptRequest) -> None:
     kept = {name: "remap_to" for name in request.targets}
     kept |= {name: "retain" for name in request.retain if name not in kept}
     if blank := [name for name in (*surfaces, *kept) if not name.strip()]:
-        raise PrototypeError(f"{blank[0]!r} is not a name. The empty prompt is always retained; leave it out.")
+        raise PrototypeError(
+            f"{blank[0]!r} is not a name. The empty prompt is always retained; leave it out."
+        )
     folded = [surface.casefold() for surface in surfaces]
     if twice := [surface for surface in surfaces if folded.count(surface.casefold()) > 1]:
         raise PrototypeError(f"{twice[0]!r} is given twice among concepts and aliases. Name it once.")
@@ -93,24 +98,29 @@ def _check_apart(name: str, argument: str, surface: str) -> None:
         raise PrototypeError(f"{name!r} is both erased and in `{argument}`. Remove it from one of the lists.")
     if names_in(name, surface):
         raise PrototypeError(
-            f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the other. If it is the "
-            f"same concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it out of `{argument}`."
+            f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the other. "
+            "If it is the "
+            f"same concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it out of "
+            f"`{argument}`."
         )
 
 
-def prepare(pipe: DiffusionPipeline, request: ConceptRequest, sigma_prompts: Sequence[str]) -> dict[str, Problem]:
+def prepare(
+    pipe: DiffusionPipeline, request: ConceptRequest, sigma_prompts: Sequence[str]
+) -> dict[str, Problem]:
     """
     Fit the prototypes and draw every expert's targets. Changes nothing.
 
-    The same request draws the same targets, for all spaces, and finds the same prototypes from the same text encoders:
-    `verify` relies on it.
+    The same request draws the same targets, for all spaces, and finds the same prototypes from the same text
+    encoders: `verify` relies on it.
     """
     check_names(request)
     names = [*request.surfaces, *request.targets, *request.retain]
     templates = request.templates or TEMPLATES
     prototypes = fit_prototypes(pipe, names, request.tokens, sigma_prompts=sigma_prompts, templates=templates)
     kinds = kinds_of(text_of(pipe), request.tokens, pooled=request.pooled)
-    # Distinct targets that leave D_F small: half of the dimensions, less the forgotten ones (the smallest space decides).
+    # Distinct targets that leave D_F small: half of the dimensions, less the forgotten ones (the smallest
+    # space decides).
     room = min(len(prototypes[space].matrix) // (2 * len(kinds[space])) for space in kinds)
     experts = draw_experts(
         [names or (None,) for names in request.remap_to.values()],
@@ -151,7 +161,9 @@ def _columns(names: Sequence[str | None], kinds: Sequence[str]) -> list[str | No
 def ordinary_prompts(pipe: DiffusionPipeline, request: ConceptRequest) -> list[str]:
     """The prompts behind Σ: everyday ones that hold no forgotten name, and those of retained names."""
     everyday = request.everyday or everyday_prompts(pipe.tokenizer)
-    prompts = [prompt for prompt in everyday if not any(names_in(prompt, surface) for surface in request.surfaces)]
+    prompts = [
+        prompt for prompt in everyday if not any(names_in(prompt, surface) for surface in request.surfaces)
+    ]
     for name in request.retain:
         prompts += [template.format(name) for template in request.templates or TEMPLATES]
     return prompts
@@ -161,7 +173,8 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest) -> Solution:
     """
     Solve a request; changes nothing.
 
-    `auto` solves both ways, which is cheap next to encoding, and takes the one that moves ordinary prompts less.
+    `auto` solves both ways, which is cheap next to encoding, and takes the one that moves ordinary prompts
+    less.
 
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists.
@@ -181,7 +194,10 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest) -> Solution:
 
 
 def _solve_space(problem: Problem, solvers: Sequence[str], shrinkage: float) -> tuple[Remap, str]:
-    """The remap of one space, and why its solver was taken. Raises `PrototypeError` if no solver has an exact edit."""
+    """
+    The remap of one space, and why its solver was taken. Raises `PrototypeError` if no solver has an exact
+    edit.
+    """
     solved: dict[str, Remap] = {}
     costs = []
     for solver in solvers:

@@ -1,4 +1,6 @@
-"""The proof by run: call the real model on forget and target prototypes, before and after the edit, and compare."""
+"""
+The proof by run: call the real model on forget and target prototypes, before and after the edit, and compare.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from ..core.views import experts_forced, routing_off, running_eagerly
 from .sites import Denoiser, lora_branches
 
 
-SPREAD = 4  # E sends p_t + c (p_f − p_t) to p_t for every c; a larger one stands out from half precision's rounding
+# E sends p_t + c (p_f − p_t) to p_t for every c; a larger one stands out from half precision's rounding.
+SPREAD = 4
 TOLERANCE = {**PROOF_TOLERANCE, torch.bfloat16: 2e-1}  # so that less is allowed to rounding here
 TRIED_EXPERTS = 8
 
@@ -26,13 +29,15 @@ Text = dict[str, Tensor]  # space -> features of a batch
 
 def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Callable[[], dict[str, float]]:
     """
-    Run the real model on forget and target prototypes now, and return a function that runs it again and compares.
+    Run the real model on forget and target prototypes now, and return a function that runs it again and
+    compares.
 
-    The text is a prototype that stays followed by every forget prototype, or by what each is sent to; then, where the
-    model reads a pooled feature, each of its forget prototypes, or what it is sent to, so that each way of the prompt
-    into the model is compared in its own units. Before the edit the two differ; after it they must not, and the target's
-    output must be what it was. The mean expert is tried without the routing hook, since the weights alone must hold it,
-    then up to eight experts with it. A LoRA is switched off: it reads the text next to the edited layers.
+    The text is a prototype that stays followed by every forget prototype, or by what each is sent to; then,
+    where the model reads a pooled feature, each of its forget prototypes, or what it is sent to, so that each
+    way of the prompt into the model is compared in its own units. Before the edit the two differ; after it
+    they must not, and the target's output must be what it was. The mean expert is tried without the routing
+    hook, since the weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it
+    reads the text next to the edited layers.
     """
     mean_text = _texts(erasure.remaps, None)
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
@@ -61,16 +66,19 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
         run,
         current,
         TOLERANCE[next(iter(erasure.sites.values())).read().dtype],
-        "the model does not read the prompt through the edited layers alone. The edit was rolled back; the pipeline is as "
-        "it was. Take custom attention processors and offloading off (`unet.set_default_attn_processor()`), erase, and "
+        "the model does not read the prompt through the edited layers alone. The edit was rolled back; the "
+        "pipeline is as "
+        "it was. Take custom attention processors and offloading off (`unet.set_default_attn_processor()`), "
+        "erase, and "
         "put them back.",
     )
 
 
 def _texts(remaps: Mapping[str, Remap], expert: int | None) -> tuple[Text, Text]:
     """
-    Source and target rows: one with all forget prototypes among its tokens `(rows, 1 + f, d)`, one for each that is
-    pooled `(rows, d')`. The other feature of a row is the space's first prototype, which always stays.
+    Source and target rows: one with all forget prototypes among its tokens `(rows, 1 + f, d)`, one for each
+    that is pooled `(rows, d')`. The other feature of a row is the space's first prototype, which always
+    stays.
     """
     sources, targets, stays = {}, {}, {}
     for space, remap in remaps.items():
@@ -86,12 +94,18 @@ def _rows(features: Text, stays: Text) -> Text:
     if "pooled" not in features:
         return {"tokens": tokens}
     plain = stays["tokens"].expand(len(features["pooled"]), tokens.shape[1], -1)
-    return {"tokens": torch.cat([tokens, plain]), "pooled": torch.cat([stays["pooled"][None], features["pooled"]])}
+    return {
+        "tokens": torch.cat([tokens, plain]),
+        "pooled": torch.cat([stays["pooled"][None], features["pooled"]]),
+    }
 
 
 @contextmanager
 def _plain(denoiser: Denoiser) -> Iterator[None]:
-    """No dropout, no LoRA, no compilation (the proof's shapes must not make the user's model recompile); as before after."""
+    """
+    No dropout, no LoRA, no compilation (the proof's shapes must not make the user's model recompile); as
+    before after.
+    """
     training = [module for module in denoiser.module.modules() if module.training]
     loras = [(layer, layer.disable_adapters) for layer in lora_branches(denoiser)]
 

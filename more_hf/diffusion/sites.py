@@ -79,7 +79,10 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
 
 
 def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> str:
-    """The refusal of an unknown family: what is supported, which layers may read text, and how to add the family."""
+    """
+    The refusal of an unknown family: what is supported, which layers may read text, and how to add the
+    family.
+    """
     supported = ", ".join(f"{family.name} ({cls})" for (cls, _), family in FAMILIES.items())
     classes = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules.items())
     message = (
@@ -101,7 +104,8 @@ def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> s
             f"({', '.join(map(str, sorted(widths)))}) and may read them: {', '.join(layers[:LISTED])}."
         )
     return message + (
-        " To add this family, name the layers that read text, and how to call the denoiser once, in a call of "
+        " To add this family, name the layers that read text, and how to call the denoiser once, in a call "
+        "of "
         "`more_hf.register_family`."
     )
 

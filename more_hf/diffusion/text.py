@@ -1,4 +1,5 @@
-"""How a pipeline turns prompts into what its denoiser reads: text spaces, and the tokenizers that lay out positions.
+"""How a pipeline turns prompts into what its denoiser reads: text spaces, and the tokenizers that lay out
+positions.
 
 A space is a kind of feature: `"tokens"` `(batch, tokens, d)` everywhere, and in some models also `"pooled"`
 `(batch, d')`, one feature for the whole prompt. A kind of text encoding is one entry in `TEXTS`; anything

@@ -1,4 +1,7 @@
-"""Whatever saves, copies, compiles or reloads an erased classifier: it stays erased. Without the hook it has the original's features."""
+"""
+Whatever saves, copies, compiles or reloads an erased classifier: it stays erased. Without the hook it has the
+original's features.
+"""
 
 import copy
 import json
@@ -50,7 +53,9 @@ def forgets(model, digits):
 # Plain tools
 
 
-def test_from_pretrained_forgets_with_the_originals_features(model, digit_classifier, prototypes, digits, tmp_path):
+def test_from_pretrained_forgets_with_the_originals_features(
+    model, digit_classifier, prototypes, digits, tmp_path
+):
     more_hf.erase_classes(model, prototypes, "four", router="random", num_experts=4)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path)
@@ -65,7 +70,9 @@ def test_from_pretrained_forgets_with_the_originals_features(model, digit_classi
 
 def test_pipeline(model, digit_classifier, prototypes, digits):
     """transformers' own pipeline with an image processor, pictures in, names out."""
-    processor = ViTImageProcessor(do_resize=False, do_rescale=True, rescale_factor=1 / 255, do_normalize=False, size=8)
+    processor = ViTImageProcessor(
+        do_resize=False, do_rescale=True, rescale_factor=1 / 255, do_normalize=False, size=8
+    )
 
     class Grey(ViTImageProcessor):
         def __call__(self, images, **kwargs):
@@ -75,7 +82,9 @@ def test_pipeline(model, digit_classifier, prototypes, digits):
 
     fours = digits[0][1200:][digits[1][1200:] == 4][:8, 0]
     pictures = [Image.fromarray((255 * four.numpy()).astype(np.uint8)).convert("RGB") for four in fours]
-    before = pipeline("image-classification", model=digit_classifier, image_processor=Grey())(pictures, top_k=1)
+    before = pipeline("image-classification", model=digit_classifier, image_processor=Grey())(
+        pictures, top_k=1
+    )
     more_hf.erase_classes(model, prototypes, "four", remap_to="nine")
     after = pipeline("image-classification", model=model, image_processor=Grey())(pictures, top_k=1)
 
@@ -84,7 +93,9 @@ def test_pipeline(model, digit_classifier, prototypes, digits):
     assert [found[0]["label"] for found in after].count("nine") >= 4
 
 
-def test_copies_and_pickles_keep_the_merged_head_and_no_factors(model, digit_classifier, prototypes, digits, caplog):
+def test_copies_and_pickles_keep_the_merged_head_and_no_factors(
+    model, digit_classifier, prototypes, digits, caplog
+):
     more_hf.erase_classes(model, prototypes, "four", router="hash", num_experts=3)
     with caplog.at_level(logging.WARNING):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -189,7 +200,9 @@ def test_a_trained_router_is_saved(model, prototypes, digits, tmp_path):
     assert (logits(loaded, digits) - untrained).abs().max() > 0.1
 
 
-def test_without_the_factors_the_record_says_what_was_done(model, digit_classifier, prototypes, digits, tmp_path):
+def test_without_the_factors_the_record_says_what_was_done(
+    model, digit_classifier, prototypes, digits, tmp_path
+):
     more_hf.erase_classes(model, prototypes, "four")
     folder = more_hf.save(model, tmp_path / "erased")
     loaded = more_hf.load(folder)
@@ -211,7 +224,9 @@ def test_without_the_factors_the_record_says_what_was_done(model, digit_classifi
         more_hf.erase_classes(loaded, prototypes, "five")
 
 
-def test_saved_over_its_own_folder_then_restored_is_the_original_again(digit_classifier, prototypes, digits, tmp_path):
+def test_saved_over_its_own_folder_then_restored_is_the_original_again(
+    digit_classifier, prototypes, digits, tmp_path
+):
     digit_classifier.save_pretrained(tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     more_hf.save(more_hf.erase_classes(model, prototypes, "four"), tmp_path)
@@ -232,7 +247,12 @@ def test_verify_finds_the_originals_head(model, digit_classifier, prototypes, tm
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     failed = [check for check, passed, _ in more_hf.verify(folder).checks if not passed]
-    assert failed == ["the edited layers are those that were saved", "each sends p_f where p_t goes"][: 1 + include_delta]
+    assert (
+        failed
+        == ["the edited layers are those that were saved", "each sends p_f where p_t goes"][
+            : 1 + include_delta
+        ]
+    )
     with pytest.raises(IncompatibleBaseError, match="replaced or trained since"):
         more_hf.load(folder)
 
@@ -242,14 +262,18 @@ def test_verify_and_save_find_other_weights(model, digit_classifier, prototypes,
     more_hf.erase_classes(model, prototypes, "four")
     folder = more_hf.save(model, tmp_path / "erased")
     save_file(digit_classifier.state_dict(), folder / name)
-    assert [check for check, passed, _ in more_hf.verify(folder).checks if not passed] == ["nothing else is in the folder"]
+    assert [check for check, passed, _ in more_hf.verify(folder).checks if not passed] == [
+        "nothing else is in the folder"
+    ]
     with pytest.raises(ExportError, match=f"already holds {name}"):
         more_hf.save(model, folder)
 
 
 def test_variants_and_shards(model, prototypes, digits, tmp_path):
     more_hf.erase_classes(model.half(), prototypes, "four")
-    folder = more_hf.save(model, tmp_path / "erased", variant="fp16", max_shard_size="20KB", include_delta=True)
+    folder = more_hf.save(
+        model, tmp_path / "erased", variant="fp16", max_shard_size="20KB", include_delta=True
+    )
     assert len(list(folder.glob("model.fp16-*-of-*.safetensors"))) > 1
     assert more_hf.verify(folder).ok
     loaded = more_hf.load(folder)
@@ -291,14 +315,28 @@ def test_a_plain_module_is_not_saved(digits, tmp_path):
 
 def two_heads():
     config = DeiTConfig(
-        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     config.num_labels = 4
-    return DeiTForImageClassificationWithTeacher(config), ["cls_classifier", "distillation_classifier"], (1, 8, 8)
+    return (
+        DeiTForImageClassificationWithTeacher(config),
+        ["cls_classifier", "distillation_classifier"],
+        (1, 8, 8),
+    )
 
 
 def of_timm():
-    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_vit", num_labels=4)), ["timm_model.head"], (3, 160, 160)
+    return (
+        TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_vit", num_labels=4)),
+        ["timm_model.head"],
+        (3, 160, 160),
+    )
 
 
 @pytest.mark.slow
@@ -318,5 +356,7 @@ def test_other_layouts_round_trip(build, tmp_path):
         torch.testing.assert_close(loaded(images).logits, model(images).logits, rtol=1e-5, atol=1e-5)
     assert more_hf.verify(folder).ok
     record = json.loads((folder / "more_hf.json").read_text())
-    assert record["sites"] == {head: [4, more_hf.get_erasure(model).sites[head].module.in_features] for head in heads}
+    assert record["sites"] == {
+        head: [4, more_hf.get_erasure(model).sites[head].module.in_features] for head in heads
+    }
     assert "matrix" not in json.dumps(record)

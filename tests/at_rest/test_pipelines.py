@@ -1,6 +1,7 @@
 """Whatever saves, copies, casts, offloads, compiles or extends an erased pipeline, the concept stays erased.
 
-The evidence is always the denoiser's output: on the forget prototypes it must be what the original gives on their targets.
+The evidence is always the denoiser's output: on the forget prototypes it must be what the original gives on
+their targets.
 """
 
 import copy
@@ -43,11 +44,15 @@ def texts(pipe, expert=None):
 def outputs(unet, text, **kwargs):
     """The denoiser's output for each sample of text features, on one fixed latent."""
     dtype = next(p.dtype for p in unet.parameters() if p.is_floating_point())
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(len(text), -1, -1, -1)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(
+        len(text), -1, -1, -1
+    )
     kwargs = {key: value.to(dtype) for key, value in kwargs.items()}
     if kwargs:
         kwargs = {"added_cond_kwargs": {"image_embeds": [kwargs["image_embeds"]]}}
-    return unet(latents.to(dtype), torch.tensor(500), encoder_hidden_states=text.to(dtype), **kwargs).sample.double()
+    return unet(
+        latents.to(dtype), torch.tensor(500), encoder_hidden_states=text.to(dtype), **kwargs
+    ).sample.double()
 
 
 def assert_erased(unet, original, text, tolerance=1e-3, **kwargs):
@@ -60,7 +65,9 @@ def assert_erased(unet, original, text, tolerance=1e-3, **kwargs):
 
 
 def assert_same(unet, original, text, **kwargs):
-    assert torch.allclose(outputs(unet, text, **kwargs), outputs(original, text, **kwargs), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        outputs(unet, text, **kwargs), outputs(original, text, **kwargs), rtol=1e-5, atol=1e-6
+    )
 
 
 def assert_erased_until_restored(pipe, original, text):
@@ -120,7 +127,9 @@ def test_copy_of_a_routed_pipeline_leaves_its_hook_working(pipe, original):
 
 @pytest.mark.slow
 # The tolerances are about 20 rounding steps of the dtype's mantissa.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-2), (torch.bfloat16, 2e-1), (torch.float64, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 2e-2), (torch.bfloat16, 2e-1), (torch.float64, 1e-3)]
+)
 def test_cast_and_back(pipe, original, dtype, tolerance):
     text = texts(erase(pipe))
 
@@ -151,7 +160,8 @@ sys.modules["more_hf"] = None
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
-for name, options in {"plain": {}, "plain_fp16": {"variant": "fp16"}, "half_fp16": {"variant": "fp16"}}.items():
+half = {"variant": "fp16"}
+for name, options in {"plain": {}, "plain_fp16": half, "half_fp16": half}.items():
     pipe = StableDiffusionPipeline.from_pretrained(name.split("_")[0], **options)
     state = {key: value.float().contiguous() for key, value in pipe.unet.state_dict().items()}
     save_file(state, f"{name}.safetensors")
@@ -185,7 +195,9 @@ TOOLS = {
     "gradient_checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
     "model_offload": lambda pipe: cpu_offload_with_hook(pipe.unet, CPU),
     "sequential_offload": lambda pipe: cpu_offload(pipe.unet, CPU),
-    "group_offload_block": lambda pipe: apply_group_offloading(pipe.unet, CPU, CPU, "block_level", num_blocks_per_group=1),
+    "group_offload_block": lambda pipe: apply_group_offloading(
+        pipe.unet, CPU, CPU, "block_level", num_blocks_per_group=1
+    ),
     "group_offload_leaf": lambda pipe: apply_group_offloading(pipe.unet, CPU, CPU, "leaf_level"),
 }
 
@@ -301,8 +313,12 @@ def random_lora(unet, rank=2, scale=0.3):
     lora = {}
     for name, module in unet.named_modules():
         if name.endswith(("attn2.to_q", "attn2.to_k", "attn2.to_v")):
-            lora[f"unet.{name}.lora_A.weight"] = scale * torch.randn(rank, module.in_features, generator=generator)
-            lora[f"unet.{name}.lora_B.weight"] = scale * torch.randn(module.out_features, rank, generator=generator)
+            lora[f"unet.{name}.lora_A.weight"] = scale * torch.randn(
+                rank, module.in_features, generator=generator
+            )
+            lora[f"unet.{name}.lora_B.weight"] = scale * torch.randn(
+                module.out_features, rank, generator=generator
+            )
     return lora
 
 
@@ -327,7 +343,9 @@ def test_lora(pipe, original, when, router):
         base = pipe.unet.get_submodule(name).get_base_layer()
         assert torch.allclose(base.weight, expected[f"{name}.weight"], rtol=1e-5, atol=1e-6)
     if when == "before":
-        said = "LoRA beside them, which " + ("still reads the unedited prompt" if router is None else "reads the routed features")
+        said = "LoRA beside them, which " + (
+            "still reads the unedited prompt" if router is None else "reads the routed features"
+        )
         assert said in more_hf.get_erasure(pipe).to_markdown()
 
     pipe.unload_lora_weights()
@@ -362,7 +380,11 @@ def test_ip_adapter(pipe, original, when):
 
     image = torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(3))[:1].expand(2, -1, -1)
     assert_erased(pipe.unet, original.unet, text, image_embeds=image)
-    untouched = {name: value for name, value in original.unet.state_dict().items() if "_ip" in name or "encoder_hid_proj" in name}
+    untouched = {
+        name: value
+        for name, value in original.unet.state_dict().items()
+        if "_ip" in name or "encoder_hid_proj" in name
+    }
     assert len(untouched) > 8
     assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in untouched.items())
     more_hf.restore(pipe)

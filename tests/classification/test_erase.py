@@ -84,7 +84,9 @@ def test_every_expert_is_the_original_head_on_its_own_feature(model, loader, dig
 
 def test_targets_without_replacement_until_used_up(model, prototypes):
     more_hf.erase_classes(model, prototypes, "four", router="random")
-    assert sorted(more_hf.get_erasure(model).facts.sent_to["four"]) == sorted(set(prototypes.names) - {"four"})
+    assert sorted(more_hf.get_erasure(model).facts.sent_to["four"]) == sorted(
+        set(prototypes.names) - {"four"}
+    )
     more_hf.restore(model)
 
     more_hf.erase_classes(model, prototypes, ["four", "one"], router="random", num_experts=16)
@@ -103,7 +105,10 @@ def test_by_default_a_class_goes_to_the_mean_of_all_that_remain(model, prototype
 
     for name in ("four", "one"):
         torch.testing.assert_close(erasure.remap.apply(prototypes[name]), centroid, rtol=1e-9, atol=1e-9)
-        assert f"{name} → the mean of {', '.join(erasure.facts.sent_to[name][:5])}, 3 more" in erasure.to_markdown()
+        assert (
+            f"{name} → the mean of {', '.join(erasure.facts.sent_to[name][:5])}, 3 more"
+            in erasure.to_markdown()
+        )
     assert erasure.facts.num_experts == 8
     assert erasure.guarantees == erasure.remap.verify(mean_only=True)
     torch.testing.assert_close(erasure.remap.shift(), erasure.remap.shifts.mean(0))
@@ -131,7 +136,16 @@ def test_prototypes_in_place_of_a_loader(model, digit_classifier, loader, protot
 
 
 def test_all_of_the_arguments_are_in_the_record(model, prototypes):
-    more_hf.erase_classes(model, prototypes, [4], remap_to=["nine", "one"], router="hash", num_experts=4, seed=3, solver="covariance")
+    more_hf.erase_classes(
+        model,
+        prototypes,
+        [4],
+        remap_to=["nine", "one"],
+        router="hash",
+        num_experts=4,
+        seed=3,
+        solver="covariance",
+    )
     erasure = more_hf.get_erasure(model)
 
     assert erasure.request.to_dict() == {
@@ -187,7 +201,11 @@ def test_more_classes_than_features_take_the_covariance_solver():
     assert erasure.guarantees["forget_to_target"] < 1e-10
     assert len(erasure.facts.remain_moved) == 10
     means = torch.stack([images[labels == i].flatten(1).double().mean(0) for i in range(12)])
-    moved = {str(i): float((erasure.remap.apply(means[i]) - means[i]).norm() / means[i].norm()) for i in range(12) if i not in (3, 5)}
+    moved = {
+        str(i): float((erasure.remap.apply(means[i]) - means[i]).norm() / means[i].norm())
+        for i in range(12)
+        if i not in (3, 5)
+    }
     assert erasure.facts.remain_moved == pytest.approx(moved, rel=1e-4)
     assert "most of all " + max(moved, key=moved.get) in erasure.to_markdown()
     plain = more_hf.Prototypes(means.T, tuple(map(str, range(12))), torch.ones(12))
@@ -215,7 +233,13 @@ def test_two_heads_take_the_same_expert_of_their_own_features():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = DeiTConfig(
-            image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
         )
         model = DeiTForImageClassificationWithTeacher(config).eval()
         config.num_labels = 2
@@ -296,24 +320,37 @@ class Labelled(nn.Sequential):
         self.config = type("Config", (), {"id2label": id2label})()
 
 
-LABELS = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "crane", 3: "crane", 4: "great white shark, white shark"}
+LABELS = {
+    0: "tench, Tinca tinca",
+    1: "goldfish, Carassius auratus",
+    2: "crane",
+    3: "crane",
+    4: "great white shark, white shark",
+}
 
 
 def erase_labelled(forget, **settings):
     model = Labelled(LABELS)
     images, labels = torch.rand(50, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 5
-    return more_hf.get_erasure(more_hf.erase_classes(model, [(images, labels)], forget, solver="covariance", **settings))
+    return more_hf.get_erasure(
+        more_hf.erase_classes(model, [(images, labels)], forget, solver="covariance", **settings)
+    )
 
 
 def test_synonyms_numbers_and_labels_that_two_classes_share():
     erasure = erase_labelled(["Tench"], remap_to=["goldfish"])
     assert erasure.facts.sent_to == {"tench, Tinca tinca": ["goldfish, Carassius auratus"]}
-    assert erase_labelled(3, remap_to=[4]).facts.sent_to == {"crane (class 3)": ["great white shark, white shark"]}
+    assert erase_labelled(3, remap_to=[4]).facts.sent_to == {
+        "crane (class 3)": ["great white shark, white shark"]
+    }
     assert erase_labelled("crane (class 2)", remap_to="white shark").concepts == ["crane (class 2)"]
 
 
 def test_ambiguous_and_unknown_names():
-    with pytest.raises(PrototypeError, match=r"'Crane' names 2 classes: 2 \(crane \(class 2\)\), 3 \(crane \(class 3\)\). Pass the number"):
+    with pytest.raises(
+        PrototypeError,
+        match=r"'Crane' names 2 classes: 2 \(crane \(class 2\)\), 3 \(crane \(class 3\)\). Pass the number",
+    ):
         erase_labelled("Crane")
     with pytest.raises(PrototypeError, match=r"no class 'horse'. It has 'tench, Tinca tinca'"):
         erase_labelled("horse")

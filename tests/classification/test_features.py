@@ -1,4 +1,7 @@
-"""Features are the head's input: means of them, whatever the batches, and nothing of the model changes by looking."""
+"""
+Features are the head's input: means of them, whatever the batches, and nothing of the model changes by
+looking.
+"""
 
 import multiprocessing
 import os
@@ -30,7 +33,9 @@ def reference(model, data):
     images, labels = data.tensors
     with torch.no_grad():
         pooled = model.eval().resnet(images).pooler_output.flatten(1).double()
-    return torch.stack([pooled[labels == i].mean(0) for i in range(10)], dim=1), pooled.T @ pooled / len(pooled)
+    return torch.stack([pooled[labels == i].mean(0) for i in range(10)], dim=1), pooled.T @ pooled / len(
+        pooled
+    )
 
 
 def test_prototypes_are_the_means_of_the_backbones_output(model, data):
@@ -39,7 +44,18 @@ def test_prototypes_are_the_means_of_the_backbones_output(model, data):
 
     torch.testing.assert_close(prototypes.matrix, means, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(prototypes.second_moment, moment, rtol=1e-5, atol=1e-6)
-    assert prototypes.names == ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    assert prototypes.names == (
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+    )
     assert prototypes.counts.tolist() == torch.bincount(data.tensors[1]).tolist()
     assert more_hf.collect_prototypes(model, DataLoader(data), second_moment=False).second_moment is None
 
@@ -55,7 +71,9 @@ def test_any_batch_size_and_order(model, data, batch_size, shuffle):
 
 def test_same_features_in_other_batches_give_the_same_to_rounding(data):
     images, labels = data.tensors
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # its features are the images, however they are batched
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 10)
+    )  # its features are the images, however they are batched
     one = more_hf.collect_prototypes(model, [(images, labels)])
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     other = more_hf.collect_prototypes(model, [(images[rows], labels[rows]) for rows in order.split(7)])
@@ -67,7 +85,10 @@ def test_same_features_in_other_batches_give_the_same_to_rounding(data):
 
 def test_a_copy_of_the_data_merges_to_the_same(model, data, tmp_path):
     images, labels = data.tensors
-    parts = [more_hf.collect_prototypes(model, [(images[rows], labels[rows])]) for rows in (slice(0, 90), slice(90, 200))]
+    parts = [
+        more_hf.collect_prototypes(model, [(images[rows], labels[rows])])
+        for rows in (slice(0, 90), slice(90, 200))
+    ]
     parts[0].save(tmp_path / "part.safetensors")
     merged = more_hf.Prototypes.load(tmp_path / "part.safetensors").merge(parts[1])
     whole = more_hf.collect_prototypes(model, [(images, labels)])
@@ -118,10 +139,15 @@ def test_the_model_is_as_it_was(model, data):
 
 
 def test_the_mode_is_set_once_for_all_batches(model, data, monkeypatch):
-    """Walking over the modules costs the same for one image as for a thousand, so it must not be done for every batch."""
+    """
+    Walking over the modules costs the same for one image as for a thousand, so it must not be done for every
+    batch.
+    """
     walks = []
     train = type(model).train
-    monkeypatch.setattr(type(model), "train", lambda self, mode=True: (walks.append(mode), train(self, mode))[1])
+    monkeypatch.setattr(
+        type(model), "train", lambda self, mode=True: (walks.append(mode), train(self, mode))[1]
+    )
     counts = []
     for batch_size in (200, 10):
         walks.clear()
@@ -177,7 +203,13 @@ def test_tokens_of_an_inner_block_are_routed_one_by_one(digits):
 
     images, labels = digits[0][:100], digits[1][:100]
     config = ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     config.num_labels = 10
     with torch.random.fork_rng(devices=[]):
@@ -185,7 +217,9 @@ def test_tokens_of_an_inner_block_are_routed_one_by_one(digits):
         model = ViTForImageClassification(config).eval()
     seen = []
     (place,) = [name for name, module in model.named_modules() if name.endswith("layers.1")]
-    handle = model.get_submodule(place).register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # the last to look
+    handle = model.get_submodule(place).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )  # the last to look
     with torch.no_grad():
         model(images)
         more_hf.erase_classes(model, [(images, labels)], [4], remap_to=[9], at=place, solver="covariance")
@@ -212,7 +246,9 @@ def test_features_after_an_edit_and_before(model, data):
     expected = more_hf.get_erasure(model).remap.apply(pooled)
     torch.testing.assert_close(edited, expected, rtol=1e-4, atol=1e-5)
     assert (edited - pooled).abs().max() > 0.1
-    assert torch.equal(more_hf.collect_prototypes(model, [(images, labels)]).matrix, before.matrix)  # the original's
+    assert torch.equal(
+        more_hf.collect_prototypes(model, [(images, labels)]).matrix, before.matrix
+    )  # the original's
 
 
 # Bad data
@@ -228,7 +264,10 @@ def test_features_after_an_edit_and_before(model, data):
         (lambda images, labels: (images, labels.float()), r"got \(200,\) torch.float32"),
         (lambda images, labels: (images, nn.functional.one_hot(labels)), r"got \(200, 10\) torch.int64"),
         (lambda images, labels: (images, labels + 1), "Label 10 has no name"),
-        (lambda images, labels: (images[labels != 3], labels[labels != 3]), "No feature was seen for 'three'"),
+        (
+            lambda images, labels: (images[labels != 3], labels[labels != 3]),
+            "No feature was seen for 'three'",
+        ),
     ],
 )
 def test_bad_batches(model, data, batch, message):
@@ -243,7 +282,9 @@ def test_no_batches(model):
 
 
 def test_bad_places(model, data):
-    with pytest.raises(SiteNotFoundError, match=r"no module 'resnet.encoder.stages.7'.*'resnet.encoder.stages.1'"):
+    with pytest.raises(
+        SiteNotFoundError, match=r"no module 'resnet.encoder.stages.7'.*'resnet.encoder.stages.1'"
+    ):
         more_hf.collect_prototypes(model, DataLoader(data), at="resnet.encoder.stages.7")
     with pytest.raises(SiteNotFoundError, match="does not call `resnet.encoder.stages`"):
         more_hf.collect_prototypes(model, DataLoader(data), at="resnet.encoder.stages")
@@ -260,9 +301,17 @@ def test_bad_places(model, data):
 
 
 def shard(rank, port, folder):
-    """One of two processes, with 37 samples in batches of 8: shuffled, plain, prepared by the user, and a list that is not sharded."""
+    """
+    One of two processes, with 37 samples in batches of 8: shuffled, plain, prepared by the user, and a list
+    that is not sharded.
+    """
     os.environ.update(
-        WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true"
+        WORLD_SIZE="2",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        ACCELERATE_USE_CPU="true",
     )
     torch.set_num_threads(1)
     from accelerate import PartialState
@@ -279,7 +328,9 @@ def shard(rank, port, folder):
     }
     for name, loader in loaders.items():
         more_hf.collect_prototypes(model, loader).save(folder / f"{name}{rank}")
-    padded = sum(len(labels) for _, labels in prepared)  # the control: what the user's loader gives by itself is filled up
+    padded = sum(
+        len(labels) for _, labels in prepared
+    )  # the control: what the user's loader gives by itself is filled up
     (folder / f"padded{rank}").write_text(str(padded))
     try:
         more_hf.collect_prototypes(model, DataLoader(Stream(), batch_size=8))
@@ -295,7 +346,9 @@ def flat_model():
 
 
 def flat_data():
-    return TensorDataset(torch.randn(37, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(37) % 3)
+    return TensorDataset(
+        torch.randn(37, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(37) % 3
+    )
 
 
 class Stream(IterableDataset):

@@ -23,19 +23,26 @@ def splits(digits):
 
 
 def means(model, splits):
-    return [collect_prototypes(model, part.loader(500), second_moment=False).matrix for part in (splits.f, splits.r)]
+    return [
+        collect_prototypes(model, part.loader(500), second_moment=False).matrix
+        for part in (splits.f, splits.r)
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-allcnn", "digits-vit"])
 def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
-    """W E with the textbook's E, and nothing else changed; the backbone's features, and so the means, stay."""
+    """
+    W E with the textbook's E, and nothing else changed; the backbone's features, and so the means, stay.
+    """
     model = load_classifier(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     P_f, P_r = means(model, splits)
     report = forget_samples(model, splits.f.loader(100), splits.r.loader(500))
     E = torch.eye(len(P_f), dtype=torch.float64) - P_f @ torch.linalg.pinv(P_f) + P_r @ torch.linalg.pinv(P_f)
-    torch.testing.assert_close(model.classifier.weight, (before["classifier.weight"].double() @ E).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        model.classifier.weight, (before["classifier.weight"].double() @ E).float(), rtol=1e-4, atol=1e-6
+    )
     changed = [key for key, tensor in model.state_dict().items() if not tensor.equal(before[key])]
     assert changed == ["classifier.weight"]
     W = model.classifier.weight.detach().double()
@@ -53,7 +60,10 @@ def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
 
 
 def test_what_does_not_hold_is_said(splits):
-    """E is near the identity, no projection, moves the remain means, and what it lets through still shows the forgotten means."""
+    """
+    E is near the identity, no projection, moves the remain means, and what it lets through still shows the
+    forgotten means.
+    """
     facts = forget_samples(load_classifier("digits-allcnn"), splits.f.loader(100), splits.r.loader(500)).facts
     assert facts["forget_to_remain"] < 1e-8
     assert facts["remain_moved"] > 0.3
@@ -64,7 +74,9 @@ def test_what_does_not_hold_is_said(splits):
 
 
 def test_as_printed_sends_a_mean_elsewhere(splits):
-    """Algorithm 3's P_r P_r⁺ in place of P_r P_f⁺: E p_f is p_f's projection on the span of the remain means."""
+    """
+    Algorithm 3's P_r P_r⁺ in place of P_r P_f⁺: E p_f is p_f's projection on the span of the remain means.
+    """
     model = load_classifier("digits-allcnn")
     original = model.classifier.weight.detach().double()
     P_f, P_r = means(model, splits)
@@ -107,7 +119,9 @@ def test_models_that_are_refused(splits):
     with pytest.raises(AlreadyErasedError, match="restore"):
         forget_samples(model, splits.f.loader(100), splits.r.loader(500))
     with pytest.raises(SiteNotFoundError, match="no module 'head'"):
-        forget_samples(load_classifier("digits-allcnn"), splits.f.loader(100), splits.r.loader(500), head="head")
+        forget_samples(
+            load_classifier("digits-allcnn"), splits.f.loader(100), splits.r.loader(500), head="head"
+        )
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""What the method promises, on features of a trained classifier, and what it does not: the controls stay in the suite."""
+"""
+What the method promises, on features of a trained classifier, and what it does not: the controls stay in the
+suite.
+"""
 
 import copy
 
@@ -25,7 +28,9 @@ def original(digit_classifier, digits):
 
 @pytest.fixture
 def erased(digit_classifier, prototypes):
-    """A factory of `(model, remap)`, with the forget class sent to the target unless settings say otherwise."""
+    """
+    A factory of `(model, remap)`, with the forget class sent to the target unless settings say otherwise.
+    """
 
     def build(**settings):
         model = copy.deepcopy(digit_classifier)
@@ -46,11 +51,16 @@ def means(features, labels):
 
 
 def probe(features, labels, **settings):
-    return LogisticRegression(**{"C": 1e4, "max_iter": 3000, "tol": 1e-8, **settings}).fit(features.numpy(), labels.numpy())
+    return LogisticRegression(**{"C": 1e4, "max_iter": 3000, "tol": 1e-8, **settings}).fit(
+        features.numpy(), labels.numpy()
+    )
 
 
 def recovered(features, labels, rows=EVERY):
-    """Percent of held-out images of the forgotten class that a new linear probe, fitted on the others, finds again."""
+    """
+    Percent of held-out images of the forgotten class that a new linear probe, fitted on the others, finds
+    again.
+    """
     scaled = features / features[rows].std(0).clamp_min(1e-6)
     fitted = probe(scaled[rows], labels[rows], C=100.0, tol=1e-4)
     held = labels[1200:] == FORGET
@@ -96,7 +106,9 @@ def test_g4_the_change_is_the_forget_coordinate_times_the_shift(erased, original
     model, remap = erased()
     change = passed(model, digits) - original
     torch.testing.assert_close(change, (original @ remap.D_F.T) @ remap.shift().T, rtol=1e-4, atol=1e-5)
-    untouched = original - (original @ remap.D_F.T) @ torch.linalg.pinv(remap.D_F).T  # the part of every image with no such coordinate
+    untouched = (
+        original - (original @ remap.D_F.T) @ torch.linalg.pinv(remap.D_F).T
+    )  # the part of every image with no such coordinate
     assert (remap.apply(untouched) - untouched).abs().max() < 1e-9
     assert untouched.norm() > 0.5 * original.norm()
 
@@ -113,7 +125,10 @@ def balanced(labels, generator=0):
 
 
 def probe_gap(features, labels, rows):
-    """The largest difference between the probe's weights for the forgotten class and for the target, and of their intercepts."""
+    """
+    The largest difference between the probe's weights for the forgotten class and for the target, and of
+    their intercepts.
+    """
     fitted = probe(features[rows], labels[rows], C=1.0)
     difference = torch.tensor(fitted.coef_[FORGET] - fitted.coef_[TARGET])
     return float(difference.abs().max()), float(abs(fitted.intercept_[FORGET] - fitted.intercept_[TARGET]))
@@ -123,7 +138,9 @@ def test_g5_a_regularised_probe_gives_both_classes_the_same_weights(digit_classi
     images, labels = digits
     rows = balanced(labels)
     model = copy.deepcopy(digit_classifier)
-    more_hf.erase_classes(model, [(images[rows], labels[rows])], FORGET, remap_to=TARGET)  # the probe's own data
+    more_hf.erase_classes(
+        model, [(images[rows], labels[rows])], FORGET, remap_to=TARGET
+    )  # the probe's own data
     remap = more_hf.get_erasure(model).remap
 
     after = probe_gap(remap.apply(original), labels, rows)
@@ -198,7 +215,10 @@ def test_two_queries_do_not_invert_hash_routing(erased, digits):
 
 
 def test_a_layer_of_ones_own_sees_the_original_features_without_the_hook(erased, digits, original):
-    """The checkpoint forgets at the logits only: its features are the original's, and a new probe has the class back."""
+    """
+    The checkpoint forgets at the logits only: its features are the original's, and a new probe has the class
+    back.
+    """
     model, _ = erased()
     copied = copy.deepcopy(model)  # as a reload: weights without the hook
     features = passed(copied, digits)

@@ -39,7 +39,8 @@ from more_hf.classification.heads import example_pixels, find_heads
 from more_hf.core.errors import SiteNotFoundError
 
 
-# Width and number of labels are both 8 in some: a layer inside that has the head's shape must not be taken for it.
+# Width and number of labels are both 8 in some: a layer inside that has the head's shape must not be taken
+# for it.
 TOKENS = {
     "image_size": 32,
     "patch_size": 16,
@@ -62,7 +63,14 @@ EFFICIENT = {
     "depthwise_padding": [],
     "num_labels": 4,
 }
-SWIN = {"image_size": 32, "embed_dim": 4, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4, "num_labels": 3}
+SWIN = {
+    "image_size": 32,
+    "embed_dim": 4,
+    "depths": [1, 1],
+    "num_heads": [1, 1],
+    "window_size": 4,
+    "num_labels": 3,
+}
 MODELS = {
     "vit": (lambda: ViTForImageClassification(ViTConfig(**TOKENS)), ["classifier"]),
     "deit": (lambda: DeiTForImageClassification(DeiTConfig(**TOKENS)), ["classifier"]),
@@ -74,22 +82,33 @@ MODELS = {
     "dinov2": (lambda: Dinov2ForImageClassification(Dinov2Config(**TOKENS)), ["classifier"]),
     "swin": (lambda: SwinForImageClassification(SwinConfig(**SWIN)), ["classifier"]),
     "convnext": (
-        lambda: ConvNextForImageClassification(ConvNextConfig(image_size=32, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2)),
+        lambda: ConvNextForImageClassification(
+            ConvNextConfig(image_size=32, hidden_sizes=[4, 8], depths=[1, 1], num_stages=2)
+        ),
         ["classifier"],
     ),
     "resnet": (
         lambda: ResNetForImageClassification(
-            ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+            ResNetConfig(
+                embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5
+            )
         ),
         ["classifier.1"],
     ),
-    "efficientnet": (lambda: EfficientNetForImageClassification(EfficientNetConfig(**EFFICIENT)), ["classifier"]),
+    "efficientnet": (
+        lambda: EfficientNetForImageClassification(EfficientNetConfig(**EFFICIENT)),
+        ["classifier"],
+    ),
     "mobilenet v1": (
-        lambda: MobileNetV1ForImageClassification(MobileNetV1Config(image_size=32, depth_multiplier=0.25, min_depth=4)),
+        lambda: MobileNetV1ForImageClassification(
+            MobileNetV1Config(image_size=32, depth_multiplier=0.25, min_depth=4)
+        ),
         ["classifier"],
     ),
     "mobilenet v2": (
-        lambda: MobileNetV2ForImageClassification(MobileNetV2Config(image_size=32, depth_multiplier=0.1, min_depth=4)),
+        lambda: MobileNetV2ForImageClassification(
+            MobileNetV2Config(image_size=32, depth_multiplier=0.1, min_depth=4)
+        ),
         ["classifier"],
     ),
     "timm wrapper": (
@@ -101,7 +120,9 @@ MODELS = {
     "timm efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=7), ["classifier"]),
     "timm convnext": (lambda: timm.create_model("test_convnext", num_classes=7), ["head.fc"]),
     "timm distilled deit": (
-        lambda: timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, img_size=32, embed_dim=8, depth=1, num_heads=2),
+        lambda: timm.create_model(
+            "deit_tiny_distilled_patch16_224", num_classes=7, img_size=32, embed_dim=8, depth=1, num_heads=2
+        ),
         ["head", "head_dist"],
     ),
 }
@@ -132,7 +153,9 @@ def test_heads_by_literal_name(name):
 
 
 def test_looking_changes_nothing():
-    model = ResNetForImageClassification(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=5)).train()
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=5)
+    ).train()
     model.resnet.embedder.eval()  # as a frozen part would be
     before = {key: value.clone() for key, value in model.state_dict().items()}
     flags = [module.training for module in model.modules()]
@@ -209,7 +232,10 @@ def test_what_is_not_a_classifier_is_refused():
 def test_example_needs_a_configuration():
     with pytest.raises(SiteNotFoundError, match="no configuration"):
         example_pixels(Own())
-    assert example_pixels(SwinForImageClassification(SwinConfig(**SWIN, num_channels=1)).half()).dtype == torch.float16
+    assert (
+        example_pixels(SwinForImageClassification(SwinConfig(**SWIN, num_channels=1)).half()).dtype
+        == torch.float16
+    )
     assert example_pixels(timm.create_model("test_vit")).shape == (1, 3, 160, 160)
 
 

@@ -1,4 +1,7 @@
-"""What cannot be forgotten as asked is refused, with the reason, before anything is changed; and how an edit is undone."""
+"""
+What cannot be forgotten as asked is refused, with the reason, before anything is changed; and how an edit is
+undone.
+"""
 
 import copy
 
@@ -38,10 +41,18 @@ def everything(images, labels):
         (everything, {"forget": []}, "`forget` is empty"),
         (everything, {"forget": [4, "four"]}, "'four' is in `forget` twice"),
         (everything, {"forget": list(range(10))}, "`forget` has all 10 classes"),
-        (everything, {"forget": 4, "remap_to": ["five", "four"]}, "'four' is both in `forget` and in `remap_to`"),
+        (
+            everything,
+            {"forget": 4, "remap_to": ["five", "four"]},
+            "'four' is both in `forget` and in `remap_to`",
+        ),
         (everything, {"forget": 4, "remap_to": []}, "`remap_to` is empty"),
         (everything, {"forget": 4, "remap_to": "tree"}, "no class 'tree'"),
-        (everything, {"forget": 4, "num_experts": 0}, "`num_experts` must be a whole number from 1 to 4096, got 0"),
+        (
+            everything,
+            {"forget": 4, "num_experts": 0},
+            "`num_experts` must be a whole number from 1 to 4096, got 0",
+        ),
         (everything, {"forget": 4, "router": "best"}, "Unknown router 'best'"),
         (everything, {"forget": 4, "solver": "lsq"}, "Unknown solver 'lsq'"),
         (without_labels, {"forget": 4}, "The data has no labels"),
@@ -90,7 +101,9 @@ def test_a_shared_or_quantized_head_is_refused(model, prototypes):
         more_hf.erase_classes(model, prototypes, "four")
 
 
-def test_offloaded_to_the_cpu_is_edited_and_to_disk_refused(model, digit_classifier, loader, prototypes, digits, tmp_path):
+def test_offloaded_to_the_cpu_is_edited_and_to_disk_refused(
+    model, digit_classifier, loader, prototypes, digits, tmp_path
+):
     more_hf.erase_classes(cpu_offload(model, torch.device("cpu")), loader, "four", remap_to="nine")
     assert model.classifier[1].weight.is_meta
     resident = more_hf.erase_classes(copy.deepcopy(digit_classifier), loader, "four", remap_to="nine")
@@ -106,14 +119,18 @@ def test_offloaded_to_the_cpu_is_edited_and_to_disk_refused(model, digit_classif
 def test_the_proof_by_run_rolls_back(model, prototypes):
     before = state(model)
     keep = copy.deepcopy(model.classifier[1])
-    handle = model.classifier[1].register_forward_hook(lambda module, args, output: output + keep(args[0]))  # a branch beside it
+    handle = model.classifier[1].register_forward_hook(
+        lambda module, args, output: output + keep(args[0])
+    )  # a branch beside it
     with pytest.raises(SiteNotFoundError, match="proof by run failed"):
         more_hf.erase_classes(model, prototypes, "four", head=HEAD)
     assert same(model, before)
     assert more_hf.get_erasure(model) is None
     assert not model.classifier[1]._forward_pre_hooks
     handle.remove()
-    assert more_hf.get_erasure(more_hf.erase_classes(model, prototypes, "four")).proof["forget_vs_target"] < 1e-5
+    assert (
+        more_hf.get_erasure(more_hf.erase_classes(model, prototypes, "four")).proof["forget_vs_target"] < 1e-5
+    )
 
 
 # Undoing and adding

@@ -32,12 +32,23 @@ def digits():
 
 @pytest.fixture(scope="module")
 def cached(digits):
-    """Features, labels and head of the digits AllCNN, and a remap of class 3 with eight experts, one target each."""
+    """
+    Features, labels and head of the digits AllCNN, and a remap of class 3 with eight experts, one target
+    each.
+    """
     model = load_classifier("digits-allcnn")
-    features, labels = (torch.cat(parts) for parts in zip(*features_of(model, digits.train.loader(500)), strict=True))
+    features, labels = (
+        torch.cat(parts) for parts in zip(*features_of(model, digits.train.loader(500)), strict=True)
+    )
     prototypes = collect_prototypes(model, digits.train.loader(500))
     remap = Remap.fit(prototypes, [FORGET], [[name] for name in "01245678"])
-    return remap, (model.classifier.weight.detach(), model.classifier.bias.detach()), features, labels, labels == int(FORGET)
+    return (
+        remap,
+        (model.classifier.weight.detach(), model.classifier.bias.detach()),
+        features,
+        labels,
+        labels == int(FORGET),
+    )
 
 
 def fit(cached, weight=None, **options):
@@ -46,7 +57,10 @@ def fit(cached, weight=None, **options):
 
 
 def reference_losses(remap, head, features, labels, forgotten, weight):
-    """L_R, L_F and L_FLB of appendix D.2 sample by sample, with materialised experts: top-1's value, the mixture's gradient."""
+    """
+    L_R, L_F and L_FLB of appendix D.2 sample by sample, with materialised experts: top-1's value, the
+    mixture's gradient.
+    """
     weight = weight.clone().requires_grad_()
     eye = torch.eye(len(remap.prototypes.matrix), dtype=torch.float64)
     experts = [eye + remap.shift(e) @ remap.D_F for e in range(remap.num_experts)]
@@ -65,13 +79,20 @@ def reference_losses(remap, head, features, labels, forgotten, weight):
     for e in range(weight.shape[0]):
         importance = sum(gates[i][e] for i in out) / len(out)
         balance = balance + importance * sum(chosen[i] == e for i in out) / len(out)
-    parts = {"remain": entropies[~forgotten].mean(), "forget": -entropies[forgotten].mean(), "balance": remap.num_experts * balance}
+    parts = {
+        "remain": entropies[~forgotten].mean(),
+        "forget": -entropies[forgotten].mean(),
+        "balance": remap.num_experts * balance,
+    }
     return parts, weight
 
 
 @pytest.mark.parametrize("losses", COMBINATIONS)
 def test_one_step_is_adams_on_the_written_out_loss(cached, losses):
-    """One batch of 60: the logged losses are the reference's, and W moves by Adam's first step, −lr g / (|g| + eps)."""
+    """
+    One batch of 60: the logged losses are the reference's, and W moves by Adam's first step, −lr g / (|g| +
+    eps).
+    """
     remap, head, features, labels, forgotten = cached
     index = torch.cat([forgotten.nonzero()[:20, 0], (~forgotten).nonzero()[:40, 0]])
     batch = (remap, head, features[index], labels[index], forgotten[index])
@@ -92,7 +113,10 @@ def test_one_step_is_adams_on_the_written_out_loss(cached, losses):
 
 
 def test_the_balance_loss_evens_out_the_forgotten(cached):
-    """From a random start, with a learning rate that shows it in ten epochs; without a learning rate nothing moves."""
+    """
+    From a random start, with a learning rate that shows it in ten epochs; without a learning rate nothing
+    moves.
+    """
     start = 0.1 * torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
     still = fit(cached, start, losses=["balance"], learning_rate=0.0)
     trained = fit(cached, start, losses=["balance"], learning_rate=1e-2)
@@ -118,11 +142,15 @@ def test_same_seed_same_router_and_papers_settings(cached):
     assert not one.weight.equal(other.weight)
     assert len(one.log) == 10
     steps = 10 * math.ceil(len(cached[2]) / 512)
-    assert 0 < (one.weight.double() - PrototypeRouter.initial(cached[0])).abs().max() <= 1e-5 * steps * 1.01  # Adam's largest step is lr
+    assert (
+        0 < (one.weight.double() - PrototypeRouter.initial(cached[0])).abs().max() <= 1e-5 * steps * 1.01
+    )  # Adam's largest step is lr
 
 
 def test_more_experts_than_remain_classes(cached):
-    """Algorithm 4 takes the first N_E rows of P_R⁺, which has nine: experts 9 to 11 have none and stay idle."""
+    """
+    Algorithm 4 takes the first N_E rows of P_R⁺, which has nine: experts 9 to 11 have none and stay idle.
+    """
     remap, *rest = cached
     wide = Remap.fit(remap.prototypes, [FORGET], [[name] for name in "012456789012"])
     start = PrototypeRouter.initial(wide)
@@ -135,13 +163,19 @@ def test_more_experts_than_remain_classes(cached):
 
 
 def test_batches_without_one_side(cached):
-    """A batch may hold forgotten samples only, or none: the losses that need the other side are left out of it."""
+    """
+    A batch may hold forgotten samples only, or none: the losses that need the other side are left out of it.
+    """
     remap, head, features, labels, forgotten = cached
     only = fit((remap, head, features[forgotten], labels[forgotten], forgotten[forgotten]), epochs=1)
     none = fit((remap, head, features[~forgotten], labels[~forgotten], forgotten[~forgotten]), epochs=1)
     assert only.log[0]["loss_remain"] == 0.0
     assert none.log[0]["loss_forget"] == none.log[0]["loss_balance"] == 0.0
-    nothing = fit((remap, head, features[~forgotten], labels[~forgotten], forgotten[~forgotten]), losses=["balance"], epochs=1)
+    nothing = fit(
+        (remap, head, features[~forgotten], labels[~forgotten], forgotten[~forgotten]),
+        losses=["balance"],
+        epochs=1,
+    )
     assert nothing.weight.equal(PrototypeRouter.initial(remap).float())
 
 
@@ -160,7 +194,9 @@ def test_unknown_losses(cached, losses):
 @pytest.mark.parametrize("router", ["prototype", "prototype_random"])
 def test_a_models_router_is_trained_in_place(digits, cached, router):
     model = load_classifier("digits-allcnn")
-    more_hf.erase_classes(model, digits.train.loader(500), [FORGET], num_experts=8, router=router, solver="pinv")
+    more_hf.erase_classes(
+        model, digits.train.loader(500), [FORGET], num_experts=8, router=router, solver="pinv"
+    )
     erasure = more_hf.get_erasure(model)
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     start = erasure.hook.router.weight.clone()
@@ -205,7 +241,9 @@ def test_without_a_single_head(digits):
     with pytest.raises(SiteNotFoundError, match="0 edited heads .it was erased at an inner module"):
         train_router(inner, digits.train.loader(500))
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    config = DeiTConfig(image_size=8, patch_size=4, num_channels=1, id2label=dict(enumerate("0123456789")), **shape)
+    config = DeiTConfig(
+        image_size=8, patch_size=4, num_channels=1, id2label=dict(enumerate("0123456789")), **shape
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         two = DeiTForImageClassificationWithTeacher(config).eval()

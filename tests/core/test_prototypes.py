@@ -123,7 +123,9 @@ def test_moment_and_means_are_separate():
     assert PrototypeFitter(5, NAMES).update(features, labels).prototypes.second_moment is None
 
     fitter = PrototypeFitter(5, NAMES).update(features, labels).update_moment(features + 1)
-    assert torch.equal(fitter.prototypes.matrix, PrototypeFitter(5, NAMES).update(features, labels).prototypes.matrix)
+    assert torch.equal(
+        fitter.prototypes.matrix, PrototypeFitter(5, NAMES).update(features, labels).prototypes.matrix
+    )
 
 
 def test_merge_changes_neither_part():
@@ -139,7 +141,11 @@ def test_prototypes_do_not_follow_the_fitter():
     features, labels = data()
     fitter = fit((features, labels))
     prototypes = fitter.prototypes
-    matrix, counts, moment = prototypes.matrix.clone(), prototypes.counts.clone(), prototypes.second_moment.clone()
+    matrix, counts, moment = (
+        prototypes.matrix.clone(),
+        prototypes.counts.clone(),
+        prototypes.second_moment.clone(),
+    )
     fitter.update(features + 10, labels).update_moment(features + 10)
 
     assert not torch.equal(fitter.prototypes.matrix, matrix)
@@ -228,7 +234,11 @@ def test_save_and_load_bit_for_bit(tmp_path, moment):
     assert torch.equal(loaded.matrix, prototypes.matrix)
     assert torch.equal(loaded.counts, prototypes.counts)
     assert (loaded.names, loaded.moment_count) == (NAMES, 40 if moment else 0)
-    assert torch.equal(loaded.second_moment, prototypes.second_moment) if moment else loaded.second_moment is None
+    assert (
+        torch.equal(loaded.second_moment, prototypes.second_moment)
+        if moment
+        else loaded.second_moment is None
+    )
 
 
 def test_memory_is_of_the_means_unless_the_moment_is_fed():

@@ -1,4 +1,6 @@
-"""The guarantees G1 to G5 and G7 under their conditions, against references that share no code with the method."""
+"""
+The guarantees G1 to G5 and G7 under their conditions, against references that share no code with the method.
+"""
 
 import math
 
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # small matrices: threads on
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-# --- the guarantees -------------------------------------------------------------------------------------------------
+# --- the guarantees
+# -------------------------------------------------------------------------------------------------
 
 
 @EXAMPLES
@@ -112,9 +115,13 @@ def auc(positive, negative):
 
 
 def probe_f_against_t(counts, l2):
-    """Fit a probe before and after; for both return w_f − w_t, and s_f − s_t on the features of f and of t."""
+    """
+    Fit a probe before and after; for both return w_f − w_t, and s_f − s_t on the features of f and of t.
+    """
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
-    features = randn(len(labels), 6, seed=3) + 1.5 * randn(4, 6, seed=4)[labels]  # classes overlap: a minimiser exists
+    features = (
+        randn(len(labels), 6, seed=3) + 1.5 * randn(4, 6, seed=4)[labels]
+    )  # classes overlap: a minimiser exists
     remap = Remap.fit(PrototypeFitter(6, [*"ftrs"]).update(features, labels).prototypes, ["f"], [["t"]])
     for z in (features, remap.apply(features)):
         weight, bias = softmax_regression(z, labels, 4, l2)
@@ -166,7 +173,8 @@ def test_g7_two_experts_give_the_input_back_and_one_does_not(d, f, condition, so
     assert remap.apply(blind, 1).norm() > 0.1 * blind.norm()
 
 
-# --- against dense matrices -----------------------------------------------------------------------------------------
+# --- against dense matrices
+# -----------------------------------------------------------------------------------------
 
 
 @EXAMPLES
@@ -190,9 +198,14 @@ def test_apply_in_every_dtype_and_shape(dtype, shape, solver):
     E, z = dense_experts(remap), randn(*shape).to(dtype)
     kept = z.clone()
     per_sample = torch.tensor([2, 0, 1, 1, 0])
-    cases = [(None, E.mean(0)), (0, E[0]), (2, E[2])] + ([(per_sample, E[per_sample])] if len(shape) > 1 else [])
+    cases = [(None, E.mean(0)), (0, E[0]), (2, E[2])] + (
+        [(per_sample, E[per_sample])] if len(shape) > 1 else []
+    )
     for expert, matrix in cases:
-        actual, expected = remap.apply(z, expert), torch.einsum("...d,...od->...o", z.double(), expand(matrix, z))
+        actual, expected = (
+            remap.apply(z, expert),
+            torch.einsum("...d,...od->...o", z.double(), expand(matrix, z)),
+        )
 
         assert actual.dtype == dtype
         # The dtype's own rounding; float64 has that of the reference, whose condition number is below 100.
@@ -254,7 +267,8 @@ def test_lora_a_is_shared_by_layers_and_experts():
     assert not torch.equal(remap.delta(narrow, 0)[1], remap.delta(narrow, 1)[1])
 
 
-# --- erasing without remapping --------------------------------------------------------------------------------------
+# --- erasing without remapping
+# --------------------------------------------------------------------------------------
 
 
 def test_erase_alone_is_the_orthogonal_projection():

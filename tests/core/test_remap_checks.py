@@ -16,7 +16,8 @@ from more_hf.core.remap import Remap
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # small matrices: threads only wait for each other
 
-# --- verify ---------------------------------------------------------------------------------------------------------
+# --- verify
+# ---------------------------------------------------------------------------------------------------------
 
 
 @EXAMPLES
@@ -27,17 +28,23 @@ def test_verify_measures_small_errors(remap):
     measured.pop("ordinary_moved", None)
     assert set(measured) == {"forget_to_target", "remain_fixed", "idempotent", "nothing_left", "rank"}
     assert measured.pop("rank") == remap.rank
-    # Errors are relative to shifts and remain prototypes, which may be shorter than P by its condition number.
+    # Errors are relative to shifts and remain prototypes, which may be shorter than P by its condition
+    # number.
     P = remap.prototypes.matrix
     smallest = min(float(remap.shifts.norm(dim=1).min()), float(P.norm(dim=0).min()))
-    assert max(measured.values()) < tolerance(remap) * max(1.0, float(torch.linalg.matrix_norm(P, 2)) / smallest)
+    assert max(measured.values()) < tolerance(remap) * max(
+        1.0, float(torch.linalg.matrix_norm(P, 2)) / smallest
+    )
 
 
 def test_verify_measures_how_far_ordinary_features_move():
     features = randn(500, 12)
     prototypes = Prototypes(randn(12, 4), tuple("abcd"), torch.ones(4), features.T @ features / 500)
     remap = Remap.fit(prototypes, ["a"], [["b"], ["c"]], solver="covariance")
-    moved = [(remap.apply(features, expert) - features).square().sum() / features.square().sum() for expert in (0, 1)]
+    moved = [
+        (remap.apply(features, expert) - features).square().sum() / features.square().sum()
+        for expert in (0, 1)
+    ]
     assert remap.verify()["ordinary_moved"] == pytest.approx(float(max(moved).sqrt()))
     assert remap.verify()["ordinary_moved"] > 1e-3
 
@@ -50,7 +57,9 @@ def test_verify_sees_a_dual_that_was_tampered_with():
     assert scaled["idempotent"] > 0.05
 
     noisy = dataclasses.replace(remap, dual=remap.dual + 0.1 * randn(7, 12)).verify()
-    assert min(noisy[key] for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")) > 1e-3
+    assert (
+        min(noisy[key] for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")) > 1e-3
+    )
 
 
 def test_verify_sees_prototypes_that_were_tampered_with():
@@ -58,7 +67,10 @@ def test_verify_sees_prototypes_that_were_tampered_with():
     prototypes = dataclasses.replace(remap.prototypes, matrix=remap.prototypes.matrix + 0.1 * randn(12, 7))
     measured = dataclasses.replace(remap, prototypes=prototypes).verify()
 
-    assert min(measured[key] for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")) > 1e-3
+    assert (
+        min(measured[key] for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left"))
+        > 1e-3
+    )
 
 
 def test_verify_sees_a_lost_rank():
@@ -73,13 +85,16 @@ def test_verify_sees_a_lost_rank():
 
 def test_verify_does_not_take_not_a_number_for_zero():
     remap = make_remap()
-    measured = dataclasses.replace(remap, dual=torch.zeros_like(remap.dual)).verify()  # ‖D_F E‖ / ‖D_F‖ is 0 / 0
+    measured = dataclasses.replace(
+        remap, dual=torch.zeros_like(remap.dual)
+    ).verify()  # ‖D_F E‖ / ‖D_F‖ is 0 / 0
 
     assert measured["forget_to_target"] == 1
     assert not measured["nothing_left"] < 1e-6
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -89,7 +104,9 @@ def test_forget_in_the_span_of_others_names_the_nearest(solver):
     P[:, 1] = 3 * P[:, 3] - 0.5 * P[:, 2]
     cosine = float(torch.nn.functional.cosine_similarity(P[:, 1], P[:, 3], dim=0))
 
-    with pytest.raises(PrototypeError, match=f"'p1' is a linear combination.*nearest: 'p3', cosine {cosine:.4f}"):
+    with pytest.raises(
+        PrototypeError, match=f"'p1' is a linear combination.*nearest: 'p3', cosine {cosine:.4f}"
+    ):
         Remap.fit(dataclasses.replace(prototypes, matrix=P), ["p1"], [["p0"]], solver=solver)
     Remap.fit(prototypes, ["p1"], [["p0"]], solver=solver)
 
@@ -133,7 +150,11 @@ def test_unknown_solver_lists_the_known():
 @pytest.mark.parametrize("name", ["forget", "target"])
 def test_unknown_names_list_the_known(name):
     with pytest.raises(PrototypeError, match="'p9'.*'p0', 'p1'"):
-        Remap.fit(make_prototypes(12, 5), ["p9" if name == "forget" else "p0"], [["p9" if name == "target" else "p1"]])
+        Remap.fit(
+            make_prototypes(12, 5),
+            ["p9" if name == "forget" else "p0"],
+            [["p9" if name == "target" else "p1"]],
+        )
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
@@ -154,7 +175,8 @@ def test_covariance_needs_a_moment():
     Remap.fit(prototypes, ["p0"], [["p1"]], solver="pinv")
 
 
-# --- draw_experts ---------------------------------------------------------------------------------------------------
+# --- draw_experts
+# ---------------------------------------------------------------------------------------------------
 
 LETTERS = list("abcdefgh")
 
@@ -169,8 +191,12 @@ def test_targets_are_drawn_without_replacement_and_then_again():
 def test_a_draw_is_a_function_of_the_seed():
     options = [LETTERS, LETTERS]
 
-    assert draw_experts(options, 6, max_distinct=8, seed=3) == draw_experts(options, 6, max_distinct=8, seed=3)
-    assert draw_experts(options, 6, max_distinct=8, seed=3) != draw_experts(options, 6, max_distinct=8, seed=4)
+    assert draw_experts(options, 6, max_distinct=8, seed=3) == draw_experts(
+        options, 6, max_distinct=8, seed=3
+    )
+    assert draw_experts(options, 6, max_distinct=8, seed=3) != draw_experts(
+        options, 6, max_distinct=8, seed=4
+    )
 
 
 def test_a_draw_leaves_options_and_random_state_alone():
@@ -184,7 +210,12 @@ def test_a_draw_leaves_options_and_random_state_alone():
 
 @pytest.mark.parametrize(
     ("options", "num_experts"),
-    [([list("ab"), list("cde")], 6), ([list("ab"), list("cdef")], 4), ([[None], list("abc")], 3), ([["a"], ["b"]], 1)],
+    [
+        ([list("ab"), list("cde")], 6),
+        ([list("ab"), list("cdef")], 4),
+        ([[None], list("abc")], 3),
+        ([["a"], ["b"]], 1),
+    ],
 )
 def test_by_default_every_option_is_used_equally_often(options, num_experts):
     drawn = draw_experts(options, None, max_distinct=8)

@@ -1,4 +1,7 @@
-"""The edit beside others: UCE's closed form, the least movement, and what must not depend on scale, rotation or random state."""
+"""
+The edit beside others: UCE's closed form, the least movement, and what must not depend on scale, rotation or
+random state.
+"""
 
 import dataclasses
 
@@ -31,7 +34,9 @@ def test_one_expert_is_uce_as_its_ridge_vanishes():
     merged = remap.merged(weight, 0)
 
     def error(strength, targets):
-        return float((uce(weight, columns[:2], targets, columns[2:], strength) - merged).norm() / merged.norm())
+        return float(
+            (uce(weight, columns[:2], targets, columns[2:], strength) - merged).norm() / merged.norm()
+        )
 
     errors = [error(10.0**-power, columns[remap.targets[0]]) for power in (3, 5, 7, 9)]
     # P has singular values down to 0.1, so the ridge costs about strength / 0.1².
@@ -48,7 +53,8 @@ def test_covariance_is_the_exact_edit_that_moves_features_least():
     fitter.update(randn(5, 16, seed=6), torch.arange(5)).update_moment(features)
     P = fitter.prototypes.matrix
     pinv, least = (
-        Remap.fit(fitter.prototypes, ["p0", "p1"], [["p2", "p3"]], solver=solver, shrinkage=0.0) for solver in SOLVERS
+        Remap.fit(fitter.prototypes, ["p0", "p1"], [["p2", "p3"]], solver=solver, shrinkage=0.0)
+        for solver in SOLVERS
     )
 
     def moved(dual):
@@ -59,7 +65,9 @@ def test_covariance_is_the_exact_edit_that_moves_features_least():
 
     for remap in (pinv, least):
         close(remap.apply(P.T[:2]), P.T[2:4], 1e-12)
-    assert moved(least.dual) == pytest.approx(float((least.apply(features) - features).square().sum(1).mean()))
+    assert moved(least.dual) == pytest.approx(
+        float((least.apply(features) - features).square().sum(1).mean())
+    )
     assert moved(least.dual) < 0.5 * moved(pinv.dual)
     assert read(least.dual) < 0.5 * read(pinv.dual)
     # Every other exact dual is D + N with N P = 0.

@@ -1,4 +1,6 @@
-"""Which expert a sample takes: draws that depend on seed and call alone, and hashes that repeat themselves."""
+"""
+Which expert a sample takes: draws that depend on seed and call alone, and hashes that repeat themselves.
+"""
 
 import pytest
 import torch
@@ -222,7 +224,9 @@ def test_prototype_router_takes_the_largest_response_of_the_remain_pseudo_invers
 
     assert torch.equal(router(z), coordinates[:4].argmax(0))
     assert len(router(z).unique()) == 4
-    assert torch.equal(router(remain.T[:4]), torch.arange(4))  # each of the first remain prototypes goes to its own expert
+    assert torch.equal(
+        router(remain.T[:4]), torch.arange(4)
+    )  # each of the first remain prototypes goes to its own expert
     router.reset([1, 2])
     assert torch.equal(router(z), router(z))
 

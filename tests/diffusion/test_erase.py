@@ -34,7 +34,11 @@ def erase(pipe, concepts=FORGET, **kwargs):
 def state(pipe):
     """A copy of every tensor of the pipeline."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {f"{part}.{name}": value.clone() for part, module in modules.items() for name, value in module.state_dict().items()}
+    return {
+        f"{part}.{name}": value.clone()
+        for part, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 def same(pipe, before):
@@ -50,7 +54,9 @@ def close(pipe, other):
 @torch.no_grad()
 def outputs(unet, text):
     """The denoiser's output for each sample of text features, on one fixed latent."""
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(len(text), -1, -1, -1)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(
+        len(text), -1, -1, -1
+    )
     return unet(latents.to(unet.dtype), torch.tensor(500), encoder_hidden_states=text.to(unet.dtype)).sample
 
 
@@ -78,10 +84,16 @@ def test_edits_exactly_the_layers_that_read_text(tiny_sd, version):
 
 @pytest.mark.slow
 def test_edits_attention_in_every_block(tiny_sd):
-    pipe = tiny_sd("2", down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+    pipe = tiny_sd(
+        "2", down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2
+    )
     more = [
         *(f"down_blocks.1.attentions.0.transformer_blocks.0.attn2.{to}" for to in ("to_k", "to_v")),
-        *(f"up_blocks.0.attentions.{i}.transformer_blocks.0.attn2.{to}" for i in (0, 1) for to in ("to_k", "to_v")),
+        *(
+            f"up_blocks.0.attentions.{i}.transformer_blocks.0.attn2.{to}"
+            for i in (0, 1)
+            for to in ("to_k", "to_v")
+        ),
     ]
     assert sorted(more_hf.get_erasure(erase(pipe)).sites) == sorted([*SITES, *more])
 
@@ -119,17 +131,24 @@ def test_changes_no_global_state(pipe):
 
 
 def assert_exact(pipe, originals, relative=1e-4):
-    """At every site: forget prototypes read as their targets did, every other prototype as before, and it moved."""
+    """
+    At every site: forget prototypes read as their targets did, every other prototype as before, and it moved.
+    """
     remap = more_hf.get_erasure(pipe).remap
     P, forget = remap.prototypes.matrix.float(), list(remap.forget)
     remain = [i for i in range(P.shape[1]) if i not in forget]
     for name in SITES:
-        weight, original = pipe.unet.get_submodule(name).weight.detach().float(), originals[f"unet.{name}.weight"].float()
+        weight, original = (
+            pipe.unet.get_submodule(name).weight.detach().float(),
+            originals[f"unet.{name}.weight"].float(),
+        )
         goal = original @ (P[:, forget] + remap.shift().float())
         scale = (original @ remap.shift().float()).norm()
         assert (weight @ P[:, forget] - original @ P[:, forget]).norm() > (1 - relative) * scale
         assert (weight @ P[:, forget] - goal).norm() < relative * scale
-        assert (weight @ P[:, remain] - original @ P[:, remain]).norm() < relative * (original @ P[:, remain]).norm()
+        assert (weight @ P[:, remain] - original @ P[:, remain]).norm() < relative * (
+            original @ P[:, remain]
+        ).norm()
 
 
 @pytest.mark.parametrize("solver", ["pinv", "covariance"])
@@ -141,7 +160,13 @@ def test_exact_for_every_mode_and_solver(pipe, tokens, solver):
     erasure = more_hf.get_erasure(pipe)
     assert erasure.facts.rank == len(TOKENS[tokens])
     assert erasure.facts.solver == solver
-    assert max(erasure.guarantees[key] for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")) < 1e-8
+    assert (
+        max(
+            erasure.guarantees[key]
+            for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
+        )
+        < 1e-8
+    )
     assert erasure.proof["forget_vs_target"] < 1e-3
     assert erasure.proof["target_changed"] < 1e-3
     assert erasure.proof["forget_changed"] > 0.9
@@ -152,7 +177,11 @@ def test_erase_without_remapping(pipe):
     erase(pipe, remap_to=None)
     assert_exact(pipe, before)
     remap = more_hf.get_erasure(pipe).remap
-    assert torch.allclose(remap.apply(remap.prototypes.matrix[:, list(remap.forget)].T), torch.zeros(4, 32, dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(
+        remap.apply(remap.prototypes.matrix[:, list(remap.forget)].T),
+        torch.zeros(4, 32, dtype=torch.float64),
+        atol=1e-8,
+    )
 
 
 def test_several_concepts_and_aliases(pipe):
@@ -179,7 +208,14 @@ def test_several_targets_are_their_mean(pipe, tokens):
 def test_retained_names_are_exact_with_pinv(pipe):
     erase(pipe, retain=["cat"], solver="pinv")
     erasure = more_hf.get_erasure(pipe)
-    for name in ("cat · last", "cat · end", "claude monet · padding", "begin token", "empty prompt, end", "empty prompt, padding"):
+    for name in (
+        "cat · last",
+        "cat · end",
+        "claude monet · padding",
+        "begin token",
+        "empty prompt, end",
+        "empty prompt, padding",
+    ):
         prototype = erasure.remap.prototypes[name]
         assert torch.allclose(erasure.remap.apply(prototype), prototype, atol=1e-8)
     assert erasure.facts.retained_moved["cat"] < 1e-8
@@ -232,7 +268,9 @@ def test_dtypes(tiny_sd, dtype):
         exact = original.double() + original.double() @ erasure.remap.shift() @ erasure.remap.D_F
         kind = torch.finfo(dtype)
         rounding = kind.eps / 2 * exact.abs() + kind.smallest_normal * kind.eps  # one rounding, at the end
-        assert ((weight.double() - exact).abs() <= rounding + 1e-14).all()  # and the order in which a processor sums in float64
+        assert (
+            (weight.double() - exact).abs() <= rounding + 1e-14
+        ).all()  # and the order in which a processor sums in float64
     assert all(site.read().dtype == dtype for site in erasure.sites.values())
     assert same(more_hf.restore(pipe), before)
 
@@ -273,7 +311,9 @@ def test_second_erasure_keeps_each_concepts_own_target(pipe):
     assert_exact(pipe, before)
     remap = more_hf.get_erasure(pipe).remap
     for name, target in ((FORGET, "claude monet"), ("pablo picasso", "johannes vermeer")):
-        assert torch.allclose(remap.apply(remap.prototypes[f"{name} · last"]), remap.prototypes[f"{target} · last"], rtol=1e-6)
+        assert torch.allclose(
+            remap.apply(remap.prototypes[f"{name} · last"]), remap.prototypes[f"{target} · last"], rtol=1e-6
+        )
 
 
 @pytest.mark.slow
@@ -326,7 +366,9 @@ def test_changed_weights_are_refused(pipe, again):
     with torch.no_grad():
         pipe.unet.get_submodule(SITES[3]).weight.add_(1e-3)
     after = state(pipe)
-    with pytest.raises(more_hf.IncompatibleBaseError, match=f"1 of 8 edited layers changed since the edit .*{SITES[3]}"):
+    with pytest.raises(
+        more_hf.IncompatibleBaseError, match=f"1 of 8 edited layers changed since the edit .*{SITES[3]}"
+    ):
         again(pipe)
     assert same(pipe, after)
 
@@ -340,16 +382,22 @@ def test_a_cast_is_no_change(pipe, dtype):
     erase(pipe, "pablo picasso")  # a refit starts from the originals as they were
     more_hf.restore(pipe, "pablo picasso")
     more_hf.restore(pipe)
-    assert all(torch.equal(pipe.unet.get_submodule(name).weight, before[f"unet.{name}.weight"]) for name in SITES)
+    assert all(
+        torch.equal(pipe.unet.get_submodule(name).weight, before[f"unet.{name}.weight"]) for name in SITES
+    )
 
 
 @pytest.mark.slow
 def test_report_has_bounds_and_marks(tiny_sd):
     erasure = more_hf.get_erasure(erase(tiny_sd()))
     lines = str(erasure).splitlines()
-    assert any(line.startswith("guarantee nothing_left ") and line.endswith("below 1e-06 ✓") for line in lines)
+    assert any(
+        line.startswith("guarantee nothing_left ") and line.endswith("below 1e-06 ✓") for line in lines
+    )
     assert any(line.startswith("measured ordinary_moved ") and "below" not in line for line in lines)
-    assert any(line.startswith("proof by run forget_vs_target ") and line.endswith("below 1e-03 ✓") for line in lines)
+    assert any(
+        line.startswith("proof by run forget_vs_target ") and line.endswith("below 1e-03 ✓") for line in lines
+    )
     assert len({line[:2] for line in lines} - {"  "}) > 3  # a column of names
 
     erasure.guarantees["nothing_left"] = float("nan")
@@ -437,7 +485,9 @@ def test_hook_is_the_expert(tiny_sd):
     erasure = more_hf.get_erasure(pipe)
     text, experts = ordinary_text(), torch.tensor([0, 1])
     with experts_forced(erasure, experts):
-        assert torch.allclose(erasure.hook.route(text), erasure.remap.apply(text, experts), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(
+            erasure.hook.route(text), erasure.remap.apply(text, experts), rtol=1e-4, atol=1e-4
+        )
         routed = outputs(pipe.unet, text)
     for expert in (0, 1):  # the expert merged into the original weights, without any hook
         for name, weight in erasure.originals.items():
@@ -496,7 +546,11 @@ def test_forgotten_images_become_the_targets_and_others_stay(copy_of_emoji_sd):
         prompts = [f"{subject} in the style of {name}" for name in names for subject in subjects]
         generators = [torch.Generator().manual_seed(i % 2) for i in range(len(prompts))]
         options = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "pt"}
-        return dict(zip(names, pipe(prompts, generator=generators, **options).images.split(len(subjects)), strict=True))
+        return dict(
+            zip(
+                names, pipe(prompts, generator=generators, **options).images.split(len(subjects)), strict=True
+            )
+        )
 
     def distance(a, b):
         return float((a - b).abs().mean())
@@ -505,9 +559,12 @@ def test_forgotten_images_become_the_targets_and_others_stay(copy_of_emoji_sd):
     more_hf.erase_concept(pipe, "Blobmoji", remap_to=["Fluent"])
     after = images(["Blobmoji", "Noto"])
     apart = distance(before["Blobmoji"], before["Fluent"])
-    # The edit is exact for means over prompts and not for each prompt, and guidance amplifies what is left: so halves and quarters.
+    # The edit is exact for means over prompts and not for each prompt, and guidance amplifies what is left:
+    # so halves and quarters.
     assert distance(after["Blobmoji"], before["Blobmoji"]) > 0.5 * apart
     assert distance(after["Blobmoji"], before["Fluent"]) < 0.75 * apart
-    assert distance(after["Blobmoji"], before["Fluent"]) < 0.75 * distance(after["Blobmoji"], before["Blobmoji"])
+    assert distance(after["Blobmoji"], before["Fluent"]) < 0.75 * distance(
+        after["Blobmoji"], before["Blobmoji"]
+    )
     assert distance(after["Noto"], before["Noto"]) < 0.25 * apart
     assert more_hf.get_erasure(pipe).proof["forget_vs_target"] < 1e-3

@@ -62,12 +62,16 @@ WITH_POOLED = list(POOLED_SITE)
 def test_edits_exactly_the_layers_that_read_text(families, erased_families, family):
     sites = [*TOKEN_SITES[family], *([POOLED_SITE[family]] if family in POOLED_SITE else [])]
     before, after = weights(families[family]), weights(erased_families[family])
-    assert sorted(name for name in after if not torch.equal(after[name], before[name])) == sorted(f"{name}.weight" for name in sites)
+    assert sorted(name for name in after if not torch.equal(after[name], before[name])) == sorted(
+        f"{name}.weight" for name in sites
+    )
     assert sorted(more_hf.get_erasure(erased_families[family]).sites) == sorted(sites)
 
 
 def test_the_columns_of_the_time_ids_stay(families, erased_families):
-    before, after = (weights(pipes["sdxl"])["add_embedding.linear_1.weight"] for pipes in (families, erased_families))
+    before, after = (
+        weights(pipes["sdxl"])["add_embedding.linear_1.weight"] for pipes in (families, erased_families)
+    )
     assert before.shape == (16, 20 + 6 * 4)
     assert torch.equal(before[:, 20:], after[:, 20:])
     assert (before[:, :20] != after[:, :20]).any(0).all()
@@ -86,7 +90,9 @@ def test_conditioning_of_the_forget_prompt_is_the_targets_at_every_site(families
             if column in forget:
                 target = P[column.replace(FORGET, TARGET)]
                 assert (old @ P[column] - old @ target).norm() > 1e-3 * (old @ target).norm()
-                assert (new @ P[column] - old @ target).norm() < 1e-3 * (old @ P[column] - old @ target).norm()
+                assert (new @ P[column] - old @ target).norm() < 1e-3 * (
+                    old @ P[column] - old @ target
+                ).norm()
             else:  # the target, the retained name, the begin token and the empty prompt
                 assert (new @ P[column] - old @ P[column]).norm() < 1e-4 * (old @ P[column]).norm()
 
@@ -101,7 +107,9 @@ def reference_features(pipe, family, prompt):
         return out.hidden_states[-2], out[key]
 
     def t5(number):
-        ids = getattr(pipe, "tokenizer" + number)(prompt, padding="max_length", max_length=T5_LENGTH, return_tensors="pt")
+        ids = getattr(pipe, "tokenizer" + number)(
+            prompt, padding="max_length", max_length=T5_LENGTH, return_tensors="pt"
+        )
         mask = ids.attention_mask if family == "pixart" else None
         return getattr(pipe, "text_encoder" + number)(ids.input_ids, attention_mask=mask)[0]
 
@@ -117,7 +125,8 @@ def reference_features(pipe, family, prompt):
     return (t5("_2"), clip("", "pooler_output")[1]) if family == "flux" else (t5(""), None)
 
 
-# Where the bare name's last token, the end token and the padding are: [CLS] van gogh [END] ..., and two tokens and </s> in T5.
+# Where the bare name's last token, the end token and the padding are: [CLS] van gogh [END] ..., and two
+# tokens and </s> in T5.
 POSITIONS = {
     "sdxl": {"last": (2, 3), "end": (3, 4), "padding": (4, 48)},
     "sd3": {"last": (2, 3), "end": (3, 4), "T5 last": (49, 50), "T5 end": (50, 51), "T5 padding": (51, 72)},
@@ -130,19 +139,25 @@ POSITIONS = {
 @torch.no_grad()
 def test_prototypes_are_the_features_that_the_denoiser_reads(families, monkeypatch, family):
     monkeypatch.setattr("more_hf.diffusion.plan.TEMPLATES", ("{}",))
-    monkeypatch.setitem(more_hf.diffusion.encoder.TOKENS, "positions", ("last", "end", "padding"))  # nothing is after a bare name
+    monkeypatch.setitem(
+        more_hf.diffusion.encoder.TOKENS, "positions", ("last", "end", "padding")
+    )  # nothing is after a bare name
     erased = erase(copy.deepcopy(families[family]), retain=None)
     tokens, pooled = reference_features(families[family], family, FORGET)
     remaps = spaces(erased)
     for kind, (start, stop) in POSITIONS[family].items():
         wanted = tokens[0, start:stop].mean(0).double()
         assert torch.allclose(remaps["tokens"].prototypes[f"{FORGET} · {kind}"], wanted, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(remaps["tokens"].prototypes[f"{TARGET} · {kind}"], wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(
+            remaps["tokens"].prototypes[f"{TARGET} · {kind}"], wanted, rtol=1e-4, atol=1e-5
+        )
     kinds = {name.split(" · ")[1] for name in remaps["tokens"].prototypes.names if " · " in name}
     assert kinds == set(POSITIONS[family]) | ({"padding"} if family == "sd3" else set())
     assert (pooled is None) == ("pooled" not in remaps)
     if pooled is not None:
-        assert torch.allclose(remaps["pooled"].prototypes[f"{FORGET} · pooled"], pooled[0].double(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(
+            remaps["pooled"].prototypes[f"{FORGET} · pooled"], pooled[0].double(), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,14 +224,19 @@ def test_without_the_pooled_path(families, erased_families, family):
     name = POOLED_SITE[family]
     assert torch.equal(weights(pipe)[f"{name}.weight"], before[f"{name}.weight"])
     assert sorted(more_hf.get_erasure(pipe).sites) == sorted(TOKEN_SITES[family])
-    leak = f"the pooled prompt embedding was left as it is: what it says of the concept still enters through `{name}`"
+    leak = (
+        "the pooled prompt embedding was left as it is: "
+        f"what it says of the concept still enters through `{name}`"
+    )
     assert leak in more_hf.get_erasure(pipe).to_markdown()
     assert "pooled_rank" not in more_hf.get_erasure(pipe).guarantees
 
     # the image of the forgotten prompt still has what the pooled embedding says, and only that
     remaps = spaces(erased_families[family])
     forget, target = (embeds(remaps, name) for name in (FORGET, TARGET))
-    left = images(families[family], family, **{**target, "pooled_prompt_embeds": forget["pooled_prompt_embeds"]})
+    left = images(
+        families[family], family, **{**target, "pooled_prompt_embeds": forget["pooled_prompt_embeds"]}
+    )
     gone = images(families[family], family, **target)
     found = images(pipe, family, **forget)
     assert (left - gone).norm() > 1e-3 * gone.norm()
@@ -228,7 +248,8 @@ def test_without_the_pooled_path(families, erased_families, family):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-# Stable Diffusion 1.x reads the last layer, 2.x the last of an encoder that ships without its last layer, not the one before it.
+# Stable Diffusion 1.x reads the last layer, 2.x the last of an encoder that ships without its last layer, not
+# the one before it.
 @pytest.mark.parametrize("version", ["1", "2"])
 @torch.no_grad()
 def test_prototypes_of_sd_are_of_the_layer_that_encode_prompt_reads(version):

@@ -22,7 +22,10 @@ def test_restore_disabled_and_a_second_erasure(families, family):
     erase(erase(pipe, tokens="subject"), "andy warhol", tokens="subject", router="hash")
     erasure = more_hf.get_erasure(pipe)
     assert erasure.concepts == [FORGET, "andy warhol"]
-    assert len([name for name in erasure.remap.prototypes.names if name.startswith((FORGET, "andy"))]) == erasure.facts.rank
+    assert (
+        len([name for name in erasure.remap.prototypes.names if name.startswith((FORGET, "andy"))])
+        == erasure.facts.rank
+    )
     after = weights(pipe)
     erased = images(pipe, family, "a house by van gogh")
     with more_hf.disabled(pipe):
@@ -53,9 +56,14 @@ def with_expert(pipe, erasure, expert):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hook_routes_tokens_and_pooled_embedding_to_the_same_expert(families, family):
-    pipe = erase(copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="random", retain=None)
+    pipe = erase(
+        copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="random", retain=None
+    )
     erasure = more_hf.get_erasure(pipe)
-    wanted = [images(with_expert(families[family], erasure, expert), family, "a house by van gogh") for expert in (0, 1)]
+    wanted = [
+        images(with_expert(families[family], erasure, expert), family, "a house by van gogh")
+        for expert in (0, 1)
+    ]
     apart = (wanted[0] - wanted[1]).norm()
     assert apart > 1e-4 * wanted[0].norm()
     for expert in (0, 1):
@@ -70,9 +78,16 @@ def test_the_hook_routes_tokens_and_pooled_embedding_to_the_same_expert(families
 def test_positional_arguments_are_routed(families):
     pipe = erase(copy.deepcopy(families["sd3"]), remap_to=[TARGET, "johannes vermeer"], router="random")
     erasure = more_hf.get_erasure(pipe)
-    latents, tokens, pooled, time = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 48), torch.ones(1, 40), torch.tensor([500.0])
+    latents, tokens, pooled, time = (
+        torch.ones(1, 4, 8, 8),
+        torch.ones(1, 5, 48),
+        torch.ones(1, 40),
+        torch.tensor([500.0]),
+    )
     with torch.no_grad(), experts_forced(erasure, torch.tensor([1])):
-        named = pipe.transformer(latents, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=time).sample
+        named = pipe.transformer(
+            latents, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=time
+        ).sample
         assert torch.equal(pipe.transformer(latents, tokens, pooled, time).sample, named)
         with routing_off(erasure):
             unrouted = pipe.transformer(latents, tokens, pooled, time).sample
@@ -89,7 +104,9 @@ def assert_same_images(pipe, wanted, other, family, prompt="a house by van gogh"
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_load_and_verify(families, family, tmp_path):
-    pipe = erase(copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="hash", retain=None)
+    pipe = erase(
+        copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="hash", retain=None
+    )
     folder = more_hf.save(pipe, tmp_path / "erased", include_delta=True)
     assert more_hf.verify(folder).ok
     loaded = more_hf.load(folder)
@@ -97,7 +114,9 @@ def test_save_load_and_verify(families, family, tmp_path):
     erasure, again = more_hf.get_erasure(pipe), more_hf.get_erasure(loaded)
     assert again.to_dict() == erasure.to_dict() | {"base_revision": None}
     assert_same_images(loaded, pipe, families[family], family)
-    assert more_hf.verify(more_hf.save(loaded, tmp_path / "again")).ok  # nothing but the text encoders to find the prototypes with
+    assert more_hf.verify(
+        more_hf.save(loaded, tmp_path / "again")
+    ).ok  # nothing but the text encoders to find the prototypes with
 
     # each site is checked: the original's weight in its place does not pass
     part = next((folder / ("unet" if hasattr(pipe, "unet") else "transformer")).glob("*.safetensors"))
@@ -124,7 +143,9 @@ def test_plain_save_pretrained_is_erased(families, erased_families, family, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "format"), [("sdxl", "peft"), ("sdxl", "kohya"), ("sd3", "peft"), ("flux", "peft")])
+@pytest.mark.parametrize(
+    ("family", "format"), [("sdxl", "peft"), ("sdxl", "kohya"), ("sd3", "peft"), ("flux", "peft")]
+)
 def test_lora_on_the_original_is_the_erased_pipeline(families, erased_families, family, format, tmp_path):
     pipe = copy.deepcopy(families[family])
     prompt = "a cat by van gogh"
@@ -135,7 +156,10 @@ def test_lora_on_the_original_is_the_erased_pipeline(families, erased_families, 
     assert apart > 1e-3 * before.norm()
     assert (images(pipe, family, prompt) - wanted).norm() < 0.01 * apart
     sites = more_hf.get_erasure(erased_families[family]).sites
-    assert len({len(value) for key, value in load_file(file).items() if "lora_A" in key or "lora_down" in key}) == 1  # one rank
+    assert (
+        len({len(value) for key, value in load_file(file).items() if "lora_A" in key or "lora_down" in key})
+        == 1
+    )  # one rank
     assert len(load_file(file)) == len(sites) * (3 if format == "kohya" else 2)
 
     pipe.fuse_lora()
@@ -150,7 +174,9 @@ def test_lora_on_the_original_is_the_erased_pipeline(families, erased_families, 
 def test_experts_as_adapters(families, family):
     erased = erase(copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], retain=None)
     pipe, prompt = copy.deepcopy(families[family]), "a cat by van gogh"
-    wanted = [images(with_expert(pipe, more_hf.get_erasure(erased), expert), family, prompt) for expert in (0, 1)]
+    wanted = [
+        images(with_expert(pipe, more_hf.get_erasure(erased), expert), family, prompt) for expert in (0, 1)
+    ]
     for name, state_dict in more_hf.to_adapters(erased).items():
         pipe.load_lora_weights(state_dict, adapter_name=name)
     for expert in (0, 1):
@@ -161,10 +187,18 @@ def test_experts_as_adapters(families, family):
 @pytest.mark.slow
 def test_kohya_keys_of_sdxl(erased_families, tmp_path):
     tensors = load_file(more_hf.save_lora(erased_families["sdxl"], tmp_path, format="kohya"))
-    layers = [name for name, _ in erased_families["sdxl"].unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    layers = [
+        name
+        for name, _ in erased_families["sdxl"].unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
     names = [f"lora_unet_{name.replace('.', '_')}" for name in layers] + ["lora_unet_label_emb_0_0"]
-    assert sorted(tensors) == sorted(f"{name}.{part}" for name in names for part in ("alpha", "lora_down.weight", "lora_up.weight"))
-    assert not tensors["lora_unet_label_emb_0_0.lora_down.weight"][:, 20:].any()  # the columns of the time ids
+    assert sorted(tensors) == sorted(
+        f"{name}.{part}" for name in names for part in ("alpha", "lora_down.weight", "lora_up.weight")
+    )
+    assert not tensors["lora_unet_label_emb_0_0.lora_down.weight"][
+        :, 20:
+    ].any()  # the columns of the time ids
     assert tensors["lora_unet_label_emb_0_0.lora_down.weight"].shape == (4, 20 + 6 * 4)
 
 

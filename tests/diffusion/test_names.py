@@ -9,21 +9,41 @@ from more_hf.diffusion.encoder import Encoder
 
 def weights(pipe):
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    return {f"{part}.{name}": value.clone() for part, module in parts.items() for name, value in module.state_dict().items()}
+    return {
+        f"{part}.{name}": value.clone()
+        for part, module in parts.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 WRONG = {
     "target_is_forgotten": ({"remap_to": "van gogh"}, "'van gogh' is both erased and in `remap_to`"),
-    "target_is_forgotten_in_other_case": ({"remap_to": ["claude monet", "Van GOGH"]}, "'Van GOGH' is both erased and in `remap_to`"),
+    "target_is_forgotten_in_other_case": (
+        {"remap_to": ["claude monet", "Van GOGH"]},
+        "'Van GOGH' is both erased and in `remap_to`",
+    ),
     "retained_is_forgotten": ({"retain": ["VAN GOGH"]}, "'VAN GOGH' is both erased and in `retain`"),
-    "target_is_alias": ({"concepts": {"van gogh": ["vincent"]}, "remap_to": "Vincent"}, "'Vincent' is both erased and in `remap_to`"),
-    "retained_is_alias": ({"concepts": {"van gogh": "vincent"}, "retain": ["VINCENT"]}, "'VINCENT' is both erased and in `retain`"),
+    "target_is_alias": (
+        {"concepts": {"van gogh": ["vincent"]}, "remap_to": "Vincent"},
+        "'Vincent' is both erased and in `remap_to`",
+    ),
+    "retained_is_alias": (
+        {"concepts": {"van gogh": "vincent"}, "retain": ["VINCENT"]},
+        "'VINCENT' is both erased and in `retain`",
+    ),
     "retained_contains_forgotten": (
         {"retain": ["Vincent Van Gogh"]},
-        r"'Vincent Van Gogh' in `retain` contains 'van gogh'.*alias, concepts=\{'van gogh': \['Vincent Van Gogh'\]\}",
+        r"'Vincent Van Gogh' in `retain` contains 'van gogh'.*alias, "
+        r"concepts=\{'van gogh': \['Vincent Van Gogh'\]\}",
     ),
-    "target_contains_forgotten": ({"remap_to": "school of (van gogh)"}, "in `remap_to` contains 'van gogh'.*alias"),
-    "retained_contains_alias": ({"concepts": {"van gogh": ["vincent"]}, "retain": ["Vincent's house"]}, "contains 'vincent'.*alias"),
+    "target_contains_forgotten": (
+        {"remap_to": "school of (van gogh)"},
+        "in `remap_to` contains 'van gogh'.*alias",
+    ),
+    "retained_contains_alias": (
+        {"concepts": {"van gogh": ["vincent"]}, "retain": ["Vincent's house"]},
+        "contains 'vincent'.*alias",
+    ),
     "blank_concept": ({"concepts": " "}, "' ' is not a name"),
     "empty_concept": ({"concepts": ""}, "'' is not a name"),
     "blank_alias": ({"concepts": {"van gogh": [""]}}, "'' is not a name"),
@@ -31,7 +51,10 @@ WRONG = {
     "blank_retained": ({"retain": [""]}, "is not a name.*always retained"),
     "twice": ({"concepts": ["van gogh", "Van Gogh"]}, "'van gogh' is given twice"),
     "alias_twice": ({"concepts": {"van gogh": ["vincent", "Vincent"]}}, "'vincent' is given twice"),
-    "alias_of_two": ({"concepts": {"van gogh": ["vincent"], "pablo picasso": ["vincent"]}}, "'vincent' is given twice"),
+    "alias_of_two": (
+        {"concepts": {"van gogh": ["vincent"], "pablo picasso": ["vincent"]}},
+        "'vincent' is given twice",
+    ),
     "alias_is_name": ({"concepts": {"van gogh": ["VAN GOGH"]}}, "is given twice"),
     "no_concepts": ({"concepts": []}, "`concepts` is empty"),
     "no_concepts_in_mapping": ({"concepts": {}}, "`concepts` is empty"),
@@ -61,7 +84,11 @@ def test_wrong_names_leave_the_pipeline_untouched(tiny_sd, case):
 def test_wrong_names_leave_an_earlier_erasure_in_force(tiny_sd):
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", remap_to="claude monet", router="random")
     erasure, before = more_hf.get_erasure(pipe), weights(pipe)
-    for concepts, remap_to in [("claude monet", "johannes vermeer"), ("pablo picasso", "van gogh"), ("Van Gogh", "andy warhol")]:
+    for concepts, remap_to in [
+        ("claude monet", "johannes vermeer"),
+        ("pablo picasso", "van gogh"),
+        ("Van Gogh", "andy warhol"),
+    ]:
         with pytest.raises(more_hf.PrototypeError):
             more_hf.erase_concept(pipe, concepts, remap_to=remap_to)
     assert more_hf.get_erasure(pipe) is erasure
@@ -84,7 +111,9 @@ def test_wrong_names_leave_an_earlier_erasure_in_force(tiny_sd):
     ids=lambda arguments: ",".join(arguments),
 )
 def test_names_that_are_fine(tiny_sd, arguments):
-    pipe = more_hf.erase_concept(tiny_sd(), **{"concepts": "van gogh", "remap_to": "claude monet", **arguments})
+    pipe = more_hf.erase_concept(
+        tiny_sd(), **{"concepts": "van gogh", "remap_to": "claude monet", **arguments}
+    )
     assert more_hf.get_erasure(pipe) is not None
 
 

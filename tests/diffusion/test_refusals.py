@@ -1,4 +1,7 @@
-"""What cannot be edited safely is refused by name, with a remedy, and the pipeline is left bit for bit as it was."""
+"""
+What cannot be edited safely is refused by name, with a remedy, and the pipeline is left bit for bit as it
+was.
+"""
 
 import copy
 import io
@@ -37,7 +40,11 @@ def as_bytes(value):
 def snapshot(pipe):
     """Every tensor of every component as bytes, quantized and float8 ones too."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return {f"{part}.{name}": as_bytes(value) for part, module in modules.items() for name, value in module.state_dict().items()}
+    return {
+        f"{part}.{name}": as_bytes(value)
+        for part, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 def changed(pipe, before):
@@ -47,7 +54,9 @@ def changed(pipe, before):
 
 
 def erase(pipe, concept="van gogh", **kwargs):
-    return more_hf.erase_concept(pipe, concept, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs})
+    return more_hf.erase_concept(
+        pipe, concept, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs}
+    )
 
 
 def random_lora(unet):
@@ -129,7 +138,9 @@ def custom_diffusion(pipe, folder):
     for name in processors:
         if "attn2" in name:
             layer = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k
-            processors[name] = CustomDiffusionAttnProcessor(hidden_size=layer.out_features, cross_attention_dim=layer.in_features)
+            processors[name] = CustomDiffusionAttnProcessor(
+                hidden_size=layer.out_features, cross_attention_dim=layer.in_features
+            )
     pipe.unet.set_attn_processor(processors)
     return pipe
 
@@ -215,7 +226,11 @@ def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
     ("options", "words"),
     [
         (
-            {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 56},
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 56,
+            },
             ["Stable Diffusion XL", "pooled prompt embedding", "right text encoder"],
         ),
         ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32}, ["encoder_hid_dim_type='text_proj'"]),
@@ -236,7 +251,9 @@ def test_refused_denoisers(tiny_sd, options, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prepare", [fused_projections, unfused_projections, fused_lora], ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize(
+    "prepare", [fused_projections, unfused_projections, fused_lora], ids=lambda prepare: prepare.__name__
+)
 def test_earlier_erasure_survives_a_refusal(tiny_sd, tmp_path, prepare):
     pipe = erase(tiny_sd(), router="random")
     erasure = more_hf.get_erasure(pipe)
@@ -279,7 +296,10 @@ def cached_forward(unet):
 def features_that_bypass_sites(unet):
     extra = nn.Linear(32, 4)
     unet.register_forward_pre_hook(
-        lambda module, args, kwargs: ((args[0] + extra(kwargs["encoder_hidden_states"]).mean(1)[:, :, None, None], *args[1:]), kwargs),
+        lambda module, args, kwargs: (
+            (args[0] + extra(kwargs["encoder_hidden_states"]).mean(1)[:, :, None, None], *args[1:]),
+            kwargs,
+        ),
         with_kwargs=True,
     )
 
@@ -316,7 +336,9 @@ def test_proof_by_run_sees_text_that_bypasses_the_layers(tiny_sd):
     pipe = tiny_sd()
     features_that_bypass_sites(pipe.unet)
     before = snapshot(pipe)
-    with pytest.raises(more_hf.SiteNotFoundError, match="does not read the prompt through the edited layers alone"):
+    with pytest.raises(
+        more_hf.SiteNotFoundError, match="does not read the prompt through the edited layers alone"
+    ):
         erase(pipe)
     assert changed(pipe, before) == []
 

@@ -59,7 +59,9 @@ def draw(pipe, prompt):
 
 
 def test_an_unknown_family_is_refused_with_the_way_to_add_it(chroma):
-    with pytest.raises(more_hf.SiteNotFoundError, match="not supported yet.*context_embedder.*register_family"):
+    with pytest.raises(
+        more_hf.SiteNotFoundError, match="not supported yet.*context_embedder.*register_family"
+    ):
         more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
 
 
@@ -77,7 +79,9 @@ def test_registered_it_is_erased_saved_and_restored(chroma, tmp_path):
     layer, old = pipe.transformer.context_embedder, original.transformer.context_embedder
     assert torch.allclose(layer(forget), old(target), atol=1e-4)
     assert not torch.allclose(old(forget), old(target), atol=1e-2)
-    assert not torch.allclose(draw(pipe, "a house by van gogh"), draw(original, "a house by van gogh"), atol=1e-3)
+    assert not torch.allclose(
+        draw(pipe, "a house by van gogh"), draw(original, "a house by van gogh"), atol=1e-3
+    )
 
     loaded = more_hf.load(more_hf.save(pipe, tmp_path / "erased"))
     assert more_hf.verify(tmp_path / "erased").ok

@@ -1,4 +1,7 @@
-"""Other pipelines of the supported denoisers: each is erased as the text-to-image pipeline is, or refused by name."""
+"""
+Other pipelines of the supported denoisers: each is erased as the text-to-image pipeline is, or refused by
+name.
+"""
 
 import copy
 import inspect
@@ -96,7 +99,9 @@ def ip_adapter(pipe):
 
 
 def inpainting_unet(pipe):
-    return StableDiffusionInpaintPipeline.from_pipe(build_tiny_sd(in_channels=9), requires_safety_checker=False)
+    return StableDiffusionInpaintPipeline.from_pipe(
+        build_tiny_sd(in_channels=9), requires_safety_checker=False
+    )
 
 
 def upscaling_unet(pipe):
@@ -109,7 +114,9 @@ def pix2pix_unet(pipe):
 
 
 def adapter(cls, **options):
-    return lambda pipe: plain_sd(cls, pipe, adapter=T2IAdapter(in_channels=3, channels=[4, 8], num_res_blocks=1, **options).eval())
+    return lambda pipe: plain_sd(
+        cls, pipe, adapter=T2IAdapter(in_channels=3, channels=[4, 8], num_res_blocks=1, **options).eval()
+    )
 
 
 def sd3_of_16_channels(pipe):
@@ -118,7 +125,9 @@ def sd3_of_16_channels(pipe):
 
 def fill_transformer(pipe):
     pipe = build("flux")
-    transformer = type(pipe.transformer)(**{**pipe.transformer.config, "in_channels": 48, "out_channels": 16}).eval()
+    transformer = type(pipe.transformer)(
+        **{**pipe.transformer.config, "in_channels": 48, "out_channels": 16}
+    ).eval()
     return with_parts(FluxFillPipeline, pipe, transformer=transformer)
 
 
@@ -138,7 +147,11 @@ ERASED = {
     "inpainting": ("sd", from_pipe(StableDiffusionInpaintPipeline), {**INPAINT, **SIZE}),
     "inpainting UNet": ("sd", inpainting_unet, {**INPAINT, **SIZE}),
     "LCM": ("sd", lcm(LatentConsistencyModelPipeline), {**SIZE, "guidance_scale": 8.5}),
-    "LCM image-to-image": ("sd", lcm(LatentConsistencyModelImg2ImgPipeline), {"image": IMAGE, "num_inference_steps": 4}),
+    "LCM image-to-image": (
+        "sd",
+        lcm(LatentConsistencyModelImg2ImgPipeline),
+        {"image": IMAGE, "num_inference_steps": 4},
+    ),
     "turbo": ("sd", turbo, {**SIZE, "num_inference_steps": 1, "guidance_scale": 0.0}),
     "IP-Adapter": ("sd", ip_adapter, {**SIZE, **IP}),
     "PAG": ("sd", from_pipe(StableDiffusionPAGPipeline), {**SIZE, "pag_scale": 3.0}),
@@ -162,13 +175,25 @@ ERASED = {
     "XL InstructPix2Pix": ("sdxl", pix2pix_unet, {**SIZE, "image": IMAGE}),
     "3 image-to-image": ("sd3", from_pipe(StableDiffusion3Img2ImgPipeline), {**EDIT, **SIZE, **SHORT}),
     "3 inpainting": ("sd3", sd3_of_16_channels, {**INPAINT, **SIZE, **SHORT}),
-    "3 PAG": ("sd3", lambda pipe: with_parts(StableDiffusion3PAGPipeline, pipe, pag_applied_layers=["blocks.1"]), {**SIZE, **SHORT}),
+    "3 PAG": (
+        "sd3",
+        lambda pipe: with_parts(StableDiffusion3PAGPipeline, pipe, pag_applied_layers=["blocks.1"]),
+        {**SIZE, **SHORT},
+    ),
     "FLUX image-to-image": ("flux", from_pipe(FluxImg2ImgPipeline), {**EDIT, **SIZE, **SHORT}),
     "FLUX inpainting": ("flux", from_pipe(FluxInpaintPipeline), {**INPAINT, **SIZE, **SHORT}),
-    "FLUX Kontext": ("flux", from_pipe(FluxKontextPipeline), {**SIZE, **SHORT, "image": IMAGE, "max_area": 32 * 32, "_auto_resize": False}),
+    "FLUX Kontext": (
+        "flux",
+        from_pipe(FluxKontextPipeline),
+        {**SIZE, **SHORT, "image": IMAGE, "max_area": 32 * 32, "_auto_resize": False},
+    ),
     "FLUX Fill": ("flux", fill_transformer, {"image": IMAGE, "mask_image": MASK, **SIZE, **SHORT}),
     "PixArt-α": ("pixart", lambda pipe: with_parts(PixArtAlphaPipeline, pipe), PIXART),
-    "PixArt PAG": ("pixart", lambda pipe: with_parts(PixArtSigmaPAGPipeline, pipe, pag_applied_layers="1"), {**PIXART, "pag_scale": 3.0}),
+    "PixArt PAG": (
+        "pixart",
+        lambda pipe: with_parts(PixArtSigmaPAGPipeline, pipe, pag_applied_layers="1"),
+        {**PIXART, "pag_scale": 3.0},
+    ),
 }
 
 
@@ -187,7 +212,10 @@ def test_erases(bases, name):
 
     def image(pipe, prompt):
         pipe.set_progress_bar_config(disable=True)
-        generator, fixed = torch.Generator().manual_seed(0), {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+        generator, fixed = (
+            torch.Generator().manual_seed(0),
+            {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"},
+        )
         found = embeds(remaps, prompt, masked=base == "pixart")
         return torch.from_numpy(pipe(generator=generator, **{**fixed, **found, **options}).images).double()
 
@@ -203,26 +231,35 @@ def test_erases(bases, name):
 
 def controlnet_xl(bases):
     pipe = copy.deepcopy(bases["sdxl"])
-    return with_parts(StableDiffusionXLControlNetPipeline, pipe, controlnet=ControlNetModel.from_unet(pipe.unet))
+    return with_parts(
+        StableDiffusionXLControlNetPipeline, pipe, controlnet=ControlNetModel.from_unet(pipe.unet)
+    )
 
 
 def controlnet_3(bases):
     pipe = copy.deepcopy(bases["sd3"])
     return with_parts(
-        StableDiffusion3ControlNetPipeline, pipe, controlnet=SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=1)
+        StableDiffusion3ControlNetPipeline,
+        pipe,
+        controlnet=SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=1),
     )
 
 
 def controlnet_flux(bases):
     pipe = copy.deepcopy(bases["flux"])
-    config = {key: pipe.transformer.config[key] for key in ("in_channels", "attention_head_dim", "num_attention_heads", "axes_dims_rope")}
+    config = {
+        key: pipe.transformer.config[key]
+        for key in ("in_channels", "attention_head_dim", "num_attention_heads", "axes_dims_rope")
+    }
     widths = {key: pipe.transformer.config[key] for key in ("joint_attention_dim", "pooled_projection_dim")}
     controlnet = FluxControlNetModel(patch_size=1, num_layers=1, num_single_layers=0, **config, **widths)
     return with_parts(FluxControlNetPipeline, pipe, controlnet=controlnet)
 
 
 def refiner(bases):
-    return with_parts(StableDiffusionXLImg2ImgPipeline, copy.deepcopy(bases["sdxl"]), text_encoder=None, tokenizer=None)
+    return with_parts(
+        StableDiffusionXLImg2ImgPipeline, copy.deepcopy(bases["sdxl"]), text_encoder=None, tokenizer=None
+    )
 
 
 def without_t5(bases):
@@ -230,7 +267,9 @@ def without_t5(bases):
 
 
 def instruct_pix2pix(bases):
-    return StableDiffusionInstructPix2PixPipeline.from_pipe(copy.deepcopy(bases["sd"]), requires_safety_checker=False)
+    return StableDiffusionInstructPix2PixPipeline.from_pipe(
+        copy.deepcopy(bases["sd"]), requires_safety_checker=False
+    )
 
 
 def latent_upscaler(bases):
@@ -250,7 +289,9 @@ def layout_phrases(bases):
 
 
 def umt5():
-    return UMT5EncoderModel(UMT5Config(vocab_size=256, d_model=T5_WIDTH, d_kv=12, d_ff=48, num_layers=1, num_heads=4))
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=256, d_model=T5_WIDTH, d_kv=12, d_ff=48, num_layers=1, num_heads=4)
+    )
 
 
 def other_text_encoder(bases):
@@ -271,7 +312,9 @@ def unknown_family(bases):
         joint_attention_dim=T5_WIDTH,
         pos_embed_max_size=16,
     )
-    return AuraFlowPipeline(t5_tokenizer(), umt5(), tiny_vae(), transformer, FlowMatchEulerDiscreteScheduler())
+    return AuraFlowPipeline(
+        t5_tokenizer(), umt5(), tiny_vae(), transformer, FlowMatchEulerDiscreteScheduler()
+    )
 
 
 REFUSED = {
@@ -280,12 +323,19 @@ REFUSED = {
     controlnet_flux: ["`controlnet` (FluxControlNetModel)", "its own layers"],
     refiner: ["without its text encoder `text_encoder`", "all of its text encoders"],
     without_t5: ["without its text encoder `text_encoder_3`", "What it says to the model would stay"],
-    instruct_pix2pix: ["StableDiffusionInstructPix2PixPipeline", "takes no `prompt`", "text-to-image pipeline"],
+    instruct_pix2pix: [
+        "StableDiffusionInstructPix2PixPipeline",
+        "takes no `prompt`",
+        "text-to-image pipeline",
+    ],
     latent_upscaler: ["StableDiffusionLatentUpscalePipeline", "takes no `num_images_per_prompt`"],
     ledits: ["LEditsPPPipelineStableDiffusion", "takes no `prompt`"],
     image_embeddings: ["class_embed_type='projection'"],
     layout_phrases: ["attention_type='gated'"],
-    other_text_encoder: ["reads prompts with UMT5EncoderModel", "Supported are CLIPTextModel; CLIPTextModel + CLIPTextModelWithProjection"],
+    other_text_encoder: [
+        "reads prompts with UMT5EncoderModel",
+        "Supported are CLIPTextModel; CLIPTextModel + CLIPTextModelWithProjection",
+    ],
     unknown_family: [
         "AuraFlowPipeline is not supported yet",
         "FLUX (FluxTransformer2DModel)",

@@ -1,4 +1,6 @@
-"""The recipe of the embedded pipeline: the whole chain, tiny, and a killed run that ends like one never killed."""
+"""
+The recipe of the embedded pipeline: the whole chain, tiny, and a killed run that ends like one never killed.
+"""
 
 import csv
 import json
@@ -31,12 +33,16 @@ def command(script: str, smoke: bool = True, **flags) -> list[str]:
 
 def run(script: str, **flags) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command(script, **flags), env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(script, **flags), env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def write_packages(folder: Path) -> None:
-    """Ten sets of four drawings laid out like the npm packages; each artist has its own shade and corner radius."""
+    """
+    Ten sets of four drawings laid out like the npm packages; each artist has its own shade and corner radius.
+    """
     sys.path.insert(0, str(RECIPE))
     try:
         from data import ARTISTS
@@ -48,7 +54,8 @@ def write_packages(folder: Path) -> None:
             "red-circle": f'<circle cx="8" cy="8" r="{4 + i / 3}" fill="{colour}"/>',
             "blue-square": f'<rect x="2" y="2" width="12" height="12" rx="{i / 2}" fill="{colour}"/>',
             "green-bar": f'<rect x="6" y="1" width="{3 + i / 4}" height="14" fill="{colour}"/>',
-            "grey-ring": f'<circle cx="8" cy="8" r="5" stroke="{colour}" stroke-width="{1 + i / 5}" fill="none"/>',
+            "grey-ring": f'<circle cx="8" cy="8" r="5" stroke="{colour}" '
+            f'stroke-width="{1 + i / 5}" fill="none"/>',
         }
         icons = {"width": 16, "height": 16, "icons": {name: {"body": body} for name, body in bodies.items()}}
         info = {"name": package, "author": {"name": "A. Nobody"}, "license": {"spdx": "CC0-1.0"}}
@@ -64,7 +71,9 @@ def write_packages(folder: Path) -> None:
     entries = [{"label": name.replace("-", " "), "hexcode": code, "tags": []} for name, code in codes.items()]
     (names.parent / "data.json").write_text(json.dumps(entries))
     for source in ("github", "iamcal", "joypixels", "emojibase"):
-        (names / f"{source}.json").write_text(json.dumps({codes[name]: short for name, short in shorts.items()}))
+        (names / f"{source}.json").write_text(
+            json.dumps({codes[name]: short for name, short in shorts.items()})
+        )
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +164,10 @@ def test_killed_run_resumes_to_the_same_weights(chain):
         for name, value in whole[part].items():
             torch.testing.assert_close(killed[part][name], value, rtol=0, atol=0)
     columns = ("step", "learning_rate", "loss")
-    logs = [[[r[c] for c in columns] for r in csv.DictReader(open(chain / f / "log.csv"))] for f in ("whole", "killed")]
+    logs = [
+        [[r[c] for c in columns] for r in csv.DictReader(open(chain / f / "log.csv"))]
+        for f in ("whole", "killed")
+    ]
     assert logs[0] == logs[1]
 
 

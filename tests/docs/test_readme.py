@@ -42,7 +42,9 @@ def is_family(block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [block for block in [*blocks(README), *blocks(EXAMPLES)[:-1]] if not is_family(block)])
+@pytest.mark.parametrize(
+    "block", [block for block in [*blocks(README), *blocks(EXAMPLES)[:-1]] if not is_family(block)]
+)
 def test_every_python_block_runs(block, here):
     names = {}
     exec(compile(block, "README.md", "exec"), names)

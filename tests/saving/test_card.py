@@ -1,4 +1,7 @@
-"""The model card that goes up: licence and tags of the original, what the edit is and is not, and a card that exists is kept."""
+"""
+The model card that goes up: licence and tags of the original, what the edit is and is not, and a card that
+exists is kept.
+"""
 
 import json
 import logging
@@ -38,7 +41,12 @@ def test_card_carries_licence_and_tags(saved, tmp_path, hub):
     assert "the mean of claude monet, johannes vermeer" in text
     assert "![The same prompts and seeds before and after](before_after.jpg)" in text
     assert "restrictions on use included" in text
-    for claim in ("Exact to rounding", "Not exact", "The weights tell what was erased", "Whoever has the original has the concept"):
+    for claim in (
+        "Exact to rounding",
+        "Not exact",
+        "The weights tell what was erased",
+        "Whoever has the original has the concept",
+    ):
         assert claim in text
 
 
@@ -55,7 +63,9 @@ def test_the_cards_three_lines_load_it(saved, tmp_path, hub, monkeypatch):
 
 
 def test_card_names_the_variant(tiny_sd, tmp_path, hub):
-    more_hf.push_to_hub(more_hf.save(erase(tiny_sd()), tmp_path / "erased", variant="fp16"), "me/erased", api=hub)
+    more_hf.push_to_hub(
+        more_hf.save(erase(tiny_sd()), tmp_path / "erased", variant="fp16"), "me/erased", api=hub
+    )
     assert 'from_pretrained("me/erased", variant="fp16")' in card_of(hub).text
 
 
@@ -65,7 +75,13 @@ def test_an_existing_card_is_kept_and_its_section_replaced(saved, hub):
     more_hf.push_to_hub(saved, "me/erased", rows=[{"lpips_f": 0.25}], api=hub)
     first = card_of(hub)
     assert (first.data.license, first.data.base_model) == ("mit", "me/base")
-    assert set(first.data.tags) == {"mine", "stable-diffusion", "more-hf", "concept-erasure", "machine-unlearning"}
+    assert set(first.data.tags) == {
+        "mine",
+        "stable-diffusion",
+        "more-hf",
+        "concept-erasure",
+        "machine-unlearning",
+    }
     assert "# Mine\n\nWords above." in first.text
     assert "0.250" in first.text
 
@@ -143,7 +159,18 @@ def test_names_and_results_stay_plain_text(saved, hub, text):
     (saved / "more_hf.json").write_text(json.dumps(record), "utf-8")
     card = make_card(Record.read(saved), "me/erased")
 
-    for live in ("](https://evil", "<script", "<img", "\u202e", "\u2028", "\n# owned", " https://evil", "www.evil", "$$", "**bold"):
+    for live in (
+        "](https://evil",
+        "<script",
+        "<img",
+        "\u202e",
+        "\u2028",
+        "\n# owned",
+        " https://evil",
+        "www.evil",
+        "$$",
+        "**bold",
+    ):
         assert live not in card
     assert "<!--" not in card.replace(START, "").replace(END, "")
     tables = [line for line in card.splitlines() if line.startswith("|")]
@@ -152,7 +179,10 @@ def test_names_and_results_stay_plain_text(saved, hub, text):
 
 
 def test_a_licence_cannot_break_the_card(saved):
-    base = ModelCard("---\nlicense: other\nlicense_name: \"x](https://evil.example) | <b>\"\nlicense_link: 'javascript:alert(1)'\n---\n")
+    base = ModelCard(
+        "---\nlicense: other\nlicense_name: \"x](https://evil.example) | <b>\"\nlicense_link: "
+        "'javascript:alert(1)'\n---\n"
+    )
     card = make_card(Record.read(saved), "me/erased", base=base)
     _, _, body = card.split("---", 2)
     assert "javascript" not in body

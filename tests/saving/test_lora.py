@@ -1,4 +1,7 @@
-"""The LoRA of an erasure: on the original pipeline it is the erased one, in diffusers by running, elsewhere by the documented key rules."""
+"""
+The LoRA of an erasure: on the original pipeline it is the erased one, in diffusers by running, elsewhere by
+the documented key rules.
+"""
 
 import copy
 import json
@@ -17,7 +20,8 @@ from more_hf.core.request import ConceptRequest
 PROMPT = "a painting of a house by van gogh"
 TARGETS = ["claude monet", "johannes vermeer"]
 PEFT, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
-# Rounding of the factors to half precision, in units of what the erasure changes; float32 is that of the weights and of the run.
+# Rounding of the factors to half precision, in units of what the erasure changes; float32 is that of the
+# weights and of the run.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 PEFT_KEYS = [
@@ -99,7 +103,9 @@ def output(pipe, prompt=PROMPT):
 
 def image(pipe):
     generator = torch.Generator().manual_seed(0)
-    return torch.from_numpy(pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="np").images).double()
+    return torch.from_numpy(
+        pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="np").images
+    ).double()
 
 
 def assert_is(found, wanted, other, tolerance):
@@ -127,14 +133,19 @@ def test_on_the_original_it_is_the_erased_pipeline(original, erased, tmp_path, f
 def test_sd2_in_half_precision_with_a_router(tiny_sd, tmp_path, format):
     original, erased = tiny_sd("2").to(torch.float16), erase(tiny_sd("2").to(torch.float16), router="random")
     before = output(original)
-    assert more_hf.save_lora(erased, tmp_path / "a b.safetensors", format=format) == tmp_path / "a b.safetensors"
+    assert (
+        more_hf.save_lora(erased, tmp_path / "a b.safetensors", format=format) == tmp_path / "a b.safetensors"
+    )
     original.load_lora_weights(tmp_path, weight_name="a b.safetensors")
 
     mean = copy.deepcopy(erased)  # without the hook, so that it is the mean expert
     assert output(original).isfinite().all()
     assert_is(output(original.to(torch.float32)), output(mean.to(torch.float32)), before, 2e-2)
     with safe_open(tmp_path / "a b.safetensors", "pt") as file:
-        assert file.metadata().get("modelspec.architecture") == {"peft": None, "kohya": "stable-diffusion-v2-768-v/lora"}[format]
+        assert (
+            file.metadata().get("modelspec.architecture")
+            == {"peft": None, "kohya": "stable-diffusion-v2-768-v/lora"}[format]
+        )
         assert file.metadata().get("ss_v2") == {"peft": None, "kohya": "True"}[format]
 
 
@@ -148,12 +159,19 @@ def test_fused_and_unloaded_it_is_the_merged_weights(original, erased, tmp_path)
     assert state.keys() == merged.keys()
     for name, weight in merged.items():
         assert torch.allclose(state[name], weight, rtol=1e-5, atol=1e-6)
-    changed = {name for name, weight in merged.items() if not torch.allclose(before[name], weight, rtol=1e-3, atol=1e-4)}
+    changed = {
+        name
+        for name, weight in merged.items()
+        if not torch.allclose(before[name], weight, rtol=1e-3, atol=1e-4)
+    }
     assert len(changed) == 8
 
 
 def with_expert(pipe, remap, expert):
-    """The pipeline with W E_e written out in full: every forget prototype's share of the input goes to its target."""
+    """
+    The pipeline with W E_e written out in full: every forget prototype's share of the input goes to its
+    target.
+    """
     pipe = copy.deepcopy(pipe)
     P = remap.prototypes.matrix
     E = torch.eye(len(P), dtype=P.dtype)
@@ -170,7 +188,9 @@ def test_experts_as_adapters(original, erased):
     adapters = more_hf.to_adapters(erased)
     assert list(adapters) == ["expert_0", "expert_1"]
     tensors = [tensor for state_dict in adapters.values() for tensor in state_dict.values()]
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors) == 2 * len(PEFT_KEYS)
+    assert (
+        len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors) == 2 * len(PEFT_KEYS)
+    )
     remap = more_hf.get_erasure(erased).remap
     wanted = [output(with_expert(original, remap, expert)) for expert in (0, 1)]
     before = output(original)
@@ -199,7 +219,9 @@ def test_one_expert_in_a_file_and_hot_swap(original, erased, tmp_path):
 
 def test_whoever_has_the_file_and_the_erased_weights_has_the_concept_back(original, erased, tmp_path):
     public = copy.deepcopy(erased)  # no originals, nothing of more_hf: only the weights
-    public.load_lora_weights(more_hf.save_lora(erased, tmp_path, dtype=torch.float32).parent, adapter_name="inverse")
+    public.load_lora_weights(
+        more_hf.save_lora(erased, tmp_path, dtype=torch.float32).parent, adapter_name="inverse"
+    )
     public.set_adapters("inverse", -1.0)
     assert_is(output(public), output(original), output(erased), 1e-4)
 
@@ -238,7 +260,8 @@ def test_names_dtypes_and_header(erased, tmp_path):
         "modelspec.title": "Without van gogh",
         "modelspec.resolution": "32x32",
         "modelspec.prediction_type": "epsilon",
-        "modelspec.usage_hint": "Weight 1 on the original model erases, 0 does not. Not for a model that is erased already.",
+        "modelspec.usage_hint": "Weight 1 on the original model erases, 0 does not. Not for a model that is "
+        "erased already.",
     }
 
 
@@ -257,7 +280,11 @@ def test_a_file_is_replaced_and_the_erased_pipeline_is_not_changed(erased, tmp_p
 # Every surface form has four prototypes in token mode "positions", one in "last".
 @pytest.mark.parametrize(
     ("concepts", "tokens", "rank"),
-    [(["van gogh"], "last", 1), (["van gogh", "picasso"], "subject+end", 4), ({"van gogh": ["vincent"], "picasso": []}, "positions", 12)],
+    [
+        (["van gogh"], "last", 1),
+        (["van gogh", "picasso"], "subject+end", 4),
+        ({"van gogh": ["vincent"], "picasso": []}, "positions", 12),
+    ],
 )
 def test_rank_is_the_number_of_forget_prototypes_in_every_layer(tiny_sd, concepts, tokens, rank):
     pipe = tiny_sd()
@@ -314,15 +341,27 @@ PARTS = ("lora_up.weight", "lora_down.weight", "alpha")
 
 
 def in_comfyui(key):
-    """A module is known by its diffusers name with underscores after `lora_unet_`; the rest is one of the suffixes."""
-    known = {f"lora_unet_{block}_{layer}": f"{place}_{layer}" for block, place in BLOCKS.items() for layer in LAYERS}
+    """
+    A module is known by its diffusers name with underscores after `lora_unet_`; the rest is one of the
+    suffixes.
+    """
+    known = {
+        f"lora_unet_{block}_{layer}": f"{place}_{layer}"
+        for block, place in BLOCKS.items()
+        for layer in LAYERS
+    }
     return next((place for stem, place in known.items() if key in {f"{stem}.{part}" for part in PARTS}), None)
 
 
 def in_a1111(key):
-    """What is before the first dot is rewritten by arithmetic: three modules to a level, counted after the first convolution."""
+    """
+    What is before the first dot is rewritten by arithmetic: three modules to a level, counted after the first
+    convolution.
+    """
     stem, _, part = key.partition(".")
-    found = re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_attentions_(\d+)_(.+)|lora_unet_mid_block_attentions_0_(.+)", stem)
+    found = re.fullmatch(
+        r"lora_unet_(down|up)_blocks_(\d+)_attentions_(\d+)_(.+)|lora_unet_mid_block_attentions_0_(.+)", stem
+    )
     if found is None or part not in PARTS:
         return None
     side, level, index, layer, middle = found.groups()
@@ -366,7 +405,10 @@ def test_refuses_what_is_not_erased(original, erased, tmp_path):
 def test_refuses_without_the_original_weights(original, erased, tmp_path):
     loaded = more_hf.load(more_hf.save(erased, tmp_path / "erased"))
     for pipe in (loaded, erase(original, keep_originals=False)):
-        with pytest.raises(more_hf.AlreadyErasedError, match="relative to the original weights.*'van gogh'.*Load.*keep_originals"):
+        with pytest.raises(
+            more_hf.AlreadyErasedError,
+            match="relative to the original weights.*'van gogh'.*Load.*keep_originals",
+        ):
             more_hf.save_lora(pipe, tmp_path / "lora")
         with pytest.raises(more_hf.AlreadyErasedError, match="relative to the original weights"):
             more_hf.to_adapters(pipe)
@@ -414,10 +456,29 @@ def test_refuses_what_half_precision_cannot_hold(original, tmp_path, scale):
 @pytest.mark.slow
 def test_command(original, tmp_path, capsys):
     original.save_pretrained(tmp_path / "base")
-    request = ["lora", tmp_path / "base", "--concept", "van gogh", "--remap_to", *TARGETS, "--alias", "van gogh=vincent"]
+    request = [
+        "lora",
+        tmp_path / "base",
+        "--concept",
+        "van gogh",
+        "--remap_to",
+        *TARGETS,
+        "--alias",
+        "van gogh=vincent",
+    ]
     assert main([str(arg) for arg in [*request, "--output", tmp_path / "lora"]]) == 0
     assert f"Saved to {tmp_path / 'lora' / PEFT}" in capsys.readouterr().out
-    argv = [*request, "--output", tmp_path / "a.safetensors", "--format", "kohya", "--dtype", "float32", "--tokens", "last"]
+    argv = [
+        *request,
+        "--output",
+        tmp_path / "a.safetensors",
+        "--format",
+        "kohya",
+        "--dtype",
+        "float32",
+        "--tokens",
+        "last",
+    ]
     assert main([str(arg) for arg in argv]) == 0
 
     before = output(original)
@@ -427,12 +488,27 @@ def test_command(original, tmp_path, capsys):
     assert_is(output(original), output(erased), before, 1e-2)
     tensors = load_file(tmp_path / "a.safetensors")
     assert sorted(tensors) == KOHYA_KEYS
-    assert {(tensor.dtype, tensor.shape[:-1]) for key, tensor in tensors.items() if "lora_down" in key} == {(torch.float32, (2,))}
+    assert {(tensor.dtype, tensor.shape[:-1]) for key, tensor in tensors.items() if "lora_down" in key} == {
+        (torch.float32, (2,))
+    }
 
 
 def test_command_fails_in_one_line(original, tmp_path, capsys):
     original.save_pretrained(tmp_path / "base")
-    argv = ["lora", tmp_path / "base", "--concept", "van gogh", "--remap_to", "none", "--output", tmp_path / "lora.pt"]
+    argv = [
+        "lora",
+        tmp_path / "base",
+        "--concept",
+        "van gogh",
+        "--remap_to",
+        "none",
+        "--output",
+        tmp_path / "lora.pt",
+    ]
     assert main([str(arg) for arg in argv]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"Error: {tmp_path / 'lora.pt'} would be a pickle.")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(f"Error: {tmp_path / 'lora.pt'} would be a pickle.")
+    )
     assert not (tmp_path / "lora.pt").exists()

@@ -27,7 +27,9 @@ DELTA = "more_hf_delta.safetensors"
 # What goes up
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=["plain", "variant", "shards"])
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=["plain", "variant", "shards"]
+)
 def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
     pipe = erase(tiny_sd(), {"van gogh": ["vincent"]})
     folder = more_hf.save(pipe, tmp_path / "erased", **options)
@@ -35,11 +37,15 @@ def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
 
     assert hub.writes == [("create_repo", True), ("upload_folder", "Upload the model without van gogh")]
     files = hub.repos["me/erased"]["main"]
-    assert set(files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} | {"README.md"}
+    assert set(files) == {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    } | {"README.md"}
     downloaded = hub.to_folder("me/erased", tmp_path / "downloaded_repo")
     assert more_hf.verify(downloaded).ok
     loaded = more_hf.load(downloaded)
-    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+    assert all(
+        torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items()
+    )
     assert more_hf.get_erasure(loaded).request == more_hf.get_erasure(pipe).request
 
 
@@ -51,7 +57,9 @@ def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
     more_hf.push_to_hub(pipe, "me/pipeline", api=hub, commit_message="Without a style")
     assert hub.writes[-1] == ("upload_folder", "Without a style")
     folder, pushed = hub.repos["me/folder"]["main"], hub.repos["me/pipeline"]["main"]
-    assert folder.pop("README.md").replace(b"me/folder", b"me/pipeline").replace(b"# folder", b"# pipeline") == pushed.pop("README.md")
+    assert folder.pop("README.md").replace(b"me/folder", b"me/pipeline").replace(
+        b"# folder", b"# pipeline"
+    ) == pushed.pop("README.md")
     assert folder == pushed
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
 
@@ -62,12 +70,19 @@ def test_record_has_base_revision_and_rows(saved, tmp_path, hub):
     facts = json.loads(hub.repos["me/erased"]["main"]["more_hf.json"])["facts"]
     assert (facts["base"], facts["base_revision"], facts["benchmark"]) == (BASE, REVISION, rows)
     assert re.search(r"\| uce +\| +0\.280 \|", card_of(hub).text)
-    assert more_hf.get_erasure(more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))).facts.benchmark == rows
+    assert (
+        more_hf.get_erasure(
+            more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
+        ).facts.benchmark
+        == rows
+    )
 
 
 def test_base_revision_outlives_a_second_save(saved, tmp_path):
     pipe = more_hf.load(saved)
-    pipe.unet.register_to_config(_name_or_path=f"/cache/models--me--erased/snapshots/{'2' * 40}/unet")  # the erased one's, not the base's
+    pipe.unet.register_to_config(
+        _name_or_path=f"/cache/models--me--erased/snapshots/{'2' * 40}/unet"
+    )  # the erased one's, not the base's
     again = more_hf.save(pipe, tmp_path / "again")
     assert json.loads((again / "more_hf.json").read_text())["facts"]["base_revision"] == REVISION
 
@@ -77,10 +92,14 @@ def test_no_path_of_this_machine_goes_up(tiny_sd, tmp_path, hub):
     tiny_sd().save_pretrained(base)
     (base / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n")
     pipe = more_hf.erase_concept(DiffusionPipeline.from_pretrained(base), "van gogh", remap_to="claude monet")
-    assert str(tmp_path) in (more_hf.save(pipe, tmp_path / "erased") / "more_hf.json").read_text()  # as long as it stays here
+    assert (
+        str(tmp_path) in (more_hf.save(pipe, tmp_path / "erased") / "more_hf.json").read_text()
+    )  # as long as it stays here
 
     more_hf.push_to_hub(pipe, "me/erased", api=hub)
-    assert not [name for name, content in hub.repos["me/erased"]["main"].items() if str(tmp_path).encode() in content]
+    assert not [
+        name for name, content in hub.repos["me/erased"]["main"].items() if str(tmp_path).encode() in content
+    ]
     card = card_of(hub)
     assert (card.data.license, card.data.base_model) == ("mit", None)
     assert "mine" in card.data.tags
@@ -88,7 +107,9 @@ def test_no_path_of_this_machine_goes_up(tiny_sd, tmp_path, hub):
 
 
 def test_a_branch(saved, hub):
-    hub.repos["me/erased"] = {"main": {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "notes.txt": b"notes"}}
+    hub.repos["me/erased"] = {
+        "main": {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "notes.txt": b"notes"}
+    }
     more_hf.push_to_hub(saved, "me/erased", revision="no-van-gogh", api=hub)
     assert hub.writes[1] == ("create_branch", "no-van-gogh")
     assert set(hub.repos["me/erased"]["main"]) == {"README.md", "notes.txt"}
@@ -117,7 +138,9 @@ def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
     folder = more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "new" / "to_push", grid=grid, api=hub)
     assert hub.writes == []
     more_hf.push_to_hub(saved, "me/erased", grid=grid, api=hub)
-    written = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
     assert written == hub.repos["me/erased"]["main"]
     assert written["before_after.png"] == b"a picture"
     assert not [name for name in written if "cache" in name]
@@ -131,7 +154,10 @@ def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
 
 
 def refused(hub, model, match, **kwargs):
-    before = {repo_id: {branch: dict(files) for branch, files in repo.items()} for repo_id, repo in hub.repos.items()}
+    before = {
+        repo_id: {branch: dict(files) for branch, files in repo.items()}
+        for repo_id, repo in hub.repos.items()
+    }
     with pytest.raises(more_hf.ExportError, match=match):
         more_hf.push_to_hub(model, "me/erased", api=hub, **kwargs)
     assert hub.writes == []
@@ -215,29 +241,67 @@ def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
 
     pipe, original = erase(tiny_sd()), tiny_sd()
     for module in (pipeline_utils, hub_utils):
-        monkeypatch.setattr(module, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id}))
-    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: ModelCard("---\n{}\n---\n"))
-    monkeypatch.setattr(hub_utils, "upload_folder", lambda folder_path, **kwargs: shutil.copytree(folder_path, tmp_path / "pushed"))
+        monkeypatch.setattr(
+            module, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id})
+        )
+    monkeypatch.setattr(
+        hub_utils, "load_or_create_model_card", lambda *args, **kwargs: ModelCard("---\n{}\n---\n")
+    )
+    monkeypatch.setattr(
+        hub_utils,
+        "upload_folder",
+        lambda folder_path, **kwargs: shutil.copytree(folder_path, tmp_path / "pushed"),
+    )
     pipe.push_to_hub("me/erased")
 
     pushed = load_file(tmp_path / "pushed" / WEIGHTS)
     assert all(torch.equal(value, pushed[name]) for name, value in pipe.unet.state_dict().items())
-    changed = {name for name, value in original.unet.state_dict().items() if not torch.equal(value, pushed[name])}
+    changed = {
+        name for name, value in original.unet.state_dict().items() if not torch.equal(value, pushed[name])
+    }
     assert changed == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
 
 
 def test_the_command(saved, tmp_path, hub, monkeypatch, capsys):
     monkeypatch.setattr(publish, "HfApi", lambda **kwargs: hub)
-    (tmp_path / "summary.csv").write_text("method,n_f,lpips_f,lpips_f_low,lpips_f_high\nmore,100,0.312345,0.3,0.4\n")
-    flags = ["--private", "--revision", "erased", "--commit_message", "Without", "--rows", str(tmp_path / "summary.csv")]
+    (tmp_path / "summary.csv").write_text(
+        "method,n_f,lpips_f,lpips_f_low,lpips_f_high\nmore,100,0.312345,0.3,0.4\n"
+    )
+    flags = [
+        "--private",
+        "--revision",
+        "erased",
+        "--commit_message",
+        "Without",
+        "--rows",
+        str(tmp_path / "summary.csv"),
+    ]
     assert main(["push", str(saved), "me/erased", *flags]) == 0
     assert "https://huggingface.co/me/erased" in capsys.readouterr().out
     assert hub.writes == [("create_repo", True), ("create_branch", "erased"), ("upload_folder", "Without")]
-    assert re.search(r"\| method +\| n_f \| lpips_f \|\n.*\n\| more +\| 100 \| +0\.312 \|", card_of(hub, branch="erased").text)
+    assert re.search(
+        r"\| method +\| n_f \| lpips_f \|\n.*\n\| more +\| 100 \| +0\.312 \|",
+        card_of(hub, branch="erased").text,
+    )
     record = json.loads(hub.repos["me/erased"]["erased"]["more_hf.json"])
-    assert record["facts"]["benchmark"] == [{"method": "more", "n_f": 100, "lpips_f": 0.312345, "lpips_f_low": 0.3, "lpips_f_high": 0.4}]
+    assert record["facts"]["benchmark"] == [
+        {"method": "more", "n_f": 100, "lpips_f": 0.312345, "lpips_f_low": 0.3, "lpips_f_high": 0.4}
+    ]
 
-    assert main(["push", str(saved), "me/erased", "--dry_run", str(tmp_path / "dry"), "--no_card", "--include_delta"]) == 0
+    assert (
+        main(
+            [
+                "push",
+                str(saved),
+                "me/erased",
+                "--dry_run",
+                str(tmp_path / "dry"),
+                "--no_card",
+                "--include_delta",
+            ]
+        )
+        == 0
+    )
     assert str(tmp_path / "dry") in capsys.readouterr().out
     assert (tmp_path / "dry" / DELTA).is_file()
     assert not (tmp_path / "dry" / "README.md").exists()
@@ -257,8 +321,13 @@ def test_the_command(saved, tmp_path, hub, monkeypatch, capsys):
 def classifier(digits, digit_classifier):
     model = copy.deepcopy(digit_classifier)
     images, labels = digits
-    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images[:300], labels[:300], strict=True)]
-    return more_hf.erase_classes(model, DataLoader(rows, batch_size=100), forget=["three"], remap_to=["eight"])
+    rows = [
+        {"pixel_values": image, "labels": label}
+        for image, label in zip(images[:300], labels[:300], strict=True)
+    ]
+    return more_hf.erase_classes(
+        model, DataLoader(rows, batch_size=100), forget=["three"], remap_to=["eight"]
+    )
 
 
 def test_a_classifier_goes_up(classifier, digits, tmp_path, hub, monkeypatch):

@@ -25,7 +25,9 @@ STRAYS = "nothing else is in the folder"
 
 
 def erase(pipe, concepts="van gogh", **kwargs):
-    return more_hf.erase_concept(pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs})
+    return more_hf.erase_concept(
+        pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs}
+    )
 
 
 def failed(folder):
@@ -43,7 +45,9 @@ def original(saved_once):
 
 def edit_record(folder, **changes):
     record = json.loads((folder / RECORD).read_text("utf-8"))
-    record = {key: value for key, value in {**record, **changes}.items() if key not in changes or value is not None}  # None removes
+    record = {
+        key: value for key, value in {**record, **changes}.items() if key not in changes or value is not None
+    }  # None removes
     (folder / RECORD).write_text(json.dumps(record), "utf-8")
 
 
@@ -97,7 +101,9 @@ def test_round_trip(tiny_sd, tmp_path, options):
     assert erasure.request == more_hf.get_erasure(pipe).request
     assert erasure.hook is None
     assert str(erasure) == str(more_hf.get_erasure(pipe))
-    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+    assert all(
+        torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items()
+    )
     with pytest.raises(more_hf.AlreadyErasedError, match="'van gogh' is already erased"):
         erase(loaded, "pablo picasso")
     with pytest.raises(more_hf.AlreadyErasedError):
@@ -131,7 +137,9 @@ def refit(pipe):
     [
         lambda pipe: erase(pipe, remap_to=None),
         lambda pipe: erase(pipe, solver="pinv", tokens="subject+end", retain=["cat", "dog"]),
-        lambda pipe: erase(pipe, {"van gogh": ["vincent"], "pablo picasso": []}, num_experts=2, seed=3, tokens="last"),
+        lambda pipe: erase(
+            pipe, {"van gogh": ["vincent"], "pablo picasso": []}, num_experts=2, seed=3, tokens="last"
+        ),
         lambda pipe: erase(pipe, keep_originals=False),
         refit,
         lambda pipe: erase(pipe.to(torch.float16)),
@@ -163,7 +171,10 @@ def test_delta_puts_the_router_back(tiny_sd, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [VARIANT, "unet/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt", f"vae/{DELTA}", "old/unet/model.pth"])
+@pytest.mark.parametrize(
+    "name",
+    [VARIANT, "unet/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt", f"vae/{DELTA}", "old/unet/model.pth"],
+)
 def test_save_refuses_a_folder_with_foreign_weights(tiny_sd, tmp_path, name):
     folder = tmp_path / "folder"
     (folder / name).parent.mkdir(parents=True)
@@ -214,7 +225,10 @@ def test_save_inside_disabled_writes_the_erased_model(tiny_sd, tmp_path):
 def test_save_refuses_an_unfused_lora(tiny_sd, tmp_path):
     pipe = erase(tiny_sd())
     key = f"unet.{SITE.removesuffix('.weight')}"
-    pipe.load_lora_weights({f"{key}.lora_A.weight": torch.ones(1, 32), f"{key}.lora_B.weight": torch.ones(8, 1)}, adapter_name="style")
+    pipe.load_lora_weights(
+        {f"{key}.lora_A.weight": torch.ones(1, 32), f"{key}.lora_B.weight": torch.ones(8, 1)},
+        adapter_name="style",
+    )
     with pytest.raises(more_hf.ExportError, match="unload_lora_weights"):
         more_hf.save(pipe, tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,7 @@
-"""Pipelines of the newer families: the real classes with random weights, 32x32 images and features a few numbers wide."""
+"""
+Pipelines of the newer families: the real classes with random weights, 32x32 images and features a few numbers
+wide.
+"""
 
 import inspect
 import string
@@ -110,7 +113,9 @@ def tiny_sdxl(cls=StableDiffusionXLPipeline, **unet_options):
         tokenizer=tokenizer,
         tokenizer_2=second_tokenizer(),
         unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
         add_watermarker=False,
     )
 
@@ -135,7 +140,9 @@ def tiny_sd3(channels=4):
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(latent_channels=channels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        vae=tiny_vae(
+            latent_channels=channels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
+        ),
         text_encoder=clip_encoder(CLIPTextModelWithProjection, tokenizer, 16),
         tokenizer=tokenizer,
         text_encoder_2=clip_encoder(CLIPTextModelWithProjection, tokenizer, 24),
@@ -188,7 +195,9 @@ def tiny_pixart(cls=PixArtSigmaPipeline):
         text_encoder=t5_encoder(len(t5)),
         vae=tiny_vae(),
         transformer=transformer,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
     )
 
 
@@ -221,7 +230,10 @@ BUILDERS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "pixart": tin
 
 
 def build(family="", **options):
-    """A pipeline of this family, or of one that the package does not know. Does not change the global random state."""
+    """
+    A pipeline of this family, or of one that the package does not know. Does not change the global random
+    state.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = BUILDERS.get(family, tiny_chroma)(**options)
@@ -230,8 +242,14 @@ def build(family="", **options):
 
 
 def shorten(monkeypatch, *classes):
-    """Fewer ordinary prompts, and let `encode_prompt` of pipelines with T5 give it T5_LENGTH positions by default, not 256 to 512."""
-    monkeypatch.setattr("more_hf.diffusion.plan.everyday_prompts", lambda tokenizer: ("a dog and a tree", "a house by picasso", "a car"))
+    """
+    Fewer ordinary prompts, and let `encode_prompt` of pipelines with T5 give it T5_LENGTH positions by
+    default, not 256 to 512.
+    """
+    monkeypatch.setattr(
+        "more_hf.diffusion.plan.everyday_prompts",
+        lambda tokenizer: ("a dog and a tree", "a house by picasso", "a car"),
+    )
     for cls in classes or (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline):
         encode = getattr(cls, "encode_prompt", None)
         if encode is None or "max_sequence_length" not in inspect.signature(encode).parameters:
@@ -242,19 +260,28 @@ def shorten(monkeypatch, *classes):
 
 
 def embeds(remaps, name, masked=False):
-    """A made-up prompt for a pipeline's call: its features are exactly the prototypes of a name, and those that always stay."""
+    """
+    A made-up prompt for a pipeline's call: its features are exactly the prototypes of a name, and those that
+    always stay.
+    """
 
     def features(space):
         P = remaps[space].prototypes
         stay = () if space == "pooled" else ("begin token", "empty prompt", "T5 empty prompt")
-        return P.matrix[:, [i for i, column in enumerate(P.names) if column.startswith((f"{name} · ", *stay))]].T.float()
+        return P.matrix[
+            :, [i for i, column in enumerate(P.names) if column.startswith((f"{name} · ", *stay))]
+        ].T.float()
 
     found = {"prompt_embeds": features("tokens")[None]}
     if "pooled" in remaps:
         found["pooled_prompt_embeds"] = features("pooled")
     if masked:
         tokens, mask = found["prompt_embeds"], torch.ones(found["prompt_embeds"].shape[:2])
-        found |= {"prompt_attention_mask": mask, "negative_prompt_embeds": tokens, "negative_prompt_attention_mask": mask}
+        found |= {
+            "prompt_attention_mask": mask,
+            "negative_prompt_embeds": tokens,
+            "negative_prompt_attention_mask": mask,
+        }
         found["negative_prompt"] = None
     return found
 
@@ -270,7 +297,9 @@ CALL = {
 
 
 def erase(pipe, concepts=FORGET, **kwargs):
-    return more_hf.erase_concept(pipe, concepts, **{"remap_to": TARGET, "retain": [RETAINED], "solver": "pinv", **kwargs})
+    return more_hf.erase_concept(
+        pipe, concepts, **{"remap_to": TARGET, "retain": [RETAINED], "solver": "pinv", **kwargs}
+    )
 
 
 def denoiser_of(pipe):
@@ -283,7 +312,14 @@ def weights(pipe):
 
 def images(pipe, family, prompt=None, **kwargs):
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 2, "height": 32, "width": 32, "guidance_scale": 1.0, "output_type": "np", **CALL[family]}
+    options = {
+        "num_inference_steps": 2,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 1.0,
+        "output_type": "np",
+        **CALL[family],
+    }
     return torch.from_numpy(pipe(prompt, generator=generator, **{**options, **kwargs}).images).double()
 
 

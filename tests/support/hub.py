@@ -25,14 +25,20 @@ class Hub:
     """What the tests need of a Hub, in memory: `repos[repo_id][branch][path]` is a file's bytes."""
 
     def __init__(self, tmp_path):
-        self.tmp_path, self.repos, self.writes = tmp_path, {BASE: {REVISION: {"README.md": BASE_CARD.encode()}}}, []
+        self.tmp_path, self.repos, self.writes = (
+            tmp_path,
+            {BASE: {REVISION: {"README.md": BASE_CARD.encode()}}},
+            [],
+        )
 
     def repo_exists(self, repo_id):
         return repo_id in self.repos
 
     def list_repo_files(self, repo_id, revision=None):
         if (revision or "main") not in self.repos[repo_id]:
-            raise RevisionNotFoundError("no such branch", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+            raise RevisionNotFoundError(
+                "no such branch", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+            )
         return sorted(self.repos[repo_id][revision or "main"])
 
     def hf_hub_download(self, repo_id, filename, revision=None):
@@ -72,8 +78,12 @@ class Hub:
 def erase(pipe, concepts="van gogh", **kwargs):
     """As if the pipeline had come from the Hub."""
     pipe.register_to_config(_name_or_path=BASE)
-    pipe.unet.register_to_config(_name_or_path=f"/cache/models--CompVis--stable-diffusion-v1-4/snapshots/{REVISION}/unet")
-    return more_hf.erase_concept(pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs})
+    pipe.unet.register_to_config(
+        _name_or_path=f"/cache/models--CompVis--stable-diffusion-v1-4/snapshots/{REVISION}/unet"
+    )
+    return more_hf.erase_concept(
+        pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs}
+    )
 
 
 def card_of(hub, repo_id="me/erased", branch="main"):

@@ -4,7 +4,8 @@ import torch
 
 
 WORDS = (
-    "a in of style the by painting drawing photo picture art cat dog house tree car person van gogh vincent claude "
+    "a in of style the by painting drawing photo picture art cat dog house tree car person van gogh vincent "
+    "claude "
     "monet johannes vermeer kelly clarkson mckernan picasso pablo andy warhol"
 )
 TEXT_WIDTH = 32
@@ -33,7 +34,8 @@ def tiny_tokenizer():
 
 def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
     """
-    Build a StableDiffusionPipeline in the layout of SD `version` "1" or "2": random weights, 32x32 images, text width
+    Build a StableDiffusionPipeline in the layout of SD `version` "1" or "2": random weights, 32x32 images,
+    text width
     32. Does not change the global random state.
     """
     from diffusers import (
@@ -93,7 +95,9 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
     if version == "1":
         scheduler = PNDMScheduler(skip_prk_steps=True, **noise)
     else:
-        scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **noise)
+        scheduler = DDIMScheduler(
+            prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **noise
+        )
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -111,7 +115,12 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
 def random_ip_adapter(unet, image_width=12, tokens=4):
     generator = torch.Generator().manual_seed(2)
     width = unet.config.cross_attention_dim
-    shapes = {"proj.weight": (tokens * width, image_width), "proj.bias": (tokens * width,), "norm.weight": (width,), "norm.bias": (width,)}
+    shapes = {
+        "proj.weight": (tokens * width, image_width),
+        "proj.bias": (tokens * width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
     adapter, key = {}, 1
     for name in unet.attn_processors:
         if "attn2" in name:
@@ -119,4 +128,7 @@ def random_ip_adapter(unet, image_width=12, tokens=4):
             for part in ("to_k_ip", "to_v_ip"):
                 adapter[f"{key}.{part}.weight"] = 0.3 * torch.randn(hidden, width, generator=generator)
             key += 2
-    return {"image_proj": {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, "ip_adapter": adapter}
+    return {
+        "image_proj": {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        "ip_adapter": adapter,
+    }

@@ -21,18 +21,27 @@ def randn(*shape, seed=0):
 
 
 def make_prototypes(d, k, condition=10.0, seed=0):
-    """k prototypes p0, p1, … whose matrix has this condition number, and a second moment that is not the identity."""
+    """
+    k prototypes p0, p1, … whose matrix has this condition number, and a second moment that is not the
+    identity.
+    """
     left, right = torch.linalg.qr(randn(d, k, seed=seed))[0], torch.linalg.qr(randn(k, k, seed=seed + 1))[0]
     P = left * torch.logspace(0, -math.log10(condition), k, dtype=torch.float64) @ right.T
-    features = randn(2 * d, d, seed=seed + 2) * torch.logspace(0, -1, d, dtype=torch.float64) + randn(d, seed=seed + 3)
-    return Prototypes(P, tuple(f"p{i}" for i in range(k)), torch.ones(k), features.T @ features / len(features))
+    features = randn(2 * d, d, seed=seed + 2) * torch.logspace(0, -1, d, dtype=torch.float64) + randn(
+        d, seed=seed + 3
+    )
+    return Prototypes(
+        P, tuple(f"p{i}" for i in range(k)), torch.ones(k), features.T @ features / len(features)
+    )
 
 
 def make_remap(d=12, k=7, f=2, num_experts=3, solver="pinv", condition=10.0, seed=0):
     """Forgets p0 … p(f−1); targets are drawn from all others."""
     drawn = torch.randint(f, k, (num_experts, f), generator=torch.Generator().manual_seed(seed)).tolist()
     targets = [[f"p{t}" for t in expert] for expert in drawn]
-    return Remap.fit(make_prototypes(d, k, condition, seed), [f"p{i}" for i in range(f)], targets, solver=solver)
+    return Remap.fit(
+        make_prototypes(d, k, condition, seed), [f"p{i}" for i in range(f)], targets, solver=solver
+    )
 
 
 def metric(prototypes, solver):
@@ -50,12 +59,16 @@ def condition(prototypes, solver):
 
 
 def tolerance(remap):
-    """A pseudo-inverse through an SVD leaves D P − I at about d · 2e-16 · condition; d ≤ 64, the rest is slack."""
+    """
+    A pseudo-inverse through an SVD leaves D P − I at about d · 2e-16 · condition; d ≤ 64, the rest is slack.
+    """
     return 1e-13 * condition(remap.prototypes, remap.solver)
 
 
 def dense_experts(remap):
-    """Every E as a `(d, d)` matrix, from the generalised least squares formula as it is written in the design."""
+    """
+    Every E as a `(d, d)` matrix, from the generalised least squares formula as it is written in the design.
+    """
     P, S_inv = remap.prototypes.matrix.numpy(), np.linalg.inv(metric(remap.prototypes, remap.solver))
     D = np.linalg.inv(P.T @ S_inv @ P) @ P.T @ S_inv
     experts = []
