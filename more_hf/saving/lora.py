@@ -173,9 +173,7 @@ def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
             "nothing could read the file. Save the erased weights with `more_hf.save`."
         )
     # `require_editable` refuses a copy of an erased model.
-    erasure = get_erasure(pipe) or require_editable(
-        denoiser.module
-    )
+    erasure = get_erasure(pipe) or require_editable(denoiser.module)
     if erasure is None:
         raise ExportError(
             "Nothing was erased from this pipeline, so there is no LoRA of it. Call `more_hf.erase_concept` "
@@ -236,9 +234,7 @@ def _balance(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]
     Q_B, R_B = torch.linalg.qr(lora_B)
     left, sizes, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     # Fewer prototypes, or a narrower layer: every layer of a file has the same rank.
-    missing = rank - len(
-        sizes
-    )
+    missing = rank - len(sizes)
     balanced_A, balanced_B = ((Q_A @ right.T) * sizes.sqrt()).T, (Q_B @ left) * sizes.sqrt()
     return pad(balanced_A, (0, 0, 0, missing)).contiguous(), pad(balanced_B, (0, missing)).contiguous()
 
