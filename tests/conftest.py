@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first Hugging Face import reads it
 
+import hypothesis
 import pytest
 import torch
 from support.pipelines import build_tiny_sd
@@ -13,6 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import more_hf
 from more_hf.data import load_emoji_sd
+
+
+# The suite is the same at every run; `--hypothesis-profile=long` looks for what it has missed.
+OPTIONS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("suite", derandomize=True, max_examples=30, database=None, **OPTIONS)
+hypothesis.settings.register_profile("long", max_examples=1000, **OPTIONS)
+hypothesis.settings.load_profile("suite")
 
 
 # More threads than this cost more than they give at the sizes of these tests.

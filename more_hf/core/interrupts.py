@@ -11,8 +11,9 @@ def afterwards(undo: Callable[[], object]) -> Iterator[None]:
     """
     Run `undo` after the block.
 
-    It runs twice, so that one that was interrupted is completed: it must not mind. A generator takes it back even where
-    an interruption falls between the block's last line and its end, when Python calls no `__exit__`: it is closed.
+    It runs twice, so that one that was interrupted is completed: it must not mind. A generator takes it back
+    even where an interruption falls between the block's last line and its end, when Python calls no
+    `__exit__`: it is closed.
     """
     try:
         try:

@@ -16,6 +16,7 @@ from .options import ROUTERS, SOLVERS, TOKENS
 REMAIN: Literal["remain"] = "remain"
 
 MAX_EXPERTS = 4096  # far beyond what a router can use; each expert costs a column of targets
+MAX_SHRINKAGE = 1000  # times the mean eigenvalue: Σ is the identity long before
 SEEDS = range(-(2**63), 2**64)  # what torch's generators take
 
 
@@ -262,9 +263,9 @@ def check_choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> 
 
 
 def check_shrinkage(value: Any) -> None:
-    """Raises `PrototypeError` unless the value is a finite number of at least 0."""
-    if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise PrototypeError(f"`shrinkage` must be a finite number of at least 0, got {shown(value)}.")
+    """Raises `PrototypeError` unless the value is a number from 0 to `MAX_SHRINKAGE`."""
+    if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value <= MAX_SHRINKAGE:
+        raise PrototypeError(f"`shrinkage` must be a number from 0 to {MAX_SHRINKAGE}, got {shown(value)}.")
 
 
 def read_integer(argument: str, value: Any, allowed: range) -> int:
@@ -289,7 +290,7 @@ def read_seeds(value: Any) -> list[int]:
         seeds = []
     if not seeds:
         raise PrototypeError(f"`seeds` needs one whole number per image of the batch, got {shown(value)}.")
-    seeds = [seed.item() if isinstance(seed, Tensor) else seed for seed in seeds]
+    seeds = [seed.tolist() if isinstance(seed, Tensor) else seed for seed in seeds]
     return [read_integer("seeds", seed, SEEDS) for seed in seeds]
 
 

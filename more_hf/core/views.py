@@ -1,9 +1,9 @@
 """What one calling context sees of an erased model: the original, or the weights without the routing hook.
 
-Neither writes to a parameter or takes a hook off, so that a save, another thread or a crash meets the erased model.
-The original's output is computed beside the erased weights by a forward hook on every edited layer. It acts for the
-context that asked for it (`contextvars`; a new thread starts with none) and is gone with its block. While a block is
-open, compiled models run eagerly: their code was traced without these hooks.
+Neither writes to a parameter or takes a hook off, so that a save, another thread or a crash meets the erased
+model. The original's output is computed beside the erased weights by a forward hook on every edited layer. It
+acts for the context that asked for it (`contextvars`; a new thread starts with none) and is gone with its
+block. While a block is open, compiled models run eagerly: their code was traced without these hooks.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class _Block:
     """
     One open block.
 
-    A context keeps its blocks, and one that is closed counts no longer, whoever closed it: blocks may end in another
-    order than they began, and a context may be copied (a task of asyncio) and outlive the block.
+    A context keeps its blocks, and one that is closed counts no longer, whoever closed it: blocks may end in
+    another order than they began, and a context may be copied (a task of asyncio) and outlive the block.
 
     Args:
         erasure (`Erasure`):
             The erasure whose model is seen otherwise.
         original (`bool`):
-            Whether the original is seen. If not, the weights are, without the routing hook or with these experts.
+            Whether the original is seen. If not, the weights are, without the routing hook or with these
+            experts.
         experts (`Tensor`, *optional*):
             The expert of every sample `(batch,)`, int64.
         open (`bool`):
@@ -130,14 +131,16 @@ class OriginalOutput:
         if not self.block.open or self.block not in _blocks.get():
             return None
         _refuse_checkpoint()
-        # Where the weight is now: an offloaded layer is back on the CPU, and the model may have been cast. A layer that
-        # is only stored in fp8 computes in its output's dtype.
+        # Where the weight is now: an offloaded layer is back on the CPU, and the model may have been cast. A
+        # layer that is only stored in fp8 computes in its output's dtype.
         dtype = module.weight.dtype if module.weight.dtype in EDITABLE else output.dtype
         place = output.device, dtype
         if place not in self.weights:
             self.weights[place] = self.original.to(*place)
         bias = self.site.read_bias()
-        return linear(args[0].to(output.device), self.weights[place], None if bias is None else bias.to(*place))
+        if bias is not None:
+            bias = bias.to(*place)
+        return linear(args[0].to(output.device), self.weights[place], bias)
 
 
 def _refuse_checkpoint() -> None:
@@ -149,8 +152,9 @@ def _refuse_checkpoint() -> None:
     saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if saving is not None and saving[0].__module__ == torch.utils.checkpoint.__name__:
         raise MoreError(
-            "Gradient checkpointing computes a layer once more in the backward pass, inside `more_hf.disabled` or "
-            "outside, so that its gradients would mix two models. Use `torch.no_grad()`, or disable checkpointing."
+            "Gradient checkpointing computes a layer once more in the backward pass, inside "
+            "`more_hf.disabled` or outside, so that its gradients would mix two models. "
+            "Use `torch.no_grad()`, or disable checkpointing."
         )
 
 
@@ -158,8 +162,8 @@ class _Eager:
     """
     Compiled models run eagerly while anyone holds this.
 
-    The compiler's stance belongs to the process, and blocks of several threads overlap: the first one sets it, and the
-    last one puts back what it was.
+    The compiler's stance belongs to the process, and blocks of several threads overlap: the first one sets
+    it, and the last one puts back what it was.
     """
 
     def __init__(self) -> None:

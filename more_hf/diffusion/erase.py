@@ -164,6 +164,8 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
             raise MoreError("Nothing was erased from this pipeline, so there is nothing to restore.")
         check_in_place(pipe)
         names = erasure.concepts if concepts is None else read_names("concepts", concepts)
+        if not names:
+            raise MoreError("`concepts` is empty. Name what to give back, or leave it out to give back everything.")
         if unknown := [name for name in names if name not in erasure.concepts]:
             erased = ", ".join(map(repr, erasure.concepts))
             raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")

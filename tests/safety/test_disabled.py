@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def erase(pipe, **options):
-    return more_hf.erase_concept(pipe, "van gogh", **{"remap_to": "claude monet", "solver": "pinv", **options})
+    return more_hf.erase_concept(
+        pipe, "van gogh", **{"remap_to": "claude monet", "solver": "pinv", **options}
+    )
 
 
 def run(pipe, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,11 +184,11 @@ def _read_table(
 
 def _find(source: str | Path) -> Path:
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # which says no, too, of a name that is none
         return path
     names = set()
     for folder in FOLDERS:
-        if (folder / f"{source}.csv").is_file():
+        if os.path.isfile(folder / f"{source}.csv"):
             return folder / f"{source}.csv"
         names |= {candidate.stem for candidate in folder.glob("*.csv")}
     raise PromptFileError(

@@ -1,0 +1,147 @@
+"""Two calls at once on one model: one waits, and the record says what the weights are."""
+
+import random
+import threading
+
+import pytest
+import torch
+from support.compare import same, state
+from torch import nn
+
+import more_hf
+from more_hf.core.site import Site
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROUNDS = 4
+
+
+@pytest.fixture(autouse=True)
+def switch_often(monkeypatch):
+    """Another thread's turn after every write of a site, so that interleavings are met that a fast model hides."""
+    write = Site.write
+
+    def slow(site, value):
+        write(site, value)
+        threading.Event().wait(0.001)
+
+    monkeypatch.setattr(Site, "write", slow)
+
+
+def at_once(calls):
+    """Start all calls at one barrier. What is refused is refused with a `MoreError`."""
+    barrier, others = threading.Barrier(len(calls), timeout=60), []
+
+    def guarded(call):
+        barrier.wait()
+        try:
+            call()
+        except more_hf.MoreError:
+            pass
+        except BaseException as error:
+            others.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not others
+
+
+def check(model, core, original):
+    """The weights are what the record says, and `restore` gives the original's bits."""
+    erasure = more_hf.get_erasure(model)
+    if erasure is not None:
+        erasure.check_unchanged()
+        assert not same(core, original)
+        assert core.more_hf_erased == tuple(erasure.concepts)
+        more_hf.restore(model)
+    assert same(core, original)
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in core.modules()]
+    assert not any(hooks)
+
+
+CONCEPTS = ("van gogh", "pablo picasso", "andy warhol")
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_pipeline(tiny_sd, monkeypatch, seed):
+    monkeypatch.setattr("more_hf.diffusion.plan.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+    pipe = tiny_sd()
+    original = state(pipe.unet)
+
+    def erase(concept, router):
+        more_hf.erase_concept(
+            pipe, concept, remap_to="claude monet", solver="pinv", tokens="last", router=router
+        )
+
+    calls = [lambda concept=concept: erase(concept, "hash") for concept in CONCEPTS]
+    calls += [lambda: more_hf.restore(pipe), lambda: more_hf.restore(pipe, "van gogh")]
+    random.Random(seed).shuffle(calls)
+    at_once(calls[: 2 + seed])
+    check(pipe, pipe.unet, original)
+
+
+@pytest.mark.parametrize("seed", range(3 * ROUNDS))
+def test_classifier(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
+        data = [(torch.randn(50, 1, 3, 4), torch.arange(50) % 5)]
+    original = state(model)
+
+    def erase(number):
+        more_hf.erase_classes(model, data, number, remap_to=[4], head="3", router=("hash", None)[number % 2])
+
+    calls = [lambda number=number: erase(number) for number in range(3)]
+    calls += [
+        lambda: more_hf.restore(model),
+        lambda: more_hf.restore(model, [1]),
+        lambda: more_hf.restore(model),
+    ]
+    random.Random(seed).shuffle(calls)
+    at_once(calls)
+    check(model, model, original)
+
+
+def test_all_that_is_erased_at_once_is_erased(tiny_sd, monkeypatch):
+    monkeypatch.setattr("more_hf.diffusion.plan.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+    pipe = tiny_sd()
+    options = {"remap_to": "claude monet", "solver": "pinv", "tokens": "last"}
+    at_once([lambda concept=concept: more_hf.erase_concept(pipe, concept, **options) for concept in CONCEPTS])
+    assert sorted(more_hf.get_erasure(pipe).concepts) == sorted(CONCEPTS)
+    together = more_hf.erase_concept(tiny_sd(), list(more_hf.get_erasure(pipe).concepts), **options)
+    assert same(pipe.unet, state(together.unet))
+
+
+def test_an_erasure_waits_for_the_other(tiny_sd, monkeypatch):
+    """While one thread writes, `restore` of another one must not read what is half written."""
+    pipe = tiny_sd()
+    original = state(pipe.unet)
+    inside, go_on = threading.Event(), threading.Event()
+    real = Site.write
+
+    def write(site, value):
+        real(site, value)
+        inside.set()
+        go_on.wait(0.2)
+
+    monkeypatch.setattr(Site, "write", write)
+    monkeypatch.setattr("more_hf.diffusion.plan.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+    order = []
+
+    def erase():
+        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet", solver="pinv", tokens="last")
+        order.append("erased")
+
+    def restore():
+        inside.wait(60)
+        more_hf.restore(pipe)
+        order.append("restored")
+
+    at_once([erase, restore])
+    assert order == ["erased", "restored"]
+    assert same(pipe.unet, original)
