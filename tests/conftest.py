@@ -65,12 +65,16 @@ def hub(tmp_path):
 
 @pytest.fixture(scope="session")
 def saved_once(tmp_path_factory):
-    """A folder that `save` wrote, with the factors, and the state of the original denoiser. Not to be modified."""
+    """
+    A folder that `save` wrote, with the factors, and the state of the original denoiser. Not to be modified.
+    """
     from support.hub import erase
 
     pipe = build_tiny_sd()
     original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    return more_hf.save(erase(pipe, router="random"), tmp_path_factory.mktemp("saved") / "erased", include_delta=True), original
+    return more_hf.save(
+        erase(pipe, router="random"), tmp_path_factory.mktemp("saved") / "erased", include_delta=True
+    ), original
 
 
 @pytest.fixture
@@ -126,7 +130,9 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @pytest.fixture(scope="session")
 def digits():
-    """scikit-learn's digits: images `(1797, 1, 8, 8)` in [0, 1], labels `(1797,)`. Train on the first 1200."""
+    """
+    scikit-learn's digits: images `(1797, 1, 8, 8)` in [0, 1], labels `(1797,)`. Train on the first 1200.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -135,12 +141,20 @@ def digits():
 
 @pytest.fixture(scope="session")
 def digit_classifier(digits):
-    """A small ResNet of Transformers (features of 32), trained here on digits to 94 % on the last 597. Copy it before changing it."""
+    """
+    A small ResNet of Transformers (features of 32), trained here on digits to 94 % on the last 597. Copy it
+    before changing it.
+    """
     from transformers import ResNetConfig, ResNetForImageClassification
 
     images, labels = digits
     config = ResNetConfig(
-        num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", id2label=dict(enumerate(DIGITS))
+        num_channels=1,
+        embedding_size=16,
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(DIGITS)),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

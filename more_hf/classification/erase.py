@@ -177,7 +177,9 @@ def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = 
         if classes is not None:
             dropped = [find_class(names, name) for name in read_classes("classes", classes)]
         if not dropped:
-            raise MoreError("No class is named. Name those to give back, or leave them out to give back everything.")
+            raise MoreError(
+                "No class is named. Name those to give back, or leave them out to give back everything."
+            )
         if unknown := [name for name in dropped if name not in erasure.concepts]:
             erased = ", ".join(map(repr, erasure.concepts))
             raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")

@@ -1,4 +1,6 @@
-"""What is taken back however a block ends: also by an interruption, wherever it falls, the taking back included."""
+"""
+What is taken back however a block ends: also by an interruption, wherever it falls, the taking back included.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the user asked for: frozen, checked when it is made, JSON both ways. A refit and a record start from it."""
+"""
+What the user asked for: frozen, checked when it is made, JSON both ways. A refit and a record start from it.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,8 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class ConceptRequest(Request):
     """
-    What to forget in a text-to-image pipeline: the arguments of `erase_concept`, and what research varies besides.
+    What to forget in a text-to-image pipeline: the arguments of `erase_concept`, and what research varies
+    besides.
 
     Args:
         retain (`tuple[str, ...]`, *optional*):
@@ -152,7 +155,9 @@ class ConceptRequest(Request):
                 self._set(field, read_names(field, getattr(self, field)))
         for template in self.templates or ():
             if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-                raise PrototypeError(f"A template needs one `{{}}` for the name and no other brace, got {shown(template)}.")
+                raise PrototypeError(
+                    f"A template needs one `{{}}` for the name and no other brace, got {shown(template)}."
+                )
 
     @classmethod
     def of(cls, concepts: Any, *, remap_to: Any, retain: Any = None, **options: Any) -> Self:
@@ -259,7 +264,9 @@ def is_remain(targets: Any) -> bool:
 def check_choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Raises `PrototypeError` unless the value is one of the choices."""
     if not isinstance(value, str | None) or value not in choices:
-        raise PrototypeError(f"Unknown {argument} {shown(value)}. Choose one of {', '.join(map(repr, choices))}.")
+        raise PrototypeError(
+            f"Unknown {argument} {shown(value)}. Choose one of {', '.join(map(repr, choices))}."
+        )
 
 
 def check_shrinkage(value: Any) -> None:
@@ -313,16 +320,22 @@ def read_names(argument: str, value: Any) -> tuple[str, ...]:
         raise PrototypeError(f"`{argument}` must be a name or a list of names, got {shown(value)}.")
     for name in names:
         if not isinstance(name, str):
-            raise PrototypeError(f"`{argument}` must be a name or a list of names, got {shown(name)} among them.")
+            raise PrototypeError(
+                f"`{argument}` must be a name or a list of names, got {shown(name)} among them."
+            )
         try:
             name.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise PrototypeError(f"{shown(name)} in `{argument}` has half of a surrogate pair. Correct it.") from error
+            raise PrototypeError(
+                f"{shown(name)} in `{argument}` has half of a surrogate pair. Correct it."
+            ) from error
     return names
 
 
 def read_mapping(argument: str, value: Any, read: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """A mapping from names, each value read by `read(argument, value)`. Raises `PrototypeError` as `read` does."""
+    """
+    A mapping from names, each value read by `read(argument, value)`. Raises `PrototypeError` as `read` does.
+    """
     if not isinstance(value, Mapping):
         raise PrototypeError(f"`{argument}` must be a mapping from names, got {type(value).__name__}.")
     names = read_names(argument, list(value))

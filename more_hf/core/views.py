@@ -57,7 +57,9 @@ _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("more_hf_blocks", default=(
 
 @contextmanager
 def original_shown(erasure: Erasure) -> Iterator[None]:
-    """Inside the block this context sees the original model. Raises `AlreadyErasedError` without the originals."""
+    """
+    Inside the block this context sees the original model. Raises `AlreadyErasedError` without the originals.
+    """
     originals = erasure.require_originals() if erasure.sites else {}
     block = _Block(erasure, original=True)
     with unwound() as hooks, _entered(block):
@@ -71,7 +73,9 @@ def original_shown(erasure: Erasure) -> Iterator[None]:
 
 @contextmanager
 def routing_off(erasure: Erasure) -> Iterator[None]:
-    """Inside the block this context sees the weights alone: the erasure's hooks, if it has any, do nothing."""
+    """
+    Inside the block this context sees the weights alone: the erasure's hooks, if it has any, do nothing.
+    """
     with _entered(_Block(erasure)):
         yield
 

@@ -165,7 +165,9 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
         check_in_place(pipe)
         names = erasure.concepts if concepts is None else read_names("concepts", concepts)
         if not names:
-            raise MoreError("`concepts` is empty. Name what to give back, or leave it out to give back everything.")
+            raise MoreError(
+                "`concepts` is empty. Name what to give back, or leave it out to give back everything."
+            )
         if unknown := [name for name in names if name not in erasure.concepts]:
             erased = ", ".join(map(repr, erasure.concepts))
             raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")

@@ -1,4 +1,7 @@
-"""Whatever is passed: a `MoreError` that says so, or the edit; and after an error the model is bit for bit what it was."""
+"""
+Whatever is passed: a `MoreError` that says so, or the edit; and after an error the model is bit for bit what
+it was.
+"""
 
 import copy
 import math
@@ -60,7 +63,9 @@ def snapshot(model, core):
 
 
 def call(function, model, core):
-    """The function's result or its `MoreError`, after which the model must be what it was; else it is restored."""
+    """
+    The function's result or its `MoreError`, after which the model must be what it was; else it is restored.
+    """
     found, before = snapshot(model, core), state(core)
     outcome = outcome_of(function)
     if isinstance(outcome, more_hf.MoreError):

@@ -239,7 +239,10 @@ def test_compiled_inside_the_block(pair):
 
 
 def test_the_stance_of_overlapping_blocks(pair):
-    """The first block to open must not put the compiler back while a second one is open, nor the second one afterwards."""
+    """
+    The first block to open must not put the compiler back while a second one is open, nor the second one
+    afterwards.
+    """
     pipe, _, _ = pair
     before = stance()
     with ExitStack() as first, ExitStack() as second:

@@ -1,7 +1,8 @@
-"""An interruption at any line of the library leaves the model that was or the one that was to be, and nothing else.
+"""An interruption at any line of the library leaves the model that was or the one that was to be, and nothing
+else.
 
-`KeyboardInterrupt` is raised at one event of the library's own frames per run: as a call begins, or before a line. The
-fast suite takes a seeded sample of the places; `-m slow` takes every event.
+`KeyboardInterrupt` is raised at one event of the library's own frames per run: as a call begins, or before a
+line. The fast suite takes a seeded sample of the places; `-m slow` takes every event.
 """
 
 import random
