@@ -40,6 +40,12 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
+def describe(state: PartialState) -> str:
+    """How many processes share the work, and on what."""
+    count = "1 process" if state.num_processes == 1 else f"{state.num_processes} processes"
+    return f"Running in {count} on {state.device.type}."
+
+
 def versions() -> dict[str, str]:
     """List the versions of Python and of the libraries that the numbers depend on."""
     versions = {"python": platform.python_version()}

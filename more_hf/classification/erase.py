@@ -21,7 +21,8 @@ from .erasure import ClassErasure
 from .features import collect, plain_model
 from .heads import example_pixels, find_heads, find_module
 from .hook import make_hooks
-from .labels import class_names, find_class, read_classes
+from .labels import class_names, read_classes
+from .names import find_class
 from .plan import check_request, make_request, solve
 from .proof import prover
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
-from accelerate.utils import extract_model_from_parallel, reduce, send_to_device
+from accelerate.utils import extract_model_from_parallel, reduce, send_to_device, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.utils import logging as transformers_logging
 
 from ..core.errors import PrototypeError, SiteNotFoundError, shown
 from ..core.interrupts import unwound
@@ -23,6 +24,9 @@ from .erasure import ClassErasure
 from .heads import evaluating, find_heads, find_module
 from .hook import channel_dim
 from .labels import class_names
+
+
+DELAY = 2  # seconds after which a progress bar shows
 
 
 def collect_prototypes(
@@ -95,8 +99,15 @@ def collect(
         _every_sample_once(loader) as (batches, sharded),
         nullcontext() if current is None else routing_off(current),
     ):
+        bar = tqdm(
+            batches,
+            desc="Collecting features",
+            unit="batch",
+            delay=DELAY,
+            disable=not transformers_logging.is_progress_bar_enabled(),
+        )
         # 1. The first batch shows where the heads are, and so which classes there are.
-        inputs = inputs_of(model, batches)
+        inputs = inputs_of(model, bar)
         first = next(inputs, None)
         if first is None:
             raise PrototypeError("The data has no image. Prototypes need at least one of every class.")

@@ -11,7 +11,7 @@ from datasets import load_dataset
 from torch.utils.data import DataLoader
 
 from ..core.errors import PrototypeError
-from .labels import find_class
+from .names import find_class
 
 
 def load_image_folder(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
 from collections.abc import Sequence, Set
 from numbers import Integral
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..core.errors import PrototypeError, shown
+from .names import unique_names
 
 
 def class_names(model: nn.Module, num_classes: int) -> tuple[str, ...]:
@@ -22,9 +21,7 @@ def class_names(model: nn.Module, num_classes: int) -> tuple[str, ...]:
     Where two classes share a label ("crane" in ImageNet) the number is added.
     """
     labels = getattr(getattr(model, "config", None), "id2label", None) or {}
-    names = [str(labels.get(i, i)) for i in range(num_classes)]
-    counts = Counter(names)
-    return tuple(name if counts[name] == 1 else f"{name} (class {i})" for i, name in enumerate(names))
+    return unique_names([str(labels.get(i, i)) for i in range(num_classes)])
 
 
 def read_classes(argument: str, value: Any) -> list[str | int]:
@@ -52,46 +49,3 @@ def read_classes(argument: str, value: Any) -> list[str | int]:
                 "pass `mask.nonzero()`, of floats `.long()`."
             )
     return classes
-
-
-def find_class(names: Sequence[str], wanted: str | int) -> str:
-    """
-    The name of a class given by number, by name, or by one of its synonyms ("tench" for "tench, Tinca
-    tinca").
-
-    Raises:
-        `PrototypeError`: the number is too large, or no class or more than one class has the name.
-    """
-    if isinstance(wanted, Integral):
-        if not 0 <= wanted < len(names):
-            raise PrototypeError(
-                f"There is no class {shown(wanted)}: the model has the {len(names)} classes 0 to "
-                f"{len(names) - 1}."
-            )
-        return names[wanted]
-    if wanted in names:
-        return wanted
-    if (
-        wanted.isdecimal() and len(wanted) < 20
-    ):  # no class has a longer number, and Python reads none of 5,000 digits
-        return find_class(names, int(wanted))
-
-    # by its label without the number, or by one of the synonyms in it
-    matches = []
-    for i, name in enumerate(names):
-        label = name.removesuffix(f" (class {i})").casefold()
-        synonyms = [part.strip() for part in label.split(",")]
-        if wanted.casefold() in (label, *synonyms):
-            matches.append(i)
-    if len(matches) == 1:
-        return names[matches[0]]
-    if matches:
-        found = ", ".join(f"{i} ({names[i]})" for i in matches)
-        raise PrototypeError(f"{shown(wanted)} names {len(matches)} classes: {found}. Pass the number.")
-    close = difflib.get_close_matches(wanted, names, n=3)
-    hint = (
-        f"Did you mean {' or '.join(map(repr, close))}?"
-        if close
-        else f"It has {', '.join(map(repr, names[:10]))}."
-    )
-    raise PrototypeError(f"The model has no class {shown(wanted)}. {hint}")

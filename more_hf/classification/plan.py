@@ -14,7 +14,8 @@ from ..core.experts import draw_experts
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap
 from ..core.request import REMAIN, ClassRequest, is_remain
-from .labels import find_class, read_classes
+from .labels import read_classes
+from .names import find_class
 
 
 ILL_CONDITIONED = (

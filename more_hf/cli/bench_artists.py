@@ -1,6 +1,7 @@
 """`more-hf bench artists`: the benchmark of text-to-image pipelines."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from more_hf.bench.methods.registry import DIFFUSION, diffusion_groups
@@ -9,6 +10,7 @@ from more_hf.core.options import ROUTERS, TOKENS
 from .options import (
     DTYPES,
     EMOJI_SD,
+    SEVERAL_PROCESSES,
     add_command,
     add_remap_to,
     add_solver,
@@ -22,6 +24,8 @@ from .options import (
 
 
 CLIP = ("ViT-L-14", "openai")
+logger = logging.getLogger(__name__)
+
 PASSED_ON = ("num_experts", "router", "solver", "tokens", "seed")  # to the methods that take them
 
 
@@ -33,7 +37,8 @@ def add_to(benches) -> None:
         _bench_artists,
         purpose="erase artists in turn and measure LPIPS, style and content of all artists' pictures",
         details="It can be killed at any point and goes on where it was;\n"
-        "`accelerate launch -m more_hf bench artists ...` splits the pictures over processes.",
+        f"{SEVERAL_PROCESSES.format('bench artists')}",
+        resumes=True,
         examples=(
             "more-hf bench artists --methods original,more --forget Blobmoji --limit 4 --output DIR",
             "more-hf bench artists --model CompVis/stable-diffusion-v1-4 --forget all --output DIR",
@@ -147,9 +152,10 @@ def _bench_artists(args: argparse.Namespace) -> int:
     import more_hf
     from more_hf.bench.artists.run import EMOJI, FIELD, run_artists
     from more_hf.bench.artists.tables import short_markdown
-    from more_hf.bench.machine import processes
+    from more_hf.bench.machine import describe, processes
 
     state = processes()
+    logger.info("%s", describe(state))
     dtype = getattr(torch, args.dtype)
     if emoji:
         pipe, protocol = more_hf.load_emoji_sd(dtype=dtype), EMOJI

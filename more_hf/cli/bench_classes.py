@@ -1,12 +1,14 @@
 """`more-hf bench kd`: the knowledge-deletion benchmark of classifiers."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from more_hf.bench.classes import DATASETS
 from more_hf.bench.methods.registry import CLASSIFICATION, classification_groups
 
 from .options import (
+    SEVERAL_PROCESSES,
     add_command,
     add_solver,
     natural,
@@ -15,6 +17,9 @@ from .options import (
     refuse_missing_model,
     refuse_unknown,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_to(benches) -> None:
@@ -26,7 +31,8 @@ def add_to(benches) -> None:
         purpose="forget classes in turn and measure accuracies, new probes, membership attacks and cost",
         details="Train a classifier, let every method forget classes in turn, and measure what is left.\n"
         "It can be killed at any point and goes on where it was;\n"
-        "`accelerate launch -m more_hf bench kd ...` splits the work over processes.",
+        f"{SEVERAL_PROCESSES.format('bench kd')}",
+        resumes=True,
         examples=(
             "more-hf bench kd --forget 3 --output DIR",
             "more-hf bench kd --dataset fashion-mnist --methods esc,more --forget all --output DIR",
@@ -90,14 +96,22 @@ def _bench_classes(args: argparse.Namespace) -> int:
     methods = _methods(args.methods, samples)
     tuned = read_settings(args.settings)
     refuse_missing_model(args.model)
+    if args.dataset in DATASETS and Path(args.dataset).is_dir():
+        logger.warning(
+            "`--dataset %s` is the built-in data set; for the folder of that name write ./%s.",
+            args.dataset,
+            args.dataset,
+        )
     if not Path(args.dataset).is_dir():
         refuse_unknown([args.dataset], DATASETS, what="data set", also=", or a folder of images")
 
     from more_hf.bench.classes import run as classes_run
     from more_hf.bench.classes import samples as samples_run
     from more_hf.bench.classes import tables
-    from more_hf.bench.machine import processes
+    from more_hf.bench.machine import describe, processes
 
+    state = processes()
+    logger.info("%s", describe(state))
     settings = {"num_experts": args.num_experts, "solver": args.solver}
     options = {
         "output": args.output,
@@ -116,7 +130,7 @@ def _bench_classes(args: argparse.Namespace) -> int:
         options |= {"probe_seeds": args.probe_seeds, "passes": args.passes}
         summary = classes_run.run_kd(args.dataset, args.model, methods, forget, **options)
         table = tables.short_markdown(summary)
-    if processes().is_main_process:
+    if state.is_main_process:
         print(table)
         print(f"\nOpen {args.output / 'report.html'}; the tables are in {args.output / 'table.md'}.")
     return 0

@@ -1,10 +1,15 @@
 """`more-hf erase`: erase concepts from a pipeline and save it with a record."""
 
 import argparse
+import logging
 from pathlib import Path
 
-from .options import DTYPES, add_command, add_router, refuse_lost_router
-from .request import add_request, erased_pipeline
+from .checkpoint import add_dtype
+from .options import add_command, add_router, refuse_lost_router
+from .request import add_request, erased_pipeline, read_request
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_to(commands) -> None:
@@ -22,7 +27,7 @@ def add_to(commands) -> None:
     add = parser.add_argument
     add_request(parser)
     add_router(parser)
-    add("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    add_dtype(parser)
     add("--output", type=Path, required=True, metavar="DIR", help="folder to save the pipeline to")
     add(
         "--single_file",
@@ -41,10 +46,12 @@ def add_to(commands) -> None:
 
 def _erase(args: argparse.Namespace) -> int:
     refuse_lost_router(args)
-    pipe = erased_pipeline(args, dtype=args.dtype, router=args.router)
+    request = read_request(args, router=args.router)
+    pipe = erased_pipeline(request, dtype=args.dtype, device=args.device, offload=args.offload)
 
     import more_hf
 
+    logger.info("Saving to %s", args.output)
     more_hf.save(pipe, args.output, include_delta=args.include_delta)
     if args.single_file is not None:
         more_hf.save_checkpoint(pipe, args.single_file)

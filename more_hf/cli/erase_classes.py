@@ -1,18 +1,27 @@
 """`more-hf erase-classes`: make an image classifier forget classes, and save it with a record."""
 
 import argparse
+import json
+import logging
 from pathlib import Path
 
+from more_hf.classification.names import find_class, unique_names
+
 from .options import (
+    SEVERAL_PROCESSES,
     add_command,
+    add_model,
     add_router,
     add_solver,
     positive,
+    read_model,
     read_remap_to,
     refuse_lost_router,
     refuse_missing_folder,
-    refuse_missing_model,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_to(commands) -> None:
@@ -24,14 +33,14 @@ def add_to(commands) -> None:
         purpose="make an image classifier forget classes, and save it with a record",
         details="One pass over a folder of images, then the edit in closed form.\n"
         "A class is named by its label, one of the label's synonyms, or its number.\n"
-        "`accelerate launch -m more_hf erase-classes ...` splits the pass over processes.",
+        f"{SEVERAL_PROCESSES.format('erase-classes')}",
         examples=(
             "more-hf erase-classes --model microsoft/resnet-18 --data DIR --forget tench --output OUT",
             "more-hf erase-classes --model MODEL --data DIR --forget 3 7 --remap_to 5 --output OUT",
         ),
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="a folder or a Hub id, with an image processor")
+    add_model(parser, "a folder or a Hub id, with an image processor")
     add(
         "--data",
         required=True,
@@ -45,7 +54,15 @@ def add_to(commands) -> None:
         metavar="DIR",
         help="other images, laid out as --data: print every class's accuracy on them, before and after",
     )
-    add("--forget", nargs="+", action="extend", required=True, metavar="CLASS", help="what to forget")
+    add(
+        "--forget",
+        "--concept",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="CLASS",
+        help="what to forget",
+    )
     add(
         "--remap_to",
         nargs="+",
@@ -69,10 +86,12 @@ def add_to(commands) -> None:
 def _erase_classes(args: argparse.Namespace) -> int:
     targets = read_remap_to(args.remap_to or ["remain"])
     refuse_lost_router(args)
-    refuse_missing_model(args.model)
+    source = read_model(args)
     for flag, folder in (("--data", args.data), ("--test", args.test)):
         if folder is not None:
             refuse_missing_folder(folder, f"`{flag}` is a folder with one folder of images per class.")
+
+    _refuse_unknown_classes(source, [*args.forget, *(targets or [])])
 
     from accelerate import PartialState
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -82,10 +101,12 @@ def _erase_classes(args: argparse.Namespace) -> int:
     from more_hf.classification.labels import class_names
 
     state = PartialState()
-    model = AutoModelForImageClassification.from_pretrained(args.model).to(state.device)
-    processor = AutoImageProcessor.from_pretrained(args.model)
+    logger.info("Loading %s for %s", source, state.device)
+    model = AutoModelForImageClassification.from_pretrained(source).to(state.device)
+    processor = AutoImageProcessor.from_pretrained(source)
     names = class_names(model, model.config.num_labels)
     settings = {"channels": getattr(model.config, "num_channels", 3), "batch_size": args.batch_size}
+    logger.info("Reading the images in %s", args.data)
     more_hf.erase_classes(
         model,
         load_image_folder(args.data, names, processor, **settings),
@@ -97,6 +118,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if state.is_main_process:
+        logger.info("Saving to %s", args.output)
         folder = more_hf.save(model, args.output, include_delta=args.include_delta)
         processor.save_pretrained(folder)
         print(more_hf.get_erasure(model))
@@ -106,3 +128,15 @@ def _erase_classes(args: argparse.Namespace) -> int:
             print(more_hf.compare(model, test))
         print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0
+
+
+def _refuse_unknown_classes(model: str, classes: list[str]) -> None:
+    """Refuse what is no class of a model in a folder, whose configuration names them; a Hub id is loaded first."""
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        return
+    labels = json.loads(file.read_text("utf-8")).get("id2label", {})
+    names = unique_names([labels[number] for number in sorted(labels, key=int)])
+    for name in classes:
+        if names and name != "remain":
+            find_class(names, name)

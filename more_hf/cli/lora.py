@@ -1,10 +1,16 @@
 """`more-hf lora`: erase concepts and write the edit as a LoRA file for the original model."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from .options import DTYPES, add_command
-from .request import add_request, erased_pipeline
+from .request import add_request, erased_pipeline, read_request
+
+
+NOT_NEEDED = ("safety_checker", "image_encoder", "feature_extractor", "vae")
+
+logger = logging.getLogger(__name__)
 
 
 def add_to(commands) -> None:
@@ -14,6 +20,7 @@ def add_to(commands) -> None:
         "lora",
         _lora,
         purpose="erase concepts and write the edit as a LoRA file for the original model",
+        details="The model is loaded in the dtype that it is stored in, without the parts that read or make images.",
         examples=(
             "more-hf lora emoji-sd --concept Blobmoji --remap_to Fluent --output loras",
             'more-hf lora MODEL --concept "Van Gogh" --remap_to none --format kohya --output loras',
@@ -38,13 +45,28 @@ def add_to(commands) -> None:
 
 
 def _lora(args: argparse.Namespace) -> int:
-    pipe = erased_pipeline(args, dtype="float32")
+    request = read_request(args)
+    parts = request.checkpoint.parts
+    if args.format == "kohya" and "unet" not in parts:
+        denoiser = parts.get("transformer", "no UNet")
+        raise ValueError(
+            f"`--format kohya` names the layers of a UNet, and {request.checkpoint.pipeline} has {denoiser}. "
+            "Use `--format peft`, which diffusers and ComfyUI read for this model."
+        )
 
+    import diffusers
     import torch
 
     import more_hf
+    from more_hf.saving.lora import lora_path, refuse_without_loader
 
+    lora_path(args.output, args.format)  # refuses what cannot be written
+    refuse_without_loader(getattr(diffusers, request.checkpoint.pipeline, diffusers.DiffusionPipeline))
+    # The picture's size in a kohya file's metadata is the latent's by the VAE.
+    without = NOT_NEEDED[:-1] if args.format == "kohya" else NOT_NEEDED
+    pipe = erased_pipeline(request, dtype=None, device=args.device, offload=args.offload, without=without)
     dtype = getattr(torch, args.dtype)
+    logger.info("Writing the LoRA")
     file = more_hf.save_lora(pipe, args.output, format=args.format, dtype=dtype)
     print(more_hf.get_erasure(pipe))
     print(f"\nSaved to {file}, for the original model at weight 1.")

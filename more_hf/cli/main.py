@@ -9,6 +9,7 @@ from more_hf.core.errors import MoreError
 
 from . import bench, compare, demo, erase, erase_classes, lora, push, verify
 from .options import show_examples
+from .progress import stages_shown
 
 
 COMMANDS = (demo, erase, erase_classes, compare, lora, verify, push, bench)
@@ -31,15 +32,26 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return args.run(args)
+        with stages_shown():
+            return args.run(args)
     except KeyboardInterrupt:
-        print("Interrupted. Run the same command again to continue.", file=sys.stderr)
+        print(f"Interrupted. {_after_interrupt(args)}", file=sys.stderr)
         return 130
     except (MoreError, OSError, ValueError) as error:
         if os.environ.get("MORE_HF_DEBUG") == "1":
             raise
         print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _after_interrupt(args: argparse.Namespace) -> str:
+    """What is left to do after an interrupt, or that nothing is."""
+    if args.resumes:
+        return "Run the same command again to continue."
+    output = vars(args).get("output")
+    if output is None or not output.exists():
+        return "Nothing was written."
+    return f"{output} is as it was, or holds a part of the result: run the same command again."
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

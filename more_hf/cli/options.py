@@ -12,6 +12,11 @@ from more_hf.data import EMOJI_ARTISTS
 
 
 EMOJI_SD = "emoji-sd"
+# Under `accelerate launch --cpu` there is one process, however many are asked for.
+SEVERAL_PROCESSES = (
+    "Several processes share the work: `accelerate launch --multi_gpu --num_processes N -m more_hf {0} ...`\n"
+    "on GPUs, `torchrun --nproc_per_node N -m more_hf {0} ...` on CPUs."
+)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -23,6 +28,7 @@ def add_command(
     purpose: str,
     examples: tuple[str, str],
     details: str = "",
+    resumes: bool = False,
 ) -> argparse.ArgumentParser:
     """
     Add a command to a parser's sub-commands.
@@ -40,6 +46,8 @@ def add_command(
             Two whole command lines, shown at the end of the command's help.
         details (`str`, defaults to `""`):
             Further lines for the command's own help.
+        resumes (`bool`, defaults to `False`):
+            Whether the same command goes on where it was interrupted.
 
     Returns:
         `argparse.ArgumentParser`: the command's parser, for its arguments.
@@ -52,12 +60,18 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if run is not None:
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, resumes=resumes)
     return parser
 
 
 def show_examples(examples: tuple[str, str]) -> str:
     return "\n".join(["examples:", *(f"  {line}" for line in examples)])
+
+
+def add_model(parser: argparse.ArgumentParser, models: str) -> None:
+    """The model, with or without a flag; `read_model` reads it."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{models}; before the flags")
+    parser.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
 
 
 def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options: Any) -> None:
@@ -103,6 +117,14 @@ def _at_least(minimum: int, text: str) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
     return value
+
+
+def read_model(args: argparse.Namespace) -> str:
+    given = [model for model in (args.model, args.model_flag) if model is not None]
+    if len(given) != 1:
+        raise ValueError(f"Name one model, as MODEL or as `--model MODEL`; got {', '.join(given) or 'none'}.")
+    refuse_missing_model(given[0])
+    return given[0]
 
 
 def read_remap_to(names: list[str]) -> list[str] | None:

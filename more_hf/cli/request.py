@@ -1,27 +1,67 @@
-"""What `erase`, `lora` and `compare` share: what to erase from which pipeline, and how it is loaded."""
+"""What `more-hf erase` and `more-hf lora` share: the arguments that say what to erase from which pipeline."""
+
+from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from more_hf.core.options import TOKENS
 
+from .checkpoint import Checkpoint, add_placement, load_pipeline, read_checkpoint
 from .options import (
     EMOJI_SD,
+    add_model,
     add_remap_to,
     add_solver,
     positive,
+    read_model,
     read_remap_to,
-    refuse_missing_model,
     refuse_typo,
 )
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What to erase from which pipeline.
+
+    Args:
+        checkpoint (`Checkpoint`):
+            The pipeline, not loaded yet.
+        concepts (`dict[str, list[str]]`):
+            Name -> aliases.
+        options (`dict[str, Any]`):
+            Keyword arguments of [`~more_hf.erase_concept`].
+    """
+
+    checkpoint: Checkpoint
+    concepts: dict[str, list[str]]
+    options: dict[str, Any]
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
     """Add the model and what to erase from it."""
     add = parser.add_argument
-    models = f"a folder, a Hub id, or {EMOJI_SD}"
-    add("model", nargs="?", metavar="MODEL", help=f"{models}; before the flags")
-    add("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
-    add("--concept", nargs="+", action="extend", required=True, metavar="NAME", help="what to erase")
+    add_model(parser, f"a folder, a Hub id, or {EMOJI_SD}")
+    add(
+        "--concept",
+        "--forget",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME",
+        help="what to erase",
+    )
     add(
         "--alias",
         action="append",
@@ -35,72 +75,59 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     add_solver(parser, default="auto")
     add("--tokens", choices=TOKENS, help="which positions of a prompt give a concept's prototypes")
     add("--seed", type=int, default=0, help="draws the experts' targets (0)")
+    add_placement(parser)
 
 
-def erased_pipeline(args: argparse.Namespace, *, dtype: str, router: str | None = None):
+def read_request(args: argparse.Namespace, *, router: str | None = None) -> Request:
     """
-    Load the pipeline that the arguments of `add_request` name, and erase what they name from it.
+    Read the arguments of `add_request`, checked as far as names and files can tell. Nothing heavy is imported.
 
     Args:
         args (`argparse.Namespace`):
-            The parsed arguments, all of which are checked before anything heavy is imported.
-        dtype (`str`):
-            To load the pipeline in, one of `DTYPES`.
+            The parsed arguments.
         router (`str`, *optional*):
             One of `ROUTERS`.
-
-    Returns:
-        [`~diffusers.DiffusionPipeline`]: the erased pipeline.
     """
-    model = _model(args)
+    model = read_model(args)
     concepts = _with_aliases(args.concept, args.alias)
     targets = read_remap_to(args.remap_to)
     if model == EMOJI_SD:
         for name in [*args.concept, *(targets or []), *(args.retain or [])]:
             refuse_typo(name)
-
-    pipe = load_pipeline(model, dtype)
-
-    import more_hf
-
-    tokens = {} if args.tokens is None else {"tokens": args.tokens}
-    more_hf.erase_concept(
-        pipe,
-        concepts,
-        remap_to=targets,
-        retain=args.retain,
-        num_experts=args.num_experts,
-        router=router,
-        solver=args.solver,
-        seed=args.seed,
-        **tokens,
-    )
-    return pipe
+    options = {
+        "remap_to": targets,
+        "retain": args.retain,
+        "num_experts": args.num_experts,
+        "router": router,
+        "solver": args.solver,
+        "seed": args.seed,
+    }
+    if args.tokens is not None:
+        options["tokens"] = args.tokens
+    return Request(read_checkpoint(model), concepts, options)
 
 
-def load_pipeline(model: str, dtype: str):
+def erased_pipeline(
+    request: Request, *, dtype: str | None, device: str | None, offload: str, without: Iterable[str] = ()
+) -> DiffusionPipeline:
     """
-    Load a pipeline by the name that the command line has for it: a folder, a Hub id, or `EMOJI_SD`.
+    Load a pipeline as `load_pipeline` does, and erase from it what was asked for.
 
     Returns:
-        [`~diffusers.DiffusionPipeline`]: the pipeline, on the CPU.
+        [`~diffusers.DiffusionPipeline`]: the erased pipeline, without offloading.
     """
-    import torch
-    from diffusers import DiffusionPipeline
-
     import more_hf
+    from more_hf.core.request import ConceptRequest
 
-    if model == EMOJI_SD:
-        return more_hf.load_emoji_sd(dtype=getattr(torch, dtype))
-    return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-
-
-def _model(args: argparse.Namespace) -> str:
-    given = [model for model in (args.model, args.model_flag) if model is not None]
-    if len(given) != 1:
-        raise ValueError(f"Name one model, as MODEL or as `--model MODEL`; got {', '.join(given) or 'none'}.")
-    refuse_missing_model(given[0])
-    return given[0]
+    # What is wrong with the request is told before anything is loaded.
+    ConceptRequest.of(request.concepts, **request.options)
+    pipe = load_pipeline(request.checkpoint, dtype=dtype, device=device, offload=offload, without=without)
+    logger.info("Erasing %s", ", ".join(request.concepts))
+    more_hf.erase_concept(pipe, request.concepts, **request.options)
+    if offload != "none":
+        # Offloaded weights are stand-ins, which could not be saved.
+        pipe.remove_all_hooks()
+    return pipe
 
 
 def _with_aliases(concepts: list[str], aliases: list[str]) -> dict[str, list[str]]:

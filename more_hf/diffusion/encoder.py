@@ -5,10 +5,12 @@ them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import tqdm
 from diffusers import DiffusionPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
@@ -18,6 +20,8 @@ from ..core.prototypes import PrototypeFitter, Prototypes
 from .prompts import TEMPLATES
 from .text import Segment, Text, text_of
 
+
+logger = logging.getLogger(__name__)
 
 # token mode -> the kinds of prototype that a name has, each a mean over some positions of its prompts
 TOKENS = {
@@ -31,6 +35,7 @@ BEGIN, EMPTY_POOLED = "begin token", "empty prompt"
 EMPTY_END, EMPTY_PADDING = "empty prompt, end", "empty prompt, padding"
 POOLED = "pooled"
 ORDINARY = -1  # the label of a feature that counts towards Σ and to no prototype
+DELAY = 2  # seconds after which a progress bar shows
 BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, of so many positions; fewer where there are more
 
 
@@ -274,9 +279,10 @@ def fit_prototypes(
     for plan in plans.values():
         prompts |= dict.fromkeys(plan.spans)
     prompts = list(prompts)
+    logger.info("Encoding %d prompts", len(prompts))
     size = min(BATCH, max(1, BATCH * CLIP_LENGTH // encoder.num_positions))
     fitters: dict[str, PrototypeFitter] = {}
-    for first in range(0, len(prompts), size):
+    for first in _progress(pipe, range(0, len(prompts), size)):
         batch = prompts[first : first + size]
         for space, features in encoder.features(batch).items():
             features = features[:, None] if space == "pooled" else features
@@ -289,6 +295,12 @@ def fit_prototypes(
             if ordinary.any():
                 fitters[space].update_moment(features[rows[ordinary], positions[ordinary]])
     return {space: fitter.prototypes for space, fitter in fitters.items()}
+
+
+def _progress(pipe: DiffusionPipeline, batches: range) -> tqdm:
+    """A bar that heeds `set_progress_bar_config` as the pipeline's own does, and shows only if there is a wait."""
+    config = getattr(pipe, "_progress_bar_config", {})  # which a pipeline has from the first such call on
+    return tqdm(batches, **{"desc": "Encoding prompts", "unit": "batch", "delay": DELAY, **config})
 
 
 def shared_first_tokens(pipe: DiffusionPipeline, name: str, others: Iterable[str]) -> Mapping[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from diffusers import DiffusionPipeline
@@ -31,6 +32,9 @@ from .sites import (
     require_pipeline,
 )
 from .text import text_of
+
+
+logger = logging.getLogger(__name__)
 
 
 def erase_concept(
@@ -230,6 +234,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
         guarantees=_guarantees(solution.remaps),
     )
     erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
+    logger.info("Running the denoiser before and after the edit")
     prove = prover(denoiser, erasure, current)
     install(denoiser.module, erasure, [denoiser.module], prove, keep_originals=keep_originals)
 

@@ -4,7 +4,7 @@ The denoiser families, one entry each in `FAMILIES`: which layers read text, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -220,6 +220,27 @@ FAMILIES = {
 
 # keys of `FAMILIES` that `register_family` added, and may replace
 _REGISTERED: set[tuple[str, None]] = set()
+
+
+def unsupported(pipeline: str, parts: Mapping[str, str]) -> str:
+    """Say that no part of a pipeline (component -> class) is a denoiser that is known."""
+    supported = ", ".join(f"{family.name} ({cls})" for (cls, _), family in FAMILIES.items())
+    classes = ", ".join(f"{name}: {cls}" for name, cls in parts.items())
+    return f"{pipeline} is not supported yet. It has {classes}. Supported denoisers are {supported}."
+
+
+def find_denoiser_name(pipeline: str, parts: Mapping[str, str]) -> str:
+    """
+    The component that is the denoiser, by the names of classes alone: before any weight is read.
+
+    Raises:
+        `SiteNotFoundError`: no class is a denoiser's.
+    """
+    known = {cls for cls, _ in FAMILIES}
+    for name, cls in parts.items():
+        if cls in known:
+            return name
+    raise SiteNotFoundError(unsupported(pipeline, parts))
 
 
 def family_of(module: nn.Module) -> Family | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.errors import SiteNotFoundError
 from ..core.site import Site, check_unshared
-from .families import FAMILIES, Family, Reader, family_of
+from .families import Family, Reader, family_of, unsupported
 from .text import text_of
 
 
@@ -83,10 +83,8 @@ def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> s
     The refusal of an unknown family: what is supported, which layers may read text, and how to add the
     family.
     """
-    supported = ", ".join(f"{family.name} ({cls})" for (cls, _), family in FAMILIES.items())
-    classes = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules.items())
-    message = (
-        f"{type(pipe).__name__} is not supported yet. It has {classes}. Supported denoisers are {supported}."
+    message = unsupported(
+        type(pipe).__name__, {name: type(part).__name__ for name, part in modules.items()}
     )
     encoders = [part for name, part in modules.items() if name.startswith("text_encoder")]
     widths = {encoder.config.hidden_size for encoder in encoders}

@@ -93,14 +93,7 @@ def save_lora(
     >>> original.load_lora_weights(file.parent, weight_name=file.name)
     ```
     """
-    if not isinstance(format, str) or format not in FILE_NAMES:
-        raise ExportError(f"Unknown format {format!r}. Choose one of {', '.join(map(repr, FILE_NAMES))}.")
-    path = path_of("path", path)
-    if path.suffix in PICKLES:
-        raise ExportError(f"{path} would be a pickle. Give a name that ends in .safetensors, or a folder.")
-    if path.suffix != ".safetensors":
-        path /= FILE_NAMES[format]
-    refuse_saved_folder(path, "from which a LoRA next to it gets the concept back")
+    path = lora_path(path, format)
     denoiser, erasure = _find(pipe)
     if format == "kohya" and denoiser.name != "unet":
         raise ExportError(
@@ -165,13 +158,36 @@ def to_adapters(
     return adapters
 
 
+def lora_path(path: str | os.PathLike, format: str) -> Path:
+    """
+    The file that `save_lora` writes.
+
+    Raises:
+        `ExportError`: the format is unknown, the file would be a pickle, or it would stand beside erased weights.
+    """
+    if not isinstance(format, str) or format not in FILE_NAMES:
+        raise ExportError(f"Unknown format {format!r}. Choose one of {', '.join(map(repr, FILE_NAMES))}.")
+    path = path_of("path", path)
+    if path.suffix in PICKLES:
+        raise ExportError(f"{path} would be a pickle. Give a name that ends in .safetensors, or a folder.")
+    if path.suffix != ".safetensors":
+        path /= FILE_NAMES[format]
+    refuse_saved_folder(path, "from which a LoRA next to it gets the concept back")
+    return path
+
+
+def refuse_without_loader(pipeline: type[DiffusionPipeline]) -> None:
+    """Raises `ExportError` for a class of pipelines that loads no LoRA."""
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ExportError(
+            f"diffusers loads no LoRA into a {pipeline.__name__} (it has no `load_lora_weights`), so nothing "
+            "could read the file. Save the erased weights with `more_hf.save`."
+        )
+
+
 def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
     denoiser = find_denoiser(pipe)
-    if not hasattr(pipe, "load_lora_weights"):
-        raise ExportError(
-            f"diffusers loads no LoRA into a {type(pipe).__name__} (it has no `load_lora_weights`), so "
-            "nothing could read the file. Save the erased weights with `more_hf.save`."
-        )
+    refuse_without_loader(type(pipe))
     # `require_editable` refuses a copy of an erased model.
     erasure = get_erasure(pipe) or require_editable(denoiser.module)
     if erasure is None:

@@ -1,0 +1,58 @@
+"""Which class is meant by a name or a number; without torch, so that the command line can ask at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from numbers import Integral
+
+from ..core.errors import PrototypeError, shown
+
+
+def unique_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels by class number, with the number where two classes share a label ("crane" in ImageNet)."""
+    counts = Counter(labels)
+    return tuple(label if counts[label] == 1 else f"{label} (class {i})" for i, label in enumerate(labels))
+
+
+def find_class(names: Sequence[str], wanted: str | int) -> str:
+    """
+    The name of a class given by number, by name, or by one of its synonyms ("tench" for "tench, Tinca
+    tinca").
+
+    Raises:
+        `PrototypeError`: the number is too large, or no class or more than one class has the name.
+    """
+    if isinstance(wanted, Integral):
+        if not 0 <= wanted < len(names):
+            raise PrototypeError(
+                f"There is no class {shown(wanted)}: the model has the {len(names)} classes 0 to "
+                f"{len(names) - 1}."
+            )
+        return names[wanted]
+    if wanted in names:
+        return wanted
+    # No class has a longer number, and Python reads none of 5,000 digits.
+    if wanted.isdecimal() and len(wanted) < 20:
+        return find_class(names, int(wanted))
+
+    # by its label without the number, or by one of the synonyms in it
+    matches = []
+    for i, name in enumerate(names):
+        label = name.removesuffix(f" (class {i})").casefold()
+        synonyms = [part.strip() for part in label.split(",")]
+        if wanted.casefold() in (label, *synonyms):
+            matches.append(i)
+    if len(matches) == 1:
+        return names[matches[0]]
+    if matches:
+        found = ", ".join(f"{i} ({names[i]})" for i in matches)
+        raise PrototypeError(f"{shown(wanted)} names {len(matches)} classes: {found}. Pass the number.")
+    close = difflib.get_close_matches(wanted, names, n=3)
+    hint = (
+        f"Did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else f"It has {', '.join(map(repr, names[:10]))}."
+    )
+    raise PrototypeError(f"The model has no class {shown(wanted)}. {hint}")

@@ -1,0 +1,208 @@
+"""A pipeline as its `model_index.json` tells, and how the commands load it: dtype, device, offloading."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from more_hf.data import FOLDER
+
+from .options import DTYPES, EMOJI_SD
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+INDEX = "model_index.json"
+OFFLOADS = ("none", "model", "sequential")
+# the weights that are loaded where no variant is asked for, as one file or in shards
+WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    What is known of a pipeline before any weight is read.
+
+    Args:
+        model (`str`):
+            A folder, a Hub id, or `EMOJI_SD`.
+        pipeline (`str`):
+            The pipeline's class.
+        parts (`dict[str, str]`):
+            Component -> its class.
+    """
+
+    model: str
+    pipeline: str
+    parts: dict[str, str]
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Where a pipeline is computed; `place` reads it."""
+    add = parser.add_argument
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, ... (cuda where there is one, else cpu)")
+    add(
+        "--offload",
+        choices=OFFLOADS,
+        default="none",
+        help="keep on the device only the model that runs, or only the layer (none: all of the pipeline)",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help=f"(the checkpoint's own; float32 for {EMOJI_SD})")
+
+
+def read_checkpoint(model: str) -> Checkpoint:
+    """
+    Read a pipeline's index, of a model on the Hub after downloading this one file.
+
+    Raises:
+        FileNotFoundError: it is a folder without one.
+    """
+    folder = FOLDER / "emoji_sd" if model == EMOJI_SD else Path(model)
+    file = folder / INDEX
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(model, INDEX))
+    elif not file.is_file():
+        raise FileNotFoundError(f"{model} has no {INDEX}, so it is not a pipeline of diffusers.")
+    index = json.loads(file.read_text("utf-8"))
+    entries = {name: value for name, value in index.items() if isinstance(value, list)}
+    parts = {name: cls for name, (library, cls) in entries.items() if library is not None}
+    return Checkpoint(model, index["_class_name"], parts)
+
+
+def load_pipeline(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    offload: str = "none",
+    without: Iterable[str] = (),
+) -> DiffusionPipeline:
+    """
+    Load a pipeline onto a device.
+
+    Args:
+        checkpoint (`Checkpoint`):
+            What `read_checkpoint` returned.
+        dtype (`str`, *optional*):
+            One of `DTYPES`. By default the one that the denoiser is stored in.
+        device (`str`, *optional*):
+            As torch names it. By default `cuda` where there is one.
+        offload (`str`, defaults to `"none"`):
+            One of `OFFLOADS`.
+        without (`Iterable[str]`):
+            Components that are not loaded.
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: the pipeline.
+
+    Raises:
+        SiteNotFoundError: none of its parts is a denoiser that is known. No weight is read then.
+        ValueError: there is no such device, or the weights are stored in a dtype that cannot be edited.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    import more_hf
+    from more_hf.diffusion.families import find_denoiser_name
+
+    where = find_device(device, offload)
+    denoiser = find_denoiser_name(checkpoint.pipeline, checkpoint.parts)
+    if checkpoint.model == EMOJI_SD:
+        logger.info("Loading %s in %s for %s", EMOJI_SD, dtype or "float32", where)
+        pipe = more_hf.load_emoji_sd(dtype=getattr(torch, dtype or "float32"))
+    else:
+        left_out = {name: None for name in without if name in checkpoint.parts}
+        if "safety_checker" in left_out:
+            left_out["requires_safety_checker"] = False
+        if dtype is None:
+            folder = Path(checkpoint.model)
+            if not folder.is_dir():
+                folder = Path(DiffusionPipeline.download(checkpoint.model, **left_out))
+            dtype = stored_dtype(folder / denoiser)
+        logger.info("Loading %s in %s for %s", checkpoint.model, dtype, where)
+        pipe = DiffusionPipeline.from_pretrained(checkpoint.model, dtype=getattr(torch, dtype), **left_out)
+    place(pipe, where, offload)
+    return pipe
+
+
+def stored_dtype(folder: Path) -> str:
+    """
+    Read from the headers of a component's files in which dtype most of its parameters are stored.
+
+    Returns:
+        `str`: torch's name of it; `float32` where there is no safetensors file.
+
+    Raises:
+        ValueError: the dtype cannot be edited: fp8, for instance.
+    """
+    from safetensors import safe_open
+
+    sizes: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        if not WEIGHTS.fullmatch(file.name):
+            continue
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (it is no mapping)
+                stored = weights.get_slice(name)
+                sizes[stored.get_dtype()] += math.prod(stored.get_shape())
+    if not sizes:
+        return "float32"
+    (most, _), *_ = sizes.most_common(1)
+    if most not in STORED:
+        raise ValueError(
+            f"{folder} is stored in {most}, which cannot be edited. Take the model in one of "
+            f"{', '.join(DTYPES)}, or pass `--dtype` to convert it."
+        )
+    return STORED[most]
+
+
+def find_device(name: str | None, offload: str) -> torch.device:
+    """
+    The device that `--device` names, or the default.
+
+    Raises:
+        ValueError: there is none of that name here, or none to offload from.
+    """
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        kind = torch.get_device_module(device)
+    except RuntimeError as error:
+        raise ValueError(f"torch knows no device {name!r}. Name one like cpu, cuda, cuda:1 or mps.") from error
+    if not kind.is_available() or (device.index or 0) >= kind.device_count():
+        raise ValueError(f"There is no device {name!r} here. Take another, or leave `--device` out.")
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"`--offload {offload}` spares a device's memory, but the device is the CPU.")
+    return device
+
+
+def place(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:
+    """Move a pipeline to a device, or let its parts move there when they are called."""
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device, silence_dtype_warnings=True)
