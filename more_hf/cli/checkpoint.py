@@ -190,7 +190,7 @@ def find_device(name: str | None, offload: str) -> torch.device:
         device = torch.device(name)
         kind = torch.get_device_module(device)
     except RuntimeError as error:
-        raise ValueError(f"torch knows no device {name!r}. Name one like cpu, cuda, cuda:1 or mps.") from error
+        raise ValueError(f"torch knows no device {name!r}. Name one like cpu or cuda:1.") from error
     if not kind.is_available() or (device.index or 0) >= kind.device_count():
         raise ValueError(f"There is no device {name!r} here. Take another, or leave `--device` out.")
     if offload != "none" and device.type == "cpu":

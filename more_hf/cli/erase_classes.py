@@ -131,7 +131,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
 
 
 def _refuse_unknown_classes(model: str, classes: list[str]) -> None:
-    """Refuse what is no class of a model in a folder, whose configuration names them; a Hub id is loaded first."""
+    """Refuse what is no class of a model in a folder; of a Hub id the library does so, once it is loaded."""
     file = Path(model) / "config.json"
     if not file.is_file():
         return

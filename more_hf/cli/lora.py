@@ -20,7 +20,8 @@ def add_to(commands) -> None:
         "lora",
         _lora,
         purpose="erase concepts and write the edit as a LoRA file for the original model",
-        details="The model is loaded in the dtype that it is stored in, without the parts that read or make images.",
+        details="The model is loaded in the dtype that it is stored in, without the parts that\n"
+        "read or make images.",
         examples=(
             "more-hf lora emoji-sd --concept Blobmoji --remap_to Fluent --output loras",
             'more-hf lora MODEL --concept "Van Gogh" --remap_to none --format kohya --output loras',

@@ -80,7 +80,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
 
 def read_request(args: argparse.Namespace, *, router: str | None = None) -> Request:
     """
-    Read the arguments of `add_request`, checked as far as names and files can tell. Nothing heavy is imported.
+    Read the arguments of `add_request`, checked as far as names and files can tell, without heavy imports.
 
     Args:
         args (`argparse.Namespace`):

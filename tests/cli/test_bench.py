@@ -116,6 +116,7 @@ def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
         process.join(240)
         assert process.exitcode == 0, text.read_text()
     assert [text.read_text().count("| more") for text in logs] == [1, 0]  # one process prints
+    assert [text.read_text().count("Running in 2 processes on cpu.") for text in logs] == [1, 0]
     assert [run["processes"] for run in json.loads((output / "config.json").read_text())["runs"]] == [1, 1, 2]
     last = done(output)
     assert second.items() <= last.items()

@@ -1,5 +1,6 @@
 """What all commands have in common: help, version, interrupts, failures in one line, light imports."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,9 +11,8 @@ import pytest
 from more_hf import __version__
 from more_hf.bench.classes import DATASETS
 from more_hf.bench.classes.sources import SOURCES
-from more_hf.cli import demo
 from more_hf.cli.main import main, parse
-from more_hf.cli.options import refuse_missing_model
+from more_hf.cli.options import read_model, refuse_missing_model
 from more_hf.core import options
 from more_hf.core.errors import MoreError
 from more_hf.core.routers import ROUTERS
@@ -121,13 +121,62 @@ def test_a_hub_id_is_not_a_folder(tmp_path, monkeypatch):
             refuse_missing_model(model)
 
 
-def test_interrupted(monkeypatch, capsys):
-    def interrupt(name):
-        raise KeyboardInterrupt
+def interrupt(*args, **options):
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "emoji_artist", interrupt)
-    assert main(["demo"]) == 130
+
+def test_interrupted(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("more_hf.cli.demo.emoji_artist", interrupt)
+    monkeypatch.setattr("more_hf.cli.verify.refuse_missing_folder", interrupt)
+    monkeypatch.setattr("more_hf.cli.bench_classes.read_settings", interrupt)
+    for command in ("demo --output missing", "verify missing"):
+        assert main(command.split()) == 130
+        assert capsys.readouterr().err == "Interrupted. Nothing was written.\n"
+    assert main(["demo", "--output", "."]) == 130
+    assert "holds a part of the result" in capsys.readouterr().err
+    assert main("bench kd --forget 3 --output .".split()) == 130
     assert capsys.readouterr().err == "Interrupted. Run the same command again to continue.\n"
+
+
+def test_both_forms_of_a_model_and_of_what_to_forget():
+    forms = (
+        "{} MODEL {} --concept a b --output out",
+        "{} --model MODEL {} --forget a b --output out",
+        "{} {} --forget a --concept b --model MODEL --output out",
+    )
+    for command, rest in (
+        ("erase", "--remap_to none"),
+        ("lora", "--remap_to none"),
+        ("erase-classes", "--data ."),
+    ):
+        for form in forms:
+            args = parse(form.format(command, rest).split())
+            assert read_model(args) == "MODEL"
+            assert vars(args).get("concept", vars(args).get("forget")) == ["a", "b"]
+
+
+def test_a_class_that_a_folder_does_not_name_is_refused_before_anything_heavy(tmp_path):
+    (tmp_path / "model").mkdir()
+    labels = {"0": "tench, Tinca tinca", "1": "crane", "10": "crane"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"id2label": labels}))
+    words = "erase-classes ./model --data . --output out --forget"
+    for wanted, message in (("tensh", "no class 'tensh'"), ("crane", "2 classes"), ("3", "no class 3")):
+        argv = [sys.executable, "-c", LIGHT, *words.split(), wanted]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+
+
+def test_a_folder_called_like_a_data_set_is_noticed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    monkeypatch.setattr("more_hf.bench.machine.processes", interrupt)
+    words = ["bench", "kd", "--forget", "3", "--output", "out", "--dataset"]
+    assert main([*words, "digits"]) == 130
+    assert "write ./digits" in capsys.readouterr().err
+    assert main([*words, "./digits"]) == 130
+    assert "built-in" not in capsys.readouterr().err
 
 
 def test_unknown_flags_exit_with_2(capsys):

@@ -1,4 +1,5 @@
 import csv
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -139,7 +140,11 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
         seen.update(concepts=concepts, **options)
 
     # raising=False: the package resolves these names when they are first asked for.
-    monkeypatch.setattr(more_hf, "load_emoji_sd", lambda **options: seen.update(options), raising=False)
+    def load_emoji_sd(**options):
+        seen.update(options)
+        return SimpleNamespace(to=lambda device, **options: seen.update(device=str(device)))
+
+    monkeypatch.setattr(more_hf, "load_emoji_sd", load_emoji_sd, raising=False)
     monkeypatch.setattr(more_hf, "erase_concept", erase_concept, raising=False)
     monkeypatch.setattr(
         more_hf, "save", lambda pipe, folder, **options: seen.update(folder=folder, **options), raising=False
@@ -147,6 +152,7 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: "facts", raising=False)
     argv = "erase --concept Noto crab --alias Noto=noto-emoji --remap-to none --retain pizza --num-experts 2 "
     argv += "--router hash --include_delta --solver covariance --tokens positions --seed=4 --dtype bfloat16"
+    argv += " --device cpu"
     assert main([*argv.split(), "--model", "emoji-sd", "--output", str(tmp_path / "out")]) == 0
     assert str(seen.pop("dtype")) == "torch.bfloat16"
     assert seen == {
@@ -158,6 +164,7 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
         "solver": "covariance",
         "tokens": "positions",
         "seed": 4,
+        "device": "cpu",
         "folder": tmp_path / "out",
         "include_delta": True,
     }
