@@ -95,6 +95,7 @@ def load_pipeline(
     device: str | None = None,
     offload: str = "none",
     without: Iterable[str] = (),
+    erased: bool = False,
 ) -> DiffusionPipeline:
     """
     Load a pipeline onto a device.
@@ -110,6 +111,8 @@ def load_pipeline(
             One of `OFFLOADS`.
         without (`Iterable[str]`):
             Components that are not loaded.
+        erased (`bool`, defaults to `False`):
+            Whether it is loaded with its record, by [`~more_hf.load`].
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline.
@@ -125,23 +128,33 @@ def load_pipeline(
     from more_hf.diffusion.families import find_denoiser_name
 
     where = find_device(device, offload)
-    denoiser = find_denoiser_name(checkpoint.pipeline, checkpoint.parts)
+    find_denoiser_name(checkpoint.pipeline, checkpoint.parts)
+    left_out = {name: None for name in without if name in checkpoint.parts}
+    if "safety_checker" in left_out:
+        left_out["requires_safety_checker"] = False
+    dtype = dtype or own_dtype(checkpoint, **left_out)
+    logger.info("Loading %s in %s for %s", checkpoint.model, dtype, where)
     if checkpoint.model == EMOJI_SD:
-        logger.info("Loading %s in %s for %s", EMOJI_SD, dtype or "float32", where)
-        pipe = more_hf.load_emoji_sd(dtype=getattr(torch, dtype or "float32"))
+        pipe = more_hf.load_emoji_sd(dtype=getattr(torch, dtype))
     else:
-        left_out = {name: None for name in without if name in checkpoint.parts}
-        if "safety_checker" in left_out:
-            left_out["requires_safety_checker"] = False
-        if dtype is None:
-            folder = Path(checkpoint.model)
-            if not folder.is_dir():
-                folder = Path(DiffusionPipeline.download(checkpoint.model, **left_out))
-            dtype = stored_dtype(folder / denoiser)
-        logger.info("Loading %s in %s for %s", checkpoint.model, dtype, where)
-        pipe = DiffusionPipeline.from_pretrained(checkpoint.model, dtype=getattr(torch, dtype), **left_out)
+        load = more_hf.load if erased else DiffusionPipeline.from_pretrained
+        pipe = load(checkpoint.model, dtype=getattr(torch, dtype), **left_out)
     place(pipe, where, offload)
     return pipe
+
+
+def own_dtype(checkpoint: Checkpoint, **left_out: None) -> str:
+    """The dtype that the denoiser is stored in. A model on the Hub is downloaded first, but for what is left out."""
+    from diffusers import DiffusionPipeline
+
+    from more_hf.diffusion.families import find_denoiser_name
+
+    if checkpoint.model == EMOJI_SD:
+        return "float32"
+    folder = Path(checkpoint.model)
+    if not folder.is_dir():
+        folder = Path(DiffusionPipeline.download(checkpoint.model, **left_out))
+    return stored_dtype(folder / find_denoiser_name(checkpoint.pipeline, checkpoint.parts))
 
 
 def stored_dtype(folder: Path) -> str:

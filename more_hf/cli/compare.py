@@ -1,17 +1,20 @@
 """`more-hf compare`: draw prompts with an erased pipeline and with its original, as one picture."""
 
 import argparse
+import logging
 from pathlib import Path
 
+from .checkpoint import add_dtype, add_placement, load_pipeline, own_dtype, read_checkpoint
 from .options import (
-    DTYPES,
     EMOJI_SD,
     add_command,
     positive,
     refuse_missing_folder,
     refuse_missing_model,
 )
-from .request import load_pipeline
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_to(commands) -> None:
@@ -35,7 +38,8 @@ def add_to(commands) -> None:
     add("--steps", type=positive, help="denoising steps (the pipeline's default)")
     add("--guidance", type=float, help="classifier-free guidance (the pipeline's default)")
     add("--seed", type=int, default=0, help="of the first prompt; the others count up (0)")
-    add("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    add_dtype(parser)
+    add_placement(parser)
     add("--output", type=Path, default=Path("compare.png"), metavar="FILE", help="(compare.png)")
 
 
@@ -44,16 +48,17 @@ def _compare(args: argparse.Namespace) -> int:
     if args.original is not None:
         refuse_missing_model(args.original)
 
-    import torch
-    from accelerate import PartialState
+    erased = read_checkpoint(args.folder)
 
     import more_hf
 
-    device = PartialState().device
-    pipe = more_hf.load(args.folder, dtype=getattr(torch, args.dtype)).to(device)
+    # Both in one dtype, so that its rounding is not taken for the edit.
+    options = {"dtype": args.dtype or own_dtype(erased), "device": args.device, "offload": args.offload}
+    pipe = load_pipeline(erased, **options, erased=True)
     original = None
     if args.original is not None:
-        original = load_pipeline(args.original, args.dtype).to(device)
+        original = load_pipeline(read_checkpoint(args.original), **options)
+    logger.info("Drawing %d prompts", len(args.prompts))
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     picture = more_hf.compare(
         pipe,

@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from .checkpoint import add_dtype
+from .checkpoint import add_dtype, find_device, place
 from .options import add_command, add_router, refuse_lost_router
 from .request import add_request, erased_pipeline, read_request
 
@@ -56,9 +56,9 @@ def _erase(args: argparse.Namespace) -> int:
     if args.single_file is not None:
         more_hf.save_checkpoint(pipe, args.single_file)
     if args.compare:
-        from accelerate import PartialState
-
-        more_hf.compare(pipe.to(PartialState().device), args.compare).save(args.output / "compare.png")
+        logger.info("Drawing %d prompts before and after", len(args.compare))
+        place(pipe, find_device(args.device, args.offload), args.offload)
+        more_hf.compare(pipe, args.compare).save(args.output / "compare.png")
     print(more_hf.get_erasure(pipe))
     print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0

@@ -118,9 +118,10 @@ def erased_pipeline(
     """
     import more_hf
     from more_hf.core.request import ConceptRequest
+    from more_hf.diffusion.plan import check_names
 
     # What is wrong with the request is told before anything is loaded.
-    ConceptRequest.of(request.concepts, **request.options)
+    check_names(ConceptRequest.of(request.concepts, **request.options))
     pipe = load_pipeline(request.checkpoint, dtype=dtype, device=device, offload=offload, without=without)
     logger.info("Erasing %s", ", ".join(request.concepts))
     more_hf.erase_concept(pipe, request.concepts, **request.options)

@@ -163,7 +163,7 @@ def lora_path(path: str | os.PathLike, format: str) -> Path:
     The file that `save_lora` writes.
 
     Raises:
-        `ExportError`: the format is unknown, the file would be a pickle, or it would stand beside erased weights.
+        `ExportError`: the format is unknown, or the file would be a pickle or stand next to erased weights.
     """
     if not isinstance(format, str) or format not in FILE_NAMES:
         raise ExportError(f"Unknown format {format!r}. Choose one of {', '.join(map(repr, FILE_NAMES))}.")

@@ -205,7 +205,7 @@ def test_refused_before_a_weight_is_read(tmp_path, capsys):
     unknown = refusal(capsys, "erase", video, *WORDS, out)
     assert "LTXPipeline is not supported yet" in unknown
     assert "transformer: LTXVideoTransformer3DModel" in unknown
-    assert "name" in refusal(capsys, "erase", flux, "--concept", "", "--remap_to", "a", "--output", out)
+    assert "both" in refusal(capsys, "erase", flux, "--concept", "a", "--remap_to", "a", "--output", out)
     assert not out.exists()
 
     with pytest.raises(SiteNotFoundError, match="not supported"):
