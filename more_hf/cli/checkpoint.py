@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 OFFLOADS = ("none", "model", "sequential")
-# the weights that are loaded where no variant is asked for, as one file or in shards
+# weights that are no variant, as one file or in shards
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -144,7 +144,7 @@ def load_pipeline(
 
 
 def own_dtype(checkpoint: Checkpoint, **left_out: None) -> str:
-    """The dtype that the denoiser is stored in. A model on the Hub is downloaded first, but for what is left out."""
+    """The dtype that the denoiser is stored in; a model on the Hub is downloaded to look."""
     from diffusers import DiffusionPipeline
 
     from more_hf.diffusion.families import find_denoiser_name
@@ -170,9 +170,9 @@ def stored_dtype(folder: Path) -> str:
     from safetensors import safe_open
 
     sizes: Counter[str] = Counter()
-    for file in folder.glob("*.safetensors"):
-        if not WEIGHTS.fullmatch(file.name):
-            continue
+    files = list(folder.glob("diffusion_pytorch_model*.safetensors"))
+    # A folder can hold a variant (fp16) next to the weights that are loaded, or instead of them.
+    for file in [file for file in files if WEIGHTS.fullmatch(file.name)] or files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (it is no mapping)
                 stored = weights.get_slice(name)
