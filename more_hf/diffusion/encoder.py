@@ -298,7 +298,7 @@ def fit_prototypes(
 
 
 def _progress(pipe: DiffusionPipeline, batches: range) -> tqdm:
-    """A bar that heeds `set_progress_bar_config`, as the pipeline's own, and shows only if there is a wait."""
+    """A bar that heeds `set_progress_bar_config`, like the pipeline's own; it shows only if there is a wait."""
     config = getattr(pipe, "_progress_bar_config", {})  # which a pipeline has from the first such call on
     return tqdm(batches, **{"desc": "Encoding prompts", "unit": "batch", "delay": DELAY, **config})
 
