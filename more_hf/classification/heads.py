@@ -77,8 +77,8 @@ def find_heads(
         raise SiteNotFoundError(
             f"No head found in {type(model).__name__}: of its {len(linear)} linear layers, {len(equal)} give "
             f"exactly its logits {tuple(logits.shape)}, alone or as a mean. Linear layers with outputs of "
-            "that shape: "
-            f"{', '.join(map(repr, shaped)) or 'none'}. Pass the name of the one that makes the logits, "
+            f"that shape: {', '.join(map(repr, shaped)) or 'none'}. Pass the name of the one that makes the "
+            "logits, "
             'head="...".'
         )
     return {name: linear[name] for name in equal}

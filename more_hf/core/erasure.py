@@ -112,9 +112,9 @@ class Erasure(ABC):
         if self.originals is None:
             raise AlreadyErasedError(
                 f"{', '.join(map(repr, self.concepts))} is already erased from this model and the original "
-                "weights are "
-                "not here, so it can be neither restored nor fitted jointly with another concept. Start from "
-                f"{self.facts.base or 'the original model'} and pass all concepts at once."
+                "weights are not here, so it can be neither restored nor fitted jointly with another "
+                f"concept. Start from {self.facts.base or 'the original model'} and pass all concepts at "
+                "once."
             )
         return self.originals
 
@@ -128,10 +128,8 @@ class Erasure(ABC):
         if changed:
             raise IncompatibleBaseError(
                 f"{len(changed)} of {len(self.sites)} edited layers changed since the edit (first: "
-                f"`{changed[0]}`): a "
-                "LoRA was fused or the model was trained. Undo that first (`pipe.unfuse_lora()`), or start "
-                "from the "
-                "base model."
+                f"`{changed[0]}`): a LoRA was fused or the model was trained. Undo that first "
+                "(`pipe.unfuse_lora()`), or start from the base model."
             )
 
     def _holds_edit(self, name: str, original: Tensor) -> bool:

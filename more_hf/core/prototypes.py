@@ -247,8 +247,7 @@ class PrototypeFitter:
         if not rows.isfinite().all():
             raise PrototypeError(
                 "Some features are NaN or infinite, and no mean of them exists. Check the data, or run the "
-                "model in a "
-                "wider dtype."
+                "model in a wider dtype."
             )
         return rows
 

@@ -62,9 +62,8 @@ def require_editable(model: nn.Module) -> Erasure | None:
     if erasure is None and names:
         raise AlreadyErasedError(
             f"This is a copy of a model from which {', '.join(map(repr, names))} was erased; copies carry no "
-            "original "
-            "weights. Call on the model it was copied from, or start from the original and pass all concepts "
-            "at once."
+            "original weights. Call on the model it was copied from, or start from the original and pass "
+            "all concepts at once."
         )
     if erasure is not None:
         erasure.check_unchanged()

@@ -46,8 +46,7 @@ class Site:
         if type(self.module) is not nn.Linear:
             raise SiteNotFoundError(
                 f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be "
-                "edited in "
-                "place. Erase from the unquantized model, save it, and quantize what was saved."
+                "edited in place. Erase from the unquantized model, save it, and quantize what was saved."
             )
         offload = self._offload_map("weight")
         if offload is not None and not isinstance(offload[0], dict):
@@ -60,11 +59,9 @@ class Site:
         if not plain or weight.dtype not in EDITABLE:
             raise SiteNotFoundError(
                 f"The weight of {where} is {type(weight).__name__} {weight.dtype} of shape "
-                f"{tuple(weight.shape)} on "
-                f"{weight.device}: quantized, cast to fp8, sharded (FSDP, ZeRO-3) or not loaded. An edit "
-                "needs the "
-                "whole matrix in fp16, bf16, fp32 or fp64. Erase from the full-precision model, save it, and "
-                "quantize or shard what was saved."
+                f"{tuple(weight.shape)} on {weight.device}: quantized, cast to fp8, sharded (FSDP, ZeRO-3) "
+                "or not loaded. An edit needs the whole matrix in fp16, bf16, fp32 or fp64. Erase from the "
+                "full-precision model, save it, and quantize or shard what was saved."
             )
 
     def _offload_map(self, parameter: str) -> tuple[Any, str] | None:

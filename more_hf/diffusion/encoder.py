@@ -158,8 +158,7 @@ class Encoder:
         if not spans:
             raise PrototypeError(
                 f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around "
-                "it. "
-                "Use a shorter name."
+                "it. Use a shorter name."
             )
         return spans
 
@@ -225,6 +224,30 @@ class _Plan:
         return torch.tensor(entries, dtype=torch.int64).reshape(-1, 3)
 
 
+def _plan(
+    encoder: Encoder, kinds: Mapping[str, Sequence[str]], names: Iterable[str], sigma_prompts: Iterable[str]
+) -> dict[str, _Plan]:
+    """What each prompt counts for, in each space. A pooled feature is at position 0 of its prompt."""
+    tokens = _Plan()
+    for name, span in encoder.constant_spans().items():
+        tokens.prototype(name, [span])
+    for name in names:
+        for kind in kinds["tokens"]:
+            tokens.prototype(column(name, kind), encoder.name_spans(name, kind))
+    for prompt in sigma_prompts:
+        tokens.ordinary(encoder.ordinary_spans(prompt))
+    if "pooled" not in kinds:
+        return {"tokens": tokens}
+
+    pooled = _Plan()
+    pooled.prototype(EMPTY_POOLED, [Span("", 0, 1)])
+    for name in names:
+        pooled.prototype(column(name, POOLED), [Span(text.format(name), 0, 1) for text in encoder.templates])
+    for prompt in sigma_prompts:
+        pooled.ordinary([Span(prompt, 0, 1)])
+    return {"tokens": tokens, "pooled": pooled}
+
+
 def fit_prototypes(
     pipe: DiffusionPipeline,
     names: Iterable[str],
@@ -256,25 +279,8 @@ def fit_prototypes(
     """
     encoder = Encoder(pipe, templates)
     kinds = kinds_of(encoder.text, tokens)
-    plans = {space: _Plan() for space in kinds}
-
-    # 1. What every prompt's features count for. A pooled feature is at position 0 of its prompt.
-    for name, span in encoder.constant_spans().items():
-        plans["tokens"].prototype(name, [span])
-    if "pooled" in plans:
-        plans["pooled"].prototype(EMPTY_POOLED, [Span("", 0, 1)])
-    for name in dict.fromkeys(names):
-        for kind in kinds["tokens"]:
-            plans["tokens"].prototype(column(name, kind), encoder.name_spans(name, kind))
-        if "pooled" in plans:
-            spans = [Span(template.format(name), 0, 1) for template in templates]
-            plans["pooled"].prototype(column(name, POOLED), spans)
-    for prompt in dict.fromkeys(sigma_prompts):
-        plans["tokens"].ordinary(encoder.ordinary_spans(prompt))
-        if "pooled" in plans:
-            plans["pooled"].ordinary([Span(prompt, 0, 1)])
-
-    # 2. One pass over the distinct prompts, for all spaces together.
+    plans = _plan(encoder, kinds, dict.fromkeys(names), dict.fromkeys(sigma_prompts))
+    # One pass over the distinct prompts, for all spaces together.
     prompts: dict[str, None] = {}
     for plan in plans.values():
         prompts |= dict.fromkeys(plan.spans)
@@ -298,7 +304,7 @@ def fit_prototypes(
 
 
 def _progress(pipe: DiffusionPipeline, batches: range) -> tqdm:
-    """A bar that heeds `set_progress_bar_config`, like the pipeline's own; it shows only if there is a wait."""
+    """A bar that heeds `set_progress_bar_config`, like the pipeline's own; shown only if there is a wait."""
     config = getattr(pipe, "_progress_bar_config", {})  # which a pipeline has from the first such call on
     return tqdm(batches, **{"desc": "Encoding prompts", "unit": "batch", "delay": DELAY, **config})
 

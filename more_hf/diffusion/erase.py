@@ -289,8 +289,7 @@ def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoi
             moved = remap.moved(encoder.encode([other])[0, 1 : 1 + count])
             leaks.append(
                 f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same "
-                "vectors there; "
-                f"they move by {100 * moved:.1f} %"
+                f"vectors there; they move by {100 * moved:.1f} %"
             )
     if branches := lora_branches(denoiser):
         reads = "reads the routed features too" if request.router else "still reads the unedited prompt"

@@ -99,9 +99,8 @@ def _check_apart(name: str, argument: str, surface: str) -> None:
     if names_in(name, surface):
         raise PrototypeError(
             f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the other. "
-            "If it is the "
-            f"same concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it out of "
-            f"`{argument}`."
+            f"If it is the same concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it "
+            f"out of `{argument}`."
         )
 
 

@@ -67,9 +67,8 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
         current,
         TOLERANCE[next(iter(erasure.sites.values())).read().dtype],
         "the model does not read the prompt through the edited layers alone. The edit was rolled back; the "
-        "pipeline is as "
-        "it was. Take custom attention processors and offloading off (`unet.set_default_attn_processor()`), "
-        "erase, and "
+        "pipeline is as it was. Take custom attention processors and offloading off "
+        "(`unet.set_default_attn_processor()`), erase, and "
         "put them back.",
     )
 

@@ -103,8 +103,7 @@ def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> s
         )
     return message + (
         " To add this family, name the layers that read text, and how to call the denoiser once, in a call "
-        "of "
-        "`more_hf.register_family`."
+        "of `more_hf.register_family`."
     )
 
 

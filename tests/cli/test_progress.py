@@ -1,4 +1,4 @@
-"""What is said on stderr while something takes long: a line for each stage, and bars that heed the switches."""
+"""What stderr says while something takes long: a line for each stage, and bars that heed the switches."""
 
 import pytest
 from support.families import FORGET, TARGET, erase

@@ -135,9 +135,9 @@ def cache(
             inputs[name] = torch.cat(collected)
             if inputs[name].shape != (len(images), head.in_features):
                 raise MoreError(
-                    f"The head read {tuple(inputs[name].shape)} for {len(images)} images, "
-                    f"not ({len(images)}, {head.in_features}): "
-                    "it must be called once per batch, with one feature per image."
+                    f"The head read {tuple(inputs[name].shape)} for {len(images)} images, not "
+                    f"({len(images)}, {head.in_features}): it must be called once per batch, with one "
+                    "feature per image."
                 )
     bar.close()
     return Cached(inputs, model, head)

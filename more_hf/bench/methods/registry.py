@@ -201,9 +201,8 @@ def _find(name: str, methods: Mapping[str, Method], kind: str, keywords: Sequenc
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
         raise BenchmarkError(
-            f"There is no method {name!r} {kind}.{_did_you_mean(name, methods)} "
-            f"There are: {', '.join(methods)}. "
-            "Choose one of them, or name a function of your own as my_module:my_erase."
+            f"There is no method {name!r} {kind}.{_did_you_mean(name, methods)} There are: "
+            f"{', '.join(methods)}. Choose one of them, or name a function of your own as my_module:my_erase."
         )
     function = _own_function(module_name, function_name)
     try:
