@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -128,8 +129,10 @@ class KDData:
         """
         ids = tuple(self.class_names.index(c) if c in self.class_names else c for c in classes)
         if unknown := [c for c in ids if c not in range(len(self.class_names))]:
+            close = difflib.get_close_matches(str(unknown[0]), self.class_names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
             known = ", ".join(self.class_names)
-            raise DatasetError(f"{self.name} has no class {unknown[0]!r}. Its classes are {known}.")
+            raise DatasetError(f"{self.name} has no class {unknown[0]!r}.{hint} Its classes are {known}.")
         if len(set(ids)) != len(ids):
             raise DatasetError(f"The classes {list(classes)} name one of them twice. Name each class once.")
         return ids

@@ -19,6 +19,7 @@ from .options import (
     read_remap_to,
     read_settings,
     refuse_missing_model,
+    refuse_typo,
     refuse_unknown,
 )
 
@@ -139,6 +140,9 @@ def _bench_artists(args: argparse.Namespace) -> int:
     registered = [name for name in methods if ":" not in name]
     refuse_unknown(registered, DIFFUSION, what="method", also=f"; or one of {', '.join(groups)}")
     forget = _forget(args.forget, emoji)
+    if emoji:
+        for name in [*(args.remap_to or []), *(args.retain or [])]:
+            refuse_typo(name)
     tuned = read_settings(args.settings)
     prompts = read_prompts(args.prompts or ("emoji10" if emoji else "artists10"))
     if args.remap_to:

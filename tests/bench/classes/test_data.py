@@ -148,6 +148,7 @@ def test_split_by_sample(digits):
     ("call", "message"),
     [
         (lambda d: split_by_class(d, ["ten"]), "no class 'ten'"),
+        (lambda d: split_by_class(d, ["00"]), "Did you mean '0'"),
         (lambda d: split_by_class(d, [10]), "no class 10"),
         (lambda d: split_by_class(d, ["3", 3]), "twice"),
         (lambda d: split_by_class(d, []), "0 of the 10"),
