@@ -124,14 +124,15 @@ def _bench_classes(args: argparse.Namespace) -> int:
     }
     if samples:
         summary = samples_run.run_samples(args.dataset, args.model, methods, **options)
-        table = samples_run.short_markdown(summary)
+        short_markdown = samples_run.short_markdown
     else:
         forget = "all" if args.forget == ["all"] else args.forget
         options |= {"probe_seeds": args.probe_seeds, "passes": args.passes}
         summary = classes_run.run_kd(args.dataset, args.model, methods, forget, **options)
-        table = tables.short_markdown(summary)
+        short_markdown = tables.short_markdown
+    # The other processes have no summary.
     if state.is_main_process:
-        print(table)
+        print(short_markdown(summary))
         print(f"\nOpen {args.output / 'report.html'}; the tables are in {args.output / 'table.md'}.")
     return 0
 
