@@ -43,6 +43,15 @@ class Cell:
         return escape(self.prefix) + text + escape(self.suffix)
 
 
+def share(percent: float) -> str:
+    """A percentage in a sentence: none, all, or without decimals."""
+    if percent in (0, 100):
+        return "all" if percent else "none"
+    if not 1 <= percent <= 99:
+        return "under 1 %" if percent < 1 else "over 99 %"
+    return f"{percent:.0f} %"
+
+
 def compare(
     summary: Sequence[Mapping[str, Any]],
     labels: Sequence[str],

@@ -37,17 +37,26 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     write_page(
         path,
         title=evil,
-        intro=evil,
+        finding=evil,
         sections=[
             Section(evil, evil, facts={evil: [evil, 1.0], "measured": {"G1": 1e-7}, "router": None}),
-            Section("table", table=[{evil: evil, "n_f": 3, "0.001": Cell("0.5", best=True, suffix=evil)}]),
+            Section(
+                "table",
+                table=[{evil: evil, "n_f ↓": 3, "0.001": Cell("0.5", best=True, suffix=evil)}],
+                words={"n_f": f"pictures {evil}"},
+                files=["table.md"],
+                folded=True,
+            ),
             Section("pairs", pairs=[Pair(picture, large, f"a CAT {evil}", 0.25)]),
         ],
     )
     page = path.read_text(encoding="utf-8")
     assert evil not in page
     assert page.count("<script>") == 1  # ours
-    sources = re.findall(r'(?:src|href)="([^"]{20})', page)
+    assert page.count("<details>") == 1
+    assert '<th class="num">pictures &lt;script' in page
+    assert '<a href="table.md">' in page
+    sources = re.findall(r'src="([^"]{20})', page)
     assert [source.split(";")[0] for source in sources] == ["data:image/png", "data:image/jpeg"]
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r'src="[^"]*"', "", page))
     assert "LPIPS 0.250" in page
@@ -60,7 +69,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
 
 def test_a_page_without_pairs_has_no_search_box(tmp_path):
     path = tmp_path / "report.html"
-    write_page(path, title="title", intro="intro", sections=[Section("facts", facts={"a": 1})])
+    write_page(path, title="title", finding="finding", sections=[Section("facts", facts={"a": 1})])
     page = path.read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<input" not in page

@@ -43,7 +43,7 @@ def test_demo(tmp_path, capsys, remap_to):
     argv = ["demo", "--concept", "high contrast", "--remap_to", remap_to, "--limit", "2", "--steps", "3"]
     assert main([*argv, "--seed", "3", "--batch_size", "4", "--output", str(output)]) == 0
     out = capsys.readouterr().out
-    assert "lpips_f" in out
+    assert "is recognised in" in out
     assert "Open " in out.splitlines()[-2]
     assert sorted(path.name for path in output.iterdir()) == [
         "before_after.png",
@@ -55,6 +55,7 @@ def test_demo(tmp_path, capsys, remap_to):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
         "method", "forget", "group", "case_number", "prompt", "evaluation_seed", "artist", "thing", "lpips",
+        "style_before", "style_after", "content_before", "content_after",
     ]  # fmt: skip
     assert [row["group"] for row in rows] == ["forget"] * 2 + ["remain"] * 2 + ["no artist"] * 2
     assert {row["forget"] for row in rows} == {"High Contrast"}
@@ -62,7 +63,7 @@ def test_demo(tmp_path, capsys, remap_to):
     assert all(
         float(row["lpips"]) > 0 for row in rows[:2]
     )  # the edit changed the forgotten artist's pictures
-    assert ("lpips_to_target" in (output / "table.md").read_text()) == (remap_to != "none")
+    assert ("distance to Fluent" in (output / "table.md").read_text()) == (remap_to != "none")
     Image.open(output / "before_after.png").verify()
     assert (output / "report.html").read_text(encoding="utf-8").count("<figure") == 6
 

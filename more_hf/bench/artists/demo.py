@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 import more_hf
-from more_hf.core.erasure import measured_rows
+from more_hf.core.erasure import Erasure
 from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
+from more_hf.core.markdown import markdown_table, number
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
 
 from ...diffusion.grid import draw_grid, stack
 from ..columns import write_rows
-from ..page import Pair, Section, write_page
+from ..page import Pair, Section, image_uri, write_page
+from .findings import Finding
 from .generate import generate
 from .grid import to_pil
+from .judges import EmojiJudges
 from .lpips import lpips_distance
 from .rows import JOINT
 
@@ -33,18 +35,16 @@ THINGS = (
     "mushroom", "crown", "balloon", "cactus", "penguin", "bus", "umbrella", "strawberry", "fish",
 )  # fmt: skip
 COLUMNS = 9  # of the picture: one per artist that stays
-SHOWN_FACTS = (
-    "remap_to", "retain", "tokens", "solver", "solver_reason", "rank", "num_experts", "router",
-    "condition_number", "leaks", "base", "fingerprint",
-)  # fmt: skip
+GROUPS = {"forget": "{forgotten}, forgotten", "remain": "other artists", "no artist": "no artist"}
 
 EXPLANATION = (
-    "LPIPS is the distance between a picture before and after: lpips_f of the forgotten artist should be "
-    "large, lpips_r of the others and lpips_no_artist small; lpips_d = lpips_f - lpips_r."
+    "Recognised: how often a judge that was fitted on real images sees the artist, and the thing, that the "
+    "prompt asks for. Moved: the distance (LPIPS) between the pictures before and after, which start from "
+    "the same noise."
 )
 TARGET_EXPLANATION = (
-    " Noise would score well, too, so lpips_to_target compares the forgotten artist's pictures after, and "
-    "lpips_to_target_before those before, with what the original draws when it is asked for the target."
+    " Noise would be far from what was there, too, so the last column says how far the pictures are "
+    "from what the original draws when it is asked for the target."
 )
 
 
@@ -89,6 +89,11 @@ class Settings:
     batch_size: int
 
     @property
+    def forgotten(self) -> str:
+        """The erased artists in one phrase."""
+        return JOINT.join(self.concepts)
+
+    @property
     def targets(self) -> list[str]:
         """The targets as the command line has them."""
         return self.remap_to or ["none"]
@@ -100,6 +105,21 @@ class Settings:
             f"--remap_to {' '.join(map(repr, self.targets))} "
             f"--limit {self.limit} --steps {self.steps} --guidance {self.guidance:g} --seed {self.seed}"
         )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The artists that the judges take pictures for, and whether (1, 0) they see the prompts' things."""
+
+    styles: list[str]
+    contents: list[int | None]
+
+    def percentages(self, rows: Sequence[DemoRow], part: slice) -> tuple[float | None, float]:
+        """How often the style (`None` where no prompt asks for one) and the thing are recognised."""
+        asked = zip(self.styles[part], rows[part], strict=True)
+        hits = [style == row.artist for style, row in asked if row.artist]
+        style = 100 * sum(hits) / len(hits) if hits else None
+        return style, 100 * sum(self.contents[part]) / len(self.contents[part])
 
 
 @dataclass(frozen=True)
@@ -116,8 +136,10 @@ class Result:
             If there is one target: what the original draws for it in place of the forgotten artist.
         lpips (`torch.Tensor`):
             The distances between before and after, `(n,)`.
-        erasure:
-            What `get_erasure` returned.
+        judged (`tuple[Judged, Judged]`):
+            What the judges say of both.
+        erasure (`Erasure`):
+            What was done.
         scheduler (`str`):
             The class of the pipeline's scheduler.
     """
@@ -127,7 +149,8 @@ class Result:
     after: Tensor
     target: Tensor | None
     lpips: Tensor
-    erasure: Any
+    judged: tuple[Judged, Judged]
+    erasure: Erasure
     scheduler: str
 
 
@@ -165,7 +188,7 @@ def run_demo(
     settings = Settings(concepts, remap_to, limit, steps, guidance, seed, batch_size)
     result = measure(settings)
     text = write_outputs(settings, result, output)
-    print(f"\n{text}\n")
+    print(f"\n{text}\n\n{result.erasure}\n")
     print(f"Open {output / 'before_after.png'} and {output / 'report.html'}.")
     print(f"The numbers are in {output / 'rows.csv'}.")
 
@@ -184,7 +207,7 @@ def measure(settings: Settings) -> Result:
             desc=desc,
         )
 
-    rows = demo_rows(settings.concepts, limit=settings.limit, seed=settings.seed)
+    rows, judges = demo_rows(settings.concepts, limit=settings.limit, seed=settings.seed), EmojiJudges()
     pipe = load_emoji_sd()
     before = draw(rows, "before")
     target = None
@@ -194,44 +217,64 @@ def measure(settings: Settings) -> Result:
         target = draw(wanted, "target")
     more_hf.erase_concept(pipe, settings.concepts, remap_to=settings.remap_to)
     after = draw(rows, "after")
-    erasure, scheduler = more_hf.get_erasure(pipe), type(pipe.scheduler).__name__
-    return Result(rows, before, after, target, lpips_distance(before, after), erasure, scheduler)
+    return Result(
+        rows,
+        before,
+        after,
+        target,
+        lpips=lpips_distance(before, after),
+        judged=(Judged(*judges.judge(before, rows)), Judged(*judges.judge(after, rows))),
+        erasure=more_hf.get_erasure(pipe),
+        scheduler=type(pipe.scheduler).__name__,
+    )
 
 
-def summarise(settings: Settings, result: Result) -> dict[str, Any]:
-    """The demo's numbers in one line."""
-    limit = settings.limit
-    lpips_f, lpips_r, lpips_no_artist = (group.mean().item() for group in result.lpips.split(limit))
-    summary = {
-        "method": "more",
-        "forget": JOINT.join(settings.concepts),
-        "remap_to": ", ".join(settings.targets),
-        "n_f": limit,
-        "n_r": limit,
-        "lpips_f": lpips_f,
-        "lpips_r": lpips_r,
-        "lpips_d": lpips_f - lpips_r,
-        "lpips_no_artist": lpips_no_artist,
-    }
-    if result.target is not None:
-        for name, images in (("_before", result.before), ("", result.after)):
-            distance = lpips_distance(images[:limit], result.target)
-            summary[f"lpips_to_target{name}"] = distance.mean().item()
-    return summary
+def summarise(settings: Settings, result: Result) -> tuple[Finding, list[dict[str, Any]]]:
+    """What the demo found: for a sentence, and a line per group of prompts for a table."""
+    lines, means = [], []
+    for i, (group, name) in enumerate(GROUPS.items()):
+        part = slice(i * settings.limit, (i + 1) * settings.limit)
+        styles, contents = zip(
+            *(judged.percentages(result.rows, part) for judged in result.judged), strict=True
+        )
+        lpips = result.lpips[part].mean().item()
+        means.append(Finding(settings.forgotten, *styles, *contents, lpips_f=lpips, lpips_r=None))
+        line = {
+            "prompts": name.format(forgotten=settings.forgotten),
+            "pictures": settings.limit,
+            "artist recognised": _arrow(styles),
+            "thing recognised": _arrow(contents),
+            "moved (LPIPS)": lpips,
+        }
+        if result.target is not None:
+            distances: list[float | None] = [None, None]
+            if group == "forget":
+                images = (result.before[part], result.after[part])
+                distances = [lpips_distance(each, result.target).mean().item() for each in images]
+            line[f"distance to {settings.targets[0]}, before → after"] = _arrow(distances, number)
+        lines.append(line)
+    forgotten, remaining, _ = means
+    return replace(forgotten, lpips_r=remaining.lpips_f), lines
+
+
+def _arrow(values: Sequence[float | None], text: Callable[[float], str] = "{:.0f} %".format) -> str:
+    """A number before and after; nothing where it was not measured."""
+    before, after = values
+    return "" if before is None else f"{text(before)} → {text(after)}"
 
 
 def write_outputs(settings: Settings, result: Result, output: Path) -> str:
-    """Write all files into `output`; return the text of `table.md`."""
-    summary, origin = summarise(settings, result), _origin(settings, result)
+    """Write all files into `output`; return what the command prints: finding, table and explanation."""
+    finding, table = summarise(settings, result)
+    origin, report = _origin(settings, result), result.erasure.rows()
     explanation = EXPLANATION if result.target is None else EXPLANATION + TARGET_EXPLANATION
+    text = "\n\n".join([str(finding), markdown_table(table), explanation])
     made_with = "; ".join(value if isinstance(value, str) else ", ".join(value) for value in origin.values())
-    erasure = result.erasure
-    text = "\n\n".join(
-        [markdown_table([summary]), explanation, f"Made with {made_with}.", erasure.to_markdown()]
-    )
-    write_text(output / "table.md", f"{text}\n")
+    details = ["<details><summary>What was done, and the guarantees</summary>", result.erasure.to_markdown()]
+    parts = [text, f"Made with {made_with}.", *details, "</details>"]
+    write_text(output / "table.md", "\n\n".join(parts) + "\n")
     write_rows(output / "rows.csv", _csv_rows(settings, result))
-    _picture(settings, result).save(output / "before_after.png")
+    _picture(settings, result, strips=2).save(output / "before_after.png")
 
     pairs = [
         Pair(to_pil(before), to_pil(after), row.prompt, lpips)
@@ -239,31 +282,21 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
             result.rows, result.before, result.after, result.lpips.tolist(), strict=True
         )
     ]
-    facts, limit = erasure.to_dict(), settings.limit
-    checks = measured_rows(erasure.guarantees, erasure.proof)
+    drawn = f"{settings.steps} steps, guidance {settings.guidance:g}, the same noise before and after."
     write_page(
         output / "report.html",
-        title=f"{', '.join(settings.concepts)} erased",
-        intro=f"Embedded pipeline, {len(pairs)} prompts before and after, {settings.steps} steps, guidance "
-        f"{settings.guidance:g}, seeds {result.rows[0].seed} to {result.rows[-1].seed}, each pair from the "
-        f"same noise. {explanation}",
+        title=f"{settings.forgotten} erased",
+        finding=str(finding),
         sections=[
-            Section("How far the pictures moved", table=[summary], facts=origin),
+            Section("Before and after", pictures={drawn: image_uri(_picture(settings, result, strips=1))}),
+            Section("Did it work?", explanation, table=table),
             Section(
-                "What was done",
-                facts={
-                    "concepts": erasure.concepts,
-                    "sites": f"{len(facts['sites'])} layers",
-                    **{name: facts[name] for name in SHOWN_FACTS},
-                },
+                "What was done, and the guarantees",
+                facts={name.replace("`", ""): value for name, value in report},
+                folded=True,
             ),
-            Section(
-                "Guarantees and proof by run",
-                table=[{"check": name.replace("`", ""), "measured": finding} for name, finding in checks],
-            ),
-            Section(f"{', '.join(settings.concepts)}, forgotten", pairs=pairs[:limit]),
-            Section("Other artists", pairs=pairs[limit : 2 * limit]),
-            Section("No artist", pairs=pairs[2 * limit :]),
+            Section("How it was made", facts=origin, files=("table.md", "rows.csv"), folded=True),
+            Section("Every picture", pairs=pairs),
         ],
     )
     return text
@@ -282,10 +315,11 @@ def _origin(settings: Settings, result: Result) -> dict[str, str | list[str]]:
 
 
 def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
+    before, after = result.judged
     return [
         {
             "method": "more",
-            "forget": JOINT.join(settings.concepts),
+            "forget": settings.forgotten,
             "group": row.group,
             "case_number": i,
             "prompt": row.prompt,
@@ -293,33 +327,39 @@ def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
             "artist": row.artist,
             "thing": row.thing,
             "lpips": round(lpips, 6),
+            "style_before": before.styles[i],
+            "style_after": after.styles[i],
+            "content_before": before.contents[i],
+            "content_after": after.contents[i],
         }
         for i, (row, lpips) in enumerate(zip(result.rows, result.lpips.tolist(), strict=True))
     ]
 
 
-def _picture(settings: Settings, result: Result) -> Image.Image:
-    """Up to two strips per group: before above after, and below them what the original draws as target."""
-    forgotten = f"{', '.join(settings.concepts)}, forgotten"
-    if result.target is not None:
-        forgotten += f"; the target is {settings.targets[0]}"
+def _picture(settings: Settings, result: Result, *, strips: int) -> Image.Image:
+    """
+    Some strips per group: before above after, and below them what the original draws as target.
+    """
     columns = min(COLUMNS, settings.limit)
     sheets = []
-    for group, title in enumerate((forgotten, "Other artists", "No artist")):
-        first = group * settings.limit
+    for i, (group, name) in enumerate(GROUPS.items()):
+        title = name.format(forgotten=settings.forgotten)
+        if group == "forget" and result.target is not None:
+            title += f"; the target is {settings.targets[0]}"
+        first = i * settings.limit
         # The labels need not say that all have no artist, or the one that the title names.
-        same_artist = group == 2 or group == 0 and len(settings.concepts) == 1
-        for start in range(first, first + min(settings.limit, 2 * columns), columns):
+        same_artist = group == "no artist" or group == "forget" and len(settings.concepts) == 1
+        for start in range(first, first + min(settings.limit, strips * columns), columns):
             end = min(start + columns, first + settings.limit)
-            strips = {"before": result.before[start:end], "after": result.after[start:end]}
-            if group == 0 and result.target is not None:
-                strips["target"] = result.target[start:end]
+            pictures = {"before": result.before[start:end], "after": result.after[start:end]}
+            if group == "forget" and result.target is not None:
+                pictures["target"] = result.target[start:end]
             rows = result.rows[start:end]
-            # Short strips keep their width, so that the columns of all strips are in line.
+            # A short last strip keeps its width, so that the columns of all strips are in line.
             blank = [None] * (columns - len(rows))
             sheets.append(
                 draw_grid(
-                    {label: [*map(to_pil, images), *blank] for label, images in strips.items()},
+                    {label: [*map(to_pil, images), *blank] for label, images in pictures.items()},
                     column_labels=[row.thing if same_artist else f"{row.thing} {row.artist}" for row in rows],
                     scale=2,
                     title=title if start == first else "",

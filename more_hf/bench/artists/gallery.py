@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,15 +16,17 @@ from ...core.markdown import number
 from ..page import SMALL, Section, image_uri, png_uri, write_page
 from .config import ArtistsConfig
 from .grid import methods_of
-from .rows import Row
+from .rows import Row, When
 
 
 BUDGET = 14_000_000  # bytes of pictures on the page
 SIDE = 256  # larger pictures are shown at this size
 EXPLANATION = (
-    "LPIPS is the distance between the two: it should be large for the forgotten artist and small for all "
-    "others. Below each picture is the artist that the judge takes it for."
+    "Every method's picture starts from the same noise as the one before. LPIPS is the distance between the "
+    "two: it should be large for the forgotten artist and small for all others. Below each picture is what "
+    "the judges take it for."
 )
+FIRST = 3  # rows above the tables: the forgotten artist's first prompt, then other artists'
 
 # Rows of the forgotten artist, and of each other artist: the first choice that fits into `BUDGET` is taken.
 CHOICES = ((20, 20), (20, 6), (20, 3), (10, 3), (10, 2), (5, 1), (2, 1))
@@ -68,10 +69,12 @@ class GalleryRow:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What `gallery.html.jinja` shows."""
+    """What `gallery.html.jinja` shows: `first` above the tables, and `rows` below them with filters."""
 
+    first: Sequence[GalleryRow]
     rows: Sequence[GalleryRow]
     methods: Sequence[str]
+    explanation: str
     note: str
 
     @property
@@ -98,11 +101,17 @@ class Gallery:
 
 
 def write_report(
-    path: Path, images: Path, config: ArtistsConfig, rows: Sequence[Row], table: Sequence[Mapping[str, Any]]
+    path: Path,
+    images: Path,
+    config: ArtistsConfig,
+    rows: Sequence[Row],
+    *,
+    finding: str,
+    tables: Sequence[Section],
 ) -> None:
     """
-    Write the page. It shows as many rows of each artist as keep the pictures below `BUDGET`, and says how
-    many.
+    Write the page: the finding, some pictures, the tables, how it was made, and more pictures. These are as
+    many rows of each artist as keep the pictures below `BUDGET`; the page says how many.
     """
     prompts, methods, uris = _prompts(rows), methods_of(rows), _Uris(images)
     for own, other in CHOICES:
@@ -114,12 +123,12 @@ def write_report(
         path,
         template="gallery.html.jinja",
         title="Artists erased: before and after",
-        intro=f"{len(prompts)} prompts, each before and after every method, from the same noise. "
-        f"{EXPLANATION}",
+        finding=finding,
         sections=[
-            Section("Did it work?", table=table),
+            *tables,
             Section(
                 "How it was made",
+                folded=True,
                 facts={
                     "model": config.model,
                     "weights": made.weights[:16],
@@ -132,8 +141,10 @@ def write_report(
             ),
         ],
         gallery=Gallery(
+            [_gallery_row(prompt, methods, uris) for prompt in _first_of_each(prompts)],
             [_gallery_row(prompt, methods, uris) for prompt in shown],
             methods,
+            EXPLANATION,
             f"{len(shown)} of {len(prompts)} rows are shown: of each erasure at most {own} of the forgotten "
             f"artist and {other} of each other. All numbers are in rows.csv, all pictures in the folder "
             "images.",
@@ -161,6 +172,12 @@ def _first(prompts: Sequence[Prompt], own: int, other: int) -> list[Prompt]:
         if seen[key] <= (own if prompt.first.is_forgotten else other):
             first.append(prompt)
     return first
+
+
+def _first_of_each(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Of the first erasure, the first prompt of each of some artists, the forgotten one first."""
+    erased = [prompt for prompt in prompts if prompt.first.forget == prompts[0].first.forget]
+    return _first(erased, 1, 1)[:FIRST]
 
 
 class _Uris:
@@ -198,7 +215,7 @@ def _gallery_row(prompt: Prompt, methods: Sequence[str], uris: _Uris) -> Gallery
         if row is None:
             after[method] = None
             continue
-        note = ", ".join([f"LPIPS {number(row.lpips)}", *_judged(row.style_after, row.content_after)])
+        note = ", ".join([f"LPIPS {number(row.lpips)}", *_judged(row, "after")])
         after[method] = Picture(uris[row.after], note, row.lpips)
     return GalleryRow(
         forget=first.forget,
@@ -206,14 +223,15 @@ def _gallery_row(prompt: Prompt, methods: Sequence[str], uris: _Uris) -> Gallery
         is_forgotten=first.is_forgotten,
         prompt=first.prompt,
         seed=first.evaluation_seed,
-        before=Picture(uris[first.before], ", ".join(_judged(first.style_before, first.content_before))),
+        before=Picture(uris[first.before], ", ".join(_judged(first, "before"))),
         after=after,
     )
 
 
-def _judged(style: str, content: int | None) -> list[str]:
-    """What the judges say of a picture."""
-    judged = [style] if style else []
+def _judged(row: Row, when: When) -> list[str]:
+    """What the judges say of a picture, in plain words."""
+    style, content = row.judged(when)
+    judged = [f"taken for {style}"] if style else []
     if content is not None:
-        judged.append("thing seen" if content else "thing not seen")
+        judged.append(f"{row.thing or 'content'} {'recognised' if content else 'not recognised'}")
     return judged

@@ -56,7 +56,8 @@ def write_grid(path: Path, images: Path, rows: Sequence[Row]) -> None:
 def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
     """
     Draw one strip per erasure: the original's picture and every method's of one prompt, in the layout of the
-    paper's Fig. 4. The prompt is the first of the file that names the forgotten artist, whatever came out. If
+    paper's Fig. 4, and what the original draws for the target if a prompt of the target has the same thing.
+    The prompt is the first of the file that names the forgotten artist, whatever came out. If
     many methods meet many erasures, only the first erasures are drawn.
     """
     sheets = []
@@ -68,13 +69,17 @@ def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
             continue
         after = {row.method: row.after for row in erased if row.before == first.before}
         strip = [("original", first.before), *((method, after.get(method)) for method in methods)]
+        target = _target_of(first, erased)
+        if target is not None:
+            strip.insert(1, (f"target, {target.artist}", target.before))
+        title = f"{forget} erased, target {first.remap_to}: “{first.prompt}”"
         for start in range(0, len(strip), METHODS_COLUMNS):
             part = strip[start : start + METHODS_COLUMNS]
             sheets.append(
                 draw_grid(
                     {"": _thumbnails(images, [name for _, name in part], METHODS_SIDE)},
                     column_labels=[method for method, _ in part],
-                    title=f"{forget} erased: “{first.prompt}”" if start == 0 else "",
+                    title=title if start == 0 else "",
                 )
             )
     _save(sheets, path)
@@ -83,6 +88,12 @@ def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
 def methods_of(rows: Sequence[Row]) -> list[str]:
     """The methods of rows without the original, in their order."""
     return [method for method in dict.fromkeys(row.method for row in rows) if method != ORIGINAL]
+
+
+def _target_of(row: Row, erased: Sequence[Row]) -> Row | None:
+    """A row of the target with the same thing as `row`, from other noise; `None` if there is none."""
+    same_thing = (other for other in erased if other.artist == row.remap_to and other.thing == row.thing)
+    return next(same_thing, None) if row.thing else None
 
 
 def _by_erasure(rows: Sequence[Row]) -> dict[str, list[Row]]:

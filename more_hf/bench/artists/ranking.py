@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,8 +53,7 @@ def rank(rows: Sequence[Row]) -> list[RankedMethod]:
     single = [row for row in rows if JOINT not in row.forget]
     common = set.intersection(*({row.case for row in single if row.method == method} for method in methods))
     shared = [row for row in single if row.case in common]
-    contenders = [method for method in methods if not _is_control(method)]
-    if len(contenders) < 2 or not any(map(_is_judged, shared)):
+    if len(contenders(methods)) < 2 or not any(map(_is_judged, shared)):
         return []
 
     statistics = Statistics(shared)
@@ -105,6 +104,11 @@ class _Measured:
         )
 
 
+def contenders(methods: Iterable[str]) -> list[str]:
+    """The methods that can win, each once: all but the controls."""
+    return [method for method in dict.fromkeys(methods) if not _is_control(method)]
+
+
 def _is_control(method: str) -> bool:
     return DIFFUSION.get(method, UNREGISTERED).role == "control"
 
@@ -115,14 +119,19 @@ def _is_judged(row: Row) -> bool:
 
 def winner(ranking: Sequence[RankedMethod]) -> str:
     """Say in one sentence which method is first, and which are tied with it."""
-    condition = f"style_f of at most {STYLE_GONE:g} % and content_f of at least {CONTENT_KEPT:g} % of before"
+    condition = (
+        f"leave the style in at most {STYLE_GONE:g} % of the forgotten artist's pictures (style_f) and keep "
+        f"what they show in at least {CONTENT_KEPT:g} % of those that showed it before (content_f)"
+    )
     qualified = [line for line in ranking if line.qualifies == "yes"]
     if not qualified:
-        return f"No method has {condition}."
+        return f"Nobody. A winner would have to {condition}."
     first = qualified[0]
     tied = [line.method for line in qualified[1:] if line.behind_low <= 0]
     ties = f", tied with {', '.join(tied)}" if tied else ""
+    erasures = "one erasure" if first.erasures == 1 else f"{first.erasures} erasures"
     return (
-        f"Over {first.erasures} erasure(s), among the methods with {condition}, {first.method} has the "
-        f"largest lpips_d{ties}, by paired 95 % intervals over prompts."
+        f"{first.method}{ties}, over {erasures}. Of the methods that {condition}, it has the largest "
+        "lpips_d: how much further the forgotten artist's pictures moved than the others'. Ties are by "
+        "paired 95 % intervals over prompts."
     )

@@ -88,14 +88,20 @@ class Row:
         """What the rows of all methods for one picture have in common."""
         return self.forget, self.case_number, self.sample
 
+    def judged(self, when: When) -> tuple[str, int | None]:
+        """The artist that the judge takes the picture for, and whether it sees the row's thing."""
+        if when == "before":
+            return self.style_before, self.content_before
+        return self.style_after, self.content_after
+
     def style(self, when: When) -> float | None:
         """100 if the judge recognises the row's artist, else 0; `None` if nobody judged."""
-        taken_for = self.style_before if when == "before" else self.style_after
+        taken_for, _ = self.judged(when)
         return 100.0 * (taken_for == self.artist) if taken_for else None
 
     def content(self, when: When) -> float | None:
         """100 if the judge sees the row's thing, else 0; `None` if nobody judged."""
-        is_seen = self.content_before if when == "before" else self.content_after
+        _, is_seen = self.judged(when)
         return None if is_seen is None else 100.0 * is_seen
 
 

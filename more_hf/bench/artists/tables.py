@@ -11,13 +11,16 @@ from ...core.files import write_text
 from ...core.markdown import markdown_table
 from ..columns import write_rows
 from ..errors import BenchmarkError
+from ..methods.registry import DIFFUSION
+from ..page import Section
 from ..tables import compare, made_with
 from .cells import collect_rows
 from .config import ArtistsConfig
+from .findings import finding
 from .gallery import write_report
 from .grid import write_grid, write_methods
 from .ranking import RankedMethod, rank, winner
-from .rows import ORIGINAL, Row, read_rows
+from .rows import Row, read_rows
 from .summary import COLUMNS, POOLED, summarise
 
 
@@ -44,6 +47,22 @@ JUDGES_NOTE = (
     "are and (in brackets) after the pipeline's VAE. What they recognise on the unedited pipeline's "
     "pictures stands before each arrow above."
 )
+
+# What the columns of the page's table are, in plain words.
+WORDS = {
+    "forget": "erased",
+    "remap_to": "sent to",
+    "n_f": "its pictures",
+    "n_r": "others",
+    "style_f": "forgotten style recognised, %",
+    "content_f": "its things recognised, %",
+    "style_r": "other styles recognised, %",
+    "content_r": "their things recognised, %",
+    "lpips_f": "forgotten artist moved",
+    "lpips_r": "others moved",
+    "lpips_d": "difference",
+}
+CONTROLS = [name for name, method in DIFFUSION.items() if method.role == "control"]
 
 Line = Mapping[str, Any]  # of `summary.csv`
 
@@ -85,10 +104,18 @@ def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> l
     summary = summarise(rows, confusion=config.judge_facts.get("confusion"))
     write_rows(output / "rows.csv", [asdict(row) for row in rows])
     write_rows(output / "summary.csv", summary)
-    write_text(output / "table.md", tables(config, summary, rank(rows)) + "\n")
+    ranking = rank(rows)
+    write_text(output / "table.md", tables(config, summary, ranking) + "\n")
     images = output / "images"
     if images.is_dir():
-        write_report(output / "report.html", images, config, rows, short_table(summary))
+        write_report(
+            output / "report.html",
+            images,
+            config,
+            rows,
+            finding=finding(summary, ranking),
+            tables=_page_tables(summary, ranking),
+        )
         write_grid(output / "grid.png", images, rows)
         write_methods(output / "methods.png", images, rows)
     return summary
@@ -96,10 +123,10 @@ def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> l
 
 def tables(config: ArtistsConfig, summary: Sequence[Line], ranking: Sequence[RankedMethod]) -> str:
     """
-    `table.md`: the ranking, the paper's layout, what the judges say, what stays, cost, the judges, what made
-    it.
+    `table.md`: the finding, the ranking, the paper's layout, what the judges say, what stays, cost, the
+    judges, what made it.
     """
-    parts = []
+    parts = [finding(summary, ranking)]
     if ranking:
         parts += [f"**Who wins?** {winner(ranking)}", markdown_table(_ranking_table(ranking))]
     parts.append(paper_tables(summary))
@@ -112,6 +139,25 @@ def tables(config: ArtistsConfig, summary: Sequence[Line], ranking: Sequence[Ran
     if config.judge_facts:
         parts += [JUDGES_NOTE, markdown_table(_judge_table(config.judge_facts))]
     return "\n\n".join([*parts, _made_with(config, summary)])
+
+
+def _page_tables(summary: Sequence[Line], ranking: Sequence[RankedMethod]) -> list[Section]:
+    """What the page shows: who wins, and a line per method; single erasures are in the files beside it."""
+    pooled = [line for line in summary if line["forget"] == POOLED]
+    sections = []
+    if ranking:
+        table = _ranking_table(ranking)
+        sections.append(Section("Who wins?", winner(ranking), table=table, words=WORDS))
+    return [
+        *sections,
+        Section(
+            "Did it work?",
+            "Percentages are before → after. LPIPS says how far a picture moved. Bold is the best method.",
+            table=short_table(pooled or summary),
+            words=WORDS,
+            files=("table.md", "summary.csv", "rows.csv"),
+        ),
+    ]
 
 
 def paper_tables(summary: Sequence[Line]) -> str:
@@ -168,7 +214,7 @@ def _compared(
         summary,
         labels,
         [COLUMNS[column] for column in columns],
-        references=(ORIGINAL,),
+        references=CONTROLS,
         decimals=1,
         interval_decimals=interval_decimals,
     )

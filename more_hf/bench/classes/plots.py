@@ -57,19 +57,27 @@ def _tsne(
 
     figure, axes = _panels(len(features))
     remaining = [c for c in range(len(classes)) if c not in forgotten]
+    # Few classes have a colour each, none of them the red of the forgotten; many share one.
+    palette = colormaps["tab20"].colors
+    colours = [palette[i] for i in (0, 2, 4, 8, 10, 12, 14, 16, 18, 1, 3, 5, 9, 11, 13, 15, 17, 19)]
+    is_told_apart = len(remaining) <= len(colours)
     for axis, (name, z) in zip(axes, features.items(), strict=False):
         embedding = TSNE(random_state=0, init="pca", perplexity=min(30, (len(z) - 1) / 3), max_iter=500)
         points = embedding.fit_transform(z.astype(np.float64))
         for i, c in enumerate(remaining):
-            colour = colormaps["Blues"](0.35 + 0.6 * i / len(remaining))
-            axis.scatter(*points[labels == c].T, s=5, color=colour, linewidths=0)
+            colour = colours[i] if is_told_apart else "tab:blue"
+            axis.scatter(*points[labels == c].T, s=5, color=colour, linewidths=0, label=classes[c])
         for c in forgotten:
-            axis.scatter(*points[labels == c].T, s=9, color="tab:red", linewidths=0, label=classes[c])
+            label = f"{classes[c]} (forgotten)"
+            axis.scatter(*points[labels == c].T, s=9, color="red", linewidths=0, label=label)
         axis.set_title(name)
         axis.set_xticks([])
         axis.set_yticks([])
-    if len(forgotten) <= 5:
-        axes[0].legend(title="forgotten", fontsize=8, title_fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    if not is_told_apart:
+        # One entry for each kind.
+        handles, names = [handles[0], handles[-1]], ["remaining classes", "forgotten classes"]
+    figure.legend(handles, names, loc="outside lower center", ncols=6, markerscale=3, fontsize=9)
     return figure
 
 

@@ -37,7 +37,7 @@ from .run import (
     training_facts,
 )
 from .store import KDCell, SamplesConfig
-from .tables import COST, KEYS, LOSS_ATTACK, config_facts, draw_row_accuracies, summary_line
+from .tables import COST, KEYS, LOSS_ATTACK, REFERENCES, config_facts, draw_row_accuracies, summary_line
 from .training import Trainer
 
 
@@ -53,6 +53,22 @@ NOTE = (
     "takes for training samples (the paper's Table 4 looks like this); mia_loss: accuracy of appendix B.3's "
     "attack on the loss, 50 is ideal. gap: mean absolute difference to retrain of acc_f, acc_r, acc_rt and "
     "mia_member, on the same seed; smaller is better. 95 % bootstrap intervals."
+)
+
+
+# What the columns of the page's table are, in plain words.
+WORDS = {
+    "acc_f": "forgotten images recognised, %",
+    "acc_r": "other training images, %",
+    "acc_rt": "test images, %",
+    "mia_member": "forgotten taken for training images, by confidence, %",
+    "mia_entropy_member": "the same, by entropy, %",
+    "mia_loss": "an attack on the loss is right, %",
+    "gap": "mean difference to retrain, points",
+}
+PAGE_NOTE = (
+    "To have forgotten single images is to behave like a model that was trained without them: the closer to "
+    "retrain, the better. 95 % bootstrap intervals in brackets."
 )
 
 
@@ -178,14 +194,22 @@ def _write(output: Path, config: SamplesConfig, rows: Sequence[Mapping[str, Any]
     write_rows(output / "summary.csv", summary)
     table = short_table(summary)
     commands = "\n".join(f"- `{command}`" for command in config.commands)
-    write_text(output / "table.md", f"{NOTE}\n\n{markdown_table(table)}\n\n{commands}\n")
+    found = finding(summary)
+    write_text(output / "table.md", f"{found}\n\n{markdown_table(table)}\n\n{NOTE}\n\n{commands}\n")
     write_page(
         output / "report.html",
         title=f"Random samples forgotten: {config.training.dataset}, {config.training.model}",
-        intro=NOTE,
+        finding=found,
         sections=[
-            Section("Distance to retraining", table=table),
-            Section("How it was made", facts=config_facts(config)),
+            Section(
+                "Distance to retraining",
+                PAGE_NOTE,
+                table=table,
+                words=WORDS,
+                files=("table.md", "summary.csv", "rows.csv"),
+            ),
+            Section("What the columns are", NOTE, folded=True),
+            Section("How it was made", facts=config_facts(config), folded=True),
         ],
     )
     return summary
@@ -206,6 +230,23 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line["gap"] = round(float(np.mean(gaps)), 6) if gaps else None
         lines.append(line)
     return lines
+
+
+def finding(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Say in plain words which method comes closest to retraining, and whether doing nothing is as close."""
+    lines = {line["method"]: line for line in summary}
+    rivals = [line for name, line in lines.items() if name not in REFERENCES and line["gap"] is not None]
+    if "original" not in lines or not rivals:
+        return "Original, retrain and a method are needed to say how close a method comes to retraining."
+    original, retrained = lines["original"], lines["retrain"]
+    best = min(rivals, key=lambda line: line["gap"])
+    closer = [line["method"] for line in rivals if line["gap"] < original["gap"]]
+    return (
+        f"The original recognises {original['acc_f']:.1f} % of the forgotten images, a model retrained "
+        f"without them {retrained['acc_f']:.1f} %. {best['method']} comes closest to retraining: its numbers "
+        f"differ by {best['gap']:.2f} points on average, those of the original by {original['gap']:.2f}. "
+        f"{len(closer)} of {len(rivals)} methods are closer than doing nothing."
+    )
 
 
 def short_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

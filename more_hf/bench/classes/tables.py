@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..bootstrap import draw_accuracies, interval
 from ..columns import Column, read_rows, write_rows
 from ..errors import BenchmarkError
 from ..page import Section, png_uri, write_page
-from ..tables import compare, made_with
+from ..tables import compare, made_with, share
 from .plots import write_plots
 from .store import ClassesConfig, KDConfig
 
@@ -95,10 +95,29 @@ SHORT = [
     COST[0],
 ]
 
-INTRO = (
-    "Accuracies in percent: forgotten and remaining classes, training (f, r) and test images (ft, rt). "
-    "KR is what a new head finds in the features after the edit."
+# What the columns of the page's table are, in plain words.
+WORDS = {
+    "acc_ft": "forgotten classes recognised",
+    "acc_rt": "other classes recognised",
+    "hm_t": "both",
+    "kr_acc_ft": "a new head finds of the forgotten",
+    "kr_hm_t": "both, with a new head",
+    "kr_converged_acc_ft": "a head trained to the end finds",
+}
+PAGE_NOTE = (
+    "Percent of test images; both: the harmonic mean of what is forgotten and what is still "
+    "recognised. The new heads are trained on the features after the edit. -reloaded: saved and loaded. "
+    "Bold is the best method."
 )
+# The pages' pictures: heading and caption. The first stands open above the table.
+PICTURES = {
+    "tsne": (
+        "The feature space",
+        "Test images by their features (t-SNE), after every method; the forgotten in red.",
+    ),
+    "cosines": ("Where the classes went", "Cosines of mean features: before in rows, after in columns."),
+    "cost": ("Cost", "Seconds, and MiB while the method works."),
+}
 RETENTION_NOTE = (
     "A new head trained on the features as in the paper: SGD, learning rate 0.1, 10 epochs, batch 64; "
     "mean over probe seeds."
@@ -225,14 +244,55 @@ def _harmonic_mean(acc_f: np.ndarray, acc_r: np.ndarray) -> np.ndarray:
     return 2 * forgotten * acc_r / np.maximum(forgotten + acc_r, 1e-12)
 
 
+def finding(summary: Sequence[Row], methods: Collection[str]) -> str:
+    """Say in plain words which methods forget best, by their own head and by a new one."""
+    shown = _main_lines(summary)
+    # Variants of a method (saved and loaded, asked several times) are in the table.
+    rivals = [line for line in shown if line["method"] in methods and line["method"] not in REFERENCES]
+    sentences = []
+    by_name = {line["method"]: line for line in shown}
+    if "original" in by_name:
+        before = by_name["original"]
+        sentences.append(
+            f"The original recognises {share(before['acc_ft'])} of the forgotten classes' test images and "
+            f"{share(before['acc_rt'])} of the others'."
+        )
+    if rivals:
+        best = max(rivals, key=lambda line: line["hm_t"])
+        sentences.append(
+            f"After {best['method']}, which forgets best, it is {share(best['acc_ft'])} and "
+            f"{share(best['acc_rt'])}; a new head trained on its features finds {share(best['kr_acc_ft'])} "
+            "of the forgotten."
+        )
+        hidden = max(rivals, key=lambda line: line["kr_hm_t"])
+        if hidden is not best:
+            sentences.append(
+                f"{hidden['method']} hides best from a new head, which finds {share(hidden['kr_acc_ft'])}; "
+                f"its own head recognises {share(hidden['acc_ft'])} and {share(hidden['acc_rt'])}."
+            )
+    if "retrain" in by_name:
+        found = share(by_name["retrain"]["kr_acc_ft"])
+        sentences.append(f"Even after retraining without the classes, a new head finds {found}.")
+    return " ".join(sentences) or "Only references were run."
+
+
+def _main_lines(summary: Sequence[Row]) -> list[Row]:
+    """The lines over all entries, or of the first entry if there is one alone."""
+    entries = [line["forget"] for line in summary]
+    shown = POOLED if POOLED in entries else entries[0]
+    return [line for line in summary if line["forget"] == shown]
+
+
+def _forgotten(lines: Sequence[Row]) -> str:
+    """What the methods of these lines forgot, in words."""
+    forget = lines[0]["forget"]
+    return "every entry in turn, means over all" if forget == POOLED else forget
+
+
 def sections(summary: Sequence[Row], probes: Sequence[Row]) -> list[Section]:
     """The tables with their notes: the paper's Table 1 first, both halves, then what it leaves out."""
-    entries = list(dict.fromkeys(line["forget"] for line in summary))
-    is_pooled = POOLED in entries
-    shown = POOLED if is_pooled else entries[0]
-    main = [line for line in summary if line["forget"] == shown]
-    forgotten = "every entry in turn, means over all" if is_pooled else shown
-    accuracy_note = f"Forgotten: {forgotten}. 95 % bootstrap intervals over runs and samples."
+    main = _main_lines(summary)
+    accuracy_note = f"Forgotten: {_forgotten(main)}. 95 % bootstrap intervals over runs and samples."
     tables = [
         Section("Accuracy", accuracy_note, _compare(main, OWN_HEAD, interval_decimals=1)),
         Section("Knowledge retention", RETENTION_NOTE, _compare(main, NEW_HEAD, interval_decimals=1)),
@@ -242,7 +302,7 @@ def sections(summary: Sequence[Row], probes: Sequence[Row]) -> list[Section]:
         Section("Similarity", SIMILARITY_NOTE, _compare(main, SIMILARITY)),
         Section("Cost", "Seconds, and MiB while the method works.", _compare(main, COST)),
     ]
-    if is_pooled:
+    if main[0]["forget"] == POOLED:
         single = [line for line in summary if line["forget"] != POOLED]
         tables.append(Section("Every erasure", "Means over seeds.", _compare(single, SHORT)))
     return tables
@@ -272,27 +332,47 @@ def _write(
     write_rows(output / "summary.csv", summary)
     tables = sections(summary, probes)
     parts = [f"## {part.heading}\n\n{part.note}\n\n{markdown_table(part.table)}" for part in tables]
-    write_text(output / "table.md", "\n\n".join([*parts, made_with(config, _facts(config))]) + "\n")
-    pictures = {path.stem: png_uri(path) for path in sorted((output / "plots").glob("*.png"))}
-    write_page(
-        output / "report.html",
-        title=f"Classes forgotten: {config.training.dataset}, {config.training.model}",
-        intro=INTRO,
-        sections=[
-            *tables,
-            Section("Pictures", pictures=pictures),
-            Section("How it was made", facts=config_facts(config)),
-        ],
-    )
+    found = finding(summary, config.methods)
+    write_text(output / "table.md", "\n\n".join([found, *parts, made_with(config, _facts(config))]) + "\n")
+    _write_page(output, config, summary, found)
     return summary
 
 
+def _write_page(output: Path, config: ClassesConfig, summary: Sequence[Row], found: str) -> None:
+    """Write what is read of all that; the rest is in the files beside the page."""
+    pictures = [
+        Section(heading, pictures={caption: png_uri(path)}, folded=name != "tsne")
+        for name, (heading, caption) in PICTURES.items()
+        if (path := output / "plots" / f"{name}.png").is_file()
+    ]
+    main = _main_lines(summary)
+    columns = [column for column in SHORT if column.name in (*WORDS, "seconds")]
+    table = Section(
+        "Is it forgotten?",
+        f"Forgotten: {_forgotten(main)}. {PAGE_NOTE}",
+        table=_compare(main, columns, labels=("method", "runs")),
+        words=WORDS,
+        files=("table.md", "summary.csv", "rows.csv", "probes.csv"),
+    )
+    how = Section("How it was made", facts=config_facts(config), folded=True)
+    write_page(
+        output / "report.html",
+        title=f"Classes forgotten: {config.training.dataset}, {config.training.model}",
+        finding=found,
+        sections=[*pictures[:1], table, *pictures[1:], how],
+    )
+
+
 def _compare(
-    summary: Sequence[Row], columns: Sequence[Column], interval_decimals: int | None = None
+    summary: Sequence[Row],
+    columns: Sequence[Column],
+    *,
+    labels: Sequence[str] = ("method", "forget", "runs"),
+    interval_decimals: int | None = None,
 ) -> list[dict[str, Any]]:
     return compare(
         [{**line, "runs": line["seeds"]} for line in summary],
-        ("method", "forget", "runs"),
+        labels,
         columns,
         references=REFERENCES,
         decimals=2,

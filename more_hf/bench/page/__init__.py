@@ -47,7 +47,7 @@ class Pair:
 @dataclass(frozen=True)
 class Section:
     """
-    A section of a page, in this order: note, table, pictures, pairs, facts. What is empty is left out.
+    A section of a page, in this order: note, pictures, table, pairs, facts, files. What is empty is left out.
 
     Args:
         heading (`str`):
@@ -57,26 +57,35 @@ class Section:
         table (`Sequence[Mapping[str, object]]`, *optional*):
             Rows as for `markdown_table`; the first row's keys are the columns.
         pictures (`Mapping[str, str]`, *optional*):
-            A description of each picture to its data URI.
+            A caption of each picture to its data URI.
+        words (`Mapping[str, str]`, *optional*):
+            What a column is in plain words, written above its name. A key is the name without an arrow.
         pairs (`Sequence[Pair]`, *optional*):
-            Shown as cards, with a search box at the top of the page.
+            Shown as cards, with a search box. One section of a page may have them.
         facts (`Mapping[str, object]`, *optional*):
             Names and values; lists are joined with commas, nested mappings flattened.
+        files (`Sequence[str]`, *optional*):
+            Files beside the page that have the rest, as links.
+        folded (`bool`, *optional*, defaults to `False`):
+            Whether only the heading shows until it is clicked.
     """
 
     heading: str
     note: str = ""
     table: Sequence[Mapping[str, object]] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
     pairs: Sequence[Pair] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
+    files: Sequence[str] = ()
+    folded: bool = False
 
 
 def write_page(
     path: str | Path,
     *,
     title: str,
-    intro: str,
+    finding: str,
     sections: Sequence[Section],
     template: str = "report.html.jinja",
     **context: Any,
@@ -89,8 +98,8 @@ def write_page(
             The file to write.
         title (`str`):
             Title and heading.
-        intro (`str`):
-            A paragraph below the heading.
+        finding (`str`):
+            What came out, in plain words. The page begins with it.
         sections (`Sequence[Section]`):
             The page's body.
         template (`str`, *optional*, defaults to `"report.html.jinja"`):
@@ -98,7 +107,8 @@ def write_page(
         context (`Any`):
             Further variables of that template.
     """
-    page = _ENVIRONMENT.get_template(template).render(title=title, intro=intro, sections=sections, **context)
+    template = _ENVIRONMENT.get_template(template)
+    page = template.render(title=title, finding=finding, sections=sections, **context)
     write_text(path, page + "\n")
 
 

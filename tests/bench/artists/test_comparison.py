@@ -190,9 +190,7 @@ def test_tuned_settings_reach_their_method_and_are_kept(tiny_sd, prompts, tmp_pa
     with pytest.raises(BenchmarkError, match=r"cure takes no `lamb`"):
         run(tiny_sd(), "cure", prompts, tmp_path / "no", tuned={"cure": {"lamb": 1.0}})
     # What was typed goes first.
-    run(
-        tiny_sd(), "uce", prompts, tmp_path / "flag", tuned=tuned, settings={"lamb": 3.0}
-    )
+    run(tiny_sd(), "uce", prompts, tmp_path / "flag", tuned=tuned, settings={"lamb": 3.0})
     assert json.loads((tmp_path / "flag" / "config.json").read_text())["methods"]["uce"]["lamb"] == 3.0
 
 

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 import more_hf
+from more_hf.bench.artists.gallery import FIRST
 from more_hf.bench.artists.grid import read_image
 from more_hf.bench.artists.rows import read_rows
 from more_hf.bench.artists.run import run_artists
@@ -30,6 +31,7 @@ PROMPTS = HEADER + (
     "8,a photo of a cat,16,,cat,\n"
 )
 EXPECTED_ROWS = 6 + 2  # and the second seed of the forgotten artist
+PICTURES = (FIRST + EXPECTED_ROWS) * 3  # on the page: before, more, gentle
 
 
 @pytest.fixture
@@ -266,8 +268,8 @@ def test_the_outputs(tiny_sd, prompts, tmp_path):
         Image.open(output / name).verify()
 
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") == EXPECTED_ROWS * 3  # before, more, gentle
-    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{40,}"', page)) == EXPECTED_ROWS * 3
+    assert page.count("<img") == PICTURES
+    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{40,}"', page)) == PICTURES
     assert "<b>dog</b>" not in page
     assert "&lt;b&gt;dog&lt;/b&gt;" in page
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r'src="[^"]*"', "", page))
@@ -297,7 +299,7 @@ addEventListener("load", () => {
   set("text", "dog van"); found.push(prompts().length);
   set("artist", "none"); set("text", ""); found.push(prompts().length);
   set("artist", ""); set("method", "gentle");
-  const cells = [...document.querySelectorAll("td[data-method=more]")];
+  const cells = [...document.querySelectorAll("#pictures td[data-method=more]")];
   found.push(cells.filter(cell => cell.offsetWidth > 0).length);
   set("method", ""); set("sort", "more:d");
   const order = [...body.rows].map(row => lpips(row, "more"));
@@ -330,4 +332,4 @@ def test_the_page_in_a_browser(tiny_sd, prompts, tmp_path):
     ]
     command += ["--virtual-time-budget=20000", "--dump-dom", probed.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert re.search("<title>(.*)</title>", dom)[1] == f"found {EXPECTED_ROWS * 3} 4 2 1 0 true"
+    assert re.search("<title>(.*)</title>", dom)[1] == f"found {PICTURES} 4 2 1 0 true"

@@ -2,6 +2,7 @@
 recomputation."""
 
 import copy
+import html
 import json
 import os
 import signal
@@ -101,9 +102,12 @@ def test_one_call_leaves_everything(folder):
     assert {probe["learning_rate"] for probe in probes} == {"converged", "0.1", "0.01", "0.001"}
     assert not list(folder.rglob("*.part"))
     table = (folder / "table.md").read_text()
+    assert table.startswith("The original recognises ")
     assert all(f"| {name} " in table for name in ROWS)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png") == 3
+    assert table.partition("\n")[0] in html.unescape(page)
+    assert "<input" not in page  # there are no prompts to look for
     assert "http" not in page.replace("http-equiv", "")
 
 

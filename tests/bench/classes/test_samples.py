@@ -86,6 +86,7 @@ def test_gap_is_the_mean_distance_to_retrain(folder):
 
 def test_run_again_and_report(folder, monkeypatch, capsys):
     before = (folder / "table.md").read_text()
+    assert before.startswith("The original recognises ")
     monkeypatch.setattr(kd_samples, "_row", lambda *args: pytest.fail("measured twice"))
     assert main(["bench", "report", str(folder)]) == 0
     assert "remap-samples" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""What an erasure did to the pictures, in one sentence of plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...core.markdown import number
+from ..tables import share
+from .ranking import CONTENT_KEPT, STYLE_GONE, RankedMethod, contenders
+from .summary import POOLED
+
+
+# Distances below which nobody sees a change, and below which one has to look for it. A picture of 64 pixels
+# that is shifted by one pixel has 0.02.
+UNSEEN, SLIGHT = 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    The means of one erasure.
+
+    Args:
+        forgotten (`str`):
+            What was erased, as the sentence calls it.
+        style_before, style_after (`float`, *optional*):
+            Percent of its pictures in which it is recognised; `None` if nobody judged.
+        content_before, content_after (`float`, *optional*):
+            Percent of its pictures that show the thing that was asked for.
+        lpips_f, lpips_r (`float`, *optional*):
+            How far its pictures moved, and those of the other artists.
+    """
+
+    forgotten: str
+    style_before: float | None
+    style_after: float | None
+    content_before: float | None
+    content_after: float | None
+    lpips_f: float
+    lpips_r: float | None
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> Finding:
+        """The finding in a line of `summary.csv`."""
+        judged = (line[f"{name}_f{end}"] for name in ("style", "content") for end in ("_before", ""))
+        forgotten = "the forgotten artist" if line["forget"] == POOLED else line["forget"]
+        return cls(forgotten, *judged, line["lpips_f"], line["lpips_r"])
+
+    def __str__(self) -> str:
+        parts = [self._forgotten()]
+        if self.lpips_r is not None:
+            parts.append(f"the other artists' pictures {_moved(self.lpips_r)}")
+        return "; ".join(parts) + "."
+
+    def _forgotten(self) -> str:
+        if self.style_after is None:
+            return f"{self.forgotten}: its pictures {_moved(self.lpips_f)}, and nobody judged what they show"
+        before, after = share(self.style_before), share(self.style_after)
+        recognised = f"{self.forgotten} is recognised in {before} of the pictures before"
+        if self.style_before <= STYLE_GONE:
+            text = f"{recognised}, so that there was hardly anything to erase, and in {after} after"
+        elif self.style_after > STYLE_GONE:
+            text = f"The erasure did not succeed: {recognised} and still in {after} after"
+        else:
+            text = f"{recognised} and in {after} after"
+        if self.content_after is not None and self.content_after < CONTENT_KEPT / 100 * self.content_before:
+            before, after = share(self.content_before), share(self.content_after)
+            text += f", but what was asked for is seen in {after} of them ({before} before)"
+        return text
+
+
+def _moved(lpips: float) -> str:
+    if lpips < UNSEEN:
+        seen = "which nobody sees"
+    elif lpips < SLIGHT:
+        seen = "which one has to look for"
+    else:
+        seen = "which is plain to see"
+    return f"moved by {number(lpips)} LPIPS on average, {seen}"
+
+
+def finding(summary: Sequence[Mapping[str, Any]], ranking: Sequence[RankedMethod]) -> str:
+    """
+    Say what the first method of the ranking did, or without a ranking the first that is no control: over all
+    erasures of a single artist if there are several, else each erasure.
+    """
+    methods = [line.method for line in ranking] or contenders(line["method"] for line in summary)
+    if not methods:
+        return "Only controls were run: nothing is erased here."
+    method = methods[0]
+    lines = [line for line in summary if line["method"] == method]
+    shown = [line for line in lines if line["forget"] == POOLED] or lines
+    return f"After {method}: {' '.join(str(Finding.of_line(line)) for line in shown)}"
