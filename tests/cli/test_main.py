@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,6 +179,16 @@ def test_a_folder_called_like_a_data_set_is_noticed(tmp_path, monkeypatch, capsy
     assert "write ./digits" in capsys.readouterr().err
     assert main([*words, "./digits"]) == 130
     assert "built-in" not in capsys.readouterr().err
+
+
+def test_the_other_processes_of_a_benchmark_make_no_table(monkeypatch, capsys):
+    state = SimpleNamespace(num_processes=2, is_main_process=False, device=SimpleNamespace(type="cpu"))
+    monkeypatch.setattr("more_hf.bench.machine.processes", lambda: state)
+    monkeypatch.setattr("more_hf.bench.classes.run.run_kd", lambda *args, **options: [])
+    assert main("bench kd --forget 3 --output out".split()) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "Running in 2 processes on cpu.\n"
 
 
 def test_unknown_flags_exit_with_2(capsys):
