@@ -343,7 +343,7 @@ REFUSED = {
         "linear layers are as wide as the text encoder's features (48)",
         "transformer.context_embedder",
         "To add this family",
-        "more_hf.diffusion.families.FAMILIES",
+        "more_hf.register_family",
     ],
 }
 
