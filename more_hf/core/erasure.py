@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,6 @@ from .markdown import aligned_text, bare_table
 from .remap import EXACT, Remap
 from .request import Request
 from .site import Site
-
-
-if TYPE_CHECKING:
-    from .hook import RoutingHook
 
 
 # What `Remap.verify` measures that must be 0 to rounding; the rest says what an edit costs.
@@ -57,7 +53,7 @@ class Erasure(ABC):
     originals: dict[str, Tensor] | None = field(repr=False)
     guarantees: dict[str, float]
     proof: dict[str, float] = field(default_factory=dict)
-    hooks: tuple[RoutingHook, ...] = field(default=(), repr=False)
+    hooks: tuple[Any, ...] = field(default=(), repr=False)  # `core.hook` stands on this module
 
     @property
     def concepts(self) -> list[str]:
@@ -75,7 +71,7 @@ class Erasure(ABC):
         return next(iter(self.remaps.values()), None)
 
     @property
-    def hook(self) -> RoutingHook | None:
+    def hook(self) -> Any:
         """The routing hook that has the router."""
         return self.hooks[0] if self.hooks else None
 

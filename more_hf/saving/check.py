@@ -17,7 +17,7 @@ from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..core.errors import IncompatibleBaseError, MoreError, TargetNotFoundError
+from ..core.errors import IncompatibleBaseError, MoreError, SiteNotFoundError
 from ..core.markdown import markdown_table
 from ..core.record import Record
 from ..core.request import ConceptRequest
@@ -292,7 +292,7 @@ def _layers_in(folder: Path, record: Record) -> list[Layer]:
             module = cls.from_config(cls.load_config(place))
         family = family_of(module)
         if family is None:
-            raise TargetNotFoundError(f"{cls.__name__} is not a denoiser of a supported family.")
+            raise SiteNotFoundError(f"{cls.__name__} is not a denoiser of a supported family.")
         readers = find_layers(Denoiser(record.denoiser, module, family), pooled=record.request.pooled)
     layers = []
     for name, reader in readers.items():

@@ -199,7 +199,7 @@ def test_projections_fused_inside_the_block(pair):
         pipe.fuse_qkv_projections()
     assert torch.allclose(run(pipe), erased, atol=1e-5)  # what was fused is the erased weights
     for verb in (lambda: more_hf.disabled(pipe).__enter__(), lambda: more_hf.restore(pipe)):
-        with pytest.raises(more_hf.TargetNotFoundError, match="fused|replaced"):
+        with pytest.raises(more_hf.SiteNotFoundError, match="fused|replaced"):
             verb()
     assert more_hf.get_erasure(pipe) is not None
     pipe.unfuse_qkv_projections()

@@ -105,7 +105,8 @@ class EmojiJudges:
 
         with safe_open(path, "pt") as file:
             metadata = json.loads(file.metadata()["more_hf"])
-            self.weights = {name: file.get_tensor(name).float().to(device) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            self.weights = {name: file.get_tensor(name).float().to(device) for name in names}
         self.device = torch.device(device)
         self.artists: list[str] = metadata["artists"]
         self.things: list[str] = metadata["things"]

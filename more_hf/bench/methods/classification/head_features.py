@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ....classification.heads import find_heads
-from ....core.errors import MoreError, TargetNotFoundError
+from ....core.errors import MoreError, SiteNotFoundError
 from ....core.prototypes import PrototypeFitter
 from ...splits import ImageSet, Splits
 from .training import batches
@@ -29,11 +29,11 @@ class FeatureMap:
 
 
 def find_head(model: nn.Module, images: ImageSet) -> tuple[str, nn.Linear]:
-    """The one linear layer that gives the logits, with its name. Raises `TargetNotFoundError` for several."""
+    """The one linear layer that gives the logits, with its name. Raises `SiteNotFoundError` for several."""
     pixels, _ = next(batches(images.loader(2), model))
     heads = find_heads(model, pixels)
     if len(heads) > 1:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"{type(model).__name__} has {len(heads)} heads ({', '.join(heads)}), and this method takes one. "
             "Take a model with one head."
         )

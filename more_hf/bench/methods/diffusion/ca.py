@@ -66,7 +66,7 @@ def ca(
             with every batch of anchors.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does.
         `IncompatibleBaseError`: if training diverged; the pipeline is unchanged then.
     """
     roles = name_roles(concepts, remap_to, retain)

@@ -39,7 +39,7 @@ def cure(
             or `"padded"` (all positions but the begin token). The paper does not say.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
             reads T5.
     """
     roles, texts = name_roles(concepts, remap_to, retain), Texts(pipe)

@@ -65,7 +65,7 @@ def esd(
             every `save_every` iterations.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does.
         `IncompatibleBaseError`: if training diverged; the pipeline is unchanged then.
     """
     if variant not in VARIANTS:

@@ -40,7 +40,7 @@ class AtInference(StableDiffusionPipeline):
     ) -> AtInference:
         """A pipeline of this class over the components of `pipe`, which is not modified.
 
-        Raises `TargetNotFoundError` for another class of pipeline.
+        Raises `SiteNotFoundError` for another class of pipeline.
         """
         require_stable_diffusion(pipe)
         made = cls(**pipe.components, requires_safety_checker=pipe.config.requires_safety_checker)

@@ -46,7 +46,7 @@ def oce(
         layers (`str`, defaults to `"v"`): `"v"`, `"k"` or `"kv"`.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
             reads T5.
     """
     roles, texts = name_roles(concepts, remap_to, retain), Texts(pipe)

@@ -37,7 +37,7 @@ def more_reloaded(
         pipe, concepts, remap_to, retain, solver, tokens: as in `erase_concept`.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`, `AlreadyErasedError`: as `erase_concept` does.
+        `PrototypeError`, `SiteNotFoundError`, `AlreadyErasedError`: as `erase_concept` does.
     """
     erase_concept(pipe, concepts, remap_to=remap_to, retain=retain, solver=solver, tokens=tokens)
     with TemporaryDirectory() as folder:

@@ -45,7 +45,7 @@ def rece(
         start_lamb (`float`, defaults to 0.5): λ of the UCE edit that they start from (the paper-era variant).
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
             reads T5.
     """
     roles, texts = name_roles(concepts, remap_to, retain), Texts(pipe)

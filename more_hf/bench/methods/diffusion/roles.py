@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from ....core.errors import TargetNotFoundError
+from ....core.errors import SiteNotFoundError
 from ....core.request import ConceptRequest
 from ....diffusion.plan import check_names
 from ....diffusion.prompts import everyday_prompts, names_in
@@ -55,9 +55,9 @@ def ordinary_prompts(pipe: DiffusionPipeline, forget: Sequence[str]) -> list[str
 
 
 def require_stable_diffusion(pipe: DiffusionPipeline) -> None:
-    """Raise `TargetNotFoundError` for another class of pipeline: the method makes this one's calls itself."""
+    """Raise `SiteNotFoundError` for another class of pipeline: the method makes this one's calls itself."""
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             "This method runs inside StableDiffusionPipeline (Stable Diffusion 1.x and 2.x), and "
             f"{type(pipe).__name__} makes other calls. Take such a pipeline (of a sister pipeline, "
             "`StableDiffusionPipeline.from_pipe(pipe)`), or `erase_concept`, which knows the other families."

@@ -53,7 +53,7 @@ def safree(
             code.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does.
     """
     settings = {
         "re_attention": re_attention,

@@ -51,7 +51,7 @@ def sld(
         scale, threshold, momentum_scale, momentum_beta (`float`, *optional*): s_S, λ, s_m, β_m.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does. `MoreError`: for an unknown preset.
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does. `MoreError`: for an unknown preset.
     """
     if preset not in PRESETS:
         raise MoreError(f"Unknown preset {preset!r}. Choose one of {', '.join(map(repr, PRESETS))}.")

@@ -50,7 +50,7 @@ def speed(
         seed (`int`, defaults to 0): of that noise, and of the starts of the k-means.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
             reads T5.
     """
     roles, texts = name_roles(concepts, remap_to, retain), Texts(pipe)

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ....core.errors import TargetNotFoundError
+from ....core.errors import SiteNotFoundError
 from ....diffusion.encoder import BATCH, Encoder
 
 
@@ -28,11 +28,11 @@ class Texts:
     """CLIP's text features in float64 on the CPU, as the denoiser's cross-attention reads them."""
 
     def __init__(self, pipe: DiffusionPipeline):
-        """Raises `TargetNotFoundError` for a denoiser that reads T5: it has no keys and values of text
+        """Raises `SiteNotFoundError` for a denoiser that reads T5: it has no keys and values of text
         alone, which the methods edit."""
         self.encoder = Encoder(pipe)
         if not all(segment.clip for segment in self.encoder.text.segments):
-            raise TargetNotFoundError(
+            raise SiteNotFoundError(
                 f"{type(pipe).__name__} reads text through no keys and values of CLIP features, which this "
                 "method edits. Take a pipeline of Stable Diffusion 1.x, 2.x or XL, or `erase_concept`, which "
                 "knows this family."

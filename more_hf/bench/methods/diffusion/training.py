@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ....core.errors import MoreError, TargetNotFoundError
+from ....core.errors import MoreError, SiteNotFoundError
 from ....core.files import replacing
 from ....core.site import fingerprint
 from ....diffusion.sites import find_denoiser, find_sites
@@ -63,7 +63,7 @@ def trainable_names(pipe: DiffusionPipeline, layers: str) -> list[str]:
             `"u"`, everything else; `"all"`.
 
     Raises:
-        `MoreError`: for another word. `TargetNotFoundError`: for a denoiser that cannot be edited or is
+        `MoreError`: for another word. `SiteNotFoundError`: for a denoiser that cannot be edited or is
             offloaded.
     """
     if layers not in LAYERS:
@@ -78,7 +78,7 @@ def trainable_names(pipe: DiffusionPipeline, layers: str) -> list[str]:
     if layers != "all":
         names = [name for name in names if name.startswith(prefixes) == (layers != "u")]
     if offloaded := [name for name in names if parameters[name].is_meta]:
-        raise TargetNotFoundError(
+        raise SiteNotFoundError(
             f"`{offloaded[0]}` is offloaded and cannot be trained. Load the pipeline without offloading."
         )
     return names

@@ -47,7 +47,7 @@ def uce(
         expand (`str`, *optional*): `"art"` or `"object"` adds five prompts per name (`"current"` only).
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does, the latter also for a denoiser that
             reads T5.
     """
     roles, texts = name_roles(concepts, remap_to, retain), Texts(pipe)

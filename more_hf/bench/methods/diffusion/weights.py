@@ -42,7 +42,7 @@ def text_sites(pipe: DiffusionPipeline, layers: str, width: int) -> dict[str, Si
     What reads the pooled embedding of Stable Diffusion XL is not among them.
 
     Raises:
-        `TargetNotFoundError`: where `erase_concept` does, and if a layer does not read features of this
+        `SiteNotFoundError`: where `erase_concept` does, and if a layer does not read features of this
             width.
     """
     if layers not in LAYERS:

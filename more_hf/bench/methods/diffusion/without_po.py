@@ -37,7 +37,7 @@ def more_without_po(
         pipe, concepts, remap_to, retain, num_experts, tokens, seed: as in `erase_concept`, without a router.
 
     Raises:
-        `PrototypeError`, `TargetNotFoundError`: as `erase_concept` does.
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does.
     """
     request = ConceptRequest.of(
         concepts,

@@ -6,7 +6,7 @@ from support.families import FAMILIES, build, images
 from support.texts import weights
 
 from more_hf.bench.methods.registry import DIFFUSION
-from more_hf.core.errors import TargetNotFoundError
+from more_hf.core.errors import SiteNotFoundError
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -77,7 +77,7 @@ def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):
         if name in KEYS_AND_VALUES
         else "runs inside StableDiff"
     )
-    with pytest.raises(TargetNotFoundError, match=rf"(?s){kind}.*`erase_concept`") as error:
+    with pytest.raises(SiteNotFoundError, match=rf"(?s){kind}.*`erase_concept`") as error:
         run(name, pipe)
     assert type(pipe).__name__ in str(error.value)
     assert not changed(pipe, before)

@@ -10,7 +10,7 @@ from support.guarded import NAMED, OTHER, draw, make
 
 from more_hf.bench.methods.diffusion.inference import alpha_bar, noise_per_output
 from more_hf.bench.methods.registry import DIFFUSION
-from more_hf.core.errors import MoreError, TargetNotFoundError
+from more_hf.core.errors import MoreError, SiteNotFoundError
 
 
 METHODS = ["noise", "negative_prompt", "sld-weak", "sld-medium", "sld-strong", "sld-max", "safree"]
@@ -50,7 +50,7 @@ def test_is_called_like_any_pipeline(tiny_sd, name):
 
 def test_other_pipelines_are_refused(tiny_sd):
     parts = tiny_sd("1").components
-    with pytest.raises(TargetNotFoundError, match="StableDiffusionImg2ImgPipeline"):
+    with pytest.raises(SiteNotFoundError, match="StableDiffusionImg2ImgPipeline"):
         make("noise", diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False))
 
 
