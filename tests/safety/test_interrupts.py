@@ -2,8 +2,8 @@
 else.
 
 `KeyboardInterrupt` is raised at one event of the library's own frames per run: as a call begins, or before a
-line. The fast suite takes a seeded sample of the places; `-m slow` takes every event of a
-classifier's operations and every line of a pipeline's transaction, `--hypothesis-profile=long` every event.
+line. The fast suite takes a seeded sample of the places, `-m slow` every line of the transaction, and
+`--hypothesis-profile=long` every event.
 """
 
 import random
@@ -231,8 +231,13 @@ def check_operation(make, name, choose):
             subject, original = start()
 
 
-def lines_of_the_transaction(places):
-    """The first event of every line of the transaction, and of what it calls."""
+def everywhere(places):
+    """
+    The first event of every line of the transaction, and of what it calls; with `--hypothesis-profile=long`,
+    which takes tens of minutes, every event.
+    """
+    if settings.get_current_profile_name() == "long":
+        return range(len(places))
     files = {"install.py", "interrupts.py", "registry.py", "views.py", "hook.py", "site.py"}
     first = {}
     for number, place in enumerate(places):
@@ -267,7 +272,7 @@ def test_classifier(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_classifier_everywhere(name):
-    check_operation(Classifier, name, lambda places: range(len(places)))
+    check_operation(Classifier, name, everywhere)
 
 
 @pytest.fixture
@@ -284,7 +289,4 @@ def test_pipeline(few_prompts, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_pipeline_everywhere(few_prompts, name):
-    choose = lines_of_the_transaction
-    if settings.get_current_profile_name() == "long":  # takes tens of minutes
-        choose = lambda places: range(len(places))  # noqa: E731
-    check_operation(Pipeline, name, choose)
+    check_operation(Pipeline, name, everywhere)
