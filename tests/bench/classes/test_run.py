@@ -3,6 +3,7 @@ recomputation."""
 
 import copy
 import html
+import re
 import json
 import os
 import signal
@@ -108,7 +109,8 @@ def test_one_call_leaves_everything(folder):
     assert page.count("data:image/png") == 3
     assert table.partition("\n")[0] in html.unescape(page)
     assert "<input" not in page  # there are no prompts to look for
-    assert "http" not in page.replace("http-equiv", "")
+    markup = re.sub(r'data:image/png;base64,[^"]*', "", page)  # any four letters occur in pictures
+    assert "http" not in markup.replace("http-equiv", "")
 
 
 def test_accuracies_are_those_of_the_model_that_was_trained(folder, data, original):
