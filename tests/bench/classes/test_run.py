@@ -3,9 +3,9 @@ recomputation."""
 
 import copy
 import html
-import re
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
