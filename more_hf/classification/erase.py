@@ -133,8 +133,7 @@ def erase_classes(
             sites = {name: Site(name, module) for name, module in heads.items()}
             check_unshared(sites, plain)
             if current is None:
-                source = getattr(getattr(plain, "config", None), "_name_or_path", None)
-                refuse_erased_source(source, lambda record: sites)
+                refuse_erased_source(_source_of(plain), lambda record: sites)
             names = class_names(plain, next(iter(heads.values())).out_features)
             request = make_request(names, forget, remap_to, head=list(heads), at=at, **options)
             if current is not None:
@@ -241,7 +240,6 @@ def _fit(
         sites = {name: Site(name, head, space=name) for name, head in heads.items()}
     originals = current.originals if current else copy_weights(sites, "cpu")
     remaps = dict(zip(modules, solution.remaps, strict=True))
-    config = getattr(model, "config", None)
     erasure = ClassErasure(
         request=request,
         facts=ClassFacts(
@@ -252,7 +250,7 @@ def _fit(
             rank=solution.remaps[0].rank,
             num_experts=solution.remaps[0].num_experts,
             condition_number=max(remap.condition_number for remap in solution.remaps),
-            base=current.facts.base if current else str(getattr(config, "_name_or_path", "")),
+            base=current.facts.base if current else _source_of(model),
             model=type(model).__name__,
             num_classes=next(iter(heads.values())).out_features,
             fingerprint=current.facts.fingerprint if current else fingerprint(originals),
@@ -273,6 +271,11 @@ def _fit(
             "the original.",
             request.at,
         )
+
+
+def _source_of(model: nn.Module) -> str:
+    """Where the model was loaded from; empty if it has no configuration that says so."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
 
 
 def _guarantees(remaps: Sequence[Remap], *, mean_only: bool) -> dict[str, float]:
