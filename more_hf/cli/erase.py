@@ -21,7 +21,7 @@ def add_to(commands) -> None:
         purpose="erase concepts from a pipeline and save it with a record",
         examples=(
             "more-hf erase emoji-sd --concept Blobmoji --remap_to Fluent --output without_blobmoji",
-            'more-hf erase MODEL --concept "Van Gogh" --remap_to "Claude Monet" --output DIR',
+            'more-hf erase MODEL --concept "Van Gogh" cat --remap_to "Van Gogh=Monet" cat=dog --output DIR',
         ),
     )
     add = parser.add_argument

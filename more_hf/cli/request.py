@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from more_hf.core.options import TOKENS
@@ -58,9 +59,15 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--forget",
         nargs="+",
         action="extend",
-        required=True,
+        default=[],
         metavar="NAME",
         help="what to erase",
+    )
+    add(
+        "--concepts_file",
+        type=Path,
+        metavar="FILE",
+        help='a list of what to erase, a line each: "NAME" or "NAME -> TARGET, TARGET"; # starts a comment',
     )
     add(
         "--alias",
@@ -69,7 +76,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=ALIAS",
         help='"Van Gogh=Vincent van Gogh"; repeatable',
     )
-    add_remap_to(parser, required=True)
+    add_remap_to(parser, note="; NAME=TARGET is for that one alone", default=[])
     add("--retain", nargs="+", action="extend", metavar="NAME", help="what else must stay as it is")
     add("--num_experts", type=positive, metavar="N", help="remapping experts (one per target)")
     add_solver(parser, default="auto")
@@ -89,10 +96,15 @@ def read_request(args: argparse.Namespace, *, router: str | None = None) -> Requ
             One of `ROUTERS`.
     """
     model = read_model(args)
-    concepts = _with_aliases(args.concept, args.alias)
-    targets = read_remap_to(args.remap_to)
+    listed = {} if args.concepts_file is None else read_concepts(args.concepts_file)
+    names = [*args.concept, *listed]
+    if not names:
+        raise ValueError("Nothing to erase is named. Pass `--concept NAME`, or `--concepts_file FILE`.")
+    concepts = _with_aliases(names, args.alias)
+    targets = _targets(names, args.remap_to, listed)
     if model == EMOJI_SD:
-        for name in [*args.concept, *(targets or []), *(args.retain or [])]:
+        each = targets.values() if isinstance(targets, Mapping) else [targets]
+        for name in [*names, *(name for own in each for name in own or []), *(args.retain or [])]:
             refuse_typo(name)
     options = {
         "remap_to": targets,
@@ -129,6 +141,60 @@ def erased_pipeline(
         # Offloaded weights are stand-ins, which could not be saved.
         pipe.remove_all_hooks()
     return pipe
+
+
+def read_concepts(file: Path) -> dict[str, list[str]]:
+    """
+    Read the file of `--concepts_file`.
+
+    Returns:
+        `dict[str, list[str]]`: name -> its own targets; an empty list where the line has none.
+
+    Raises:
+        ValueError: naming the file and the line.
+    """
+    try:
+        lines = file.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}. Write it again as UTF-8.") from error
+    concepts: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, arrow, targets = (part.strip() for part in line.partition("->"))
+        own = [target.strip() for target in targets.split(",")] if arrow else []
+        if not name or not all(own):
+            raise ValueError(
+                f'{file}, line {number}: {line.strip()!r} is neither "NAME" nor "NAME -> TARGET, TARGET".'
+            )
+        if name in concepts:
+            raise ValueError(f"{file}, line {number}: {name!r} is listed twice. Name it once.")
+        concepts[name] = own
+    return concepts
+
+
+def _targets(
+    names: Sequence[str], words: Sequence[str], listed: Mapping[str, Sequence[str]]
+) -> list[str] | dict[str, list[str] | None] | None:
+    """`remap_to` for `erase_concept`: the same for all, or a mapping if a name has targets of its own."""
+    shared = [word for word in words if "=" not in word]
+    own = {name: list(targets) for name, targets in listed.items() if targets}
+    for word in words:
+        name, equals, target = (part.strip() for part in word.partition("="))
+        if equals and not (name and target):
+            raise ValueError(f"`--remap_to {word}` is neither TARGET nor NAME=TARGET.")
+        if equals:
+            own.setdefault(name, []).append(target)
+    missing = [name for name in names if name not in own]
+    if missing and not shared:
+        raise ValueError(
+            f"There is no target for {', '.join(map(repr, missing))}. Pass `--remap_to TARGET` for all that "
+            "have none of their own, or `--remap_to none`."
+        )
+    if not own:
+        return read_remap_to(shared)
+    rest = dict.fromkeys(missing, read_remap_to(shared))
+    return {**rest, **{name: read_remap_to(targets) for name, targets in own.items()}}
 
 
 def _with_aliases(concepts: list[str], aliases: list[str]) -> dict[str, list[str]]:

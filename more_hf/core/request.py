@@ -165,21 +165,16 @@ class ConceptRequest(Request):
         The request from the arguments of `erase_concept`, in all the forms that they may have.
 
         Raises:
-            `PrototypeError`: an argument has the wrong type or is out of range, or `remap_to` is empty.
+            `PrototypeError`: an argument has the wrong type or is out of range, or `remap_to` is empty or a
+            mapping from other names than the forgotten ones.
         """
         if isinstance(concepts, Mapping):
             forgotten = read_mapping("concepts", concepts, read_names)
         else:
             forgotten = dict.fromkeys(read_names("concepts", concepts), ())
-        targets = read_names("remap_to", remap_to)
-        if remap_to is not None and not targets:
-            raise PrototypeError(
-                "`remap_to` is empty. Name at least one concept to send the others to, "
-                "or pass `remap_to=None` to project them out without remapping."
-            )
         return cls(
             concepts=forgotten,
-            remap_to=dict.fromkeys(forgotten, targets),
+            remap_to=_targets_of(forgotten, remap_to),
             retain=read_names("retain", retain),
             **options,
         )
@@ -254,6 +249,36 @@ class ClassRequest(Request):
         """Every class that is named as a target, once; none for `"remain"`."""
         named = [names for names in self.remap_to.values() if not is_remain(names)]
         return list(dict.fromkeys(name for names in named for name in names))
+
+
+def _targets_of(forgotten: Iterable[str], remap_to: Any) -> dict[str, tuple[str, ...]]:
+    """Each forgotten name's targets, from targets for all of them or a mapping from each to its own."""
+    if not isinstance(remap_to, Mapping):
+        return dict.fromkeys(forgotten, _read_some("remap_to", remap_to))
+    targets = read_mapping("remap_to", remap_to, _read_some)
+    names = list(forgotten)
+    if unknown := [name for name in targets if name not in names]:
+        raise PrototypeError(
+            f"`remap_to` has a target for {unknown[0]!r}, which is not forgotten; forgotten are "
+            f"{', '.join(map(repr, names))}. Spell it as there, or take it out."
+        )
+    if missing := [name for name in names if name not in targets]:
+        raise PrototypeError(
+            f"`remap_to` has no target for {', '.join(map(repr, missing))}. Give every forgotten name its "
+            "targets, or `None` to project it out without remapping."
+        )
+    return {name: targets[name] for name in names}
+
+
+def _read_some(argument: str, value: Any) -> tuple[str, ...]:
+    """At least one name, or none for `None`."""
+    names = read_names(argument, value)
+    if value is not None and not names:
+        raise PrototypeError(
+            f"`{argument}` is empty. Name at least one concept to send the others to, "
+            f"or pass `{argument}=None` to project them out without remapping."
+        )
+    return names
 
 
 def is_remain(targets: Any) -> bool:

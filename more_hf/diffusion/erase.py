@@ -41,7 +41,7 @@ def erase_concept(
     pipe: DiffusionPipeline,
     concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
     *,
-    remap_to: str | Sequence[str] | None,
+    remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
     retain: Sequence[str] | None = None,
     num_experts: int | None = None,
     router: str | None = None,
@@ -65,9 +65,9 @@ def erase_concept(
             any device.
         concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
             What to forget; a mapping gives each name's aliases.
-        remap_to (`str`, `Sequence[str]` or `None`):
+        remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             What the concepts become. With several names, their mean, or one per expert with a router. `None`
-            projects the concepts out and puts nothing in their place.
+            projects the concepts out and puts nothing in their place. A mapping gives each concept its own.
         retain (`Sequence[str]`, *optional*):
             Names to protect. `pinv` keeps their prototypes exactly where they are, like the begin token's and
             the empty prompt's; `covariance` counts their prompts among the ordinary ones. The report says how

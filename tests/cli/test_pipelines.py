@@ -6,7 +6,8 @@ from PIL import Image
 
 import more_hf
 from more_hf.bench.artists.demo import demo_rows
-from more_hf.cli.main import main
+from more_hf.cli.main import main, parse
+from more_hf.cli.request import read_concepts, read_request
 from more_hf.data import EMOJI_ARTISTS
 
 
@@ -184,6 +185,64 @@ def test_erase_fails_in_one_line(failure, tmp_path):
     assert "Name one model" in failure("erase", "emoji-sd", "--model", "emoji-sd", "--concept", "Noto", *rest)
     assert "Fluent" in failure("erase", "emoji-sd", "--concept", "Fluent", *rest)
     assert not (tmp_path / "out").exists()
+
+
+LIST = """\ufeff# what must go\r
+Noto -> Fluent\r
+\r
+ crab->  fish , red heart\r
+pizza, hot\r
+"""
+
+
+def test_a_list_of_concepts(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_bytes(LIST.encode())
+    listed = {"Noto": ["Fluent"], "crab": ["fish", "red heart"], "pizza, hot": []}
+    assert read_concepts(file) == listed
+
+    def request(words):
+        argv = [*words.split(), "--model", "emoji-sd", "--concepts_file", str(file), "--output", "out"]
+        request = read_request(parse(["erase", *argv]))
+        return request.concepts, request.options["remap_to"]
+
+    own = {name: targets for name, targets in listed.items() if targets}
+    names = dict.fromkeys(listed, [])
+    assert request("--remap_to dog") == (names, {"pizza, hot": ["dog"], **own})
+    assert request("--remap_to none") == (names, {"pizza, hot": None, **own})
+    assert request("--concept a b --remap_to a=c a=d b=none dog --alias a=e") == (
+        {"a": ["e"], "b": [], **names},
+        {"pizza, hot": ["dog"], **own, "a": ["c", "d"], "b": None},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Noto\n-> Fluent", "line 2: '-> Fluent' is neither"),
+        ("# one\n\nNoto ->", "line 3: 'Noto ->' is neither"),
+        ("Noto -> Fluent,, crab", "line 1"),
+        ("Noto\ncrab\nNoto -> crab", "line 3: 'Noto' is listed twice"),
+        ("# nobody", "Nothing to erase is named"),
+        ("Noto -> Fluent\ncrab", "no target for 'crab'"),
+        ("Notto -> Fluent", "Did you mean 'Noto'?"),
+        ("Noto -> Fluennt", "Did you mean 'Fluent'?"),
+        ("Noto -> none, Fluent", "beside other names"),
+        ("Noto\xff", "not text in UTF-8"),
+    ],
+)
+def test_a_list_that_cannot_be_meant(failure, tmp_path, text, message):
+    (tmp_path / "names.txt").write_bytes(text.encode("latin-1"))
+    argv = ["erase", "emoji-sd", "--concepts_file", tmp_path / "names.txt", "--output", tmp_path / "out"]
+    assert message in failure(*argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_on_the_command_line_that_cannot_be_meant(failure, tmp_path):
+    rest = ["erase", "emoji-sd", "--concept", "Noto", "--output", tmp_path / "out", "--remap_to"]
+    assert "neither TARGET nor NAME=TARGET" in failure(*rest, "Noto=")
+    assert "'crab', which is not forgotten" in failure(*rest, "Noto=Fluent", "crab=fish")
+    assert "Nothing to erase" in failure("lora", "emoji-sd", "--remap_to", "dog", "--output", tmp_path)
 
 
 def test_verify_needs_a_record(failure, tmp_path):
