@@ -21,6 +21,8 @@ class BenchmarkConfig:
     Attributes:
         FIXED (`tuple[str, ...]`):
             Fields that are the same for everything in one folder.
+        JOINED (`tuple[str, ...]`):
+            Fields that are mappings, to which each run adds its entries.
         more_hf (`str`):
             The version that made the first run.
         benchmark (`str`):
@@ -34,6 +36,7 @@ class BenchmarkConfig:
     """
 
     FIXED: ClassVar[tuple[str, ...]]
+    JOINED: ClassVar[tuple[str, ...]] = ("methods", "forget")
 
     more_hf: str
     benchmark: str
@@ -72,8 +75,8 @@ class BenchmarkConfig:
 
     def joined_with(self, folder: str | Path) -> Self:
         """
-        Join the configuration of this run with the one that `folder` holds: its methods, what they forget,
-        its runs.
+        Join the configuration of this run with the one that `folder` holds: its methods, what they forget and
+        whatever else is in `JOINED`, and its runs.
 
         Raises:
             BenchmarkError: if the two contradict each other. The message says where.
@@ -85,7 +88,7 @@ class BenchmarkConfig:
             raise BenchmarkError(f"{folder} holds another kind of benchmark. Choose another `--output`.")
         there, here = old.to_dict(), self.to_dict()
         differences = [text for key in self.FIXED for text in _differences(key, there[key], here[key])]
-        for key in ("methods", "forget"):
+        for key in self.JOINED:
             for name in there[key]:
                 if name in here[key]:
                     differences += _differences(f"{key}: {name}", there[key][name], here[key][name])
@@ -94,12 +97,8 @@ class BenchmarkConfig:
                 f"{folder} holds results of another configuration ({'; '.join(differences)}). "
                 "Choose another `--output`."
             )
-        return replace(
-            old,
-            methods={**old.methods, **self.methods},
-            forget={**old.forget, **self.forget},
-            runs=[*old.runs, *self.runs],
-        )
+        joined = {key: {**getattr(old, key), **getattr(self, key)} for key in self.JOINED}
+        return replace(old, **joined, runs=[*old.runs, *self.runs])
 
     @property
     def commands(self) -> list[str]:

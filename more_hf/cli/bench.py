@@ -1,6 +1,6 @@
 """`more-hf bench`: the benchmarks."""
 
-from . import bench_artists, bench_classes, bench_report
+from . import bench_artists, bench_attacks, bench_classes, bench_report
 from .options import add_command
 
 
@@ -17,5 +17,5 @@ def add_to(commands) -> None:
         ),
     )
     benches = parser.add_subparsers(metavar="benchmark", required=True)
-    for module in (bench_artists, bench_classes, bench_report):
+    for module in (bench_artists, bench_classes, bench_attacks, bench_report):
         module.add_to(benches)

@@ -27,12 +27,14 @@ def _bench_report(args: argparse.Namespace) -> int:
     refuse_missing_folder(args.folder, "`bench report` reads a folder that `more-hf bench` wrote.")
 
     from more_hf.bench.artists import tables as artists
+    from more_hf.bench.attacks import tables as attacks
     from more_hf.bench.classes import samples
     from more_hf.bench.classes import tables as classes
     from more_hf.bench.run import read_config
 
     config = read_config(args.folder) or {}
     kinds = {"kd": classes, "kd-samples": samples}
+    kinds |= {"attacks-classes": attacks, "attacks-pictures": attacks}
     benchmark = kinds.get(config.get("benchmark"), artists)
     print(benchmark.short_markdown(benchmark.rebuild(args.folder)))
     return 0

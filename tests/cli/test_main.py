@@ -21,7 +21,7 @@ from more_hf.diffusion.encoder import TOKENS
 
 
 COMMANDS = ["", "demo", "erase", "erase-classes", "compare", "lora", "verify", "push"]
-COMMANDS += ["bench", "bench artists", "bench kd", "bench report"]
+COMMANDS += ["bench", "bench artists", "bench kd", "bench attacks", "bench report"]
 
 # Runs one command in a process of its own and reports which heavy libraries it imported.
 LIGHT = """

@@ -109,7 +109,7 @@ def run_kd(
         entries = data.class_names
     else:
         entries = [forget] if isinstance(forget, str) else forget
-    classes = {entry: _classes(entry, data) for entry in entries}
+    classes = {entry: classes_of(entry, data) for entry in entries}
     trainer = start_trainer(data, model, functions, epochs, Path(models or output / "models"))
     config = ClassesConfig(
         benchmark="kd",
@@ -292,7 +292,8 @@ class _Seed:
         """Measure one cell: the method, its rows, and last the file that makes it done."""
         edited, cost = self._forget(cell, splits)
         places, forget = Places.of(self.data, splits), self.classes[cell.forget]
-        targets = self._targets(edited, self.config.methods[cell.method], forget)
+        settings = self.config.methods[cell.method]
+        targets = targets_of(edited, settings, forget, self.data.class_names)
         rows, probes = [], []
         arrays = {"labels": self.data.test.labels[:PLOTTED].numpy()}
         for name, cached, passes in self._variants(cell.method, edited):
@@ -348,18 +349,21 @@ class _Seed:
             for passes in self.config.evaluation["passes"]:
                 yield f"{method}-x{passes}", cached, passes
 
-    def _targets(self, edited: nn.Module, settings: Mapping[str, Any], forget: Sequence[int]) -> list[int]:
-        """The classes that the forgotten ones were sent to, or that the method made them alike."""
-        erasure = get_erasure(edited)
-        if erasure is not None:
-            names = [name for targets in erasure.facts.sent_to.values() for name in targets]
-            return [self.data.class_names.index(name) for name in dict.fromkeys(names)]
-        if "target" not in settings or settings.get("against") == "rest":
-            return []
-        if settings["target"] is not None:
-            return [settings["target"]]
-        # By default these methods take the first remaining class.
-        return [next(c for c in range(len(self.data.class_names)) if c not in forget)]
+
+def targets_of(
+    edited: nn.Module, settings: Mapping[str, Any], forget: Sequence[int], class_names: Sequence[str]
+) -> list[int]:
+    """The classes that the forgotten ones were sent to, or that the method made them alike."""
+    erasure = get_erasure(edited)
+    if erasure is not None:
+        names = [name for targets in erasure.facts.sent_to.values() for name in targets]
+        return [class_names.index(name) for name in dict.fromkeys(names)]
+    if "target" not in settings or settings.get("against") == "rest":
+        return []
+    if settings["target"] is not None:
+        return [settings["target"]]
+    # By default these methods take the first remaining class.
+    return [next(c for c in range(len(class_names)) if c not in forget)]
 
 
 def retrain(
@@ -388,7 +392,7 @@ def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {column: plain(value) for column, value in row.items()}
 
 
-def _classes(entry: str, data: KDData) -> tuple[int, ...]:
+def classes_of(entry: str, data: KDData) -> tuple[int, ...]:
     """Class ids of an entry of `forget`: names or numbers, joined by `+`, unless it is a name itself."""
     parts = [entry] if entry in data.class_names else entry.split(JOINT)
     return data.class_ids(

@@ -1,0 +1,1 @@
+"""Attacks on classifiers that forgot classes."""

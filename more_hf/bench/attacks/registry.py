@@ -1,0 +1,56 @@
+"""All attacks, one line each.
+
+Importing this module imports neither torch nor diffusers; `Attack.load` imports the attack's own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+
+if TYPE_CHECKING:
+    from .result import Result
+
+
+Kind = Literal["classes", "pictures"]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    Attributes:
+        name (`str`): what the command line and the tables call it.
+        place (`str`): `"module:function"` in this package. The function takes a victim, an erased model with
+            what the attacker has beside it, and settings that all have defaults; it yields `Result`s.
+        of (`str`): the victims: classifiers, which forgot `"classes"`, or pipelines, which draw `"pictures"`.
+        access (`str`): what the attacker needs, in the words of the tables.
+    """
+
+    name: str
+    place: str
+    of: Kind
+    access: str
+
+    def load(self) -> Callable[..., Iterator[Result]]:
+        """Import the function."""
+        module, function = self.place.split(":")
+        return getattr(import_module(module, __package__), function)
+
+    def run(self, victim: Any, **settings: Any) -> list[Result]:
+        """Attack a victim."""
+        return list(self.load()(victim, **settings))
+
+
+_ATTACKS = (Attack("probes", ".classes.probes:probes", of="classes", access="features, labelled images"),)
+
+ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ATTACKS}
+"""Name to attack, in the order of the tables."""
+
+
+def attacks_of(kind: Kind) -> dict[str, Attack]:
+    """The attacks on classifiers, or those on pipelines."""
+    return {name: attack for name, attack in ATTACKS.items() if attack.of == kind}

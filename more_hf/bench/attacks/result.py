@@ -1,0 +1,59 @@
+"""What an attack found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..bootstrap import draw_accuracies, interval
+
+
+RECOGNISED = "recognised"
+"""The measure of most attacks: the percent of the forgotten test samples or pictures that are recognised as
+what was forgotten."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number that an attack found in one model: with the keys of its cell, a row of `rows.csv`.
+
+    The same number of the references (the original first of all) gives it a meaning.
+
+    Attributes:
+        recovered (`float`, *optional*): the number; `None` if the attack did not get there.
+        measure (`str`): what `recovered` is, `RECOGNISED` or another name.
+        variant (`str`): which of the attack's forms: `"k-NN"`.
+        budget (`float`): what the attacker spent, and `unit` (`str`) of what: 64, `"queries"`.
+        n (`int`): `recovered` is the percent of this many; 0 for a number that is no such percentage.
+        low, high (`float`, *optional*): the ends of the 95 % interval.
+    """
+
+    recovered: float | None
+    measure: str = RECOGNISED
+    variant: str = ""
+    budget: float = 0
+    unit: str = ""
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of_hits(cls, hits: int, n: int, **facts: Any) -> Result:
+        """The percent that `hits` are of `n`, with its binomial interval; `facts` are the other fields."""
+        percent = 100 * hits / n
+        low, high = interval(draw_accuracies({"": ([n], [percent])})[""].mean(1))
+        return cls(percent, n=n, low=low, high=high, **facts)
+
+
+def mean_of(recovered: list[float], n: list[int]) -> tuple[float, float, float]:
+    """The mean of several runs' numbers and the ends of its 95 % interval.
+
+    Runs are drawn with replacement, and where each is the percent of `n` samples, the hits from a binomial.
+    """
+    if all(n):
+        drawn = draw_accuracies({"": (n, recovered)})[""].mean(1)
+    else:
+        drawn = np.random.default_rng(0).choice(recovered, (5000, len(recovered))).mean(1)
+    return (float(np.mean(recovered)), *interval(drawn))
