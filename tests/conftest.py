@@ -99,12 +99,10 @@ def chroma(monkeypatch):
     from diffusers import ChromaPipeline
     from support.families import build, shorten
 
-    from more_hf.diffusion import families, text
+    from more_hf.diffusion import families
 
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     monkeypatch.setattr(families, "_REGISTERED", set())
-    monkeypatch.setattr(text, "TEXTS_BY_DENOISER", {})
-    monkeypatch.setattr(families, "TEXTS_BY_DENOISER", text.TEXTS_BY_DENOISER)
     shorten(monkeypatch, ChromaPipeline)
     return build()
 

@@ -13,12 +13,14 @@ import torch
 from accelerate.utils import tqdm
 from diffusers import DiffusionPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 from ..core.errors import PrototypeError
 from ..core.prototypes import PrototypeFitter, Prototypes
 from .prompts import TEMPLATES
-from .text import Segment, Text, text_of
+from .sites import Denoiser, find_denoiser, text_of
+from .text import Layout, Segment, Text
 
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,7 @@ TOKENS = {
     "end": ("end+padding",),
     "last": ("bare last",),
 }
-BEGIN, EMPTY_POOLED = "begin token", "empty prompt"
-EMPTY_END, EMPTY_PADDING = "empty prompt, end", "empty prompt, padding"
+BEGIN, EMPTY_POOLED, EMPTY_PADDING = "begin token", "empty prompt", "empty prompt, padding"
 POOLED = "pooled"
 ORDINARY = -1  # the label of a feature that counts towards Σ and to no prototype
 DELAY = 2  # seconds after which a progress bar shows
@@ -69,14 +70,24 @@ class Encoder:
             The pipeline.
         templates (`Sequence[str]`, *optional*):
             Sentences around a name, with `{}` for it.
+        denoiser (`Denoiser`, *optional*):
+            What reads the features, if the pipeline was loaded without it.
 
     Raises:
         `SiteNotFoundError`: the pipeline's way to encode prompts is not known.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, templates: Sequence[str] = TEMPLATES):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        templates: Sequence[str] = TEMPLATES,
+        denoiser: Denoiser | None = None,
+    ):
         self.pipe, self.templates = pipe, templates
-        self.text = text_of(pipe)
+        denoiser = denoiser or find_denoiser(pipe)
+        self.text = text_of(pipe, denoiser)
+        norms = denoiser.family.norms
+        self.norms = {space: denoiser.module.get_submodule(name) for space, name in norms.items()}
         self.segments: list[PlacedSegment] = []
         offset = 0
         for segment in self.text.segments:
@@ -93,14 +104,55 @@ class Encoder:
         """
         segment = segment or self.text.segments[0]
         tokenizer = getattr(self.pipe, segment.tokenizer)
+        if segment.template is not None:
+            before, after, dropped = segment.template(self.pipe)
+            layout = self.layout(prompt, segment)
+            return tokenizer(before + prompt + after).input_ids[dropped:][layout.start : layout.end]
         if isinstance(self.pipe, TextualInversionLoaderMixin):
             prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
-        return tokenizer(prompt.lower().strip() if self.text.lower else prompt).input_ids[segment.before : -1]
+        prompt = prompt.lower().strip() if self.text.lower else prompt
+        return tokenizer(prompt).input_ids[segment.before : -1]
+
+    def layout(self, prompt: str, segment: Segment | None = None) -> Layout:
+        """Where the parts of a prompt are, in the first segment if not in another."""
+        segment = segment or self.text.segments[0]
+        if segment.template is not None:
+            return segment.layout(segment.characters(self.pipe, prompt), len(prompt))
+        end = segment.before + len(self.token_ids(prompt, segment))
+        return Layout(segment.before, end, end + 1)
+
+    def place(self, template: str, name: str, segment: Segment) -> tuple[int, int, Layout] | None:
+        """
+        The positions `[start, stop)` of a name in a prompt, and the prompt's layout; `None` if the name's
+        tokens are others there.
+        """
+        prompt = template.format(name)
+        if segment.template is None:
+            own, ids = self.token_ids(name, segment), self.token_ids(prompt, segment)
+            first, end = _find(own, ids), segment.before + len(ids)
+            if first is None:
+                return None
+            start = segment.before + first
+            return start, start + len(own), Layout(segment.before, end, end + 1)
+        # A language model's tokens depend on what is around them: the name is where its characters are.
+        begin = len(template.split("{}")[0])
+        characters = segment.characters(self.pipe, prompt)
+        start = sum(stop <= begin for _, stop in characters)
+        stop = sum(first < begin + len(name) for first, _ in characters)
+        return start, stop, segment.layout(characters, len(prompt))
 
     @torch.no_grad()
     def features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """`"tokens"` `(len(prompts), tokens, d)`, and `"pooled"` `(len(prompts), d')` where there is one."""
-        return self.text.encode(self.pipe, list(prompts))
+        """
+        What the denoiser's layers read: `"tokens"` `(len(prompts), tokens, d)`, and `"pooled"`
+        `(len(prompts), d')` where there is one.
+        """
+        found = self.text.encode(self.pipe, list(prompts))
+        for space, norm in self.norms.items():
+            dtype = next(norm.parameters()).dtype
+            z = found[space].to(get_module_execution_device(norm), dtype)
+            found[space] = norm.forward(z)  # around the routing hook of an erasure
+        return found
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The token features, `(len(prompts), tokens, d)`."""
@@ -110,22 +162,22 @@ class Encoder:
         """Prototypes that always stay, by name: begin tokens and the parts of the empty prompt."""
         spans = {}
         for segment, offset, length in self.segments:
-            end = offset + segment.before
-            if segment.clip:
-                spans[segment.label + BEGIN] = Span("", offset, end)
-            spans[segment.label + EMPTY_END] = Span("", end, end + 1)
+            start, end, stop = self.layout("", segment)
+            names = [BEGIN if i == 1 else f"{BEGIN} {i}" for i in range(1, start + 1)]
+            names += [f"empty prompt, {kind}" for kind in segment.kinds("end")]
+            for i, name in enumerate(names):
+                spans[segment.label + name] = Span("", offset + i, offset + i + 1)
             if segment.padding:
-                spans[segment.label + EMPTY_PADDING] = Span("", end + 1, offset + length)
+                spans[segment.label + EMPTY_PADDING] = Span("", offset + stop, offset + length)
         return spans
 
     def ordinary_spans(self, prompt: str) -> list[Span]:
         """The positions of a prompt that the denoiser reads, but for begin tokens."""
         spans = []
         for segment, offset, length in self.segments:
-            stop = length
-            if not segment.padding:
-                stop = min(segment.before + len(self.token_ids(prompt, segment)) + 1, length)
-            spans.append(Span(prompt, offset + segment.before, offset + stop))
+            start, _, stop = self.layout(prompt, segment)
+            stop = length if segment.padding else min(stop, length)
+            spans.append(Span(prompt, offset + start, offset + stop))
         return spans
 
     def name_spans(self, name: str, kind: str) -> list[Span]:
@@ -144,17 +196,12 @@ class Encoder:
             raise PrototypeError(f"The concept {name!r} has no tokens in this tokenizer. Give it a name.")
         spans = []
         for template in ("{}",) if kind == "bare last" else self.templates:
-            prompt = template.format(name)
-            ids = self.token_ids(prompt, segment)
-            first = _find(own, ids)
-            if first is None or segment.before + len(ids) + 1 > length:
+            place = self.place(template, name, segment)
+            if place is None or place[2].stop > length:
                 continue
-            start, end = segment.before + first, segment.before + len(ids)  # of the name; of the end token
-            start, stop = _positions(
-                kind, start, start + len(own), end, length if segment.padding else end + 1
-            )
+            start, stop = _positions(kind, *place, length if segment.padding else place[2].stop)
             if start < stop:
-                spans.append(Span(prompt, offset + start, offset + stop))
+                spans.append(Span(template.format(name), offset + start, offset + stop))
         if not spans:
             raise PrototypeError(
                 f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around "
@@ -171,19 +218,19 @@ def _find(part: list[int], whole: list[int]) -> int | None:
     return None
 
 
-def _positions(kind: str, start: int, stop: int, end: int, last: int) -> tuple[int, int]:
-    """
-    The positions of a kind in a prompt with the name at `[start, stop)`, the end token at `end`, padding up
-    to `last`.
-    """
+def _positions(kind: str, start: int, stop: int, layout: Layout, last: int) -> tuple[int, int]:
+    """The positions of a kind in a prompt with the name at `[start, stop)`, read up to `last`."""
+    if kind.startswith("end "):  # of several tokens at the end one, counted from 1
+        position = layout.end + int(kind.removeprefix("end ")) - 1
+        return position, position + 1
     return {
         "subject": (start, stop),
         "last": (stop - 1, stop),
         "bare last": (stop - 1, stop),
-        "after": (stop, end),
-        "end": (end, end + 1),
-        "padding": (end + 1, last),
-        "end+padding": (end, last),
+        "after": (stop, layout.end),
+        "end": (layout.end, layout.end + 1),
+        "padding": (layout.stop, last),
+        "end+padding": (layout.end, last),
     }[kind]
 
 
@@ -191,7 +238,8 @@ def kinds_of(text: Text, tokens: str, *, pooled: bool = True) -> dict[str, list[
     """The kinds of prototype that a name has in each space; `tokens` is a key of `TOKENS`."""
     kinds = []
     for segment in text.segments:
-        kinds += [segment.label + kind for kind in TOKENS[tokens] if segment.padding or kind != "padding"]
+        for kind in TOKENS[tokens]:
+            kinds += [segment.label + part for part in segment.kinds(kind)]
     return {"tokens": kinds, "pooled": [POOLED]} if text.pooled and pooled else {"tokens": kinds}
 
 
@@ -255,6 +303,7 @@ def fit_prototypes(
     *,
     sigma_prompts: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
+    denoiser: Denoiser | None = None,
 ) -> dict[str, Prototypes]:
     """
     Prototypes of names, begin tokens and the empty prompt, and the second moment of ordinary text, in every
@@ -271,13 +320,15 @@ def fit_prototypes(
             Prompts behind Σ; every token but begin tokens counts. Empty for no Σ.
         templates (`Sequence[str]`, *optional*):
             Sentences around a name.
+        denoiser (`Denoiser`, *optional*):
+            What reads the features, if the pipeline was loaded without it.
 
     Returns:
         `dict[str, Prototypes]`: for `"tokens"`, and `"pooled"` where there is one, the columns of begin
         tokens and the empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype is
         the mean over the name's prompts.
     """
-    encoder = Encoder(pipe, templates)
+    encoder = Encoder(pipe, templates, denoiser)
     kinds = kinds_of(encoder.text, tokens)
     plans = _plan(encoder, kinds, dict.fromkeys(names), dict.fromkeys(sigma_prompts))
     # One pass over the distinct prompts, for all spaces together.
@@ -316,7 +367,7 @@ def shared_first_tokens(pipe: DiffusionPipeline, name: str, others: Iterable[str
     In a causal encoder these tokens have the same vectors, so that what moves one moves the other.
     """
     encoder = Encoder(pipe)
-    if not encoder.text.segments[0].clip:
+    if not encoder.text.segments[0].causal:
         return {}
     own = encoder.token_ids(name)
     shared = {}

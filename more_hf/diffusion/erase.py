@@ -30,8 +30,8 @@ from .sites import (
     find_sites,
     lora_branches,
     require_pipeline,
+    text_of,
 )
-from .text import text_of
 
 
 logger = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def _facts(
 
 def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoiser: Denoiser) -> list[str]:
     """What the edit does not cover, in words and numbers."""
-    leaks = list(text_of(pipe).leaks)
+    leaks = list(text_of(pipe, denoiser).leaks)
     readers = denoiser.family.find(denoiser.module)
     unedited = [name for name, reader in readers.items() if reader.space == "pooled" and not request.pooled]
     if unedited:
@@ -286,7 +286,8 @@ def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoi
     kept = dict.fromkeys([*request.retain, *request.targets])
     for surface in request.surfaces:
         for other, count in shared_first_tokens(pipe, surface, kept).items():
-            moved = remap.moved(encoder.encode([other])[0, 1 : 1 + count])
+            start = encoder.layout(other).start
+            moved = remap.moved(encoder.encode([other])[0, start : start + count])
             leaks.append(
                 f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same "
                 f"vectors there; they move by {100 * moved:.1f} %"

@@ -5,7 +5,7 @@ The denoiser families, one entry each in `FAMILIES`: which layers read text, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
-from .text import TEXTS_BY_DENOISER, Text
+from .text import Text
 
 
 # attention processors with text projections of their own
@@ -61,12 +61,19 @@ class Family:
             Without `"pooled"` that feature is zero.
         pooled (`tuple[str, ...]`, *optional*):
             Where the pooled feature is among the arguments of `forward`: a name, and a key in it.
+        norms (`Mapping[str, str]`, *optional*):
+            Space -> the module that its features go through between `encode_prompt` and the layers that read
+            them. Prototypes are means of what comes out of it: E and a norm do not commute.
+        text (`Text`, *optional*):
+            How its pipelines encode prompts; by default as `TEXTS` says for their text encoders.
     """
 
     name: str
     find: Callable[[nn.Module], dict[str, Reader]]
     call: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     pooled: tuple[str, ...] = ()
+    norms: Mapping[str, str] = field(default_factory=dict)
+    text: Text | None = None
 
 
 def _find_unet(unet: nn.Module) -> dict[str, Reader]:
@@ -262,7 +269,8 @@ def register_family(denoiser: str, family: Family, text: Text | None = None) -> 
         family (`Family`):
             Which of its layers read text, and how to call it once.
         text (`Text`, *optional*):
-            How the pipeline encodes prompts; by default as another family with the same text encoders does.
+            How the pipeline encodes prompts, unless `family` says so; by default as another family with the
+            same text encoders does.
 
     Raises:
         `SiteNotFoundError`: the package knows this family already.
@@ -280,7 +288,5 @@ def register_family(denoiser: str, family: Family, text: Text | None = None) -> 
     """
     if any(name == denoiser for name, _ in FAMILIES) and (denoiser, None) not in _REGISTERED:
         raise SiteNotFoundError(f"{denoiser} is supported already. Leave the registration out.")
-    FAMILIES[denoiser, None] = family
+    FAMILIES[denoiser, None] = family if text is None else replace(family, text=text)
     _REGISTERED.add((denoiser, None))
-    if text is not None:
-        TEXTS_BY_DENOISER[denoiser] = text

@@ -18,7 +18,7 @@ from ..core.remap import Remap
 from ..core.request import ConceptRequest
 from .encoder import column, fit_prototypes, kinds_of
 from .prompts import TEMPLATES, everyday_prompts, names_in
-from .text import text_of
+from .sites import Denoiser, find_denoiser, text_of
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,14 @@ def _check_apart(name: str, argument: str, surface: str) -> None:
 
 
 def prepare(
-    pipe: DiffusionPipeline, request: ConceptRequest, sigma_prompts: Sequence[str]
+    pipe: DiffusionPipeline,
+    request: ConceptRequest,
+    sigma_prompts: Sequence[str],
+    denoiser: Denoiser | None = None,
 ) -> dict[str, Problem]:
     """
-    Fit the prototypes and draw every expert's targets. Changes nothing.
+    Fit the prototypes and draw every expert's targets. Changes nothing. `denoiser` is for a pipeline that was
+    loaded without it.
 
     The same request draws the same targets, for all spaces, and finds the same prototypes from the same text
     encoders: `verify` relies on it.
@@ -116,8 +120,11 @@ def prepare(
     check_names(request)
     names = [*request.surfaces, *request.targets, *request.retain]
     templates = request.templates or TEMPLATES
-    prototypes = fit_prototypes(pipe, names, request.tokens, sigma_prompts=sigma_prompts, templates=templates)
-    kinds = kinds_of(text_of(pipe), request.tokens, pooled=request.pooled)
+    denoiser = denoiser or find_denoiser(pipe)
+    prototypes = fit_prototypes(
+        pipe, names, request.tokens, sigma_prompts=sigma_prompts, templates=templates, denoiser=denoiser
+    )
+    kinds = kinds_of(text_of(pipe, denoiser), request.tokens, pooled=request.pooled)
     # Distinct targets that leave D_F small: half of the dimensions, less the forgotten ones (the smallest
     # space decides).
     room = min(len(prototypes[space].matrix) // (2 * len(kinds[space])) for space in kinds)

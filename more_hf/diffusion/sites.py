@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import nn
 from ..core.errors import SiteNotFoundError
 from ..core.site import Site, check_unshared
 from .families import Family, Reader, family_of, unsupported
-from .text import text_of
+from .text import TEXTS, Text
 
 
 LISTED = 12  # how many layers the refusal of an unknown family names
@@ -63,7 +64,7 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
     if not denoisers:
         raise SiteNotFoundError(_unsupported(pipe, modules))
     (denoiser,) = denoisers
-    if denoiser.family.pooled and not text_of(pipe).pooled:
+    if denoiser.family.pooled and not text_of(pipe, denoiser).pooled:
         raise SiteNotFoundError(
             f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt "
             "embedding that its text encoder does not make. Check that this is the right text encoder."
@@ -76,6 +77,39 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
                 "`StableDiffusionPipeline.from_pipe(pipe)`)."
             )
     return denoiser
+
+
+def text_of(pipe: DiffusionPipeline, denoiser: Denoiser) -> Text:
+    """
+    How the pipeline encodes prompts for its denoiser.
+
+    Raises:
+        `SiteNotFoundError`: a text encoder is missing, or the way to encode prompts is not known.
+    """
+    encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
+    if missing := [name for name, part in encoders.items() if part is None]:
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} was loaded without its text encoder `{missing[0]}`, which prototypes are "
+            "made with. What it says to the model would stay. Load the pipeline with all of its text "
+            "encoders."
+        )
+    classes = tuple(type(unwrap_module(encoders[name])).__name__ for name in sorted(encoders))
+    text = denoiser.family.text or TEXTS.get(classes)
+    if text is None:
+        known = "; ".join(" + ".join(names) for names in TEXTS)
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}, which is "
+            f"not supported yet. Supported are {known}. To add it, describe how its prompts are encoded in "
+            "a call of `more_hf.register_family`."
+        )
+    parameters = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else {}
+    if missing := [argument for argument in text.arguments if argument not in parameters]:
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} encodes prompts in its own way (its `encode_prompt` takes no "
+            f"`{missing[0]}`), so what its denoiser reads is not known. Erase from the model's text-to-image "
+            "pipeline, and pass its components on."
+        )
+    return text.fitted(pipe)
 
 
 def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> str:

@@ -2,21 +2,35 @@
 positions.
 
 A space is a kind of feature: `"tokens"` `(batch, tokens, d)` everywhere, and in some models also `"pooled"`
-`(batch, d')`, one feature for the whole prompt. A kind of text encoding is one entry in `TEXTS`; anything
-else is refused by name.
+`(batch, d')`, one feature for the whole prompt. A kind of text encoding is one entry in `TEXTS`, by the
+classes of the text encoders, or belongs to one family of denoisers; anything else is refused by name.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
-from ..core.errors import SiteNotFoundError
+
+class Template(NamedTuple):
+    """The text that a pipeline puts around a prompt, and how many of its first tokens it drops again."""
+
+    before: str
+    after: str = ""
+    dropped: int = 0
+
+
+class Layout(NamedTuple):
+    """Where the parts of a prompt begin among its segment's positions."""
+
+    start: int  # the prompt's own tokens
+    end: int  # the end token, or the template's tokens after the prompt
+    stop: int  # the padding
 
 
 @dataclass(frozen=True)
@@ -33,23 +47,64 @@ class Segment:
             Whether the denoiser reads the padding, or a mask hides it.
         label (`str`, *optional*):
             In front of the names of its prototypes, where there are several segments.
+        template (`Callable`, *optional*):
+            `pipe -> Template`, for a language model: its tokens that are not dropped stand where CLIP has its
+            begin and end token. The model is causal.
+        ends (`int`, *optional*, defaults to 1):
+            How many tokens follow the prompt; with a template, `fitted` counts them.
     """
 
     tokenizer: str = "tokenizer"
     clip: bool = True
     padding: bool = True
     label: str = ""
+    template: Callable[[DiffusionPipeline], Template] | None = None
+    ends: int = 1
 
     @property
     def before(self) -> int:
-        """How many special tokens are in front of the prompt."""
+        """How many special tokens are in front of the prompt, where there is no template."""
         return int(self.clip)
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token's feature does not depend on what follows it."""
+        return self.clip or self.template is not None
+
     def length(self, pipe: DiffusionPipeline) -> int:
-        """How many positions it lays out."""
+        """How many positions it lays out, at most if there is a template."""
         if self.clip:
             return getattr(pipe, self.tokenizer).model_max_length
         return inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+
+    def fitted(self, pipe: DiffusionPipeline) -> Segment:
+        """The same, knowing how many tokens the pipeline's template has after the prompt."""
+        if self.template is None:
+            return self
+        layout = self.layout(self.characters(pipe, ""), 0)
+        return replace(self, ends=layout.stop - layout.end)
+
+    def kinds(self, kind: str) -> list[str]:
+        """What a kind of prototype is here: none of what is not there, and one for each token at the end."""
+        if kind == "padding":
+            return ["padding"] if self.padding else []
+        if kind == "end":
+            return [f"end {i}" if i > 1 else "end" for i in range(1, self.ends + 1)]
+        return [kind]
+
+    def characters(self, pipe: DiffusionPipeline, prompt: str) -> list[tuple[int, int]]:
+        """
+        For each position before the padding the prompt's characters `[start, stop)` that its token is made
+        of: below 0 in front of the prompt, from its length on behind it.
+        """
+        before, after, dropped = self.template(pipe)
+        tokens = getattr(pipe, self.tokenizer)(before + prompt + after, return_offsets_mapping=True)
+        return [(start - len(before), stop - len(before)) for start, stop in tokens.offset_mapping[dropped:]]
+
+    def layout(self, characters: Sequence[tuple[int, int]], length: int) -> Layout:
+        """Where a prompt of so many characters is in its template."""
+        start = sum(stop <= 0 for _, stop in characters)
+        return Layout(start, sum(first < length for first, _ in characters), len(characters))
 
 
 @dataclass(frozen=True)
@@ -79,6 +134,10 @@ class Text:
     pooled: bool = True
     lower: bool = False
     leaks: tuple[str, ...] = ()
+
+    def fitted(self, pipe: DiffusionPipeline) -> Text:
+        """The same, with the pipeline's templates counted."""
+        return replace(self, segments=tuple(segment.fitted(pipe) for segment in self.segments))
 
 
 def _encode_sd(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
@@ -163,42 +222,3 @@ TEXTS = {
         lower=True,
     ),
 }
-
-
-# the denoiser's class -> how its pipeline uses text encoders that another family uses differently
-TEXTS_BY_DENOISER: dict[str, Text] = {}
-
-
-def text_of(pipe: DiffusionPipeline) -> Text:
-    """
-    How the pipeline encodes prompts.
-
-    Raises:
-        `SiteNotFoundError`: a text encoder is missing, or the way to encode prompts is not known.
-    """
-    encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
-    if missing := [name for name, part in encoders.items() if part is None]:
-        raise SiteNotFoundError(
-            f"{type(pipe).__name__} was loaded without its text encoder `{missing[0]}`, which prototypes are "
-            "made with. What it says to the model would stay. Load the pipeline with all of its text "
-            "encoders."
-        )
-    classes = tuple(type(unwrap_module(encoders[name])).__name__ for name in sorted(encoders))
-    others = [type(unwrap_module(part)).__name__ for part in pipe.components.values()]
-    own = [TEXTS_BY_DENOISER[name] for name in others if name in TEXTS_BY_DENOISER]
-    if not own and classes not in TEXTS:
-        known = "; ".join(" + ".join(names) for names in TEXTS)
-        raise SiteNotFoundError(
-            f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}, which is "
-            f"not supported yet. Supported are {known}. To add it, describe how its prompts are encoded in "
-            "a call of `more_hf.register_family`."
-        )
-    text = own[0] if own else TEXTS[classes]
-    parameters = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else {}
-    if missing := [argument for argument in text.arguments if argument not in parameters]:
-        raise SiteNotFoundError(
-            f"{type(pipe).__name__} encodes prompts in its own way (its `encode_prompt` takes no "
-            f"`{missing[0]}`), so what its denoiser reads is not known. Erase from the model's text-to-image "
-            "pipeline, and pass its components on."
-        )
-    return text

@@ -143,8 +143,9 @@ def verify(folder: str | os.PathLike) -> Verification:
         if record.kind == "classifier":
             shifts = {space: remap.shift() for space, remap in read_delta(folder).items()}
         else:
-            layers = _layers_in(folder, record)
-            shifts = _shifts_in(folder, record)
+            denoiser = _denoiser_in(folder, record, contents)
+            layers = _layers_of(denoiser, record)
+            shifts = _shifts_in(folder, record, denoiser)
     except MoreError as error:
         shifts = error  # the other checks still say what is there
     return check_folder(folder, record, contents, layers, shifts)
@@ -260,29 +261,31 @@ def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], shifts: Map
     return Check(name, passed, finding)
 
 
-def pipeline_shifts(pipe: DiffusionPipeline, request: ConceptRequest) -> dict[str, Tensor]:
+def pipeline_shifts(
+    pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None
+) -> dict[str, Tensor]:
     """
-    Space -> P̄_t − P_F, `(d, f)`, by the pipeline's text encoders; the solver and retained names do not
-    matter.
+    Space -> P̄_t − P_F, `(d, f)`, by the pipeline's text encoders, and its denoiser unless it was loaded
+    without; the solver and retained names do not matter.
     """
-    problems = prepare(pipe, replace(request, retain=()), ())
+    problems = prepare(pipe, replace(request, retain=()), (), denoiser)
     return {space: problem.fit("pinv").shift() for space, problem in problems.items()}
 
 
-def _shifts_in(folder: Path, record: Record) -> dict[str, Tensor]:
+def _shifts_in(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Tensor]:
     with reading(folder):
         parts = DiffusionPipeline.load_config(folder)
         unused = {name: None for name in (record.denoiser, "vae", "safety_checker") if name in parts}
         pipe = DiffusionPipeline.from_pretrained(
             folder, variant=record.variant, use_safetensors=True, **unused
         )
-        return pipeline_shifts(pipe, record.request)
+        return pipeline_shifts(pipe, record.request, denoiser)
 
 
-def _layers_in(folder: Path, record: Record) -> list[Layer]:
+def _denoiser_in(folder: Path, record: Record, contents: Contents) -> Denoiser:
     """
-    Every layer that reads text in a denoiser of the folder's class and configuration, whatever its record
-    says.
+    A denoiser of the folder's class and configuration on the meta device, whatever its record says. Only what
+    the text goes through before the layers that read it is there.
     """
     place = folder / record.denoiser
     with reading(place):
@@ -293,9 +296,27 @@ def _layers_in(folder: Path, record: Record) -> list[Layer]:
         family = family_of(module)
         if family is None:
             raise SiteNotFoundError(f"{cls.__name__} is not a denoiser of a supported family.")
-        readers = find_layers(Denoiser(record.denoiser, module, family), pooled=record.request.pooled)
+        for name in family.norms.values():
+            norm = module.get_submodule(name)
+            norm.load_state_dict(_tensors_of(folder, record, contents, f"{name}."), assign=True)
+    return Denoiser(record.denoiser, module, family)
+
+
+def _tensors_of(folder: Path, record: Record, contents: Contents, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a part of the edited component, without its name."""
+    tensors = {}
+    for path in contents.weights[record.denoiser]:
+        with safe_open(folder / path, "pt") as file:
+            for name in file.keys():
+                if name.startswith(prefix):
+                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+    return tensors
+
+
+def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:
+    """Every layer of the denoiser that reads text."""
     layers = []
-    for name, reader in readers.items():
+    for name, reader in find_layers(denoiser, pooled=record.request.pooled).items():
         rows, columns = reader.module.weight.shape
         layers.append(
             Layer(name, reader.space, [rows, columns if reader.columns is None else reader.columns])
