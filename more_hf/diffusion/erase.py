@@ -19,7 +19,7 @@ from ..core.request import ConceptRequest, read_names
 from ..core.site import Site, copy_weights, fingerprint
 from .encoder import Encoder, shared_first_tokens
 from .erasure import ConceptErasure
-from .hook import make_hooks
+from .hook import hooked_modules, make_hooks
 from .plan import Solution, solve
 from .proof import prover
 from .sites import (
@@ -176,7 +176,7 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
             erased = ", ".join(map(repr, erasure.concepts))
             raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")
         if set(names) == set(erasure.concepts):
-            uninstall(denoiser.module, [denoiser.module])
+            uninstall(denoiser.module, hooked_modules(denoiser))
         else:
             _fit(pipe, denoiser, erasure.request.without(names), keep_originals=True)
     return pipe
@@ -236,7 +236,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
     logger.info("Running the denoiser before and after the edit")
     prove = prover(denoiser, erasure, current)
-    install(denoiser.module, erasure, [denoiser.module], prove, keep_originals=keep_originals)
+    install(denoiser.module, erasure, hooked_modules(denoiser), prove, keep_originals=keep_originals)
 
 
 def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
-from .text import Text
+from .text import Z_IMAGE, Text
 
 
 # attention processors with text projections of their own
@@ -64,6 +64,8 @@ class Family:
         norms (`Mapping[str, str]`, *optional*):
             Space -> the module that its features go through between `encode_prompt` and the layers that read
             them. Prototypes are means of what comes out of it: E and a norm do not commute.
+        joined (`bool`, *optional*, defaults to `False`):
+            Whether the norm sees the prompts of a batch joined, as Z-Image's does.
         text (`Text`, *optional*):
             How its pipelines encode prompts; by default as `TEXTS` says for their text encoders.
     """
@@ -73,6 +75,7 @@ class Family:
     call: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     pooled: tuple[str, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
+    joined: bool = False
     text: Text | None = None
 
 
@@ -124,6 +127,15 @@ def _find_sd3_or_flux(transformer: nn.Module) -> dict[str, Reader]:
 
 def _find_pixart(transformer: nn.Module) -> dict[str, Reader]:
     return {"caption_projection.linear_1": Reader(transformer.caption_projection.linear_1)}
+
+
+def _find_z_image(transformer: nn.Module) -> dict[str, Reader]:
+    if transformer.siglip_embedder is not None:
+        raise SiteNotFoundError(
+            "This transformer of Z-Image Omni also reads pictures between the tokens of the prompt, which is "
+            "not supported yet. Use Z-Image or Z-Image Turbo."
+        )
+    return {"cap_embedder.1": Reader(transformer.cap_embedder[1])}
 
 
 def _fixed_latent(model: nn.Module, *shape: int, batch: int) -> Tensor:
@@ -211,6 +223,14 @@ def _call_pixart(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     ).sample
 
 
+def _call_z_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, batch = transformer.config, len(text["tokens"])
+    side = 2 * config.all_patch_size[0]
+    latent = _fixed_latent(transformer, config.in_channels, 1, side, side, batch=batch)
+    times = latent.new_full((batch,), 0.5)
+    return torch.stack(transformer(list(latent), times, list(text["tokens"].to(latent))).sample)
+
+
 # the denoiser's class and its `addition_embed_type` -> its family
 FAMILIES = {
     ("UNet2DConditionModel", None): Family("Stable Diffusion 1.x and 2.x", _find_unet, _call_unet),
@@ -222,6 +242,9 @@ FAMILIES = {
     ),
     ("FluxTransformer2DModel", None): Family("FLUX", _find_sd3_or_flux, _call_flux, ("pooled_projections",)),
     ("PixArtTransformer2DModel", None): Family("PixArt", _find_pixart, _call_pixart),
+    ("ZImageTransformer2DModel", None): Family(
+        "Z-Image", _find_z_image, _call_z_image, norms={"tokens": "cap_embedder.0"}, joined=True, text=Z_IMAGE
+    ),
 }
 
 

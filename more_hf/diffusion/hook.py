@@ -1,6 +1,5 @@
 """
-The forward pre-hook that routes: which expert the prompt's features go through before the denoiser reads
-them.
+The hooks that route: which expert the prompt's features go through before the denoiser's layers read them.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor, nn
 
 from ..core.erasure import Erasure
@@ -54,6 +54,57 @@ class PromptHook(RoutingHook):
         return (), kwargs
 
 
+class NormHook(RoutingHook):
+    """
+    The forward hook of a norm in front of the layer that reads text: its output z becomes E_e z.
+
+    A model that joins all samples `(tokens of all, d)` has a `samples` hook, which knows where each one ends.
+    """
+
+    def __init__(
+        self,
+        remap: Remap | None = None,
+        router: str | None = None,
+        device: torch.device | str = "cpu",
+        key: int = 0,
+        samples: SampleHook | None = None,
+    ):
+        super().__init__(remap, router, device, key)
+        self.samples = samples
+
+    def attach(self, module: nn.Module) -> None:
+        """See `RoutingHook.attach`."""
+        self.detach()
+        self.enabled = True
+        self.handle = module.register_forward_hook(self, prepend=True)
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not self.acts:
+            return None
+        if self.samples is None:
+            return self.route(output)
+        lengths = self.samples.lengths
+        pieces = output.split([length + -length % SEQ_MULTI_OF for length in lengths])
+        means = [piece[1:length].mean(0) for piece, length in zip(pieces, lengths, strict=True)]
+        experts = self.experts(torch.stack(means))
+        routed = [self.route(z[None], expert[None])[0] for z, expert in zip(pieces, experts, strict=True)]
+        return torch.cat(routed)
+
+
+class SampleHook(RoutingHook):
+    """The pre-hook of Z-Image's transformer, which joins its samples: it notes how long each prompt is."""
+
+    with_kwargs = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        texts = args[2] if len(args) > 2 else kwargs["cap_feats"]
+        self.lengths = [len(text) for text in texts]
+
+
 def _replaced(
     values: Mapping[str, Any], where: tuple[str, ...], change: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
@@ -63,18 +114,22 @@ def _replaced(
     return {**values, name: value}
 
 
-def make_hooks(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> tuple[PromptHook, ...]:
-    """The denoiser's hook, if the erasure has a router and factors."""
+def make_hooks(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> tuple[RoutingHook, ...]:
+    """The hooks of `hooked_modules`, if the erasure has a router and factors; the first one routes."""
     if erasure.router is None or not erasure.remaps:
         return ()
+    factors = erasure.remap, erasure.router, device, id(erasure)
+    if denoiser.family.joined:
+        samples = SampleHook()
+        return NormHook(*factors, samples=samples), samples
+    if denoiser.family.norms:
+        return (NormHook(*factors),)
     arguments = tuple(inspect.signature(type(denoiser.module).forward).parameters)[1:]
-    hook = PromptHook(
-        erasure.remap,
-        erasure.router,
-        device,
-        id(erasure),
-        pooled=erasure.remaps.get("pooled"),
-        where=denoiser.family.pooled,
-        arguments=arguments,
-    )
-    return (hook,)
+    pooled, where = erasure.remaps.get("pooled"), denoiser.family.pooled
+    return (PromptHook(*factors, pooled=pooled, where=where, arguments=arguments),)
+
+
+def hooked_modules(denoiser: Denoiser) -> list[nn.Module]:
+    """The modules that have a hook if the erasure has a router, in the order of `make_hooks`."""
+    norms = [denoiser.module.get_submodule(name) for name in denoiser.family.norms.values()]
+    return [*norms, denoiser.module]

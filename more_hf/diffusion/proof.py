@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.erasure import Erasure
 from ..core.install import PROOF_TOLERANCE
-from ..core.interrupts import afterwards
+from ..core.interrupts import afterwards, unwound
 from ..core.proof import proof_by_run
 from ..core.remap import Remap
 from ..core.views import experts_forced, routing_off, running_eagerly
@@ -46,7 +47,8 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     def call(texts: Sequence[tuple[Text, Text]]) -> tuple[Tensor, Tensor]:
         sides = [text for side in zip(*texts, strict=True) for text in side]  # all sources, then all targets
         joined = {space: torch.cat([text[space] for text in sides]) for space in sides[0]}
-        return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(2)
+        with _fed_behind_norms(denoiser, joined):
+            return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(2)
 
     @torch.no_grad()
     def run() -> tuple[Tensor, Tensor]:
@@ -97,6 +99,24 @@ def _rows(features: Text, stays: Text) -> Text:
         "tokens": torch.cat([tokens, plain]),
         "pooled": torch.cat([stays["pooled"][None], features["pooled"]]),
     }
+
+
+@contextmanager
+def _fed_behind_norms(denoiser: Denoiser, text: Text) -> Iterator[None]:
+    """Inside the block what comes out of a norm is the given text itself: no norm gives a prototype."""
+    with unwound() as hooks:
+        for space, name in denoiser.family.norms.items():
+            hook = partial(_as_output, text[space])
+            norm = denoiser.module.get_submodule(name)
+            hooks.callback(norm.register_forward_hook(hook, prepend=True).remove)
+        yield
+
+
+def _as_output(z: Tensor, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Features `(batch, tokens, d)` in place of a norm's output, which may be joined and padded."""
+    samples = output.reshape(len(z), -1, output.shape[-1]).clone()
+    samples[:, : z.shape[1]] = z.to(samples)
+    return samples.reshape(output.shape)
 
 
 @contextmanager

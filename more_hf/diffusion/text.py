@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Template(NamedTuple):
@@ -172,11 +173,29 @@ def _encode_pixart(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Ten
     return {"tokens": embeds}
 
 
+def _encode_z_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    # `encode_prompt` writes the templated prompts into the list that it is given: here, one of ours
+    embeds, _ = pipe.encode_prompt(prompts, device=pipe._execution_device, do_classifier_free_guidance=False)
+    return {"tokens": pad_sequence(embeds, batch_first=True)}
+
+
+def _chat(**options: bool) -> Callable[[DiffusionPipeline], Template]:
+    """A chat with one message, the prompt, as the tokenizer's own template writes it."""
+
+    def template(pipe: DiffusionPipeline) -> Template:
+        chat = [{"role": "user", "content": PROMPT}]
+        text = pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+        return Template(*text.split(PROMPT))
+
+    return template
+
+
+PROMPT = "\ue000"  # stands for the prompt in a template; a character that no text has
 CLIP_SKIP = "a call with `clip_skip` reads another layer of the text encoder, on which nothing was fitted"
 PROMPT_2 = "a call with another `prompt_2` joins features of two prompts, on which nothing was fitted"
 LENGTH = "a call with another `max_sequence_length` has other padding, on which nothing was fitted"
 CASE = (
-    "T5 tells upper from lower case: "
+    "the text encoder tells upper from lower case: "
     "the name in another case moves only as far as its features are like the fitted ones"
 )
 
@@ -222,3 +241,12 @@ TEXTS = {
         lower=True,
     ),
 }
+
+# the encodings of families whose text encoders others use differently
+Z_IMAGE = Text(
+    encode=_encode_z_image,
+    segments=(Segment(clip=False, padding=False, template=_chat(enable_thinking=True)),),
+    arguments=("prompt", "device", "do_classifier_free_guidance", "max_sequence_length"),
+    pooled=False,
+    leaks=(CASE,),
+)

@@ -26,7 +26,7 @@ from ..core.record import CLASSIFIER, RECORD, VARIANT, Record
 from ..core.registry import register
 from ..core.site import fingerprint
 from ..diffusion.erasure import ConceptErasure
-from ..diffusion.hook import make_hooks
+from ..diffusion.hook import hooked_modules, make_hooks
 from ..diffusion.sites import find_denoiser, find_sites
 from .check import (
     Layer,
@@ -292,7 +292,7 @@ def _load_pipeline(
         record.request, record.facts, sites, read_delta(folder), None, record.guarantees, record.proof
     )
     erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
-    attach_hooks(erasure.hooks, [denoiser.module])
+    attach_hooks(erasure.hooks, hooked_modules(denoiser))
     register(denoiser.module, erasure)
     return pipe
 

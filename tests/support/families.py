@@ -21,6 +21,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -32,11 +34,13 @@ from transformers import (
 )
 
 import more_hf
+from support.language_models import qwen3, qwen_tokenizer
 from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
 
 
 T5_LENGTH = 24  # of the prompts of these tests; `max_sequence_length` is an argument of every call
 T5_WIDTH = 48
+LLM_WIDTH = 64
 
 
 def t5_tokenizer():
@@ -201,6 +205,14 @@ def tiny_pixart(cls=PixArtSigmaPipeline):
     )
 
 
+def with_random_norms(model):
+    """The same model; a fresh norm multiplies by 1, which would hide one that is left out."""
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__ and module.weight is not None:
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)
+    return model
+
+
 def tiny_chroma():
     """A pipeline of a family that the package does not know."""
     t5 = t5_tokenizer()
@@ -223,6 +235,30 @@ def tiny_chroma():
         text_encoder=t5_encoder(len(t5)),
         tokenizer=t5,
         transformer=transformer,
+    )
+
+
+def tiny_z_image(cls=ZImagePipeline):
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=16,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=LLM_WIDTH,
+        axes_dims=[2, 2, 4],
+        axes_lens=[128, 32, 32],
+    ).eval()
+    return cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=qwen3(tokenizer, LLM_WIDTH),
+        tokenizer=tokenizer,
+        transformer=with_random_norms(transformer),
     )
 
 
