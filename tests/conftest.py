@@ -1,10 +1,14 @@
 import copy
+import gc
 import os
 import shutil
 from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first Hugging Face import reads it
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers fill the cores; a second thread in one would only wait. Before torch starts its threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
@@ -14,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import more_hf
 from more_hf.data import load_emoji_sd
+from more_hf.diffusion import prompts as packaged
 
 
 # The suite is the same at every run; `--hypothesis-profile=long` looks for what it has missed.
@@ -25,6 +30,37 @@ hypothesis.settings.load_profile("suite")
 
 # More threads than this cost more than they give at the sizes of these tests.
 torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What all these imports leave behind is no garbage: the collector need not walk through it."""
+    gc.disable()
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
+EVERY_PROMPT = packaged.packaged_prompts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fewer_ordinary_prompts():
+    """Every eighth of the general prompts behind Σ: encoding all 372 is what most tests would wait for."""
+
+    def fewer(file):
+        return EVERY_PROMPT(file)[:: 8 if file == "everyday_prompts.txt" else 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packaged, "packaged_prompts", fewer)
+        yield
+
+
+@pytest.fixture
+def every_ordinary_prompt(monkeypatch):
+    """All of them after all."""
+    monkeypatch.setattr(packaged, "packaged_prompts", EVERY_PROMPT)
 
 
 @pytest.fixture(scope="module")

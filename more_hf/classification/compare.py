@@ -74,8 +74,9 @@ class Accuracies:
 
     def to_markdown(self) -> str:
         """A table in percent, with the accuracy over all images of forgotten classes and of the others."""
-        rows = [_row(f"{one.name} (forgotten)" if one.forgotten else one.name, [one]) for one in self.listed]
-        left_out = [one for one in self.classes if one not in self.listed]
+        listed = self.listed
+        rows = [_row(f"{one.name} (forgotten)" if one.forgotten else one.name, [one]) for one in listed]
+        left_out = [one for one in self.classes if one not in listed]
         if left_out:
             rows.append(_row(f"{len(left_out)} that moved less", left_out))
         for name, forgotten in (("forgotten, together", True), ("the others, together", False)):

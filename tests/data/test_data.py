@@ -133,6 +133,7 @@ def test_the_wheel_has_the_data_and_works_from_elsewhere(tmp_path):
     assert loaded == "loaded"
 
 
+@pytest.mark.usefixtures("every_ordinary_prompt")
 def test_everyday_prompts_are_the_list_that_the_tokenizer_knows(emoji_sd, tiny_sd):
     """The tiny tokenizer's words are of the general list (`van`, `gogh`, `painting`), the embedded one's of
     its own captions."""
@@ -144,6 +145,7 @@ def test_everyday_prompts_are_the_list_that_the_tokenizer_knows(emoji_sd, tiny_s
     assert any("Rembrandt" in prompt for prompt in general)
 
 
+@pytest.mark.usefixtures("every_ordinary_prompt")
 def test_no_everyday_prompt_is_a_prompt_of_a_benchmark(emoji_sd, tiny_sd):
     ordinary = {*everyday_prompts(emoji_sd.tokenizer), *everyday_prompts(tiny_sd().tokenizer)}
     for name in ("emoji10", "emoji10_validation", "artists10"):

@@ -82,6 +82,7 @@ def test_two_pipelines_without_a_record(drawn, emoji_sd, erased):
         more_hf.compare(erased, [])
 
 
+@pytest.mark.slow
 def test_a_router_draws_the_same_picture_again(drawn, emoji_sd):
     pipe = copy.deepcopy(emoji_sd)
     more_hf.erase_concept(pipe, "Blobmoji", remap_to=["Fluent", "Noto"], router="random")

@@ -537,6 +537,7 @@ def test_textual_inversion_token(pipe, vectors):
 # The trained pipeline
 
 
+@pytest.mark.slow
 def test_forgotten_images_become_the_targets_and_others_stay(copy_of_emoji_sd):
     pipe = copy_of_emoji_sd()
     artists = ["Blobmoji", "Fluent", "Noto"]

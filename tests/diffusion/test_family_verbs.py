@@ -102,7 +102,9 @@ def assert_same_images(pipe, wanted, other, family, prompt="a house by van gogh"
     assert (images(pipe, family, prompt) - wanted).norm() < 0.01 * apart
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "flux"))]
+)
 def test_save_load_and_verify(families, family, tmp_path):
     pipe = erase(
         copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="hash", retain=None

@@ -47,6 +47,7 @@ def test_space(monkeypatch, emoji_sd):
     assert pixels(odd[0]).shape == (192, 384, 3)
 
 
+@pytest.mark.slow
 def test_it_opens_with_a_filled_example():
     app = runpy.run_path(str(SPACE / "app.py"))
     values = [app[name].value for name in ("concept", "targets", "seed")]

@@ -140,6 +140,7 @@ def test_erase_concept_with_one_odd_argument(pipe, option, value):
     call(lambda: more_hf.erase_concept(pipe, **arguments), pipe, pipe.unet)
 
 
+@pytest.mark.slow
 @given(value=NAMED)
 def test_restore_of_a_pipeline(pipe, value):
     call(lambda: more_hf.restore(pipe, value), pipe, pipe.unet)

@@ -126,11 +126,11 @@ def test_no_thread_sees_a_mixture(tiny_sd, router):
     seen, shown = [], []
 
     def generate():
-        for _ in range(20):
+        for _ in range(10):
             seen.append(run(pipe))
 
     def look():
-        for _ in range(12):
+        for _ in range(6):
             with more_hf.disabled(pipe):
                 shown.append(run(pipe))
             seen.append(run(pipe))
@@ -205,6 +205,7 @@ def test_projections_fused_inside_the_block(pair):
     pipe.unfuse_qkv_projections()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["whole", "module"])
 def test_compiled(tiny_sd, how):
     pipe = tiny_sd()
@@ -227,6 +228,7 @@ def test_compiled(tiny_sd, how):
         torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_inside_the_block(pair):
     pipe, erased, original = pair
     try:

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 LIBRARY = str(Path(more_hf.__file__).parent)
-SAMPLE = 24  # places of an operation in the fast suite
+SAMPLE = 16  # places of an operation in the fast suite
 
 
 class Interruption(KeyboardInterrupt):
@@ -283,7 +283,7 @@ def few_prompts(monkeypatch):
 
 @pytest.mark.parametrize("name", ["erase", "refit", "restore"])
 def test_pipeline(few_prompts, name):
-    check_operation(Pipeline, name, lambda places: sample(places)[::3])
+    check_operation(Pipeline, name, lambda places: sample(places)[::4])
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ def test_foreign_files_neither_go_up_nor_pass_nor_stay(saved, hub, name):
     assert hub.writes == []
 
 
+@pytest.mark.slow
 def test_save_refuses_what_it_neither_replaces_nor_may_keep(tiny_sd, saved):
     pipe = erase(tiny_sd())
     (saved / "more_hf_delta.safetensors").unlink()
@@ -96,6 +97,7 @@ def test_texts_and_pictures_may_lie_there_and_only_what_the_card_names_goes_up(s
     assert pushed.isdisjoint({"images/dog.png", "notes.txt", "LICENSE", ".gitattributes", ".git/index"})
 
 
+@pytest.mark.slow
 def test_a_repository_with_weights_under_any_name_is_refused(saved, hub):
     for name in FOREIGN:
         hub.repos["me/erased"] = {"main": {name: b"weights", "README.md": b"---\nlicense: mit\n---\n"}}

@@ -226,6 +226,7 @@ def test_truncated_files(saved, name, size):
     assert isinstance(only_our_errors(lambda: more_hf.load(saved)), more_hf.IncompatibleBaseError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["model_index.json", "unet/config.json", "tokenizer/tokenizer.json", "text_encoder/config.json"]
 )

@@ -28,7 +28,12 @@ DELTA = "more_hf_delta.safetensors"
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=["plain", "variant", "shards"]
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"variant": "fp16"}, id="variant", marks=pytest.mark.slow),
+        pytest.param({"max_shard_size": "20KB"}, id="shards", marks=pytest.mark.slow),
+    ],
 )
 def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
     pipe = erase(tiny_sd(), {"van gogh": ["vincent"]})

@@ -88,8 +88,12 @@ def test_record(tiny_sd, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"variant": "fp16"}, {"max_shard_size": "20KB"}, {"variant": "fp16", "max_shard_size": "20KB"}],
-    ids=["plain", "variant", "shards", "variant_shards"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"variant": "fp16"}, id="variant", marks=pytest.mark.slow),
+        pytest.param({"max_shard_size": "20KB"}, id="shards", marks=pytest.mark.slow),
+        pytest.param({"variant": "fp16", "max_shard_size": "20KB"}, id="both", marks=pytest.mark.slow),
+    ],
 )
 def test_round_trip(tiny_sd, tmp_path, options):
     pipe = erase(tiny_sd())

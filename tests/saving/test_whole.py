@@ -122,7 +122,7 @@ def interrupt(erased, tmp_path, existing, events):
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over_an_earlier_save"])
 def test_an_exception_at_some_points(erased, tmp_path, existing):
     interrupt(
-        erased, tmp_path, existing, lambda count: [*range(1, count, count // 12), *range(count - 40, count)]
+        erased, tmp_path, existing, lambda count: [*range(1, count, count // 8), *range(count - 40, count, 5)]
     )
 
 
