@@ -35,10 +35,10 @@ def prover(
     Run the real heads on forget and target prototypes now, and return a function that runs them again and
     compares.
 
-    Before the edit the two differ; after it they must not, and the target's logits must be what they were.
-    The mean expert is tried without the hook, since the weights alone must hold it, then up to eight experts
-    with it. An inner module cannot be called on a prototype, so there its pre-hooks are called, and what they
-    hand on is compared.
+    The edited heads must make of both what the original makes of them after the remap. The mean expert is
+    tried without the hook, since the weights alone must hold it, then up to eight experts with it. An inner
+    module cannot be called on a prototype, so there its pre-hooks are called, and what they hand on is
+    compared.
     """
     trials = [Trial(None, routed=True)]
     if erasure.router is not None:
@@ -50,22 +50,24 @@ def prover(
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     device, dtype = "cpu" if parameter.is_meta else parameter.device, parameter.dtype
 
-    def outputs(trial: Trial) -> Tensor:
-        """The modules' outputs `(2, ...)` for forget prototypes and for their targets."""
+    def outputs(trial: Trial, moved: bool) -> Tensor:
+        """The modules' outputs `(2, ...)` for forget prototypes and for their targets, or what E makes of
+        them."""
         parts = []
         for name, module in modules.items():
             remap = erasure.remaps[name]
             forget = remap.prototypes.matrix[:, list(remap.forget)]
-            z = torch.cat([forget, forget + remap.shift(trial.expert)], 1).T.to(device, dtype)
+            z = torch.cat([forget, forget + remap.shift(trial.expert)], 1).T
+            z = (remap.apply(z, trial.expert) if moved else z).to(device, dtype)
             taken = torch.full((len(z),), trial.expert or 0)
             with experts_forced(erasure, taken) if trial.routed else routing_off(erasure):
                 parts.append(module(z).cpu().double().reshape(2, -1))
         return torch.cat(parts, 1)
 
-    def run() -> tuple[Tensor, Tensor]:
-        """Outputs `(trials, ...)` for sources and for targets."""
+    def run(moved: bool) -> tuple[Tensor, Tensor]:
+        """Outputs `(trials, ...)` for sources and for targets, or for what E makes of them."""
         with evaluating(model), nullcontext() if erasure.sites else _passing_on(modules):
-            return torch.stack([outputs(trial) for trial in trials]).unbind(1)
+            return torch.stack([outputs(trial, moved) for trial in trials]).unbind(1)
 
     return proof_by_run(
         run,

@@ -3,11 +3,12 @@
 from typing import Literal, get_args
 
 
-Solver = Literal["pinv", "covariance"]
+Solver = Literal["pinv", "covariance", "soft"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
+EXACT_SOLVERS: tuple[Solver, ...] = ("pinv", "covariance")
 
 RouterName = Literal["random", "hash", "prototype", "prototype_random"]
 ROUTERS: tuple[RouterName, ...] = get_args(RouterName)
 
-Tokens = Literal["positions", "subject", "end", "subject+end", "last"]
+Tokens = Literal["positions", "last+end", "subject", "end", "subject+end", "last"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)

@@ -16,15 +16,18 @@ from .views import original_shown
 
 
 def proof_by_run(
-    run: Callable[[], tuple[Tensor, Tensor]], current: Erasure | None, tolerance: float, cause: str
+    run: Callable[[bool], tuple[Tensor, Tensor]], current: Erasure | None, tolerance: float, cause: str
 ) -> Callable[[], dict[str, float]]:
     """
     Measure the original now, and return the function that measures the edited model and compares.
 
+    The edited model must make of a feature z what the original makes of E z. For an exact edit that is what
+    the original makes of the target.
+
     Args:
         run (`Callable`):
             Gives the outputs `(trials, ...)` of the model on features that hold forget prototypes, and on the
-            same with their targets, flattened.
+            same with their targets, flattened; of E z instead of z if its argument is true.
         current (`Erasure`, *optional*):
             An earlier erasure of the model, which the measurement of the original leaves out.
         tolerance (`float`):
@@ -37,13 +40,14 @@ def proof_by_run(
         and the `tolerance`, and raises `SiteNotFoundError` if they are not within the tolerance.
     """
     with nullcontext() if current is None else original_shown(current):
-        source, target = run()
-    apart = (source - target).norm(dim=1)
+        source, _ = run(False)
+        moved, target = run(True)
+    apart = (source - moved).norm(dim=1)
 
     def prove() -> dict[str, float]:
-        new_source, new_target = run()
+        new_source, new_target = run(False)
         proof = {
-            "forget_vs_target": float(((new_source - new_target).norm(dim=1) / apart).max()),
+            "forget_vs_target": float(((new_source - moved).norm(dim=1) / apart).max()),
             "target_changed": float(((new_target - target).norm(dim=1) / apart).max()),
             "forget_changed": float(((new_source - source).norm(dim=1) / apart).min()),
             "tolerance": tolerance,

@@ -6,6 +6,9 @@ With prototypes P = [P_F, P_R] as columns and the dual D (D P = I), an expert is
 
 where D_F z says how much of each forget prototype is in z. For a linear layer that reads z this is a LoRA of
 rank f: W E = W + B A with A = D_F, shared by all layers and all experts, and B = W (P_t − P_F).
+
+The soft edit leaves a part of the way to the target, so that many forgotten prototypes cost everything else
+less; it exists for any number of them.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class Remap:
         dual (`Tensor`):
             D, `(k, d)`.
         solver (`str`):
-            `"pinv"` (the paper: D = P⁺) or `"covariance"` (least change of ordinary features).
+            `"pinv"` (the paper: D = P⁺), `"covariance"` (least change of ordinary features) or `"soft"`
+            (`"covariance"` with a price instead of exactness).
         condition_number (`float`):
             Of P with its columns scaled to unit norm.
     """
@@ -65,6 +69,7 @@ class Remap:
         *,
         solver: str = "pinv",
         shrinkage: float = 1e-4,
+        softness: float = 1.0,
     ) -> Remap:
         """
         Solve for the dual.
@@ -79,9 +84,14 @@ class Remap:
             solver (`str`, *optional*, defaults to `"pinv"`):
                 The metric Σ of D = (Pᵀ Σ⁻¹ P)⁻¹ Pᵀ Σ⁻¹. `"pinv"`: the identity, so D = P⁺. `"covariance"`:
                 the second moment in `prototypes`; of all exact edits, the one that moves the features behind
-                Σ least, in mean square of the coordinates that they read.
+                Σ least, in mean square of the coordinates that they read. `"soft"`: of all E that keep every
+                other prototype where it is, the minimiser of mean_f ‖E p_f − p_t‖² / ‖p_f‖² +
+                softness · tr((E − I) Σ (E − I)ᵀ) / tr Σ.
             shrinkage (`float`, *optional*, defaults to 1e-4):
                 Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
+            softness (`float`, *optional*, defaults to 1.0):
+                Of `"soft"`: how much moving ordinary features weighs against leaving forget prototypes on
+                their way, both as relative squares. Towards 0 it becomes `"covariance"`.
 
         Raises:
             `PrototypeError`: a forget prototype is a linear combination of the others, so that no exact edit
@@ -102,20 +112,25 @@ class Remap:
         _check_targets(forget, targets)
         P = prototypes.matrix
 
+        columns = tuple(prototypes.index(name) for name in forget)
         # with columns of unit norm, whitened by Σ^(−1/2), the dual is a pseudo-inverse
         unit = prototypes.unit
-        whiten = torch.eye(len(P), dtype=P.dtype)
-        if solver == "covariance":
-            whiten = _inverse_root(prototypes, shrinkage)
-        dual = torch.linalg.pinv(whiten @ unit, rtol=1e-12) @ whiten / P.norm(dim=0)[:, None]  # (k, d)
+        whiten = torch.eye(len(P), dtype=P.dtype) if solver == "pinv" else _inverse_root(prototypes, shrinkage)
+        whitened = whiten @ unit
+        if solver == "soft":
+            # and the soft dual that of ridge regression: one more row for each forget prototype
+            ridge = unit.new_zeros(len(columns), unit.shape[1])
+            ridge[range(len(columns)), list(columns)] = _ridge(prototypes, len(columns), softness)
+            whitened = torch.cat([whitened, ridge])
+        dual = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(P)] @ whiten / P.norm(dim=0)[:, None]  # (k, d)
 
-        columns = []
+        sent_to = []
         for expert in targets:
-            columns.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
+            sent_to.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
         remap = cls(
             prototypes=prototypes,
-            forget=tuple(prototypes.index(name) for name in forget),
-            targets=torch.tensor(columns),
+            forget=columns,
+            targets=torch.tensor(sent_to),
             dual=dual,
             solver=solver,
             condition_number=float(torch.linalg.cond(unit)),
@@ -131,8 +146,10 @@ class Remap:
             raise PrototypeError(
                 "A prototype cannot be both forgotten and a target. Remove it from one of the lists."
             )
-        # one where a forget prototype reads itself and zero elsewhere
+        # one where a forget prototype reads itself and zero elsewhere; a soft edit is exact in the zeros alone
         error = (self.D_F @ P - torch.eye(k, dtype=P.dtype)[list(self.forget)]).abs()
+        if self.solver == "soft":
+            error[:, list(self.forget)] = 0
         if error.max() < EXACT:
             return
 
@@ -251,11 +268,12 @@ class Remap:
         Returns:
             `dict[str, float]`:
 
-            - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖
+            - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖; of a soft edit, which promises no more
+              than the way that it goes, as `way_left`
             - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype
-            - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖
+            - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖, unless the edit is soft
             - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, what an edited feature can still show of a forget
-              prototype
+              prototype, unless the edit is soft
             - `ordinary_moved`: √(E‖E z − z‖² / E‖z‖²) over the features behind Σ, where there are any: what
               the edit costs them
             - `rank` (G2): of I − E, the smallest over the experts
@@ -266,12 +284,14 @@ class Remap:
         experts = []
         for M in shifts:  # E = I + M D_F
             left = D_F + (D_F @ M) @ D_F  # D_F E
-            measured = {
-                "forget_to_target": _worst_ratio(M @ (D_F @ forget) - M, M),
-                "remain_fixed": _worst_ratio(M @ (D_F @ remain), remain),
-                "idempotent": (M @ left).norm() / (M @ D_F).norm(),
-                "nothing_left": left.norm() / D_F.norm(),
-            }
+            way_left = _worst_ratio(M @ (D_F @ forget) - M, M)
+            measured = {"remain_fixed": _worst_ratio(M @ (D_F @ remain), remain)}
+            if self.solver == "soft":
+                measured["way_left"] = way_left
+            else:
+                measured["forget_to_target"] = way_left
+                measured["idempotent"] = (M @ left).norm() / (M @ D_F).norm()
+                measured["nothing_left"] = left.norm() / D_F.norm()
             if moment is not None:
                 # E‖M D_F z‖² = tr(Mᵀ M D_F Σ D_Fᵀ)
                 squared = ((M.T @ M) * (D_F @ moment @ D_F.T)).sum().clamp_min(0)
@@ -299,6 +319,14 @@ def _worst_ratio(change: Tensor, reference: Tensor) -> Tensor:
     """The largest ‖change‖ / ‖reference‖ over columns, 0 where there is no column."""
     ratios = change.norm(dim=0) / reference.norm(dim=0)
     return ratios.max() if len(ratios) else ratios.new_zeros(())
+
+
+def _ridge(prototypes: Prototypes, count: int, softness: float) -> float:
+    """
+    √(f · softness / tr Σ): the row of a forget prototype, of unit norm, in the least squares that the soft
+    dual solves.
+    """
+    return float((count * softness / prototypes.second_moment.trace()).sqrt())
 
 
 def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor:

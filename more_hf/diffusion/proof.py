@@ -20,7 +20,8 @@ from ..core.views import experts_forced, routing_off, running_eagerly
 from .sites import Denoiser, lora_branches
 
 
-# E sends p_t + c (p_f − p_t) to p_t for every c; a larger one stands out from half precision's rounding.
+# An exact E sends p_t + c (p_f − p_t) to p_t for every c; a larger one stands out from half precision's
+# rounding.
 SPREAD = 4
 TOLERANCE = {**PROOF_TOLERANCE, torch.bfloat16: 2e-1}  # so that less is allowed to rounding here
 TRIED_EXPERTS = 8
@@ -35,14 +36,12 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
 
     The text is a prototype that stays followed by every forget prototype, or by what each is sent to; then,
     where the model reads a pooled feature, each of its forget prototypes, or what it is sent to, so that each
-    way of the prompt into the model is compared in its own units. Before the edit the two differ; after it
-    they must not, and the target's output must be what it was. The mean expert is tried without the routing
-    hook, since the weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it
-    reads the text next to the edited layers.
+    way of the prompt into the model is compared in its own units. The edited model must make of it what the
+    original makes of the text that the remap has moved. The mean expert is tried without the routing hook,
+    since the weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it reads
+    the text next to the edited layers.
     """
-    mean_text = _texts(erasure.remaps, None)
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
-    expert_texts = [_texts(erasure.remaps, expert) for expert in experts]
 
     def call(texts: Sequence[tuple[Text, Text]]) -> tuple[Tensor, Tensor]:
         sides = [text for side in zip(*texts, strict=True) for text in side]  # all sources, then all targets
@@ -51,8 +50,10 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
             return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(2)
 
     @torch.no_grad()
-    def run() -> tuple[Tensor, Tensor]:
-        """Outputs of all rows, `(rows, ...)`, for sources and for targets."""
+    def run(moved: bool) -> tuple[Tensor, Tensor]:
+        """Outputs of all rows, `(rows, ...)`, for sources and for targets, or for what E makes of them."""
+        mean_text = _texts(erasure.remaps, None, moved)
+        expert_texts = [_texts(erasure.remaps, expert, moved) for expert in experts]
         with _plain(denoiser):
             with routing_off(erasure):
                 outputs = [call([mean_text])]
@@ -75,17 +76,21 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     )
 
 
-def _texts(remaps: Mapping[str, Remap], expert: int | None) -> tuple[Text, Text]:
+def _texts(remaps: Mapping[str, Remap], expert: int | None, moved: bool) -> tuple[Text, Text]:
     """
     Source and target rows: one with all forget prototypes among its tokens `(rows, 1 + f, d)`, one for each
-    that is pooled `(rows, d')`. The other feature of a row is the space's first prototype, which always
-    stays.
+    that is pooled `(rows, d')`; `moved` by the expert or not. The other feature of a row is the space's first
+    prototype, which always stays.
     """
     sources, targets, stays = {}, {}, {}
     for space, remap in remaps.items():
         shift = remap.shift(expert).T
         targets[space] = remap.prototypes.matrix[:, list(remap.forget)].T + shift
         sources[space] = targets[space] - SPREAD * shift
+        if moved:
+            sources[space], targets[space] = (
+                remap.apply(z, expert) for z in (sources[space], targets[space])
+            )
         stays[space] = remap.prototypes.matrix[:, 0]
     return _rows(sources, stays), _rows(targets, stays)
 
