@@ -57,11 +57,14 @@ class ConceptFacts(Facts):
             How far each retained name's prototypes moved at most, as a share of their length.
         leaks (`list[str]`):
             What the edit does not cover, in words and numbers.
+        tokens (`str`, *optional*):
+            The token positions that made prototypes, where they are fewer than was asked for.
     """
 
     pipeline: str
     retained_moved: dict[str, float]
     leaks: list[str]
+    tokens: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,6 +235,30 @@ class Remap:
         z = z.double().cpu()
         return float(((self.apply(z) - z).norm(dim=-1) / z.norm(dim=-1)).max())
 
+    @property
+    def ordinary_moved(self) -> float:
+        """√(E‖E z − z‖² / E‖z‖²) over the features behind Σ, of the expert that moves them most."""
+        return float(torch.stack([self._ordinary_moved(M) for M in self.shifts]).max())
+
+    def _ordinary_moved(self, M: Tensor) -> Tensor:
+        # E‖M D_F z‖² = tr(Mᵀ M D_F Σ D_Fᵀ)
+        moment = self.prototypes.second_moment
+        squared = ((M.T @ M) * (self.D_F @ moment @ self.D_F.T)).sum().clamp_min(0)
+        return (squared / moment.trace()).sqrt()
+
+    def removed(self, most: float = 0.0) -> Tensor:
+        """
+        Differences of forget prototypes and their targets that the mean expert sends to nothing, `(d, m)`.
+
+        Of an exact edit these are all P̄_t − P_F. Of a soft one they are those combinations of them of which at
+        most the share `most` is left: E (P_F − P_t) = (P_F − P_t)(I − D_F P_F).
+        """
+        if self.solver != "soft":
+            return self.shift()
+        left = torch.eye(self.rank, dtype=self.dual.dtype) - self.D_F @ self.prototypes.matrix[:, list(self.forget)]
+        _, shares, combinations = torch.linalg.svd(left)
+        return self.shift() @ combinations[shares <= most].T
+
     def delta(self, weight: Tensor, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """
         The change of a linear layer that reads the features: `weight` becomes `weight + lora_B @ lora_A`.
@@ -293,9 +317,7 @@ class Remap:
                 measured["idempotent"] = (M @ left).norm() / (M @ D_F).norm()
                 measured["nothing_left"] = left.norm() / D_F.norm()
             if moment is not None:
-                # E‖M D_F z‖² = tr(Mᵀ M D_F Σ D_Fᵀ)
-                squared = ((M.T @ M) * (D_F @ moment @ D_F.T)).sum().clamp_min(0)
-                measured["ordinary_moved"] = squared.sqrt() / moment.trace().sqrt()
+                measured["ordinary_moved"] = self._ordinary_moved(M)
             experts.append(measured)
         worst = {
             key: float(torch.stack([one[key] for one in experts]).max()) for key in experts[0]

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # token mode -> the kinds of prototype that a name has, each a mean over some positions of its prompts
 TOKENS = {
     "positions": ("last", "after", "end", "padding"),
+    "last+end": ("last", "end"),
     "subject+end": ("subject", "end+padding"),
     "subject": ("subject",),
     "end": ("end+padding",),

@@ -269,6 +269,7 @@ def _facts(
         pipeline=type(pipe).__name__,
         fingerprint=fingerprint(originals),
         spaces={name: site.space for name, site in sites.items() if site.space != "tokens"},
+        tokens=solution.tokens if solution.tokens != request.tokens else None,
     )
 
 

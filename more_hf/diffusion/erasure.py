@@ -27,7 +27,7 @@ class ConceptErasure(Erasure):
         )
         moved = [f"{name} (moves by {100 * share:.2g} %)" for name, share in facts.retained_moved.items()]
         yield "retained", ", ".join(["special tokens and empty prompt (exact)", *moved])
-        yield "tokens", request.tokens
+        yield "tokens", f"{facts.tokens}, of {request.tokens}" if facts.tokens else request.tokens
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"

@@ -4,7 +4,7 @@ From a request to its solution: prototypes, every expert's targets, and the rema
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,17 @@ from diffusers import DiffusionPipeline
 
 from ..core.errors import PrototypeError
 from ..core.experts import draw_experts
-from ..core.options import SOLVERS
+from ..core.options import EXACT_SOLVERS
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap
 from ..core.request import ConceptRequest
 from .encoder import column, fit_prototypes, kinds_of
 from .prompts import TEMPLATES, everyday_prompts, names_in
 from .sites import Denoiser, find_denoiser, text_of
+
+
+# Up to this share an exact edit may move ordinary prompts before fewer prototypes, then softness, are taken.
+CHEAP = 0.12
 
 
 @dataclass(frozen=True)
@@ -29,32 +33,52 @@ class Problem:
     Args:
         prototypes (`Prototypes`):
             Everything that was fitted.
+        kinds (`dict[str, list[str]]`):
+            The kinds of prototype that a name has, for what was asked for and then for fewer positions.
         forget (`list[str]`):
-            Names of the prototypes to forget.
+            The forgotten names and aliases.
         targets (`list[list[str | None]]`):
             For each expert, what each of them is sent to; `None` erases.
-        retained (`dict[str, list[str]]`):
-            The prototypes of each retained name that is no target.
+        retained (`list[str]`):
+            Retained names that are no target.
     """
 
     prototypes: Prototypes
+    kinds: dict[str, list[str]]
     forget: list[str]
     targets: list[list[str | None]]
-    retained: dict[str, list[str]]
+    retained: list[str]
 
-    def fit(self, solver: str, shrinkage: float = 1e-4) -> Remap:
+    def fit(self, solver: str, tokens: str, shrinkage: float = 1e-4) -> Remap:
         """
-        Solve exactly. Raises `PrototypeError` if there is no exact edit.
+        Solve with the prototypes of these token positions. Raises `PrototypeError` if there is no exact edit.
 
-        `pinv` keeps retained names exact, in P. `covariance` spares them through Σ, to which their prompts
-        were added: forcing many close prototypes to be exact makes D_F large, and then everything else moves
-        more (measured).
+        `pinv` keeps retained names exact, in P. The others spare them through Σ, to which their prompts were
+        added: forcing many close prototypes to be exact makes D_F large, and then everything else moves more
+        (measured).
         """
-        prototypes = self.prototypes
-        if solver == "covariance":
-            spared = [name for names in self.retained.values() for name in names]
-            prototypes = prototypes.without(spared)
-        return Remap.fit(prototypes, self.forget, self.targets, solver=solver, shrinkage=shrinkage)
+        exact = self.names if solver == "pinv" else [name for name in self.names if name not in self.retained]
+        named = {name for all_tokens in self.kinds for name in self.columns(self.names, all_tokens)}
+        return Remap.fit(
+            self.prototypes.without(named.difference(self.columns(exact, tokens))),
+            self.columns(self.forget, tokens),
+            [self.columns(names, tokens) for names in self.targets],
+            solver=solver,
+            shrinkage=shrinkage,
+        )
+
+    def columns(self, names: Sequence[str | None], tokens: str) -> list[str | None]:
+        """The prototypes of names, one of each kind that these tokens give; `None` stays `None`."""
+        columns = []
+        for name in names:
+            columns += [name and column(name, kind) for kind in self.kinds[tokens]]
+        return columns
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that has prototypes."""
+        sent_to = [name for expert in self.targets for name in expert if name is not None]
+        return list(dict.fromkeys([*self.forget, *sent_to, *self.retained]))
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,8 @@ class Solution:
     Args:
         remaps (`dict[str, Remap]`):
             By space.
+        tokens (`str`):
+            The token positions that made prototypes.
         solver_reason (`str`):
             Why the solvers were taken, in words and numbers.
         retained_moved (`dict[str, float]`):
@@ -72,8 +98,14 @@ class Solution:
     """
 
     remaps: dict[str, Remap]
+    tokens: str
     solver_reason: str
     retained_moved: dict[str, float]
+
+    @property
+    def ordinary_moved(self) -> float:
+        """How far ordinary prompts move, as a share of their length, in the space where they move most."""
+        return max(remap.ordinary_moved for remap in self.remaps.values())
 
 
 def check_names(request: ConceptRequest) -> None:
@@ -124,7 +156,9 @@ def prepare(
     prototypes = fit_prototypes(
         pipe, names, request.tokens, sigma_prompts=sigma_prompts, templates=templates, denoiser=denoiser
     )
-    kinds = kinds_of(text_of(pipe, denoiser), request.tokens, pooled=request.pooled)
+    text = text_of(pipe, denoiser)
+    choices = {tokens: kinds_of(text, tokens, pooled=request.pooled) for tokens in token_choices(request)}
+    kinds = choices[request.tokens]
     # Distinct targets that leave D_F small: half of the dimensions, less the forgotten ones (the smallest
     # space decides).
     room = min(len(prototypes[space].matrix) // (2 * len(kinds[space])) for space in kinds)
@@ -137,16 +171,23 @@ def prepare(
     # Every alias goes where its concept goes.
     sizes = [1 + len(aliases) for aliases in request.concepts.values()]
     spread = [_repeated(targets, sizes) for targets in experts]
-    retained = [name for name in request.retain if name not in request.targets]
     problems = {}
-    for space, kinds_here in kinds.items():
+    for space in kinds:
         problems[space] = Problem(
             prototypes=prototypes[space],
-            forget=_columns(request.surfaces, kinds_here),
-            targets=[_columns(targets, kinds_here) for targets in spread],
-            retained={name: _columns([name], kinds_here) for name in retained},
+            kinds={tokens: kinds_here[space] for tokens, kinds_here in choices.items()},
+            forget=request.surfaces,
+            targets=spread,
+            retained=[name for name in request.retain if name not in request.targets],
         )
     return problems
+
+
+def token_choices(request: ConceptRequest) -> tuple[str, ...]:
+    """What may make prototypes: the tokens that were asked for, or fewer where `auto` finds these too dear."""
+    if request.solver == "auto" and request.tokens == "positions":
+        return "positions", "last+end"
+    return (request.tokens,)
 
 
 def _repeated(names: Sequence[str | None], sizes: Sequence[int]) -> list[str | None]:
@@ -154,14 +195,6 @@ def _repeated(names: Sequence[str | None], sizes: Sequence[int]) -> list[str | N
     for name, size in zip(names, sizes, strict=True):
         repeated += [name] * size
     return repeated
-
-
-def _columns(names: Sequence[str | None], kinds: Sequence[str]) -> list[str | None]:
-    """The prototypes of names, every kind of each; `None` stays `None`."""
-    columns = []
-    for name in names:
-        columns += [name and column(name, kind) for kind in kinds]
-    return columns
 
 
 def ordinary_prompts(pipe: DiffusionPipeline, request: ConceptRequest) -> list[str]:
@@ -175,49 +208,86 @@ def ordinary_prompts(pipe: DiffusionPipeline, request: ConceptRequest) -> list[s
     return prompts
 
 
-def solve(pipe: DiffusionPipeline, request: ConceptRequest) -> Solution:
+def solve(
+    pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None
+) -> Solution:
     """
-    Solve a request; changes nothing.
+    Solve a request; changes nothing. `denoiser` is for a pipeline that was loaded without it.
 
-    `auto` solves both ways, which is cheap next to encoding, and takes the one that moves ordinary prompts
-    less.
+    `auto` looks at features alone, and takes the first of these that is cheap, which means that ordinary
+    prompts move by at most `CHEAP`: exact with all token positions; exact with the last token and the end
+    token; the soft edit with these two, which is taken whatever it costs. Exact is `pinv` or `covariance`,
+    whichever moves ordinary prompts less. A router needs an exact edit (G3) and takes the last one.
 
     Raises:
-        `PrototypeError`: a name is wrong, or no exact edit exists.
+        `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
     """
-    solvers = SOLVERS if request.solver == "auto" else (request.solver,)
-    remaps, reasons, moved = {}, {}, {}
     check_names(request)
-    for space, problem in prepare(pipe, request, ordinary_prompts(pipe, request)).items():
-        remaps[space], reasons[space] = _solve_space(problem, solvers, request.shrinkage)
-        for name, columns in problem.retained.items():
-            features = torch.stack([problem.prototypes[name] for name in columns])
-            moved[name] = max(moved.get(name, 0.0), remaps[space].moved(features))
-    reason = reasons["tokens"]
-    if "pooled" in remaps:
-        reason += f"; pooled: {remaps['pooled'].solver}, {reasons['pooled']}"
-    return Solution(remaps, reason, moved)
+    problems = prepare(pipe, request, ordinary_prompts(pipe, request), denoiser)
+    if request.solver != "auto":
+        return _solution(problems, (request.solver,), request.tokens, request.shrinkage, "as asked for")
+
+    choices = token_choices(request)
+    dear: list[str] = []  # the exact edits that were passed over
+    for tokens in choices:
+        must_be_exact = request.router is not None and tokens == choices[-1]
+        try:
+            exact = _solution(problems, EXACT_SOLVERS, tokens, request.shrinkage, "exact", dear)
+        except PrototypeError:  # too many prototypes, or dependent ones
+            if must_be_exact:
+                raise
+            dear.append(f"{tokens} have no exact edit")
+            continue
+        if exact.ordinary_moved <= CHEAP or must_be_exact:
+            return exact
+        dear.append(f"exact with {tokens} moves them by {100 * exact.ordinary_moved:.1f} %")
+    return _solution(problems, ("soft",), choices[-1], request.shrinkage, "as exact is dear", dear)
 
 
-def _solve_space(problem: Problem, solvers: Sequence[str], shrinkage: float) -> tuple[Remap, str]:
+def _solution(
+    problems: Mapping[str, Problem],
+    solvers: Sequence[str],
+    tokens: str,
+    shrinkage: float,
+    why: str,
+    passed_over: Sequence[str] = (),
+) -> Solution:
     """
-    The remap of one space, and why its solver was taken. Raises `PrototypeError` if no solver has an exact
-    edit.
+    Every space solved with the prototypes of these tokens, each by the solver that moves ordinary prompts
+    least. Raises `PrototypeError` if no solver has an exact edit of a space.
+    """
+    remaps, reasons, moved = {}, {}, {}
+    for space, problem in problems.items():
+        remaps[space], reasons[space] = _solve_space(problem, solvers, tokens, shrinkage)
+        for name in problem.retained:
+            features = torch.stack([problem.prototypes[part] for part in problem.columns([name], tokens)])
+            moved[name] = max(moved.get(name, 0.0), remaps[space].moved(features))
+    first, *others = reasons
+    parts = [f"{why}, {reasons[first]}", *passed_over]
+    parts += [f"{space}: {remaps[space].solver}, {reasons[space]}" for space in others]
+    return Solution(remaps, tokens, "; ".join(parts), moved)
+
+
+def _solve_space(
+    problem: Problem, solvers: Sequence[str], tokens: str, shrinkage: float
+) -> tuple[Remap, str]:
+    """
+    The remap of one space, and what it costs. Raises `PrototypeError` if no solver has an exact edit.
     """
     solved: dict[str, Remap] = {}
     costs = []
     for solver in solvers:
         try:
-            solved[solver] = problem.fit(solver, shrinkage)
+            solved[solver] = problem.fit(solver, tokens, shrinkage)
         except PrototypeError:  # pinv has more prototypes to keep: too many, or dependent ones
             if solver == solvers[-1] and not solved:
                 raise
             costs.append(f"{solver} has no exact edit")
-    moved = {solver: remap.verify()["ordinary_moved"] for solver, remap in solved.items()}
-    remap = solved[min(moved, key=moved.get)]
-    costs += [f"{solver} {100 * value:.2f} %" for solver, value in moved.items()]
-    chosen = "as asked for, moves ordinary prompts by"
-    if len(solvers) > 1:
-        chosen = "of the exact edits, the one that moves ordinary prompts least"
-    d, k = remap.prototypes.matrix.shape
-    return remap, f"{chosen} ({', '.join(costs)}); {k} independent prototypes in {d} dimensions"
+    moved = {solver: remap.ordinary_moved for solver, remap in solved.items()}
+    chosen = min(moved, key=moved.get)
+    costs += [f"{solver} {100 * value:.2f} %" for solver, value in moved.items() if solver != chosen]
+    against = f" ({', '.join(costs)})" if costs else ""
+    d, k = solved[chosen].prototypes.matrix.shape
+    return solved[chosen], (
+        f"moves ordinary prompts by {100 * moved[chosen]:.2f} %{against}; {k} prototypes in {d} dimensions"
+    )

@@ -18,12 +18,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.errors import IncompatibleBaseError, MoreError, SiteNotFoundError
+from ..core.facts import ConceptFacts
 from ..core.markdown import markdown_table
 from ..core.record import Record
 from ..core.request import ConceptRequest
 from ..core.site import fingerprint
 from ..diffusion.families import family_of
-from ..diffusion.plan import prepare
+from ..diffusion.plan import prepare, solve
 from ..diffusion.sites import Denoiser, find_layers
 from .contents import Contents, survey
 from .delta import read_delta
@@ -255,6 +256,8 @@ def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], shifts: Map
         weight, shift = edited.get(layer.name), shifts.get(layer.space)
         if weight is None or shift is None or weight.shape[1:] != shift.shape[:1]:
             return Check(name, False, f"`{layer.name}` is missing or has another width")
+        if not shift.shape[1]:
+            return Check(name, False, "the edit is too soft to tell from the weights")
         left = left_over(weight, shift)
         measured.append((left < TOLERANCE, -left, f"`{layer.name}`: {left:.1e} is left"))  # a NaN is not less
     passed, _, finding = min(measured)
@@ -262,14 +265,19 @@ def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], shifts: Map
 
 
 def pipeline_shifts(
-    pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None
+    pipe: DiffusionPipeline, request: ConceptRequest, facts: ConceptFacts, denoiser: Denoiser | None = None
 ) -> dict[str, Tensor]:
     """
-    Space -> P̄_t − P_F, `(d, f)`, by the pipeline's text encoders, and its denoiser unless it was loaded
-    without; the solver and retained names do not matter.
+    Space -> what the edit removes, `(d, m)`, by the pipeline's text encoders, and its denoiser unless it was
+    loaded without: P̄_t − P_F, or of a soft edit what `Remap.removed` says.
     """
+    if facts.solver == "soft":
+        remaps = solve(pipe, request, denoiser).remaps
+        return {space: remap.removed(TOLERANCE / 2) for space, remap in remaps.items()}
+    # The solver and retained names do not matter to an exact edit.
+    tokens = facts.tokens or request.tokens
     problems = prepare(pipe, replace(request, retain=()), (), denoiser)
-    return {space: problem.fit("pinv").shift() for space, problem in problems.items()}
+    return {space: problem.fit("pinv", tokens).shift() for space, problem in problems.items()}
 
 
 def _shifts_in(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Tensor]:
@@ -279,7 +287,7 @@ def _shifts_in(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Te
         pipe = DiffusionPipeline.from_pretrained(
             folder, variant=record.variant, use_safetensors=True, **unused
         )
-        return pipeline_shifts(pipe, record.request, denoiser)
+        return pipeline_shifts(pipe, record.request, record.facts, denoiser)
 
 
 def _denoiser_in(folder: Path, record: Record, contents: Contents) -> Denoiser:

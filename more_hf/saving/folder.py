@@ -149,7 +149,7 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
         name: part for name, part in components.items() if isinstance(part, ModelMixin | PreTrainedModel)
     }
     # By the text encoders as they are now: they are saved, and whoever verifies has no others.
-    shifts = pipeline_shifts(pipe, erasure.request)
+    shifts = pipeline_shifts(pipe, erasure.request, erasure.facts)
     revision = extract_commit_hash(f"{denoiser.module.config.get('_name_or_path')}/")
     return Savable(pipe, parts, denoiser.name, shifts, revision)
 

@@ -232,7 +232,7 @@ def save_checkpoint(
     if erasure is None:
         raise ExportError("Nothing was erased from this pipeline. Call `more_hf.erase_concept` first.")
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original_layout(pipe).items()}
-    shift = pipeline_shifts(pipe, erasure.request)["tokens"]
+    shift = pipeline_shifts(pipe, erasure.request, erasure.facts)["tokens"]
     for site, name in site_keys(pipe, erasure.sites).items():
         left = left_over(tensors[name], shift)
         if not left < TOLERANCE:
