@@ -146,10 +146,11 @@ class Remap:
             raise PrototypeError(
                 "A prototype cannot be both forgotten and a target. Remove it from one of the lists."
             )
-        # one where a forget prototype reads itself and zero elsewhere; a soft edit is exact in the zeros alone
-        error = (self.D_F @ P - torch.eye(k, dtype=P.dtype)[list(self.forget)]).abs()
-        if self.solver == "soft":
-            error[:, list(self.forget)] = 0
+        # one where a forget prototype reads itself and zero elsewhere
+        read = self.D_F @ P
+        error = (read - torch.eye(k, dtype=P.dtype)[list(self.forget)]).abs()
+        if self.solver == "soft":  # which is exact in the zeros of what stays, and must read something at all
+            error[:, list(self.forget)] = (read[:, list(self.forget)].diagonal() < EXACT).double().diag()
         if error.max() < EXACT:
             return
 

@@ -70,8 +70,8 @@ def erase_concept(
             projects the concepts out and puts nothing in their place. A mapping gives each concept its own.
         retain (`Sequence[str]`, *optional*):
             Names to protect. `pinv` keeps their prototypes exactly where they are, like the begin token's and
-            the empty prompt's; `covariance` counts their prompts among the ordinary ones. The report says how
-            far they move.
+            the empty prompt's; the other solvers count their prompts among the ordinary ones. The report says
+            how far they move.
         num_experts (`int`, *optional*):
             How many experts draw their targets from `remap_to`; by default as many as use each equally.
         router (`str`, *optional*):
@@ -79,12 +79,14 @@ def erase_concept(
             lives in this process only. By default the mean expert alone, so that what you see is what is
             saved.
         solver (`str`, *optional*, defaults to `"auto"`):
-            `"pinv"` (the paper), `"covariance"`, or whichever moves ordinary prompts less, measured at every
-            call and reported.
+            `"pinv"` (the paper), `"covariance"` (exact, and ordinary prompts move least) or `"soft"` (leaves
+            a part of the way for the sake of ordinary prompts). `"auto"` erases a name alone exactly, and
+            several exactly while that moves ordinary prompts by at most 12 %, if need be with `"last+end"`
+            for tokens; beyond that softly. No list is too long. The report says what was taken and why.
         tokens (`str`, *optional*, defaults to `"positions"`):
             Which prompt positions make prototypes: `"positions"` (the name's last token, the tokens after it,
-            the end token and the padding, one prototype each), `"subject"`, `"end"`, `"subject+end"`,
-            `"last"`.
+            the end token and the padding, one prototype each), `"last+end"`, `"subject"`, `"end"`,
+            `"subject+end"`, `"last"`.
         pooled (`bool`, *optional*, defaults to `True`):
             Also edit the layer that reads the pooled prompt embedding (Stable Diffusion XL and 3, FLUX).
             Without it the concept still reaches the model there, and the report says so.
@@ -106,8 +108,9 @@ def erase_concept(
     other artists 2.7 times as far (LPIPS) as `"covariance"`; two or more targets left 2 to 8 % where one left
     none (`benchmarks/artists/defaults.csv`).
 
-    Source: MoRE, Eq. 4 to 6 and Algorithm 1, on the cross-attention inputs; the covariance metric and token
-    positions are ours.
+    Source: MoRE, Eq. 4 to 6 and Algorithm 1, on the cross-attention inputs; the token positions and the soft
+    solver are ours. For one target, `"pinv"` is Double Projections (CVPR 2026) and `"covariance"` ErasePro's
+    constrained least squares (arXiv 2508.04472).
 
     Example:
 

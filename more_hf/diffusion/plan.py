@@ -214,10 +214,11 @@ def solve(
     """
     Solve a request; changes nothing. `denoiser` is for a pipeline that was loaded without it.
 
-    `auto` looks at features alone, and takes the first of these that is cheap, which means that ordinary
-    prompts move by at most `CHEAP`: exact with all token positions; exact with the last token and the end
-    token; the soft edit with these two, which is taken whatever it costs. Exact is `pinv` or `covariance`,
-    whichever moves ordinary prompts less. A router needs an exact edit (G3) and takes the last one.
+    `auto` looks at features alone. A name alone is erased exactly. For several it takes the first of these
+    edits that is cheap, which means that ordinary prompts move by at most `CHEAP`: exact with all token
+    positions; exact with the last token and the end token; soft with these two, whatever it costs. Exact is
+    `pinv` or `covariance`, whichever moves ordinary prompts less. A router needs an exact edit (G3), and
+    takes the second whatever it costs.
 
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
@@ -228,20 +229,21 @@ def solve(
         return _solution(problems, (request.solver,), request.tokens, request.shrinkage, "as asked for")
 
     choices = token_choices(request)
+    alone = len(request.surfaces) == 1
     dear: list[str] = []  # the exact edits that were passed over
     for tokens in choices:
-        must_be_exact = request.router is not None and tokens == choices[-1]
+        last_resort = tokens == choices[-1] and (alone or request.router is not None)
         try:
             exact = _solution(problems, EXACT_SOLVERS, tokens, request.shrinkage, "exact", dear)
         except PrototypeError:  # too many prototypes, or dependent ones
-            if must_be_exact:
+            if last_resort:
                 raise
             dear.append(f"{tokens} have no exact edit")
             continue
-        if exact.ordinary_moved <= CHEAP or must_be_exact:
+        if alone or last_resort or exact.ordinary_moved <= CHEAP:
             return exact
-        dear.append(f"exact with {tokens} moves them by {100 * exact.ordinary_moved:.1f} %")
-    return _solution(problems, ("soft",), choices[-1], request.shrinkage, "as exact is dear", dear)
+        dear.append(f"exact with {tokens} would move them by {100 * exact.ordinary_moved:.1f} %")
+    return _solution(problems, ("soft",), choices[-1], request.shrinkage, "soft", dear)
 
 
 def _solution(
@@ -285,9 +287,6 @@ def _solve_space(
             costs.append(f"{solver} has no exact edit")
     moved = {solver: remap.ordinary_moved for solver, remap in solved.items()}
     chosen = min(moved, key=moved.get)
-    costs += [f"{solver} {100 * value:.2f} %" for solver, value in moved.items() if solver != chosen]
-    against = f" ({', '.join(costs)})" if costs else ""
+    costs += [f"{solver} {100 * value:.2f} %" for solver, value in moved.items()]
     d, k = solved[chosen].prototypes.matrix.shape
-    return solved[chosen], (
-        f"moves ordinary prompts by {100 * moved[chosen]:.2f} %{against}; {k} prototypes in {d} dimensions"
-    )
+    return solved[chosen], f"moves ordinary prompts ({', '.join(costs)}); {k} prototypes in {d} dimensions"
