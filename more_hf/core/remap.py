@@ -115,14 +115,17 @@ class Remap:
         columns = tuple(prototypes.index(name) for name in forget)
         # with columns of unit norm, whitened by Σ^(−1/2), the dual is a pseudo-inverse
         unit = prototypes.unit
-        whiten = torch.eye(len(P), dtype=P.dtype) if solver == "pinv" else _inverse_root(prototypes, shrinkage)
+        whiten = torch.eye(len(P), dtype=P.dtype)
+        if solver != "pinv":
+            whiten = _inverse_root(prototypes, shrinkage)
         whitened = whiten @ unit
         if solver == "soft":
             # and the soft dual that of ridge regression: one more row for each forget prototype
             ridge = unit.new_zeros(len(columns), unit.shape[1])
             ridge[range(len(columns)), list(columns)] = _ridge(prototypes, len(columns), softness)
             whitened = torch.cat([whitened, ridge])
-        dual = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(P)] @ whiten / P.norm(dim=0)[:, None]  # (k, d)
+        inverse = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(P)]
+        dual = inverse @ whiten / P.norm(dim=0)[:, None]  # (k, d)
 
         sent_to = []
         for expert in targets:
@@ -251,12 +254,13 @@ class Remap:
         """
         Differences of forget prototypes and their targets that the mean expert sends to nothing, `(d, m)`.
 
-        Of an exact edit these are all P̄_t − P_F. Of a soft one they are those combinations of them of which at
-        most the share `most` is left: E (P_F − P_t) = (P_F − P_t)(I − D_F P_F).
+        Of an exact edit these are all P̄_t − P_F. Of a soft one they are those combinations of them of which
+        at most the share `most` is left: E (P_F − P_t) = (P_F − P_t)(I − D_F P_F).
         """
         if self.solver != "soft":
             return self.shift()
-        left = torch.eye(self.rank, dtype=self.dual.dtype) - self.D_F @ self.prototypes.matrix[:, list(self.forget)]
+        forget = self.prototypes.matrix[:, list(self.forget)]
+        left = torch.eye(self.rank, dtype=self.dual.dtype) - self.D_F @ forget
         _, shares, combinations = torch.linalg.svd(left)
         return self.shift() @ combinations[shares <= most].T
 

@@ -184,7 +184,7 @@ def prepare(
 
 
 def token_choices(request: ConceptRequest) -> tuple[str, ...]:
-    """What may make prototypes: the tokens that were asked for, or fewer where `auto` finds these too dear."""
+    """What may make prototypes: the tokens that were asked for, or fewer where these are too dear."""
     if request.solver == "auto" and request.tokens == "positions":
         return "positions", "last+end"
     return (request.tokens,)

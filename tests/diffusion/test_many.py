@@ -1,4 +1,4 @@
-"""Many concepts at once: what `auto` takes, and everything that holds for an exact edit for a soft one, too."""
+"""Many concepts at once: what `auto` takes, and that a soft edit has everything that an exact one has."""
 
 import pytest
 import torch

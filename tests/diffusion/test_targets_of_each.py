@@ -58,7 +58,8 @@ def test_a_mapping_to_one_target_is_that_target(tiny_sd):
 
 
 def test_none_projects_one_concept_out(tiny_sd, original):
-    pipe = more_hf.erase_concept(tiny_sd(), CONCEPTS, remap_to={"cat": None, "van gogh": "dog"}, solver="covariance")
+    remap_to = {"cat": None, "van gogh": "dog"}
+    pipe = more_hf.erase_concept(tiny_sd(), CONCEPTS, remap_to=remap_to, solver="covariance")
     assert distance(pipe, original, "cat", None) < EXACT
     assert distance(pipe, original, "van gogh", "dog") < EXACT
 
