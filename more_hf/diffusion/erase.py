@@ -80,8 +80,8 @@ def erase_concept(
             saved.
         solver (`str`, *optional*, defaults to `"auto"`):
             `"pinv"` (the paper), `"covariance"` (exact, and ordinary prompts move least) or `"soft"` (leaves
-            a part of the way for the sake of ordinary prompts). `"auto"` erases a name alone exactly, and
-            several exactly while that moves ordinary prompts by at most 12 %, if need be with `"last+end"`
+            a part of the way for the sake of ordinary prompts). `"auto"` erases a concept alone exactly,
+            and several while that moves ordinary prompts by at most 12 %, if need be with `"last+end"`
             for tokens; beyond that softly. No list is too long. The report says what was taken and why.
         tokens (`str`, *optional*, defaults to `"positions"`):
             Which prompt positions make prototypes: `"positions"` (the name's last token, the tokens after it,

@@ -214,7 +214,7 @@ def solve(
     """
     Solve a request; changes nothing. `denoiser` is for a pipeline that was loaded without it.
 
-    `auto` looks at features alone. A name alone is erased exactly. For several it takes the first of these
+    `auto` looks at features alone. A concept alone is erased exactly. For several it takes the first of these
     edits that is cheap, which means that ordinary prompts move by at most `CHEAP`: exact with all token
     positions; exact with the last token and the end token; soft with these two, whatever it costs. Exact is
     `pinv` or `covariance`, whichever moves ordinary prompts less. A router needs an exact edit (G3), and
@@ -229,7 +229,7 @@ def solve(
         return _solution(problems, (request.solver,), request.tokens, request.shrinkage, "as asked for")
 
     choices = token_choices(request)
-    alone = len(request.surfaces) == 1
+    alone = len(request.concepts) == 1
     dear: list[str] = []  # the exact edits that were passed over
     for tokens in choices:
         last_resort = tokens == choices[-1] and (alone or request.router is not None)
