@@ -86,6 +86,14 @@ def copy_of_emoji_sd(emoji_sd):
     return lambda: copy.deepcopy(emoji_sd)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Moments of everyday prompts are kept for the session, and nowhere else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("more_hf.diffusion.ordinary.CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.fixture
 def tiny_sd():
     """A factory: `tiny_sd(version="1" or "2", seed=0, **unet_options)`."""

@@ -17,7 +17,8 @@ from ..core.prototypes import Prototypes
 from ..core.remap import Remap
 from ..core.request import ConceptRequest
 from .encoder import column, fit_prototypes, kinds_of
-from .prompts import TEMPLATES, everyday_prompts, names_in
+from .ordinary import with_ordinary_moment
+from .prompts import TEMPLATES, names_in
 from .sites import Denoiser, find_denoiser, text_of
 
 
@@ -139,12 +140,13 @@ def _check_apart(name: str, argument: str, surface: str) -> None:
 def prepare(
     pipe: DiffusionPipeline,
     request: ConceptRequest,
-    sigma_prompts: Sequence[str],
     denoiser: Denoiser | None = None,
+    *,
+    metric: bool = True,
 ) -> dict[str, Problem]:
     """
-    Fit the prototypes and draw every expert's targets. Changes nothing. `denoiser` is for a pipeline that was
-    loaded without it.
+    Fit the prototypes, and Σ if a `metric` is needed, and draw every expert's targets. Changes nothing.
+    `denoiser` is for a pipeline that was loaded without it.
 
     The same request draws the same targets, for all spaces, and finds the same prototypes from the same text
     encoders: `verify` relies on it.
@@ -153,9 +155,17 @@ def prepare(
     names = [*request.surfaces, *request.targets, *request.retain]
     templates = request.templates or TEMPLATES
     denoiser = denoiser or find_denoiser(pipe)
+    retained = [template.format(name) for name in request.retain for template in templates]
     prototypes = fit_prototypes(
-        pipe, names, request.tokens, sigma_prompts=sigma_prompts, templates=templates, denoiser=denoiser
+        pipe,
+        names,
+        request.tokens,
+        sigma_prompts=retained if metric else (),
+        templates=templates,
+        denoiser=denoiser,
     )
+    if metric:
+        prototypes = with_ordinary_moment(prototypes, pipe, request, denoiser)
     text = text_of(pipe, denoiser)
     choices = {tokens: kinds_of(text, tokens, pooled=request.pooled) for tokens in token_choices(request)}
     kinds = choices[request.tokens]
@@ -197,17 +207,6 @@ def _repeated(names: Sequence[str | None], sizes: Sequence[int]) -> list[str | N
     return repeated
 
 
-def ordinary_prompts(pipe: DiffusionPipeline, request: ConceptRequest) -> list[str]:
-    """The prompts behind Σ: everyday ones that hold no forgotten name, and those of retained names."""
-    everyday = request.everyday or everyday_prompts(pipe.tokenizer)
-    prompts = [
-        prompt for prompt in everyday if not any(names_in(prompt, surface) for surface in request.surfaces)
-    ]
-    for name in request.retain:
-        prompts += [template.format(name) for template in request.templates or TEMPLATES]
-    return prompts
-
-
 def solve(
     pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None
 ) -> Solution:
@@ -224,7 +223,7 @@ def solve(
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
     """
     check_names(request)
-    problems = prepare(pipe, request, ordinary_prompts(pipe, request), denoiser)
+    problems = prepare(pipe, request, denoiser)
     if request.solver != "auto":
         return _solution(problems, (request.solver,), request.tokens, request.shrinkage, "as asked for")
 

@@ -278,7 +278,7 @@ def pipeline_shifts(
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}
     # The solver and retained names do not matter to an exact edit.
     tokens = facts.tokens or request.tokens
-    problems = prepare(pipe, replace(request, retain=()), (), denoiser)
+    problems = prepare(pipe, replace(request, retain=()), denoiser, metric=False)
     return {space: problem.fit("pinv", tokens).shift() for space, problem in problems.items()}
 
 

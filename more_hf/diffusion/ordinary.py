@@ -1,0 +1,142 @@
+"""
+Σ, the second moment of ordinary text: it belongs to the text encoder, so that of everyday prompts is computed
+once and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import transformers
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import unwrap_module
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.files import replacing
+from ..core.prototypes import Prototypes
+from ..core.request import ConceptRequest
+from .encoder import fit_prototypes
+from .prompts import everyday_prompts, names_in
+from .sites import Denoiser
+
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path(constants.HF_HOME) / "more_hf"
+SAMPLED = 4096  # values of each tensor that tell one text encoder from another
+WIDEST = 4096  # features; the file of a wider Σ would have gigabytes
+
+
+class Moment(NamedTuple):
+    """The sum of z zᵀ over features, `(d, d)`, float64, and how many there were."""
+
+    total: Tensor
+    count: int
+
+
+def with_ordinary_moment(
+    prototypes: Mapping[str, Prototypes], pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser
+) -> dict[str, Prototypes]:
+    """
+    The prototypes of each space with Σ: the moment of everyday prompts, less that of those which hold a
+    forgotten name, and with that of retained names' prompts, which the prototypes bring along.
+    """
+    everyday = request.everyday or everyday_prompts(pipe.tokenizer)
+    kept = [prompt for prompt in everyday if not any(names_in(prompt, name) for name in request.surfaces)]
+    left_out = [prompt for prompt in everyday if prompt not in set(kept)]
+    if len(left_out) < len(kept):
+        moments = everyday_moments(pipe, everyday, denoiser)
+        if left_out:
+            moments = _less(moments, compute_moments(pipe, left_out, denoiser))
+    else:
+        moments = compute_moments(pipe, kept, denoiser)
+    found = {}
+    for space, own in prototypes.items():
+        total, count = moments[space]
+        if own.moment_count:
+            total, count = total + own.moment_count * own.second_moment, count + own.moment_count
+        found[space] = replace(own, second_moment=total / count, moment_count=count)
+    return found
+
+
+def _less(moments: Mapping[str, Moment], part: Mapping[str, Moment]) -> dict[str, Moment]:
+    return {
+        space: Moment(total - part[space].total, count - part[space].count)
+        for space, (total, count) in moments.items()
+    }
+
+
+def everyday_moments(
+    pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser
+) -> dict[str, Moment]:
+    """
+    The moment of prompts in each space: from the cache, if the same text encoders have seen the same prompts.
+
+    The cache is the folder `more_hf` in `HF_HOME`. It may be deleted at any time.
+    """
+    key = _key(pipe, prompts, denoiser)
+    if key is None:
+        return compute_moments(pipe, prompts, denoiser)
+    path = CACHE / f"{key}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            return {space: Moment(file.get_tensor(space), int(n)) for space, n in file.metadata().items()}
+    except (OSError, SafetensorError):  # nobody asked before, or the file is damaged
+        logger.info("Everyday prompts go through the text encoder, once: %s is not there yet", path)
+    moments = compute_moments(pipe, prompts, denoiser)
+    if max(len(moment.total) for moment in moments.values()) <= WIDEST:
+        tensors = {space: moment.total for space, moment in moments.items()}
+        try:
+            with replacing(path) as draft:
+                save_file(tensors, draft, {space: str(moment.count) for space, moment in moments.items()})
+        except OSError as error:
+            logger.warning("Everyday prompts will go through the text encoder again next time: %s", error)
+    return moments
+
+
+def compute_moments(
+    pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser
+) -> dict[str, Moment]:
+    """The moment of prompts in each space; every token but begin tokens counts."""
+    moments = {}
+    for space, found in fit_prototypes(pipe, (), "last", sigma_prompts=prompts, denoiser=denoiser).items():
+        moments[space] = Moment(found.moment_count * found.second_moment, found.moment_count)
+    return moments
+
+
+def _key(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) -> str | None:
+    """
+    What the features of prompts depend on, as a sha256; `None` where it cannot be told: weights that are
+    elsewhere, or a LoRA on a text encoder, whose strength is no weight.
+    """
+    digest = hashlib.sha256()
+    facts = [type(pipe).__name__, diffusers.__version__, transformers.__version__, *prompts]
+    modules = {space: denoiser.module.get_submodule(name) for space, name in denoiser.family.norms.items()}
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer"):
+            facts += [name, part.model_max_length, sorted(part.get_vocab().items())]
+        elif name.startswith("text_encoder"):
+            modules[name] = unwrap_module(part)
+            facts += [name, modules[name].config.to_json_string()]
+            if getattr(modules[name], "peft_config", None):
+                return None
+    digest.update(json.dumps(facts).encode())
+    for name, module in modules.items():
+        for key, tensor in module.state_dict().items():
+            if tensor.is_meta:
+                return None
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
+            digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
