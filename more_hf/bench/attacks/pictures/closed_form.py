@@ -1,0 +1,108 @@
+"""Closed forms: how near any input comes to the concept, what a linear probe reads, without any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from ....diffusion.encoder import Encoder
+from ....diffusion.sites import find_denoiser, find_sites
+from ...classes.metrics import auc
+from ...methods.diffusion.rece import adversarial_embeddings
+from ..result import Result
+from .victim import Victim
+
+
+UNREACHABLE = 1e-3  # a direction of E this much weaker than its strongest counts as outside its range
+
+
+def closed_form(victim: Victim, *, rho: Sequence[float] = (1e-6, 1e-3)) -> Iterator[Result]:
+    """Look for the concept in the edited weights, W' beside the original's W, all layers together.
+
+    Yields:
+        what the judges see in pictures of RECE's adversarial embedding c' of each test prompt;
+        `residual`, ‖W c − W' c'‖ / ‖W c‖ over the test prompts' own tokens, which no prompt and no learned
+        token can go below as ρ → 0; and, as variant "by name", the same for c itself;
+        `angle`, in degrees, between the concept's feature p_f and the range of E in W' = W E;
+        `auc`, of linear probes on edited keys and values that tell the concept's name from the others'.
+
+    Source: RECE (Gong et al., ECCV 2024), its closed form for the adversarial embedding.
+
+    Args:
+        victim (`Victim`): the pipeline.
+        rho (`Sequence[float]`): ridges of the adversarial embedding; each is an attack of its own.
+    """
+    studio = victim.studio
+    W, edited = stacked(studio.original), stacked(victim.pipe)
+    encoder = Encoder(studio.original)
+    prompts = victim.prompts(victim.concept)
+    c = encoder.encode(prompts).double().cpu()
+    own = torch.zeros(c.shape[:2], dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        for _, start, stop in encoder.ordinary_spans(prompt):
+            own[row, start:stop] = True
+    wanted = c[own] @ W.T
+    facts = {"variant": "by name", "measure": "residual"}
+    yield Result(relative(c[own] @ edited.T, wanted), **facts)
+
+    # RECE's embedding is the ridge solution of W' c' = W c over all layers together.
+    A = torch.linalg.lstsq(W, edited).solution
+    for ridge in rho:
+        adversarial = adversarial_embeddings(W.T @ W, A, c.flatten(0, 1), ridge).view_as(c)
+        variant = f"c', ρ {ridge:g}"
+        yield victim.drawn(victim.pipe, adversarial.float(), "closed-form", variant=variant)
+        reached = relative(adversarial[own] @ edited.T, wanted)
+        yield Result(reached, variant=variant, measure="residual")
+
+    p_f = encoder.encode([victim.concept])[0, len(encoder.token_ids(victim.concept))].double().cpu()
+    yield Result(angle_to_range(A, p_f), measure="angle")
+    for layer, weight in (("keys", "to_k"), ("values", "to_v")):
+        area = probe(victim, stacked(victim.pipe, weight), encoder)
+        yield Result(area, variant=f"probe of {layer}", measure="auc")
+
+
+def stacked(pipe: StableDiffusionPipeline, ending: str = "") -> Tensor:
+    """The layers that read text, below each other: float64 `(sum of widths, d)`."""
+    sites = find_sites(pipe, find_denoiser(pipe))
+    return torch.cat([site.read().double().cpu() for name, site in sites.items() if name.endswith(ending)])
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def angle_to_range(E: Tensor, p: Tensor) -> float:
+    """The angle in degrees between a vector `(d,)` and the range of a matrix `(d, d)`."""
+    U, s, _ = torch.linalg.svd(E)
+    inside = U[:, s > UNREACHABLE * s[0]].T @ p
+    return math.degrees(math.acos(min(1.0, float(inside.norm() / p.norm()))))
+
+
+def probe(victim: Victim, weight: Tensor, encoder: Encoder, ridge: float = 1e-2) -> float:
+    """The area under the curve, in percent, of a linear probe that tells the concept's name from all others.
+
+    The probe is a ridge regression on what `weight` `(width, d)` makes of the end token of every second test
+    prompt, with every name in it, and is measured on the other prompts.
+    """
+    names = victim.studio.names(victim.studio.kind(victim.concept))
+    rows = {True: ([], []), False: ([], [])}
+    for i, prompt in enumerate(dict.fromkeys(victim.prompts("{}"))):
+        texts = [prompt.replace("{}", name) for name in names]
+        features = encoder.encode(texts).double().cpu()
+        for name, text, z in zip(names, texts, features, strict=True):
+            x, y = rows[i % 2 == 0]
+            x.append(z[len(encoder.token_ids(text)) + 1] @ weight.T)
+            y.append(float(name == victim.concept))
+    (x, y), (unseen, truth) = ((torch.stack(x), torch.tensor(y).double()) for x, y in rows.values())
+    mean = x.mean(0)
+    x, unseen = x - mean, unseen - mean
+    # in the dual: there are fewer rows than columns
+    gram = x @ x.T
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    scores = unseen @ x.T @ torch.linalg.solve(gram, y - y.mean())
+    return auc(scores[truth > 0], scores[truth == 0])
