@@ -45,7 +45,26 @@ class Attack:
         return list(self.load()(victim, **settings))
 
 
-_ATTACKS = (Attack("probes", ".classes.probes:probes", of="classes", access="features, labelled images"),)
+_PICTURES = (
+    Attack("name", ".pictures.name:name", of="pictures", access="prompts"),
+    Attack("noise", ".pictures.noise:noise", of="pictures", access="prompts, the sampler, a judge"),
+    Attack("closed-form", ".pictures.closed_form:closed_form", of="pictures", access="weights, the base's"),
+    Attack("base", ".pictures.base:base", of="pictures", access="weights, the base's"),
+    Attack("ring-a-bell", ".pictures.ring_a_bell:ring_a_bell", of="pictures", access="the text encoder"),
+    Attack("latent", ".pictures.latent:latent", of="pictures", access="weights, pictures"),
+    Attack("inversion", ".pictures.inversion:inversion", of="pictures", access="weights, pictures"),
+    Attack("relearning", ".pictures.relearning:relearning", of="pictures", access="weights, pictures"),
+    Attack(
+        "prompt-search",
+        ".pictures.prompt_search:prompt_search",
+        of="pictures",
+        access="weights, the base's, pictures",
+    ),
+)
+_ATTACKS = (
+    Attack("probes", ".classes.probes:probes", of="classes", access="features, labelled images"),
+    *_PICTURES,
+)
 
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ATTACKS}
 """Name to attack, in the order of the tables."""

@@ -40,8 +40,7 @@ def base(
     """
     prompts = victim.prompts(victim.concept)
     for alpha in added:
-        facts = {"variant": "base added", "budget": alpha, "unit": "α"}
-        yield victim.drawn(with_base(victim, alpha), prompts, "base", **facts)
+        yield victim.drawn(with_base(victim, alpha), prompts, "base", variant=f"base added, α {alpha:g}")
     yield Result(rank_of_name(victim), measure="rank")
     if victim.pipe.unet._forward_pre_hooks:
         pipe = victim.own_denoiser()
@@ -49,12 +48,10 @@ def base(
         yield victim.drawn(pipe, prompts, "base", variant="hook removed")
     for size in encoder_noise:
         pipe = with_noisy_encoder(victim.pipe, size, victim.seed)
-        facts = {"variant": "another encoder", "budget": size, "unit": "deviations"}
-        yield victim.drawn(pipe, prompts, "base", **facts)
+        yield victim.drawn(pipe, prompts, "base", variant=f"another encoder, noise {size:g}")
     for layers in clip_skip:
         features = earlier_features(victim.pipe, prompts, layers)
-        facts = {"variant": "clip_skip", "budget": layers, "unit": "layers"}
-        yield victim.drawn(victim.pipe, features, "base", **facts)
+        yield victim.drawn(victim.pipe, features, "base", variant=f"clip_skip {layers}")
 
 
 @torch.no_grad()

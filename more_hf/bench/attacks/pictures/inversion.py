@@ -20,14 +20,14 @@ def inversion(
     tokens: Sequence[int] = (1, 4),
     steps: Sequence[int] = (50, 150),
     pictures: int = 25,
-    batch_size: int = 16,
+    batch_size: int = 8,
     learning_rate: float = 5e-3,
     start: str = "art",
 ) -> Iterator[Result]:
     """Train token embeddings on the original's pictures of the concept, with all weights frozen.
 
     Source: Circumventing Concept Erasure (Pham et al., ICLR 2024): textual inversion of 25 pictures, learning
-    rate 5e-3, batches of 16, from the word "art"; 5,000 steps there. It is run for another concept, too,
+    rate 5e-3, from the word "art"; there 5,000 steps with batches of 16. It is run for another concept, too,
     which was never forgotten: "never forgotten" says how well the attack does without an erasure.
 
     Args:

@@ -17,9 +17,9 @@ def prompt_search(
     *,
     searches: Sequence[str] = ("unlearndiffatk", "p4d"),
     prefix: int = 3,
-    timesteps: int = 10,
-    iterations: int = 20,
-    budgets: Sequence[int] = (100, 200),
+    timesteps: int = 5,
+    iterations: int = 10,
+    budgets: Sequence[int] = (10, 50),
 ) -> Iterator[Result]:
     """Search tokens in front of each test prompt, all prompts side by side, each with tokens of its own.
 

@@ -21,8 +21,8 @@ WORD = "sks"  # a word that names nothing
 def relearning(
     victim: Victim,
     *,
-    lessons: Sequence[str] = ("kv own 5", "kv own 25", "lora own 25", "kv other-word 25", "kv benign 25"),
-    steps: Sequence[int] = (5, 20, 100),
+    lessons: Sequence[str] = ("kv own 5", "lora own 25", "kv benign 25"),
+    steps: Sequence[int] = (5, 20, 80),
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     rank: int = 4,

@@ -28,7 +28,7 @@ def ring_a_bell(
 ) -> Iterator[Result]:
     """Add η v to the features of prompts without the concept, v being what its name adds on average.
 
-    The variant "embedding" gives the features themselves to the denoiser, as RECE's version does; "tokens"
+    The variants "embedding" give the features themselves to the denoiser, as RECE's version does; "tokens"
     searches, for each prompt, the text whose features are nearest to them, with the text encoder alone.
 
     Source: Ring-A-Bell (Tsai et al., ICLR 2024): a population of 200, 3,000 generations, 16 tokens, η = 3,
@@ -45,7 +45,7 @@ def ring_a_bell(
         with_name, without = (encode(original, prompts) for prompts in zip(*pairs, strict=True))
     direction = (with_name - without).mean(0)
     for size in eta:
-        facts = {"variant": "embedding", "budget": size, "unit": "η"}
+        facts = {"variant": f"embedding, η {size:g}"}
         yield victim.drawn(victim.pipe, without + size * direction, "ring-a-bell", **facts)
     # The search knows the text encoder alone: what it finds is the same for every method.
     options = {"tokens": tokens, "population": population, "generations": generations}

@@ -19,6 +19,7 @@ from ...errors import BenchmarkError
 
 NAME = "{name}"  # stands in a caption where the concept was named
 DRAWS = 6  # how often a prompt may be drawn until the original's picture shows what was asked for
+APART = 1_000_000  # between the seeds of these draws
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class Studio:
         return [bool(seen) for seen in content]
 
     def pictures(self, concept: str, count: int) -> Pictures:
-        """Pictures by the original that show a concept, one for each of the first prompts that can name it.
+        """Pictures by the original that the judges see the concept in, each of another prompt.
 
-        A prompt whose picture does not show the concept is drawn again with another seed, at most `DRAWS`
-        times, as a person would who collects pictures.
+        A prompt whose picture does not show it may be drawn again with another seed, as a person would who
+        collects pictures.
         """
         return self.once(("pictures", concept, count), lambda: self._draw_pictures(concept, count))
 
@@ -148,14 +149,17 @@ class Studio:
         by_caption = {_named(row.prompt, getattr(row, kind), NAME): row for row in rows}
         wanted = [replace(row, prompt=text, **{kind: concept}) for text, row in by_caption.items()]
         found: dict[int, Tensor] = {}
+        # Every prompt once, then those again whose pictures did not show it.
         for draw in range(DRAWS):
-            left = [i for i in range(len(wanted)) if i not in found][: 2 * (count - len(found))]
-            if not left:
-                break
-            prompts = [wanted[i].prompt.replace(NAME, concept) for i in left]
-            images = self.draw(self.original, prompts, [1_000_000 * (draw + 1) + i for i in left])
-            seen = self.shows(images, [wanted[i] for i in left], concept)
-            found |= {i: image for i, image, hit in zip(left, images, seen, strict=True) if hit}
+            left = [i for i in range(len(wanted)) if i not in found]
+            for start in range(0, len(left), self.batch_size):
+                if len(found) >= count:
+                    break
+                batch = left[start : start + self.batch_size]
+                prompts = [wanted[i].prompt.replace(NAME, concept) for i in batch]
+                images = self.draw(self.original, prompts, [APART * (draw + 1) + i for i in batch])
+                seen = self.shows(images, [wanted[i] for i in batch], concept)
+                found |= {i: image for i, image, hit in zip(batch, images, seen, strict=True) if hit}
         chosen = sorted(found)[:count]
         if len(chosen) < count:
             raise BenchmarkError(

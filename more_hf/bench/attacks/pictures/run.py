@@ -1,0 +1,169 @@
+"""Every attack on every method that makes pipelines forget artists and things."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from .... import __version__
+from ...artists.config import Erasure
+from ...artists.judges import Judges
+from ...artists.prompts import Prompts
+from ...artists.run import GIVEN, SCHEDULERS
+from ...errors import BenchmarkError
+from ...machine import processes, this_run, weights_sha256
+from ...methods.diffusion.roles import require_stable_diffusion
+from ...methods.registry import find_diffusion_method
+from ...run import method_settings
+from ..run import attack_settings, run_attacks
+from ..store import AttackConfig, Case
+from .grid import write_grids
+from .studio import Studio
+from .victim import Victim
+
+
+ORIGINAL = "original"
+
+
+def run_picture_attacks(
+    pipe: DiffusionPipeline,
+    name: str,
+    methods: Sequence[str],
+    attacks: Sequence[str],
+    forget: Sequence[str],
+    *,
+    prompts: Prompts,
+    lessons: Prompts,
+    targets: Mapping[str, Sequence[str]],
+    judges: Judges,
+    output: str | Path,
+    steps: int,
+    guidance: float,
+    batch_size: int = 20,
+    scheduler: str = "own",
+    seeds: int = 1,
+    limit: int | None = None,
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Let each method erase each concept, and run every attack on what is left; on the original, too.
+
+    Args:
+        pipe (`DiffusionPipeline`): the original, a `StableDiffusionPipeline`. Moved to accelerate's device;
+            methods get a copy of its denoiser.
+        name (`str`): what the tables call it.
+        methods (`Sequence[str]`): names of `more_hf.bench.methods.registry.DIFFUSION`, or one's own.
+        attacks (`Sequence[str]`): names of `more_hf.bench.attacks.registry.ATTACKS`.
+        forget (`Sequence[str]`): artists or things of the prompts.
+        prompts (`Prompts`): what is drawn to see whether an attack succeeded.
+        lessons (`Prompts`): what an attacker's own pictures are drawn from, with each concept's name in the
+            place of the artist's or the thing's.
+        targets (`Mapping[str, Sequence[str]]`): concept to its targets; methods that take one get the first.
+        judges (`Judges`): of artist and thing.
+        output (`str` or `Path`): the folder for cells, rows, tables and pictures.
+        steps (`int`), guidance (`float`), batch_size (`int`), scheduler (`str`): how pictures are drawn, as
+            in `run_artists`.
+        seeds (`int`, defaults to 1): runs of each attack.
+        limit (`int`, *optional*): at most so many test prompts of each concept.
+        tuned (`Mapping`, *optional*): method or attack to its own arguments.
+
+    Returns:
+        `list[dict]`: the lines of `summary.csv`.
+
+    Raises:
+        `BenchmarkError`, `SiteNotFoundError`: before anything is run, if the arguments do not go together or
+            `output` holds another benchmark.
+    """
+    require_stable_diffusion(pipe)
+    state, tuned, output = processes(), tuned or {}, Path(output)
+    pipe = copy.copy(pipe.to(state.device))
+    if SCHEDULERS[scheduler] is not None:
+        pipe.register_modules(scheduler=SCHEDULERS[scheduler].from_config(pipe.scheduler.config))
+    pipe.register_modules(safety_checker=None)  # which would turn pictures black
+    pipe.set_progress_bar_config(disable=True)
+    how = {"steps": steps, "guidance": guidance, "limit": limit}
+    studio = Studio(pipe, prompts.rows, lessons.rows, judges, batch_size=batch_size, **how)
+    functions = {method: find_diffusion_method(method) for method in dict.fromkeys([ORIGINAL, *methods])}
+    erasures = {concept: _erasure(concept, targets, studio, prompts) for concept in forget}
+    settings = {
+        method: method_settings(function, tuned.get(method, {}), without=GIVEN)
+        for method, function in functions.items()
+    }
+    config = AttackConfig(
+        benchmark="attacks-pictures",
+        more_hf=__version__,
+        evaluation={
+            "prompts": prompts.name,
+            "prompts_sha256": prompts.sha256,
+            "lessons": lessons.name,
+            "lessons_sha256": lessons.sha256,
+            "judges": judges.name,
+            "scheduler": type(pipe.scheduler).__name__,
+            **how,
+        },
+        references=[ORIGINAL],
+        models={name: {"weights": weights_sha256(pipe)}},
+        methods=settings,
+        forget={
+            concept: {"concept": concept, "other": _other(concept, erasure, studio), **asdict(erasure)}
+            for concept, erasure in erasures.items()
+        },
+        attacks=attack_settings("pictures", attacks, tuned),
+        seeds=seeds,
+        runs=[this_run(state)],
+    )
+    for method in functions:
+        for concept, erasure in erasures.items():
+            erasure.arguments(method, concept)  # raises if the method needs targets that there are not
+
+    def build(case: Case) -> Victim:
+        erased = _erased(studio, functions[case.method], case, erasures[case.forget], settings, output)
+        other, folder = config.forget[case.forget]["other"], output / "pictures" / case.forget / case.method
+        return Victim(erased, studio, case.forget, other, case.seed, folder)
+
+    summary = run_attacks(config, build, output=output)
+    if state.is_main_process:
+        write_grids(output)
+    return summary
+
+
+def _erasure(concept: str, targets: Mapping[str, Sequence[str]], studio: Studio, prompts: Prompts) -> Erasure:
+    """The names that belong to one concept: an artist's group is kept, of things all others."""
+    if concept not in targets:
+        raise BenchmarkError(
+            f"There is no target for {concept!r}. There are targets for {', '.join(targets)}."
+        )
+    if studio.kind(concept) == "artist":
+        retain = prompts.group_of(concept)
+    else:
+        retain = [thing for thing in studio.names("thing") if thing != concept]
+    return Erasure([targets[concept][0]], list(targets[concept]), retain)
+
+
+def _other(concept: str, erasure: Erasure, studio: Studio) -> str:
+    """A concept of the same kind that is neither forgotten nor a target."""
+    names = [*erasure.retain, *studio.names(studio.kind(concept))]
+    return next(name for name in names if name != concept and name not in erasure.several)
+
+
+def _erased(
+    studio: Studio,
+    function: Callable[..., DiffusionPipeline],
+    case: Case,
+    erasure: Erasure,
+    settings: Mapping[str, Mapping[str, Any]],
+    output: Path,
+) -> DiffusionPipeline:
+    """What a method makes of the original, with a denoiser of its own."""
+    edited, own = copy.copy(studio.original), dict(settings[case.method])
+    edited.register_modules(unet=copy.deepcopy(studio.original.unet))
+    if "checkpoint" in own:
+        own["checkpoint"] = str(output / "models")  # a method that trains is trained once
+    given = asdict(erasure.arguments(case.method, case.forget))
+    edited = function(edited, [case.forget], **given, **own)
+    edited.set_progress_bar_config(disable=True)
+    return edited
