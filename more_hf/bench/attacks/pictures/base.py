@@ -40,7 +40,7 @@ def base(
     """
     prompts = victim.prompts(victim.concept)
     for alpha in added:
-        yield victim.drawn(with_base(victim, alpha), prompts, "base", variant=f"base added, α {alpha:g}")
+        yield victim.drawn(with_base(victim, alpha), prompts, "base", variant=f"base added, alpha {alpha:g}")
     yield Result(rank_of_name(victim), measure="rank")
     if victim.pipe.unet._forward_pre_hooks:
         pipe = victim.own_denoiser()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -12,7 +12,6 @@ from torch import Tensor
 from ....diffusion.encoder import Encoder
 from ....diffusion.sites import find_denoiser, find_sites
 from ...classes.metrics import auc
-from ...methods.diffusion.rece import adversarial_embeddings
 from ..result import Result
 from .victim import Victim
 
@@ -20,7 +19,7 @@ from .victim import Victim
 UNREACHABLE = 1e-3  # a direction of E this much weaker than its strongest counts as outside its range
 
 
-def closed_form(victim: Victim, *, rho: Sequence[float] = (1e-6, 1e-3)) -> Iterator[Result]:
+def closed_form(victim: Victim, *, rho: float = 1e-6) -> Iterator[Result]:
     """Look for the concept in the edited weights, W' beside the original's W, all layers together.
 
     Yields:
@@ -34,7 +33,7 @@ def closed_form(victim: Victim, *, rho: Sequence[float] = (1e-6, 1e-3)) -> Itera
 
     Args:
         victim (`Victim`): the pipeline.
-        rho (`Sequence[float]`): ridges of the adversarial embedding; each is an attack of its own.
+        rho (`float`): the ridge of the adversarial embedding; RECE erases with 1e-3.
     """
     studio = victim.studio
     W, edited = stacked(studio.original), stacked(victim.pipe)
@@ -50,16 +49,15 @@ def closed_form(victim: Victim, *, rho: Sequence[float] = (1e-6, 1e-3)) -> Itera
     yield Result(relative(c[own] @ edited.T, wanted), **facts)
 
     # RECE's embedding is the ridge solution of W' c' = W c over all layers together.
-    A = torch.linalg.lstsq(W, edited).solution
-    for ridge in rho:
-        adversarial = adversarial_embeddings(W.T @ W, A, c.flatten(0, 1), ridge).view_as(c)
-        variant = f"c', ρ {ridge:g}"
-        yield victim.drawn(victim.pipe, adversarial.float(), "closed-form", variant=variant)
-        reached = relative(adversarial[own] @ edited.T, wanted)
-        yield Result(reached, variant=variant, measure="residual")
+    left = rho * torch.eye(W.shape[1], dtype=W.dtype) + edited.T @ edited
+    adversarial = c @ torch.linalg.solve(left, edited.T @ W).T
+    yield victim.drawn(victim.pipe, adversarial.float(), "closed-form", variant="embedding")
+    reached = relative(adversarial[own] @ edited.T, wanted)
+    yield Result(reached, variant="embedding", measure="residual")
 
+    E = torch.linalg.lstsq(W, edited).solution
     p_f = encoder.encode([victim.concept])[0, len(encoder.token_ids(victim.concept))].double().cpu()
-    yield Result(angle_to_range(A, p_f), measure="angle")
+    yield Result(angle_to_range(E, p_f), measure="angle")
     for layer, weight in (("keys", "to_k"), ("values", "to_v")):
         area = probe(victim, stacked(victim.pipe, weight), encoder)
         yield Result(area, variant=f"probe of {layer}", measure="auc")
@@ -104,5 +102,5 @@ def probe(victim: Victim, weight: Tensor, encoder: Encoder, ridge: float = 1e-2)
     # in the dual: there are fewer rows than columns
     gram = x @ x.T
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    scores = unseen @ x.T @ torch.linalg.solve(gram, y - y.mean())
+    scores = unseen @ x.T @ torch.linalg.pinv(gram, hermitian=True) @ (y - y.mean())
     return auc(scores[truth > 0], scores[truth == 0])

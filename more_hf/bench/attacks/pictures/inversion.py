@@ -18,7 +18,7 @@ def inversion(
     victim: Victim,
     *,
     tokens: Sequence[int] = (1, 4),
-    steps: Sequence[int] = (50, 150),
+    steps: Sequence[int] = (15, 50),
     pictures: int = 25,
     batch_size: int = 8,
     learning_rate: float = 5e-3,

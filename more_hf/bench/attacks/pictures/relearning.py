@@ -22,7 +22,7 @@ def relearning(
     victim: Victim,
     *,
     lessons: Sequence[str] = ("kv own 5", "lora own 25", "kv benign 25"),
-    steps: Sequence[int] = (5, 20, 80),
+    steps: Sequence[int] = (5, 20, 50),
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     rank: int = 4,

@@ -45,7 +45,7 @@ def ring_a_bell(
         with_name, without = (encode(original, prompts) for prompts in zip(*pairs, strict=True))
     direction = (with_name - without).mean(0)
     for size in eta:
-        facts = {"variant": f"embedding, η {size:g}"}
+        facts = {"variant": f"embedding, eta {size:g}"}
         yield victim.drawn(victim.pipe, without + size * direction, "ring-a-bell", **facts)
     # The search knows the text encoder alone: what it finds is the same for every method.
     options = {"tokens": tokens, "population": population, "generations": generations}

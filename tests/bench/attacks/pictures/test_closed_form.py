@@ -1,0 +1,58 @@
+"""The closed forms."""
+
+import math
+
+import pytest
+import torch
+from support.victims import erase
+
+from more_hf.bench.attacks.pictures.closed_form import angle_to_range, closed_form, probe, stacked
+from more_hf.diffusion.encoder import Encoder
+
+
+def found(victim):
+    results = closed_form(victim, rho=1e-12)
+    return {(result.variant, result.measure): result.recovered for result in results}
+
+
+def test_the_residual_is_that_of_least_squares(tiny_victim):
+    victim = tiny_victim(erase)
+    encoder = Encoder(victim.studio.original)
+    c = torch.cat([encoder.encode([prompt])[0, 1:] for prompt in victim.prompts("van gogh")]).double()
+    W, edited = stacked(victim.studio.original), stacked(victim.pipe)
+    best = torch.linalg.lstsq(edited, W @ c.T).solution
+    nearest = (edited @ best - W @ c.T).norm() / (W @ c.T).norm()
+    residuals = found(victim)
+    assert residuals["embedding", "residual"] == pytest.approx(float(nearest), rel=1e-2)
+    assert residuals["by name", "residual"] > 2 * float(nearest)
+
+
+def test_nothing_is_missing_in_the_original(tiny_victim):
+    numbers = found(tiny_victim())
+    assert numbers["by name", "residual"] == 0
+    assert numbers["embedding", "residual"] < 1e-4
+    assert numbers["", "angle"] < 0.1
+    assert numbers["probe of values", "auc"] > 95
+
+
+def test_the_angle_to_a_range_that_is_known():
+    # onto the plane of the first two axes, from a vector 30° above it
+    E = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
+    p = torch.tensor([math.cos(math.radians(30)), 0, math.sin(math.radians(30))], dtype=torch.float64)
+    assert angle_to_range(E, p) == pytest.approx(30)
+    assert angle_to_range(torch.eye(3, dtype=torch.float64), p) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_probe_finds_nothing_where_nothing_is(tiny_victim):
+    victim = tiny_victim()
+    encoder = Encoder(victim.studio.original)
+    W = stacked(victim.pipe, "to_v")
+    assert probe(victim, W, encoder) > 95
+    assert probe(victim, torch.zeros_like(W), encoder) == 50
+
+
+@pytest.mark.slow
+def test_the_adversarial_embedding_draws_what_the_name_does_not(emoji_victims):
+    numbers = found(emoji_victims["erased"])
+    assert numbers["embedding", "recognised"] >= 30
+    assert numbers["embedding", "residual"] < 0.1 * numbers["by name", "residual"]
