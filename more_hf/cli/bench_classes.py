@@ -6,6 +6,7 @@ from pathlib import Path
 
 from more_hf.bench.classes import DATASETS
 from more_hf.bench.methods.registry import CLASSIFICATION, classification_groups
+from more_hf.core.options import EXACT_SOLVERS
 
 from .options import (
     SEVERAL_PROCESSES,
@@ -85,7 +86,7 @@ def add_to(benches) -> None:
         metavar="N",
         help="for methods with a router (one for each remaining class)",
     )
-    add_solver(parser)
+    add_solver(parser, EXACT_SOLVERS)
     add("--settings", type=Path, metavar="FILE", help="JSON file of the arguments of each method")
     add("--models", type=Path, metavar="DIR", help="folder of trained classifiers (models in --output)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and plots")

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from more_hf.classification.names import find_class, unique_names
+from more_hf.core.options import EXACT_SOLVERS
 
 from .options import (
     SEVERAL_PROCESSES,
@@ -77,7 +78,7 @@ def add_to(commands) -> None:
         help="remapping experts (one for each target)",
     )
     add_router(parser)
-    add_solver(parser, default="auto")
+    add_solver(parser, EXACT_SOLVERS, default="auto")
     add("--seed", type=int, default=0, help="draws the experts' targets (0)")
     add("--batch_size", type=positive, default=32, help="images per call; does not change the result (32)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to save the classifier to")

@@ -100,8 +100,10 @@ def add_router(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_solver(parser: argparse.ArgumentParser, **options: Any) -> None:
-    parser.add_argument("--solver", choices=("auto", *SOLVERS), help="(auto)", **options)
+def add_solver(
+    parser: argparse.ArgumentParser, solvers: tuple[str, ...] = SOLVERS, **options: Any
+) -> None:
+    parser.add_argument("--solver", choices=("auto", *solvers), help="(auto)", **options)
 
 
 def natural(text: str) -> int:

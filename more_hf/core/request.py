@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from .errors import PrototypeError, shown
-from .options import ROUTERS, SOLVERS, TOKENS
+from .options import EXACT_SOLVERS, ROUTERS, SOLVERS, TOKENS
 
 
 REMAIN: Literal["remain"] = "remain"
@@ -32,7 +32,7 @@ class Request:
         remap_to (`Mapping[str, tuple[str, ...]]`):
             For each forgotten name the names it may be sent to; an empty tuple erases without remapping.
         solver (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` or one of `SOLVERS`.
+            `"auto"` or one of the class's `solvers`.
         num_experts (`int`, *optional*):
             How many experts draw targets; `None` for as many as use each target equally.
         router (`str`, *optional*):
@@ -53,9 +53,10 @@ class Request:
 
     # the argument by which the user knows `concepts`
     named_by: ClassVar[str] = "concepts"
+    solvers: ClassVar[tuple[str, ...]] = SOLVERS
 
     def __post_init__(self) -> None:
-        check_choice("solver", self.solver, ("auto", *SOLVERS))
+        check_choice("solver", self.solver, ("auto", *self.solvers))
         check_choice("router", self.router, (None, *ROUTERS))
         if self.num_experts is not None:
             self._set("num_experts", read_integer("num_experts", self.num_experts, range(1, MAX_EXPERTS + 1)))
@@ -226,6 +227,7 @@ class ClassRequest(Request):
     at: str | None = None
 
     named_by: ClassVar[str] = "forget"
+    solvers: ClassVar[tuple[str, ...]] = EXACT_SOLVERS  # the hook on the head's input needs G2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .errors import PrototypeError
 from .remap import Remap
 
 
@@ -70,10 +71,19 @@ class HashRouter:
 
     The sample's mean feature, its first token left out where it has tokens, is compared with one fixed random
     direction per expert. Where nothing of it remains (z near a prototype) the sample takes expert 0.
+
+    Raises:
+        `PrototypeError`: there are as many prototypes as dimensions, so that there is no such part.
     """
 
     def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
         P = remap.prototypes.matrix
+        if P.shape[1] >= len(P):
+            raise PrototypeError(
+                f"{P.shape[1]} prototypes fill all {len(P)} dimensions, so nothing that experts leave as it is "
+                'could tell samples apart. Choose router="random", or solver="covariance", which keeps fewer '
+                "prototypes exactly."
+            )
         complement = torch.eye(len(P), dtype=P.dtype) - P @ remap.dual
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=generator)

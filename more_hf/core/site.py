@@ -13,6 +13,8 @@ from .errors import SiteNotFoundError
 
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Linear layers that are nothing but W z + b; a subclass may be quantized or wrapped. timm's is torch's.
+PLAIN = ("torch.nn.modules.linear.Linear", "timm.layers.linear.Linear")
 
 
 class Site:
@@ -43,7 +45,8 @@ class Site:
 
     def _check(self) -> None:
         where = f"`{self.name}` ({type(self.module).__name__})"
-        if type(self.module) is not nn.Linear:
+        kind = type(self.module)
+        if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN:
             raise SiteNotFoundError(
                 f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be "
                 "edited in place. Erase from the unquantized model, save it, and quantize what was saved."

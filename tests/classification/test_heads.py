@@ -118,6 +118,7 @@ MODELS = {
     "timm vit": (lambda: timm.create_model("test_vit", num_classes=7), ["head"]),
     "timm resnet": (lambda: timm.create_model("test_resnet", num_classes=7), ["fc"]),
     "timm efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=7), ["classifier"]),
+    "timm mobilenet": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=7), ["classifier"]),
     "timm convnext": (lambda: timm.create_model("test_convnext", num_classes=7), ["head.fc"]),
     "timm distilled deit": (
         lambda: timm.create_model(
@@ -255,3 +256,20 @@ def test_classification_and_diffusion_do_not_import_each_other():
     for source, other in (("classification", "diffusion"), ("diffusion", "classification")):
         for path in (Path(more_hf.__file__).parent / source).glob("*.py"):
             assert f".{other}" not in path.read_text(), path
+
+
+def test_timms_linear_is_edited_and_a_quantized_subclass_is_not():
+    class Quantized(nn.Linear):
+        """Its forward may be anything."""
+
+    images, labels = torch.rand(14, 3, 32, 32), torch.arange(14) % 7
+    model = timm.create_model("mobilenetv3_small_050", num_classes=7)
+    before = model.classifier.weight.clone()
+    more_hf.erase_classes(model, [(images, labels)], forget=[0], remap_to=[1])
+    assert not torch.equal(model.classifier.weight, before)
+    more_hf.restore(model)
+    assert torch.equal(model.classifier.weight, before)
+
+    model.classifier.__class__ = Quantized
+    with pytest.raises(SiteNotFoundError, match="quantized or wrapped"):
+        more_hf.erase_classes(model, [(images, labels)], forget=[0], remap_to=[1])

@@ -55,6 +55,7 @@ def everything(images, labels):
         ),
         (everything, {"forget": 4, "router": "best"}, "Unknown router 'best'"),
         (everything, {"forget": 4, "solver": "lsq"}, "Unknown solver 'lsq'"),
+        (everything, {"forget": 4, "solver": "soft"}, "Unknown solver 'soft'"),
         (without_labels, {"forget": 4}, "The data has no labels"),
         (without_seven, {"forget": 4}, "No feature was seen for 'seven'"),
         (everything, {"forget": 4, "head": "resnet"}, "is not a linear layer"),

@@ -5,6 +5,7 @@ Which expert a sample takes: draws that depend on seed and call alone, and hashe
 import pytest
 import torch
 
+from more_hf.core.errors import PrototypeError
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
 from more_hf.core.routers import ROUTERS, HashRouter, PrototypeRouter, RandomPrototypeRouter, RandomRouter
@@ -196,9 +197,9 @@ def test_hash_falls_back_to_expert_0_at_prototypes():
     assert not router(P + away).eq(0).all()
 
 
-def test_hash_falls_back_to_expert_0_where_prototypes_fill_the_space():
-    full = make_remap(d=10, num_prototypes=10)
-    assert HashRouter(full)(features(64, d=10)).eq(0).all()
+def test_hash_needs_something_that_no_expert_changes():
+    with pytest.raises(PrototypeError, match="10 prototypes fill all 10 dimensions"):
+        HashRouter(make_remap(d=10, num_prototypes=10))
     assert not HashRouter(make_remap(d=11, num_prototypes=10))(features(64, d=11)).eq(0).all()
 
 
