@@ -80,9 +80,9 @@ class HashRouter:
         P = remap.prototypes.matrix
         if P.shape[1] >= len(P):
             raise PrototypeError(
-                f"{P.shape[1]} prototypes fill all {len(P)} dimensions, so nothing that experts leave as it is "
-                'could tell samples apart. Choose router="random", or solver="covariance", which keeps fewer '
-                "prototypes exactly."
+                f"{P.shape[1]} prototypes fill all {len(P)} dimensions, so nothing that experts leave as it "
+                'is could tell samples apart. Choose router="random", or solver="covariance", which keeps '
+                "fewer prototypes exactly."
             )
         complement = torch.eye(len(P), dtype=P.dtype) - P @ remap.dual
         generator = torch.Generator().manual_seed(0)

@@ -89,7 +89,7 @@ def outcome_of(function):
 @pytest.fixture(scope="module")
 def pipe():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("more_hf.diffusion.plan.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+        patch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
         yield build_tiny_sd(
             down_block_types=("CrossAttnDownBlock2D",),
             up_block_types=("UpBlock2D",),

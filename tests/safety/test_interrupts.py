@@ -278,7 +278,7 @@ def test_classifier_everywhere(name):
 @pytest.fixture
 def few_prompts(monkeypatch):
     prompts = ("a dog and a tree", "a house")
-    monkeypatch.setattr("more_hf.diffusion.plan.everyday_prompts", lambda tokenizer: prompts)
+    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: prompts)
 
 
 @pytest.mark.parametrize("name", ["erase", "refit", "restore"])

@@ -283,7 +283,7 @@ def shorten(monkeypatch, *classes):
     default, not 256 to 512.
     """
     monkeypatch.setattr(
-        "more_hf.diffusion.plan.everyday_prompts",
+        "more_hf.diffusion.ordinary.everyday_prompts",
         lambda tokenizer: ("a dog and a tree", "a house by picasso", "a car"),
     )
     for cls in classes or (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline):
