@@ -63,6 +63,15 @@ _PICTURES = (
 )
 _ATTACKS = (
     Attack("probes", ".classes.probes:probes", of="classes", access="features, labelled images"),
+    Attack("queries", ".classes.queries:queries", of="classes", access="several answers to one image"),
+    Attack("jitter", ".classes.queries:jitter", of="classes", access="answers to shifted images"),
+    Attack("shots", ".classes.shots:shots", of="classes", access="features, a few forgotten images"),
+    Attack(
+        "fine-tuning", ".classes.shots:fine_tuning", of="classes", access="weights, a few forgotten images"
+    ),
+    Attack("layers", ".classes.layers:layers", of="classes", access="weights, labelled images"),
+    Attack("ridge", ".classes.layers:ridge", of="classes", access="the original, remaining images"),
+    Attack("similarity", ".classes.similarity:similarity", of="classes", access="features, Retrain"),
     *_PICTURES,
 )
 

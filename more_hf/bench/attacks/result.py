@@ -40,7 +40,7 @@ class Result:
     high: float | None = None
 
     @classmethod
-    def of_hits(cls, hits: int, n: int, **facts: Any) -> Result:
+    def of_hits(cls, hits: float, n: int, **facts: Any) -> Result:
         """The percent that `hits` are of `n`, with its binomial interval; `facts` are the other fields."""
         percent = 100 * hits / n
         low, high = interval(draw_accuracies({"": ([n], [percent])})[""].mean(1))

@@ -133,9 +133,13 @@ def method_columns(lines: Sequence[Row]) -> list[dict[str, str]]:
         budget = f"{line['budget']:g} {line['unit']}".strip() if line["unit"] else ""
         label = {"attack": line["attack"], "variant": line["variant"], "budget": budget}
         row = rows.setdefault(_number(line), {**label, "measure": line["measure"]})
-        value = line["recovered"]
-        row[line["method"]] = f"{value:.1f}" if line["n"] and value is not None else number(value)
+        row[line["method"]] = _cell(line["recovered"], is_percent=line["n"] > 0)
     return list(rows.values())
+
+
+def _cell(value: float | None, *, is_percent: bool) -> str:
+    """Percentages and whatever is above 1 with one decimal, smaller numbers with three digits."""
+    return f"{value:.1f}" if value is not None and (is_percent or value > 1) else number(value)
 
 
 def recovery_figure(summary: Sequence[Row]) -> Figure | None:

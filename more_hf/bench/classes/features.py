@@ -78,12 +78,12 @@ class Cached:
         """The logits `(n, k)` of what `features` returns."""
         return self._ask(part, passes, draw)[1]
 
-    def experts(self, part: str) -> Tensor | None:
-        """The expert of each sample `(n,)` in draw 0, or `None` without a router."""
+    def experts(self, part: str, *, draw: int = 0) -> Tensor | None:
+        """The expert of each sample `(n,)` in a draw, or `None` without a router."""
         erasure = self.routed
         if erasure is None:
             return None
-        _seed(erasure, 0, len(self.inputs[part]))
+        _seed(erasure, 0, len(self.inputs[part]), draw)
         return erasure.hook.router(self.inputs[part].to(self.head.weight.device)).cpu()
 
     @torch.no_grad()

@@ -4,22 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...classes.probes import converged_probe
+import torch
+from torch import Tensor
+
+from ...classes.probes import converged_probe, sgd_probes
 from ..result import Result
+from .heads import fit_perceptron, linear_head
 from .victim import Victim
 
 
-def probes(victim: Victim, *, neighbours: int = 5) -> Iterator[Result]:
+def probes(victim: Victim, *, neighbours: int = 5, hidden: int = 512, epochs: int = 30) -> Iterator[Result]:
     """Recognise classes from features with new heads, fitted on all the attacker's labelled images.
 
+    A layer that draws is asked once for each test image. Heads that are trained in epochs read another draw
+    of the labelled images in each.
+
     Args:
-        neighbours (`int`, defaults to 5): k of k-NN, by cosine.
+        neighbours (`int`, defaults to 5): of k-NN, by cosine.
+        hidden (`int`, defaults to 512), epochs (`int`, defaults to 30): of the multilayer perceptron.
     """
+    from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
     from sklearn.neighbors import KNeighborsClassifier
 
-    train, test = (victim.cached.features(part) for part in ("train", "test"))
-    labels = victim.labels("train")
-    linear = converged_probe(train, labels)
-    yield from victim.scores(linear(test).argmax(-1), variant="linear")
-    nearest = KNeighborsClassifier(neighbours, metric="cosine").fit(train.numpy(), labels.numpy())
-    yield from victim.scores(labels.new_tensor(nearest.predict(test.numpy())), variant="k-NN")
+    train, test = victim.cached.features("train"), victim.cached.features("test")
+    labels, k, seed = victim.labels("train"), victim.num_classes, victim.seed
+
+    def redrawn(epoch: int, seed: int) -> Tensor:
+        # Draw 0 is the one that probes are evaluated on.
+        return victim.cached.features("train", draw=1 + epoch)
+
+    def paper() -> Tensor:
+        heads = sgd_probes(
+            redrawn if victim.cached.is_random else train, labels, k, learning_rates=(0.1,), seeds=(seed,)
+        )
+        return heads[0.1, seed](test)
+
+    def perceptron() -> Tensor:
+        draws = (lambda epoch: redrawn(epoch, 0)) if victim.cached.is_random else (lambda epoch: train)
+        return fit_perceptron(draws, labels, k, hidden=hidden, epochs=epochs, seed=seed)(test)
+
+    def of_sklearn(model) -> Tensor:
+        model.fit(train.double().numpy(), labels.numpy())
+        return torch.from_numpy(model.predict_proba(test.double().numpy())).clamp_min(1e-12).log()
+
+    shapes = {
+        f"linear, the paper's, seed {seed}": paper,
+        "linear, converged": lambda: converged_probe(train, labels)(test),
+        "k-NN": lambda: of_sklearn(KNeighborsClassifier(neighbours, metric="cosine")),
+        f"perceptron, seed {seed}": perceptron,
+        "QDA": lambda: of_sklearn(QuadraticDiscriminantAnalysis(solver="eigen", shrinkage=0.1)),
+    }
+    features = {"train": train, "test": test}
+    for name, logits in shapes.items():
+        yield from victim.scores(victim.once(name, features, logits), variant=name.partition(", seed")[0])
+
+    # A linear head alone for the forgotten against all others, which no prior of the classes bends.
+    score = linear_head(train, victim.forgotten("train").long(), test)
+    yield from victim.separation(score, victim.labels("test"), variant="linear, one against rest")

@@ -26,7 +26,7 @@ from ...methods.registry import CLASSIFICATION, UNREGISTERED, find_classificatio
 from ...splits import KDData, Splits, split_by_class
 from ..run import attack_settings, run_attacks
 from ..store import AttackConfig, Case
-from .victim import Victim
+from .victim import Seen, Victim, some_of_each
 
 
 ORIGINAL, RETRAIN, RANDOM = "original", "retrain", "random-weights"
@@ -62,7 +62,8 @@ def run_class_attacks(
         attacks (`Sequence[str]`): names of `more_hf.bench.attacks.registry.ATTACKS`.
         forget (`Sequence[str]`): as in `run_kd`.
         output (`str` or `Path`): the folder for cells, rows, tables and the picture.
-        seeds (`int`, defaults to 1): runs of each method and attack. Retrain is trained once.
+        seeds (`int`, defaults to 1): runs of each method and attack. Retrain is trained once, and
+            the weights of the third are drawn once.
         limit (`int`, *optional*): how many labelled training images of each class an attacker has; all by
             default.
         path (*optional*): where the data lie, if not in their usual place.
@@ -113,18 +114,11 @@ def load_victim(name: str, data: KDData) -> PreTrainedModel:
     return (load_classifier(name) if name in CLASSIFIERS else load_pretrained(name, data)).eval()
 
 
-def some_of_each(labels: Tensor, limit: int | None) -> Tensor:
-    """Draw up to `limit` places of each of labels `(n,)`, in order; all without a limit."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    picks = [order[labels[order] == label][:limit] for label in labels.unique()]
-    return torch.cat(picks).sort().values
-
-
 @dataclass(frozen=True)
 class Original:
     """A classifier before the erasure, the name of its head, and what that reads of all training images."""
 
-    cached: Cached
+    seen: Seen
     head: str
     train: Tensor
 
@@ -147,51 +141,56 @@ class Victims:
         self.classes, self.recipe, self.folder = classes, recipe, folder
         self.labelled = some_of_each(data.train.labels, limit)
         self.parts = {"train": data.train.subset(self.labelled), "test": data.test}
-        self.originals: dict[str, Original] = {}
-        self.retrained: dict[tuple[str, str], Cached] = {}
+        self.made: dict[tuple[str, ...], Any] = {}
 
     def __call__(self, case: Case) -> Victim:
-        if case.model not in self.originals:
-            self.originals[case.model] = self._original(self.models[case.model])
-        original = self.originals[case.model]
-        forget = self.classes[case.forget]
-        splits = split_by_class(self.data, forget)
-        retrained, targets = self._retrained(case, original, splits), []
+        original = self._once(case.model, make=lambda: self._original(self.models[case.model]))
+        forget, targets = self.classes[case.forget], []
+        splits, retrained = split_by_class(self.data, forget), None
+        if self.recipe.epochs:
+            key = RETRAIN, case.model, case.forget
+            retrained = self._once(*key, make=lambda: self._retrained(case, original, splits))
         if case.method == ORIGINAL:
-            cached = original.cached
+            seen = original.seen
         elif case.method == RETRAIN:
-            cached = retrained
+            seen = retrained
         elif case.method == RANDOM:
-            cached = self._cache(random_weights(original.cached.model, case.seed), original)
+            start = original.seen.cached.model
+            seen = self._once(RANDOM, case.model, make=lambda: self._seen(random_weights(start), original))
         else:
             model = self._erased(case, original, splits)
             targets = targets_of(model, self.methods[case.method], forget, self.data.class_names)
             if case.method.endswith(RELOADED):
                 with reloaded(model) as plain:
                     model = plain
-            cached = self._cache(model, original)
-        return Victim(cached, original.cached, retrained, self.parts, forget, targets, case.seed)
+            seen = self._seen(model, original)
+        return Victim(seen, original.seen, retrained, self.parts, forget, targets, case.seed)
+
+    def _once(self, *key: str, make: Callable[[], Any]) -> Any:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     def _original(self, model: PreTrainedModel) -> Original:
         model = model.to(processes().device)
         sample = self.data.test[torch.arange(2)]["pixel_values"].to(model.device)
-        ((name, head),) = find_heads(model, sample).items()
+        name, head = next(iter(find_heads(model, sample).items()))
         cached = cache(model, head, {"train": self.data.train, "test": self.data.test})
         train = cached.inputs["train"]
         inputs = {"train": train[self.labelled], "test": cached.inputs["test"]}
-        return Original(Cached(inputs, model, head), name, train)
+        return Original(Seen(Cached(inputs, model, head)), name, train)
 
-    def _cache(self, model: nn.Module, original: Original) -> Cached:
-        """The inputs of a model's head; those of the original where the backbone is the original's."""
-        head = model.get_submodule(original.head)
-        if same_backbone(model, original.cached.model, original.head):
-            return Cached(original.cached.inputs, model, head)
-        return cache(model, head, self.parts)
+    def _seen(self, model: nn.Module, original: Original) -> Seen:
+        """What a model's head reads: the same as the original's where the backbone is the original's."""
+        head, before = model.get_submodule(original.head), original.seen
+        if same_backbone(model, before.cached.model, original.head):
+            return Seen(Cached(before.cached.inputs, model, head), before.memory)
+        return Seen(cache(model, head, self.parts))
 
     def _erased(self, case: Case, original: Original, splits: Splits) -> nn.Module:
         """Apply a method to a copy of the original; a closed form needs only the cached features."""
         function, settings = self.functions[case.method], arguments(self.methods[case.method])
-        model = copy.deepcopy(original.cached.model)
+        model = copy.deepcopy(original.seen.cached.model)
         method = CLASSIFICATION.get(case.method.removesuffix(RELOADED), UNREGISTERED)
         if not method.closed_form:
             return function(model, splits, seed=case.seed, **settings)
@@ -199,19 +198,16 @@ class Victims:
             features = splits_of_features(splits, self.data.train, original.train)
             return function(model, features, seed=case.seed, **settings)
 
-    def _retrained(self, case: Case, original: Original, splits: Splits) -> Cached | None:
+    def _retrained(self, case: Case, original: Original, splits: Splits) -> Seen:
         """The same architecture, trained from random weights without what is forgotten."""
-        key = case.model, case.forget
-        if self.recipe.epochs and key not in self.retrained:
-            name = f"{Path(case.model).name}-{without(case.forget, 0)}"
-            start = random_weights(original.cached.model, 0)
-            model = train_classifier(start, splits.r, self.recipe, output=self.folder / name, desc=name)
-            self.retrained[key] = self._cache(model, original)
-        return self.retrained.get(key)
+        name = f"{Path(case.model).name}-{without(case.forget, 0)}"
+        start = random_weights(original.seen.cached.model)
+        model = train_classifier(start, splits.r, self.recipe, output=self.folder / name, desc=name)
+        return self._seen(model, original)
 
 
-def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def random_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same architecture with new weights, in evaluation mode on the same device."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return AutoModelForImageClassification.from_config(model.config).eval().to(model.device)

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...classes.features import Cached
+from ...classes.metrics import auc
+from ...classes.probes import RESOLUTION
 from ...splits import ImageSet
 from ..result import RECOGNISED, Result
 
 
 REMAINING = "remaining"
-"""The measure of what an attack costs: the percent of the other test samples that it recognises."""
+"""The measure of what an attack costs: the percent of the other test images that are still recognised."""
+
+AUC, AUC_TARGET = "auc", "auc_target"
+"""The probability in percent that a forgotten test image scores above one of the others, or above one of the
+classes that the forgotten were sent to. 50 is chance, and unlike `RECOGNISED` it depends on no prior."""
+
+Part = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A classifier, and what attacks have found out about its backbone.
+
+    Attributes:
+        cached (`Cached`): the classifier, its head, and what the head reads of the victim's `parts`.
+        memory (`dict`): results that depend on the backbone alone, shared by all classifiers that have it.
+    """
+
+    cached: Cached
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+    def remember(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` returned when it was first asked for under this key."""
+        if key not in self.memory:
+            self.memory[key] = compute()
+        return self.memory[key]
 
 
 @dataclass(frozen=True)
@@ -23,39 +50,84 @@ class Victim:
     """A classifier under attack.
 
     Attributes:
-        cached (`Cached`): the classifier, its head, and what the head reads of `parts`.
-        original (`Cached`), retrained (`Cached`, *optional*): the same of the original, and of Retrain.
+        seen (`Seen`): the classifier.
+        original (`Seen`), retrained (`Seen`, *optional*): what it was before, and Retrain.
         parts (`Mapping[str, ImageSet]`): `"train"`, the labelled images that the attacker has, of all
             classes; `"test"`, all test images.
         forget, targets (`Sequence[int]`): ids of the forgotten classes, and of those that they were sent to.
         seed (`int`): of the attack.
     """
 
-    cached: Cached
-    original: Cached
-    retrained: Cached | None
+    seen: Seen
+    original: Seen
+    retrained: Seen | None
     parts: Mapping[str, ImageSet]
     forget: Sequence[int]
     targets: Sequence[int]
     seed: int
 
-    def labels(self, part: Literal["train", "test"]) -> Tensor:
+    @property
+    def cached(self) -> Cached:
+        return self.seen.cached
+
+    @property
+    def num_classes(self) -> int:
+        return self.cached.head.out_features
+
+    def labels(self, part: Part) -> Tensor:
         """The labels `(n,)` of a part's images."""
         return self.parts[part].labels
 
-    def forgotten(self, part: Literal["train", "test"]) -> Tensor:
+    def forgotten(self, part: Part) -> Tensor:
         """Which of a part's images are of a forgotten class, boolean `(n,)`."""
         return torch.isin(self.labels(part), torch.tensor(list(self.forget)))
 
-    def scores(self, predicted: Tensor, **facts: Any) -> list[Result]:
-        """The percent of the forgotten and of the remaining test images whose predicted class is right.
+    def once(self, name: str, features: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` makes of these features and of all labels alone.
+
+        Where they are the backbone's own, as without a hook, it is computed once for all classifiers with
+        this backbone.
+        """
+        own = all(torch.equal(z, self.cached.inputs[part]) for part, z in features.items())
+        return self.seen.remember(name, compute) if own else compute()
+
+    def scores(self, logits: Tensor, of: Tensor | None = None, **facts: Any) -> list[Result]:
+        """What logits say about test images: who is recognised, and who can be told apart.
+
+        Where several classes share the first place, as classes that a remap made one do, an image is
+        recognised in the share that its own has in them: no accident of rounding decides.
 
         Args:
-            predicted (`Tensor`): int64 `(m,)`, the classes of all test images.
+            logits (`Tensor`): `(m, k)`, of all test images or of those that `of` picks.
+            of (`Tensor`, *optional*): their places among all test images.
             facts: the other fields of the results.
         """
-        right, forgotten = predicted == self.labels("test"), self.forgotten("test")
-        return [
-            Result.of_hits(int(right[of].sum()), int(of.sum()), measure=measure, **facts)
-            for measure, of in ((RECOGNISED, forgotten), (REMAINING, ~forgotten))
+        labels = self.labels("test") if of is None else self.labels("test")[of]
+        forget = torch.tensor(list(self.forget))
+        first = logits >= logits.amax(-1, keepdim=True) - RESOLUTION
+        share = first[torch.arange(len(labels)), labels] / first.sum(-1)
+        forgotten = torch.isin(labels, forget)
+        results = [
+            Result.of_hits(float(share[group].sum()), int(group.sum()), measure=measure, **facts)
+            for measure, group in ((RECOGNISED, forgotten), (REMAINING, ~forgotten))
         ]
+        rest = torch.tensor([c for c in range(self.num_classes) if c not in self.forget])
+        score = logits[:, forget].double().logsumexp(-1) - logits[:, rest].double().logsumexp(-1)
+        return [*results, *self.separation(score, labels, **facts)]
+
+    def separation(self, score: Tensor, labels: Tensor, **facts: Any) -> list[Result]:
+        """How well a score `(m,)` tells forgotten test images from the others, and from their targets'."""
+        forgotten = torch.isin(labels, torch.tensor(list(self.forget)))
+        sent = torch.isin(labels, torch.tensor(list(self.targets)))
+        return [
+            Result(auc(score[forgotten], score[others], resolution=RESOLUTION), measure=measure, **facts)
+            for measure, others in ((AUC, ~forgotten), (AUC_TARGET, sent))
+            if others.any()
+        ]
+
+
+def some_of_each(labels: Tensor, limit: int | None, *, seed: int = 0) -> Tensor:
+    """Draw up to `limit` places of each of labels `(n,)`, in order; all without a limit."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    picks = [order[labels[order] == label][:limit] for label in labels.unique()]
+    return torch.cat(picks).sort().values

@@ -1,0 +1,123 @@
+"""A folder of attacks from one command: cells, resume, rows, summary, table, picture."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from more_hf.bench.attacks.registry import ATTACKS
+from more_hf.bench.attacks.result import Result, mean_of
+from more_hf.bench.attacks.tables import ROW_COLUMNS, summarise
+from more_hf.bench.columns import read_cells, read_rows
+from more_hf.cli.main import main
+
+
+COMMAND = (
+    "bench attacks --model digits-allcnn --methods erase,more --attacks queries,ridge --forget 3 --epochs 1"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    output = tmp_path_factory.mktemp("attacks") / "run"
+    assert main([*COMMAND.split(), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.mark.slow
+def test_one_command_leaves_everything(folder):
+    rows = read_rows(folder / "rows.csv", ROW_COLUMNS)
+    methods = ["original", "retrain", "random-weights", "erase", "more"]
+    assert list(dict.fromkeys(row["method"] for row in rows)) == methods
+    assert {row["attack"] for row in rows} == {"queries", "ridge"}
+    lines = read_cells(folder / "summary.csv")
+    (line,) = [
+        line
+        for line in lines
+        if (line["attack"], line["variant"], line["measure"], line["method"], line["budget"])
+        == ("queries", "mean", "recognised", "more", "64")
+    ]
+    row = next(
+        row
+        for row in rows
+        if all(str(row[name]) == line[name] for name in ("variant", "method"))
+        and (row["attack"], row["measure"], row["budget"]) == ("queries", "recognised", 64)
+    )
+    assert float(line["recovered"]) == row["recovered"]
+    assert float(line["low"]) <= float(line["recovered"]) <= float(line["high"])
+    # Beside it stand the references' numbers.
+    for name in methods[:3]:
+        (reference,) = [
+            row["recovered"]
+            for row in rows
+            if (row["method"], row["attack"], row["variant"], row["measure"], row["budget"])
+            == (name, "queries", "mean", "recognised", 64)
+        ]
+        assert float(line[name]) == reference
+    table = (folder / "table.md").read_text()
+    assert table.startswith("## digits-allcnn: what comes back")
+    assert "| original | retrain | random-weights | erase | more" in table
+    with Image.open(folder / "recovery.png") as picture:
+        assert len(set(picture.convert("L").get_flattened_data())) > 50
+
+
+@pytest.mark.slow
+def test_nothing_is_measured_twice(folder, monkeypatch, tmp_path, capsys):
+    cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
+    lost = next(path for path in cells if json.loads(path.read_text())[0]["variant"] == "ridge map")
+    before = lost.read_text()
+    lost.unlink()
+    asked = []
+    run = type(ATTACKS["ridge"]).run
+    monkeypatch.setattr(
+        "more_hf.bench.attacks.registry.Attack.run",
+        lambda attack, victim, **settings: asked.append(attack.name) or run(attack, victim, **settings),
+    )
+    assert main([*COMMAND.split(), "--output", str(folder)]) == 0
+    assert asked == ["ridge"]
+    assert lost.read_text() == before
+    assert all(path.stat().st_mtime_ns == time for path, time in cells.items() if path != lost)
+    # Another attacker is another benchmark; tables are made again from the rows alone.
+    assert main([*COMMAND.split(), "--limit", "10", "--output", str(folder)]) == 2
+    assert "labelled is None there, 10 here" in capsys.readouterr().err
+    table = (folder / "table.md").read_text()
+    (folder / "cells").rename(tmp_path / "cells")
+    (folder / "table.md").unlink()
+    assert main(["bench", "report", str(folder)]) == 0
+    assert (folder / "table.md").read_text() == table
+
+
+def test_wrong_words_are_refused_before_anything_is_loaded(capsys, tmp_path):
+    for words, told in (
+        ("--model digits-alcnn --forget 3", "Did you mean 'digits-allcnn'?"),
+        ("--model digits-allcnn --forget 3 --attacks probs", "Did you mean 'probes'?"),
+        ("--model digits-allcnn --forget 3 --methods mroe", "Did you mean 'more'?"),
+    ):
+        assert main([*"bench attacks --output".split(), str(tmp_path / "out"), *words.split()]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_attack_can_be_called_without_settings():
+    for attack in ATTACKS.values():
+        assert callable(attack.load())
+        assert attack.access
+
+
+def test_a_share_of_hits_has_a_binomial_interval():
+    result = Result.of_hits(30, 100, variant="a")
+    assert (result.recovered, result.n, result.variant) == (30, 100, "a")
+    # 30 ± 1.96 √(0.3 · 0.7 / 100)
+    assert (result.low, result.high) == (pytest.approx(21, abs=1.5), pytest.approx(39, abs=1.5))
+    mean, low, high = mean_of([0.1, 0.3], [0, 0])
+    assert (mean, low, high) == (pytest.approx(0.2), 0.1, pytest.approx(0.3))
+
+
+def test_a_number_that_was_not_always_reached_has_no_mean():
+    row = {"attack": "a", "model": "m", "forget": "3", "seed": 0, "measure": "steps to 50%", "variant": ""}
+    row |= {"budget": 0, "unit": "", "n": 0, "low": None, "high": None}
+    rows = [{**row, "method": "x", "recovered": value} for value in (5.0, None)]
+    rows += [{**row, "method": "y", "recovered": value} for value in (5.0, 7.0)]
+    first, second = summarise(rows, ["y"])
+    assert (first["recovered"], first["runs"], first["y"]) == (None, 2, 6.0)
+    assert second["recovered"] == 6.0
