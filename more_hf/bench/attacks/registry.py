@@ -72,6 +72,7 @@ _ATTACKS = (
     Attack("layers", ".classes.layers:layers", of="classes", access="weights, labelled images"),
     Attack("ridge", ".classes.layers:ridge", of="classes", access="the original, remaining images"),
     Attack("similarity", ".classes.similarity:similarity", of="classes", access="features, Retrain"),
+    Attack("membership", ".classes.membership:membership", of="classes", access="logits, shadow models"),
     *_PICTURES,
 )
 

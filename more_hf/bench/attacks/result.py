@@ -14,6 +14,11 @@ RECOGNISED = "recognised"
 """The measure of most attacks: the percent of the forgotten test samples or pictures that are recognised as
 what was forgotten."""
 
+AUC = "auc"
+"""The probability in percent that a forgotten test sample scores above one of the others: 50 is chance.
+Unlike `RECOGNISED` it depends on no prior: a class that shares its place with nine others loses every vote,
+and can still be told apart."""
+
 
 @dataclass(frozen=True)
 class Result:

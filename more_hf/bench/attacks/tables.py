@@ -12,7 +12,7 @@ from ..columns import Column, read_rows, write_rows
 from ..errors import BenchmarkError
 from ..tables import made_with
 from .registry import ATTACKS
-from .result import RECOGNISED, mean_of
+from .result import AUC, RECOGNISED, mean_of
 from .store import AttackConfig
 
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 Row = Mapping[str, Any]
+
+POOLED = "all"  # the `model` of lines over all models
 
 KEYS = [
     Column("attack", str),
@@ -42,10 +44,18 @@ RESULT = [
 ROW_COLUMNS = [*KEYS, *RESULT]
 NUMBER = ("attack", "variant", "measure", "unit", "budget")  # what one number of a victim is, in its rows
 
-RECOGNISED_NOTE = (
-    "Percent of the forgotten test samples or pictures that the attacker gets back, mean over what was "
-    "forgotten and over runs, at the largest budget tried."
-)
+HEADLINES = {
+    RECOGNISED: (
+        "What comes back",
+        "Percent of the forgotten test samples or pictures that the attacker gets back, at the largest "
+        "budget tried; mean over models, what was forgotten and runs.",
+    ),
+    AUC: (
+        "What can be told apart",
+        "The same attacks, without a prior: the probability in percent that a forgotten test sample scores "
+        "above one of the others. 50 is chance.",
+    ),
+}
 
 
 def rebuild(output: str | Path) -> list[dict[str, Any]]:
@@ -80,28 +90,38 @@ def write_outputs(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Row], references: Sequence[str]) -> list[dict[str, Any]]:
-    """Summarise rows: a line for every model, method and number, its mean over `forget` and seeds.
+    """Summarise rows: a line for every model, method and number, its mean over `forget` and seeds; then one
+    over all models, for the numbers that every model has.
 
     Beside it stands the same number of each reference, in a column with the reference's name. `runs` is how
     many rows a line is the mean of; where the attack did not get there in all of them, `recovered` is empty.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("model", "method", *NUMBER)), []).append(row)
+        for model in (row["model"], POOLED):
+            groups.setdefault((model, row["method"], _number(row)), []).append(row)
+    models = {row["model"] for row in rows}
     lines = []
-    for group in groups.values():
-        first = group[0]
-        line = {name: first[name] for name in ("attack", "variant", "model", "method", *NUMBER[2:])}
-        recovered = [row["recovered"] for row in group]
-        line |= {"recovered": None, "low": None, "high": None}
-        if None not in recovered:
-            mean, low, high = mean_of(recovered, [row["n"] for row in group])
-            line |= {"recovered": round(mean, 6), "low": round(low, 6), "high": round(high, 6)}
-        lines.append({**line, "runs": len(group), "n": sum(row["n"] for row in group)})
-    found = {(line["method"], line["model"], *_number(line)): line["recovered"] for line in lines}
+    for (model, *_), group in sorted(groups.items(), key=lambda item: item[0][0] == POOLED):
+        # One model alone needs no mean over models.
+        if model != POOLED or (len(models) > 1 and {row["model"] for row in group} == models):
+            lines.append(_line(model, group))
+    found = {(line["method"], line["model"], _number(line)): line["recovered"] for line in lines}
     for line in lines:
-        line |= {name: found.get((name, line["model"], *_number(line))) for name in references}
+        line |= {name: found.get((name, line["model"], _number(line))) for name in references}
     return lines
+
+
+def _line(model: str, rows: Sequence[Row]) -> dict[str, Any]:
+    first = rows[0]
+    line = {"attack": first["attack"], "variant": first["variant"], "model": model, "method": first["method"]}
+    line |= {name: first[name] for name in ("measure", "unit", "budget")}
+    line |= {"recovered": None, "low": None, "high": None}
+    recovered = [row["recovered"] for row in rows]
+    if None not in recovered:
+        mean, low, high = mean_of(recovered, [row["n"] for row in rows])
+        line |= {"recovered": round(mean, 6), "low": round(low, 6), "high": round(high, 6)}
+    return {**line, "runs": len(rows), "n": sum(row["n"] for row in rows)}
 
 
 def _number(line: Row) -> tuple:
@@ -109,12 +129,15 @@ def _number(line: Row) -> tuple:
 
 
 def short_markdown(summary: Sequence[Row]) -> str:
-    """What the command prints: for each model the numbers at their largest budget, a column per method."""
-    parts = []
-    for model in dict.fromkeys(line["model"] for line in summary):
-        lines = [line for line in summary if line["model"] == model]
-        parts.append(f"{model}\n\n{markdown_table(method_columns(largest_budgets(lines)))}")
-    return "\n\n".join(parts)
+    """What the command prints: what comes back at the largest budgets, a column for each method."""
+    lines = [line for line in largest_budgets(_main_lines(summary)) if line["measure"] == RECOGNISED]
+    return markdown_table(method_columns(lines or summary))
+
+
+def _main_lines(summary: Sequence[Row]) -> list[Row]:
+    """The lines over all models, or those of the only one."""
+    last = summary[-1]["model"]
+    return [line for line in summary if line["model"] == last]
 
 
 def largest_budgets(summary: Sequence[Row]) -> list[Row]:
@@ -143,36 +166,45 @@ def _cell(value: float | None, *, is_percent: bool) -> str:
 
 
 def recovery_figure(summary: Sequence[Row]) -> Figure | None:
-    """Recovery over budget: a row of panels for each model, one line a method; `None` without a curve."""
+    """Recovery over budget: a panel for each attack with several budgets, a line for each method; `None`
+    without any."""
     from matplotlib.figure import Figure
 
-    curves: dict[tuple[str, str, str], set[float]] = {}
-    for line in summary:
-        if line["measure"] == RECOGNISED and line["unit"]:
-            key = line["attack"], line["variant"], line["unit"]
-            curves.setdefault(key, set()).add(line["budget"])
-    shown = [curve for curve, budgets in curves.items() if len(budgets) > 1]
-    if not shown:
+    lines = [line for line in _main_lines(summary) if line["measure"] == RECOGNISED and line["unit"]]
+    panels: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    for line in lines:
+        panel = panels.setdefault((line["attack"], line["variant"], line["unit"]), {})
+        panel.setdefault(line["method"], []).append(line)
+    panels = {key: panel for key, panel in panels.items() if max(map(len, panel.values())) > 1}
+    if not panels:
         return None
-    models = list(dict.fromkeys(line["model"] for line in summary))
-    methods = list(dict.fromkeys(line["method"] for line in summary))
-    figure = Figure(figsize=(3.4 * len(shown), 2.9 * len(models) + 0.8), layout="constrained")
-    axes = figure.subplots(len(models), len(shown), squeeze=False, sharey=True)
-    for model, row in zip(models, axes, strict=True):
-        for (attack, variant, unit), axis in zip(shown, row, strict=True):
-            curve = {"attack": attack, "variant": variant, "unit": unit, "measure": RECOGNISED}
-            for i, method in enumerate(methods):
-                of = {**curve, "model": model, "method": method}
-                points = [line for line in summary if of.items() <= line.items()]
-                budgets = [line["budget"] for line in points]
-                style = {"color": f"C{i % 10}", "marker": "osv^D"[i // 10], "markersize": 3}
-                axis.plot(budgets, [line["recovered"] for line in points], label=method, **style)
-            axis.set_xscale("symlog", linthresh=1)
-            axis.set_title(f"{attack} {variant}\n{model}", fontsize=8)
-            axis.set_xlabel(unit, fontsize=8)
-        row[0].set_ylabel("% recovered", fontsize=8)
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.3 * columns, 2.8 * rows + 0.6), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    for axis, ((attack, variant, unit), panel) in zip(axes, panels.items(), strict=False):
+        for method, points in panel.items():
+            i = methods.index(method)
+            style = {"color": f"C{i % 10}", "marker": "osv^D"[i % 5], "markersize": 3}
+            x, y = ([line[name] for line in points] for name in ("budget", "recovered"))
+            axis.plot(x, y, label=method, **style)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks(x, [f"{budget:g}" for budget in x])
+        axis.minorticks_off()
+        axis.set_ylim(-3, 103)
+        axis.set_title(f"{attack}: {variant}", fontsize=9)
+        axis.set_xlabel(unit, fontsize=9)
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
+    handles = {}
+    for axis in axes:
+        drawn, names = axis.get_legend_handles_labels()
+        handles |= dict(zip(names, drawn, strict=True))
+    figure.supylabel("% of the forgotten recognised", fontsize=9)
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=9
+    )
     return figure
 
 
@@ -180,12 +212,10 @@ def _write(output: Path, config: AttackConfig, rows: Sequence[Row]) -> list[dict
     summary = summarise(rows, config.references)
     write_rows(output / "summary.csv", summary)
     parts = []
-    for model in config.models:
-        lines = [line for line in summary if line["model"] == model]
-        largest = [line for line in largest_budgets(lines) if line["measure"] == RECOGNISED]
-        if largest:
-            table = markdown_table(method_columns(largest))
-            parts.append(f"## {model}: what comes back\n\n{RECOGNISED_NOTE}\n\n{table}")
+    for measure, (heading, note) in HEADLINES.items():
+        lines = [line for line in largest_budgets(_main_lines(summary)) if line["measure"] == measure]
+        if lines:
+            parts.append(f"## {heading}\n\n{note}\n\n{markdown_table(method_columns(lines))}")
     for model in config.models:
         lines = [line for line in summary if line["model"] == model]
         if lines:

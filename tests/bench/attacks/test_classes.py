@@ -1,22 +1,27 @@
 """The attacks on classifiers: each succeeds on what it must break, and says so of what it does not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
 from more_hf.bench.attacks.classes.heads import fit_perceptron, linear_head
 from more_hf.bench.attacks.classes.layers import block_features, layers, ridge
+from more_hf.bench.attacks.classes.membership import likelihood_ratio, log_odds, membership
 from more_hf.bench.attacks.classes.probes import probes
 from more_hf.bench.attacks.classes.queries import invert_two_queries, jitter, queries
-from more_hf.bench.attacks.classes.run import Victims
+from more_hf.bench.attacks.classes.run import Victims, random_weights
 from more_hf.bench.attacks.classes.shots import few_shot_rows, fine_tuning, shots
 from more_hf.bench.attacks.classes.similarity import similarity
-from more_hf.bench.attacks.classes.victim import AUC, AUC_TARGET, REMAINING
-from more_hf.bench.attacks.result import RECOGNISED
+from more_hf.bench.attacks.classes.victim import AUC_TARGET, REMAINING, Seen, some_of_each
+from more_hf.bench.attacks.result import AUC, RECOGNISED
 from more_hf.bench.attacks.store import Case
 from more_hf.bench.classes.data import load_kd_data
+from more_hf.bench.classes.features import cache
+from more_hf.bench.classes.metrics import auc
 from more_hf.bench.classes.run import settings_of
-from more_hf.bench.classes.training import Recipe
+from more_hf.bench.classes.training import Recipe, train_classifier
 from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.data import load_classifier
 
@@ -225,3 +230,50 @@ def test_the_heads_are_what_they_are_called():
     state = torch.random.get_rng_state()
     fit_perceptron(lambda epoch: z, crossed, 2, hidden=4, epochs=1, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_shadow_models_tell_members_of_a_class_that_was_learned_by_heart(victims, tmp_path):
+    """Few images, seen often: the gap between seen and unseen is wide. The control has seen none of them."""
+    original, data = victims("original"), load_kd_data("digits")
+    pool = data.train.subset(some_of_each(data.train.labels, 60))
+    third = some_of_each(pool.labels, 20)
+    others = torch.ones(len(pool), dtype=torch.bool).scatter(0, third, value=False).nonzero()[:, 0]
+    second = others[some_of_each(pool.labels[others], 20)]
+    rest = others[~torch.isin(others, second)]
+    parts = {"train": pool.subset(third), "test": pool.subset(second)}
+    recipe = replace(Recipe.of(data, 30), shift=0, flip=False)
+
+    def train(images, folder, seed):
+        start = random_weights(original.cached.model, seed)
+        return train_classifier(start, images, replace(recipe, seed=seed), output=tmp_path / folder)
+
+    def attacked(images, folder):
+        model = train(images, folder, 99)
+        victim = replace(
+            original,
+            seen=Seen(cache(model, model.classifier, parts)),
+            original=Seen(original.cached, memory),
+            parts=parts,
+            forget=range(10),
+            train=train,
+        )
+        return found(list(membership(victim, shadows=8)), "LiRA", "auc_members")
+
+    memory = {}
+    assert attacked(parts["train"], "member") > 60
+    assert attacked(pool.subset(rest), "stranger") == CHANCE
+    assert not list(membership(replace(original, train=None)))
+
+
+def test_the_likelihood_ratio_is_that_of_two_normal_distributions():
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.arange(64)[:, None] % 2 == torch.arange(4000) % 2
+    confidences = torch.randn(64, 4000, generator=generator, dtype=torch.float64) + 3 * inside
+    is_member = torch.arange(4000) < 2000
+    observed = torch.randn(4000, generator=generator, dtype=torch.float64) + 3 * is_member
+    score = likelihood_ratio(observed, confidences, inside)
+    assert auc(score[is_member], score[~is_member]) == pytest.approx(98.3, abs=0.7)  # Φ(3/√2)
+    torch.testing.assert_close(score, 3 * observed - 4.5, rtol=0, atol=1.5)
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    p = logits.double().softmax(-1)[0, 0]
+    torch.testing.assert_close(log_odds(logits, torch.tensor([0]))[0], (p / (1 - p)).log())

@@ -55,7 +55,7 @@ def test_one_command_leaves_everything(folder):
         ]
         assert float(line[name]) == reference
     table = (folder / "table.md").read_text()
-    assert table.startswith("## digits-allcnn: what comes back")
+    assert table.startswith("## What comes back")
     assert "| original | retrain | random-weights | erase | more" in table
     with Image.open(folder / "recovery.png") as picture:
         assert len(set(picture.convert("L").get_flattened_data())) > 50
@@ -121,3 +121,12 @@ def test_a_number_that_was_not_always_reached_has_no_mean():
     first, second = summarise(rows, ["y"])
     assert (first["recovered"], first["runs"], first["y"]) == (None, 2, 6.0)
     assert second["recovered"] == 6.0
+
+
+def test_a_mean_over_models_is_of_numbers_that_every_model_has():
+    row = {"attack": "a", "method": "x", "forget": "3", "seed": 0, "measure": "recognised", "variant": ""}
+    row |= {"unit": "blocks", "n": 10, "low": 0.0, "high": 100.0}
+    rows = [{**row, "model": "m", "budget": budget, "recovered": 20.0} for budget in (1, 2)]
+    rows += [{**row, "model": "n", "budget": 1, "recovered": 40.0}]
+    lines = {(line["model"], line["budget"]): line["recovered"] for line in summarise(rows, [])}
+    assert lines == {("m", 1): 20, ("m", 2): 20, ("n", 1): 40, ("all", 1): 30}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ...classes.tables import RELOADED
 from ...classes.training import Recipe, train_classifier, without
 from ...machine import processes, this_run
 from ...methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
-from ...splits import KDData, Splits, split_by_class
+from ...splits import ImageSet, KDData, Splits, split_by_class
 from ..run import attack_settings, run_attacks
 from ..store import AttackConfig, Case
 from .victim import Seen, Victim, some_of_each
@@ -156,7 +157,7 @@ class Victims:
             seen = retrained
         elif case.method == RANDOM:
             start = original.seen.cached.model
-            seen = self._once(RANDOM, case.model, make=lambda: self._seen(random_weights(start), original))
+            seen = self._once(RANDOM, case.model, make=lambda: self._seen(random_weights(start, 0), original))
         else:
             model = self._erased(case, original, splits)
             targets = targets_of(model, self.methods[case.method], forget, self.data.class_names)
@@ -164,7 +165,10 @@ class Victims:
                 with reloaded(model) as plain:
                     model = plain
             seen = self._seen(model, original)
-        return Victim(seen, original.seen, retrained, self.parts, forget, targets, case.seed)
+        train = partial(self._train, case.model) if self.recipe.epochs else None
+        return Victim(
+            seen, original.seen, retrained, original.head, self.parts, forget, targets, train, case.seed
+        )
 
     def _once(self, *key: str, make: Callable[[], Any]) -> Any:
         if key not in self.made:
@@ -199,15 +203,17 @@ class Victims:
             return function(model, features, seed=case.seed, **settings)
 
     def _retrained(self, case: Case, original: Original, splits: Splits) -> Seen:
-        """The same architecture, trained from random weights without what is forgotten."""
-        name = f"{Path(case.model).name}-{without(case.forget, 0)}"
-        start = random_weights(original.seen.cached.model)
-        model = train_classifier(start, splits.r, self.recipe, output=self.folder / name, desc=name)
-        return self._seen(model, original)
+        return self._seen(self._train(case.model, splits.r, without(case.forget, 0), 0), original)
+
+    def _train(self, name: str, images: ImageSet, folder: str, seed: int) -> PreTrainedModel:
+        """Train the architecture of a model from random weights, or take what an earlier call has trained."""
+        start, desc = random_weights(self.models[name], seed), f"{Path(name).name}-{folder}"
+        recipe = replace(self.recipe, seed=seed)
+        return train_classifier(start, images, recipe, output=self.folder / desc, desc=desc)
 
 
-def random_weights(model: PreTrainedModel) -> PreTrainedModel:
+def random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same architecture with new weights, in evaluation mode on the same device."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return AutoModelForImageClassification.from_config(model.config).eval().to(model.device)

@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...classes.features import Cached
 from ...classes.metrics import auc
 from ...classes.probes import RESOLUTION
 from ...splits import ImageSet
-from ..result import RECOGNISED, Result
+from ..result import AUC, RECOGNISED, Result
 
 
 REMAINING = "remaining"
 """The measure of what an attack costs: the percent of the other test images that are still recognised."""
 
-AUC, AUC_TARGET = "auc", "auc_target"
-"""The probability in percent that a forgotten test image scores above one of the others, or above one of the
-classes that the forgotten were sent to. 50 is chance, and unlike `RECOGNISED` it depends on no prior."""
+AUC_TARGET = "auc_target"
+"""As `AUC`, but beside images of the classes that the forgotten were sent to."""
 
 Part = Literal["train", "test"]
 
@@ -52,18 +51,23 @@ class Victim:
     Attributes:
         seen (`Seen`): the classifier.
         original (`Seen`), retrained (`Seen`, *optional*): what it was before, and Retrain.
+        head (`str`): the name of the head in all of them.
         parts (`Mapping[str, ImageSet]`): `"train"`, the labelled images that the attacker has, of all
             classes; `"test"`, all test images.
         forget, targets (`Sequence[int]`): ids of the forgotten classes, and of those that they were sent to.
+        train (`Callable`, *optional*): trains another classifier of the same kind, from images, a name for
+            its folder, and a seed. `None` where nothing is to be trained.
         seed (`int`): of the attack.
     """
 
     seen: Seen
     original: Seen
     retrained: Seen | None
+    head: str
     parts: Mapping[str, ImageSet]
     forget: Sequence[int]
     targets: Sequence[int]
+    train: Callable[[ImageSet, str, int], nn.Module] | None
     seed: int
 
     @property
