@@ -13,6 +13,9 @@ from .heads import fit_perceptron, linear_head
 from .victim import Victim
 
 
+PAPER, PERCEPTRON = "linear, the paper's", "perceptron"  # the heads that draw their first weights
+
+
 def probes(victim: Victim, *, neighbours: int = 5, hidden: int = 512, epochs: int = 30) -> Iterator[Result]:
     """Recognise classes from features with new heads, fitted on all the attacker's labelled images.
 
@@ -29,34 +32,31 @@ def probes(victim: Victim, *, neighbours: int = 5, hidden: int = 512, epochs: in
     train, test = victim.cached.features("train"), victim.cached.features("test")
     labels, k, seed = victim.labels("train"), victim.num_classes, victim.seed
 
-    def redrawn(epoch: int, seed: int) -> Tensor:
-        # Draw 0 is the one that probes are evaluated on.
-        return victim.cached.features("train", draw=1 + epoch)
+    def drawn(epoch: int, seed: int = seed) -> Tensor:
+        # Draw 0 is the one that heads are evaluated on.
+        return victim.cached.features("train", draw=1 + epoch) if victim.cached.is_random else train
 
     def paper() -> Tensor:
-        heads = sgd_probes(
-            redrawn if victim.cached.is_random else train, labels, k, learning_rates=(0.1,), seeds=(seed,)
-        )
-        return heads[0.1, seed](test)
+        return sgd_probes(drawn, labels, k, learning_rates=(0.1,), seeds=(seed,))[0.1, seed](test)
 
     def perceptron() -> Tensor:
-        draws = (lambda epoch: redrawn(epoch, 0)) if victim.cached.is_random else (lambda epoch: train)
-        return fit_perceptron(draws, labels, k, hidden=hidden, epochs=epochs, seed=seed)(test)
+        return fit_perceptron(drawn, labels, k, hidden=hidden, epochs=epochs, seed=seed)(test)
 
     def of_sklearn(model) -> Tensor:
         model.fit(train.double().numpy(), labels.numpy())
         return torch.from_numpy(model.predict_proba(test.double().numpy())).clamp_min(1e-12).log()
 
     shapes = {
-        f"linear, the paper's, seed {seed}": paper,
+        PAPER: paper,
         "linear, converged": lambda: converged_probe(train, labels)(test),
         "k-NN": lambda: of_sklearn(KNeighborsClassifier(neighbours, metric="cosine")),
-        f"perceptron, seed {seed}": perceptron,
+        PERCEPTRON: perceptron,
         "QDA": lambda: of_sklearn(QuadraticDiscriminantAnalysis(solver="eigen", shrinkage=0.1)),
     }
     features = {"train": train, "test": test}
     for name, logits in shapes.items():
-        yield from victim.scores(victim.once(name, features, logits), variant=name.partition(", seed")[0])
+        key = name, seed if name in (PAPER, PERCEPTRON) else None
+        yield from victim.scores(victim.once(key, features, logits), variant=name)
 
     # A linear head alone for the forgotten against all others, which no prior of the classes bends.
     score = linear_head(train, victim.forgotten("train").long(), test)

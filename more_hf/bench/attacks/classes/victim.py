@@ -86,14 +86,14 @@ class Victim:
         """Which of a part's images are of a forgotten class, boolean `(n,)`."""
         return torch.isin(self.labels(part), torch.tensor(list(self.forget)))
 
-    def once(self, name: str, features: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: Any, features: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` makes of these features and of all labels alone.
 
         Where they are the backbone's own, as without a hook, it is computed once for all classifiers with
         this backbone.
         """
         own = all(torch.equal(z, self.cached.inputs[part]) for part, z in features.items())
-        return self.seen.remember(name, compute) if own else compute()
+        return self.seen.remember(key, compute) if own else compute()
 
     def scores(self, logits: Tensor, of: Tensor | None = None, **facts: Any) -> list[Result]:
         """What logits say about test images: who is recognised, and who can be told apart.
