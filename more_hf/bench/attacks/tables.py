@@ -230,9 +230,10 @@ def _write(output: Path, config: AttackConfig, rows: Sequence[Row]) -> list[dict
 
 def _facts(config: AttackConfig) -> list[str]:
     """The configuration in sentences, for table.md."""
-    evaluation = ", ".join(f"{name} {value}" for name, value in config.evaluation.items())
+    written = config.to_dict()
+    evaluation = ", ".join(f"{name} {value}" for name, value in written["evaluation"].items())
     facts = [f"{evaluation}; {config.seeds} run(s) of each method; forgotten: {', '.join(config.forget)}"]
-    for name, settings in config.attacks.items():
+    for name, settings in written["attacks"].items():
         values = ", ".join(f"{key} {value}" for key, value in settings.items())
         facts.append(f"{name} (needs {ATTACKS[name].access}){': ' if values else ''}{values}")
     return facts

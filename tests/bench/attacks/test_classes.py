@@ -273,7 +273,7 @@ def test_the_likelihood_ratio_is_that_of_two_normal_distributions():
     observed = torch.randn(4000, generator=generator, dtype=torch.float64) + 3 * is_member
     score = likelihood_ratio(observed, confidences, inside)
     assert auc(score[is_member], score[~is_member]) == pytest.approx(98.3, abs=0.7)  # Φ(3/√2)
-    torch.testing.assert_close(score, 3 * observed - 4.5, rtol=0, atol=1.5)
+    assert (score - (3 * observed - 4.5)).abs().mean() < 0.6  # 32 models in and 32 out for each mean
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     p = logits.double().softmax(-1)[0, 0]
     torch.testing.assert_close(log_odds(logits, torch.tensor([0]))[0], (p / (1 - p)).log())
