@@ -114,7 +114,7 @@ def test_what_is_erased_without_a_target_stays_separable(victims):
 def test_nearest_neighbours_break_what_a_linear_head_does_not(victims):
     results = list(probes(victims("remap")))
     for shape in ("linear, converged", "linear, one against rest"):
-        assert found(results, shape, AUC_TARGET) == CHANCE
+        assert found(results, shape, AUC_TARGET) < 60
     for shape in ("k-NN", "perceptron", "QDA"):
         assert found(results, shape, AUC_TARGET) > 90
     routed = list(probes(victims("more")))
