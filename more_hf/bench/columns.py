@@ -96,6 +96,17 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> list[dict[str, Any
     return [{column.name: column.read(line[column.name]) for column in columns} for line in lines]
 
 
+def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Round floats to six decimals; NaN, which JSON does not have, becomes `None`."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return None if value != value else round(value, 6)
+
+    return {column: plain(value) for column, value in row.items()}
+
+
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     """
     Write rows to a CSV file, atomically. The first row's keys are the columns. A text that a spreadsheet

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bootstrap import draw_accuracies, interval
+from ..bootstrap import draw_accuracies, draw_means, interval
 
 
 RECOGNISED = "recognised"
@@ -52,13 +52,13 @@ class Result:
         return cls(percent, n=n, low=low, high=high, **facts)
 
 
-def mean_of(recovered: list[float], n: list[int]) -> tuple[float, float, float]:
+def mean_of(recovered: list[float], n: list[int]) -> tuple[float, float | None, float | None]:
     """The mean of several runs' numbers and the ends of its 95 % interval.
 
-    Runs are drawn with replacement, and where each is the percent of `n` samples, the hits from a binomial.
+    Runs are drawn with replacement, and where each is the percent of `n` samples, the hits from a binomial. A
+    single number that is no such percentage has no interval.
     """
+    mean = float(np.mean(recovered))
     if all(n):
-        drawn = draw_accuracies({"": (n, recovered)})[""].mean(1)
-    else:
-        drawn = np.random.default_rng(0).choice(recovered, (5000, len(recovered))).mean(1)
-    return (float(np.mean(recovered)), *interval(drawn))
+        return (mean, *interval(draw_accuracies({"": (n, recovered)})[""].mean(1)))
+    return (mean, *interval(draw_means(recovered))) if len(recovered) > 1 else (mean, None, None)

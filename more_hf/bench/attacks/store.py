@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ...core.files import write_json
-from ..classes.run import rounded
+from ..columns import rounded
 from ..run import BenchmarkConfig, short_hash
 from .result import Result
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.files import replacing, write_text
 from ...core.markdown import markdown_table, number
-from ..columns import Column, read_rows, write_rows
+from ..columns import Column, read_rows, rounded, write_rows
 from ..errors import BenchmarkError
 from ..tables import made_with
 from .registry import ATTACKS
@@ -120,7 +120,7 @@ def _line(model: str, rows: Sequence[Row]) -> dict[str, Any]:
     recovered = [row["recovered"] for row in rows]
     if None not in recovered:
         mean, low, high = mean_of(recovered, [row["n"] for row in rows])
-        line |= {"recovered": round(mean, 6), "low": round(low, 6), "high": round(high, 6)}
+        line |= rounded({"recovered": mean, "low": low, "high": high})
     return {**line, "runs": len(rows), "n": sum(row["n"] for row in rows)}
 
 

@@ -22,6 +22,7 @@ from ...api import get_erasure
 from ...classification.heads import find_heads
 from ...core.errors import IncompatibleBaseError
 from ...core.files import replacing
+from ..columns import rounded
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run
 from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
@@ -379,17 +380,6 @@ def retrain(
         model, splits, seed=seed, fit=lambda images, seed: trainer.retrained(images, forget, seed)
     )
     return edited, Cost(trainer.seconds(forget, seed))
-
-
-def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Round floats to six decimals; NaN, which JSON does not have, becomes `None`."""
-
-    def plain(value: Any) -> Any:
-        if not isinstance(value, float):
-            return value
-        return None if value != value else round(value, 6)
-
-    return {column: plain(value) for column, value in row.items()}
 
 
 def classes_of(entry: str, data: KDData) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from ... import __version__
 from ...classification.heads import find_heads
 from ...core.files import write_text
 from ...core.markdown import markdown_table
-from ..columns import Column, read_rows, write_rows
+from ..columns import Column, read_rows, rounded, write_rows
 from ..machine import processes, this_run
 from ..methods.registry import find_classification_method
 from ..page import Section, write_page
@@ -30,7 +30,6 @@ from .run import (
     join_folder,
     load_data,
     retrain,
-    rounded,
     settings_of,
     skipping_divergence,
     start_trainer,

@@ -111,6 +111,7 @@ def test_a_share_of_hits_has_a_binomial_interval():
     assert (result.low, result.high) == (pytest.approx(21, abs=1.5), pytest.approx(39, abs=1.5))
     mean, low, high = mean_of([0.1, 0.3], [0, 0])
     assert (mean, low, high) == (pytest.approx(0.2), 0.1, pytest.approx(0.3))
+    assert mean_of([0.1], [0]) == (0.1, None, None)
 
 
 def test_a_number_that_was_not_always_reached_has_no_mean():
