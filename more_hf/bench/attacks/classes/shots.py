@@ -100,6 +100,9 @@ def fine_tuning(
             if variant == "edit kept" or head._forward_pre_hooks:
                 with weights_kept(model), unhooked(head) if variant == "edit removed" else nullcontext():
                     curve = {}
+                    if victim.cached.routed is not None:
+                        # A router's draws do not depend on what was asked before.
+                        victim.cached.routed.hook.router.reset(range(batch_size))
                     for step in _train(model, images, steps, learning_rate):
                         curve[step] = _hits(victim, own)
                     kept = _hits(victim, others)
