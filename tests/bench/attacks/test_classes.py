@@ -211,6 +211,10 @@ def test_the_difference_index_is_one_for_the_original_and_zero_for_retrain(victi
     assert found(routed, "information", "bits") < 0.2 < found(original, "information", "bits")
     assert found(retrained, "CKA, forgotten", "cka") == pytest.approx(1)
     assert found(routed, "CKA, forgotten", "cka") < 0.9
+    # Where Retrain knows as much as the original, there is no difference to be a part of.
+    same = replace(victims("original"), retrained=Seen(victims("original").cached))
+    assert found(list(similarity(same)), "IDI", "idi") is None
+    assert not list(similarity(replace(same, retrained=None)))
 
 
 def test_shifted_copies_are_played_against_each_other(victims):

@@ -69,8 +69,8 @@ def _mean_and_distance(victim: Victim, part: Part) -> Tensor:
 def invert_two_queries(victim: Victim, part: Part) -> Tensor:
     """The features `(n, d)` that explain two answers best, by the experts that gave them.
 
-    z solves [E_a; E_b] z = [z_a; z_b] in least squares: exactly where the targets of a and b differ in as many
-    directions as classes were forgotten. Where one expert gave both answers, what it removed stays missing.
+    z solves [E_a; E_b] z = [z_a; z_b] in least squares: exactly where the targets of a and b differ in as
+    many directions as classes were forgotten. Where one expert gave both, what it removed stays missing.
     """
     remap = victim.cached.routed.remap
     identity = torch.eye(len(remap.prototypes.matrix), dtype=torch.float64)
