@@ -40,7 +40,13 @@ VISIBLE = 0.15  # LPIPS between what two artists draw, below which a person hard
 NEAR = 5  # points of the score, less than one picture of ten
 SEVERAL = 3  # targets of the methods that take several
 # Erased in one call; they share a target.
-JOINT = ("Twemoji+Noto+Blobmoji", "Twemoji+Noto+Blobmoji+Fluent+Microsoft Flat")
+JOINT = (
+    "Twemoji+Noto+Blobmoji",
+    "Twemoji+Noto+Blobmoji+Fluent+Microsoft Flat",
+    "Fluent+Microsoft Flat+High Contrast",
+    "EmojiOne+Monotone+Firefox OS",
+    "High Contrast+EmojiOne+Monotone+Firefox OS+Streamline",
+)
 THINGS = ("cat face", "red heart", "house", "rocket", "sunflower", "guitar", "pizza", "fish")
 BARE = ("{}", "{} style")  # positions need a token after the name
 SCENES = ("photo", "table", "rain", "next to")

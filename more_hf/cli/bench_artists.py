@@ -4,6 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from more_hf.bench.artists.kinds import KINDS
 from more_hf.bench.methods.registry import DIFFUSION, diffusion_groups
 from more_hf.core.options import ROUTERS, TOKENS
 
@@ -36,13 +37,13 @@ def add_to(benches) -> None:
         benches,
         "artists",
         _bench_artists,
-        purpose="erase artists in turn and measure LPIPS, style and content of all artists' pictures",
+        purpose="erase artists or things and measure LPIPS, style and content of all pictures",
         details="It can be killed at any point and goes on where it was;\n"
         f"{SEVERAL_PROCESSES.format('bench artists')}",
         resumes=True,
         examples=(
             "more-hf bench artists --methods original,more --forget Blobmoji --limit 4 --output DIR",
-            "more-hf bench artists --model CompVis/stable-diffusion-v1-4 --forget all --output DIR",
+            "more-hf bench artists --kind things --sizes 1 10 --remap_to emoji --pictures 60 60 --output DIR",
         ),
     )
     add = parser.add_argument
@@ -58,10 +59,17 @@ def add_to(benches) -> None:
         "--forget",
         nargs="+",
         action="extend",
-        required=True,
         metavar="NAME",
         help="artists to erase in turn, or all; A+B erases two in one call",
     )
+    add(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="in place of --forget: sets of so many artists, and a curve over the sizes",
+    )
+    add("--kind", choices=tuple(KINDS), default="artists", help="what is erased (artists)")
     add_remap_to(parser, note=", the same for every artist (from --targets)")
     add(
         "--targets",
@@ -79,7 +87,8 @@ def add_to(benches) -> None:
         "--settings",
         type=Path,
         metavar="FILE",
-        help="JSON file of the arguments of each method; the options below take precedence",
+        help="JSON file of the arguments of each method, under `sizes` for each size; the options below take "
+        "precedence",
     )
     add(
         "--retain",
@@ -90,9 +99,16 @@ def add_to(benches) -> None:
     add(
         "--prompts",
         metavar="FILE",
-        help=f"CSV file or packaged name (emoji10 for {EMOJI_SD}, else artists10)",
+        help=f"CSV file or packaged name (emoji10 for {EMOJI_SD}, emoji108 for its things, else artists10)",
     )
     add("--limit", type=positive, metavar="N", help="the first N rows of each artist (all)")
+    add(
+        "--pictures",
+        type=positive,
+        nargs=2,
+        metavar=("F", "R"),
+        help="prompts of what is forgotten and of the rest, in all for each size (all)",
+    )
     add(
         "--seeds",
         type=positive,
@@ -131,7 +147,7 @@ def add_to(benches) -> None:
 
 
 def _bench_artists(args: argparse.Namespace) -> int:
-    from more_hf.bench.artists.prompts import read_prompts, read_targets
+    from more_hf.bench.artists.prompts import read_prompts, read_targets, sets_of
 
     emoji = args.model == EMOJI_SD
     refuse_missing_model(args.model)
@@ -139,12 +155,20 @@ def _bench_artists(args: argparse.Namespace) -> int:
     methods = groups.get(args.methods) or args.methods.split(",")
     registered = [name for name in methods if ":" not in name]
     refuse_unknown(registered, DIFFUSION, what="method", also=f"; or one of {', '.join(groups)}")
-    forget = _forget(args.forget, emoji)
+    if (args.forget is None) == (args.sizes is None):
+        raise ValueError("Say what to erase: `--forget NAME`, `--forget all`, or `--sizes N`; one of them.")
     if emoji:
         for name in [*(args.remap_to or []), *(args.retain or [])]:
             refuse_typo(name)
-    tuned = read_settings(args.settings)
-    prompts = read_prompts(args.prompts or ("emoji10" if emoji else "artists10"))
+    tuned = read_settings(args.settings) or {}
+    by_size = {int(size): settings for size, settings in tuned.pop("sizes", {}).items()}
+    kind = KINDS[args.kind]
+    of_emoji = "emoji10" if args.kind == "artists" else "emoji108"
+    prompts = read_prompts(args.prompts or (of_emoji if emoji else "artists10"), kind)
+    if args.sizes is None:
+        forget = _forget(args.forget, emoji and args.kind == "artists")
+    else:
+        forget = {name: names for size in args.sizes for name, names in sets_of(prompts.names, size).items()}
     if args.remap_to:
         targets, several = read_remap_to(args.remap_to), None
     else:
@@ -178,16 +202,18 @@ def _bench_artists(args: argparse.Namespace) -> int:
         judges=_judges(args, emoji, prompts, state.device),
         seeds=args.seeds,
         limit=args.limit,
+        pictures=args.pictures and tuple(args.pictures),
         scheduler=args.scheduler or protocol["scheduler"],
         steps=args.steps or protocol["steps"],
         guidance=protocol["guidance"] if args.guidance is None else args.guidance,
         batch_size=args.batch_size,
         settings={name: value for name, value in settings.items() if value is not None},
         tuned=tuned,
+        tuned_by_size=by_size,
     )
     if state.is_main_process:
         pages = f"{args.output / 'report.html'} and {args.output / 'grid.png'}"
-        print(short_markdown(summary))
+        print(short_markdown(summary, kind))
         print(f"\nOpen {pages}; the tables are in {args.output / 'table.md'}.")
     return 0
 

@@ -27,6 +27,7 @@ def _bench_report(args: argparse.Namespace) -> int:
     refuse_missing_folder(args.folder, "`bench report` reads a folder that `more-hf bench` wrote.")
 
     from more_hf.bench.artists import tables as artists
+    from more_hf.bench.artists.kinds import ARTISTS, KINDS
     from more_hf.bench.attacks import tables as attacks
     from more_hf.bench.classes import samples
     from more_hf.bench.classes import tables as classes
@@ -36,5 +37,6 @@ def _bench_report(args: argparse.Namespace) -> int:
     kinds = {"kd": classes, "kd-samples": samples}
     kinds |= {"attacks-classes": attacks, "attacks-pictures": attacks}
     benchmark = kinds.get(config.get("benchmark"), artists)
-    print(benchmark.short_markdown(benchmark.rebuild(args.folder)))
+    of_kind = [KINDS[config.get("kind", ARTISTS.name)]] if benchmark is artists else []
+    print(benchmark.short_markdown(benchmark.rebuild(args.folder), *of_kind))
     return 0

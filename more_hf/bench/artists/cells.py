@@ -22,7 +22,7 @@ from ..run import short_hash
 from .config import ArtistsConfig
 from .grid import read_image, to_pil
 from .prompts import PromptRow
-from .rows import ORIGINAL, SEPARATOR, Row, artists_of
+from .rows import ORIGINAL, SEPARATOR, Row
 
 
 SEED_STEP = 100_000  # between the seeds of a prompt's images
@@ -120,18 +120,24 @@ def collect_rows(output: Path, config: ArtistsConfig) -> list[Row]:
     before = original.measurements()
     for method in config.methods:
         for forget in config.forget:
-            cell = Cell(output, config, method, forget)
+            cell, erasure = Cell(output, config, method, forget), config.forget[forget]
             arguments, prepared = config.arguments(method, forget), cell.prepared()
             measurements = before if method == ORIGINAL else cell.measurements()
+            retain = SEPARATOR.join(arguments.retain)
+            if erasure.names is not None:
+                retain = f"{len(arguments.retain)} names"
             for name, after in measurements.items():
-                if after["sample"] and after["artist"] not in artists_of(forget):
-                    continue  # the original's folder has the further seeds of every erasure
+                # The original's folder has the pictures and the further seeds of every erasure.
+                if after["sample"] and after[config.of_kind.one] not in erasure.forgotten(forget):
+                    continue
+                if erasure.cases is not None and after["case_number"] not in erasure.cases:
+                    continue
                 rows.append(
                     Row(
                         method=method,
                         forget=forget,
                         remap_to=SEPARATOR.join(arguments.remap_to or ["none"]),
-                        retain=SEPARATOR.join(arguments.retain),
+                        retain=retain,
                         case_number=after["case_number"],
                         sample=after["sample"],
                         evaluation_seed=after["evaluation_seed"],
@@ -151,6 +157,8 @@ def collect_rows(output: Path, config: ArtistsConfig) -> list[Row]:
                         peak_memory=prepared.get("peak_memory"),
                         before=f"{original.folder.name}/{name}.png",
                         after=f"{cell.folder.name}/{name}.png",
+                        kind=config.of_kind,
+                        erasure=erasure,
                     )
                 )
     return rows

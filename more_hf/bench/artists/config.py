@@ -6,12 +6,16 @@ given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..errors import BenchmarkError
 from ..methods.registry import DIFFUSION, UNREGISTERED
 from ..run import BenchmarkConfig
+from .kinds import ARTISTS, KINDS, Kind
+
+
+JOINT = "+"  # between the names in an entry of `forget` that are erased in one call
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,24 @@ class Erasure:
             The targets of methods that take several; `None` if there are none.
         retain (`list[str]`):
             Names to keep.
+        names (`list[str]`, *optional*):
+            What is forgotten, where the entry only says how the set is called.
+        settings (`Mapping[str, Mapping[str, Any]]`, *optional*):
+            Method to settings of this erasure that are not the method's everywhere.
+        cases (`list[int]`, *optional*):
+            The case numbers of its prompts; `None` for all.
     """
 
     remap_to: list[str] | None
     several: list[str] | None
     retain: list[str]
+    names: list[str] | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cases: list[int] | None = None
+
+    def forgotten(self, entry: str) -> list[str]:
+        """The names that are forgotten."""
+        return artists_of(entry) if self.names is None else self.names
 
     def arguments(self, method: str, forget: str) -> MethodArguments:
         """
@@ -96,7 +113,7 @@ class ArtistsConfig(BenchmarkConfig):
     """`config.json` of a benchmark of artists."""
 
     benchmark: ClassVar[str] = "artists"
-    FIXED: ClassVar[tuple[str, ...]] = ("generation", "seeds", "limit", "judges")
+    FIXED: ClassVar[tuple[str, ...]] = ("generation", "seeds", "limit", "judges", "kind")
 
     more_hf: str
     model: str
@@ -109,6 +126,7 @@ class ArtistsConfig(BenchmarkConfig):
     methods: Mapping[str, Mapping[str, Any]]
     forget: Mapping[str, Erasure]
     runs: Sequence[Mapping[str, Any]]
+    kind: str = ARTISTS.name
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ArtistsConfig:
@@ -126,7 +144,18 @@ class ArtistsConfig(BenchmarkConfig):
     def determining(self, method: str, forget: str) -> list[Any]:
         """Everything that a method's pictures depend on, in the order in which it is hashed."""
         arguments = asdict(self.arguments(method, forget))
-        return [asdict(self.generation), method, self.methods[method], forget, arguments]
+        if self.forget[forget].names is not None:
+            arguments["names"] = self.forget[forget].names
+        return [asdict(self.generation), method, self.settings(method, forget), forget, arguments]
+
+    def settings(self, method: str, forget: str) -> dict[str, Any]:
+        """The settings of a method for one erasure."""
+        return {**self.methods[method], **self.forget[forget].settings.get(method, {})}
+
+    @property
+    def of_kind(self) -> Kind:
+        """What is forgotten: artists or things."""
+        return KINDS[self.kind]
 
     @property
     def generation_text(self) -> str:
@@ -138,3 +167,8 @@ class ArtistsConfig(BenchmarkConfig):
     def targets_text(self) -> list[str]:
         """Every entry of `forget` with its targets, for a reader."""
         return [f"{forget} → {erasure.target_text}" for forget, erasure in self.forget.items()]
+
+
+def artists_of(forget: str) -> list[str]:
+    """The names in one entry of `forget`."""
+    return forget.split(JOINT)

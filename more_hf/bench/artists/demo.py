@@ -22,12 +22,12 @@ from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
 from ...diffusion.grid import draw_grid, stack
 from ..columns import write_rows
 from ..page import Pair, Section, image_uri, write_page
+from .config import JOINT
 from .findings import Finding
 from .generate import generate
 from .grid import to_pil
 from .judges import EmojiJudges
 from .lpips import lpips_distance
-from .rows import JOINT
 
 
 THINGS = (

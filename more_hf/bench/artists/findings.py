@@ -8,6 +8,7 @@ from typing import Any
 
 from ...core.markdown import number
 from ..tables import share
+from .kinds import ARTISTS, Kind
 from .ranking import CONTENT_KEPT, STYLE_GONE, RankedMethod, contenders
 from .summary import POOLED
 
@@ -25,48 +26,51 @@ class Finding:
     Args:
         forgotten (`str`):
             What was erased, as the sentence calls it.
-        style_before, style_after (`float`, *optional*):
+        gone_before, gone_after (`float`, *optional*):
             Percent of its pictures in which it is recognised; `None` if nobody judged.
-        content_before, content_after (`float`, *optional*):
-            Percent of its pictures that show the thing that was asked for.
+        kept_before, kept_after (`float`, *optional*):
+            Percent of its pictures that show what else was asked for.
         lpips_f, lpips_r (`float`, *optional*):
-            How far its pictures moved, and those of the other artists.
+            How far its pictures moved, and those of the others.
+        kind (`Kind`, *optional*, defaults to `ARTISTS`):
+            What is forgotten.
     """
 
     forgotten: str
-    style_before: float | None
-    style_after: float | None
-    content_before: float | None
-    content_after: float | None
+    gone_before: float | None
+    gone_after: float | None
+    kept_before: float | None
+    kept_after: float | None
     lpips_f: float
     lpips_r: float | None
+    kind: Kind = ARTISTS
 
     @classmethod
-    def of_line(cls, line: Mapping[str, Any]) -> Finding:
+    def of_line(cls, line: Mapping[str, Any], kind: Kind) -> Finding:
         """The finding in a line of `summary.csv`."""
-        judged = (line[f"{name}_f{end}"] for name in ("style", "content") for end in ("_before", ""))
-        forgotten = "the forgotten artist" if line["forget"] == POOLED else line["forget"]
-        return cls(forgotten, *judged, line["lpips_f"], line["lpips_r"])
+        judged = (line[f"{name}_f{end}"] for name in (kind.gone, kind.kept) for end in ("_before", ""))
+        forgotten = f"the forgotten {kind.one}" if line["forget"] == POOLED else line["forget"]
+        return cls(forgotten, *judged, line["lpips_f"], line["lpips_r"], kind)
 
     def __str__(self) -> str:
         parts = [self._forgotten()]
         if self.lpips_r is not None:
-            parts.append(f"the other artists' pictures {_moved(self.lpips_r)}")
+            parts.append(f"the other {self.kind.name}' pictures {_moved(self.lpips_r)}")
         return "; ".join(parts) + "."
 
     def _forgotten(self) -> str:
-        if self.style_after is None:
+        if self.gone_after is None:
             return f"{self.forgotten}: its pictures {_moved(self.lpips_f)}, and nobody judged what they show"
-        before, after = share(self.style_before), share(self.style_after)
+        before, after = share(self.gone_before), share(self.gone_after)
         recognised = f"{self.forgotten} is recognised in {before} of the pictures before"
-        if self.style_before <= STYLE_GONE:
+        if self.gone_before <= STYLE_GONE:
             text = f"{recognised}, so that there was hardly anything to erase, and in {after} after"
-        elif self.style_after > STYLE_GONE:
+        elif self.gone_after > STYLE_GONE:
             text = f"The erasure did not succeed: {recognised} and still in {after} after"
         else:
             text = f"{recognised} and in {after} after"
-        if self.content_after is not None and self.content_after < CONTENT_KEPT / 100 * self.content_before:
-            before, after = share(self.content_before), share(self.content_after)
+        if self.kept_after is not None and self.kept_after < CONTENT_KEPT / 100 * self.kept_before:
+            before, after = share(self.kept_before), share(self.kept_after)
             text += f", but what was asked for is seen in {after} of them ({before} before)"
         return text
 
@@ -81,10 +85,12 @@ def _moved(lpips: float) -> str:
     return f"moved by {number(lpips)} LPIPS on average, {seen}"
 
 
-def finding(summary: Sequence[Mapping[str, Any]], ranking: Sequence[RankedMethod]) -> str:
+def finding(
+    summary: Sequence[Mapping[str, Any]], ranking: Sequence[RankedMethod], kind: Kind = ARTISTS
+) -> str:
     """
     Say what the first method of the ranking did, or without a ranking the first that is no control: over all
-    erasures of a single artist if there are several, else each erasure.
+    erasures of a single name if there are several, else each erasure.
     """
     methods = [line.method for line in ranking] or contenders(line["method"] for line in summary)
     if not methods:
@@ -92,4 +98,4 @@ def finding(summary: Sequence[Mapping[str, Any]], ranking: Sequence[RankedMethod
     method = methods[0]
     lines = [line for line in summary if line["method"] == method]
     shown = [line for line in lines if line["forget"] == POOLED] or lines
-    return f"After {method}: {' '.join(str(Finding.of_line(line)) for line in shown)}"
+    return f"After {method}: {' '.join(str(Finding.of_line(line, kind)) for line in shown)}"

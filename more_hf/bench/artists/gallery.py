@@ -23,7 +23,7 @@ BUDGET = 14_000_000  # bytes of pictures on the page
 SIDE = 256  # larger pictures are shown at this size
 EXPLANATION = (
     "Every method's picture starts from the same noise as the one before. LPIPS is the distance between the "
-    "two: it should be large for the forgotten artist and small for all others. Below each picture is what "
+    "two: it should be large for what is forgotten and small for the rest. Below each picture is what "
     "the judges take it for."
 )
 FIRST = 3  # rows above the tables: the forgotten artist's first prompt, then other artists'
@@ -122,7 +122,7 @@ def write_report(
     write_page(
         path,
         template="gallery.html.jinja",
-        title="Artists erased: before and after",
+        title=f"{config.of_kind.name.title()} erased: before and after",
         finding=finding,
         sections=[
             *tables,
@@ -145,8 +145,8 @@ def write_report(
             [_gallery_row(prompt, methods, uris) for prompt in shown],
             methods,
             EXPLANATION,
-            f"{len(shown)} of {len(prompts)} rows are shown: of each erasure at most {own} of the forgotten "
-            f"artist and {other} of each other. All numbers are in rows.csv, all pictures in the folder "
+            f"{len(shown)} of {len(prompts)} rows are shown: of each erasure at most {own} of each forgotten "
+            f"name and {other} of each other. All numbers are in rows.csv, all pictures in the folder "
             "images.",
         ),
     )
@@ -167,7 +167,7 @@ def _first(prompts: Sequence[Prompt], own: int, other: int) -> list[Prompt]:
     seen: Counter[tuple[str, str]] = Counter()
     first = []
     for prompt in prompts:
-        key = (prompt.first.forget, prompt.first.artist)
+        key = (prompt.first.forget, prompt.first.concept)
         seen[key] += 1
         if seen[key] <= (own if prompt.first.is_forgotten else other):
             first.append(prompt)

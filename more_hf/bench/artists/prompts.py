@@ -6,17 +6,24 @@ import csv
 import hashlib
 import io
 import os
+import random
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from ...core.errors import MoreError, shown
+from .config import JOINT
+from .kinds import ARTISTS, Kind
 
 
 # an installed wheel has the files inside the package, a checkout beside it
 FOLDERS = (Path(__file__).parents[2] / "prompts", Path(__file__).parents[3] / "prompts")
 REQUIRED = ("case_number", "prompt", "evaluation_seed", "artist")
 LONGEST_NUMBER = 18  # digits of a case number or a seed: 64 bits
+TOGETHER = 10  # names in all sets of one size, if a set has not more of its own
+MOST_SPELT = 5  # names in the name of a set
 SEVERAL = ";"  # between the names of one cell of a table of targets
 
 
@@ -48,37 +55,72 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The rows of one prompts file, its name and the sha256 of its bytes."""
+    """The rows of one prompts file, its name, the sha256 of its bytes, and what is forgotten of it."""
 
     name: str
     sha256: str
     rows: tuple[PromptRow, ...]
+    kind: Kind = ARTISTS
+
+    def concept(self, row: PromptRow) -> str:
+        """The row's artist or thing, whichever is forgotten; empty if the prompt names none."""
+        return getattr(row, self.kind.one)
 
     @property
-    def artists(self) -> list[str]:
-        """Every artist, in the order of the file."""
-        return list(dict.fromkeys(row.artist for row in self.rows if row.artist))
+    def names(self) -> list[str]:
+        """Every artist or thing, in the order of the file."""
+        return list(dict.fromkeys(filter(None, map(self.concept, self.rows))))
 
-    def group_of(self, artist: str) -> list[str]:
-        """The other artists of the artist's group."""
-        groups = {row.group for row in self.rows if row.artist == artist}
-        others = [row.artist for row in self.rows if row.group in groups and row.artist not in ("", artist)]
-        return list(dict.fromkeys(others))
+    def group_of(self, name: str) -> list[str]:
+        """The others of the artist's or thing's group."""
+        groups = {row.group for row in self.rows if self.concept(row) == name}
+        others = [self.concept(row) for row in self.rows if row.group in groups]
+        return [other for other in dict.fromkeys(others) if other not in ("", name)]
 
     def limited(self, limit: int | None) -> tuple[PromptRow, ...]:
-        """The first `limit` rows of each artist, and of those without one."""
+        """The first `limit` rows of each artist or thing, and of those without one."""
         if limit is None:
             return self.rows
         seen: Counter[str] = Counter()
         first = []
         for row in self.rows:
-            seen[row.artist] += 1
-            if seen[row.artist] <= limit:
+            seen[self.concept(row)] += 1
+            if seen[self.concept(row)] <= limit:
                 first.append(row)
         return tuple(first)
 
 
-def read_prompts(source: str | Path) -> Prompts:
+def spread(prompts: Prompts, names: Collection[str], count: int, seed: str) -> list[PromptRow]:
+    """`count` rows of some names, or all that there are: each name's first, then each name's second, ..."""
+    rows_of: dict[str, list[PromptRow]] = {name: [] for name in names}
+    for row in prompts.rows:
+        if prompts.concept(row) in rows_of:
+            rows_of[prompts.concept(row)].append(row)
+    turns = list(rows_of.values())
+    random.Random(seed).shuffle(turns)  # so that few rows are not always of the same names
+    rows = [row for turn in zip_longest(*turns) for row in turn if row is not None]
+    return rows[:count]
+
+
+def sets_of(names: Sequence[str], size: int) -> dict[str, list[str]]:
+    """
+    Disjoint sets of `size` names in their order, as many as `TOGETHER` names give but at least one, by what
+    an entry of `forget` calls them: the names themselves if they are few.
+
+    Raises:
+        PromptFileError: if there are not as many names, and one to keep.
+    """
+    if not 0 < size < len(names):
+        raise PromptFileError(f"There are {len(names)} names, so that {size} cannot be forgotten of them.")
+    sets = {}
+    for number in range(max(1, min(TOGETHER, len(names)) // size)):
+        chosen = list(names[number * size : (number + 1) * size])
+        label = JOINT.join(chosen) if size <= MOST_SPELT else f"{size} names, set {number + 1}"
+        sets[label] = chosen
+    return sets
+
+
+def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
     """
     Read a prompts file.
 
@@ -88,6 +130,8 @@ def read_prompts(source: str | Path) -> Prompts:
     Args:
         source (`str` or `Path`):
             The path of a CSV file, or the name of one that ships with the package (`"emoji10"`).
+        kind (`Kind`, *optional*, defaults to `ARTISTS`):
+            What is forgotten.
 
     Returns:
         `Prompts`: the rows.
@@ -120,7 +164,7 @@ def read_prompts(source: str | Path) -> Prompts:
                 group=cells.get("group", path.stem if cells["artist"] else ""),
             )
         )
-    return Prompts(path.stem, hashlib.sha256(content).hexdigest(), tuple(rows))
+    return Prompts(path.stem, hashlib.sha256(content).hexdigest(), tuple(rows), kind)
 
 
 def read_targets(source: str | Path) -> dict[str, list[str]]:
@@ -136,7 +180,8 @@ def read_targets(source: str | Path) -> dict[str, list[str]]:
         `dict[str, list[str]]`: artist to targets.
 
     Raises:
-        PromptFileError: for a missing file, column or target, and for an artist that occurs twice.
+        PromptFileError: for a missing file, column or target, and for an artist that occurs twice, whatever
+            the case.
     """
     path, _, lines = _read_table(source, ("forget", "remap_to"))
     targets: dict[str, list[str]] = {}
@@ -146,7 +191,7 @@ def read_targets(source: str | Path) -> dict[str, list[str]]:
             raise PromptFileError(
                 f"{path}, line {line}: needs a name in `forget` and at least one in `remap_to`."
             )
-        if cells["forget"] in targets:
+        if cells["forget"].casefold() in {name.casefold() for name in targets}:
             raise PromptFileError(f"{path}, line {line}: {cells['forget']!r} occurs twice.")
         targets[cells["forget"]] = names
     return targets

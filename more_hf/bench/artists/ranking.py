@@ -8,7 +8,8 @@ from typing import Literal
 
 from ..bootstrap import Estimate
 from ..methods.registry import DIFFUSION, UNREGISTERED
-from .rows import JOINT, Row
+from .kinds import ARTISTS, Kind
+from .rows import Row
 from .summary import Statistics, both_means
 
 
@@ -23,8 +24,13 @@ class RankedMethod:
 
     Attributes:
         qualifies (`str`):
-            `"yes"` with `style_f` of at most 10 % and `content_f` of at least 90 % of its value before, else
-            `"no"`; `"control"` for a control, which cannot win.
+            `"yes"` if what is forgotten is still recognised in at most 10 % of its pictures, and what they
+            must keep in at least 90 % of those that had it before, else `"no"`; `"control"` for a control,
+            which cannot win.
+        gone_f, gone_r (`float`):
+            Percent of the forgotten pictures in which their artist or thing is recognised, and of the others.
+        kept_f (`float`):
+            Percent of the forgotten pictures that keep what they must.
         behind, behind_low, behind_high (`float`):
             How far `lpips_d` is below the first line's, and the paired 95 % interval; 0 in it is a tie.
     """
@@ -32,9 +38,12 @@ class RankedMethod:
     method: str
     erasures: int
     qualifies: Literal["yes", "no", "control"]
-    style_f: float
-    content_f_before: float
-    content_f: float
+    gone_f_before: float | None
+    gone_f: float
+    kept_f_before: float
+    kept_f: float
+    gone_r_before: float | None
+    gone_r: float | None
     lpips_f: float
     lpips_r: float
     lpips_d: float
@@ -43,16 +52,16 @@ class RankedMethod:
     behind_high: float
 
 
-def rank(rows: Sequence[Row]) -> list[RankedMethod]:
+def rank(rows: Sequence[Row], size: int = 1) -> list[RankedMethod]:
     """
-    Rank the methods on the pictures that every method has, of erasures of a single artist: those that qualify
+    Rank the methods on the pictures that every method has, of erasures of `size` names: those that qualify
     first, by `lpips_d`. Empty with fewer than two methods besides the controls, or if the pictures were not
     judged.
     """
     methods = list(dict.fromkeys(row.method for row in rows))
-    single = [row for row in rows if JOINT not in row.forget]
-    common = set.intersection(*({row.case for row in single if row.method == method} for method in methods))
-    shared = [row for row in single if row.case in common]
+    sized = [row for row in rows if len(row.forgotten) == size]
+    common = set.intersection(*({row.case for row in sized if row.method == method} for method in methods))
+    shared = [row for row in sized if row.case in common]
     if len(contenders(methods)) < 2 or not any(map(_is_judged, shared)):
         return []
 
@@ -69,20 +78,22 @@ class _Measured:
     def __init__(self, method: str, rows: Sequence[Row], statistics: Statistics):
         own = [row for row in rows if row.method == method]
         forgotten = [row for row in own if row.is_forgotten]
-        others = [row for row in own if row.artist and not row.is_forgotten]
+        others = [row for row in own if row.concept and not row.is_forgotten]
+        gone, kept = (getattr(Row, name) for name in (own[0].kind.gone, own[0].kind.kept))
         self.method, self.erasures = method, len({row.forget for row in own})
         self.lpips_f = statistics.mean(forgotten, lambda row: row.lpips)
         self.lpips_r = statistics.mean(others, lambda row: row.lpips)
         self.lpips_d: Estimate = self.lpips_f - self.lpips_r
-        _, self.style = both_means(statistics, forgotten, Row.style)
-        self.content_before, self.content = both_means(statistics, forgotten, Row.content)
+        self.gone = both_means(statistics, forgotten, gone)
+        self.kept = both_means(statistics, forgotten, kept)
+        self.rest = both_means(statistics, others, gone)
 
     @property
     def qualifies(self) -> Literal["yes", "no", "control"]:
         if _is_control(self.method):
             return "control"
-        is_gone = self.style.value <= STYLE_GONE
-        is_kept = self.content.value >= CONTENT_KEPT / 100 * self.content_before.value
+        is_gone = self.gone[1].value <= STYLE_GONE
+        is_kept = self.kept[1].value >= CONTENT_KEPT / 100 * self.kept[0].value
         return "yes" if is_gone and is_kept else "no"
 
     def behind(self, first: _Measured) -> RankedMethod:
@@ -92,9 +103,12 @@ class _Measured:
             method=self.method,
             erasures=self.erasures,
             qualifies=self.qualifies,
-            style_f=float(self.style.value),
-            content_f_before=float(self.content_before.value),
-            content_f=float(self.content.value),
+            gone_f_before=_value(self.gone[0]),
+            gone_f=float(self.gone[1].value),
+            kept_f_before=float(self.kept[0].value),
+            kept_f=float(self.kept[1].value),
+            gone_r_before=_value(self.rest[0]),
+            gone_r=_value(self.rest[1]),
             lpips_f=float(self.lpips_f.value),
             lpips_r=float(self.lpips_r.value),
             lpips_d=float(self.lpips_d.value),
@@ -102,6 +116,10 @@ class _Measured:
             behind_low=low,
             behind_high=high,
         )
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else float(estimate.value)
 
 
 def contenders(methods: Iterable[str]) -> list[str]:
@@ -117,12 +135,9 @@ def _is_judged(row: Row) -> bool:
     return row.is_forgotten and row.style_after != "" and row.content_after is not None
 
 
-def winner(ranking: Sequence[RankedMethod]) -> str:
+def winner(ranking: Sequence[RankedMethod], kind: Kind = ARTISTS) -> str:
     """Say in one sentence which method is first, and which are tied with it."""
-    condition = (
-        f"leave the style in at most {STYLE_GONE:g} % of the forgotten artist's pictures (style_f) and keep "
-        f"what they show in at least {CONTENT_KEPT:g} % of those that showed it before (content_f)"
-    )
+    condition = kind.condition.format(STYLE_GONE, CONTENT_KEPT)
     qualified = [line for line in ranking if line.qualifies == "yes"]
     if not qualified:
         return f"Nobody. A winner would have to {condition}."
@@ -132,6 +147,6 @@ def winner(ranking: Sequence[RankedMethod]) -> str:
     erasures = "one erasure" if first.erasures == 1 else f"{first.erasures} erasures"
     return (
         f"{first.method}{ties}, over {erasures}. Of the methods that {condition}, it has the largest "
-        "lpips_d: how much further the forgotten artist's pictures moved than the others'. Ties are by "
+        f"lpips_d: how much further the forgotten {kind.one}'s pictures moved than the others'. Ties are by "
         "paired 95 % intervals over prompts."
     )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .. import columns
+from .config import ArtistsConfig, Erasure, artists_of
+from .kinds import ARTISTS, Kind
 
 
 ORIGINAL = "original"  # in the column `method`: the pipeline without an edit
 SEPARATOR = "; "  # between the names in `remap_to` and `retain`
-JOINT = "+"  # between the artists in `forget` that are erased in one call
 
 When = Literal["before", "after"]
 
@@ -23,9 +24,9 @@ class Row:
 
     Attributes:
         method, forget (`str`):
-            The method, and the artists that it erased, joined by `+`.
+            The method, and the names that it erased, joined by `+`, or what the configuration calls them.
         remap_to, retain (`str`):
-            The names that the method was given, joined by `; `.
+            The names that the method was given, joined by `; `; of a set with a name only their number.
         case_number, evaluation_seed, artist, thing, group, prompt:
             The prompt's, as in [`~more_hf.bench.artists.prompts.PromptRow`].
         sample (`int`):
@@ -42,6 +43,8 @@ class Row:
             MiB, of the erasure.
         before, after (`str`):
             The two picture files.
+        kind (`Kind`, *optional*), erasure (`Erasure`, *optional*):
+            What the configuration says of the row's erasure. They are no columns.
     """
 
     method: str
@@ -67,21 +70,35 @@ class Row:
     peak_memory: float | None
     before: str
     after: str
+    kind: Kind = ARTISTS
+    erasure: Erasure | None = field(default=None, repr=False)
 
     @property
-    def forgotten_artists(self) -> list[str]:
-        """The artists that the row's erasure forgets."""
-        return artists_of(self.forget)
+    def concept(self) -> str:
+        """The row's artist or thing, whichever the benchmark forgets; empty if the prompt names none."""
+        return getattr(self, self.kind.one)
+
+    @property
+    def forgotten(self) -> list[str]:
+        """The names that the row's erasure forgets."""
+        return artists_of(self.forget) if self.erasure is None else self.erasure.forgotten(self.forget)
 
     @property
     def is_forgotten(self) -> bool:
-        """Whether the picture is of an artist that the erasure forgets."""
-        return self.artist in self.forgotten_artists
+        """Whether the picture is of an artist or a thing that the erasure forgets."""
+        return self.concept in self.forgotten
 
     @property
-    def named_artists(self) -> set[str]:
-        """The names that the erasure was given: targets and names to keep."""
-        return {*self.remap_to.split(SEPARATOR), *self.retain.split(SEPARATOR)}
+    def is_named(self) -> bool:
+        """Whether the erasure was given the picture's artist or thing, as a target or to keep."""
+        targets = self.remap_to.split(SEPARATOR)
+        retain = self.retain.split(SEPARATOR) if self.erasure is None else self.erasure.retain
+        return self.concept in targets or self.concept in retain
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """The row's line of `rows.csv`."""
+        return {column.name: getattr(self, column.name) for column in COLUMNS}
 
     @property
     def case(self) -> tuple[str, int, int]:
@@ -106,19 +123,23 @@ class Row:
 
 
 _TYPES = {"str": str, "int": int, "int | None": int, "float": float, "float | None": float}
-COLUMNS = [columns.Column(field.name, _TYPES[field.type]) for field in fields(Row)]
+COLUMNS = [columns.Column(each.name, _TYPES[each.type]) for each in fields(Row) if each.type in _TYPES]
 
 
-def artists_of(forget: str) -> list[str]:
-    """The artists of one entry of `forget`."""
-    return forget.split(JOINT)
-
-
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, config: ArtistsConfig | None = None) -> list[Row]:
     """
     Read `rows.csv`.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        config (`ArtistsConfig`, *optional*):
+            Of its folder. Without it, rows are of artists, and `forget` names them.
 
     Raises:
         ValueError: if a column is missing, or a cell is not of its column's type.
     """
-    return [Row(**row) for row in columns.read_rows(path, COLUMNS)]
+    rows = columns.read_rows(path, COLUMNS)
+    if config is None:
+        return [Row(**row) for row in rows]
+    return [Row(**row, kind=config.of_kind, erasure=config.forget[row["forget"]]) for row in rows]

@@ -6,9 +6,13 @@ judges.
 from __future__ import annotations
 
 import copy
+import itertools
+import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from accelerate.utils import tqdm
 from diffusers import DiffusionPipeline
 
 from ... import __version__
+from ...diffusion.encoder import Encoder
 from ...diffusion.sites import find_denoiser
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run, weights_sha256
@@ -26,11 +31,12 @@ from ..methods.registry import find_diffusion_method
 from ..run import method_settings, refuse_unused_settings
 from . import lpips
 from .cells import Case, Cell, Measured, collect_rows
-from .config import ArtistsConfig, Erasure, Generation
+from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
 from .generate import generate
 from .judges import Judges
-from .prompts import PromptRow, Prompts, read_prompts
-from .rows import ORIGINAL, artists_of
+from .prompts import Prompts, read_prompts, spread
+from .reading import cut_off, known
+from .rows import ORIGINAL
 from .tables import write_outputs
 
 
@@ -45,6 +51,8 @@ SCHEDULERS = {
 }
 GIVEN = ("remap_to", "retain")  # parameters of a method that are not settings
 
+logger = logging.getLogger(__name__)
+
 Method = Callable[..., DiffusionPipeline]
 
 
@@ -52,7 +60,7 @@ def run_artists(
     pipe: DiffusionPipeline,
     methods: str | Sequence[str] | Mapping[str, Method],
     prompts: str | Path | Prompts,
-    forget: str | Sequence[str],
+    forget: str | Sequence[str] | Mapping[str, Sequence[str]],
     *,
     remap_to: str | Sequence[str] | Mapping[str, Sequence[str]] | None,
     output: str | Path,
@@ -61,15 +69,18 @@ def run_artists(
     judges: Judges | None = None,
     seeds: int = 1,
     limit: int | None = None,
+    pictures: tuple[int, int] | None = None,
     scheduler: str = FIELD["scheduler"],
     steps: int = FIELD["steps"],
     guidance: float = FIELD["guidance"],
     batch_size: int = 16,
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
+    tuned_by_size: Mapping[int, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Erase each artist in turn with each method, and measure what that did to the pictures of all artists.
+    Erase each artist in turn with each method, and measure what that did to the pictures of all artists. Or
+    each thing, if that is what the prompts were read for.
 
     Under `accelerate launch` the pictures are split over the processes. The run can be killed at any point;
     the same call continues where it was.
@@ -83,9 +94,10 @@ def run_artists(
             function that is called like `erase_concept`; or a mapping of names to such functions.
         prompts (`str`, `Path` or `Prompts`):
             A CSV file, the name of a packaged one, or what `read_prompts` returned.
-        forget (`str` or `Sequence[str]`):
-            The artists to erase, one after the other; `"all"` for every artist of the prompts. `"A+B"` erases
-            A and B in one call.
+        forget (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
+            The artists to erase, one after the other; `"all"` for every artist of the prompts, if the model
+            knows one. `"A+B"` erases
+            A and B in one call. A mapping gives each set of artists a short name.
         remap_to (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`, *optional*):
             Targets of every erasure, or a mapping from each entry of `forget` to its targets. `None` erases
             without remapping.
@@ -101,6 +113,9 @@ def run_artists(
             Images per prompt of the forgotten artist, with the seeds s, s + 100000, ...
         limit (`int`, *optional*):
             Only the first rows of each artist.
+        pictures (`tuple[int, int]`, *optional*):
+            How many prompts of what is forgotten, and how many of the rest, all erasures of one size share;
+            spread over the names. Defaults to all prompts.
         scheduler (`str`, *optional*, defaults to `"lms"`), steps (`int`, *optional*, defaults to 50),
         guidance (`float`, *optional*, defaults to 7.5):
             How to generate; the defaults are what the published numbers were made with.
@@ -110,6 +125,8 @@ def run_artists(
             Further arguments for the methods that take them.
         tuned (`Mapping[str, Mapping[str, Any]]`, *optional*):
             Method to its own arguments; `settings` take precedence.
+        tuned_by_size (`Mapping[int, Mapping[str, Mapping[str, Any]]]`, *optional*):
+            The same for erasures of so many names; these come before `tuned`.
 
     Returns:
         `list[dict[str, Any]]`: the lines of `summary.csv`.
@@ -121,18 +138,26 @@ def run_artists(
     """
     state, output = processes(), Path(output)
     prompts = prompts if isinstance(prompts, Prompts) else read_prompts(prompts)
-    functions, settings, tuned = _functions(methods), settings or {}, tuned or {}
-    entries = _entries(forget, prompts)
-    if seeds < 1 or batch_size < 1 or not entries or scheduler not in SCHEDULERS:
+    prompts = replace(prompts, rows=prompts.limited(limit))
+    functions, sets = _functions(methods), _sets(forget, prompts)
+    settings, tuned, by_size = settings or {}, tuned or {}, tuned_by_size or {}
+    if seeds < 1 or batch_size < 1 or not sets or scheduler not in SCHEDULERS:
         raise BenchmarkError(
             f"Needs seeds and batch_size of at least 1, an artist to forget, and a scheduler of "
-            f"{', '.join(SCHEDULERS)}; got {seeds}, {batch_size}, {entries}, {scheduler!r}."
+            f"{', '.join(SCHEDULERS)}; got {seeds}, {batch_size}, {list(sets)}, {scheduler!r}."
         )
-    refuse_unused_settings(functions, settings, tuned, without=GIVEN)
-    prompt_rows = prompts.limited(limit)
+    for own in (tuned, *by_size.values()):
+        refuse_unused_settings(functions, settings, own, without=GIVEN)
     if judges is not None:
-        judges.check(prompt_rows)
+        judges.check(prompts.rows)
 
+    erasures = {}
+    for entry, names in sets.items():
+        erasure = _erasure(entry, names, remap_to, several, retain, prompts)
+        own = {name: _without(values, settings) for name, values in by_size.get(len(names), {}).items()}
+        erasures[entry] = replace(erasure, settings=own, cases=_share(entry, sets, pictures, prompts))
+
+    _check_reading(pipe, prompts, forget)
     pipe = _quiet_copy(pipe.to(state.device), scheduler)
     config = ArtistsConfig(
         more_hf=__version__,
@@ -147,12 +172,12 @@ def run_artists(
             name: method_settings(function, tuned.get(name, {}), settings, without=GIVEN)
             for name, function in functions.items()
         },
-        forget={entry: _erasure(entry, remap_to, several, retain, prompts) for entry in entries},
+        forget=erasures,
         runs=[this_run(state)],
+        kind=prompts.kind.name,
     )
-    for name in functions:
-        for entry in entries:
-            config.arguments(name, entry)  # raises if the method needs targets that there are not
+    for name, entry in itertools.product(functions, sets):
+        config.arguments(name, entry)  # raises if the method needs targets that there are not
     config = config.joined_with(output)
     state.wait_for_everyone()  # everyone has read before one writes
     if state.is_main_process:
@@ -160,10 +185,10 @@ def run_artists(
     state.wait_for_everyone()
 
     run = _Run(pipe, config, output, judges, batch_size, state)
-    artists = {artist for entry in entries for artist in artists_of(entry)}
-    run.draw(pipe, run.original, _cases(prompt_rows, seeds, artists), desc="before")
-    for entry in entries:
-        cases = _cases(prompt_rows, seeds, artists_of(entry))
+    cases_of = {entry: _cases(prompts, seeds, erasures[entry], sets[entry]) for entry in sets}
+    before = dict.fromkeys(case for cases in cases_of.values() for case in cases)
+    run.draw(pipe, run.original, list(before), desc="before")
+    for entry, cases in cases_of.items():
         for name, function in functions.items():
             cell = Cell(output, config, name, entry)
             if name != ORIGINAL and run.missing(cell, cases):
@@ -202,10 +227,11 @@ class _Run:
         edited, denoiser = copy.copy(self.pipe), find_denoiser(self.pipe)
         edited.register_modules(**{denoiser.name: copy.deepcopy(denoiser.module)})
         arguments = self.config.arguments(cell.method, cell.forget)
-        settings = self.config.methods[cell.method]
+        settings = self.config.settings(cell.method, cell.forget)
+        forgotten = self.config.forget[cell.forget].forgotten(cell.forget)
         with peak_memory(self.state.device) as peak:
             start = time.perf_counter()
-            edited = function(edited, artists_of(cell.forget), **asdict(arguments), **settings)
+            edited = function(edited, forgotten, **asdict(arguments), **settings)
             if self.state.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
@@ -266,24 +292,60 @@ def _functions(methods: str | Sequence[str] | Mapping[str, Method]) -> dict[str,
     return {name: find_diffusion_method(name) for name in names}
 
 
-def _entries(forget: str | Sequence[str], prompts: Prompts) -> list[str]:
-    """The entries of `forget`, all of whose artists are in the prompts."""
-    if forget == "all":
-        return prompts.artists
-    entries = [forget] if isinstance(forget, str) else list(forget)
-    for entry in entries:
-        for artist in artists_of(entry):
-            if artist not in prompts.artists:
-                raise BenchmarkError(
-                    f"{prompts.name} has no prompts of {artist!r}. "
-                    f"Its artists are {', '.join(prompts.artists)}."
-                )
-    return entries
+def _check_reading(
+    pipe: DiffusionPipeline, prompts: Prompts, forget: str | Sequence[str] | Mapping[str, Sequence[str]]
+) -> None:
+    """Warn of names that the text encoder does not read, and refuse to forget all where it knows none."""
+    encoder, what = Encoder(pipe), prompts.kind.one
+    if forget in ("all", ["all"]) and not known(encoder, prompts.names):
+        name = prompts.names[0]
+        raise BenchmarkError(
+            f"The model knows no {what} of {prompts.name}: its tokenizer keeps no word of their names whole "
+            f"({name!r} is {len(encoder.token_ids(name))} tokens). Choose prompts of what it was trained on, "
+            f"or name the {prompts.kind.name} instead of `all` to run them all the same."
+        )
+    if cut := cut_off(encoder, prompts):
+        logger.warning(
+            "In %d of %d prompts the %s's name ends behind the %d tokens that the text encoder reads (first: "
+            "case %d). To the model they name nobody. Shorten them or leave them out.",
+            len(cut),
+            len(prompts.rows),
+            what,
+            encoder.length,
+            cut[0].case_number,
+        )
 
 
-def _cases(rows: Sequence[PromptRow], seeds: int, artists: Collection[str]) -> list[Case]:
-    """Every row, those of the forgotten artists with all their seeds."""
-    return [Case(row, sample) for row in rows for sample in range(seeds if row.artist in artists else 1)]
+def _sets(
+    forget: str | Sequence[str] | Mapping[str, Sequence[str]], prompts: Prompts
+) -> dict[str, list[str]]:
+    """The entries of `forget` with their names, all of which are in the prompts."""
+    if isinstance(forget, Mapping):
+        sets = {entry: list(names) for entry, names in forget.items()}
+    else:
+        entries = [forget] if isinstance(forget, str) else list(forget)
+        sets = {entry: artists_of(entry) for entry in (prompts.names if entries == ["all"] else entries)}
+    spelling = {name.casefold(): name for name in prompts.names}
+    for name in itertools.chain.from_iterable(sets.values()):
+        if name.casefold() not in spelling:
+            raise BenchmarkError(
+                f"{prompts.name} has no prompts of {name!r}. "
+                f"Its {prompts.kind.name} are {', '.join(prompts.names)}."
+            )
+    if isinstance(forget, Mapping):
+        return {entry: [spelling[name.casefold()] for name in names] for entry, names in sets.items()}
+    spelt = [[spelling[name.casefold()] for name in names] for names in sets.values()]
+    return {JOINT.join(names): names for names in spelt}
+
+
+def _cases(prompts: Prompts, seeds: int, erasure: Erasure, forgotten: Collection[str]) -> list[Case]:
+    """The erasure's rows, those of what it forgets with all their seeds."""
+    cases = []
+    for row in prompts.rows:
+        if erasure.cases is None or row.case_number in erasure.cases:
+            samples = seeds if prompts.concept(row) in forgotten else 1
+            cases += [Case(row, sample) for sample in range(samples)]
+    return cases
 
 
 def _generation(pipe: DiffusionPipeline, prompts: Prompts, steps: int, guidance: float) -> Generation:
@@ -305,29 +367,54 @@ def _generation(pipe: DiffusionPipeline, prompts: Prompts, steps: int, guidance:
 
 def _erasure(
     entry: str,
+    forgotten: list[str],
     remap_to: str | Sequence[str] | Mapping[str, Sequence[str]] | None,
     several: Mapping[str, Sequence[str]] | None,
     retain: Sequence[str] | None,
     prompts: Prompts,
 ) -> Erasure:
     """The names that belong to one entry of `forget`."""
+    key = JOINT.join(forgotten).casefold()  # prompts and targets may differ in case: Mckernan, McKernan
     if isinstance(remap_to, Mapping):
-        if entry not in remap_to:
+        folded = {name.casefold(): own for name, own in remap_to.items()}
+        if key not in folded:
             raise BenchmarkError(
                 f"There is no target for {entry!r}. There are targets for {', '.join(remap_to)}."
             )
-        remap_to = remap_to[entry]
+        remap_to = folded[key]
     if isinstance(remap_to, str):
         remap_to = [remap_to]
     targets = None if remap_to is None else list(remap_to)
-    artists = artists_of(entry)
     if retain is None:
-        retain = [name for artist in artists for name in prompts.group_of(artist)]
+        retain = [name for each in forgotten for name in prompts.group_of(each)]
     return Erasure(
         remap_to=targets,
-        several=targets if several is None else several.get(entry),
-        retain=[name for name in dict.fromkeys(retain) if name not in artists],
+        several=targets if several is None else {n.casefold(): own for n, own in several.items()}.get(key),
+        retain=[name for name in dict.fromkeys(retain) if name not in forgotten],
+        names=None if forgotten == artists_of(entry) else forgotten,
     )
+
+
+def _share(
+    entry: str, sets: Mapping[str, Sequence[str]], pictures: tuple[int, int] | None, prompts: Prompts
+) -> list[int] | None:
+    """
+    The erasure's share of the prompts that all erasures of its size have together, as case numbers, or `None`
+    for all prompts.
+    """
+    if pictures is None:
+        return None
+    forgotten = sets[entry]
+    others = [name for name in prompts.names if name not in forgotten]
+    erasures = Counter(map(len, sets.values()))[len(forgotten)]
+    rows = []
+    for names, count in zip((forgotten, others), pictures, strict=True):
+        rows += spread(prompts, names, math.ceil(count / erasures), entry)
+    return sorted(row.case_number for row in rows)
+
+
+def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def _quiet_copy(pipe: DiffusionPipeline, scheduler: str) -> DiffusionPipeline:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..bootstrap import ClusterBootstrap, Estimate
 from ..columns import Column
-from .rows import JOINT, SEPARATOR, Row
+from .rows import SEPARATOR, Row
 
 
 POOLED = "all"  # in the column `forget`: every erasure of the method together
@@ -82,7 +82,7 @@ def summarise(rows: Sequence[Row], *, confusion: Confusion | None = None) -> lis
         _line(method, forget, own[0].remap_to, own, confusion) for (method, forget), own in cells.items()
     ]
     for method in dict.fromkeys(row.method for row in rows):
-        single = [row for row in rows if row.method == method and JOINT not in row.forget]
+        single = [row for row in rows if row.method == method and len(row.forgotten) == 1]
         if len({row.forget for row in single}) > 1:
             lines.append(_line(method, POOLED, "", single, confusion))
     return lines
@@ -139,17 +139,18 @@ def both_means(
 
 def _split(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The groups of rows that a line has means of, by the end of their columns' names."""
-    others = [row for row in rows if row.artist and not row.is_forgotten]
-    group_of = {row.artist: row.group for row in rows}
+    others = [row for row in rows if row.concept and not row.is_forgotten]
+    groups: dict[str, set[str]] = {}  # of what each erasure forgets
+    for row in rows:
+        if row.is_forgotten:
+            groups.setdefault(row.forget, set()).add(row.group)
     return {
         "f": [row for row in rows if row.is_forgotten],
         "r": others,
-        "r_group": [
-            row for row in others if row.group in {group_of.get(artist) for artist in row.forgotten_artists}
-        ],
-        "named": [row for row in others if row.artist in row.named_artists],
-        "unnamed": [row for row in others if row.artist not in row.named_artists],
-        "none": [row for row in rows if not row.artist],
+        "r_group": [row for row in others if row.group in groups.get(row.forget, ())],
+        "named": [row for row in others if row.is_named],
+        "unnamed": [row for row in others if not row.is_named],
+        "none": [row for row in rows if not row.concept],
     }
 
 
@@ -180,7 +181,7 @@ def _taken_for(rows: Sequence[Row], confusion: Confusion | None) -> float | None
     pairs = {
         (artist, target)
         for row in erasures
-        for artist in row.forgotten_artists
+        for artist in row.forgotten
         for target in row.remap_to.split(SEPARATOR)
     }
     if not confusion or any(name not in confusion for pair in pairs for name in pair):

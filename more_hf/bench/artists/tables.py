@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...core.files import write_text
 from ...core.markdown import markdown_table
-from ..columns import write_rows
+from ..columns import Column, write_rows
 from ..errors import BenchmarkError
 from ..methods.registry import DIFFUSION
 from ..page import Section
@@ -19,8 +19,10 @@ from .config import ArtistsConfig
 from .findings import finding
 from .gallery import write_report
 from .grid import write_grid, write_methods
+from .kinds import ARTISTS, THINGS, Kind
 from .ranking import RankedMethod, rank, winner
 from .rows import Row, read_rows
+from .sizes import rank_sizes, size_rows, write_sizes_plot
 from .summary import COLUMNS, POOLED, summarise
 
 
@@ -42,6 +44,11 @@ CHANGES_NOTE = (
     "expected below it."
 )
 COST_NOTE = "**Cost**: seconds, and MiB while the method works."
+SIZES_NOTE = (
+    "**How many {} at once**, all erasures of a size together, on the pictures that every method has. `_f`: "
+    "what was forgotten, `_r`: the rest, before → after. The last columns: how far `lpips_d` is behind the "
+    "first method of the size that qualifies, with the paired 95 % interval."
+)
 JUDGES_NOTE = (
     "**The judges**, in percent: what they recognise on real images that they were not fitted on, as they "
     "are and (in brackets) after the pipeline's VAE. What they recognise on the unedited pipeline's "
@@ -61,6 +68,17 @@ WORDS = {
     "lpips_f": "forgotten artist moved",
     "lpips_r": "others moved",
     "lpips_d": "difference",
+}
+WORDS_OF = {
+    ARTISTS.name: WORDS,
+    THINGS.name: {
+        **WORDS,
+        "style_f": "the artist's style recognised, %",
+        "content_f": "forgotten thing recognised, %",
+        "style_r": "others: style recognised, %",
+        "content_r": "others: thing recognised, %",
+        "lpips_f": "forgotten thing moved",
+    },
 }
 CONTROLS = [name for name, method in DIFFUSION.items() if method.role == "control"]
 
@@ -90,7 +108,7 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
         raise BenchmarkError(
             f"{output} has neither images nor rows.csv, so there is nothing to make tables from."
         )
-    return write_outputs(output, config, read_rows(output / "rows.csv"))
+    return write_outputs(output, config, read_rows(output / "rows.csv", config))
 
 
 def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -102,10 +120,13 @@ def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> l
             f"{output} has no completed row yet. Run the same `bench artists` command again."
         )
     summary = summarise(rows, confusion=config.judge_facts.get("confusion"))
-    write_rows(output / "rows.csv", [asdict(row) for row in rows])
+    write_rows(output / "rows.csv", [row.cells for row in rows])
     write_rows(output / "summary.csv", summary)
-    ranking = rank(rows)
-    write_text(output / "table.md", tables(config, summary, ranking) + "\n")
+    ranking, sizes, kind = rank(rows), rank_sizes(rows), config.of_kind
+    write_text(output / "table.md", tables(config, summary, ranking, sizes) + "\n")
+    if len(sizes) > 1:
+        write_rows(output / "sizes.csv", size_rows(sizes))
+        write_sizes_plot(output / "sizes.png", sizes, kind)
     images = output / "images"
     if images.is_dir():
         write_report(
@@ -113,48 +134,56 @@ def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> l
             images,
             config,
             rows,
-            finding=finding(summary, ranking),
-            tables=_page_tables(summary, ranking),
+            finding=finding(summary, ranking, kind),
+            tables=_page_tables(summary, ranking, kind),
         )
         write_grid(output / "grid.png", images, rows)
         write_methods(output / "methods.png", images, rows)
     return summary
 
 
-def tables(config: ArtistsConfig, summary: Sequence[Line], ranking: Sequence[RankedMethod]) -> str:
+def tables(
+    config: ArtistsConfig,
+    summary: Sequence[Line],
+    ranking: Sequence[RankedMethod],
+    sizes: Mapping[int, Sequence[RankedMethod]],
+) -> str:
     """
-    `table.md`: the finding, the ranking, the paper's layout, what the judges say, what stays, cost, the
-    judges, what made it.
+    `table.md`: the finding, the ranking, the paper's layout, what the judges say, what stays, cost, how it
+    goes with the number of names, the judges, what made it.
     """
-    parts = [finding(summary, ranking)]
+    kind = config.of_kind
+    parts = [finding(summary, ranking, kind)]
     if ranking:
-        parts += [f"**Who wins?** {winner(ranking)}", markdown_table(_ranking_table(ranking))]
+        parts += [f"**Who wins?** {winner(ranking, kind)}", markdown_table(_ranking_table(ranking, kind))]
     parts.append(paper_tables(summary))
-    parts += [JUDGED_NOTE, short_markdown(summary)]
+    parts += [JUDGED_NOTE, short_markdown(summary, kind)]
     remain = _compared(summary, ("method", "forget"), REMAIN, interval_decimals=3)
     parts += [REMAIN_NOTE, markdown_table(remain)]
     if any(line["style_r_change"] is not None for line in summary):
         parts += [CHANGES_NOTE, markdown_table(_changes(summary))]
     parts += [COST_NOTE, markdown_table(summary, ("method", "forget", *COST))]
+    if len(sizes) > 1:
+        parts += [SIZES_NOTE.format(kind.name), markdown_table(_sizes_table(sizes, kind))]
     if config.judge_facts:
         parts += [JUDGES_NOTE, markdown_table(_judge_table(config.judge_facts))]
     return "\n\n".join([*parts, _made_with(config, summary)])
 
 
-def _page_tables(summary: Sequence[Line], ranking: Sequence[RankedMethod]) -> list[Section]:
+def _page_tables(summary: Sequence[Line], ranking: Sequence[RankedMethod], kind: Kind) -> list[Section]:
     """What the page shows: who wins, and a line per method; single erasures are in the files beside it."""
     pooled = [line for line in summary if line["forget"] == POOLED]
     sections = []
     if ranking:
-        table = _ranking_table(ranking)
-        sections.append(Section("Who wins?", winner(ranking), table=table, words=WORDS))
+        table = _ranking_table(ranking, kind)
+        sections.append(Section("Who wins?", winner(ranking, kind), table=table, words=WORDS_OF[kind.name]))
     return [
         *sections,
         Section(
             "Did it work?",
             "Percentages are before → after. LPIPS says how far a picture moved. Bold is the best method.",
-            table=short_table(pooled or summary),
-            words=WORDS,
+            table=short_table(pooled or summary, kind),
+            words=WORDS_OF[kind.name],
             files=("table.md", "summary.csv", "rows.csv"),
         ),
     ]
@@ -187,20 +216,26 @@ def paper_tables(summary: Sequence[Line]) -> str:
     return "\n\n".join(made)
 
 
-def short_table(summary: Sequence[Line]) -> list[dict[str, Any]]:
+def short_table(summary: Sequence[Line], kind: Kind = ARTISTS) -> list[dict[str, Any]]:
     """One line per method and erasure with the columns that answer "did it work?"."""
-    rows = _compared(summary, ("method", "forget", "remap_to", "n_f", "n_r"), (*JUDGED, *PAPER))
+    rows = _compared(summary, ("method", "forget", "remap_to", "n_f", "n_r"), (*JUDGED, *PAPER), kind=kind)
     for row, line in zip(rows, summary, strict=True):
         for column in JUDGED:
-            before, header = line[f"{column}_before"], COLUMNS[column].header
+            before, header = line[f"{column}_before"], _column(column, kind).header
             if before is not None:
                 row[header] = replace(row[header], prefix=f"{before:.1f} → ")
     return rows
 
 
-def short_markdown(summary: Sequence[Line]) -> str:
+def short_markdown(summary: Sequence[Line], kind: Kind = ARTISTS) -> str:
     """`short_table` as text, which the command prints."""
-    return markdown_table(short_table(summary))
+    return markdown_table(short_table(summary, kind))
+
+
+def _column(name: str, kind: Kind = ARTISTS) -> Column:
+    """A column of the summary, better the other way where it says what of the forgotten pictures is kept."""
+    better = {f"{kind.gone}_f": "down", f"{kind.kept}_f": "up"}
+    return replace(COLUMNS[name], better=better.get(name, COLUMNS[name].better))
 
 
 def _compared(
@@ -208,35 +243,66 @@ def _compared(
     labels: Sequence[str],
     columns: Sequence[str],
     *,
+    kind: Kind = ARTISTS,
     interval_decimals: int | None = None,
 ) -> list[dict[str, Any]]:
     return compare(
         summary,
         labels,
-        [COLUMNS[column] for column in columns],
+        [_column(column, kind) for column in columns],
         references=CONTROLS,
         decimals=1,
         interval_decimals=interval_decimals,
     )
 
 
-def _ranking_table(ranking: Sequence[RankedMethod]) -> list[dict[str, Any]]:
+def _ranking_table(ranking: Sequence[RankedMethod], kind: Kind) -> list[dict[str, Any]]:
     first = ranking[0]
+    gone, kept = (_column(f"{name}_f", kind).header for name in (kind.gone, kind.kept))
+    return [
+        {
+            "method": line.method,
+            "qualifies": line.qualifies,
+            gone: f"{line.gone_f:.1f}",
+            kept: f"{line.kept_f_before:.1f} → {line.kept_f:.1f}",
+            COLUMNS["lpips_f"].header: line.lpips_f,
+            COLUMNS["lpips_r"].header: line.lpips_r,
+            COLUMNS["lpips_d"].header: line.lpips_d,
+            f"lpips_d behind {first.method}": "" if line is first else _behind(line),
+        }
+        for line in ranking
+    ]
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return " → ".join("" if value is None else f"{value:.1f}" for value in (before, after))
+
+
+def _behind(line: RankedMethod) -> str:
+    return f"{line.behind:+.3f} [{line.behind_low:+.3f}, {line.behind_high:+.3f}]"
+
+
+def _sizes_table(sizes: Mapping[int, Sequence[RankedMethod]], kind: Kind) -> list[dict[str, Any]]:
+    gone, kept, rest = (
+        _column(name, kind).header for name in (f"{kind.gone}_f", f"{kind.kept}_f", f"{kind.gone}_r")
+    )
     rows = []
-    for line in ranking:
-        behind = f"{line.behind:+.3f} [{line.behind_low:+.3f}, {line.behind_high:+.3f}]"
-        rows.append(
-            {
-                "method": line.method,
-                "qualifies": line.qualifies,
-                COLUMNS["style_f"].header: f"{line.style_f:.1f}",
-                COLUMNS["content_f"].header: f"{line.content_f_before:.1f} → {line.content_f:.1f}",
-                COLUMNS["lpips_f"].header: line.lpips_f,
-                COLUMNS["lpips_r"].header: line.lpips_r,
-                COLUMNS["lpips_d"].header: line.lpips_d,
-                f"lpips_d behind {first.method}": "" if line is first else behind,
-            }
-        )
+    for size, ranking in sizes.items():
+        for line in ranking:
+            rows.append(
+                {
+                    "at once": size,
+                    "method": line.method,
+                    "qualifies": line.qualifies,
+                    gone: _change(line.gone_f_before, line.gone_f),
+                    kept: _change(line.kept_f_before, line.kept_f),
+                    rest: _change(line.gone_r_before, line.gone_r),
+                    COLUMNS["lpips_f"].header: line.lpips_f,
+                    COLUMNS["lpips_r"].header: line.lpips_r,
+                    COLUMNS["lpips_d"].header: line.lpips_d,
+                    "behind": "the first" if line is ranking[0] else _behind(line),
+                }
+            )
     return rows
 
 

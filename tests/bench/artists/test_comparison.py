@@ -208,7 +208,7 @@ def test_the_command_reads_settings_and_joint_names(monkeypatch, tmp_path, emoji
 
     monkeypatch.setattr("more_hf.bench.artists.run.run_artists", fake)
     monkeypatch.setattr("more_hf.load_emoji_sd", lambda dtype: copy.copy(emoji_sd))
-    monkeypatch.setattr("more_hf.bench.artists.tables.short_markdown", lambda summary: "")
+    monkeypatch.setattr("more_hf.bench.artists.tables.short_markdown", lambda summary, kind: "")
     (tmp_path / "settings.json").write_text('{"uce": {"lamb": 20}}')
     words = [
         "bench",

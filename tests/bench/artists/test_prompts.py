@@ -14,7 +14,7 @@ from more_hf.data import EMOJI_ARTISTS
 REPO = Path(__file__).parents[3]
 RECIPE = REPO / "benchmarks" / "emoji_sd"
 COLUMNS = ["case_number", "prompt", "evaluation_seed", "artist", "thing", "group"]
-FILES = ("emoji10", "emoji10_validation", "artists10")
+FILES = ("emoji10", "emoji10_validation", "artists10", "emoji108")
 EMOJI_GROUPS = {
     "emoji-a": {"Twemoji", "Fluent", "Microsoft Flat", "High Contrast", "Firefox OS"},
     "emoji-b": {"Noto", "Blobmoji", "EmojiOne", "Monotone", "Streamline"},
@@ -23,7 +23,10 @@ PAINTER_GROUPS = {
     "big": {"Van Gogh", "Pablo Picasso", "Rembrandt", "Andy Warhol", "Caravaggio"},
     "niche": {"Kelly McKernan", "Thomas Kinkade", "Tyler Edlin", "Kilian Eng", "Ajin: Demi Human"},
 }
-GROUPS = {"emoji10": EMOJI_GROUPS, "emoji10_validation": EMOJI_GROUPS, "artists10": PAINTER_GROUPS}
+GROUPS = {
+    **dict.fromkeys(("emoji10", "emoji10_validation", "emoji108"), EMOJI_GROUPS),
+    "artists10": PAINTER_GROUPS,
+}
 BLACK_AND_WHITE = {"High Contrast", "Monotone"}
 # What must stand in a prompt: an emoji artist's whole name, a painter's surname.
 SURNAMES = {
@@ -110,7 +113,7 @@ def test_no_prompt_twice(name):
 
 def test_seeds_are_far_apart():
     seeds = sorted(int(row["evaluation_seed"]) for name in FILES for row in rows_of(name))
-    assert len(seeds) == 560
+    assert len(seeds) == 560 + 648
     assert min(b - a for a, b in pairwise(seeds)) >= 50
 
 
@@ -182,6 +185,21 @@ def test_emoji_wordings_are_those_of_training():
     for name in ("emoji10", "emoji10_validation"):
         for w in {wording(row) for row in rows_of(name)}:
             assert f'"{w}"' in source, w
+
+
+def test_many_things_have_six_prompts_that_nothing_else_has():
+    rows, recipe = rows_of("emoji108"), (RECIPE / "dataset.py").read_text()
+    known = {line.replace("-", " ") for line in (RECIPE / "things.txt").read_text().split()}
+    assert Counter(row["thing"] for row in rows) == dict.fromkeys(known, 6)
+    shapes = {(row["thing"], wording(row).replace("an {thing}", "a {thing}")) for row in rows}
+    assert len(shapes) == len(rows)
+    assert all(f'"{shape}"' in recipe for _, shape in shapes)
+    groups = {artist: group for group, artists in EMOJI_GROUPS.items() for artist in artists}
+    assert all(row["group"] == groups[row["artist"]] for row in rows)
+    assert min(Counter(row["artist"] for row in rows).values()) >= 60
+    others = {row["prompt"] for name in ("emoji10", "emoji10_validation") for row in rows_of(name)}
+    others |= set((REPO / "more_hf" / "data" / "emoji_prompts.txt").read_text().splitlines())
+    assert not others & {row["prompt"] for row in rows}
 
 
 def test_validation_shares_nothing_with_test():

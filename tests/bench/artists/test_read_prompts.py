@@ -10,11 +10,11 @@ HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"
 
 def test_the_packaged_prompts():
     prompts = read_prompts("emoji10")
-    assert prompts.artists == list(more_hf.data.EMOJI_ARTISTS)
-    assert all(len(prompts.group_of(artist)) == 4 for artist in prompts.artists)
+    assert prompts.names == list(more_hf.data.EMOJI_ARTISTS)
+    assert all(len(prompts.group_of(artist)) == 4 for artist in prompts.names)
     assert len({row.evaluation_seed for row in prompts.rows}) == len(prompts.rows)
-    assert read_prompts("artists10").artists[0] == "Van Gogh"
-    assert set(read_targets("targets")) >= set(prompts.artists) | set(read_prompts("artists10").artists)
+    assert read_prompts("artists10").names[0] == "Van Gogh"
+    assert set(read_targets("targets")) >= set(prompts.names) | set(read_prompts("artists10").names)
     for forget, targets in read_targets("targets").items():
         assert forget not in targets
     assert [row.case_number for row in prompts.limited(1)] == [row.case_number for row in prompts.rows[::20]]

@@ -1,0 +1,179 @@
+"""Many names at once, artists or things: which are forgotten, on which prompts, and the curve over sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.rows import row
+
+from more_hf.bench.artists.cells import Cell
+from more_hf.bench.artists.config import ArtistsConfig, Erasure
+from more_hf.bench.artists.kinds import THINGS
+from more_hf.bench.artists.prompts import PromptFileError, read_prompts, sets_of, spread
+from more_hf.bench.artists.ranking import rank, winner
+from more_hf.bench.artists.rows import read_rows
+from more_hf.bench.artists.run import run_artists
+from more_hf.bench.artists.sizes import rank_sizes
+from more_hf.bench.artists.summary import summarise
+from more_hf.bench.artists.tables import rebuild
+from more_hf.bench.errors import BenchmarkError
+
+
+COMMITTED = sorted((Path(__file__).parents[3] / "benchmarks" / "artists").glob("*/config.json"))
+THINGS_7 = ("cat", "dog", "house", "tree", "car", "sun", "fish")
+ARTISTS = ("Van Gogh", "Picasso")
+PROMPTS = "case_number,prompt,evaluation_seed,artist,thing\n" + "".join(
+    f"{10 * i + j},a {thing} by {artist},{100 * i + j},{artist},{thing}\n"
+    for i, thing in enumerate(THINGS_7)
+    for j, artist in enumerate(ARTISTS)
+)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "few.csv").write_text(PROMPTS, encoding="utf-8")
+    return read_prompts(tmp_path / "few.csv", THINGS)
+
+
+class Blind:
+    """Judges that see the artist in every picture, and the thing in none."""
+
+    name, facts = "blind", {}
+
+    def check(self, rows):
+        assert len(rows) == 2 * len(THINGS_7)
+
+    def judge(self, images, rows):
+        return [row.artist for row in rows], [0 for row in rows]
+
+
+def test_names_and_groups_are_of_the_kind(prompts, tmp_path):
+    assert prompts.names == list(THINGS_7)
+    assert prompts.group_of("cat") == list(THINGS_7[1:])
+    assert [row.thing for row in prompts.limited(1)] == list(THINGS_7)
+    artists = read_prompts(tmp_path / "few.csv")
+    assert artists.names == list(ARTISTS)
+    assert artists.group_of("Picasso") == ["Van Gogh"]
+    assert len(artists.limited(1)) == 2
+
+
+def test_sets_are_disjoint_and_few_names_are_spelt_out():
+    names = [str(i) for i in range(23)]
+    assert sets_of(names, 1) == {name: [name] for name in names[:10]}
+    assert list(sets_of(names, 3)) == ["0+1+2", "3+4+5", "6+7+8"]
+    assert sets_of(names, 20) == {"20 names, set 1": names[:20]}
+    assert sets_of(names[:4], 2) == {"0+1": ["0", "1"], "2+3": ["2", "3"]}
+    for size in (0, 23):
+        with pytest.raises(PromptFileError, match=f"{size} cannot be forgotten"):
+            sets_of(names, size)
+
+
+def test_prompts_are_spread_over_the_names(prompts):
+    rows = spread(prompts, ["cat", "dog", "house"], 4, "seed")
+    assert sorted(row.thing for row in rows[:3]) == ["cat", "dog", "house"]
+    assert [row.case_number % 10 for row in rows] == [0, 0, 0, 1]
+    assert rows == spread(prompts, ["cat", "dog", "house"], 4, "seed")
+    assert len(spread(prompts, ["cat", "dog", "house"], 99, "seed")) == 6
+    orders = {tuple(row.thing for row in spread(prompts, THINGS_7, 7, seed)) for seed in "abcd"}
+    assert len(orders) > 1
+
+
+def run(pipe, prompts, output, methods, **options):
+    sets = {**sets_of(prompts.names, 1), **sets_of(prompts.names, 6)}
+    settings = {"remap_to": "emoji", "pictures": (7, 14), "steps": 2, "guidance": 3.0, "scheduler": "ddim"}
+    return run_artists(pipe, methods, prompts, sets, output=output, judges=Blind(), **{**settings, **options})
+
+
+def recorder(scale, seen):
+    """A method that changes every value layer, and notes what it was given."""
+
+    def method(pipe, concepts, *, remap_to, retain, strength=1.0):
+        seen.append((tuple(concepts), tuple(remap_to), tuple(retain), strength))
+        with torch.no_grad():
+            for name, parameter in pipe.unet.named_parameters():
+                if name.endswith("attn2.to_v.weight"):
+                    parameter.mul_(1 + scale * strength)
+        return pipe
+
+    return method
+
+
+@pytest.mark.slow
+def test_things_by_size(tiny_sd, prompts, tmp_path):
+    output, seen = tmp_path / "out", []
+    methods = {"one": recorder(0.1, seen), "two": recorder(0.5, [])}
+    tuned = {"one": {"strength": 2.0}}
+    by_size = {6: {"one": {"strength": 3.0}}}
+    summary = run(tiny_sd(), prompts, output, methods, tuned=tuned, tuned_by_size=by_size)
+
+    # what the methods were given: each of the seven alone, then six of them
+    assert [len(names) for names, *_ in seen] == [1] * 7 + [6]
+    assert {(targets, strength) for _, targets, _, strength in seen[:7]} == {(("emoji",), 2.0)}
+    assert seen[7] == (THINGS_7[:6], ("emoji",), ("fish",), 3.0)
+
+    # a size has 7 prompts of what it forgets and 14 of the rest, or as many as there are
+    rows = read_rows(output / "rows.csv", ArtistsConfig.read(output))
+    for size, rest in ((1, 14), (6, 2)):
+        own = [row for row in rows if row.method == "one" and len(row.forgotten) == size]
+        assert [sum(row.is_forgotten for row in own), sum(not row.is_forgotten for row in own)] == [7, rest]
+        assert all(row.is_named != row.is_forgotten for row in own)
+    assert {row.retain for row in rows if row.forget == "6 names, set 1"} == {"1 names"}
+    by = {(line["method"], line["forget"]): line for line in summary}
+    assert by["one", "6 names, set 1"]["n_r"] == 2
+    assert by["one", "all"]["n_f"] == 7
+
+    # the judges see no thing: gone, and the artist kept
+    ranked = rank_sizes(rows)
+    assert list(ranked) == [1, 6]
+    assert {(line.qualifies, line.gone_f, line.kept_f, line.gone_r) for line in ranked[6]} == {
+        ("yes", 0, 100, 0)
+    }
+    table = (output / "table.md").read_text("utf-8")
+    assert "| content_f ↓ | style_f ↑" in table
+    assert "leave the thing in at most 10 %" in table
+    assert (output / "sizes.png").stat().st_size > 10_000
+    sizes = (output / "sizes.csv").read_text("utf-8")
+    assert sizes.startswith("at_once,method,")
+
+    # and all of it again from the rows alone
+    (output / "images").rename(tmp_path / "images")
+    assert rebuild(output) == summary
+    assert ((output / "table.md").read_text("utf-8"), (output / "sizes.csv").read_text("utf-8")) == (
+        table,
+        sizes,
+    )
+
+    with pytest.raises(BenchmarkError, match="cases is"):
+        run(tiny_sd(), prompts, output, methods, tuned=tuned, tuned_by_size=by_size, pictures=(6, 14))
+    with pytest.raises(BenchmarkError, match="one takes no `force`"):
+        run(tiny_sd(), prompts, tmp_path / "no", methods, tuned_by_size={6: {"one": {"force": 1}}})
+    with pytest.raises(BenchmarkError, match="has no prompts of 'Van Gogh'. Its things are cat, dog"):
+        run_artists(tiny_sd(), methods, prompts, "Van Gogh", remap_to="emoji", output=tmp_path / "no")
+
+
+def test_things_are_ranked_by_what_is_gone_and_what_is_kept():
+    erasure = Erasure(["emoji"], None, ["dog"])
+    rows = []
+    for method, seen, style in (("good", 0, "Noto"), ("weak", 1, "Noto"), ("spoils", 0, "Fluent")):
+        common = {"method": method, "forget": "cat", "artist": "Noto", "kind": THINGS, "erasure": erasure}
+        judged = {"style_before": "Noto", "style_after": style, "content_before": 1}
+        rows.append(row(**common, **judged, thing="cat", content_after=seen, case_number=1, lpips=0.5))
+        rows.append(row(**common, **judged, thing="dog", content_after=1, case_number=2, lpips=0.1))
+    ranking = rank(rows)
+    assert [(line.method, line.qualifies) for line in ranking] == [
+        ("good", "yes"), ("weak", "no"), ("spoils", "no"),
+    ]  # fmt: skip
+    assert (ranking[0].gone_r_before, ranking[0].gone_r) == (100, 100)
+    assert "leave the thing" in winner(ranking, THINGS)
+    (line,) = summarise(rows[:2])
+    assert (line["content_f"], line["content_r"], line["lpips_named"]) == (0, 100, 0.1)
+
+
+@pytest.mark.parametrize("config", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_folders_keep_their_cells(config):
+    folder = config.parent
+    held = ArtistsConfig.read(folder)
+    rows = read_rows(folder / "rows.csv", held)
+    named = {(row.method, row.forget): row.after.split("/")[0] for row in rows}
+    cells = [Cell(folder, held, method, forget).folder.name for method, forget in named]
+    assert cells == list(named.values())
