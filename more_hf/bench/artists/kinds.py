@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,10 @@ class Kind:
             What the judges must no longer see of what is forgotten, by the name of its columns: `"style"` or
             `"content"`.
         kept (`str`):
-            What they must still see in the same pictures.
+            What else they see in the same pictures.
+        spared (`"f"` or `"r"`):
+            Whose pictures must still show what was asked for, for a method to qualify: the forgotten ones, or
+            the rest.
         condition (`str`):
             When a method qualifies, in words, with the two limits in percent.
     """
@@ -28,6 +32,7 @@ class Kind:
     one: str
     gone: str
     kept: str
+    spared: Literal["f", "r"]
     condition: str
 
 
@@ -36,6 +41,7 @@ ARTISTS = Kind(
     one="artist",
     gone="style",
     kept="content",
+    spared="f",
     condition="leave the style in at most {:g} % of the forgotten artist's pictures (style_f) and keep "
     "what they show in at least {:g} % of those that showed it before (content_f)",
 )
@@ -44,7 +50,8 @@ THINGS = Kind(
     one="thing",
     gone="content",
     kept="style",
+    spared="r",
     condition="leave the thing in at most {:g} % of the forgotten things' pictures (content_f) and keep "
-    "the artist's style in at least {:g} % of those that had it before (style_f)",
+    "the others in at least {:g} % of those that showed theirs before (content_r)",
 )
 KINDS = {kind.name: kind for kind in (ARTISTS, THINGS)}

@@ -24,13 +24,13 @@ class RankedMethod:
 
     Attributes:
         qualifies (`str`):
-            `"yes"` if what is forgotten is still recognised in at most 10 % of its pictures, and what they
-            must keep in at least 90 % of those that had it before, else `"no"`; `"control"` for a control,
-            which cannot win.
+            `"yes"` if what is forgotten is still recognised in at most 10 % of its pictures, and what else
+            must be seen in at least 90 % of those that had it before (`Kind.spared`), else `"no"`;
+            `"control"` for a control, which cannot win.
         gone_f, gone_r (`float`):
             Percent of the forgotten pictures in which their artist or thing is recognised, and of the others.
         kept_f (`float`):
-            Percent of the forgotten pictures that keep what they must.
+            Percent of the forgotten pictures that still show what else was asked for.
         behind, behind_low, behind_high (`float`):
             How far `lpips_d` is below the first line's, and the paired 95 % interval; 0 in it is a tie.
     """
@@ -79,7 +79,8 @@ class _Measured:
         own = [row for row in rows if row.method == method]
         forgotten = [row for row in own if row.is_forgotten]
         others = [row for row in own if row.concept and not row.is_forgotten]
-        gone, kept = (getattr(Row, name) for name in (own[0].kind.gone, own[0].kind.kept))
+        self.kind = own[0].kind
+        gone, kept = (getattr(Row, name) for name in (self.kind.gone, self.kind.kept))
         self.method, self.erasures = method, len({row.forget for row in own})
         self.lpips_f = statistics.mean(forgotten, lambda row: row.lpips)
         self.lpips_r = statistics.mean(others, lambda row: row.lpips)
@@ -93,7 +94,8 @@ class _Measured:
         if _is_control(self.method):
             return "control"
         is_gone = self.gone[1].value <= STYLE_GONE
-        is_kept = self.kept[1].value >= CONTENT_KEPT / 100 * self.kept[0].value
+        before, after = self.kept if self.kind.spared == "f" else self.rest
+        is_kept = after.value >= CONTENT_KEPT / 100 * before.value
         return "yes" if is_gone and is_kept else "no"
 
     def behind(self, first: _Measured) -> RankedMethod:

@@ -258,13 +258,13 @@ def _compared(
 
 def _ranking_table(ranking: Sequence[RankedMethod], kind: Kind) -> list[dict[str, Any]]:
     first = ranking[0]
-    gone, kept = (_column(f"{name}_f", kind).header for name in (kind.gone, kind.kept))
+    gone, spared = f"{kind.gone}_f", f"{kind.kept}_f" if kind.spared == "f" else f"{kind.gone}_r"
     return [
         {
             "method": line.method,
             "qualifies": line.qualifies,
-            gone: f"{line.gone_f:.1f}",
-            kept: f"{line.kept_f_before:.1f} → {line.kept_f:.1f}",
+            _column(gone, kind).header: f"{line.gone_f:.1f}",
+            _column(spared, kind).header: _spared(line, kind),
             COLUMNS["lpips_f"].header: line.lpips_f,
             COLUMNS["lpips_r"].header: line.lpips_r,
             COLUMNS["lpips_d"].header: line.lpips_d,
@@ -272,6 +272,12 @@ def _ranking_table(ranking: Sequence[RankedMethod], kind: Kind) -> list[dict[str
         }
         for line in ranking
     ]
+
+
+def _spared(line: RankedMethod, kind: Kind) -> str:
+    if kind.spared == "f":
+        return _change(line.kept_f_before, line.kept_f)
+    return _change(line.gone_r_before, line.gone_r)
 
 
 def _change(before: float | None, after: float | None) -> str:

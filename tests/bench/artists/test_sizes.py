@@ -154,11 +154,11 @@ def test_things_by_size(tiny_sd, prompts, tmp_path):
 def test_things_are_ranked_by_what_is_gone_and_what_is_kept():
     erasure = Erasure(["emoji"], None, ["dog"])
     rows = []
-    for method, seen, style in (("good", 0, "Noto"), ("weak", 1, "Noto"), ("spoils", 0, "Fluent")):
+    for method, seen, spared in (("good", 0, 1), ("weak", 1, 1), ("spoils", 0, 0)):
         common = {"method": method, "forget": "cat", "artist": "Noto", "kind": THINGS, "erasure": erasure}
-        judged = {"style_before": "Noto", "style_after": style, "content_before": 1}
+        judged = {"style_before": "Noto", "style_after": "Fluent", "content_before": 1}
         rows.append(row(**common, **judged, thing="cat", content_after=seen, case_number=1, lpips=0.5))
-        rows.append(row(**common, **judged, thing="dog", content_after=1, case_number=2, lpips=0.1))
+        rows.append(row(**common, **judged, thing="dog", content_after=spared, case_number=2, lpips=0.1))
     ranking = rank(rows)
     assert [(line.method, line.qualifies) for line in ranking] == [
         ("good", "yes"), ("weak", "no"), ("spoils", "no"),
