@@ -31,7 +31,8 @@ def rece(
     too. In place; returns the pipeline.
 
     Source: RECE, its closed form for the adversarial embedding with the regulariser toward zero; settings as
-    published for artists.
+    published for artists. The authors' code inverts in float32, where at the published λ most of the change
+    is rounding; this is what it computes in float64.
 
     Args:
         pipe, concepts, remap_to: as in `erase_concept`. Several targets: their mean.
