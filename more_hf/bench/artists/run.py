@@ -96,8 +96,7 @@ def run_artists(
             A CSV file, the name of a packaged one, or what `read_prompts` returned.
         forget (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
             The artists to erase, one after the other; `"all"` for every artist of the prompts, if the model
-            knows one. `"A+B"` erases
-            A and B in one call. A mapping gives each set of artists a short name.
+            knows one. `"A+B"` erases A and B in one call. A mapping gives each set of artists a short name.
         remap_to (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`, *optional*):
             Targets of every erasure, or a mapping from each entry of `forget` to its targets. `None` erases
             without remapping.

@@ -41,7 +41,8 @@ def write_sizes_plot(path: Path, sizes: Sizes, kind: Kind) -> None:
     for axis, (column, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for method in sorted(contenders(line.method for _, line in lines)):
             own = [(size, getattr(line, column)) for size, line in lines if line.method == method]
-            axis.plot(*zip(*own, strict=True), marker="o", markersize=4, label=method)
+            width = 2.5 if method.startswith("more") else 1.2
+            axis.plot(*zip(*own, strict=True), marker="o", markersize=4, linewidth=width, label=method)
         if column != "lpips_d":
             before = {size: getattr(line, f"{column}_before") for size, line in lines}
             axis.plot(list(before), list(before.values()), color="black", linestyle=":", label="before")
@@ -51,6 +52,6 @@ def write_sizes_plot(path: Path, sizes: Sizes, kind: Kind) -> None:
         axis.minorticks_off()
         axis.set_xlabel(f"{kind.name} forgotten at once")
         axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
     with replacing(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
