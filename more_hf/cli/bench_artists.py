@@ -157,7 +157,7 @@ def _bench_artists(args: argparse.Namespace) -> int:
     refuse_unknown(registered, DIFFUSION, what="method", also=f"; or one of {', '.join(groups)}")
     if (args.forget is None) == (args.sizes is None):
         raise ValueError("Say what to erase: `--forget NAME`, `--forget all`, or `--sizes N`; one of them.")
-    if emoji:
+    if emoji and args.kind == "artists":
         for name in [*(args.remap_to or []), *(args.retain or [])]:
             refuse_typo(name)
     tuned = read_settings(args.settings) or {}

@@ -188,7 +188,7 @@ def emoji_artist(name: str) -> str:
 def refuse_typo(name: str) -> None:
     """Refuse a name that is nearly an artist's. Others pass: things can be erased as well."""
     is_artist = name.casefold() in {artist.casefold() for artist in EMOJI_ARTISTS}
-    if not is_artist and (hint := _did_you_mean(name, EMOJI_ARTISTS, cutoff=0.8)):
+    if not is_artist and (hint := _did_you_mean(name, EMOJI_ARTISTS, cutoff=0.85)):
         raise ValueError(f"The embedded pipeline has no artist {name!r}.{hint}")
 
 

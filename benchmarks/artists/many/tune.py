@@ -4,9 +4,9 @@
 
 Every method has a small grid around its published settings for one and for many concepts, at each size of its
 own. Things are taken from the end of the order in which the table takes them, with other wordings and seeds.
-The score is that of `choose.py`: removed + kept (what is forgotten), style and thing kept (the rest), each in
-percent of what the original has, less 100 × lpips_r. Writes tuning.csv, and the best cell of each method and
-size into settings-things.json and settings-artists.json, which `--settings` reads.
+The best cell is the one that the table would put first: of those that qualify the largest lpips_d, else of those
+in which what is forgotten is gone, else of all. Writes tuning.csv, and the best cell of each method and size into
+settings-things.json and settings-artists.json, which `--settings` reads.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from pathlib import Path
 
 import more_hf
 from more_hf.bench.artists.judges import EmojiJudges
-from more_hf.bench.artists.kinds import ARTISTS, THINGS, Kind
+from more_hf.bench.artists.kinds import ARTISTS, KINDS, THINGS, Kind
 from more_hf.bench.artists.prompts import Prompts, read_prompts
+from more_hf.bench.artists.ranking import CONTENT_KEPT, STYLE_GONE
 from more_hf.bench.artists.run import EMOJI, run_artists
 from more_hf.bench.columns import write_rows
 from more_hf.bench.methods.registry import DIFFUSION
@@ -56,13 +57,13 @@ def validation(kind: Kind) -> Prompts:
     return replace(prompts, name="validation", sha256="", rows=tuple(rows))
 
 
-def score(line: dict, kind: Kind) -> float:
-    removed = 1 - line[f"{kind.gone}_f"] / max(line[f"{kind.gone}_f_before"], 10.0)
-    kept = sum(
-        min(1.0, line[name] / max(line[f"{name}_before"], 1e-9))
-        for name in (f"{kind.kept}_f", "style_r", "content_r")
-    )
-    return round(100 * (removed + kept) - 100 * line["lpips_r"], 3)
+def order(line: dict) -> tuple[bool, bool, float]:
+    """What the table asks for: gone, and the rest of what was asked for still there; then by lpips_d."""
+    kind = KINDS[line["kind"]]
+    spared = f"{kind.kept}_f" if kind.spared == "f" else f"{kind.gone}_r"
+    is_gone = line[f"{kind.gone}_f"] <= STYLE_GONE
+    is_kept = line[spared] >= CONTENT_KEPT / 100 * line[f"{spared}_before"]
+    return is_gone and is_kept, is_gone, line["lpips_d"]
 
 
 def tune(kind: Kind, output: Path) -> list[dict]:
@@ -94,7 +95,13 @@ def tune(kind: Kind, output: Path) -> list[dict]:
     for line in summary:
         method, settings = cells[line["method"]]
         size = int(line["forget"].split()[0])
-        columns = ("style_f", "content_f", "style_r", "content_r", "lpips_f", "lpips_r", "lpips_d")
+        judged = ("style_f", "content_f", "style_r", "content_r")
+        columns = [
+            *(f"{name}{end}" for name in judged for end in ("_before", "")),
+            "lpips_f",
+            "lpips_r",
+            "lpips_d",
+        ]
         lines.append(
             {
                 "kind": kind.name,
@@ -102,7 +109,6 @@ def tune(kind: Kind, output: Path) -> list[dict]:
                 "method": method,
                 "settings": json.dumps(settings),
                 **{column: line[column] for column in columns},
-                "score": score(line, kind),
             }
         )
     return lines
@@ -122,7 +128,7 @@ def main() -> None:
         for size in SIZES[kind.name]:
             for method in GRIDS:
                 own = [line for line in measured if (line["size"], line["method"]) == (size, method)]
-                best = max(own, key=lambda line: line["score"])
+                best = max(own, key=order)
                 sizes.setdefault(str(size), {})[method] = json.loads(best["settings"])
         write_json(HERE / f"settings-{kind.name}.json", {**single(kind), "sizes": sizes})
     write_rows(HERE / "tuning.csv", lines)
