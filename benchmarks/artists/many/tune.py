@@ -4,9 +4,9 @@
 
 Every method has a small grid around its published settings for one and for many concepts, at each size of its
 own. Things are taken from the end of the order in which the table takes them, with other wordings and seeds.
-The best cell is the one that the table would put first: of those that qualify the largest lpips_d, else of those
-in which what is forgotten is gone, else of all. Writes tuning.csv, and the best cell of each method and size into
-settings-things.json and settings-artists.json, which `--settings` reads.
+The best cell is the one that the table would put first: of those that qualify the largest lpips_d, else of
+those in which what is forgotten is gone, else of all. Writes tuning.csv, and the best cell of each method and
+size into settings-things.json and settings-artists.json, which `--settings` reads.
 """
 
 import argparse
