@@ -2,12 +2,12 @@
 
     python benchmarks/artists/many/tune.py --output DIR    # resumes; DIR holds the pictures
 
-Every method has a small grid around its published settings for one and for many concepts, at each size of its
-own. Things are taken from the end of the order in which the table takes them, with other wordings and seeds.
-The best cell is chosen among those in which what is forgotten is gone from seven of ten pictures (all of them,
-if there is none): of the cells within 0.02 of the largest lpips_d, the one with the smallest lpips_r. Writes
-tuning.csv, and the best cell of each method and size into settings-things.json and settings-artists.json, which
-`--settings` reads.
+Every method has a small grid around its published settings for one and for many concepts, at each size of
+its own. Things are taken from the end of the order in which the table takes them, with other wordings and
+seeds. The best cell is chosen among those in which what is forgotten is gone from seven of ten pictures
+(all, if there is none): of the cells within 0.02 of the largest lpips_d, the one with the smallest lpips_r.
+Writes tuning.csv, and the best cell of each method and size into settings-things.json and settings-
+artists.json, for `--settings`.
 """
 
 import argparse

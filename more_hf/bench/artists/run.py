@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 
 from ... import __version__
 from ...diffusion.encoder import Encoder
+from ...diffusion.prompts import names_in
 from ...diffusion.sites import find_denoiser
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run, weights_sha256
@@ -389,7 +390,10 @@ def _erasure(
     return Erasure(
         remap_to=targets,
         several=targets if several is None else {n.casefold(): own for n, own in several.items()}.get(key),
-        retain=[name for name in dict.fromkeys(retain) if name not in forgotten],
+        # Who keeps "fire engine" keeps "fire".
+        retain=[
+            name for name in dict.fromkeys(retain) if not any(names_in(name, each) for each in forgotten)
+        ],
         names=None if forgotten == artists_of(entry) else forgotten,
     )
 

@@ -9,10 +9,10 @@ from support.rows import row
 from more_hf.bench.artists.cells import Cell
 from more_hf.bench.artists.config import ArtistsConfig, Erasure
 from more_hf.bench.artists.kinds import THINGS
-from more_hf.bench.artists.prompts import PromptFileError, read_prompts, sets_of, spread
+from more_hf.bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, sets_of, spread
 from more_hf.bench.artists.ranking import rank, winner
 from more_hf.bench.artists.rows import read_rows
-from more_hf.bench.artists.run import run_artists
+from more_hf.bench.artists.run import _erasure, run_artists
 from more_hf.bench.artists.sizes import rank_sizes
 from more_hf.bench.artists.summary import summarise
 from more_hf.bench.artists.tables import rebuild
@@ -20,7 +20,7 @@ from more_hf.bench.errors import BenchmarkError
 
 
 COMMITTED = sorted((Path(__file__).parents[3] / "benchmarks" / "artists").glob("*/config.json"))
-THINGS_7 = ("cat", "dog", "house", "tree", "car", "sun", "fish")
+THINGS_7 = ("cat", "dog", "house", "tree", "car", "sun", "fish")  # none in the name of another
 ARTISTS = ("Van Gogh", "Picasso")
 PROMPTS = "case_number,prompt,evaluation_seed,artist,thing\n" + "".join(
     f"{10 * i + j},a {thing} by {artist},{100 * i + j},{artist},{thing}\n"
@@ -76,6 +76,15 @@ def test_prompts_are_spread_over_the_names(prompts):
     assert len(spread(prompts, ["cat", "dog", "house"], 99, "seed")) == 6
     orders = {tuple(row.thing for row in spread(prompts, THINGS_7, 7, seed)) for seed in "abcd"}
     assert len(orders) > 1
+
+
+def test_who_keeps_a_fire_engine_keeps_fire():
+    rows = tuple(
+        PromptRow(i, f"a {name}", i, "", name) for i, name in enumerate(("fire", "fire engine", "cat"))
+    )
+    prompts = Prompts("few", "", rows, THINGS)
+    assert _erasure("fire", ["fire"], "emoji", None, None, prompts).retain == ["cat"]
+    assert _erasure("cat", ["cat"], "emoji", None, None, prompts).retain == ["fire", "fire engine"]
 
 
 def run(pipe, prompts, output, methods, **options):
