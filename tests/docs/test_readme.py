@@ -53,7 +53,8 @@ def test_every_python_block_runs(block, here):
     assert len(saved) == 1
     assert more_hf.verify(saved[0]).ok
     erased = names["pipe"] if "pipe" in names else names["model"]
-    assert more_hf.get_erasure(erased).concepts in (["Blobmoji"], ["Van Gogh"], ["3"], ["three"])
+    known = (["Blobmoji"], ["Blobmoji", "crab"], ["Van Gogh"], ["3"], ["three"])
+    assert more_hf.get_erasure(erased).concepts in known
 
 
 def test_a_family_of_ones_own(chroma):

@@ -50,7 +50,11 @@ def more_without_po(
     )
     sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
     remaps = {
-        space: without_orthogonalisation(problem.prototypes, problem.forget, problem.targets)
+        space: without_orthogonalisation(
+            problem.prototypes,
+            problem.columns(problem.forget, tokens),
+            [problem.columns(names, tokens) for names in problem.targets],
+        )
         for space, problem in prepare(pipe, request, ()).items()
     }
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
