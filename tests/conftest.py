@@ -138,33 +138,33 @@ def short_prompts():
 
 
 @pytest.fixture
-def chroma(monkeypatch):
+def auraflow(monkeypatch):
     """A pipeline of a family that the package does not know; what a test registers is gone after it."""
-    from diffusers import ChromaPipeline
+    from diffusers import AuraFlowPipeline
     from support.families import build, shorten
 
     from more_hf.diffusion import families
 
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     monkeypatch.setattr(families, "_REGISTERED", set())
-    shorten(monkeypatch, ChromaPipeline)
+    shorten(monkeypatch, AuraFlowPipeline)
     return build()
 
 
 @pytest.fixture(scope="module")
 def families():
     """The newer families, by name. Not to be modified."""
-    from support.families import FAMILIES, build
+    from support.families import Built, build
 
-    return {family: build(family) for family in FAMILIES}
+    return Built(build)
 
 
 @pytest.fixture(scope="module")
 def erased_families(families, short_prompts):
     """The same, erased. Not to be modified."""
-    from support.families import erase
+    from support.families import Built, erase
 
-    return {family: erase(copy.deepcopy(pipe)) for family, pipe in families.items()}
+    return Built(lambda family: erase(copy.deepcopy(families[family])))
 
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

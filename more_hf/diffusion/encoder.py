@@ -163,22 +163,23 @@ class Encoder:
         """Prototypes that always stay, by name: begin tokens and the parts of the empty prompt."""
         spans = {}
         for segment, offset, length in self.segments:
-            start, end, stop = self.layout("", segment)
-            names = [BEGIN if i == 1 else f"{BEGIN} {i}" for i in range(1, start + 1)]
+            layout = self.layout("", segment)
+            names = [BEGIN if i == 1 else f"{BEGIN} {i}" for i in range(1, layout.start + 1)]
             names += [f"empty prompt, {kind}" for kind in segment.kinds("end")]
             for i, name in enumerate(names):
                 spans[segment.label + name] = Span("", offset + i, offset + i + 1)
             if segment.padding:
-                spans[segment.label + EMPTY_PADDING] = Span("", offset + stop, offset + length)
+                last = segment.read_until(layout, length)
+                spans[segment.label + EMPTY_PADDING] = Span("", offset + layout.stop, offset + last)
         return spans
 
     def ordinary_spans(self, prompt: str) -> list[Span]:
         """The positions of a prompt that the denoiser reads, but for begin tokens."""
         spans = []
         for segment, offset, length in self.segments:
-            start, _, stop = self.layout(prompt, segment)
-            stop = length if segment.padding else min(stop, length)
-            spans.append(Span(prompt, offset + start, offset + stop))
+            layout = self.layout(prompt, segment)
+            stop = segment.read_until(layout, length)
+            spans.append(Span(prompt, offset + layout.start, offset + stop))
         return spans
 
     def name_spans(self, name: str, kind: str) -> list[Span]:
@@ -200,7 +201,7 @@ class Encoder:
             place = self.place(template, name, segment)
             if place is None or place[2].stop > length:
                 continue
-            start, stop = _positions(kind, *place, length if segment.padding else place[2].stop)
+            start, stop = _positions(kind, *place, segment.read_until(place[2], length))
             if start < stop:
                 spans.append(Span(template.format(name), offset + start, offset + stop))
         if not spans:

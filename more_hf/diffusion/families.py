@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
-from .text import Z_IMAGE, Text
+from .text import CHROMA, FLUX_2_KLEIN, HUNYUAN_IMAGE, QWEN_IMAGE, WAN, Z_IMAGE, Text
 
 
 # attention processors with text projections of their own
@@ -125,8 +125,9 @@ def _find_sd3_or_flux(transformer: nn.Module) -> dict[str, Reader]:
     }
 
 
-def _find_pixart(transformer: nn.Module) -> dict[str, Reader]:
-    return {"caption_projection.linear_1": Reader(transformer.caption_projection.linear_1)}
+def _find(*names: str) -> Callable[[nn.Module], dict[str, Reader]]:
+    """These layers, all in the space of tokens."""
+    return lambda denoiser: {name: Reader(denoiser.get_submodule(name)) for name in names}
 
 
 def _find_z_image(transformer: nn.Module) -> dict[str, Reader]:
@@ -135,7 +136,7 @@ def _find_z_image(transformer: nn.Module) -> dict[str, Reader]:
             "This transformer of Z-Image Omni also reads pictures between the tokens of the prompt, which is "
             "not supported yet. Use Z-Image or Z-Image Turbo."
         )
-    return {"cap_embedder.1": Reader(transformer.cap_embedder[1])}
+    return _find("cap_embedder.1")(transformer)
 
 
 def _fixed_latent(model: nn.Module, *shape: int, batch: int) -> Tensor:
@@ -231,6 +232,76 @@ def _call_z_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     return torch.stack(transformer(list(latent), times, list(text["tokens"].to(latent))).sample)
 
 
+def _call_qwen_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, batch = transformer.config, len(text["tokens"])
+    latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
+    return transformer(
+        latent,
+        encoder_hidden_states=text["tokens"].to(latent),
+        timestep=latent.new_full((batch,), 0.5),
+        img_shapes=[[(1, 2, 2)]] * batch,
+        guidance=latent.new_full((batch,), 1.0) if config.guidance_embeds else None,
+    ).sample
+
+
+def _grid_ids(latent: Tensor, axes: int) -> Tensor:
+    """Positions of four patches, 2 x 2: the second and third of the axes count rows and columns."""
+    ids = latent.new_zeros(4, axes)
+    ids[2:, 1], ids[1::2, 2] = 1, 1
+    return ids
+
+
+def _call_flux_2(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
+    latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
+    text_ids = latent.new_zeros(num_tokens, 4)
+    text_ids[:, 3] = torch.arange(num_tokens)
+    return transformer(
+        hidden_states=latent,
+        encoder_hidden_states=text["tokens"].to(latent),
+        timestep=latent.new_full((batch,), 0.5),
+        img_ids=_grid_ids(latent, 4),
+        txt_ids=text_ids,
+        guidance=latent.new_full((batch,), 3.5) if config.guidance_embeds else None,
+    ).sample
+
+
+def _call_chroma(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
+    latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
+    return transformer(
+        hidden_states=latent,
+        encoder_hidden_states=text["tokens"].to(latent),
+        timestep=latent.new_full((batch,), 0.5),
+        img_ids=_grid_ids(latent, 3),
+        txt_ids=latent.new_zeros(num_tokens, 3),
+    ).sample
+
+
+def _call_wan(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, batch = transformer.config, len(text["tokens"])
+    frames, height, width = config.patch_size
+    latent = _fixed_latent(transformer, config.in_channels, frames, 2 * height, 2 * width, batch=batch)
+    return transformer(
+        latent, timestep=latent.new_full((batch,), 500.0), encoder_hidden_states=text["tokens"].to(latent)
+    ).sample
+
+
+def _call_hunyuan_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
+    sizes = [2 * size for size in config.patch_size]
+    latent = _fixed_latent(transformer, config.in_channels, *sizes, batch=batch)
+    times = latent.new_full((batch,), 500.0)
+    return transformer(
+        latent,
+        timestep=times,
+        timestep_r=times if config.use_meanflow else None,
+        encoder_hidden_states=text["tokens"].to(latent),
+        encoder_attention_mask=latent.new_ones(batch, num_tokens),
+        guidance=latent.new_full((batch,), 3500.0) if config.guidance_embeds else None,
+    ).sample
+
+
 # the denoiser's class and its `addition_embed_type` -> its family
 FAMILIES = {
     ("UNet2DConditionModel", None): Family("Stable Diffusion 1.x and 2.x", _find_unet, _call_unet),
@@ -241,13 +312,43 @@ FAMILIES = {
         "Stable Diffusion 3", _find_sd3_or_flux, _call_sd3, ("pooled_projections",)
     ),
     ("FluxTransformer2DModel", None): Family("FLUX", _find_sd3_or_flux, _call_flux, ("pooled_projections",)),
-    ("PixArtTransformer2DModel", None): Family("PixArt", _find_pixart, _call_pixart),
+    ("PixArtTransformer2DModel", None): Family(
+        "PixArt", _find("caption_projection.linear_1"), _call_pixart
+    ),
     ("ZImageTransformer2DModel", None): Family(
         "Z-Image", _find_z_image, _call_z_image, norms={"tokens": "cap_embedder.0"}, joined=True, text=Z_IMAGE
+    ),
+    ("QwenImageTransformer2DModel", None): Family(
+        "Qwen-Image", _find("txt_in"), _call_qwen_image, norms={"tokens": "txt_norm"}, text=QWEN_IMAGE
+    ),
+    ("Flux2Transformer2DModel", None): Family(
+        "FLUX.2 klein", _find("context_embedder"), _call_flux_2, text=FLUX_2_KLEIN
+    ),
+    ("WanTransformer3DModel", None): Family(
+        "Wan 2.1", _find("condition_embedder.text_embedder.linear_1"), _call_wan, text=WAN
+    ),
+    ("ChromaTransformer2DModel", None): Family(
+        "Chroma", _find("context_embedder"), _call_chroma, text=CHROMA
+    ),
+    # the second layer reads the mean of the tokens, with which E commutes
+    ("HunyuanImageTransformer2DModel", None): Family(
+        "HunyuanImage 2.1",
+        _find("context_embedder.proj_in", "context_embedder.time_text_embed.text_embedder.linear_1"),
+        _call_hunyuan_image,
+        text=HUNYUAN_IMAGE,
     ),
 }
 
 
+# denoisers that no edit of this kind can erase from -> why
+REFUSED = {
+    "Krea2Transformer2DModel": "the first layers that read its text add their input to their output, so that "
+    "the concept goes around them",
+    "GlmImageTransformer2DModel": "the concept comes to it as picture tokens that a language model has "
+    "written, not as features of the prompt",
+    "OmniGenTransformer2DModel": "it is a language model itself, in which only the table of token embeddings "
+    "reads text alone",
+}
 # keys of `FAMILIES` that `register_family` added, and may replace
 _REGISTERED: set[tuple[str, None]] = set()
 
@@ -255,6 +356,8 @@ _REGISTERED: set[tuple[str, None]] = set()
 def unsupported(pipeline: str, parts: Mapping[str, str]) -> str:
     """Say that no part of a pipeline (component -> class) is a denoiser that is known."""
     supported = ", ".join(f"{family.name} ({cls})" for (cls, _), family in FAMILIES.items())
+    if reasons := [f"{cls}: {REFUSED[cls]}" for cls in parts.values() if cls in REFUSED]:
+        return f"A {pipeline} cannot be edited ({reasons[0]}). Supported denoisers are {supported}."
     classes = ", ".join(f"{name}: {cls}" for name, cls in parts.items())
     return f"{pipeline} is not supported yet. It has {classes}. Supported denoisers are {supported}."
 

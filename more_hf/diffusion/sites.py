@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.errors import SiteNotFoundError
 from ..core.site import Site, check_unshared
-from .families import Family, Reader, family_of, unsupported
+from .families import REFUSED, Family, Reader, family_of, unsupported
 from .text import TEXTS, Text
 
 
@@ -120,6 +120,8 @@ def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> s
     message = unsupported(
         type(pipe).__name__, {name: type(part).__name__ for name, part in modules.items()}
     )
+    if any(type(part).__name__ in REFUSED for part in modules.values()):
+        return message
     encoders = [part for name, part in modules.items() if name.startswith("text_encoder")]
     widths = {encoder.config.hidden_size for encoder in encoders}
 

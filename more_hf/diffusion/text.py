@@ -17,6 +17,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.errors import SiteNotFoundError
+
 
 class Template(NamedTuple):
     """The text that a pipeline puts around a prompt, and how many of its first tokens it drops again."""
@@ -76,7 +78,12 @@ class Segment:
         """How many positions it lays out, at most if there is a template."""
         if self.clip:
             return getattr(pipe, self.tokenizer).model_max_length
-        return inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+        limit = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+        return pipe.tokenizer_max_length if limit is None else limit.default
+
+    def read_until(self, layout: Layout, length: int) -> int:
+        """Where the positions that the denoiser reads end, of so many."""
+        return length if self.padding else min(layout.stop, length)
 
     def fitted(self, pipe: DiffusionPipeline) -> Segment:
         """The same, knowing how many tokens the pipeline's template has after the prompt."""
@@ -168,7 +175,7 @@ def _encode_flux(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tenso
     return {"tokens": embeds, "pooled": pooled}
 
 
-def _encode_pixart(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+def _encode_tokens(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
     embeds, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=pipe._execution_device)
     return {"tokens": embeds}
 
@@ -177,6 +184,26 @@ def _encode_z_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Te
     # `encode_prompt` writes the templated prompts into the list that it is given: here, one of ours
     embeds, _ = pipe.encode_prompt(prompts, device=pipe._execution_device, do_classifier_free_guidance=False)
     return {"tokens": pad_sequence(embeds, batch_first=True)}
+
+
+def _encode_unguided(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    embeds, *_ = pipe.encode_prompt(prompts, device=pipe._execution_device)
+    return {"tokens": embeds}
+
+
+def _encode_hunyuan_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    embeds, *_ = pipe.encode_prompt(prompts, device=pipe._execution_device, batch_size=len(prompts))
+    return {"tokens": embeds}
+
+
+def _own_template(pipe: DiffusionPipeline) -> Template:
+    """The template that the pipeline keeps as an attribute."""
+    if "image" in inspect.signature(pipe.encode_prompt).parameters:
+        raise SiteNotFoundError(
+            f"The text encoder of {type(pipe).__name__} sees a picture before the prompt, so that a name's "
+            "features are others with every picture. Erase from the model's text-to-image pipeline."
+        )
+    return Template(*pipe.prompt_template_encode.split("{}"), pipe.prompt_template_encode_start_idx)
 
 
 def _chat(**options: bool) -> Callable[[DiffusionPipeline], Template]:
@@ -190,7 +217,21 @@ def _chat(**options: bool) -> Callable[[DiffusionPipeline], Template]:
     return template
 
 
+def _klein_template(pipe: DiffusionPipeline) -> Template:
+    if hasattr(pipe, "system_message"):
+        raise SiteNotFoundError(
+            "FLUX.2 [dev] puts a system message in front of the prompt and reads it with Mistral 3, which is "
+            "not supported yet. Use FLUX.2 [klein]."
+        )
+    return _chat(enable_thinking=False)(pipe)
+
+
 PROMPT = "\ue000"  # stands for the prompt in a template; a character that no text has
+GLYPHS = "what a prompt has in quotation marks is also read letter by letter, which stays as it is"
+OTHER_LAYERS = (
+    "a call with other `text_encoder_out_layers` reads other layers of the text encoder, "
+    "on which nothing was fitted"
+)
 CLIP_SKIP = "a call with `clip_skip` reads another layer of the text encoder, on which nothing was fitted"
 PROMPT_2 = "a call with another `prompt_2` joins features of two prompts, on which nothing was fitted"
 LENGTH = "a call with another `max_sequence_length` has other padding, on which nothing was fitted"
@@ -234,7 +275,7 @@ TEXTS = {
         leaks=(LENGTH, CASE),
     ),
     ("T5EncoderModel",): Text(
-        encode=_encode_pixart,
+        encode=_encode_tokens,
         segments=(Segment(clip=False, padding=False),),
         arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
         pooled=False,
@@ -249,4 +290,41 @@ Z_IMAGE = Text(
     arguments=("prompt", "device", "do_classifier_free_guidance", "max_sequence_length"),
     pooled=False,
     leaks=(CASE,),
+)
+QWEN_IMAGE = Text(
+    encode=_encode_unguided,
+    segments=(Segment(clip=False, padding=False, template=_own_template),),
+    arguments=("prompt", "device"),
+    pooled=False,
+    leaks=(CASE,),
+)
+FLUX_2_KLEIN = Text(
+    encode=_encode_unguided,
+    segments=(Segment(clip=False, template=_klein_template),),
+    arguments=("prompt", "device", "max_sequence_length", "text_encoder_out_layers"),
+    pooled=False,
+    leaks=(OTHER_LAYERS, LENGTH, CASE),
+)
+WAN = Text(
+    encode=_encode_tokens,
+    # behind the prompt are zeros, which no edit moves
+    segments=(Segment(clip=False, padding=False),),
+    arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
+    pooled=False,
+    leaks=(CASE,),
+)
+CHROMA = Text(
+    encode=_encode_tokens,
+    # its mask is of floats, which attention adds: the padding is read, only with less weight
+    segments=(Segment(clip=False),),
+    arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
+    pooled=False,
+    leaks=(LENGTH, CASE),
+)
+HUNYUAN_IMAGE = Text(
+    encode=_encode_hunyuan_image,
+    segments=(Segment(clip=False, padding=False, template=_own_template),),
+    arguments=("prompt", "device", "batch_size"),
+    pooled=False,
+    leaks=(GLYPHS, CASE),
 )

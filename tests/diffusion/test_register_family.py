@@ -1,4 +1,4 @@
-"""A family that the package does not know, added as a user would: Chroma, the real class at a tiny size."""
+"""A family that the package does not know, added as a user would: AuraFlow, the real class at a tiny size."""
 
 import copy
 
@@ -19,18 +19,13 @@ def find(transformer):
 
 
 def find_another(transformer):
-    return {"x_embedder": Reader(transformer.x_embedder)}
+    return {"time_step_proj.linear_1": Reader(transformer.time_step_proj.linear_1)}
 
 
 def call(transformer, text):
-    latent = torch.ones(len(text["tokens"]), 4, transformer.config.in_channels).to(transformer.dtype)
-    return transformer(
-        hidden_states=latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        timestep=latent.new_full((len(latent),), 0.5),
-        img_ids=torch.tensor([[0.0, i, j] for i in (0, 1) for j in (0, 1)]),
-        txt_ids=torch.zeros(text["tokens"].shape[1], 3),
-    ).sample
+    latent = torch.ones(len(text["tokens"]), transformer.config.in_channels, 4, 4).to(transformer.dtype)
+    time = latent.new_full((len(latent),), 0.5)
+    return transformer(latent, encoder_hidden_states=text["tokens"].to(latent), timestep=time).sample
 
 
 def encode(pipe, prompts):
@@ -58,18 +53,18 @@ def draw(pipe, prompt):
     ).images
 
 
-def test_an_unknown_family_is_refused_with_the_way_to_add_it(chroma):
+def test_an_unknown_family_is_refused_with_the_way_to_add_it(auraflow):
     with pytest.raises(
         more_hf.SiteNotFoundError, match="not supported yet.*context_embedder.*register_family"
     ):
-        more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
+        more_hf.erase_concept(auraflow, "van gogh", remap_to="claude monet")
 
 
-def test_registered_it_is_erased_saved_and_restored(chroma, tmp_path):
-    more_hf.register_family("ChromaTransformer2DModel", Family("Chroma", find, call), TEXT)
-    original = copy.deepcopy(chroma)
+def test_registered_it_is_erased_saved_and_restored(auraflow, tmp_path):
+    more_hf.register_family("AuraFlowTransformer2DModel", Family("AuraFlow", find, call), TEXT)
+    original = copy.deepcopy(auraflow)
 
-    pipe = more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
+    pipe = more_hf.erase_concept(auraflow, "van gogh", remap_to="claude monet")
     erasure = more_hf.get_erasure(pipe)
     assert list(erasure.sites) == [SITE]
     assert erasure.proof["forget_vs_target"] < 1e-3
@@ -90,12 +85,13 @@ def test_registered_it_is_erased_saved_and_restored(chroma, tmp_path):
     assert torch.equal(layer.weight, old.weight)
 
 
-def test_a_registration_that_names_other_layers_is_refuted_by_the_run(chroma):
-    more_hf.register_family("ChromaTransformer2DModel", Family("Chroma", find_another, call), TEXT)
+def test_a_registration_that_names_other_layers_is_refuted_by_the_run(auraflow):
+    more_hf.register_family("AuraFlowTransformer2DModel", Family("AuraFlow", find_another, call), TEXT)
     with pytest.raises(more_hf.SiteNotFoundError):
-        more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
-    more_hf.register_family("ChromaTransformer2DModel", Family("Chroma", find, call), TEXT)  # corrected
-    assert list(more_hf.get_erasure(more_hf.erase_concept(chroma, "van gogh", remap_to=None)).sites) == [SITE]
+        more_hf.erase_concept(auraflow, "van gogh", remap_to="claude monet")
+    more_hf.register_family("AuraFlowTransformer2DModel", Family("AuraFlow", find, call), TEXT)  # corrected
+    pipe = more_hf.erase_concept(auraflow, "van gogh", remap_to=None)
+    assert list(more_hf.get_erasure(pipe).sites) == [SITE]
 
 
 def test_a_known_family_is_not_replaced():

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.families import BUILDERS, build, denoiser_of
 from transformers import ViTImageProcessor
 
 import more_hf
 from more_hf.bench.methods.registry import find_diffusion_method
 from more_hf.cli.main import parse
+from more_hf.diffusion.families import FAMILIES, family_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +59,10 @@ def test_every_python_block_runs(block, here):
     assert more_hf.get_erasure(erased).concepts in known
 
 
-def test_a_family_of_ones_own(chroma):
+def test_a_family_of_ones_own(auraflow):
     (block,) = filter(is_family, blocks(EXAMPLES))
     exec(compile(block, "README.md", "exec"), {})
-    pipe = more_hf.erase_concept(chroma, "van gogh", remap_to="claude monet")
+    pipe = more_hf.erase_concept(auraflow, "van gogh", remap_to="claude monet")
     assert list(more_hf.get_erasure(pipe).sites) == ["context_embedder"]
 
 
@@ -76,6 +78,7 @@ def test_a_method_of_ones_own(tiny_sd, tmp_path, monkeypatch):
 def test_every_command_is_one_that_the_command_line_knows():
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
     files += [ROOT / "benchmarks" / "README.md", *(ROOT / "benchmarks").glob("*/README.md")]
+    files.append(ROOT / "examples" / "real_weights.md")
     text = "\n".join(file.read_text("utf-8") for file in files).replace("\\\n", " ")
     commands = re.findall(r"^(?: {4})?(?:.* && )?more-hf (.*)$", text, re.MULTILINE)
     assert len(commands) > 20
@@ -109,6 +112,17 @@ def test_links_and_pictures_exist(name):
     assert links
     for link in links:
         assert link.startswith("http") or (file.parent / link).exists(), link
+
+
+def test_the_table_of_families_is_the_registry():
+    found, supported = {}, r"^\| (.+) \| ✓ \| ✓ \| (\S+) \| (\S+) \| ✓ \|$"
+    for row, peft, kohya in re.findall(supported, README, re.MULTILINE):
+        found |= dict.fromkeys(row.split(", "), (peft == "✓", kohya == "✓"))
+    assert sorted(found) == sorted(family.name for family in FAMILIES.values())
+    for key in BUILDERS:
+        pipe = build(key)
+        name = family_of(denoiser_of(pipe)).name
+        assert found[name] == (hasattr(pipe, "load_lora_weights"), hasattr(pipe, "unet"))
 
 
 def test_the_readme_is_short():

@@ -8,39 +8,57 @@ import string
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 import more_hf
-from support.language_models import qwen3, qwen_tokenizer
+from support.language_models import qwen3, qwen_tokenizer, qwen_vl
 from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
 
 
 T5_LENGTH = 24  # of the prompts of these tests; `max_sequence_length` is an argument of every call
 T5_WIDTH = 48
 LLM_WIDTH = 64
+LOUD = 2.0  # of the newer denoisers' weights
 
 
 def t5_tokenizer():
@@ -205,16 +223,20 @@ def tiny_pixart(cls=PixArtSigmaPipeline):
     )
 
 
-def with_random_norms(model):
-    """The same model; a fresh norm multiplies by 1, which would hide one that is left out."""
+def stirred(model):
+    """
+    The same model: no norm multiplies by 1, which would hide one that is left out, and the weights are large
+    enough for the text to be seen in the picture.
+    """
     for module in model.modules():
-        if "RMSNorm" in type(module).__name__ and module.weight is not None:
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=LOUD * module.in_features**-0.5)
+        elif "RMSNorm" in type(module).__name__ and module.weight is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 2.0)
-    return model
+    return model.eval()
 
 
 def tiny_chroma():
-    """A pipeline of a family that the package does not know."""
     t5 = t5_tokenizer()
     transformer = ChromaTransformer2DModel(
         patch_size=1,
@@ -258,11 +280,172 @@ def tiny_z_image(cls=ZImagePipeline):
         vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=qwen3(tokenizer, LLM_WIDTH),
         tokenizer=tokenizer,
-        transformer=with_random_norms(transformer),
+        transformer=stirred(transformer),
     )
 
 
-BUILDERS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "pixart": tiny_pixart}
+def tiny_qwen_image(cls=QwenImagePipeline):
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=LLM_WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    return cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=qwen_vl(tokenizer, LLM_WIDTH),
+        tokenizer=tokenizer,
+        transformer=stirred(transformer),
+    )
+
+
+def tiny_klein(cls=Flux2KleinPipeline):
+    """Layers 9, 18 and 27 of the language model, as in the real one, side by side."""
+    tokenizer = qwen_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 24,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    ).eval()
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=4,
+    ).eval()
+    return cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=qwen3(tokenizer, 24, layers=28),
+        tokenizer=tokenizer,
+        transformer=stirred(transformer),
+        is_distilled=True,
+    )
+
+
+def umt5_encoder(vocabulary):
+    sizes = {"d_model": T5_WIDTH, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **sizes)).eval()
+
+
+def tiny_wan():
+    t5 = t5_tokenizer()
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=T5_WIDTH,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=1,
+    ).eval()
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    return WanPipeline(
+        tokenizer=t5,
+        text_encoder=umt5_encoder(len(t5)),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=stirred(transformer),
+    )
+
+
+def tiny_hunyuan_image():
+    tokenizer = qwen_tokenizer()
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=LLM_WIDTH,
+        text_embed_2_dim=32,
+        rope_axes_dim=(4, 4),
+    ).eval()
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=32,
+        scaling_factor=1.0,
+    ).eval()
+    letters = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=qwen_vl(tokenizer, LLM_WIDTH),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(letters).eval(),
+        tokenizer_2=ByT5Tokenizer(),
+        transformer=stirred(transformer),
+    )
+
+
+def tiny_auraflow():
+    """A pipeline of a family that the package does not know."""
+    t5 = t5_tokenizer()
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=T5_WIDTH,
+        pos_embed_max_size=64,
+    ).eval()
+    return AuraFlowPipeline(
+        t5, umt5_encoder(len(t5)), tiny_vae(), transformer, FlowMatchEulerDiscreteScheduler()
+    )
+
+
+BUILDERS = {
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "pixart": tiny_pixart,
+    "chroma": tiny_chroma,
+    "wan": tiny_wan,
+    "z-image": tiny_z_image,
+    "qwen-image": tiny_qwen_image,
+    "hunyuan-image": tiny_hunyuan_image,
+    "klein": tiny_klein,
+}
 
 
 def build(family="", **options):
@@ -272,26 +455,49 @@ def build(family="", **options):
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = BUILDERS.get(family, tiny_chroma)(**options)
+        pipe = BUILDERS.get(family, tiny_auraflow)(**options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def shorten(monkeypatch, *classes):
+class Built(dict):
+    """Pipelines of families, each made when it is first asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, family):
+        self[family] = self.make(family)
+        return self[family]
+
+
+SHORTENED = (
+    StableDiffusion3Pipeline,
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    ChromaPipeline,
+    WanPipeline,
+    ZImagePipeline,
+    Flux2KleinPipeline,
+)
+
+
+def shorten(monkeypatch, *classes, length=T5_LENGTH):
     """
-    Fewer ordinary prompts, and let `encode_prompt` of pipelines with T5 give it T5_LENGTH positions by
-    default, not 256 to 512.
+    Fewer ordinary prompts, and let `encode_prompt` and the call of pipelines that pad the prompt give it so
+    many positions by default, not 226 to 512.
     """
     monkeypatch.setattr(
         "more_hf.diffusion.ordinary.everyday_prompts",
         lambda tokenizer: ("a dog and a tree", "a house by picasso", "a car"),
     )
-    for cls in classes or (StableDiffusion3Pipeline, FluxPipeline, PixArtSigmaPipeline):
+    for cls in classes or SHORTENED:
         encode = getattr(cls, "encode_prompt", None)
         if encode is None or "max_sequence_length" not in inspect.signature(encode).parameters:
             continue
         defaults = [p for p in inspect.signature(encode).parameters.values() if p.default is not p.empty]
-        values = tuple(T5_LENGTH if p.name == "max_sequence_length" else p.default for p in defaults)
+        values = tuple(length if p.name == "max_sequence_length" else p.default for p in defaults)
         monkeypatch.setattr(encode, "__defaults__", values)
 
 
@@ -322,13 +528,20 @@ def embeds(remaps, name, masked=False):
     return found
 
 
-FAMILIES = list(BUILDERS)
+FAMILIES = ["sdxl", "sd3", "flux", "pixart"]
+NEWER = ["chroma", "wan", "z-image", "qwen-image", "hunyuan-image", "klein"]
 FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
 CALL = {
     "sdxl": {},
     "sd3": {"max_sequence_length": T5_LENGTH},
     "flux": {"max_sequence_length": T5_LENGTH},
     "pixart": {"max_sequence_length": T5_LENGTH, "use_resolution_binning": False, "clean_caption": False},
+    "chroma": {"max_sequence_length": T5_LENGTH},
+    "wan": {"max_sequence_length": T5_LENGTH, "num_frames": 1},
+    "z-image": {"max_sequence_length": T5_LENGTH, "guidance_scale": 0.0},
+    "qwen-image": {},
+    "hunyuan-image": {},
+    "klein": {"max_sequence_length": T5_LENGTH},
 }
 
 
@@ -347,7 +560,7 @@ def weights(pipe):
 
 
 def images(pipe, family, prompt=None, **kwargs):
-    generator = torch.Generator().manual_seed(0)
+    generator, takes = torch.Generator().manual_seed(0), inspect.signature(pipe.__call__).parameters
     options = {
         "num_inference_steps": 2,
         "height": 32,
@@ -356,7 +569,8 @@ def images(pipe, family, prompt=None, **kwargs):
         "output_type": "np",
         **CALL[family],
     }
-    return torch.from_numpy(pipe(prompt, generator=generator, **{**options, **kwargs}).images).double()
+    options = {name: value for name, value in {**options, **kwargs}.items() if name in takes}
+    return torch.from_numpy(pipe(prompt=prompt, generator=generator, **options)[0]).double()
 
 
 def spaces(pipe):

@@ -3,7 +3,13 @@ Tokenizers and language models of the newest families' text encoders: the real c
 numbers wide.
 """
 
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from support.pipelines import WORDS
 
@@ -15,27 +21,39 @@ CHAT = (
     "{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-ROLES = "user system assistant"
+# the words of the templates, each one token as in the real tokenizer
+TEMPLATES = (
+    "user system assistant Describe the image by detailing color shape size texture quantity text spatial "
+    "relationships of objects and background"
+)
+
+
+def spelled(word, merges):
+    """The pieces of a word: of the pairs that stand side by side, the first of the merges is joined first."""
+    pieces = list(word)
+    while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]:
+        first = min(pairs, key=merges.index)
+        i = next(i for i in range(len(pieces)) if tuple(pieces[i : i + 2]) == first)
+        pieces[i : i + 2] = ["".join(first)]
+    return pieces
 
 
 def byte_level(words):
-    """Every byte as a printable character, and merges that make each word, with a space before and without."""
+    """Every byte as a printable character, and merges that make each word, with a space before it or none."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     tokens = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     merges = [("Ċ", "Ċ")]  # two line breaks
     for word in words:
-        left, *rest = word
-        for right in rest:
-            merges.append((left, right))
-            left += right
+        # behind all earlier merges, which so keep making their words
+        while len(pieces := spelled(word, merges)) > 1:
+            merges.append((pieces[0], pieces[1]))
         merges.append(("Ġ", word))
-    merges = list(dict.fromkeys(merges))
     tokens += [left + right for left, right in merges]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
 def qwen_tokenizer():
-    vocab, merges = byte_level([*ROLES.split(), *WORDS.split()])
+    vocab, merges = byte_level(dict.fromkeys([*TEMPLATES.split(), *WORDS.split()]))
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
     tokenizer.chat_template = CHAT
@@ -57,3 +75,12 @@ def sizes(tokenizer, width, layers=3):
 
 def qwen3(tokenizer, width=64, layers=3):
     return Qwen3Model(Qwen3Config(**sizes(tokenizer, width, layers), head_dim=16)).eval()
+
+
+def qwen_vl(tokenizer, width=64, layers=3):
+    """Qwen2.5-VL, whose language model alone is used here."""
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+    text = sizes(tokenizer, width, layers) | {"rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": width})
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
