@@ -106,9 +106,8 @@ class Encoder:
         segment = segment or self.text.segments[0]
         tokenizer = getattr(self.pipe, segment.tokenizer)
         if segment.template is not None:
-            before, after, dropped = segment.template(self.pipe)
-            layout = self.layout(prompt, segment)
-            return tokenizer(before + prompt + after).input_ids[dropped:][layout.start : layout.end]
+            layout, dropped = self.layout(prompt, segment), segment.template(self.pipe).dropped
+            return segment.tokens(self.pipe, prompt).input_ids[dropped:][layout.start : layout.end]
         if isinstance(self.pipe, TextualInversionLoaderMixin):
             prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
         prompt = prompt.lower().strip() if self.text.lower else prompt
@@ -166,11 +165,12 @@ class Encoder:
             layout = self.layout("", segment)
             names = [BEGIN if i == 1 else f"{BEGIN} {i}" for i in range(1, layout.start + 1)]
             names += [f"empty prompt, {kind}" for kind in segment.kinds("end")]
+            pads = segment.pads_before(layout, length)
             for i, name in enumerate(names):
-                spans[segment.label + name] = Span("", offset + i, offset + i + 1)
-            if segment.padding:
-                last = segment.read_until(layout, length)
-                spans[segment.label + EMPTY_PADDING] = Span("", offset + layout.stop, offset + last)
+                spans[segment.label + name] = Span("", offset + pads + i, offset + pads + i + 1)
+            start, stop = (0, pads) if segment.left else (layout.stop, segment.read_until(layout, length))
+            if start < stop:
+                spans[segment.label + EMPTY_PADDING] = Span("", offset + start, offset + stop)
         return spans
 
     def ordinary_spans(self, prompt: str) -> list[Span]:
@@ -178,8 +178,9 @@ class Encoder:
         spans = []
         for segment, offset, length in self.segments:
             layout = self.layout(prompt, segment)
+            first = offset + segment.pads_before(layout, length)
             stop = segment.read_until(layout, length)
-            spans.append(Span(prompt, offset + layout.start, offset + stop))
+            spans.append(Span(prompt, first + layout.start, first + stop))
         return spans
 
     def name_spans(self, name: str, kind: str) -> list[Span]:
@@ -203,7 +204,8 @@ class Encoder:
                 continue
             start, stop = _positions(kind, *place, segment.read_until(place[2], length))
             if start < stop:
-                spans.append(Span(template.format(name), offset + start, offset + stop))
+                first = offset + segment.pads_before(place[2], length)
+                spans.append(Span(template.format(name), first + start, first + stop))
         if not spans:
             raise PrototypeError(
                 f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around "

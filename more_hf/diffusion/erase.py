@@ -61,8 +61,8 @@ def erase_concept(
 
     Args:
         pipe (`DiffusionPipeline`):
-            A pipeline of a family in the README's table (`more_hf/diffusion/families.py`), in fp16, bf16, fp32
-            or fp64, on any device.
+            A pipeline of a family in `more_hf/diffusion/families.py`, in fp16, bf16, fp32 or fp64, on any
+            device.
         concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
             What to forget; a mapping gives each name's aliases.
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
-from .text import CHROMA, FLUX_2_KLEIN, HUNYUAN_IMAGE, QWEN_IMAGE, WAN, Z_IMAGE, Text
+from .text import CHROMA, FLUX_2, HUNYUAN_IMAGE, QWEN_IMAGE, WAN, Z_IMAGE, Text
 
 
 # attention processors with text projections of their own
@@ -322,7 +322,7 @@ FAMILIES = {
         "Qwen-Image", _find("txt_in"), _call_qwen_image, norms={"tokens": "txt_norm"}, text=QWEN_IMAGE
     ),
     ("Flux2Transformer2DModel", None): Family(
-        "FLUX.2 klein", _find("context_embedder"), _call_flux_2, text=FLUX_2_KLEIN
+        "FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2
     ),
     ("WanTransformer3DModel", None): Family(
         "Wan 2.1", _find("condition_embedder.text_embedder.linear_1"), _call_wan, text=WAN

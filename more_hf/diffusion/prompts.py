@@ -48,6 +48,8 @@ def everyday_prompts(tokenizer: Callable) -> tuple[str, ...]:
     tokenizer keeps whole.
     """
 
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+
     def pieces_per_word(prompts: tuple[str, ...]) -> float:
         pieces = tokenizer(list(prompts), verbose=False).input_ids
         words = [prompt.split() for prompt in prompts]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..core.errors import SiteNotFoundError
 
@@ -55,6 +56,9 @@ class Segment:
             begin and end token. The model is causal.
         ends (`int`, *optional*, defaults to 1):
             How many tokens follow the prompt; with a template, `fitted` counts them.
+        left (`bool`, *optional*, defaults to `False`):
+            Whether padding that is read is in front of everything, where a causal model has seen nothing of
+            the prompt; with a template, `fitted` asks the tokenizer.
     """
 
     tokenizer: str = "tokenizer"
@@ -63,6 +67,7 @@ class Segment:
     label: str = ""
     template: Callable[[DiffusionPipeline], Template] | None = None
     ends: int = 1
+    left: bool = False
 
     @property
     def before(self) -> int:
@@ -83,19 +88,36 @@ class Segment:
 
     def read_until(self, layout: Layout, length: int) -> int:
         """Where the positions that the denoiser reads end, of so many."""
-        return length if self.padding else min(layout.stop, length)
+        return length if self.padding and not self.left else min(layout.stop, length)
+
+    def pads_before(self, layout: Layout, length: int) -> int:
+        """How many positions of padding, of so many positions, are in front of the prompt."""
+        return max(length - layout.stop, 0) if self.left else 0
 
     def fitted(self, pipe: DiffusionPipeline) -> Segment:
-        """The same, knowing how many tokens the pipeline's template has after the prompt."""
+        """The same, knowing where padding is and how many tokens the template has after the prompt."""
         if self.template is None:
             return self
         layout = self.layout(self.characters(pipe, ""), 0)
-        return replace(self, ends=layout.stop - layout.end)
+        left = self.padding and self.tokenizer_of(pipe).padding_side == "left"
+        return replace(self, ends=layout.stop - layout.end, left=left)
+
+    def tokenizer_of(self, pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
+        """The tokenizer, which may be part of a processor."""
+        part = getattr(pipe, self.tokenizer)
+        return getattr(part, "tokenizer", part)
+
+    def tokens(self, pipe: DiffusionPipeline, prompt: str) -> BatchEncoding:
+        """The tokens of the prompt in its template, and the characters that each is made of."""
+        before, after, _ = self.template(pipe)
+        tokenizer, text = self.tokenizer_of(pipe), before + prompt + after
+        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # by the template
+        return tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
 
     def kinds(self, kind: str) -> list[str]:
         """What a kind of prototype is here: none of what is not there, and one for each token at the end."""
         if kind == "padding":
-            return ["padding"] if self.padding else []
+            return ["padding"] if self.padding and not self.left else []
         if kind == "end":
             return [f"end {i}" if i > 1 else "end" for i in range(1, self.ends + 1)]
         return [kind]
@@ -105,9 +127,9 @@ class Segment:
         For each position before the padding the prompt's characters `[start, stop)` that its token is made
         of: below 0 in front of the prompt, from its length on behind it.
         """
-        before, after, dropped = self.template(pipe)
-        tokens = getattr(pipe, self.tokenizer)(before + prompt + after, return_offsets_mapping=True)
-        return [(start - len(before), stop - len(before)) for start, stop in tokens.offset_mapping[dropped:]]
+        before, _, dropped = self.template(pipe)
+        offsets = self.tokens(pipe, prompt).offset_mapping[dropped:]
+        return [(start - len(before), stop - len(before)) for start, stop in offsets]
 
     def layout(self, characters: Sequence[tuple[int, int]], length: int) -> Layout:
         """Where a prompt of so many characters is in its template."""
@@ -217,13 +239,13 @@ def _chat(**options: bool) -> Callable[[DiffusionPipeline], Template]:
     return template
 
 
-def _klein_template(pipe: DiffusionPipeline) -> Template:
-    if hasattr(pipe, "system_message"):
-        raise SiteNotFoundError(
-            "FLUX.2 [dev] puts a system message in front of the prompt and reads it with Mistral 3, which is "
-            "not supported yet. Use FLUX.2 [klein]."
-        )
-    return _chat(enable_thinking=False)(pipe)
+def _flux_2_template(pipe: DiffusionPipeline) -> Template:
+    """Of [dev], which has a system message, or [klein]."""
+    if not hasattr(pipe, "system_message"):
+        return _chat(enable_thinking=False)(pipe)
+    said = {"system": pipe.system_message, "user": PROMPT}
+    chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+    return Template(*pipe.tokenizer.apply_chat_template(chat, add_generation_prompt=False).split(PROMPT))
 
 
 PROMPT = "\ue000"  # stands for the prompt in a template; a character that no text has
@@ -298,9 +320,9 @@ QWEN_IMAGE = Text(
     pooled=False,
     leaks=(CASE,),
 )
-FLUX_2_KLEIN = Text(
+FLUX_2 = Text(
     encode=_encode_unguided,
-    segments=(Segment(clip=False, template=_klein_template),),
+    segments=(Segment(clip=False, template=_flux_2_template),),
     arguments=("prompt", "device", "max_sequence_length", "text_encoder_out_layers"),
     pooled=False,
     leaks=(OTHER_LAYERS, LENGTH, CASE),

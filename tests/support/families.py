@@ -20,6 +20,7 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -51,7 +52,7 @@ from transformers import (
 )
 
 import more_hf
-from support.language_models import qwen3, qwen_tokenizer, qwen_vl
+from support.language_models import mistral, mistral_processor, qwen3, qwen_tokenizer, qwen_vl
 from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
 
 
@@ -313,20 +314,18 @@ def tiny_qwen_image(cls=QwenImagePipeline):
     )
 
 
-def tiny_klein(cls=Flux2KleinPipeline):
-    """Layers 9, 18 and 27 of the language model, as in the real one, side by side."""
-    tokenizer = qwen_tokenizer()
+def flux_2_parts(width, guidance):
     transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=3 * 24,
+        joint_attention_dim=3 * width,
         timestep_guidance_channels=8,
         axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
-    ).eval()
+        guidance_embeds=guidance,
+    )
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -335,14 +334,26 @@ def tiny_klein(cls=Flux2KleinPipeline):
         layers_per_block=1,
         latent_channels=4,
     ).eval()
-    return cls(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=qwen3(tokenizer, 24, layers=28),
-        tokenizer=tokenizer,
-        transformer=stirred(transformer),
-        is_distilled=True,
-    )
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "vae": vae,
+        "transformer": stirred(transformer),
+    }
+
+
+def tiny_klein():
+    """Layers 9, 18 and 27 of the language model, as in the real one, side by side."""
+    tokenizer = qwen_tokenizer()
+    encoder = qwen3(tokenizer, 24, layers=28)
+    parts = flux_2_parts(24, guidance=False)
+    return Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, is_distilled=True, **parts)
+
+
+def tiny_flux_2():
+    """Layers 10, 20 and 30."""
+    processor = mistral_processor()
+    parts = flux_2_parts(48, guidance=True)
+    return Flux2Pipeline(text_encoder=mistral(processor, 48), tokenizer=processor, **parts)
 
 
 def umt5_encoder(vocabulary):
@@ -429,9 +440,8 @@ def tiny_auraflow():
         joint_attention_dim=T5_WIDTH,
         pos_embed_max_size=64,
     ).eval()
-    return AuraFlowPipeline(
-        t5, umt5_encoder(len(t5)), tiny_vae(), transformer, FlowMatchEulerDiscreteScheduler()
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return AuraFlowPipeline(t5, umt5_encoder(len(t5)), tiny_vae(), stirred(transformer), scheduler)
 
 
 BUILDERS = {
@@ -445,6 +455,7 @@ BUILDERS = {
     "qwen-image": tiny_qwen_image,
     "hunyuan-image": tiny_hunyuan_image,
     "klein": tiny_klein,
+    "flux-2": tiny_flux_2,
 }
 
 
@@ -480,6 +491,7 @@ SHORTENED = (
     WanPipeline,
     ZImagePipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
 )
 
 
@@ -529,7 +541,7 @@ def embeds(remaps, name, masked=False):
 
 
 FAMILIES = ["sdxl", "sd3", "flux", "pixart"]
-NEWER = ["chroma", "wan", "z-image", "qwen-image", "hunyuan-image", "klein"]
+NEWER = ["chroma", "wan", "z-image", "qwen-image", "hunyuan-image", "klein", "flux-2"]
 FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
 CALL = {
     "sdxl": {},
@@ -542,6 +554,7 @@ CALL = {
     "qwen-image": {},
     "hunyuan-image": {},
     "klein": {"max_sequence_length": T5_LENGTH},
+    "flux-2": {"max_sequence_length": T5_LENGTH},
 }
 
 

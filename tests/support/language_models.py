@@ -4,6 +4,10 @@ numbers wide.
 """
 
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -26,6 +30,15 @@ TEMPLATES = (
     "user system assistant Describe the image by detailing color shape size texture quantity text spatial "
     "relationships of objects and background"
 )
+SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object attribution and actions without speculation."
+)
+INSTRUCT = (
+    "{{ '<s>' }}{% for message in messages %}{% set name = 'INST' if message['role'] == 'user' else "
+    "'SYSTEM_PROMPT' %}{{ '[' + name + ']' + message['content'][0]['text'] + '[/' + name + ']' }}{% endfor %}"
+)
+MARKS = "[INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [IMG] [IMG_BREAK] [IMG_END]"
 
 
 def spelled(word, merges):
@@ -60,6 +73,15 @@ def qwen_tokenizer():
     return tokenizer
 
 
+def mistral_processor():
+    """Pads on the left, and begins with a token that its template writes."""
+    words = [word.strip(".,") for word in SYSTEM.split()]
+    vocab, merges = byte_level(dict.fromkeys([*words, *WORDS.split()]))
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, padding_side="left")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": MARKS.split()})
+    return PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=INSTRUCT)
+
+
 def sizes(tokenizer, width, layers=3):
     return {
         "vocab_size": len(tokenizer),
@@ -84,3 +106,11 @@ def qwen_vl(tokenizer, width=64, layers=3):
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": width})
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def mistral(processor, width=48, layers=31):
+    text = {"model_type": "mistral", **sizes(processor.tokenizer, width, layers), "head_dim": 16}
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 8}
+    config = Mistral3Config(text_config=text, vision_config=vision)
+    return Mistral3ForConditionalGeneration(config).eval()
