@@ -59,8 +59,8 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
     if len(denoisers) > 1:
         raise SiteNotFoundError(
             f"{type(pipe).__name__} has {len(denoisers)} denoisers, and an edit of one would leave the "
-            "concept in the others. Erase from a pipeline with one of them, then from one with the other; they "
-            "are edited in place, and `save_pretrained` of the pipeline that has both writes both."
+            "concept in the others. Erase from a pipeline with one of them, then from one with the other; "
+            "both are edited in place, and `save_pretrained` of the pipeline that has them writes both."
         )
     if not denoisers:
         raise SiteNotFoundError(_unsupported(pipe, modules))
