@@ -139,6 +139,15 @@ def _find_z_image(transformer: nn.Module) -> dict[str, Reader]:
     return _find("cap_embedder.1")(transformer)
 
 
+def _find_wan(transformer: nn.Module) -> dict[str, Reader]:
+    if transformer.config.added_kv_proj_dim is not None:
+        raise SiteNotFoundError(
+            "This transformer of Wan 2.1 also reads a picture beside the prompt, which is not supported yet. "
+            "Use one that reads text alone: text-to-video, or image-to-video of Wan 2.2."
+        )
+    return _find("condition_embedder.text_embedder.linear_1")(transformer)
+
+
 def _fixed_latent(model: nn.Module, *shape: int, batch: int) -> Tensor:
     """The same noise for every sample of the batch."""
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).expand(batch, *shape)
@@ -324,9 +333,7 @@ FAMILIES = {
     ("Flux2Transformer2DModel", None): Family(
         "FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2
     ),
-    ("WanTransformer3DModel", None): Family(
-        "Wan 2.1", _find("condition_embedder.text_embedder.linear_1"), _call_wan, text=WAN
-    ),
+    ("WanTransformer3DModel", None): Family("Wan 2.1", _find_wan, _call_wan, text=WAN),
     ("ChromaTransformer2DModel", None): Family(
         "Chroma", _find("context_embedder"), _call_chroma, text=CHROMA
     ),

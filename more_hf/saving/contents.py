@@ -24,6 +24,7 @@ CONFIGS = frozenset(
         "config.json",
         "generation_config.json",
         "scheduler_config.json",
+        "guider_config.json",
         # processors
         "preprocessor_config.json",
         "processor_config.json",
@@ -44,7 +45,7 @@ CONFIGS = frozenset(
 )
 NAME = re.compile(r"[A-Za-z]\w*")  # of a component, which is its folder's
 # Classes of components without weights have one of these in their names.
-WEIGHTLESS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler$")
+WEIGHTLESS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler$|Guidance$")
 
 # What people keep next to a model, which no loader reads.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")

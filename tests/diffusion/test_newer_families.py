@@ -299,6 +299,18 @@ def test_two_transformers_are_erased_one_after_the_other(wan_2_2):
     assert left[1] < 1e-3
 
 
+PICTURES = {"wan": {"image_dim": 8, "added_kv_proj_dim": 24}, "z-image": {"siglip_feat_dim": 8}}
+
+
+@pytest.mark.parametrize("family", PICTURES)
+def test_a_transformer_that_also_reads_pictures_is_refused(originals, family):
+    pipe = copy.deepcopy(originals[family])
+    config = {**pipe.transformer.config, **PICTURES[family]}
+    pipe.register_modules(transformer=type(pipe.transformer).from_config(config))
+    with pytest.raises(more_hf.SiteNotFoundError, match="also reads .*picture"):
+        erase(pipe)
+
+
 def test_a_name_inside_a_sentence_is_found_by_its_characters(originals):
     """A byte-level tokenizer spells a name with a space in front of it, or joined to a bracket."""
     encoder = more_hf.diffusion.encoder.Encoder(originals["z-image"])

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from support.families import build, shorten
+from support.families import BUILDERS, build, shorten
 from support.hub import BASE, REVISION, card_of, erase
 from torch.utils.data import DataLoader
 
@@ -367,7 +367,7 @@ def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize("family", BUILDERS)
 def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
     shorten(monkeypatch)
     pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")

@@ -39,6 +39,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.guiders import AdaptiveProjectedMixGuidance
 from transformers import (
     ByT5Tokenizer,
     CLIPTextConfig,
@@ -57,6 +58,7 @@ from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
 
 
 T5_LENGTH = 24  # of the prompts of these tests; `max_sequence_length` is an argument of every call
+SYSTEM_LENGTH = 48  # with a system message in front
 T5_WIDTH = 48
 LLM_WIDTH = 64
 LOUD = 2.0  # of the newer denoisers' weights
@@ -423,6 +425,7 @@ def tiny_hunyuan_image():
         text_encoder_2=T5EncoderModel(letters).eval(),
         tokenizer_2=ByT5Tokenizer(),
         transformer=stirred(transformer),
+        guider=AdaptiveProjectedMixGuidance(),
     )
 
 
@@ -495,10 +498,10 @@ SHORTENED = (
 )
 
 
-def shorten(monkeypatch, *classes, length=T5_LENGTH):
+def shorten(monkeypatch, *classes, length=None):
     """
-    Fewer ordinary prompts, and let `encode_prompt` and the call of pipelines that pad the prompt give it so
-    many positions by default, not 226 to 512.
+    Fewer ordinary prompts, and let `encode_prompt` of pipelines that pad the prompt give it so many positions
+    by default, not 226 to 512.
     """
     monkeypatch.setattr(
         "more_hf.diffusion.ordinary.everyday_prompts",
@@ -508,8 +511,9 @@ def shorten(monkeypatch, *classes, length=T5_LENGTH):
         encode = getattr(cls, "encode_prompt", None)
         if encode is None or "max_sequence_length" not in inspect.signature(encode).parameters:
             continue
+        short = length or (SYSTEM_LENGTH if cls is Flux2Pipeline else T5_LENGTH)
         defaults = [p for p in inspect.signature(encode).parameters.values() if p.default is not p.empty]
-        values = tuple(length if p.name == "max_sequence_length" else p.default for p in defaults)
+        values = tuple(short if p.name == "max_sequence_length" else p.default for p in defaults)
         monkeypatch.setattr(encode, "__defaults__", values)
 
 
@@ -554,7 +558,7 @@ CALL = {
     "qwen-image": {},
     "hunyuan-image": {},
     "klein": {"max_sequence_length": T5_LENGTH},
-    "flux-2": {"max_sequence_length": T5_LENGTH},
+    "flux-2": {"max_sequence_length": SYSTEM_LENGTH},
 }
 
 
