@@ -357,7 +357,10 @@ def fit_prototypes(
             ordinary = labels == ORDINARY
             if ordinary.any():
                 fitters[space].update_moment(features[rows[ordinary], positions[ordinary]])
-    return {space: fitter.prototypes for space, fitter in fitters.items()}
+    found = {space: fitter.prototypes for space, fitter in fitters.items()}
+    # padding that nothing was written into is zero, which no edit moves
+    zeros = [name for name in encoder.constant_spans() if not found["tokens"][name].any()]
+    return {**found, "tokens": found["tokens"].without(zeros)}
 
 
 def _progress(pipe: DiffusionPipeline, batches: range) -> tqdm:
