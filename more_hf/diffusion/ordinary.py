@@ -25,9 +25,9 @@ from torch import Tensor
 from ..core.files import replacing
 from ..core.prototypes import Prototypes
 from ..core.request import ConceptRequest
-from .encoder import fit_prototypes
-from .prompts import everyday_prompts, names_in
-from .sites import Denoiser
+from .encoder import WIDE, fit_prototypes
+from .prompts import TEMPLATES, everyday_prompts, names_in
+from .sites import Denoiser, text_of
 
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,15 @@ def with_ordinary_moment(
     """
     everyday = request.everyday or everyday_prompts(pipe.tokenizer)
     kept = [prompt for prompt in everyday if not any(names_in(prompt, name) for name in request.surfaces)]
+    if max(len(own.matrix) for own in prototypes.values()) >= WIDE:
+        # A thin Σ is the features themselves: nothing can be taken from it again, and the cache holds none.
+        for name in request.retain:
+            kept += [template.format(name) for template in request.templates or TEMPLATES]
+        found = {}
+        for space, here in fit_prototypes(pipe, (), "last", sigma_prompts=kept, denoiser=denoiser).items():
+            moment = {"second_moment": here.second_moment, "moment_count": here.moment_count}
+            found[space] = replace(prototypes[space], **moment)
+        return found
     left_out = [prompt for prompt in everyday if prompt not in set(kept)]
     if len(left_out) < len(kept):
         moments = everyday_moments(pipe, everyday, denoiser)
@@ -122,8 +131,11 @@ def _key(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) ->
     digest = hashlib.sha256()
     facts = [type(pipe).__name__, diffusers.__version__, transformers.__version__, *prompts]
     modules = {space: denoiser.module.get_submodule(name) for space, name in denoiser.family.norms.items()}
+    for segment in text_of(pipe, denoiser).segments:
+        facts += [] if segment.template is None else segment.template(pipe)
     for name, part in pipe.components.items():
         if name.startswith("tokenizer"):
+            part = getattr(part, "tokenizer", part)  # of a processor
             facts += [name, part.model_max_length, sorted(part.get_vocab().items())]
         elif name.startswith("text_encoder"):
             modules[name] = unwrap_module(part)

@@ -304,6 +304,7 @@ def test_two_transformers_are_erased_one_after_the_other(wan_2_2):
 def test_wide_features_have_a_thin_second_moment(originals, monkeypatch):
     dense = erase(copy.deepcopy(originals["qwen-image"]), solver="covariance")
     monkeypatch.setattr("more_hf.diffusion.encoder.WIDE", 8)
+    monkeypatch.setattr("more_hf.diffusion.ordinary.WIDE", 8)
     thin = erase(copy.deepcopy(originals["qwen-image"]), solver="covariance")
     moments = [more_hf.get_erasure(pipe).remap.prototypes.second_moment for pipe in (dense, thin)]
     assert [isinstance(moment, ThinMoment) for moment in moments] == [False, True]
