@@ -10,6 +10,7 @@ from torch import nn
 
 import more_hf
 from more_hf.core.site import Site
+from more_hf.diffusion import ordinary
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +72,7 @@ CONCEPTS = ("van gogh", "pablo picasso", "andy warhol")
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_pipeline(tiny_sd, monkeypatch, seed):
-    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+    monkeypatch.setattr(ordinary, "everyday_prompts", lambda tokenizer: ("a dog and a tree",))
     pipe = tiny_sd()
     original = state(pipe.unet)
 
@@ -110,7 +111,7 @@ def test_classifier(seed):
 
 
 def test_all_that_is_erased_at_once_is_erased(tiny_sd, monkeypatch):
-    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+    monkeypatch.setattr(ordinary, "everyday_prompts", lambda tokenizer: ("a dog and a tree",))
     pipe = tiny_sd()
     options = {"remap_to": "claude monet", "solver": "pinv", "tokens": "last"}
     at_once([lambda concept=concept: more_hf.erase_concept(pipe, concept, **options) for concept in CONCEPTS])
@@ -133,7 +134,7 @@ def test_an_erasure_waits_for_the_other(tiny_sd, monkeypatch):
             go_on.wait(0.3)
 
     monkeypatch.setattr(Site, "write", write)
-    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+    monkeypatch.setattr(ordinary, "everyday_prompts", lambda tokenizer: ("a dog and a tree",))
     order = []
 
     def erase():
