@@ -17,29 +17,6 @@ from .errors import PrototypeError, shown
 from .request import read_integer, read_names
 
 
-@dataclass(frozen=True, eq=False)
-class ThinMoment:
-    """
-    The second moment Xᵀ X / n of fewer features than dimensions, kept as X: O(n d), never a d × d matrix.
-
-    Args:
-        rows (`Tensor`):
-            X, `(n, d)`, float64.
-    """
-
-    rows: Tensor
-
-    def __matmul__(self, z: Tensor) -> Tensor:
-        return self.rows.T @ (self.rows @ z) / len(self.rows)
-
-    def __rmatmul__(self, z: Tensor) -> Tensor:
-        return (z @ self.rows.T) @ self.rows / len(self.rows)
-
-    def trace(self) -> Tensor:
-        """The mean of ‖z‖²."""
-        return self.rows.square().sum() / len(self.rows)
-
-
 @dataclass(frozen=True)
 class Prototypes:
     """
@@ -52,9 +29,9 @@ class Prototypes:
             One unique name per column.
         counts (`Tensor`):
             `(num_prototypes,)`, int64, how many features each mean is over.
-        second_moment (`Tensor` or `ThinMoment`, *optional*):
+        second_moment (`Tensor`, *optional*):
             `(num_features, num_features)`, float64, the uncentred mean of z zᵀ over all features that the
-            fitter saw with `update_moment`. A thin one is neither merged nor saved.
+            fitter saw with `update_moment`.
         moment_count (`int`, *optional*, defaults to 0):
             How many features that mean is over.
 
@@ -71,7 +48,7 @@ class Prototypes:
     matrix: Tensor
     names: tuple[str, ...]
     counts: Tensor
-    second_moment: Tensor | ThinMoment | None = None
+    second_moment: Tensor | None = None
     moment_count: int = 0
 
     def index(self, name: str) -> int:
@@ -169,8 +146,6 @@ class PrototypeFitter:
             One unique name per prototype; label i belongs to `names[i]`.
         device (`torch.device` or `str`, *optional*):
             Where the totals are; `None` for the CPU.
-        thin (`bool`, *optional*, defaults to `False`):
-            Keep the features behind the second moment themselves as long as they are fewer than d.
 
     Example:
 
@@ -183,16 +158,7 @@ class PrototypeFitter:
                 [0., 2.]], dtype=torch.float64)
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        names: Iterable[str],
-        *,
-        device: torch.device | str | None = None,
-        thin: bool = False,
-    ):
-        self.thin = thin
-        self.rows: list[Tensor] = []  # (n, d) each, of a moment that is thin so far
+    def __init__(self, num_features: int, names: Iterable[str], *, device: torch.device | str | None = None):
         self.names = read_names("names", names)
         num_features = read_integer("num_features", num_features, range(1, 2**31))
         if len(set(self.names)) != len(self.names):
@@ -239,12 +205,8 @@ class PrototypeFitter:
         Add features `(..., d)` of any float dtype to the second moment alone. See `update` for what is
         raised.
         """
-        self.rows.append(self._rows(features))
-        if self.thin and not self.totals.moment_count and sum(map(len, self.rows)) < features.shape[-1]:
-            return self
-        for rows in self.rows:
-            self._add_moment(rows.T @ rows, len(rows))
-        self.rows.clear()
+        features = self._rows(features)
+        self._add_moment(features.T @ features, len(features))
         return self
 
     def add(self, prototypes: Prototypes) -> PrototypeFitter:
@@ -266,15 +228,12 @@ class PrototypeFitter:
                 f"No feature was seen for {', '.join(map(repr, empty))}, and a mean needs one. Add "
                 "a sample of each."
             )
-        second_moment = (moment / moment_count).cpu() if moment_count else None
-        if self.rows:
-            second_moment = ThinMoment(torch.cat(self.rows).cpu())
         return Prototypes(
             matrix=(sums / counts[:, None]).T.cpu().contiguous(),
             names=self.names,
             counts=counts.cpu().clone(),
-            second_moment=second_moment,
-            moment_count=int(moment_count) + sum(map(len, self.rows)),
+            second_moment=(moment / moment_count).cpu() if moment_count else None,
+            moment_count=int(moment_count),
         )
 
     def _rows(self, features: Tensor) -> Tensor:

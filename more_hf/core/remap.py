@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import PrototypeError, shown
 from .options import SOLVERS
-from .prototypes import Prototypes, ThinMoment
+from .prototypes import Prototypes
 from .request import check_choice, check_shrinkage, read_names
 
 
@@ -115,7 +115,7 @@ class Remap:
         columns = tuple(prototypes.index(name) for name in forget)
         # with columns of unit norm, whitened by Σ^(−1/2), the dual is a pseudo-inverse
         unit = prototypes.unit
-        whiten = _ThinRoot(unit[:, :0], unit[0, :0], 1.0)
+        whiten = torch.eye(len(P), dtype=P.dtype)
         if solver != "pinv":
             whiten = _inverse_root(prototypes, shrinkage)
         whitened = whiten @ unit
@@ -356,47 +356,18 @@ def _ridge(prototypes: Prototypes, count: int, softness: float) -> float:
     return float((count * softness / prototypes.second_moment.trace()).sqrt())
 
 
-def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor | _ThinRoot:
+def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor:
     """Σ^(−1/2), `(d, d)`, of the shrunk second moment."""
-    moment = prototypes.second_moment
-    if moment is None:
+    if prototypes.second_moment is None:
         raise PrototypeError(
             'solver="covariance" needs a second moment. Feed the fitter with `update_moment` too.'
         )
-    if isinstance(moment, ThinMoment):
-        _, roots, right = torch.linalg.svd(moment.rows / len(moment.rows) ** 0.5, full_matrices=False)
-        vectors, values, mean = right.T, roots.square(), moment.trace() / len(right.T)
-        smallest = shrinkage * mean  # of the directions that no feature has
-    else:
-        if not moment.isfinite().all():
-            raise PrototypeError("The second moment is not finite. Check the features that it was fitted on.")
-        values, vectors = torch.linalg.eigh(moment)
-        mean = values.mean()
-        smallest = values.clamp_min(0).min() + shrinkage * mean
-    if not smallest > 0:
+    if not prototypes.second_moment.isfinite().all():
+        raise PrototypeError("The second moment is not finite. Check the features that it was fitted on.")
+    values, vectors = torch.linalg.eigh(prototypes.second_moment)
+    shrunk = values.clamp_min(0) + shrinkage * values.mean()
+    if not shrunk.min() > 0:
         raise PrototypeError(
             "The second moment is singular, and nothing is added to it. Pass a larger `shrinkage`."
         )
-    shrunk = values.clamp_min(0) + shrinkage * mean
-    if isinstance(moment, ThinMoment):
-        return _ThinRoot(vectors, shrunk.rsqrt(), float(smallest.rsqrt()))
     return (vectors * shrunk.rsqrt()) @ vectors.T
-
-
-class _ThinRoot:
-    """
-    A symmetric `(d, d)` matrix that is never formed: orthonormal eigenvectors `(d, n)` with their values, and
-    one value for every direction besides.
-    """
-
-    def __init__(self, vectors: Tensor, values: Tensor, other: float):
-        self.vectors, self.values, self.other = vectors, values, other
-
-    def __matmul__(self, z: Tensor) -> Tensor:
-        inside = self.vectors.T @ z
-        outside = z - self.vectors @ inside
-        outside = outside - self.vectors @ (self.vectors.T @ outside)  # what rounding left of the inside
-        return self.other * outside + self.vectors @ (self.values[:, None] * inside)
-
-    def __rmatmul__(self, z: Tensor) -> Tensor:
-        return (self @ z.T).T

@@ -84,9 +84,10 @@ class HashRouter:
                 'is could tell samples apart. Choose router="random", or solver="covariance", which keeps '
                 "fewer prototypes exactly."
             )
+        complement = torch.eye(len(P), dtype=P.dtype) - P @ remap.dual
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=generator)
-        self.matrix, self.dual = P.to(device), remap.dual.to(device)
+        self.complement = complement.to(device)
         self.directions = directions.to(device)
         # not a fraction of ‖z‖, which experts change
         self.tiny = 1e-3 * float(P.norm(dim=0).median())
@@ -96,8 +97,7 @@ class HashRouter:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Experts `(batch,)`, int64, for features `(batch, tokens, d)` or `(batch, d)`."""
-        feature = _sample_feature(z.to(self.matrix))
-        unchanged = feature - feature @ self.dual.T @ self.matrix.T
+        unchanged = _sample_feature(z.to(self.complement)) @ self.complement.T
         experts = (unchanged @ self.directions.T).argmax(1)
         return experts.where(unchanged.norm(dim=1) > self.tiny, 0)
 

@@ -38,7 +38,6 @@ BEGIN, EMPTY_POOLED, EMPTY_PADDING = "begin token", "empty prompt", "empty promp
 POOLED = "pooled"
 ORDINARY = -1  # the label of a feature that counts towards Σ and to no prototype
 DELAY = 2  # seconds after which a progress bar shows
-WIDE = 4096  # beyond this width Σ is kept thin where it can be: a dense one takes minutes and gigabytes
 BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, of so many positions; fewer where there are more
 
 
@@ -350,8 +349,7 @@ def fit_prototypes(
             features = features[:, None] if space == "pooled" else features
             if space not in fitters:
                 width, device = features.shape[-1], features.device
-                thin = width > WIDE
-                fitters[space] = PrototypeFitter(width, plans[space].names, device=device, thin=thin)
+                fitters[space] = PrototypeFitter(width, plans[space].names, device=device)
             rows, positions, labels = plans[space].entries(batch).to(features.device).T
             fitters[space].update(features[rows, positions], labels)  # which leaves ORDINARY out
             ordinary = labels == ORDINARY

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..core.files import replacing
 from ..core.prototypes import Prototypes
 from ..core.request import ConceptRequest
-from .encoder import WIDE, fit_prototypes
-from .prompts import TEMPLATES, everyday_prompts, names_in
+from .encoder import fit_prototypes
+from .prompts import everyday_prompts, names_in
 from .sites import Denoiser, text_of
 
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CACHE = Path(constants.HF_HOME) / "more_hf"
 SAMPLED = 4096  # values of each tensor that tell one text encoder from another
+WIDEST = 4096  # features; the file of a wider Σ would have gigabytes
 
 
 class Moment(NamedTuple):
@@ -52,15 +53,6 @@ def with_ordinary_moment(
     """
     everyday = request.everyday or everyday_prompts(pipe.tokenizer)
     kept = [prompt for prompt in everyday if not any(names_in(prompt, name) for name in request.surfaces)]
-    if max(len(own.matrix) for own in prototypes.values()) > WIDE:
-        # A thin Σ is the features themselves: nothing can be taken from it again, and the cache holds none.
-        for name in request.retain:
-            kept += [template.format(name) for template in request.templates or TEMPLATES]
-        found = {}
-        for space, here in fit_prototypes(pipe, (), "last", sigma_prompts=kept, denoiser=denoiser).items():
-            moment = {"second_moment": here.second_moment, "moment_count": here.moment_count}
-            found[space] = replace(prototypes[space], **moment)
-        return found
     left_out = [prompt for prompt in everyday if prompt not in set(kept)]
     if len(left_out) < len(kept):
         moments = everyday_moments(pipe, everyday, denoiser)
@@ -102,12 +94,13 @@ def everyday_moments(
     except (OSError, SafetensorError):  # nobody asked before, or the file is damaged
         logger.info("Everyday prompts go through the text encoder, once: %s is not there yet", path)
     moments = compute_moments(pipe, prompts, denoiser)
-    tensors = {space: moment.total for space, moment in moments.items()}
-    try:
-        with replacing(path) as draft:
-            save_file(tensors, draft, {space: str(moment.count) for space, moment in moments.items()})
-    except OSError as error:
-        logger.warning("Everyday prompts will go through the text encoder again next time: %s", error)
+    if max(len(moment.total) for moment in moments.values()) <= WIDEST:
+        tensors = {space: moment.total for space, moment in moments.items()}
+        try:
+            with replacing(path) as draft:
+                save_file(tensors, draft, {space: str(moment.count) for space, moment in moments.items()})
+        except OSError as error:
+            logger.warning("Everyday prompts will go through the text encoder again next time: %s", error)
     return moments
 
 
