@@ -59,7 +59,7 @@ def add_to(benches) -> None:
         metavar="A,B",
         help=f"your own as MODULE:FUNCTION ({CLASS_METHODS}; of pipelines {PICTURE_METHODS})",
     )
-    add("--attacks", metavar="A,B", help=f"of {', '.join(ATTACKS)} (all)")
+    add("--attacks", metavar="A,B", help=f"of {', '.join(ATTACKS)} (all but membership)")
     add(
         "--forget",
         nargs="+",
@@ -108,7 +108,8 @@ def add_to(benches) -> None:
 def _bench_attacks(args: argparse.Namespace) -> int:
     of_pictures = args.prompts is not None or EMOJI_SD in args.model
     known = attacks_of("pictures" if of_pictures else "classes")
-    attacks = list(known) if args.attacks is None else args.attacks.split(",")
+    usual = [name for name, attack in known.items() if not attack.on_request]
+    attacks = usual if args.attacks is None else args.attacks.split(",")
     refuse_unknown(attacks, known, what=f"attack on {'pipelines' if of_pictures else 'classifiers'}")
     for model in args.model:
         refuse_missing_model(model)

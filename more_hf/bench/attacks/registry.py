@@ -28,12 +28,14 @@ class Attack:
             what the attacker has beside it, and settings that all have defaults; it yields `Result`s.
         of (`str`): the victims: classifiers, which forgot `"classes"`, or pipelines, which draw `"pictures"`.
         access (`str`): what the attacker needs, in the words of the tables.
+        on_request (`bool`): whether it trains so much that it is run only where it is named.
     """
 
     name: str
     place: str
     of: Kind
     access: str
+    on_request: bool = False
 
     def load(self) -> Callable[..., Iterator[Result]]:
         """Import the function."""
@@ -72,7 +74,13 @@ _ATTACKS = (
     Attack("layers", ".classes.layers:layers", of="classes", access="weights, labelled images"),
     Attack("ridge", ".classes.layers:ridge", of="classes", access="the original, remaining images"),
     Attack("similarity", ".classes.similarity:similarity", of="classes", access="features, Retrain"),
-    Attack("membership", ".classes.membership:membership", of="classes", access="logits, shadow models"),
+    Attack(
+        "membership",
+        ".classes.membership:membership",
+        of="classes",
+        access="logits, shadow models",
+        on_request=True,
+    ),
     *_PICTURES,
 )
 

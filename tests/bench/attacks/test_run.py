@@ -98,6 +98,23 @@ def test_wrong_words_are_refused_before_anything_is_loaded(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_trains_many_models_is_run_on_request_only(monkeypatch, tmp_path):
+    asked = []
+
+    def run(dataset, models, methods, attacks, *others, **options):
+        asked.append(attacks)
+        return []
+
+    monkeypatch.setattr("more_hf.bench.attacks.classes.run.run_class_attacks", run)
+    monkeypatch.setattr("more_hf.bench.attacks.tables.short_markdown", lambda summary: "")
+    command = ["bench", "attacks", "--model", "digits-vit", "--forget", "3", "--output", str(tmp_path)]
+    assert main(command) == 0
+    assert main([*command, "--attacks", "membership"]) == 0
+    assert "probes" in asked[0]
+    assert "membership" not in asked[0]
+    assert asked[1] == ["membership"]
+
+
 def test_every_attack_can_be_called_without_settings():
     for attack in ATTACKS.values():
         assert callable(attack.load())
