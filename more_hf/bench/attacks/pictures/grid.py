@@ -31,7 +31,7 @@ def write_grids(output: Path) -> None:
             blocks.append(draw_grid(rows, title=form.replace("_", ": ", 1).replace("_", " ")))
         if blocks:
             with replacing(output / f"{concept.lower().replace(' ', '-')}.png") as draft:
-                stack(blocks).save(draft, "png")
+                stack(blocks).quantize(256).save(draft, "png")  # an eighth of the bytes
 
 
 def _last_of_each(folder: Path) -> dict[str, Path]:
