@@ -164,7 +164,8 @@ def disabled(model: Any) -> Iterator[Any]:
             erasure = get_erasure(model)
             if erasure is None:
                 raise MoreError(
-                    f"Nothing was erased from this {type(model).__name__}, so there is nothing to disable."
+                    f"Nothing was erased from this {type(model).__name__}, so there is nothing to disable. "
+                    "Erase first, or call the model as it is."
                 )
             kind.check_in_place(model)
             stack.enter_context(original_shown(erasure))

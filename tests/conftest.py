@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import hypothesis
 import pytest
 import torch
+from support.compare import state
 from support.pipelines import build_tiny_sd
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -115,7 +116,7 @@ def saved_once(tmp_path_factory):
     from support.hub import erase
 
     pipe = build_tiny_sd()
-    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    original = state(pipe.unet)
     return more_hf.save(
         erase(pipe, router="random"), tmp_path_factory.mktemp("saved") / "erased", include_delta=True
     ), original

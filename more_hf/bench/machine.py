@@ -32,12 +32,26 @@ PACKAGES = (
 )
 
 
-def processes() -> PartialState:
+def processes(device: torch.device | None = None) -> PartialState:
     """
     Return accelerate's state of this process, among those that `accelerate launch` or `torchrun` started.
+
+    Args:
+        device (`torch.device`, *optional*):
+            Where this process and whatever asks accelerate later computes. By default accelerate decides.
+
+    Raises:
+        `ValueError`: there are several processes, whose devices accelerate alone hands out.
     """
     # Where there is an accelerator, several processes run on CPUs only if the launcher says so.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    )
+    if device is not None:
+        if state.num_processes > 1:
+            raise ValueError(f"{state.num_processes} processes cannot share {device}. Leave `--device` out.")
+        state.device = device
+    return state
 
 
 def describe(state: PartialState) -> str:

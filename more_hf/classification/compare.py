@@ -166,7 +166,10 @@ def compare(
     found = torch.cat(labels)
     if found.max() >= len(names):
         highest = int(found.max())
-        raise PrototypeError(f"An image has the label {highest}, and the model has {len(names)} classes.")
+        raise PrototypeError(
+            f"An image has the label {highest}, and the model has {len(names)} classes. Pass data of these "
+            "classes."
+        )
     percent = {when: _percent(found, torch.cat(parts), len(names)) for when, parts in hits.items() if parts}
     before = percent.get("before", [None] * len(names))
     counts = torch.bincount(found[found >= 0], minlength=len(names)).tolist()

@@ -170,7 +170,8 @@ def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = 
         erasure = require_editable(plain)
         if erasure is None:
             raise MoreError(
-                f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore."
+                f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore. Call "
+                "on the model that `erase_classes` returned."
             )
         names = class_names(plain, erasure.facts.num_classes)
         dropped = erasure.concepts

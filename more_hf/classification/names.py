@@ -27,7 +27,7 @@ def find_class(names: Sequence[str], wanted: str | int) -> str:
     if isinstance(wanted, Integral):
         if not 0 <= wanted < len(names):
             raise PrototypeError(
-                f"There is no class {shown(wanted)}: the model has the {len(names)} classes 0 to "
+                f"There is no class {shown(wanted)}. Choose one of the model's {len(names)} classes, 0 to "
                 f"{len(names) - 1}."
             )
         return names[wanted]

@@ -1,13 +1,13 @@
 """`more-hf bench artists`: the benchmark of text-to-image pipelines."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from more_hf.bench.artists.kinds import KINDS
 from more_hf.bench.methods.registry import DIFFUSION, diffusion_groups
 from more_hf.core.options import ROUTERS, TOKENS
 
+from .checkpoint import add_device, start_processes
 from .options import (
     DTYPES,
     EMOJI_SD,
@@ -26,8 +26,6 @@ from .options import (
 
 
 CLIP = ("ViT-L-14", "openai")
-logger = logging.getLogger(__name__)
-
 PASSED_ON = ("num_experts", "router", "solver", "tokens", "seed")  # to the methods that take them
 
 
@@ -57,6 +55,7 @@ def add_to(benches) -> None:
     )
     add(
         "--forget",
+        "--concept",
         nargs="+",
         action="extend",
         metavar="NAME",
@@ -121,6 +120,7 @@ def add_to(benches) -> None:
     add("--guidance", type=float, help=f"classifier-free guidance (4 for {EMOJI_SD}, else 7.5)")
     add("--batch_size", type=positive, default=16, help="images per call; does not change them (16)")
     add("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    add_device(parser, "accelerate's choice")
     add(
         "--judges",
         choices=("emoji", "clip", "none"),
@@ -180,10 +180,8 @@ def _bench_artists(args: argparse.Namespace) -> int:
     import more_hf
     from more_hf.bench.artists.run import EMOJI, FIELD, run_artists
     from more_hf.bench.artists.tables import short_markdown
-    from more_hf.bench.machine import describe, processes
 
-    state = processes()
-    logger.info("%s", describe(state))
+    state = start_processes(args.device)
     dtype = getattr(torch, args.dtype)
     if emoji:
         pipe, protocol = more_hf.load_emoji_sd(dtype=dtype), EMOJI

@@ -8,6 +8,7 @@ from more_hf.bench.classes import DATASETS
 from more_hf.bench.methods.registry import CLASSIFICATION, classification_groups
 from more_hf.core.options import EXACT_SOLVERS
 
+from .checkpoint import add_device, start_processes
 from .options import (
     SEVERAL_PROCESSES,
     add_command,
@@ -57,6 +58,7 @@ def add_to(benches) -> None:
     )
     add(
         "--forget",
+        "--concept",
         nargs="+",
         action="extend",
         required=True,
@@ -89,6 +91,7 @@ def add_to(benches) -> None:
     add_solver(parser, EXACT_SOLVERS)
     add("--settings", type=Path, metavar="FILE", help="JSON file of the arguments of each method")
     add("--models", type=Path, metavar="DIR", help="folder of trained classifiers (models in --output)")
+    add_device(parser, "accelerate's choice")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and plots")
 
 
@@ -109,10 +112,8 @@ def _bench_classes(args: argparse.Namespace) -> int:
     from more_hf.bench.classes import run as classes_run
     from more_hf.bench.classes import samples as samples_run
     from more_hf.bench.classes import tables
-    from more_hf.bench.machine import describe, processes
 
-    state = processes()
-    logger.info("%s", describe(state))
+    state = start_processes(args.device)
     settings = {"num_experts": args.num_experts, "solver": args.solver}
     options = {
         "output": args.output,

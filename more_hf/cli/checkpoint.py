@@ -20,6 +20,7 @@ from .options import DTYPES, EMOJI_SD
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
     from diffusers import DiffusionPipeline
 
 
@@ -51,11 +52,14 @@ class Checkpoint:
     parts: dict[str, str]
 
 
+def add_device(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--device", metavar="DEVICE", help=f"cpu, cuda, cuda:1, mps, ... ({default})")
+
+
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """Where a pipeline is computed; `place` reads it."""
-    add = parser.add_argument
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, ... (cuda where there is one, else cpu)")
-    add(
+    add_device(parser, "cuda where there is one, else cpu")
+    parser.add_argument(
         "--offload",
         choices=OFFLOADS,
         default="none",
@@ -209,6 +213,15 @@ def find_device(name: str | None, offload: str) -> torch.device:
     if offload != "none" and device.type == "cpu":
         raise ValueError(f"`--offload {offload}` spares a device's memory, but the device is the CPU.")
     return device
+
+
+def start_processes(device: str | None) -> PartialState:
+    """accelerate's state of this process, on the device that `--device` names; says what it runs in."""
+    from more_hf.bench.machine import describe, processes
+
+    state = processes(None if device is None else find_device(device, "none"))
+    logger.info("%s", describe(state))
+    return state
 
 
 def place(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:

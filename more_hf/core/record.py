@@ -90,7 +90,8 @@ class Record:
         path = folder / RECORD
         if not path.is_file():
             raise MoreError(
-                f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so nothing vouches for it."
+                f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so nothing vouches for it: "
+                "save the erased model again."
             )
         try:
             if path.stat().st_size > LARGEST:

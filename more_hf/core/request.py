@@ -103,9 +103,9 @@ class Request:
             `PrototypeError`: a mandatory key is missing, or a value has the wrong type.
         """
         if not isinstance(data, Mapping):
-            raise PrototypeError(f"A request is a mapping, got {type(data).__name__}.")
+            raise PrototypeError(f"A request must be a mapping, got {type(data).__name__}.")
         if missing := [name for name in ("concepts", "remap_to") if name not in data]:
-            raise PrototypeError(f"The request lacks {missing[0]!r}.")
+            raise PrototypeError(f"The request lacks {missing[0]!r}. Add it.")
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         known["concepts"] = read_mapping("concepts", data["concepts"], read_names)
         known["remap_to"] = read_mapping("remap_to", data["remap_to"], cls.read_targets)
@@ -238,7 +238,7 @@ class ClassRequest(Request):
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """See `Request.from_dict`."""
         if "head" not in data:
-            raise PrototypeError("The request lacks 'head'.")
+            raise PrototypeError("The request lacks 'head'. Add it.")
         return super().from_dict({**data, "head": read_names("head", data["head"])})
 
     @classmethod

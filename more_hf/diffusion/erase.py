@@ -168,7 +168,10 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
     with locked(denoiser.module):
         erasure = require_editable(denoiser.module)
         if erasure is None:
-            raise MoreError("Nothing was erased from this pipeline, so there is nothing to restore.")
+            raise MoreError(
+                "Nothing was erased from this pipeline, so there is nothing to restore. Call on the pipeline "
+                "that `erase_concept` returned."
+            )
         check_in_place(pipe)
         names = erasure.concepts if concepts is None else read_names("concepts", concepts)
         if not names:

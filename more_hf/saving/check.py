@@ -305,7 +305,10 @@ def _denoiser_in(folder: Path, record: Record, contents: Contents) -> Denoiser:
             module = cls.from_config(cls.load_config(place))
         family = family_of(module)
         if family is None:
-            raise SiteNotFoundError(f"{cls.__name__} is not a denoiser of a supported family.")
+            raise SiteNotFoundError(
+                f"{cls.__name__} is not a denoiser of a supported family. Register its family first, as when "
+                "the concept was erased."
+            )
         for name in family.norms.values():
             norm = module.get_submodule(name)
             norm.load_state_dict(_tensors_of(folder, record, contents, f"{name}."), assign=True)

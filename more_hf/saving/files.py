@@ -52,7 +52,9 @@ def reading(place: object) -> Iterator[None]:
     except PASSED_ON:
         raise
     except Exception as error:
-        raise IncompatibleBaseError(f"{place} cannot be read ({type(error).__name__}: {error}).") from error
+        raise IncompatibleBaseError(
+            f"{place} cannot be read ({type(error).__name__}: {error}). Save or download it again."
+        ) from error
 
 
 @contextmanager
@@ -68,7 +70,10 @@ def writing(place: object) -> Iterator[None]:
     except PASSED_ON:
         raise
     except Exception as error:
-        raise ExportError(f"{place} could not be written ({type(error).__name__}: {error}).") from error
+        raise ExportError(
+            f"{place} could not be written ({type(error).__name__}: {error}). Choose another place, or make "
+            "room there."
+        ) from error
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

@@ -268,7 +268,8 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
     record = Record.read(folder)
     if (variant := kwargs.pop("variant", record.variant)) != record.variant:
         raise IncompatibleBaseError(
-            f"The record in {folder} is of the files of variant {record.variant!r}, not {variant!r}."
+            f"The record in {folder} is of the files of variant {record.variant!r}, not {variant!r}. Leave "
+            "`variant` out."
         )
     with reading(source):
         opened = load_classifier if record.kind == "classifier" else _load_pipeline
@@ -285,7 +286,7 @@ def _load_pipeline(
     if denoiser.name != record.denoiser or shapes != record.sites:
         raise IncompatibleBaseError(
             f"The record in {folder} is of a model with other layers ({len(record.sites)}, here "
-            f"{len(shapes)})."
+            f"{len(shapes)}). Save the erased model again."
         )
     require_saved_weights(folder, record)
     erasure = ConceptErasure(

@@ -213,7 +213,8 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
         )
     if expert is not None and expert not in range(erasure.remap.num_experts):
         raise ExportError(
-            f"There is no expert {expert}. This erasure has {erasure.remap.num_experts}, counted from 0."
+            f"There is no expert {expert}. Choose one of the {erasure.remap.num_experts} of this erasure, "
+            "counted from 0, or leave `expert` out for their mean."
         )
     factors, limit = {}, TOLERANCE * torch.finfo(dtype).eps
     for name, weight in erasure.originals.items():
@@ -226,7 +227,7 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
         size, error = float(delta.norm()), float((rounded_B.double() @ rounded_A.double() - delta).norm())
         if not error <= limit * size:
             remedy = (
-                "The layer's weights are out of its range"
+                "The layer's weights are out of its range: save them with `more_hf.save` instead"
                 if dtype is torch.float32
                 else "Pass dtype=torch.float32"
             )

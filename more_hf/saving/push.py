@@ -174,7 +174,7 @@ def _copy_checked(
     if not verification:
         raise ExportError(
             f"{source} does not hold the erased model that its {RECORD} describes ({verification.failures}). "
-            "Nothing was pushed."
+            "Nothing was pushed. Save the erased model again."
         )
     if not include_delta:
         (folder / DELTA).unlink(missing_ok=True)

@@ -223,7 +223,8 @@ def save_checkpoint(
     file = path_of("file", file)
     if file.suffix != ".safetensors":
         raise ExportError(
-            f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code."
+            f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code. "
+            "Name it so."
         )
     if dtype not in EDITABLE:
         raise ExportError(f"`dtype` must be one of {', '.join(map(str, EDITABLE))}, got {dtype!r}.")

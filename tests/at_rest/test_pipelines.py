@@ -16,13 +16,12 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
-from support.pipelines import random_ip_adapter
+from support.compare import state
+from support.pipelines import TARGETS, erase, random_ip_adapter
 
 import more_hf
 
 
-FORGET = "van gogh"
-TARGETS = ["claude monet", "johannes vermeer"]
 CPU = torch.device("cpu")
 # One attention that reads text, so that tracing is quick.
 ONE_ATTENTION = {
@@ -77,10 +76,6 @@ def assert_erased_until_restored(pipe, original, text):
     assert_erased(pipe.unet, original.unet, text)
     more_hf.restore(pipe)
     assert_same(pipe.unet, original.unet, text)
-
-
-def erase(pipe, **kwargs):
-    return more_hf.erase_concept(pipe, FORGET, **{"remap_to": TARGETS, **kwargs})
 
 
 @pytest.fixture
@@ -235,7 +230,7 @@ class Transfers(dict):
 def test_sequential_offload_with_real_transfers(pipe, original, when):
     if when == "after":
         erase(pipe)
-    weights = Transfers({key: value.clone() for key, value in pipe.unet.state_dict().items()})
+    weights = Transfers(state(pipe.unet))
     cpu_offload(pipe.unet, CPU, state_dict=weights)
     if when == "before":
         erase(pipe)
@@ -249,7 +244,7 @@ def test_sequential_offload_with_real_transfers(pipe, original, when):
 def test_sequential_offload_control(pipe, original):
     erased = erase(copy.deepcopy(pipe))
     text, remap = texts(erased), more_hf.get_erasure(erased).remap
-    weights = Transfers({key: value.clone() for key, value in pipe.unet.state_dict().items()})
+    weights = Transfers(state(pipe.unet))
     cpu_offload(pipe.unet, CPU, state_dict=weights)
 
     for name, module in pipe.unet.named_modules():

@@ -3,7 +3,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
+from more_hf.bench.machine import processes
 from more_hf.bench.run import (
     BenchmarkConfig,
     BenchmarkError,
@@ -92,3 +94,12 @@ def test_settings_that_nobody_takes_are_refused():
     for name in ("pipe", "seed"):
         with pytest.raises(BenchmarkError, match=f"m takes no `{name}`. It takes lamb, scale"):
             refuse_unused_settings({"m": method}, {}, {"m": {name: 1}}, without=["seed"])
+
+
+def test_a_device_of_ones_choice_holds_for_the_whole_process():
+    own = processes().device
+    try:
+        assert processes(torch.device("meta")).device.type == "meta" != own.type
+        assert processes().device.type == "meta"
+    finally:
+        processes(own)

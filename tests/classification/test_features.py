@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from support.compare import same, state
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -125,17 +126,17 @@ def test_negative_labels_are_left_out(model, data):
 def test_the_model_is_as_it_was(model, data):
     model.train()
     model.resnet.embedder.eval()  # a part that the user froze
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state(model)
     flags = [module.training for module in model.modules()]
     more_hf.collect_prototypes(model, DataLoader(data, batch_size=64))
 
     assert "resnet.encoder.stages.0.layers.0.layer.0.normalization.running_mean" in before
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert same(model, before)
     assert [module.training for module in model.modules()] == flags
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
     model(data.tensors[0])  # the control: a pass in train mode overwrites BatchNorm's statistics
-    assert not all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not same(model, before)
 
 
 def test_the_mode_is_set_once_for_all_batches(model, data, monkeypatch):

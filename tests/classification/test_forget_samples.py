@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.compare import changed, same, state
 from torch import nn
 
 import more_hf
@@ -36,15 +37,14 @@ def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
     W E with the textbook's E, and nothing else changed; the backbone's features, and so the means, stay.
     """
     model = load_classifier(name)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = state(model)
     P_f, P_r = means(model, splits)
     report = forget_samples(model, splits.f.loader(100), splits.r.loader(500))
     E = torch.eye(len(P_f), dtype=torch.float64) - P_f @ torch.linalg.pinv(P_f) + P_r @ torch.linalg.pinv(P_f)
     torch.testing.assert_close(
         model.classifier.weight, (before["classifier.weight"].double() @ E).float(), rtol=1e-4, atol=1e-6
     )
-    changed = [key for key, tensor in model.state_dict().items() if not tensor.equal(before[key])]
-    assert changed == ["classifier.weight"]
+    assert changed(model, before) == {"classifier.weight"}
     W = model.classifier.weight.detach().double()
     original = before["classifier.weight"].double()
     apart = (original @ (P_f - P_r)).norm(dim=0)
@@ -56,7 +56,7 @@ def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
     right = accuracy(predict(model, digits.test), digits.test.labels)
     assert right > 95
     report.restore()
-    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+    assert same(model, before)
 
 
 def test_what_does_not_hold_is_said(splits):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from support.compare import same, state
 from torch import nn
 from transformers import (
     BeitConfig,
@@ -158,16 +159,16 @@ def test_looking_changes_nothing():
         ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=5)
     ).train()
     model.resnet.embedder.eval()  # as a frozen part would be
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state(model)
     flags = [module.training for module in model.modules()]
     find_heads(model, example_pixels(model))
 
     assert [module.training for module in model.modules()] == flags
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert same(model, before)
     assert not any(module._forward_hooks for module in model.modules())
 
     model.resnet(example_pixels(model))  # the control: one pass in train mode changes BatchNorm's statistics
-    assert not all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not same(model, before)
 
 
 class Own(nn.Module):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from support.compare import same, state
 from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
@@ -198,10 +199,10 @@ def test_a_models_router_is_trained_in_place(digits, cached, router):
         model, digits.train.loader(500), [FORGET], num_experts=8, router=router, solver="pinv"
     )
     erasure = more_hf.get_erasure(model)
-    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    weights = state(model)
     start = erasure.hook.router.weight.clone()
     training = train_router(model, digits.train.loader(500), learning_rate=1e-2, epochs=2)
-    assert all(tensor.equal(weights[key]) for key, tensor in model.state_dict().items())
+    assert same(model, weights)
     assert not start.equal(training.weight)
     # the same from cached features of the original model and its original head
     again = fit((erasure.remap, *cached[1:]), start, learning_rate=1e-2, epochs=2)

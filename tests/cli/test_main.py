@@ -156,6 +156,9 @@ def test_both_forms_of_a_model_and_of_what_to_forget():
             args = parse(form.format(command, rest).split())
             assert read_model(args) == "MODEL"
             assert vars(args).get("concept", vars(args).get("forget")) == ["a", "b"]
+    for command in ("demo", "bench artists --output out", "bench kd --output out"):
+        args = parse(f"{command} --concept a --forget b".split())
+        assert vars(args).get("concept", vars(args).get("forget")) == ["a", "b"]
 
 
 def test_a_class_that_a_folder_does_not_name_is_refused_before_anything_heavy(tmp_path):

@@ -5,14 +5,14 @@ import random
 
 import pytest
 import torch
+from support.compare import changed, same, state
+from support.pipelines import FORGET, TARGETS, erase
 
 import more_hf
 from more_hf.core.views import experts_forced
 from more_hf.diffusion.encoder import TOKENS, Encoder
 
 
-FORGET = "van gogh"
-TARGETS = ["claude monet", "johannes vermeer"]
 SITES = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
@@ -25,25 +25,6 @@ SITES = [
 ]
 # Of a weight after the edit and a refit: float64 inside, one rounding to the dtype at the end.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def erase(pipe, concepts=FORGET, **kwargs):
-    return more_hf.erase_concept(pipe, concepts, **{"remap_to": TARGETS, **kwargs})
-
-
-def state(pipe):
-    """A copy of every tensor of the pipeline."""
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {
-        f"{part}.{name}": value.clone()
-        for part, module in modules.items()
-        for name, value in module.state_dict().items()
-    }
-
-
-def same(pipe, before):
-    after = state(pipe)
-    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def close(pipe, other):
@@ -77,8 +58,7 @@ def test_edits_exactly_the_layers_that_read_text(tiny_sd, version):
     pipe = tiny_sd(version)
     before = state(pipe)
     assert erase(pipe) is pipe
-    changed = sorted(name for name, value in state(pipe).items() if not torch.equal(value, before[name]))
-    assert changed == [f"unet.{name}.weight" for name in SITES]
+    assert changed(pipe, before) == {f"unet.{name}.weight" for name in SITES}
     assert sorted(more_hf.get_erasure(pipe).sites) == SITES
 
 

@@ -1,19 +1,10 @@
 """Names that cannot be meant are refused before anything is touched; names that only look alike are not."""
 
 import pytest
-import torch
+from support.compare import same, state
 
 import more_hf
 from more_hf.diffusion.encoder import Encoder
-
-
-def weights(pipe):
-    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    return {
-        f"{part}.{name}": value.clone()
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
-    }
 
 
 WRONG = {
@@ -73,17 +64,17 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_names_leave_the_pipeline_untouched(tiny_sd, case):
     pipe, (arguments, message) = tiny_sd(), WRONG[case]
-    before = weights(pipe)
+    before = state(pipe)
     with pytest.raises(more_hf.PrototypeError, match=message):
         more_hf.erase_concept(pipe, **{"concepts": "van gogh", "remap_to": "claude monet", **arguments})
-    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+    assert same(pipe, before)
     assert more_hf.get_erasure(pipe) is None
     assert not pipe.unet._forward_pre_hooks
 
 
 def test_wrong_names_leave_an_earlier_erasure_in_force(tiny_sd):
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", remap_to="claude monet", router="random")
-    erasure, before = more_hf.get_erasure(pipe), weights(pipe)
+    erasure, before = more_hf.get_erasure(pipe), state(pipe)
     for concepts, remap_to in [
         ("claude monet", "johannes vermeer"),
         ("pablo picasso", "van gogh"),
@@ -93,7 +84,7 @@ def test_wrong_names_leave_an_earlier_erasure_in_force(tiny_sd):
             more_hf.erase_concept(pipe, concepts, remap_to=remap_to)
     assert more_hf.get_erasure(pipe) is erasure
     assert erasure.concepts == ["van gogh"]
-    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+    assert same(pipe, before)
 
 
 @pytest.mark.slow

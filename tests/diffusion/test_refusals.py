@@ -18,6 +18,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionAttnProcessor
+from support.pipelines import erase
 from torch import nn
 
 import more_hf
@@ -51,12 +52,6 @@ def changed(pipe, before):
     """Names of the tensors that differ from a snapshot."""
     after = snapshot(pipe)
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
-
-
-def erase(pipe, concept="van gogh", **kwargs):
-    return more_hf.erase_concept(
-        pipe, concept, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs}
-    )
 
 
 def random_lora(unet):

@@ -47,6 +47,7 @@ from diffusers import (
     StableDiffusionXLPAGPipeline,
     T2IAdapter,
 )
+from support.compare import same, state
 from support.families import T5_LENGTH, T5_WIDTH, build, embeds, shorten, t5_tokenizer, tiny_vae
 from support.pipelines import build_tiny_sd, random_ip_adapter
 from transformers import UMT5Config, UMT5EncoderModel
@@ -352,10 +353,10 @@ REFUSED = {
 def test_refuses(bases, make):
     pipe = make(bases)
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
+    before = [state(module) for module in modules]
     with pytest.raises(more_hf.SiteNotFoundError) as error:
         more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
     missing = [word for word in REFUSED[make] if word not in str(error.value)]
     assert not missing, f"{missing} not in: {error.value}"
-    for module, state in zip(modules, before, strict=True):
-        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    for module, as_it_was in zip(modules, before, strict=True):
+        assert same(module, as_it_was)

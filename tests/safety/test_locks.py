@@ -10,7 +10,6 @@ from torch import nn
 
 import more_hf
 from more_hf.core.site import Site
-from more_hf.diffusion import ordinary
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,6 +29,12 @@ def switch_often(monkeypatch):
         threading.Event().wait(0.001)
 
     monkeypatch.setattr(Site, "write", slow)
+
+
+@pytest.fixture
+def one_ordinary_prompt(monkeypatch):
+    prompts = ("a dog and a tree",)
+    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: prompts)
 
 
 def at_once(calls):
@@ -71,8 +76,7 @@ CONCEPTS = ("van gogh", "pablo picasso", "andy warhol")
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_pipeline(tiny_sd, monkeypatch, seed):
-    monkeypatch.setattr(ordinary, "everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+def test_pipeline(tiny_sd, one_ordinary_prompt, seed):
     pipe = tiny_sd()
     original = state(pipe.unet)
 
@@ -110,8 +114,7 @@ def test_classifier(seed):
     check(model, model, original)
 
 
-def test_all_that_is_erased_at_once_is_erased(tiny_sd, monkeypatch):
-    monkeypatch.setattr(ordinary, "everyday_prompts", lambda tokenizer: ("a dog and a tree",))
+def test_all_that_is_erased_at_once_is_erased(tiny_sd, one_ordinary_prompt):
     pipe = tiny_sd()
     options = {"remap_to": "claude monet", "solver": "pinv", "tokens": "last"}
     at_once([lambda concept=concept: more_hf.erase_concept(pipe, concept, **options) for concept in CONCEPTS])
@@ -120,7 +123,7 @@ def test_all_that_is_erased_at_once_is_erased(tiny_sd, monkeypatch):
     assert same(pipe.unet, state(together.unet))
 
 
-def test_an_erasure_waits_for_the_other(tiny_sd, monkeypatch):
+def test_an_erasure_waits_for_the_other(tiny_sd, one_ordinary_prompt, monkeypatch):
     """While one thread writes, `restore` of another one must not read what is half written."""
     pipe = tiny_sd()
     original = state(pipe.unet)
@@ -134,7 +137,6 @@ def test_an_erasure_waits_for_the_other(tiny_sd, monkeypatch):
             go_on.wait(0.3)
 
     monkeypatch.setattr(Site, "write", write)
-    monkeypatch.setattr(ordinary, "everyday_prompts", lambda tokenizer: ("a dog and a tree",))
     order = []
 
     def erase():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from support.compare import same
 
 import more_hf
 from more_hf.saving import folder as hub
@@ -64,7 +65,7 @@ def cache(saved_twice, tmp_path):
 
 def same_weights(pipe, folder):
     expected = load_file(folder / WEIGHTS)
-    return all(torch.equal(value, expected[name]) for name, value in pipe.unet.state_dict().items())
+    return same(pipe.unet, expected)
 
 
 @pytest.mark.parametrize(("revision", "which"), [(None, 0), ("other", 1), (SECOND, 1)])

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.compare import same, state
+from support.pipelines import TARGETS, erase
 
 import more_hf
 from more_hf.cli.main import main
@@ -18,7 +20,6 @@ from more_hf.core.request import ConceptRequest
 
 
 PROMPT = "a painting of a house by van gogh"
-TARGETS = ["claude monet", "johannes vermeer"]
 PEFT, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 # Rounding of the factors to half precision, in units of what the erasure changes; float32 is that of the
 # weights and of the run.
@@ -68,10 +69,6 @@ KOHYA_KEYS = [
     "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_v.lora_down.weight",
     "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_v.lora_up.weight",
 ]
-
-
-def erase(pipe, concepts="van gogh", **kwargs):
-    return more_hf.erase_concept(pipe, concepts, **{"remap_to": TARGETS, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -266,14 +263,14 @@ def test_names_dtypes_and_header(erased, tmp_path):
 
 
 def test_a_file_is_replaced_and_the_erased_pipeline_is_not_changed(erased, tmp_path):
-    state = {name: value.clone() for name, value in erased.unet.state_dict().items()}
+    before = state(erased.unet)
     file = tmp_path / "new" / "van_gogh.safetensors"
     assert more_hf.save_lora(erased, file, expert=0) == file
     first = file.read_bytes()
     more_hf.save_lora(erased, str(file))
     assert file.read_bytes() != first
     assert list(file.parent.iterdir()) == [file]
-    assert all(torch.equal(value, state[name]) for name, value in erased.unet.state_dict().items())
+    assert same(erased.unet, before)
 
 
 @pytest.mark.slow

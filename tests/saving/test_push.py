@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from support.compare import same, state
 from support.families import BUILDERS, build, shorten
 from support.hub import BASE, REVISION, card_of, erase
 from torch.utils.data import DataLoader
@@ -48,16 +49,14 @@ def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
     downloaded = hub.to_folder("me/erased", tmp_path / "downloaded_repo")
     assert more_hf.verify(downloaded).ok
     loaded = more_hf.load(downloaded)
-    assert all(
-        torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items()
-    )
+    assert same(loaded.unet, pipe.unet.state_dict())
     assert more_hf.get_erasure(loaded).request == more_hf.get_erasure(pipe).request
 
 
 @pytest.mark.slow
 def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
     pipe = erase(tiny_sd())
-    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    before = state(pipe.unet)
     more_hf.push_to_hub(more_hf.save(pipe, tmp_path / "erased"), "me/folder", api=hub)
     more_hf.push_to_hub(pipe, "me/pipeline", api=hub, commit_message="Without a style")
     assert hub.writes[-1] == ("upload_folder", "Without a style")
@@ -66,7 +65,7 @@ def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
         b"# folder", b"# pipeline"
     ) == pushed.pop("README.md")
     assert folder == pushed
-    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+    assert same(pipe.unet, before)
 
 
 def test_record_has_base_revision_and_rows(saved, tmp_path, hub):
@@ -260,7 +259,7 @@ def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
     pipe.push_to_hub("me/erased")
 
     pushed = load_file(tmp_path / "pushed" / WEIGHTS)
-    assert all(torch.equal(value, pushed[name]) for name, value in pipe.unet.state_dict().items())
+    assert same(pipe.unet, pushed)
     changed = {
         name for name, value in original.unet.state_dict().items() if not torch.equal(value, pushed[name])
     }

@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from support.compare import same, state
+from support.pipelines import erase
 
 import more_hf
 from more_hf.core.record import RECORD, Record
@@ -22,12 +24,6 @@ PRESENT = "every edited layer is there"
 SAVED = "the edited layers are those that were saved"
 EDITED = "each sends p_f where p_t goes"
 STRAYS = "nothing else is in the folder"
-
-
-def erase(pipe, concepts="van gogh", **kwargs):
-    return more_hf.erase_concept(
-        pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs}
-    )
 
 
 def failed(folder):
@@ -53,7 +49,7 @@ def edit_record(folder, **changes):
 
 def test_record(tiny_sd, tmp_path):
     pipe = erase(tiny_sd(), {"van gogh": ["vincent van gogh"]}, retain=["cat"])
-    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    before = state(pipe.unet)
     folder = more_hf.save(pipe, tmp_path / "erased")
 
     record = json.loads((folder / RECORD).read_text("utf-8"))
@@ -83,7 +79,7 @@ def test_record(tiny_sd, tmp_path):
     assert record["proof"]["forget_vs_target"] < 1e-3
     assert not (folder / DELTA).exists()
     assert list(tmp_path.iterdir()) == [folder]
-    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+    assert same(pipe.unet, before)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +101,7 @@ def test_round_trip(tiny_sd, tmp_path, options):
     assert erasure.request == more_hf.get_erasure(pipe).request
     assert erasure.hook is None
     assert str(erasure) == str(more_hf.get_erasure(pipe))
-    assert all(
-        torch.equal(value, pipe.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items()
-    )
+    assert same(loaded.unet, pipe.unet.state_dict())
     with pytest.raises(more_hf.AlreadyErasedError, match="'van gogh' is already erased"):
         erase(loaded, "pablo picasso")
     with pytest.raises(more_hf.AlreadyErasedError):

@@ -7,23 +7,12 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.compare import state
+from support.pipelines import erase
 
 import more_hf
 from more_hf.cli.main import main
 from more_hf.saving.single_file import original_layout
-
-
-def erase(pipe, concepts="van gogh", **kwargs):
-    return more_hf.erase_concept(pipe, concepts, **{"remap_to": "claude monet", **kwargs})
-
-
-def states(pipe):
-    parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
-    return {
-        f"{part}.{name}": value
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
-    }
 
 
 def open_single_file(file, pipe, folder, **kwargs):
@@ -38,12 +27,12 @@ def open_single_file(file, pipe, folder, **kwargs):
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_round_trip_through_diffusers(tiny_sd, tmp_path, version, dtype):
-    pipe, original = erase(tiny_sd(version)), states(tiny_sd(version))
+    pipe, original = erase(tiny_sd(version)), state(tiny_sd(version))
     file = more_hf.save_checkpoint(pipe, tmp_path / "new" / "erased.safetensors", dtype=dtype)
     assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
 
-    opened = states(open_single_file(file, pipe, tmp_path / "configs", dtype=dtype))
-    expected = {name: value.to(dtype) for name, value in states(pipe).items()}
+    opened = state(open_single_file(file, pipe, tmp_path / "configs", dtype=dtype))
+    expected = {name: value.to(dtype) for name, value in state(pipe).items()}
     assert opened.keys() == expected.keys()
     assert all(torch.equal(opened[name], value) for name, value in expected.items())
     changed = {name for name, value in original.items() if not torch.equal(opened[name], value.to(dtype))}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import ViTConfig, ViTForImageClassification
 
 import more_hf
@@ -129,7 +130,9 @@ def test_an_exception_at_some_points(erased, tmp_path, existing):
 @pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over_an_earlier_save"])
 def test_an_exception_at_every_point(erased, tmp_path, existing):
-    interrupt(erased, tmp_path, existing, lambda count: range(1, count))
+    """At every third event, with `--hypothesis-profile=long` at every one."""
+    step = 1 if settings.get_current_profile_name() == "long" else 3
+    interrupt(erased, tmp_path, existing, lambda count: range(1, count, step))
 
 
 class Killed(BaseException):

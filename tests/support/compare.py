@@ -1,6 +1,7 @@
 """Comparisons that several tests make."""
 
 import torch
+from torch import nn
 
 
 def accuracies(model, digits):
@@ -11,16 +12,26 @@ def accuracies(model, digits):
     return torch.stack([100 * (predicted[labels == i] == i).float().mean() for i in range(10)])
 
 
+def tensors(model):
+    """Name -> tensor, of a module or of every module of a pipeline."""
+    if isinstance(model, nn.Module):
+        return model.state_dict()
+    found = {}
+    for part, module in model.components.items():
+        if isinstance(module, nn.Module):
+            found |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    return found
+
+
 def state(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
+    """A copy of every tensor."""
+    return {name: value.clone() for name, value in tensors(model).items()}
 
 
 def changed(model, before):
     """Names of what is not bit for bit as it was."""
-    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    return {name for name, value in tensors(model).items() if not torch.equal(value, before[name])}
 
 
 def same(model, before):
-    return model.state_dict().keys() == before.keys() and all(
-        torch.equal(v, before[k]) for k, v in model.state_dict().items()
-    )
+    return tensors(model).keys() == before.keys() and not changed(model, before)

@@ -53,6 +53,7 @@ from transformers import (
 )
 
 import more_hf
+from support.compare import state
 from support.language_models import mistral, mistral_processor, qwen3, qwen_tokenizer, qwen_vl
 from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
 
@@ -573,7 +574,7 @@ def denoiser_of(pipe):
 
 
 def weights(pipe):
-    return {name: value.clone() for name, value in denoiser_of(pipe).state_dict().items()}
+    return state(denoiser_of(pipe))
 
 
 def images(pipe, family, prompt=None, **kwargs):

@@ -4,7 +4,7 @@ import httpx
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-import more_hf
+from support import pipelines
 
 
 BASE = "CompVis/stable-diffusion-v1-4"
@@ -81,9 +81,7 @@ def erase(pipe, concepts="van gogh", **kwargs):
     pipe.unet.register_to_config(
         _name_or_path=f"/cache/models--CompVis--stable-diffusion-v1-4/snapshots/{REVISION}/unet"
     )
-    return more_hf.erase_concept(
-        pipe, concepts, **{"remap_to": ["claude monet", "johannes vermeer"], **kwargs}
-    )
+    return pipelines.erase(pipe, concepts, **kwargs)
 
 
 def card_of(hub, repo_id="me/erased", branch="main"):

@@ -2,6 +2,8 @@
 
 import torch
 
+import more_hf
+
 
 WORDS = (
     "a in of style the by painting drawing photo picture art cat dog house tree car person van gogh vincent "
@@ -10,6 +12,9 @@ WORDS = (
 )
 TEXT_WIDTH = 32
 TEXT_LENGTH = 48
+
+FORGET = "van gogh"
+TARGETS = ["claude monet", "johannes vermeer"]
 
 
 def tiny_tokenizer():
@@ -110,6 +115,11 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def erase(pipe, concepts=FORGET, **options):
+    """`erase_concept` with two targets."""
+    return more_hf.erase_concept(pipe, concepts, **{"remap_to": TARGETS, **options})
 
 
 def random_ip_adapter(unet, image_width=12, tokens=4):

@@ -53,10 +53,6 @@ def accuracy(model, part):
     return (model(pixels(part)).argmax(1) == part.labels).float().mean().item()
 
 
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def head_inputs(model, part):
     """What the head reads, after every map in front of it."""
     seen = []

@@ -3,15 +3,6 @@
 import torch
 
 
-def weights(pipe):
-    """Every tensor of the pipeline, a copy."""
-    found = {}
-    for part, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            found |= {f"{part}.{name}": value.clone() for name, value in module.state_dict().items()}
-    return found
-
-
 def text_layers(pipe, ends=("to_k", "to_v")):
     """Keys and values of the cross-attentions, in float64: `attn2` is what tiny UNets call them."""
     named = pipe.unet.named_parameters()

@@ -149,10 +149,11 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
         if case_number in line_of:
             first = line_of[case_number]
             raise PromptFileError(
-                f"{path}, line {line}: case_number {case_number} is already on line {first}."
+                f"{path}, line {line}: case_number {case_number} is already on line {first}. Give every row "
+                "its own."
             )
         if not cells["prompt"]:
-            raise PromptFileError(f"{path}, line {line}: the prompt is empty.")
+            raise PromptFileError(f"{path}, line {line}: the prompt is empty. Write one or drop the row.")
         line_of[case_number] = line
         rows.append(
             PromptRow(
@@ -192,7 +193,7 @@ def read_targets(source: str | Path) -> dict[str, list[str]]:
                 f"{path}, line {line}: needs a name in `forget` and at least one in `remap_to`."
             )
         if cells["forget"].casefold() in {name.casefold() for name in targets}:
-            raise PromptFileError(f"{path}, line {line}: {cells['forget']!r} occurs twice.")
+            raise PromptFileError(f"{path}, line {line}: {cells['forget']!r} occurs twice. Join its rows.")
         targets[cells["forget"]] = names
     return targets
 
@@ -214,16 +215,19 @@ def _read_table(
         ) from error
     if missing := [column for column in required if column not in columns]:
         raise PromptFileError(
-            f"{path}, line 1: no column {', '.join(map(repr, missing))}. "
-            f"There are: {', '.join(filter(None, columns))}."
+            f"{path}, line 1: no column {', '.join(map(repr, missing))}. Name it in the first line, beside "
+            f"what is there: {', '.join(filter(None, columns))}."
         )
     lines = []
     for line, cells in rows:
         if None in cells or None in cells.values():
-            raise PromptFileError(f"{path}, line {line}: not as many cells as the {len(columns)} columns.")
+            raise PromptFileError(
+                f"{path}, line {line}: not as many cells as the {len(columns)} columns. Put a cell with a "
+                "comma into quotes, and leave none out."
+            )
         lines.append((line, {column: text.strip() for column, text in cells.items() if column}))
     if not lines:
-        raise PromptFileError(f"{path} has no rows.")
+        raise PromptFileError(f"{path} has no rows. Write at least one below the names of the columns.")
     return path, content, lines
 
 
@@ -237,8 +241,8 @@ def _find(source: str | Path) -> Path:
             return folder / f"{source}.csv"
         names |= {candidate.stem for candidate in folder.glob("*.csv")}
     raise PromptFileError(
-        f"There is no file {path}, and no table of that name ships with the package. "
-        f"Those are: {', '.join(sorted(names))}."
+        f"There is no file {path}, and no table of that name ships with the package. Name a file or one of "
+        f"these: {', '.join(sorted(names))}."
     )
 
 

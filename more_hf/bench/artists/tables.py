@@ -101,12 +101,13 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
     output = Path(output)
     config = ArtistsConfig.read(output)
     if config is None:
-        raise BenchmarkError(f"{output} has no config.json: it is not the folder of a benchmark.")
+        raise BenchmarkError(f"{output} has no config.json. Name the folder of a benchmark.")
     if (output / "images").is_dir():
         return write_outputs(output, config, collect_rows(output, config))
     if not (output / "rows.csv").is_file():
         raise BenchmarkError(
-            f"{output} has neither images nor rows.csv, so there is nothing to make tables from."
+            f"{output} has neither images nor rows.csv, so there is nothing to make tables from. Run the "
+            "same `bench artists` command again."
         )
     return write_outputs(output, config, read_rows(output / "rows.csv", config))
 

@@ -64,7 +64,7 @@ def load_kd_data(
     if channels not in (None, raw.channels) and not repeat:
         raise DatasetError(
             f"The images of {name} have {raw.channels} channels, not {channels}. "
-            "Only grey images can be given three."
+            "Only grey images can be given three. Take a model or a data set with the same number."
         )
 
     def image_set(images: Images, labels: Tensor) -> ImageSet:

@@ -143,7 +143,7 @@ def load_pretrained(path: str, data: KDData, *, seed: int = 0) -> PreTrainedMode
     if others := sorted(key for key in random if "classifier" not in key):
         raise ClassifierError(
             f"{path} has no weights that fit {others[0]!r}: "
-            "more than its head would start from random numbers."
+            "more than its head would start from random numbers. Choose the checkpoint of such a classifier."
         )
     return model.train()
 

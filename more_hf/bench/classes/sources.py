@@ -110,7 +110,7 @@ def from_emoji(path: Path | None, image_size: int | None) -> RawData:
     """
     if path is None or not (path / "images.npz").is_file():
         raise DatasetError(
-            "emoji-100 needs `path`, the folder that benchmarks/emoji_sd/data.py wrote: "
+            "The data set emoji-100 needs `path`, the folder that benchmarks/emoji_sd/data.py wrote: "
             f"{path} has no images.npz."
         )
     meta = json.loads((path / "meta.json").read_text("utf-8"))

@@ -153,7 +153,8 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
         return write_outputs(output, config)
     if not (output / "rows.csv").is_file():
         raise BenchmarkError(
-            f"{output} has neither cells nor rows.csv, so there is nothing to make tables from."
+            f"{output} has neither cells nor rows.csv, so there is nothing to make tables from. Run the same "
+            "`bench kd` command again."
         )
     rows = read_rows(output / "rows.csv", ROW_COLUMNS)
     return _write(output, config, rows, read_rows(output / "probes.csv", PROBE_COLUMNS))

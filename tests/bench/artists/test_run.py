@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from support.compare import same, state
 
 import more_hf
 from more_hf.bench.artists.gallery import FIRST
@@ -69,11 +70,11 @@ def test_one_row_per_image_and_method(tiny_sd, prompts, tmp_path):
     checker = torch.nn.Linear(1, 1)  # which cannot be called as one
     checker.dtype, checker.device = torch.float32, torch.device("cpu")
     pipe.register_modules(safety_checker=checker)
-    scheduler, weights = pipe.scheduler, {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    scheduler, weights = pipe.scheduler, state(pipe.unet)
     summary = run(pipe, prompts, tmp_path / "out")
     assert pipe.scheduler is scheduler
     assert pipe.safety_checker is checker
-    assert all(torch.equal(v, weights[k]) for k, v in pipe.unet.state_dict().items())
+    assert same(pipe.unet, weights)
     assert more_hf.get_erasure(pipe) is None
 
     rows = read_rows(tmp_path / "out" / "rows.csv")

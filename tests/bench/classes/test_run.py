@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.compare import same
 
 from more_hf.api import get_erasure
 from more_hf.bench.classes import measure as measuring
@@ -148,7 +149,7 @@ def test_reloaded_is_what_save_pretrained_gives(data, original, tmp_path):
     edited.save_pretrained(tmp_path)
     expected = AllCNNForImageClassification.from_pretrained(tmp_path).state_dict()
     with kd.reloaded(edited) as found:
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+        assert same(found, expected)
         assert found.config.to_dict() == AllCNNForImageClassification.from_pretrained(
             tmp_path
         ).config.to_dict() | {"_name_or_path": found.config._name_or_path}

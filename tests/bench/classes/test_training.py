@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from support.compare import same, state
 
 from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.models import build_classifier
@@ -75,11 +76,6 @@ def start(output, name, kill_after, **environment):
     )
 
 
-def same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return all(one[key].equal(other[key]) for key in one)
-
-
 @pytest.mark.slow
 def test_training_learns_and_is_only_loaded_the_second_time(digits, tmp_path):
     validation = digits.validation
@@ -95,7 +91,7 @@ def test_training_learns_and_is_only_loaded_the_second_time(digits, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "model", "training.json"]
     before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
     again = train(tmp_path, recipe=replace(RECIPE, epochs=6), validation=validation)
-    assert same_weights(model, again)
+    assert same(model, again.state_dict())
     assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -112,13 +108,14 @@ def test_killed_and_run_again_it_ends_the_same(tmp_path):
     (killed / ".checkpoint.part").mkdir()
     (killed / ".checkpoint.part" / "model.safetensors").write_bytes(b"torn")
     one, other = train(killed), train(whole)
-    assert same_weights(one, other)
+    assert same(one, other.state_dict())
     logs = [
         [{**row, "seconds": ""} for row in csv.DictReader((folder / "log.csv").open())]
         for folder in (killed, whole)
     ]
     assert logs[0] == logs[1]
-    assert not same_weights(other, train(tmp_path / "other", recipe=replace(RECIPE, seed=1)))
+    third = train(tmp_path / "other", recipe=replace(RECIPE, seed=1))
+    assert not same(other, third.state_dict())
 
 
 @pytest.mark.slow
@@ -213,10 +210,10 @@ def test_learning_rate_rises_and_falls_to_zero():
 
 def test_predict_leaves_the_model_as_it_was(digits):
     model = build_classifier("allcnn-narrow", digits).train()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = state(model)
     predicted = predict(model, digits.test, batch_size=100)
     assert model.training
-    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+    assert same(model, before)
     with torch.no_grad():
         assert predicted.equal(
             model.eval()(digits.test[torch.arange(len(digits.test))]["pixel_values"]).logits.argmax(1)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.squares import accuracy, all_of, weights
+from support.compare import state
+from support.squares import accuracy, all_of
 from torch import nn
 
 from more_hf.api import get_erasure
@@ -66,7 +67,7 @@ def test_forgets_more_than_it_loses(name, settings, model, splits):
 
 @pytest.mark.parametrize("name", MAPPED)
 def test_maps_leave_the_weights_alone(name, model, splits):
-    before = weights(model)
+    before = state(model)
     edited = CLASSIFICATION[name].load()(model, splits)
     assert all(torch.equal(p, before[key]) for key, p in edited.named_parameters())
 

@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from support.squares import FORGET, pixels, weights
+from support.compare import state
+from support.squares import FORGET, pixels
 from torch import nn
 
 from more_hf.bench.methods.classification.fisher import fisher_information
@@ -30,7 +31,7 @@ def test_fisher_information_of_a_linear_softmax():
 
 
 def test_fisher_noise_has_the_variance_it_says_and_resets_the_forgotten_row(model, splits):
-    before = weights(model)
+    before = state(model)
     information = fisher_information(copy.deepcopy(model), splits.r, 50, torch.Generator().manual_seed(0))
     CLASSIFICATION["fisher"].load()(model, splits, alpha=1e-6, samples=50)
     body = model[1].weight - before["1.weight"]

@@ -1,7 +1,7 @@
 """Layer attack unlearning."""
 
-import torch
-from support.squares import head_inputs, weights
+from support.compare import changed, state
+from support.squares import head_inputs
 from torch.nn.functional import cross_entropy
 
 from more_hf.bench.methods.classification import lau
@@ -18,7 +18,6 @@ def test_lau_attack_stays_in_its_box_and_raises_the_loss(model, splits):
 
 
 def test_lau_changes_the_head_alone(model, splits):
-    before = weights(model)
+    before = state(model)
     CLASSIFICATION["lau"].load()(model, splits, lr=0.1)
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"4.weight", "4.bias"}
+    assert changed(model, before) == {"4.weight", "4.bias"}

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.squares import FORGET, K, all_of, head_inputs, pixels, weights
+from support.compare import same, state
+from support.squares import FORGET, K, all_of, head_inputs, pixels
 
 from more_hf.api import get_erasure
 from more_hf.bench.methods.registry import CLASSIFICATION
@@ -49,13 +50,13 @@ def test_a_trained_router_starts_as_the_untrained_one_and_moves(model, splits):
 
 
 def test_at_an_inner_module_the_weights_stay(model, splits):
-    reference, before = copy.deepcopy(model), weights(model)
+    reference, before = copy.deepcopy(model), state(model)
     erase_classes(reference, [all_of(splits)], [FORGET], remap_to=None, at="3")
     at_head = CLASSIFICATION["more-inner"].load()(copy.deepcopy(model), splits)
     edited = CLASSIFICATION["more-inner"].load()(model, splits, at="3", remap_to=None, router=None)
     with torch.no_grad():
         assert torch.allclose(edited(pixels(splits.f)), reference(pixels(splits.f)), atol=1e-4)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(edited).items())
+    assert same(edited, before)
     assert get_erasure(edited).request.at == "3"
     assert not torch.equal(at_head[-1].weight, before["4.weight"])
 

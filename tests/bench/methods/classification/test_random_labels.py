@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from support.squares import K, pixels, weights
+from support.compare import state
+from support.squares import K, pixels
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -37,7 +38,7 @@ def test_salun_ranks_all_weights_together_and_freezes_the_rest_bit_for_bit(model
     for g, mask in zip(gradients, masks.values(), strict=True):
         sure = (g.abs() - threshold).abs() > 1e-4 * threshold
         assert torch.equal((g.abs() > threshold)[sure], mask[sure])
-    before = weights(model)
+    before = state(model)
     salun.salun(model, splits, share=0.2, epochs=2, batch_size=10)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter[~masks[name]], before[name][~masks[name]])

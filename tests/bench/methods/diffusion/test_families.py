@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.compare import changed, state
 from support.families import FAMILIES, build, images
-from support.texts import weights
 
 from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import SiteNotFoundError
@@ -39,10 +39,6 @@ def run(name, pipe):
     )
 
 
-def changed(pipe, before):
-    return {name for name, value in weights(pipe).items() if not torch.equal(value, before[name])}
-
-
 TEXT_LAYERS = {
     "sdxl": ("add_embedding.linear_1.weight", "attn2.to_k.weight", "attn2.to_v.weight"),
     "sd3": ("context_embedder.weight", "text_embedder.linear_1.weight"),
@@ -66,7 +62,7 @@ def layers_of(name, family, names):
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):
     pipe = build(family)
-    before = weights(pipe)
+    before = state(pipe)
     if name in EVERY_FAMILY or (name in KEYS_AND_VALUES and family == "sdxl"):
         found = run(name, pipe)
         assert changed(found, before) == layers_of(name, family, before)
@@ -100,10 +96,10 @@ def feature(pipe, name):
 @pytest.mark.parametrize("name", ["uce", "uce-paper", "rece", "speed"])
 def test_sends_the_concept_to_its_target_in_sdxl(name):
     pipe = build("sdxl")
-    before = weights(pipe)
+    before = state(pipe)
     c, g = feature(pipe, CONCEPT), feature(pipe, TARGET)
     edited = changed(run(name, pipe), before)
-    after = weights(pipe)
+    after = state(pipe)
     left = [
         float((after[key] @ c - before[key] @ g).norm() / (before[key] @ (c - g)).norm())
         for key in sorted(edited)
@@ -113,17 +109,17 @@ def test_sends_the_concept_to_its_target_in_sdxl(name):
 
 def test_cure_takes_the_concept_out_of_sdxl():
     pipe = build("sdxl")
-    before, c = weights(pipe), feature(pipe, CONCEPT)
+    before, c = state(pipe), feature(pipe, CONCEPT)
     edited = changed(run("cure", pipe), before)
-    after = weights(pipe)
+    after = state(pipe)
     assert max(float((after[key] @ c).norm() / (before[key] @ c).norm()) for key in edited) < 0.9
 
 
 def test_oce_rotates_what_sdxl_makes_of_the_concept():
     pipe = build("sdxl")
-    before, c = weights(pipe), feature(pipe, CONCEPT)
+    before, c = state(pipe), feature(pipe, CONCEPT)
     edited = changed(run("oce", pipe), before)
-    after = weights(pipe)
+    after = state(pipe)
     for key in edited:
         assert torch.allclose(after[key].T @ after[key], before[key].T @ before[key], rtol=1e-4, atol=1e-5)
         assert (after[key] @ c - before[key] @ c).norm() > 0.1 * (before[key] @ c).norm()

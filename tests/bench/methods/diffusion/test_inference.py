@@ -6,6 +6,7 @@ import math
 import diffusers
 import pytest
 import torch
+from support.compare import same, state
 from support.guarded import NAMED, OTHER, draw, make
 
 from more_hf.bench.methods.diffusion.inference import alpha_bar, noise_per_output
@@ -22,16 +23,16 @@ METHODS = ["noise", "negative_prompt", "sld-weak", "sld-medium", "sld-strong", "
 )
 def test_moves_the_concept_row_by_row_and_leaves_the_pipeline_alone(tiny_sd, name, version):
     pipe = tiny_sd(version)
-    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
-    plain, state = draw(pipe, [NAMED]), torch.get_rng_state()
+    before = state(pipe.unet)
+    plain, torch_state = draw(pipe, [NAMED]), torch.get_rng_state()
     guarded = make(name, pipe, **({"warmup": 0} if name.startswith("sld") else {}))
     assert guarded.unet is pipe.unet
     single, both = draw(guarded, [NAMED]), draw(guarded, [OTHER, NAMED])
     assert torch.allclose(both[1], single[0], atol=1e-3)
     assert (single - plain).abs().max() > 0.05
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), torch_state)
     assert torch.equal(draw(pipe, [NAMED]), plain)
-    assert all(torch.equal(value, before[key]) for key, value in pipe.unet.state_dict().items())
+    assert same(pipe.unet, before)
     assert not pipe.unet._forward_hooks
     assert not pipe.unet._forward_pre_hooks
 
