@@ -13,6 +13,7 @@ from .options import (
     EMOJI_SD,
     SEVERAL_PROCESSES,
     add_command,
+    add_concepts,
     add_remap_to,
     add_solver,
     emoji_artist,
@@ -53,14 +54,8 @@ def add_to(benches) -> None:
         help="methods to compare, with commas, your own as MODULE:FUNCTION; "
         f"or one of {', '.join(diffusion_groups())} (more)",
     )
-    add(
-        "--forget",
-        "--concept",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="artists to erase in turn, or all; A+B erases two in one call",
-    )
+    several = "artists to erase in turn, or all; A+B erases two in one call"
+    add_concepts(parser, "forget", several)
     add(
         "--sizes",
         type=positive,

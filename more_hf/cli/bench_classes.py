@@ -12,6 +12,7 @@ from .checkpoint import add_device, start_processes
 from .options import (
     SEVERAL_PROCESSES,
     add_command,
+    add_concepts,
     add_solver,
     natural,
     positive,
@@ -56,16 +57,11 @@ def add_to(benches) -> None:
         help=f"of {', '.join(CLASSIFICATION)}, your own as MODULE:FUNCTION; "
         "or closed-form, all (closed-form)",
     )
-    add(
-        "--forget",
-        "--concept",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="CLASS",
-        help="classes to forget in turn, by name or number, or all; A+B forgets two together; "
-        "samples forgets a random tenth of the images",
+    classes = (
+        "classes to forget in turn, by name or number, or all; A+B forgets two together; "
+        "samples forgets a random tenth of the images"
     )
+    add_concepts(parser, "forget", classes, required=True, metavar="CLASS")
     add("--seeds", type=positive, default=1, metavar="K", help="trainings, and runs of each method (1)")
     add(
         "--epochs",

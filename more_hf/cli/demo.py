@@ -5,7 +5,7 @@ from pathlib import Path
 
 from more_hf.data import EMOJI_ARTISTS
 
-from .options import add_command, add_remap_to, emoji_artist, positive, read_remap_to
+from .options import add_command, add_concepts, add_remap_to, emoji_artist, positive, read_remap_to
 
 
 def add_to(commands) -> None:
@@ -22,7 +22,7 @@ def add_to(commands) -> None:
     )
     add = parser.add_argument
     artists = f"one artist, or several to erase together: {', '.join(EMOJI_ARTISTS)} (High Contrast)"
-    add("--concept", "--forget", nargs="+", action="extend", metavar="NAME", help=artists)
+    add_concepts(parser, "concept", artists)
     add_remap_to(parser, note=" (Fluent, or another where that is erased)")
     add("--limit", type=positive, default=27, help="prompts in each of the three groups (27)")
     add("--steps", type=positive, default=10, help="denoising steps (10)")

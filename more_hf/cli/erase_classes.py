@@ -11,6 +11,7 @@ from more_hf.core.options import EXACT_SOLVERS
 from .options import (
     SEVERAL_PROCESSES,
     add_command,
+    add_concepts,
     add_model,
     add_router,
     add_solver,
@@ -55,15 +56,7 @@ def add_to(commands) -> None:
         metavar="DIR",
         help="other images, laid out as --data: print every class's accuracy on them, before and after",
     )
-    add(
-        "--forget",
-        "--concept",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="CLASS",
-        help="what to forget",
-    )
+    add_concepts(parser, "forget", "what to forget", required=True, metavar="CLASS")
     add(
         "--remap_to",
         nargs="+",

@@ -74,6 +74,13 @@ def add_model(parser: argparse.ArgumentParser, models: str) -> None:
     parser.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
 
 
+def add_concepts(parser: argparse.ArgumentParser, dest: str, help: str, **options: Any) -> None:
+    """What to forget, as `--concept` or as `--forget`; the first flag in the help is `dest`'s."""
+    flags = sorted(("--concept", "--forget"), key=lambda flag: flag != f"--{dest}")
+    options = {"metavar": "NAME", **options}
+    parser.add_argument(*flags, dest=dest, nargs="+", action="extend", help=help, **options)
+
+
 def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options: Any) -> None:
     parser.add_argument(
         "--remap_to",

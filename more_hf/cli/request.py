@@ -14,6 +14,7 @@ from more_hf.core.options import TOKENS
 from .checkpoint import Checkpoint, add_placement, load_pipeline, read_checkpoint
 from .options import (
     EMOJI_SD,
+    add_concepts,
     add_model,
     add_remap_to,
     add_solver,
@@ -54,15 +55,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     """Add the model and what to erase from it."""
     add = parser.add_argument
     add_model(parser, f"a folder, a Hub id, or {EMOJI_SD}")
-    add(
-        "--concept",
-        "--forget",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help="what to erase",
-    )
+    add_concepts(parser, "concept", "what to erase", default=[])
     add(
         "--concepts_file",
         type=Path,
