@@ -274,12 +274,12 @@ def test_refusals_before_anything_is_written(options, message, tmp_path):
 
 
 def test_classes_by_name_number_and_together(data):
-    assert kd._classes("3", data) == (3,)
-    assert kd._classes("3+5", data) == (3, 5)
+    assert kd.classes_of("3", data) == (3,)
+    assert kd.classes_of("3+5", data) == (3, 5)
     named = copy.copy(data)
     object.__setattr__(named, "class_names", ("a+b", "c", *map(str, range(2, 10))))
-    assert kd._classes("a+b", named) == (0,)  # a name comes before its parts
-    assert kd._classes("c+4", named) == (1, 4)
+    assert kd.classes_of("a+b", named) == (0,)  # a name comes before its parts
+    assert kd.classes_of("c+4", named) == (1, 4)
 
 
 def test_folder_names_are_short_and_differ():
