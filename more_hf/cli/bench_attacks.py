@@ -1,7 +1,6 @@
 """`more-hf bench attacks`: what an attacker gets back of what was forgotten."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from more_hf.bench.attacks.registry import ATTACKS, attacks_of
@@ -10,10 +9,12 @@ from more_hf.bench.methods.registry import CLASSIFICATION, DIFFUSION
 from more_hf.data import CLASSIFIERS
 
 from .bench_artists import CLIP
+from .checkpoint import add_device, start_processes
 from .options import (
     EMOJI_SD,
     SEVERAL_PROCESSES,
     add_command,
+    add_concepts,
     natural,
     positive,
     read_settings,
@@ -21,8 +22,6 @@ from .options import (
     refuse_unknown,
 )
 
-
-logger = logging.getLogger(__name__)
 
 CLASS_METHODS = "remap,more,more-hash,more-reloaded"
 PICTURE_METHODS = "more,uce,rece,speed,oce,esd"
@@ -60,14 +59,7 @@ def add_to(benches) -> None:
         help=f"your own as MODULE:FUNCTION ({CLASS_METHODS}; of pipelines {PICTURE_METHODS})",
     )
     add("--attacks", metavar="A,B", help=f"of {', '.join(ATTACKS)} (all but membership)")
-    add(
-        "--forget",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="NAME",
-        help="what is forgotten in turn; A+B forgets two together",
-    )
+    add_concepts(parser, "forget", "what is forgotten in turn; A+B forgets two together", required=True)
     add("--seeds", type=positive, default=1, metavar="K", help="runs of each method and attack (1)")
     add("--settings", type=Path, metavar="FILE", help="JSON file of the arguments of each method and attack")
     add(
@@ -102,6 +94,7 @@ def add_to(benches) -> None:
     pictures.add_argument("--steps", type=positive, help=f"denoising steps (10 for {EMOJI_SD}, else 50)")
     pictures.add_argument("--guidance", type=float, help=f"of the pictures (4 for {EMOJI_SD}, else 7.5)")
     pictures.add_argument("--batch_size", type=positive, default=20, help="pictures per call (20)")
+    add_device(parser, "accelerate's choice")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and pictures")
 
 
@@ -135,9 +128,8 @@ def _attack_classes(args: argparse.Namespace, attacks: list[str]) -> list[dict]:
     dataset = args.dataset or args.model[0].rpartition("-")[0]
 
     from more_hf.bench.attacks.classes.run import run_class_attacks
-    from more_hf.bench.machine import describe, processes
 
-    logger.info("%s", describe(processes()))
+    start_processes(args.device)
     return run_class_attacks(
         dataset,
         args.model,
@@ -174,10 +166,8 @@ def _attack_pictures(args: argparse.Namespace, attacks: list[str]) -> list[dict]
     from more_hf.bench.artists.judges import ClipJudges, EmojiJudges
     from more_hf.bench.artists.run import EMOJI, FIELD
     from more_hf.bench.attacks.pictures.run import run_picture_attacks
-    from more_hf.bench.machine import describe, processes
 
-    state = processes()
-    logger.info("%s", describe(state))
+    state = start_processes(args.device)
     if emoji:
         pipe, protocol, judges = more_hf.load_emoji_sd(), EMOJI, EmojiJudges(state.device)
     else:

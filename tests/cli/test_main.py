@@ -156,7 +156,8 @@ def test_both_forms_of_a_model_and_of_what_to_forget():
             args = parse(form.format(command, rest).split())
             assert read_model(args) == "MODEL"
             assert vars(args).get("concept", vars(args).get("forget")) == ["a", "b"]
-    for command in ("demo", "bench artists --output out", "bench kd --output out"):
+    benches = ("bench artists --output out", "bench kd --output out", "bench attacks --model m --output out")
+    for command in ("demo", *benches):
         args = parse(f"{command} --concept a --forget b".split())
         assert vars(args).get("concept", vars(args).get("forget")) == ["a", "b"]
 
