@@ -187,7 +187,7 @@ def test_a_folder_called_like_a_data_set_is_noticed(tmp_path, monkeypatch, capsy
 
 def test_the_other_processes_of_a_benchmark_make_no_table(monkeypatch, capsys):
     state = SimpleNamespace(num_processes=2, is_main_process=False, device=SimpleNamespace(type="cpu"))
-    monkeypatch.setattr("more_hf.bench.machine.processes", lambda: state)
+    monkeypatch.setattr("more_hf.bench.machine.processes", lambda device=None: state)
     monkeypatch.setattr("more_hf.bench.classes.run.run_kd", lambda *args, **options: [])
     assert main("bench kd --forget 3 --output out".split()) == 0
     out, err = capsys.readouterr()

@@ -417,7 +417,7 @@ def test_refuses_without_the_original_weights(original, erased, tmp_path):
     [
         ("lora", {"format": "a1111"}, "Choose one of 'peft', 'kohya'"),
         ("lora", {"dtype": torch.int8}, "Choose one of torch.float16"),
-        ("lora", {"expert": 2}, "no expert 2. This erasure has 2, counted from 0"),
+        ("lora", {"expert": 2}, "no expert 2. Choose one of the 2 of this erasure, counted from 0"),
         ("lora", {"expert": -1}, "no expert -1"),
         ("lora.ckpt", {}, "ends in .safetensors"),
     ],
