@@ -19,7 +19,7 @@ STEPS = set(
     .split()
 )
 # A message may instead say what is accepted, or ask for what is the likely cause.
-ACCEPTED = re.compile(r"\b(must|needs?|takes?|there are|its \w+ are|it has|at least|erased:) |\?")
+ACCEPTED = re.compile(r"\b(must|needs?|takes?|there are|its \S+ are|it has|at least|erased:) |\?")
 
 
 def errors_of(trees):
