@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from more_hf.bench.classes import training as kd_training
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_training import RECIPE, images, train
 steps = 0
 augment = kd_training.augment
@@ -69,7 +70,10 @@ def train(output, name="allcnn-narrow", recipe=RECIPE, validation=None):
 
 def start(output, name, kill_after, **environment):
     script = SCRIPT.format(
-        tests=os.path.dirname(__file__), kill_after=kill_after, output=str(output), name=name
+        tests=[str(Path(__file__).parent), str(Path(__file__).parents[2])],
+        kill_after=kill_after,
+        output=str(output),
+        name=name,
     )
     return subprocess.Popen(
         [sys.executable, "-c", script], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
