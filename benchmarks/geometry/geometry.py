@@ -12,6 +12,7 @@ weights read them. Each method gets one vector per name, as UCE does, and its pu
 import ctypes
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +28,7 @@ from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
+from more_hf.diffusion.prompts import TEMPLATES
 
 
 matplotlib.use("Agg")
@@ -86,6 +88,16 @@ def more(problem: Problem) -> list[Tensor]:
         [problem.names("g")],
         solver="covariance",
     )
+    return [remap.merged(W) for W in problem.layers]
+
+
+def more_soft(problem: Problem) -> list[Tensor]:
+    prototypes = problem.prototypes(problem.C, problem.G)
+    # A retained name's prompts are among the ordinary ones, one for each template.
+    retained = len(TEMPLATES) * problem.R.T @ problem.R
+    count = ORDINARY + len(TEMPLATES) * RETAINED
+    prototypes = replace(prototypes, second_moment=(ORDINARY * problem.moment + retained) / count)
+    remap = Remap.fit(prototypes, problem.names("c"), [problem.names("g")], solver="soft")
     return [remap.merged(W) for W in problem.layers]
 
 
@@ -151,6 +163,7 @@ def run_oce(problem: Problem) -> list[Tensor]:
 
 METHODS: dict[str, Callable[[Problem], list[Tensor]]] = {
     "more": more,
+    "more (soft)": more_soft,
     "more (pinv)": more_pinv,
     "more-erase": more_erase,
     "more-without-po": more_without_po,
