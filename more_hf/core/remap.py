@@ -119,17 +119,18 @@ class Remap:
         if solver != "pinv":
             whiten = _inverse_root(prototypes, shrinkage)
         whitened = whiten @ unit
-        if solver == "soft":
-            # and the soft dual that of ridge regression: one more row for each forget prototype
-            ridge = unit.new_zeros(len(columns), unit.shape[1])
-            ridge[range(len(columns)), list(columns)] = _ridge(prototypes, len(columns), softness)
-            whitened = torch.cat([whitened, ridge])
-        inverse = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(P)]
-        dual = inverse @ whiten / P.norm(dim=0)[:, None]  # (k, d)
-
         sent_to = []
         for expert in targets:
             sent_to.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
+        if solver == "soft":
+            # and the soft dual that of ridge regression: one more row for each prototype that is not exact
+            exact = _staying_exactly(P, columns, torch.tensor(sent_to), solver)
+            soft = [column for column in range(P.shape[1]) if column not in exact]
+            ridge = unit.new_zeros(len(soft), unit.shape[1])
+            ridge[range(len(soft)), soft] = _ridge(prototypes, len(columns), softness)
+            whitened = torch.cat([whitened, ridge])
+        inverse = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(P)]
+        dual = inverse @ whiten / P.norm(dim=0)[:, None]  # (k, d)
         remap = cls(
             prototypes=prototypes,
             forget=columns,
@@ -153,7 +154,8 @@ class Remap:
         read = self.D_F @ P
         error = (read - torch.eye(k, dtype=P.dtype)[list(self.forget)]).abs()
         if self.solver == "soft":  # which is exact in the zeros of what stays, and must read something at all
-            error[:, list(self.forget)] = (read[:, list(self.forget)].diagonal() < EXACT).double().diag()
+            unread = (read[:, list(self.forget)].diagonal() < EXACT).double().diag()
+            error = torch.cat([error[:, self._exact], unread], dim=1)
         if error.max() < EXACT:
             return
 
@@ -188,6 +190,11 @@ class Remap:
         """P_R, `(d, k − f)`: every prototype that is not forgotten."""
         P = self.prototypes.matrix
         return P[:, [column for column in range(P.shape[1]) if column not in self.forget]]
+
+    @property
+    def _exact(self) -> list[int]:
+        """The columns that stay exactly where they are."""
+        return _staying_exactly(self.prototypes.matrix, self.forget, self.targets, self.solver)
 
     @property
     def D_F(self) -> Tensor:
@@ -254,13 +261,12 @@ class Remap:
         """
         Differences of forget prototypes and their targets that the mean expert sends to nothing, `(d, m)`.
 
-        Of an exact edit these are all P̄_t − P_F. Of a soft one they are those combinations of them of which
-        at most the share `most` is left: E (P_F − P_t) = (P_F − P_t)(I − D_F P_F).
+        Of an exact edit these are all M = P̄_t − P_F. Of a soft one they are those combinations of them of
+        which at most the share `most` is left: E M = M (I + D_F M).
         """
         if self.solver != "soft":
             return self.shift()
-        forget = self.prototypes.matrix[:, list(self.forget)]
-        left = torch.eye(self.rank, dtype=self.dual.dtype) - self.D_F @ forget
+        left = torch.eye(self.rank, dtype=self.dual.dtype) + self.D_F @ self.shift()
         _, shares, combinations = torch.linalg.svd(left)
         return self.shift() @ combinations[shares <= most].T
 
@@ -299,7 +305,8 @@ class Remap:
 
             - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖; of a soft edit, which promises no more
               than the way that it goes, as `way_left`
-            - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype
+            - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype; as `targets_moved` over
+              the targets of a soft edit that has too many to keep them all
             - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖, unless the edit is soft
             - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, what an edited feature can still show of a forget
               prototype, unless the edit is soft
@@ -307,14 +314,17 @@ class Remap:
               the edit costs them
             - `rank` (G2): of I − E, the smallest over the experts
         """
-        D_F, remain, moment = self.D_F, self.remain, self.prototypes.second_moment
+        D_F, moment = self.D_F, self.prototypes.second_moment
+        remain, exact = self.remain, self.prototypes.matrix[:, self._exact]
         forget = self.prototypes.matrix[:, list(self.forget)]
         shifts = [self.shift()] if mean_only else self.shifts
         experts = []
         for M in shifts:  # E = I + M D_F
             left = D_F + (D_F @ M) @ D_F  # D_F E
             way_left = _worst_ratio(M @ (D_F @ forget) - M, M)
-            measured = {"remain_fixed": _worst_ratio(M @ (D_F @ remain), remain)}
+            measured = {"remain_fixed": _worst_ratio(M @ (D_F @ exact), exact)}
+            if exact.shape != remain.shape:
+                measured["targets_moved"] = _worst_ratio(M @ (D_F @ remain), remain)
             if self.solver == "soft":
                 measured["way_left"] = way_left
             else:
@@ -346,6 +356,18 @@ def _worst_ratio(change: Tensor, reference: Tensor) -> Tensor:
     """The largest ‖change‖ / ‖reference‖ over columns, 0 where there is no column."""
     ratios = change.norm(dim=0) / reference.norm(dim=0)
     return ratios.max() if len(ratios) else ratios.new_zeros(())
+
+
+def _staying_exactly(P: Tensor, forget: Sequence[int], targets: Tensor, solver: str) -> list[int]:
+    """
+    The columns that stay exactly where they are: all that are not forgotten. Where they would fill more than
+    half of the dimensions a soft edit spares its targets as it spares ordinary features.
+    """
+    d, k = P.shape
+    stays = [column for column in range(k) if column not in set(forget)]
+    if solver == "soft" and len(stays) > d // 2:
+        stays = [column for column in stays if column not in set(targets.flatten().tolist())]
+    return stays
 
 
 def _ridge(prototypes: Prototypes, count: int, softness: float) -> float:

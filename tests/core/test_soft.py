@@ -95,6 +95,22 @@ def test_more_concepts_than_dimensions():
     assert 0 < found["way_left"] < 1
 
 
+def test_more_targets_than_dimensions():
+    """They cannot all stay exactly, so they move a little, as ordinary features do; the constants stay."""
+    few = make_prototypes(10, 2)
+    names = tuple(f"c{i}" for i in range(12)) + tuple(f"t{i}" for i in range(12))
+    matrix = torch.cat([few.matrix, randn(10, 24)], 1)
+    many = Prototypes(matrix, few.names + names, torch.ones(26), few.second_moment)
+    remap = fit(many, names[:12], [names[12:]])
+    found = remap.verify()
+    assert found["remain_fixed"] < 1e-9
+    assert 0 < found["targets_moved"] < 10
+    assert 0 < found["way_left"]
+    left = edit(remap) @ remap.removed(most=0.5)
+    assert (left.norm(dim=0) <= 0.5 * remap.shift().norm() + 1e-9).all()
+    assert "targets_moved" not in fit(make_prototypes(14, 7)).verify()
+
+
 def test_a_target_that_is_the_concept_is_refused():
     prototypes = make_prototypes(12, 7)
     P = prototypes.matrix.clone()
