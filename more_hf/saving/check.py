@@ -24,7 +24,7 @@ from ..core.record import Record
 from ..core.request import ConceptRequest
 from ..core.site import fingerprint
 from ..diffusion.families import family_of
-from ..diffusion.plan import prepare, solve
+from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.sites import Denoiser, find_layers
 from .contents import Contents, survey
 from .delta import read_delta
@@ -278,6 +278,11 @@ def pipeline_shifts(
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}
     # The solver and retained names do not matter to an exact edit.
     tokens = facts.tokens or request.tokens
+    if tokens not in token_choices(request):
+        raise IncompatibleBaseError(
+            f"The record says that {tokens!r} made the prototypes, which is none of what its request leads "
+            "to. Save the erased model again."
+        )
     problems = prepare(pipe, replace(request, retain=()), denoiser, metric=False)
     return {space: problem.fit("pinv", tokens).shift() for space, problem in problems.items()}
 

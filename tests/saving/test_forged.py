@@ -152,6 +152,18 @@ def test_the_originals_weights_with_their_own_fingerprint(saved, saved_once):
     ]
 
 
+@pytest.mark.parametrize("tokens", ["nonsense", "last"])
+def test_a_record_of_tokens_that_its_request_cannot_have_led_to(saved, tokens):
+    record = read_record(saved)
+    record["facts"]["tokens"] = tokens
+    write_record(saved, record)
+    verification = more_hf.verify(saved)
+    assert [check.name for check in verification.checks if not check.passed] == [
+        "each sends p_f where p_t goes"
+    ]
+    assert tokens in verification.failures
+
+
 def test_a_record_that_names_the_edited_layers_alone(saved, saved_once):
     """Which layers must be edited is the class's to say, not the record's."""
     erased = load_file(saved / WEIGHTS)

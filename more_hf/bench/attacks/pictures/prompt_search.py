@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -59,7 +60,7 @@ def prompt_search(
                 yield victim.counted(found, best, "prompt-search", **facts)
 
 
-class Search:
+class Search(ABC):
     """A search for the tokens in front of each prompt.
 
     Args:
@@ -99,17 +100,17 @@ class Search:
             features = encode(self.pipe, self.prompts)
         return victim.studio.draw(victim.pipe, features, victim.seeds)
 
+    @abstractmethod
     def start(self, count: int, prefix: int) -> Tensor:
         """What is searched, at first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vectors(self) -> Tensor:
         """The tokens' embeddings `(n, prefix, d)` in this step, with gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self) -> Tensor:
         """The tokens found so far: int64 `(n, prefix)`."""
-        raise NotImplementedError
 
     def goal(self, noised: Noised) -> Noised:
         """The noised pictures with what the denoiser should answer."""
