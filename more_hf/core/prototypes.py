@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import PrototypeError, shown
+from .moment import Moment
 from .request import read_integer, read_names
 
 
@@ -30,8 +31,8 @@ class Prototypes:
         counts (`Tensor`):
             `(num_prototypes,)`, int64, how many features each mean is over.
         second_moment (`Tensor`, *optional*):
-            `(num_features, num_features)`, float64, the uncentred mean of z zᵀ over all features that the
-            fitter saw with `update_moment`.
+            The uncentred mean of z zᵀ over all features that the fitter saw with `update_moment`, float64:
+            `(num_features, num_features)`, or thin as in [`Moment`].
         moment_count (`int`, *optional*, defaults to 0):
             How many features that mean is over.
 
@@ -62,6 +63,15 @@ class Prototypes:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.matrix[:, self.index(name)]
+
+    @property
+    def moment(self) -> Moment | None:
+        """The second moment with what can be done with it."""
+        return None if self.second_moment is None else Moment(self.second_moment, self.moment_count)
+
+    def with_moment(self, moment: Moment) -> Prototypes:
+        """The same prototypes with another second moment."""
+        return replace(self, second_moment=moment.matrix, moment_count=moment.count)
 
     @property
     def unit(self) -> Tensor:
@@ -99,7 +109,8 @@ class Prototypes:
                 f"{len(other.matrix)}, second moment {moments[0]} and {moments[1]}. Collect both at the same "
                 "layer, with a second moment or without."
             )
-        fitter = PrototypeFitter(len(self.matrix), [*dict.fromkeys(self.names + other.names)])
+        names = [*dict.fromkeys(self.names + other.names)]
+        fitter = PrototypeFitter(len(self.matrix), names, thin=True)
         for part in (self, other):
             fitter.add(part)
         return fitter.prototypes
@@ -123,11 +134,13 @@ class Prototypes:
 
 
 class Totals(NamedTuple):
-    """What a fitter has summed. Totals of two samples add up to the totals of both."""
+    """What a fitter has summed. Totals of two samples add up to the totals of both, unless it is thin."""
 
     sums: Tensor  # (k, d)
     counts: Tensor  # (k,), int64
-    moment: Tensor  # (d, d), the sum of z zᵀ; () until it is fed, since most users never need it
+    # (d, d), the sum of z zᵀ; of a thin fitter the features themselves, (n, d), while they are fewer than d;
+    # () until it is fed, since most users never need it
+    moment: Tensor
     moment_count: Tensor  # (), int64
 
 
@@ -146,6 +159,8 @@ class PrototypeFitter:
             One unique name per prototype; label i belongs to `names[i]`.
         device (`torch.device` or `str`, *optional*):
             Where the totals are; `None` for the CPU.
+        thin (`bool`, *optional*, defaults to `False`):
+            Keep the features behind the second moment themselves while they are fewer than d.
 
     Example:
 
@@ -158,8 +173,15 @@ class PrototypeFitter:
                 [0., 2.]], dtype=torch.float64)
     """
 
-    def __init__(self, num_features: int, names: Iterable[str], *, device: torch.device | str | None = None):
-        self.names = read_names("names", names)
+    def __init__(
+        self,
+        num_features: int,
+        names: Iterable[str],
+        *,
+        device: torch.device | str | None = None,
+        thin: bool = False,
+    ):
+        self.names, self.thin = read_names("names", names), thin
         num_features = read_integer("num_features", num_features, range(1, 2**31))
         if len(set(self.names)) != len(self.names):
             raise PrototypeError(
@@ -206,7 +228,8 @@ class PrototypeFitter:
         raised.
         """
         features = self._rows(features)
-        self._add_moment(features.T @ features, len(features))
+        few = self.thin and len(features) < features.shape[1]
+        self._add_moment(features if few else features.T @ features, len(features))
         return self
 
     def add(self, prototypes: Prototypes) -> PrototypeFitter:
@@ -215,7 +238,9 @@ class PrototypeFitter:
         self.totals.sums[columns] += (prototypes.matrix * prototypes.counts).T
         self.totals.counts[columns] += prototypes.counts
         if prototypes.second_moment is not None:
-            self._add_moment(prototypes.second_moment * prototypes.moment_count, prototypes.moment_count)
+            count = prototypes.moment_count
+            scale = count**0.5 if prototypes.moment.is_thin else count
+            self._add_moment(prototypes.second_moment * scale, count)
         return self
 
     @property
@@ -228,11 +253,12 @@ class PrototypeFitter:
                 f"No feature was seen for {', '.join(map(repr, empty))}, and a mean needs one. Add "
                 "a sample of each."
             )
+        scale = moment_count if moment.shape[:1] == moment.shape[1:] else moment_count.double().sqrt()
         return Prototypes(
             matrix=(sums / counts[:, None]).T.cpu().contiguous(),
             names=self.names,
             counts=counts.cpu().clone(),
-            second_moment=(moment / moment_count).cpu() if moment_count else None,
+            second_moment=(moment / scale).cpu() if moment_count else None,
             moment_count=int(moment_count),
         )
 
@@ -251,9 +277,14 @@ class PrototypeFitter:
             )
         return rows
 
-    def _add_moment(self, moment: Tensor, count: int) -> None:
-        total, total_count = self.totals.moment + moment, self.totals.moment_count + count
-        self.totals = self.totals._replace(moment=total, moment_count=total_count)
+    def _add_moment(self, added: Tensor, count: int) -> None:
+        """Add features `(n, d)`, n < d, or what features sum up to, `(d, d)`."""
+        width, parts = added.shape[1], [part for part in (self.totals.moment, added) if part.ndim]
+        if self.thin and sum(map(len, parts)) < width:
+            total = torch.cat(parts)
+        else:
+            total = sum(part if len(part) == width else part.T @ part for part in parts)
+        self.totals = self.totals._replace(moment=total, moment_count=self.totals.moment_count + count)
 
 
 def is_integer(labels: Tensor) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import PrototypeError, shown
+from .moment import Moment
 from .options import SOLVERS
 from .prototypes import Prototypes
 from .request import check_choice, check_shrinkage, read_names
@@ -115,10 +116,8 @@ class Remap:
         columns = tuple(prototypes.index(name) for name in forget)
         # with columns of unit norm, whitened by Σ^(−1/2), the dual is a pseudo-inverse
         unit = prototypes.unit
-        whiten = torch.eye(len(P), dtype=P.dtype)
-        if solver != "pinv":
-            whiten = _inverse_root(prototypes, shrinkage)
-        whitened = whiten @ unit
+        whiten = _unchanged if solver == "pinv" else _moment_of(prototypes).inverse_root(shrinkage)
+        whitened = whiten(unit)
         sent_to = []
         for expert in targets:
             sent_to.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
@@ -130,7 +129,7 @@ class Remap:
             ridge[range(len(soft)), soft] = _ridge(prototypes, len(columns), softness)
             whitened = torch.cat([whitened, ridge])
         inverse = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(P)]
-        dual = inverse @ whiten / P.norm(dim=0)[:, None]  # (k, d)
+        dual = whiten(inverse.T).T / P.norm(dim=0)[:, None]  # (k, d)
         remap = cls(
             prototypes=prototypes,
             forget=columns,
@@ -253,9 +252,9 @@ class Remap:
 
     def _ordinary_moved(self, M: Tensor) -> Tensor:
         # E‖M D_F z‖² = tr(Mᵀ M D_F Σ D_Fᵀ)
-        moment = self.prototypes.second_moment
-        squared = ((M.T @ M) * (self.D_F @ moment @ self.D_F.T)).sum().clamp_min(0)
-        return (squared / moment.trace()).sqrt()
+        moment = self.prototypes.moment
+        squared = ((M.T @ M) * moment.seen_by(self.D_F)).sum().clamp_min(0)
+        return (squared / moment.trace).sqrt()
 
     def removed(self, most: float = 0.0) -> Tensor:
         """
@@ -314,7 +313,7 @@ class Remap:
               the edit costs them
             - `rank` (G2): of I − E, the smallest over the experts
         """
-        D_F, moment = self.D_F, self.prototypes.second_moment
+        D_F, moment = self.D_F, self.prototypes.moment
         remain, exact = self.remain, self.prototypes.matrix[:, self._exact]
         forget = self.prototypes.matrix[:, list(self.forget)]
         shifts = [self.shift()] if mean_only else self.shifts
@@ -329,7 +328,8 @@ class Remap:
                 measured["way_left"] = way_left
             else:
                 measured["forget_to_target"] = way_left
-                measured["idempotent"] = (M @ left).norm() / (M @ D_F).norm()
+                thin = torch.linalg.qr(M).R  # ‖M X‖ = ‖R X‖, and R is (f, f)
+                measured["idempotent"] = (thin @ left).norm() / (thin @ D_F).norm()
                 measured["nothing_left"] = left.norm() / D_F.norm()
             if moment is not None:
                 measured["ordinary_moved"] = self._ordinary_moved(M)
@@ -375,21 +375,17 @@ def _ridge(prototypes: Prototypes, count: int, softness: float) -> float:
     √(f · softness / tr Σ): the row of a forget prototype, of unit norm, in the least squares that the soft
     dual solves.
     """
-    return float((count * softness / prototypes.second_moment.trace()).sqrt())
+    return float((count * softness / prototypes.moment.trace).sqrt())
 
 
-def _inverse_root(prototypes: Prototypes, shrinkage: float) -> Tensor:
-    """Σ^(−1/2), `(d, d)`, of the shrunk second moment."""
-    if prototypes.second_moment is None:
+def _unchanged(X: Tensor) -> Tensor:
+    """Σ^(−1/2) X where Σ is the identity."""
+    return X
+
+
+def _moment_of(prototypes: Prototypes) -> Moment:
+    if prototypes.moment is None:
         raise PrototypeError(
             'solver="covariance" needs a second moment. Feed the fitter with `update_moment` too.'
         )
-    if not prototypes.second_moment.isfinite().all():
-        raise PrototypeError("The second moment is not finite. Check the features that it was fitted on.")
-    values, vectors = torch.linalg.eigh(prototypes.second_moment)
-    shrunk = values.clamp_min(0) + shrinkage * values.mean()
-    if not shrunk.min() > 0:
-        raise PrototypeError(
-            "The second moment is singular, and nothing is added to it. Pass a larger `shrinkage`."
-        )
-    return (vectors * shrunk.rsqrt()) @ vectors.T
+    return prototypes.moment

@@ -349,7 +349,7 @@ def fit_prototypes(
             features = features[:, None] if space == "pooled" else features
             if space not in fitters:
                 width, device = features.shape[-1], features.device
-                fitters[space] = PrototypeFitter(width, plans[space].names, device=device)
+                fitters[space] = PrototypeFitter(width, plans[space].names, device=device, thin=True)
             rows, positions, labels = plans[space].entries(batch).to(features.device).T
             fitters[space].update(features[rows, positions], labels)  # which leaves ORDINARY out
             ordinary = labels == ORDINARY

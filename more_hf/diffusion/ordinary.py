@@ -9,9 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import transformers
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.files import replacing
+from ..core.moment import Moment
 from ..core.prototypes import Prototypes
 from ..core.request import ConceptRequest
 from .encoder import fit_prototypes
@@ -34,14 +33,8 @@ logger = logging.getLogger(__name__)
 
 CACHE = Path(constants.HF_HOME) / "more_hf"
 SAMPLED = 4096  # values of each tensor that tell one text encoder from another
-WIDEST = 4096  # features; the file of a wider Σ would have gigabytes
-
-
-class Moment(NamedTuple):
-    """The sum of z zᵀ over features, `(d, d)`, float64, and how many there were."""
-
-    total: Tensor
-    count: int
+HELD = "mean"  # what the files hold; earlier ones held sums
+LARGEST = 2**27  # values of a moment that is kept: a file of a gigabyte
 
 
 def with_ordinary_moment(
@@ -57,23 +50,15 @@ def with_ordinary_moment(
     if len(left_out) < len(kept):
         moments = everyday_moments(pipe, everyday, denoiser)
         if left_out:
-            moments = _less(moments, compute_moments(pipe, left_out, denoiser))
+            less = compute_moments(pipe, left_out, denoiser)
+            moments = {space: moment - less[space] for space, moment in moments.items()}
     else:
         moments = compute_moments(pipe, kept, denoiser)
     found = {}
     for space, own in prototypes.items():
-        total, count = moments[space]
-        if own.moment_count:
-            total, count = total + own.moment_count * own.second_moment, count + own.moment_count
-        found[space] = replace(own, second_moment=total / count, moment_count=count)
+        moment = moments[space] if own.moment is None else moments[space] + own.moment
+        found[space] = own.with_moment(moment)
     return found
-
-
-def _less(moments: Mapping[str, Moment], part: Mapping[str, Moment]) -> dict[str, Moment]:
-    return {
-        space: Moment(total - part[space].total, count - part[space].count)
-        for space, (total, count) in moments.items()
-    }
 
 
 def everyday_moments(
@@ -94,8 +79,8 @@ def everyday_moments(
     except (OSError, SafetensorError):  # nobody asked before, or the file is damaged
         logger.info("Everyday prompts go through the text encoder, once: %s is not there yet", path)
     moments = compute_moments(pipe, prompts, denoiser)
-    if max(len(moment.total) for moment in moments.values()) <= WIDEST:
-        tensors = {space: moment.total for space, moment in moments.items()}
+    tensors = {space: moment.matrix for space, moment in moments.items()}
+    if max(map(Tensor.numel, tensors.values())) <= LARGEST:
         try:
             with replacing(path) as draft:
                 save_file(tensors, draft, {space: str(moment.count) for space, moment in moments.items()})
@@ -108,10 +93,8 @@ def compute_moments(
     pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser
 ) -> dict[str, Moment]:
     """The moment of prompts in each space; every token but begin tokens counts."""
-    moments = {}
-    for space, found in fit_prototypes(pipe, (), "last", sigma_prompts=prompts, denoiser=denoiser).items():
-        moments[space] = Moment(found.moment_count * found.second_moment, found.moment_count)
-    return moments
+    found = fit_prototypes(pipe, (), "last", sigma_prompts=prompts, denoiser=denoiser)
+    return {space: prototypes.moment for space, prototypes in found.items()}
 
 
 def _key(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) -> str | None:
@@ -120,7 +103,7 @@ def _key(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) ->
     elsewhere, or a LoRA on a text encoder, whose strength is no weight.
     """
     digest = hashlib.sha256()
-    facts = [type(pipe).__name__, diffusers.__version__, transformers.__version__, *prompts]
+    facts = [HELD, type(pipe).__name__, diffusers.__version__, transformers.__version__, *prompts]
     modules = {space: denoiser.module.get_submodule(name) for space, name in denoiser.family.norms.items()}
     for segment in text_of(pipe, denoiser).segments:
         facts += [] if segment.template is None else segment.template(pipe)

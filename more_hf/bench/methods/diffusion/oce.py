@@ -55,7 +55,7 @@ def oce(
     R = texts.last_tokens(roles.keep)
     # What must stay, weighted: retained names, ordinary text, and the layer itself.
     ordinary = ordinary_prompts(pipe, roles.forget)
-    moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary)["tokens"].second_moment
+    moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary)["tokens"].moment.dense
     keep = retain_scale * R.T @ R + global_scale * moment + lamb * torch.eye(len(moment), dtype=moment.dtype)
     sites, edited = text_sites(pipe, layers, len(moment)), {}
     for name, site in sites.items():
