@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ from .request import check_choice, check_shrinkage, read_names
 
 EXACT = 1e-6  # how far D_F P may be from [I, 0], in units of one coordinate, for the edit to be called exact
 NOWHERE = -1  # the target of a prototype that is erased
+
+
+class Removed(NamedTuple):
+    """Directions `(d, m)` that an edit removes, and the share of them that it leaves at most."""
+
+    directions: Tensor
+    share: float
 
 
 @dataclass(frozen=True)
@@ -256,18 +264,24 @@ class Remap:
         squared = ((M.T @ M) * moment.seen_by(self.D_F)).sum().clamp_min(0)
         return (squared / moment.trace).sqrt()
 
-    def removed(self, most: float = 0.0) -> Tensor:
+    def removed(self, most: float = 0.0) -> Removed:
         """
-        Differences of forget prototypes and their targets that the mean expert sends to nothing, `(d, m)`.
+        What the mean expert sends to nothing, or nearly.
 
-        Of an exact edit these are all M = P̄_t − P_F. Of a soft one they are those combinations of them of
-        which at most the share `most` is left: E M = M (I + D_F M).
+        Of an exact edit that is all of M = P̄_t − P_F. Of a soft one it is those directions in M's span of
+        which at most the share `most` is left; if there are none, the one of which least is left.
         """
         if self.solver != "soft":
-            return self.shift()
-        left = torch.eye(self.rank, dtype=self.dual.dtype) + self.D_F @ self.shift()
-        _, shares, combinations = torch.linalg.svd(left)
-        return self.shift() @ combinations[shares <= most].T
+            return Removed(self.shift(), 0.0)
+        # With M = U S Vᵀ the edit sends U to U (I + S Vᵀ D_F U), so the span of M stays in itself.
+        directions, sizes, combinations = torch.linalg.svd(self.shift(), full_matrices=False)
+        span = sizes > 1e-9 * sizes.max()
+        directions = directions[:, span]
+        read = sizes[span, None] * (combinations[span] @ self.D_F @ directions)
+        left = torch.eye(len(read), dtype=read.dtype) + read
+        _, shares, rotation = torch.linalg.svd(left)  # from the largest share to the smallest
+        removed = shares <= shares.min().clamp_min(most)
+        return Removed(directions @ rotation[removed].T, float(shares[removed].max()))
 
     def delta(self, weight: Tensor, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """

@@ -21,6 +21,7 @@ from ..core.errors import IncompatibleBaseError, MoreError, SiteNotFoundError
 from ..core.facts import ConceptFacts
 from ..core.markdown import markdown_table
 from ..core.record import Record
+from ..core.remap import Removed
 from ..core.request import ConceptRequest
 from ..core.site import fingerprint
 from ..diffusion.families import family_of
@@ -37,6 +38,8 @@ from .files import path_of, reading
 TOLERANCE = 0.05
 # Of a soft edit the directions of which it leaves at most this share are looked at.
 SOFT_SHARE = TOLERANCE / 2
+# One that leaves more than this of every direction cannot be told from the original, and never passes.
+SOFTEST = 0.5
 
 
 class Check(NamedTuple):
@@ -144,14 +147,14 @@ def verify(folder: str | os.PathLike) -> Verification:
     layers = [Layer(name, name, shape) for name, shape in record.sites.items()]
     try:
         if record.kind == "classifier":
-            shifts = {space: remap.shift() for space, remap in read_delta(folder).items()}
+            removed = {space: Removed(remap.shift(), 0.0) for space, remap in read_delta(folder).items()}
         else:
             denoiser = _denoiser_in(folder, record, contents)
             layers = _layers_of(denoiser, record)
-            shifts = _shifts_in(folder, record, denoiser)
+            removed = _removed_by(folder, record, denoiser)
     except MoreError as error:
-        shifts = error  # the other checks still say what is there
-    return check_folder(folder, record, contents, layers, shifts)
+        removed = error  # the other checks still say what is there
+    return check_folder(folder, record, contents, layers, removed)
 
 
 def check_folder(
@@ -159,7 +162,7 @@ def check_folder(
     record: Record,
     contents: Contents,
     layers: Iterable[Layer],
-    shifts: Mapping[str, Tensor] | MoreError,
+    removed: Mapping[str, Removed] | MoreError,
 ) -> Verification:
     """
     Check a folder's files.
@@ -173,8 +176,8 @@ def check_folder(
             What it holds.
         layers (`Iterable[Layer]`):
             Every layer that must be edited.
-        shifts (`Mapping[str, Tensor]` or `MoreError`):
-            P̄_t − P_F, `(d, f)`, of each space; empty if it cannot be known, or the reason why it could not
+        removed (`Mapping[str, Removed]` or `MoreError`):
+            What the edit removes from each space; empty if it cannot be known, or the reason why it could not
             be computed.
     """
     try:
@@ -201,10 +204,10 @@ def check_folder(
             f"sha256 {saved_as[:12]}",
         ),
     ]
-    if isinstance(shifts, MoreError):
-        checks.append(Check("each sends p_f where p_t goes", False, str(shifts)))
-    elif shifts:
-        checks.append(_remapped(stored.edited, layers, shifts))
+    if isinstance(removed, MoreError):
+        checks.append(Check("each sends p_f where p_t goes", False, str(removed)))
+    elif removed:
+        checks.append(_remapped(stored.edited, layers, removed))
     foreign = ", ".join(map(str, contents.foreign))
     checks.append(Check("nothing else is in the folder", not foreign, foreign or "none"))
     return Verification(tuple(checks))
@@ -242,36 +245,46 @@ def require_saved_weights(folder: Path, record: Record) -> None:
         )
 
 
-def left_over(weight: Tensor, shift: Tensor) -> float:
+def left_over(weight: Tensor, removed: Removed) -> float:
     """
-    ‖W (p_f − p̄_t)‖ as a share of what a weight of this size gives on average; NaN for a weight or shift of
-    zeros.
+    ‖W x‖ over what was removed, as a share of what a weight of this size gives on average; NaN for a weight
+    of zeros.
     """
-    weight, shift = weight.detach().cpu().double(), shift.double()
-    return float((weight @ shift).norm() / (weight.norm() * shift.norm()) * weight.shape[1] ** 0.5)
+    weight, directions = weight.detach().cpu().double(), removed.directions.double()
+    size = weight.norm() * directions.norm() / weight.shape[1] ** 0.5
+    return float((weight @ directions).norm() / size)
 
 
-def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], shifts: Mapping[str, Tensor]) -> Check:
+def most_left(removed: Removed) -> float:
+    """
+    How much may be left by `left_over`: of a soft edit that removes no direction nearly whole, the geometric
+    mean of what it leaves and what the original has.
+    """
+    if removed.share > SOFTEST:
+        return 0.0
+    return TOLERANCE if removed.share <= SOFT_SHARE else removed.share**0.5
+
+
+def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], removed: Mapping[str, Removed]) -> Check:
     """Whether every layer sends p_f where p_t goes, with the first that does not, or the worst."""
     name, measured = "each sends p_f where p_t goes", []
     for layer in layers:
-        weight, shift = edited.get(layer.name), shifts.get(layer.space)
-        if weight is None or shift is None or weight.shape[1:] != shift.shape[:1]:
+        weight, gone = edited.get(layer.name), removed.get(layer.space)
+        if weight is None or gone is None or weight.shape[1:] != gone.directions.shape[:1]:
             return Check(name, False, f"`{layer.name}` is missing or has another width")
-        if not shift.shape[1]:
-            return Check(name, True, "the edit is too soft to tell; the fingerprint alone vouches")
-        left = left_over(weight, shift)
-        measured.append((left < TOLERANCE, -left, f"`{layer.name}`: {left:.1e} is left"))  # a NaN is not less
+        left, most = left_over(weight, gone), most_left(gone)
+        # written so that a NaN fails
+        measured.append((left < most, -left, f"`{layer.name}`: {left:.1e} is left (limit {most:.2g})"))
     passed, _, finding = min(measured)
     return Check(name, passed, finding)
 
 
-def pipeline_shifts(
+def removed_from(
     pipe: DiffusionPipeline, request: ConceptRequest, facts: ConceptFacts, denoiser: Denoiser | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, Removed]:
     """
-    Space -> what the edit removes, `(d, m)`, by the pipeline's text encoders, and its denoiser unless it was
-    loaded without: P̄_t − P_F, or of a soft edit what `Remap.removed` says.
+    Space -> what the edit removes, by the pipeline's text encoders, and its denoiser unless it was loaded
+    without.
     """
     if facts.solver == "soft":
         remaps = solve(pipe, request, denoiser).remaps
@@ -284,17 +297,17 @@ def pipeline_shifts(
             "to. Save the erased model again."
         )
     problems = prepare(pipe, replace(request, retain=()), denoiser, metric=False)
-    return {space: problem.fit("pinv", tokens).shift() for space, problem in problems.items()}
+    return {space: problem.fit("pinv", tokens).removed() for space, problem in problems.items()}
 
 
-def _shifts_in(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Tensor]:
+def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Removed]:
     with reading(folder):
         parts = DiffusionPipeline.load_config(folder)
         unused = {name: None for name in (record.denoiser, "vae", "safety_checker") if name in parts}
         pipe = DiffusionPipeline.from_pretrained(
             folder, variant=record.variant, use_safetensors=True, **unused
         )
-        return pipeline_shifts(pipe, record.request, record.facts, denoiser)
+        return removed_from(pipe, record.request, record.facts, denoiser)
 
 
 def _denoiser_in(folder: Path, record: Record, contents: Contents) -> Denoiser:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils.hub_utils import extract_commit_hash
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from .. import __version__
@@ -24,6 +24,7 @@ from ..core.files import write_text
 from ..core.hook import attach_hooks
 from ..core.record import CLASSIFIER, RECORD, VARIANT, Record
 from ..core.registry import register
+from ..core.remap import Removed
 from ..core.site import fingerprint
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.hook import hooked_modules, make_hooks
@@ -33,8 +34,8 @@ from .check import (
     check_folder,
     expected_shapes,
     layout_of,
-    pipeline_shifts,
     read_weights,
+    removed_from,
     require_saved_weights,
     shapes_of,
 )
@@ -55,8 +56,8 @@ class Savable(NamedTuple):
             Its models, by the folder that each is written to.
         edited (`str`):
             Which of them was edited.
-        shifts (`dict[str, Tensor]`):
-            P̄_t − P_F of each space, with which the files are checked; empty if they are not known.
+        removed (`dict[str, Removed]`):
+            What the edit removes from each space, by which the files are checked; empty if not known.
         revision (`str`, *optional*):
             The commit that the edited one was loaded from.
     """
@@ -64,7 +65,7 @@ class Savable(NamedTuple):
     whole: DiffusionPipeline | PreTrainedModel
     parts: dict[str, nn.Module]
     edited: str
-    shifts: dict[str, Tensor]
+    removed: dict[str, Removed]
     revision: str | None
 
 
@@ -127,7 +128,7 @@ def save(
             write_text(draft / RECORD, record.to_json())
             if include_delta:
                 write_delta(erasure, draft)
-            _check_draft(draft, record, erasure, savable.shifts)
+            _check_draft(draft, record, erasure, savable.removed)
             _refuse_leftovers(folder, draft)
 
         replace_folder(folder, write)
@@ -137,9 +138,9 @@ def save(
 def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
     if isinstance(pipe, nn.Module):
         model = savable_classifier(pipe, erasure)
-        shifts = {space: remap.shift() for space, remap in erasure.remaps.items()}
+        removed = {space: Removed(remap.shift(), 0.0) for space, remap in erasure.remaps.items()}
         return Savable(
-            model, {CLASSIFIER: model}, CLASSIFIER, shifts, getattr(model.config, "_commit_hash", None)
+            model, {CLASSIFIER: model}, CLASSIFIER, removed, getattr(model.config, "_commit_hash", None)
         )
     denoiser = find_denoiser(pipe)
     components = {
@@ -149,9 +150,9 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
         name: part for name, part in components.items() if isinstance(part, ModelMixin | PreTrainedModel)
     }
     # By the text encoders as they are now: they are saved, and whoever verifies has no others.
-    shifts = pipeline_shifts(pipe, erasure.request, erasure.facts)
+    removed = removed_from(pipe, erasure.request, erasure.facts)
     revision = extract_commit_hash(f"{denoiser.module.config.get('_name_or_path')}/")
-    return Savable(pipe, parts, denoiser.name, shifts, revision)
+    return Savable(pipe, parts, denoiser.name, removed, revision)
 
 
 def _require_plain(name: str, part: nn.Module) -> None:
@@ -190,10 +191,10 @@ def _make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str |
     return record
 
 
-def _check_draft(draft: Path, record: Record, erasure: Erasure, shifts: Mapping[str, Tensor]) -> None:
+def _check_draft(draft: Path, record: Record, erasure: Erasure, removed: Mapping[str, Removed]) -> None:
     """Raises `ExportError` unless `verify` will accept what was written."""
     layers = [Layer(name, site.space, list(site.read().shape)) for name, site in erasure.sites.items()]
-    verification = check_folder(draft, record, survey(draft, record), layers, shifts)
+    verification = check_folder(draft, record, survey(draft, record), layers, removed)
     if not verification:
         raise ExportError(
             f"What would be saved is not the erased model ({verification.failures}). Was a LoRA fused, or "

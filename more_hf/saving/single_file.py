@@ -18,7 +18,7 @@ from ..core.files import replacing
 from ..core.site import EDITABLE
 from ..diffusion.erase import get_erasure
 from ..diffusion.sites import find_denoiser
-from .check import TOLERANCE, left_over, pipeline_shifts
+from .check import left_over, most_left, removed_from
 from .files import path_of, writing
 from .folder import refuse_saved_folder
 
@@ -233,10 +233,10 @@ def save_checkpoint(
     if erasure is None:
         raise ExportError("Nothing was erased from this pipeline. Call `more_hf.erase_concept` first.")
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original_layout(pipe).items()}
-    shift = pipeline_shifts(pipe, erasure.request, erasure.facts)["tokens"]
+    removed = removed_from(pipe, erasure.request, erasure.facts)["tokens"]
     for site, name in site_keys(pipe, erasure.sites).items():
-        left = left_over(tensors[name], shift)
-        if not left < TOLERANCE:
+        left = left_over(tensors[name], removed)
+        if not left < most_left(removed):
             raise ExportError(
                 f"`{site}` still tells the concept from its target ({left:.1e} is left). Was a LoRA fused, "
                 "or the model or its text encoder changed since? Undo that, then save."

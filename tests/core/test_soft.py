@@ -106,8 +106,8 @@ def test_more_targets_than_dimensions():
     assert found["remain_fixed"] < 1e-9
     assert 0 < found["targets_moved"] < 10
     assert 0 < found["way_left"]
-    left = edit(remap) @ remap.removed(most=0.5)
-    assert (left.norm(dim=0) <= 0.5 * remap.shift().norm() + 1e-9).all()
+    directions, share = remap.removed(most=0.5)
+    assert (edit(remap) @ directions).norm(dim=0).max() <= share + 1e-9
     assert "targets_moved" not in fit(make_prototypes(14, 7)).verify()
 
 
@@ -123,11 +123,21 @@ def test_a_target_that_is_the_concept_is_refused():
 @pytest.mark.parametrize("softness", [0.01, 1.0])
 def test_what_it_removes(softness):
     remap = fit(make_prototypes(12, 7), softness=softness)
-    removed = remap.removed(most=0.2)
-    left = edit(remap) @ removed
-    assert (left.norm(dim=0) <= 0.2 * remap.shift().norm() + 1e-9).all()
-    assert removed.shape[1] <= 3
-    assert remap.removed(most=10.0).shape[1] == 3
+    E, span = edit(remap), torch.linalg.qr(remap.shift())[0]
+    shares = torch.linalg.svdvals(E @ span)  # of every direction between a forget prototype and its target
+    for most in (0.0, 0.2, float(shares[1]) + 1e-9, 10.0):
+        directions, share = remap.removed(most)
+        expected = shares[shares <= max(most, float(shares[-1]))]
+        assert directions.shape[1] == len(expected)
+        assert share == pytest.approx(float(expected[0]))
+        assert torch.allclose(directions.T @ directions, torch.eye(len(expected), dtype=torch.float64))
+        assert torch.allclose(span @ span.T @ directions, directions)
+        assert torch.allclose((E @ directions).norm(dim=0).sort().values, expected.sort().values)
+
+
+def test_an_exact_edit_removes_the_whole_way():
     exact = fit(make_prototypes(12, 7), solver="covariance")
-    assert torch.equal(exact.removed(), exact.shift())
-    assert torch.allclose(edit(exact) @ exact.removed(), torch.zeros(12, 3, dtype=torch.float64), atol=1e-9)
+    directions, share = exact.removed()
+    assert share == 0
+    assert torch.equal(directions, exact.shift())
+    assert torch.allclose(edit(exact) @ directions, torch.zeros(12, 3, dtype=torch.float64), atol=1e-9)

@@ -1,15 +1,22 @@
 """Many concepts at once: what `auto` takes, and that a soft edit has everything that an exact one has."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import more_hf
+from more_hf.core.record import RECORD
+from more_hf.core.request import MAX_SHRINKAGE
+from more_hf.core.site import fingerprint
+from more_hf.saving.check import SOFT_SHARE
 
 
 NAMES = ["van gogh", "pablo picasso", "cat", "dog", "house", "tree", "car"]
 THINGS = ["cat face", "dog face", "rocket", "pizza", "guitar", "sunflower", "key", "bell", "fish", "house"]
 THINGS += ["bicycle", "lemon", "ant", "crab"]
+REMAPPED = "each sends p_f where p_t goes"
 OPTIONS = {"remap_to": "claude monet", "retain": ["andy warhol"]}
 
 
@@ -57,6 +64,63 @@ def test_restored_bit_for_bit(tiny_sd):
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
 
 
+def with_original(folder, original):
+    """The folder with the original's weights, whose record says what they are."""
+    file = next((folder / "unet").glob("*.safetensors"))
+    save_file({name: original[name].contiguous() for name in load_file(file)}, file, {"format": "pt"})
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    record["edited"] = fingerprint({name: original[f"{name}.weight"] for name in record["sites"]})
+    (folder / RECORD).write_text(json.dumps(record), "utf-8")
+
+
+def failed(folder):
+    return [check.name for check in more_hf.verify(folder).checks if not check.passed]
+
+
+@pytest.mark.parametrize(
+    ("names", "remap_to", "share"),
+    [
+        (NAMES, "claude monet", 0.1),
+        (NAMES[:2], "claude monet", 0.2),
+        (NAMES[1:3], ["a painting", "sky", "sea", "bird"], 0.5),
+    ],
+)
+def test_a_soft_edit_is_told_from_the_original(tiny_sd, tmp_path, names, remap_to, share):
+    """Also where it removes no direction nearly whole: the record cannot say how much may be left."""
+    pipe = tiny_sd()
+    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    more_hf.erase_concept(pipe, names, remap_to=remap_to, solver="soft")
+    assert share / 2 < more_hf.get_erasure(pipe).remap.removed(SOFT_SHARE).share < share
+    folder = more_hf.save(pipe, tmp_path / "soft")
+    assert more_hf.verify(folder)
+    with_original(folder, original)
+    assert failed(folder) == [REMAPPED]
+
+
+@pytest.mark.slow
+def test_one_layer_of_the_original_is_noticed(tiny_sd, tmp_path):
+    pipe = tiny_sd()
+    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    folder = more_hf.save(more_hf.erase_concept(pipe, NAMES, **OPTIONS), tmp_path / "soft")
+    erased = load_file(next((folder / "unet").glob("*.safetensors")))
+    for site in more_hf.get_erasure(pipe).sites:
+        with_original(folder, {**erased, f"{site}.weight": original[f"{site}.weight"]})
+        assert failed(folder) == [REMAPPED]
+
+
+def test_a_record_of_a_softer_edit_does_not_vouch_for_the_original(tiny_sd, tmp_path):
+    """How soft an edit may be is the code's to say."""
+    pipe = tiny_sd()
+    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    folder = more_hf.save(more_hf.erase_concept(pipe, NAMES, **OPTIONS), tmp_path / "soft")
+    with_original(folder, original)
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    record["request"]["shrinkage"] = MAX_SHRINKAGE
+    (folder / RECORD).write_text(json.dumps(record), "utf-8")
+    assert failed(folder) == [REMAPPED]
+    assert "(limit 0)" in more_hf.verify(folder).failures
+
+
 @pytest.mark.slow
 def test_a_folder_is_verified_and_the_originals_weights_are_not(tmp_path):
     pipe = more_hf.load_emoji_sd()
@@ -67,8 +131,6 @@ def test_a_folder_is_verified_and_the_originals_weights_are_not(tmp_path):
     verification = more_hf.verify(folder)
     assert verification
     assert "is left" in verification.to_markdown()
-    # and the same folder with the original's weights
-    file = next((folder / "unet").glob("*.safetensors"))
-    save_file({name: original[name].contiguous() for name in load_file(file)}, file, {"format": "pt"})
-    checks = {check.name: check for check in more_hf.verify(folder).checks}
-    assert not checks["each sends p_f where p_t goes"].passed
+    with_original(folder, original)
+    assert failed(folder) == [REMAPPED]
+    assert more_hf.save_checkpoint(pipe, tmp_path / "soft.safetensors").exists()
