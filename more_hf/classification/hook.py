@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.erasure import Erasure
 from ..core.hook import RoutingHook
-from ..core.remap import Remap
 
 
 def channel_dim(module: nn.Module, z: Tensor) -> int:
@@ -23,18 +23,12 @@ class HeadHook(RoutingHook):
     z.
 
     The router sees the sample's mean feature. With several heads the `first` one's hook decides for all:
-    experts that differ from head to head would leave the feature recoverable.
+    experts that differ from head to head would leave the feature recoverable. What comes first is what
+    `RoutingHook` takes.
     """
 
-    def __init__(
-        self,
-        remap: Remap | None = None,
-        router: str | None = None,
-        device: torch.device | str = "cpu",
-        key: int = 0,
-        first: HeadHook | None = None,
-    ):
-        super().__init__(remap, router, device, key)
+    def __init__(self, *factors: Any, first: HeadHook | None = None):
+        super().__init__(*factors)
         self.first = first
         self.taken: Tensor | None = None
 
@@ -60,5 +54,5 @@ def make_hooks(erasure: Erasure, names: Iterable[str], device: torch.device) -> 
     where = "cpu" if device.type == "meta" else device
     for name in names:
         first = hooks[0] if hooks else None
-        hooks.append(HeadHook(erasure.remaps[name], erasure.router, where, id(erasure), first))
+        hooks.append(HeadHook(erasure.remaps[name], erasure.router, where, id(erasure), first=first))
     return tuple(hooks)

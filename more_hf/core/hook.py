@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .remap import Remap
 from .routers import ROUTERS
@@ -63,7 +64,11 @@ class RoutingHook:
         """Put the hook before every other hook of the module, once."""
         self.detach()
         self.enabled = True
-        self.handle = module.register_forward_pre_hook(self, with_kwargs=self.with_kwargs, prepend=True)
+        self.handle = self.register(module)
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        """Torch's own call for this kind of hook."""
+        return module.register_forward_pre_hook(self, with_kwargs=self.with_kwargs, prepend=True)
 
     def detach(self) -> None:
         """Take the hook off, if it is on."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.erasure import Erasure
 from ..core.hook import RoutingHook
@@ -24,23 +25,21 @@ class PromptHook(RoutingHook):
 
     A pooled feature `(batch, d')`, at the place `where` among the arguments, goes through the same expert of
     its own space. `arguments` are the names of `forward`'s parameters, for those that are given by position.
+    What comes first is what `RoutingHook` takes.
     """
 
     with_kwargs = True
 
     def __init__(
         self,
-        remap: Remap | None = None,
-        router: str | None = None,
-        device: torch.device | str = "cpu",
-        key: int = 0,
+        *factors: Any,
         pooled: Remap | None = None,
         where: tuple[str, ...] = (),
         arguments: tuple[str, ...] = (),
     ):
-        super().__init__(remap, router, device, key)
+        super().__init__(*factors)
         self.arguments = arguments
-        self.pooled = None if pooled is None else RoutingHook(pooled, router, device, key)
+        self.pooled = None if pooled is None else RoutingHook(pooled, *factors[1:])
         self.where = where
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -59,24 +58,16 @@ class NormHook(RoutingHook):
     The forward hook of a norm in front of the layer that reads text: its output z becomes E_e z.
 
     A model that joins all samples `(tokens of all, d)` has a `samples` hook, which knows where each one ends.
+    What comes first is what `RoutingHook` takes.
     """
 
-    def __init__(
-        self,
-        remap: Remap | None = None,
-        router: str | None = None,
-        device: torch.device | str = "cpu",
-        key: int = 0,
-        samples: SampleHook | None = None,
-    ):
-        super().__init__(remap, router, device, key)
+    def __init__(self, *factors: Any, samples: SampleHook | None = None):
+        super().__init__(*factors)
         self.samples = samples
 
-    def attach(self, module: nn.Module) -> None:
-        """See `RoutingHook.attach`."""
-        self.detach()
-        self.enabled = True
-        self.handle = module.register_forward_hook(self, prepend=True)
+    def register(self, module: nn.Module) -> RemovableHandle:
+        """See `RoutingHook.register`."""
+        return module.register_forward_hook(self, prepend=True)
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if not self.acts:
