@@ -106,8 +106,8 @@ class Encoder:
         segment = segment or self.text.segments[0]
         tokenizer = getattr(self.pipe, segment.tokenizer)
         if segment.template is not None:
-            layout, dropped = self.layout(prompt, segment), segment.template(self.pipe).dropped
-            return segment.tokens(self.pipe, prompt).input_ids[dropped:][layout.start : layout.end]
+            layout = self.layout(prompt, segment)
+            return [token.id for token in segment.tokens(self.pipe, prompt)][layout.start : layout.end]
         if isinstance(self.pipe, TextualInversionLoaderMixin):
             prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
         prompt = prompt.lower().strip() if self.text.lower else prompt
@@ -117,7 +117,7 @@ class Encoder:
         """Where the parts of a prompt are, in the first segment if not in another."""
         segment = segment or self.text.segments[0]
         if segment.template is not None:
-            return segment.layout(segment.characters(self.pipe, prompt), len(prompt))
+            return segment.layout(segment.tokens(self.pipe, prompt), len(prompt))
         end = segment.before + len(self.token_ids(prompt, segment))
         return Layout(segment.before, end, end + 1)
 
@@ -136,10 +136,10 @@ class Encoder:
             return start, start + len(own), Layout(segment.before, end, end + 1)
         # A language model's tokens depend on what is around them: the name is where its characters are.
         begin = len(template.split("{}")[0])
-        characters = segment.characters(self.pipe, prompt)
-        start = sum(stop <= begin for _, stop in characters)
-        stop = sum(first < begin + len(name) for first, _ in characters)
-        return start, stop, segment.layout(characters, len(prompt))
+        tokens = segment.tokens(self.pipe, prompt)
+        start = sum(token.stop <= begin for token in tokens)
+        stop = sum(token.start < begin + len(name) for token in tokens)
+        return start, stop, segment.layout(tokens, len(prompt))
 
     @torch.no_grad()
     def features(self, prompts: Sequence[str]) -> dict[str, Tensor]:

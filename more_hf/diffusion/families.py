@@ -20,7 +20,19 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from ..core.errors import SiteNotFoundError
-from .text import CHROMA, FLUX_2, HUNYUAN_IMAGE, QWEN_IMAGE, WAN, Z_IMAGE, Text
+from .text import (
+    CHROMA,
+    COGVIEW_4,
+    FLUX_2,
+    HUNYUAN_IMAGE,
+    KANDINSKY_5,
+    LUMINA_2,
+    QWEN_IMAGE,
+    SANA,
+    WAN,
+    Z_IMAGE,
+    Text,
+)
 
 
 # attention processors with text projections of their own
@@ -128,6 +140,13 @@ def _find_sd3_or_flux(transformer: nn.Module) -> dict[str, Reader]:
 def _find(*names: str) -> Callable[[nn.Module], dict[str, Reader]]:
     """These layers, all in the space of tokens."""
     return lambda denoiser: {name: Reader(denoiser.get_submodule(name)) for name in names}
+
+
+def _find_kandinsky(transformer: nn.Module) -> dict[str, Reader]:
+    return {
+        "text_embeddings.in_layer": Reader(transformer.text_embeddings.in_layer),
+        "pooled_text_embeddings.in_layer": Reader(transformer.pooled_text_embeddings.in_layer, "pooled"),
+    }
 
 
 def _find_z_image(transformer: nn.Module) -> dict[str, Reader]:
@@ -311,6 +330,60 @@ def _call_hunyuan_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tens
     ).sample
 
 
+def _call_sana(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, batch = transformer.config, len(text["tokens"])
+    side = 2 * config.patch_size
+    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
+    return transformer(
+        latent,
+        encoder_hidden_states=text["tokens"].to(latent),
+        timestep=latent.new_full((batch,), 500.0),
+        guidance=latent.new_full((batch,), 4.5) if config.guidance_embeds else None,
+    ).sample
+
+
+def _call_lumina_2(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
+    side = 2 * config.patch_size
+    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
+    return transformer(
+        latent,
+        timestep=latent.new_full((batch,), 0.5),
+        encoder_hidden_states=text["tokens"].to(latent),
+        encoder_attention_mask=latent.new_ones(batch, num_tokens, dtype=torch.bool),
+    ).sample
+
+
+def _call_cogview_4(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, batch = transformer.config, len(text["tokens"])
+    side = 2 * config.patch_size
+    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
+    size, corner = latent.new_full((batch, 2), 1024.0), latent.new_zeros(batch, 2)
+    return transformer(
+        latent,
+        encoder_hidden_states=text["tokens"].to(latent),
+        timestep=latent.new_full((batch,), 500.0),
+        original_size=size,
+        target_size=size,
+        crop_coords=corner,
+    ).sample
+
+
+def _call_kandinsky(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
+    frames, height, width = config.patch_size
+    channels = (2 * config.in_visual_dim + 1) if config.visual_cond else config.in_visual_dim
+    latent = _fixed_latent(transformer, frames, 2 * height, 2 * width, channels, batch=batch)
+    return transformer(
+        hidden_states=latent,
+        encoder_hidden_states=text["tokens"].to(latent),
+        pooled_projections=_pooled_or_zero(text, config.in_text_dim2, latent),
+        timestep=latent.new_full((batch,), 500.0),
+        visual_rope_pos=[torch.arange(count, device=latent.device) for count in (1, 2, 2)],
+        text_rope_pos=torch.arange(num_tokens, device=latent.device),
+    ).sample
+
+
 # the denoiser's class and its `addition_embed_type` -> its family
 FAMILIES = {
     ("UNet2DConditionModel", None): Family("Stable Diffusion 1.x and 2.x", _find_unet, _call_unet),
@@ -321,18 +394,14 @@ FAMILIES = {
         "Stable Diffusion 3", _find_sd3_or_flux, _call_sd3, ("pooled_projections",)
     ),
     ("FluxTransformer2DModel", None): Family("FLUX", _find_sd3_or_flux, _call_flux, ("pooled_projections",)),
-    ("PixArtTransformer2DModel", None): Family(
-        "PixArt", _find("caption_projection.linear_1"), _call_pixart
-    ),
+    ("PixArtTransformer2DModel", None): Family("PixArt", _find("caption_projection.linear_1"), _call_pixart),
     ("ZImageTransformer2DModel", None): Family(
         "Z-Image", _find_z_image, _call_z_image, norms={"tokens": "cap_embedder.0"}, joined=True, text=Z_IMAGE
     ),
     ("QwenImageTransformer2DModel", None): Family(
         "Qwen-Image", _find("txt_in"), _call_qwen_image, norms={"tokens": "txt_norm"}, text=QWEN_IMAGE
     ),
-    ("Flux2Transformer2DModel", None): Family(
-        "FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2
-    ),
+    ("Flux2Transformer2DModel", None): Family("FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2),
     ("WanTransformer3DModel", None): Family("Wan 2.1", _find_wan, _call_wan, text=WAN),
     ("ChromaTransformer2DModel", None): Family(
         "Chroma", _find("context_embedder"), _call_chroma, text=CHROMA
@@ -343,6 +412,22 @@ FAMILIES = {
         _find("context_embedder.proj_in", "context_embedder.time_text_embed.text_embedder.linear_1"),
         _call_hunyuan_image,
         text=HUNYUAN_IMAGE,
+    ),
+    ("SanaTransformer2DModel", None): Family(
+        "Sana", _find("caption_projection.linear_1"), _call_sana, text=SANA
+    ),
+    ("Lumina2Transformer2DModel", None): Family(
+        "Lumina 2",
+        _find("time_caption_embed.caption_embedder.1"),
+        _call_lumina_2,
+        norms={"tokens": "time_caption_embed.caption_embedder.0"},
+        text=LUMINA_2,
+    ),
+    ("CogView4Transformer2DModel", None): Family(
+        "CogView4", _find("patch_embed.text_proj"), _call_cogview_4, text=COGVIEW_4
+    ),
+    ("Kandinsky5Transformer3DModel", None): Family(
+        "Kandinsky 5", _find_kandinsky, _call_kandinsky, ("pooled_projections",), text=KANDINSKY_5
     ),
 }
 

@@ -89,9 +89,7 @@ def everyday_moments(
     return moments
 
 
-def compute_moments(
-    pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser
-) -> dict[str, Moment]:
+def compute_moments(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) -> dict[str, Moment]:
     """The moment of prompts in each space; every token but begin tokens counts."""
     found = fit_prototypes(pipe, (), "last", sigma_prompts=prompts, denoiser=denoiser)
     return {space: prototypes.moment for space, prototypes in found.items()}

@@ -207,9 +207,7 @@ def _repeated(names: Sequence[str | None], sizes: Sequence[int]) -> list[str | N
     return repeated
 
 
-def solve(
-    pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None
-) -> Solution:
+def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None) -> Solution:
     """
     Solve a request; changes nothing. `denoiser` is for a pipeline that was loaded without it.
 

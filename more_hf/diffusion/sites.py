@@ -118,9 +118,7 @@ def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> s
     The refusal of an unknown family: what is supported, which layers may read text, and how to add the
     family.
     """
-    message = unsupported(
-        type(pipe).__name__, {name: type(part).__name__ for name, part in modules.items()}
-    )
+    message = unsupported(type(pipe).__name__, {name: type(part).__name__ for name, part in modules.items()})
     if any(type(part).__name__ in REFUSED for part in modules.values()):
         return message
     encoders = [part for name, part in modules.items() if name.startswith("text_encoder")]

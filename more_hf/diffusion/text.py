@@ -16,17 +16,28 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..core.errors import SiteNotFoundError
 
 
 class Template(NamedTuple):
-    """The text that a pipeline puts around a prompt, and how many of its first tokens it drops again."""
+    """The text that a pipeline puts around a prompt, and what it does to the tokens of both."""
 
-    before: str
+    before: str = ""
     after: str = ""
-    dropped: int = 0
+    dropped: int = 0  # how many tokens it drops again, in front or after the `kept` first
+    kept: int = 0
+    lower: bool = False  # whether the prompt is put into lower case
+    multiple: int = 1  # of which the number of tokens is, by padding in front that is read like them
+
+
+class Token(NamedTuple):
+    """A token, and the prompt's characters that it is made of: below 0 in front, from its length behind."""
+
+    id: int
+    start: int
+    stop: int
 
 
 class Layout(NamedTuple):
@@ -98,7 +109,7 @@ class Segment:
         """The same, knowing where padding is and how many tokens the template has after the prompt."""
         if self.template is None:
             return self
-        layout = self.layout(self.characters(pipe, ""), 0)
+        layout = self.layout(self.tokens(pipe, ""), 0)
         left = self.padding and self.tokenizer_of(pipe).padding_side == "left"
         return replace(self, ends=layout.stop - layout.end, left=left)
 
@@ -107,34 +118,34 @@ class Segment:
         part = getattr(pipe, self.tokenizer)
         return getattr(part, "tokenizer", part)
 
-    def tokens(self, pipe: DiffusionPipeline, prompt: str) -> BatchEncoding:
-        """The tokens of the prompt in its template, and the characters that each is made of."""
-        before, after, _ = self.template(pipe)
-        tokenizer, text = self.tokenizer_of(pipe), before + prompt + after
+    def tokens(self, pipe: DiffusionPipeline, prompt: str) -> list[Token]:
+        """The tokens of the prompt in its template that are read, up to padding behind it."""
+        template, tokenizer = self.template(pipe), self.tokenizer_of(pipe)
+        text = template.before + (prompt.lower() if template.lower else prompt) + template.after
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # by the template
-        return tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
+        found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
+        shift = len(template.before)
+        tokens = []
+        for token, (start, stop) in zip(found.input_ids, found.offset_mapping, strict=True):
+            made_of = (start - shift, stop - shift) if start < stop else (-1, -1)  # nothing: a begin token
+            tokens.append(Token(token, *made_of))
+        padding = [Token(tokenizer.pad_token_id, -1, -1)] * (-len(tokens) % template.multiple)
+        return padding + tokens[: template.kept] + tokens[template.kept + template.dropped :]
 
     def kinds(self, kind: str) -> list[str]:
         """What a kind of prototype is here: none of what is not there, and one for each token at the end."""
         if kind == "padding":
             return ["padding"] if self.padding and not self.left else []
+        if kind == "end+padding" and not self.ends and not self.padding:
+            return []
         if kind == "end":
             return [f"end {i}" if i > 1 else "end" for i in range(1, self.ends + 1)]
         return [kind]
 
-    def characters(self, pipe: DiffusionPipeline, prompt: str) -> list[tuple[int, int]]:
-        """
-        For each position before the padding the prompt's characters `[start, stop)` that its token is made
-        of: below 0 in front of the prompt, from its length on behind it.
-        """
-        before, _, dropped = self.template(pipe)
-        offsets = self.tokens(pipe, prompt).offset_mapping[dropped:]
-        return [(start - len(before), stop - len(before)) for start, stop in offsets]
-
-    def layout(self, characters: Sequence[tuple[int, int]], length: int) -> Layout:
+    def layout(self, tokens: Sequence[Token], length: int) -> Layout:
         """Where a prompt of so many characters is in its template."""
-        start = sum(stop <= 0 for _, stop in characters)
-        return Layout(start, sum(first < length for first, _ in characters), len(characters))
+        start = sum(token.stop <= 0 for token in tokens)
+        return Layout(start, sum(token.start < length for token in tokens), len(tokens))
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,32 @@ def _encode_unguided(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, T
     return {"tokens": embeds}
 
 
+def _encode_one_by_one(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    """For a pipeline that pads in front and masks nothing, so that features depend on the longest prompt."""
+    found = [_encode_tokens(pipe, [prompt])["tokens"][0] for prompt in prompts]
+    return {"tokens": pad_sequence(found, batch_first=True)}
+
+
+def _encode_sana(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    embeds, *_ = pipe.encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        device=pipe._execution_device,
+        complex_human_instruction=_instruction(pipe),
+    )
+    return {"tokens": embeds}
+
+
+def _instruction(pipe: DiffusionPipeline) -> list[str]:
+    """The lines that Sana's call puts in front of a prompt by default."""
+    return inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+
+
+def _encode_kandinsky(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    embeds, pooled, _ = pipe.encode_prompt(prompts, device=pipe._execution_device)
+    return {"tokens": embeds, "pooled": pooled}
+
+
 def _encode_hunyuan_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
     embeds, *_ = pipe.encode_prompt(prompts, device=pipe._execution_device, batch_size=len(prompts))
     return {"tokens": embeds}
@@ -225,7 +262,8 @@ def _own_template(pipe: DiffusionPipeline) -> Template:
             f"The text encoder of {type(pipe).__name__} sees a picture before the prompt, so that a name's "
             "features are others with every picture. Erase from the model's text-to-image pipeline."
         )
-    return Template(*pipe.prompt_template_encode.split("{}"), pipe.prompt_template_encode_start_idx)
+    template = pipe.prompt_template if hasattr(pipe, "prompt_template") else pipe.prompt_template_encode
+    return Template(*template.split("{}"), pipe.prompt_template_encode_start_idx)
 
 
 def _chat(**options: bool) -> Callable[[DiffusionPipeline], Template]:
@@ -248,6 +286,16 @@ def _flux_2_template(pipe: DiffusionPipeline) -> Template:
     return Template(*pipe.tokenizer.apply_chat_template(chat, add_generation_prompt=False).split(PROMPT))
 
 
+def _sana_template(pipe: DiffusionPipeline) -> Template:
+    """Of the instruction only its first and last token are read."""
+    before = "\n".join(_instruction(pipe))
+    return Template(before, dropped=len(pipe.tokenizer(before).input_ids) - 2, kept=1, lower=True)
+
+
+def _lumina_template(pipe: DiffusionPipeline) -> Template:
+    return Template(f"{pipe.system_prompt} <Prompt Start> ")
+
+
 PROMPT = "\ue000"  # stands for the prompt in a template; a character that no text has
 GLYPHS = "what a prompt has in quotation marks is also read letter by letter, which stays as it is"
 OTHER_LAYERS = (
@@ -257,6 +305,15 @@ OTHER_LAYERS = (
 CLIP_SKIP = "a call with `clip_skip` reads another layer of the text encoder, on which nothing was fitted"
 PROMPT_2 = "a call with another `prompt_2` joins features of two prompts, on which nothing was fitted"
 LENGTH = "a call with another `max_sequence_length` has other padding, on which nothing was fitted"
+UNEQUAL = (
+    "prompts of unequal length in one call are padded to one length without a mask, "
+    "on which nothing was fitted"
+)
+INSTRUCTION = (
+    "a call with another `complex_human_instruction`, and a negative prompt, which has none, give features "
+    "on which nothing was fitted"
+)
+SYSTEM = "a call with another `system_prompt` gives features on which nothing was fitted"
 CASE = (
     "the text encoder tells upper from lower case: "
     "the name in another case moves only as far as its features are like the fitted ones"
@@ -349,4 +406,32 @@ HUNYUAN_IMAGE = Text(
     arguments=("prompt", "device", "batch_size"),
     pooled=False,
     leaks=(GLYPHS, CASE),
+)
+SANA = Text(
+    encode=_encode_sana,
+    segments=(Segment(clip=False, padding=False, template=_sana_template),),
+    arguments=("prompt", "do_classifier_free_guidance", "device", "complex_human_instruction"),
+    pooled=False,
+    lower=True,
+    leaks=(INSTRUCTION,),
+)
+LUMINA_2 = Text(
+    encode=_encode_tokens,
+    segments=(Segment(clip=False, padding=False, template=_lumina_template),),
+    arguments=("prompt", "do_classifier_free_guidance", "device", "system_prompt"),
+    pooled=False,
+    leaks=(SYSTEM, CASE),
+)
+COGVIEW_4 = Text(
+    encode=_encode_one_by_one,
+    segments=(Segment(clip=False, padding=False, template=lambda pipe: Template(multiple=16)),),
+    arguments=("prompt", "do_classifier_free_guidance", "device"),
+    pooled=False,
+    leaks=(UNEQUAL, CASE),
+)
+KANDINSKY_5 = Text(
+    encode=_encode_kandinsky,
+    segments=(Segment(clip=False, padding=False, template=_own_template),),
+    arguments=("prompt", "device"),
+    leaks=(UNEQUAL, CASE),
 )

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanImage,
@@ -17,6 +18,8 @@ from diffusers import (
     AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -26,10 +29,16 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
+    Kandinsky5T2IPipeline,
+    Kandinsky5Transformer3DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -54,7 +63,18 @@ from transformers import (
 
 import more_hf
 from support.compare import state
-from support.language_models import mistral, mistral_processor, qwen3, qwen_tokenizer, qwen_vl
+from support.language_models import (
+    gemma,
+    gemma_tokenizer,
+    glm,
+    glm_tokenizer,
+    mistral,
+    mistral_processor,
+    qwen3,
+    qwen_processor,
+    qwen_tokenizer,
+    qwen_vl,
+)
 from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
 
 
@@ -78,14 +98,14 @@ def t5_encoder(vocabulary):
     return T5EncoderModel(T5Config(vocab_size=vocabulary, **sizes, feed_forward_proj="gated-gelu")).eval()
 
 
-def clip_encoder(cls, tokenizer, width, projection=None):
+def clip_encoder(cls, tokenizer, width, projection=None, length=TEXT_LENGTH):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=length,
         projection_dim=projection or width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -235,7 +255,7 @@ def stirred(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=LOUD * module.in_features**-0.5)
-        elif "RMSNorm" in type(module).__name__ and module.weight is not None:
+        elif "RMSNorm" in type(module).__name__ and getattr(module, "weight", None) is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 2.0)
     return model.eval()
 
@@ -430,6 +450,115 @@ def tiny_hunyuan_image():
     )
 
 
+def tiny_sana():
+    tokenizer = gemma_tokenizer()
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=LLM_WIDTH,
+        sample_size=16,
+    )
+    blocks = {"block_type": "ResBlock", "block_out_channels": (8, 8), "qkv_multiscales": ((), ())}
+    sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()}
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=1.0,
+        **{key.replace("block_type", "block_types"): value for key, value in sizes.items()},
+    ).eval()
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma(tokenizer, LLM_WIDTH),
+        vae=vae,
+        transformer=stirred(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def tiny_lumina_2():
+    tokenizer = gemma_tokenizer()
+    transformer = Lumina2Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=4,
+        axes_dim_rope=(2, 2, 4),
+        axes_lens=(256, 32, 32),
+        cap_feat_dim=LLM_WIDTH,
+    )
+    return Lumina2Pipeline(
+        transformer=stirred(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=gemma(tokenizer, LLM_WIDTH),
+        tokenizer=tokenizer,
+    )
+
+
+def tiny_cogview_4():
+    tokenizer = glm_tokenizer()
+    transformer = CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=LLM_WIDTH,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=16,
+        rope_axes_dim=(32, 32),
+    )
+    return CogView4Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=glm(tokenizer, LLM_WIDTH),
+        vae=tiny_vae(),
+        transformer=stirred(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def tiny_kandinsky_5():
+    processor, tokenizer = qwen_processor(), tiny_tokenizer()
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=LLM_WIDTH,
+        in_text_dim2=20,
+        time_dim=8,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=16,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(2, 2, 4),
+    )
+    return Kandinsky5T2IPipeline(
+        transformer=stirred(transformer),
+        vae=tiny_vae(use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=qwen_vl(processor.tokenizer, LLM_WIDTH),
+        tokenizer=processor,
+        text_encoder_2=clip_encoder(CLIPTextModel, tokenizer, 20, length=77),
+        tokenizer_2=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 def tiny_auraflow():
     """A pipeline of a family that the package does not know."""
     t5 = t5_tokenizer()
@@ -460,6 +589,10 @@ BUILDERS = {
     "hunyuan-image": tiny_hunyuan_image,
     "klein": tiny_klein,
     "flux-2": tiny_flux_2,
+    "sana": tiny_sana,
+    "lumina-2": tiny_lumina_2,
+    "cogview-4": tiny_cogview_4,
+    "kandinsky-5": tiny_kandinsky_5,
 }
 
 
@@ -496,6 +629,8 @@ SHORTENED = (
     ZImagePipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    SanaPipeline,
+    CogView4Pipeline,
 )
 
 
@@ -547,6 +682,7 @@ def embeds(remaps, name, masked=False):
 
 FAMILIES = ["sdxl", "sd3", "flux", "pixart"]
 NEWER = ["chroma", "wan", "z-image", "qwen-image", "hunyuan-image", "klein", "flux-2"]
+NEWER += ["sana", "lumina-2", "cogview-4", "kandinsky-5"]
 FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
 CALL = {
     "sdxl": {},
@@ -560,6 +696,10 @@ CALL = {
     "hunyuan-image": {},
     "klein": {"max_sequence_length": T5_LENGTH},
     "flux-2": {"max_sequence_length": SYSTEM_LENGTH},
+    "sana": {"max_sequence_length": T5_LENGTH, "use_resolution_binning": False},
+    "lumina-2": {},
+    "cogview-4": {"max_sequence_length": T5_LENGTH},
+    "kandinsky-5": {},
 }
 
 
@@ -588,6 +728,8 @@ def images(pipe, family, prompt=None, **kwargs):
         **CALL[family],
     }
     options = {name: value for name, value in {**options, **kwargs}.items() if name in takes}
+    if family == "kandinsky-5":
+        pipe.resolutions = [(32, 32)]  # it draws no other sizes than those that it knows
     return torch.from_numpy(pipe(prompt=prompt, generator=generator, **options)[0]).double()
 
 

@@ -3,14 +3,23 @@ Tokenizers and language models of the newest families' text encoders: the real c
 numbers wide.
 """
 
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
     PixtralProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3Model,
 )
@@ -34,6 +43,10 @@ SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object attribution and actions without speculation."
 )
+SUPERIOR = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text "
+    "alignment based on textual prompts or user prompts. <Prompt Start>"
+)
 INSTRUCT = (
     "{{ '<s>' }}{% for message in messages %}{% set name = 'INST' if message['role'] == 'user' else "
     "'SYSTEM_PROMPT' %}{{ '[' + name + ']' + message['content'][0]['text'] + '[/' + name + ']' }}{% endfor %}"
@@ -51,7 +64,7 @@ def spelled(word, merges):
     return pieces
 
 
-def byte_level(words):
+def byte_level(words, space="Ġ"):
     """Every byte as a printable character, and merges that make each word, with a space before it or none."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     tokens = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -60,7 +73,7 @@ def byte_level(words):
         # behind all earlier merges, which so keep making their words
         while len(pieces := spelled(word, merges)) > 1:
             merges.append((pieces[0], pieces[1]))
-        merges.append(("Ġ", word))
+        merges.append((space, word))
     tokens += [left + right for left, right in merges]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
@@ -80,6 +93,44 @@ def mistral_processor():
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, padding_side="left")
     tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": MARKS.split()})
     return PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=INSTRUCT)
+
+
+def gemma_tokenizer():
+    """Begins with a token, writes a space as ▁ in front of its word, and pads on the right."""
+    vocab, merges = byte_level(dict.fromkeys([*SUPERIOR.split(), *WORDS.split()]), space="▁")
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *vocab]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, padding_side="right", add_bos_token=True)
+    assert tokenizer("a cat").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def glm_tokenizer():
+    """Begins with two tokens, and pads on the left."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>"]})
+    begin = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[gMASK]", "<sop>")]
+    processor = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=begin)
+    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def qwen_processor():
+    """A Qwen2.5-VL processor around the tokenizer; its pictures are not used here."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]})
+    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor())
+
+
+def gemma(tokenizer, width=64, layers=3):
+    return Gemma2Model(
+        Gemma2Config(**sizes(tokenizer, width, layers) | {"max_position_embeddings": 4096}, head_dim=16)
+    ).eval()
+
+
+def glm(tokenizer, width=64, layers=3):
+    return GlmModel(GlmConfig(**sizes(tokenizer, width, layers), head_dim=16)).eval()
 
 
 def sizes(tokenizer, width, layers=3):
