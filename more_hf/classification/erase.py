@@ -134,7 +134,7 @@ def erase_classes(
             check_unshared(sites, plain)
             if current is None:
                 refuse_erased_source(_source_of(plain), lambda record: sites)
-            names = class_names(plain, next(iter(heads.values())).out_features)
+            names = class_names(plain, len(next(iter(heads.values())).weight))
             request = make_request(names, forget, remap_to, head=list(heads), at=at, **options)
             if current is not None:
                 request = join_requests(current.request, request)
@@ -220,14 +220,14 @@ def edited_modules(model: nn.Module, erasure: ClassErasure) -> dict[str, nn.Modu
 
 def _fit(
     model: nn.Module,
-    heads: Mapping[str, nn.Linear],
+    heads: Mapping[str, nn.Module],
     prototypes: Prototypes,
     request: ClassRequest,
     keep_originals: bool,
 ) -> None:
     """Dual, merge, hook, proof: all of it, or the model is what it was."""
     current = find_erasure(model)
-    modules, widths = heads, [head.in_features for head in heads.values()]
+    modules, widths = heads, [head.weight.shape[1] for head in heads.values()]
     if request.at is not None:
         modules, widths = {request.at: find_module(model, request.at)}, [len(prototypes.matrix)]
     if sum(widths) != len(prototypes.matrix):
@@ -253,7 +253,7 @@ def _fit(
             condition_number=max(remap.condition_number for remap in solution.remaps),
             base=current.facts.base if current else _source_of(model),
             model=type(model).__name__,
-            num_classes=next(iter(heads.values())).out_features,
+            num_classes=len(next(iter(heads.values())).weight),
             fingerprint=current.facts.fingerprint if current else fingerprint(originals),
             spaces={name: name for name in sites},  # each head reads its own features
         ),

@@ -113,7 +113,7 @@ def collect(
             raise PrototypeError("The data has no image. Prototypes need at least one of every class.")
         heads = _heads(model, first[0], head)
         on_heads(heads)
-        names = class_names(model, next(iter(heads.values())).out_features)
+        names = class_names(model, len(next(iter(heads.values())).weight))
 
         # 2. One pass over all batches. Totals stay on the GPU; other accelerators may have no float64.
         fitter = None

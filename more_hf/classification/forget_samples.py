@@ -21,7 +21,7 @@ from ..core.prototypes import Prototypes
 from ..core.registry import find_erasure
 from ..core.site import Site, check_unshared
 from .features import collect, plain_model
-from .heads import evaluating
+from .heads import evaluating, head_outputs
 
 
 @dataclass(frozen=True)
@@ -176,5 +176,5 @@ def measure(P_f: Tensor, P_r: Tensor, shift: Tensor, read: Tensor) -> dict[str, 
     }
 
 
-def _outputs(head: nn.Linear, P: Tensor, weight: Tensor) -> Tensor:
-    return head(P.T.to(weight)).double()
+def _outputs(head: nn.Module, P: Tensor, weight: Tensor) -> Tensor:
+    return head_outputs(head, P.T.to(weight)).double()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import SiteNotFoundError
 from ..core.interrupts import afterwards, unwound
 from ..core.request import read_names
+from ..core.site import is_linear
 from ..core.views import running_eagerly
 
 
@@ -22,9 +23,10 @@ def find_heads(
     """
     Find the linear layers that give the logits, by name, in the order in which the model calls them.
 
-    The rule: run the model once on `pixels` and look at the output of every `nn.Linear`. The head is the one
-    layer whose output is the logits; several heads are all the layers of the logits' shape whose mean is the
-    logits (DeiT with its teacher's token).
+    The rule: run the model once on `pixels` and look at the output of every `nn.Linear` and every 1×1
+    `nn.Conv2d`, of a map its mean over positions. The head is the one layer whose output is the logits;
+    several heads are all the layers of the logits' shape whose mean is the logits (DeiT with its teacher's
+    token).
 
     Args:
         model (`nn.Module`):
@@ -50,23 +52,28 @@ def find_heads(
         named = {name: find_module(model, name) for name in read_names("head", head)}
         if not named:
             raise SiteNotFoundError(
-                "`head` is empty. Name the nn.Linear that makes the logits, or leave it out."
+                "`head` is empty. Name the layer that makes the logits, or leave it out."
             )
         for name, module in named.items():
-            if not isinstance(module, nn.Linear):
+            if not is_linear(module):
                 raise SiteNotFoundError(
-                    f"`{name}` ({type(module).__name__}) is not a linear layer. Name the nn.Linear that "
-                    "makes the logits."
+                    f"`{name}` ({type(module).__name__}) is not a linear layer. Name the nn.Linear or "
+                    "1×1 nn.Conv2d that makes the logits."
                 )
         return named
 
     # 1. The output of every linear layer in one run.
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     outputs: dict[str, Tensor] = {}
     with unwound() as hooks, evaluating(model):
         for name, module in linear.items():
             hooks.callback(module.register_forward_hook(_recorder(name, outputs)).remove)
         logits = logits_of(model(pixels))
+    if not logits.isfinite().all():
+        raise SiteNotFoundError(
+            f"The logits of this {type(model).__name__} are NaN or infinite, so its head cannot be known by "
+            "them. Check its weights, or run it in a wider dtype."
+        )
 
     # 2. The one that is the logits, or those whose mean is.
     shaped = {name: output for name, output in outputs.items() if output.shape == logits.shape}
@@ -98,9 +105,14 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 
 def _recorder(name: str, outputs: dict[str, Tensor]) -> Callable[[nn.Module, tuple, Tensor], None]:
     def record(module: nn.Module, args: tuple, output: Tensor) -> None:
-        outputs[name] = output
+        outputs[name] = output.mean((2, 3)) if isinstance(module, nn.Conv2d) else output
 
     return record
+
+
+def head_outputs(head: nn.Module, z: Tensor) -> Tensor:
+    """The logits `(batch, k)` that a head makes of features `(batch, d)`."""
+    return head(z[..., None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(z)
 
 
 def _same(output: Tensor, logits: Tensor) -> bool:

@@ -15,7 +15,7 @@ from ..core.install import PROOF_TOLERANCE
 from ..core.interrupts import unwound
 from ..core.proof import proof_by_run
 from ..core.views import experts_forced, routing_off
-from .heads import evaluating
+from .heads import evaluating, head_outputs
 
 
 TRIED_EXPERTS = 8
@@ -61,7 +61,7 @@ def prover(
             z = (remap.apply(z, trial.expert) if moved else z).to(device, dtype)
             taken = torch.full((len(z),), trial.expert or 0)
             with experts_forced(erasure, taken) if trial.routed else routing_off(erasure):
-                parts.append(module(z).cpu().double().reshape(2, -1))
+                parts.append(head_outputs(module, z).cpu().double().reshape(2, -1))
         return torch.cat(parts, 1)
 
     def run(moved: bool) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,21 @@ from .errors import SiteNotFoundError
 
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Linear layers that are nothing but W z + b; a subclass may be quantized or wrapped. timm's is torch's.
-PLAIN = ("torch.nn.modules.linear.Linear", "timm.layers.linear.Linear")
+# Layers that are nothing but W z + b; a subclass may be quantized or wrapped. timm's is torch's.
+PLAIN = ("torch.nn.modules.linear.Linear", "torch.nn.modules.conv.Conv2d", "timm.layers.linear.Linear")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is W z + b at every place: a linear layer, or a convolution with a 1×1 kernel."""
+    if isinstance(module, nn.Conv2d):
+        settings = module.kernel_size, module.stride, module.padding, module.groups
+        return settings == ((1, 1), (1, 1), (0, 0), 1)
+    return isinstance(module, nn.Linear)
+
+
+def matrix_of(weight: Tensor) -> Tensor:
+    """The matrix `(out, in)` in a linear layer's weight, or in that of a 1×1 convolution; not a copy."""
+    return weight.flatten(1) if weight.ndim == 4 else weight
 
 
 class Site:
@@ -28,7 +41,7 @@ class Site:
         name (`str`):
             The layer's name in the model.
         module (`nn.Module`):
-            The layer.
+            The layer, one that `is_linear`.
         space (`str`, *optional*, defaults to `"tokens"`):
             Which features the layer reads, where a model has several kinds.
         columns (`int`, *optional*):
@@ -46,7 +59,7 @@ class Site:
     def _check(self) -> None:
         where = f"`{self.name}` ({type(self.module).__name__})"
         kind = type(self.module)
-        if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN:
+        if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN or not is_linear(self.module):
             raise SiteNotFoundError(
                 f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be "
                 "edited in place. Erase from the unquantized model, save it, and quantize what was saved."
@@ -88,7 +101,8 @@ class Site:
         return getattr(self.module, parameter).data if offload is None else offload[0][offload[1]]
 
     def _part(self, weight: Tensor) -> Tensor:
-        return weight if self.columns is None else weight[:, : self.columns]
+        matrix = matrix_of(weight)
+        return matrix if self.columns is None else matrix[:, : self.columns]
 
     def read(self) -> Tensor:
         """

@@ -144,7 +144,10 @@ class OriginalOutput:
         bias = self.site.read_bias()
         if bias is not None:
             bias = bias.to(*place)
-        return linear(args[0].to(output.device), self.weights[place], bias)
+        # a 1×1 convolution reads a map, whose channels are the features
+        dim = 1 if isinstance(module, nn.Conv2d) else -1
+        z = args[0].to(output.device).movedim(dim, -1)
+        return linear(z, self.weights[place], bias).movedim(-1, dim)
 
 
 def _refuse_checkpoint() -> None:

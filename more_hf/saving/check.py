@@ -23,7 +23,7 @@ from ..core.markdown import markdown_table
 from ..core.record import Record
 from ..core.remap import Removed
 from ..core.request import ConceptRequest
-from ..core.site import fingerprint
+from ..core.site import fingerprint, matrix_of
 from ..diffusion.families import family_of
 from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.sites import Denoiser, find_layers
@@ -227,7 +227,8 @@ def read_weights(folder: Path, record: Record, contents: Contents) -> StoredWeig
             shapes |= {name: list(file.get_slice(name).get_shape()) for name in names}
             for name in [name for name in record.sites if f"{name}.weight" in names]:
                 # Columns after the edited ones read something else than text.
-                edited[name] = file.get_tensor(f"{name}.weight")[..., : record.sites[name][1]]
+                weight = matrix_of(file.get_tensor(f"{name}.weight"))
+                edited[name] = weight[..., : record.sites[name][1]]
     return StoredWeights(shapes, edited)
 
 

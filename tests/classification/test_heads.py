@@ -120,6 +120,10 @@ MODELS = {
     "timm resnet": (lambda: timm.create_model("test_resnet", num_classes=7), ["fc"]),
     "timm efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=7), ["classifier"]),
     "timm mobilenet": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=7), ["classifier"]),
+    "timm resnet v2": (
+        lambda: timm.create_model("resnetv2_50", num_classes=7, layers=[1] * 4, channels=[8] * 4, stem_chs=8),
+        ["head.fc"],  # a 1×1 convolution
+    ),
     "timm convnext": (lambda: timm.create_model("test_convnext", num_classes=7), ["head.fc"]),
     "timm distilled deit": (
         lambda: timm.create_model(
@@ -202,6 +206,13 @@ def test_no_head_is_refused_with_the_candidates():
     convolution = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten())
     with pytest.raises(SiteNotFoundError, match="of its 0 linear layers"):
         find_heads(convolution, torch.rand(1, 3, 2, 2))
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    model = Own()
+    model.logits.bias.data.fill_(float("nan"))
+    with pytest.raises(SiteNotFoundError, match="logits of this Own are NaN or infinite"):
+        find_heads(model, torch.rand(2, 3, 2, 2))
 
 
 def test_two_equal_heads_are_refused():

@@ -1,7 +1,8 @@
 """The data sets of the knowledge-deletion benchmark.
 
-Digits and Fashion-MNIST need no network; the others come through the `datasets` library, from the Hub or from
-a local copy with the same columns; any other name is the path of a folder of images.
+Digits need no network, nor does Fashion-MNIST where Debian's package dataset-fashion-mnist is installed.
+Otherwise it comes as the others do, through the `datasets` library: from the Hub, or from a local copy with
+the same columns. Any other name is the path of a folder of images.
 """
 
 from __future__ import annotations

@@ -133,10 +133,10 @@ def cache(
                 start += count
                 bar.update(count)
             inputs[name] = torch.cat(collected)
-            if inputs[name].shape != (len(images), head.in_features):
+            if inputs[name].shape != (len(images), head.weight.shape[1]):
                 raise MoreError(
                     f"The head read {tuple(inputs[name].shape)} for {len(images)} images, not "
-                    f"({len(images)}, {head.in_features}): it must be called once per batch, with one "
+                    f"({len(images)}, {head.weight.shape[1]}): it must be called once per batch, with one "
                     "feature per image."
                 )
     bar.close()
