@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from ..core.prototypes import Prototypes
 from ..core.record import refuse_erased_source
 from ..core.registry import find_erasure, locked, require_editable
 from ..core.remap import Remap
-from ..core.request import ClassRequest
+from ..core.request import ClassRequest, check_number
 from ..core.site import Site, check_unshared, copy_weights, fingerprint
 from .erasure import ClassErasure
 from .features import collect, plain_model
@@ -25,9 +26,12 @@ from .labels import class_names, read_classes
 from .names import find_class
 from .plan import check_request, make_request, solve
 from .proof import prover
+from .remaining import remaining_right
 
 
 logger = logging.getLogger(__name__)
+
+DEAR = 5  # points of the remaining classes' accuracy that an edit may cost without a warning
 
 
 def erase_classes(
@@ -43,6 +47,7 @@ def erase_classes(
     head: str | Sequence[str] | None = None,
     at: str | None = None,
     keep_originals: bool = True,
+    most_lost: float = 20.0,
 ) -> nn.Module:
     """
     Make an image classifier forget classes, in place, and return it: in closed form, in one pass over the
@@ -90,15 +95,20 @@ def erase_classes(
             **not erased at rest**, whatever saves it saves the original.
         keep_originals (`bool`, *optional*, defaults to `True`):
             Keep the head's original weight in CPU memory for `restore`.
+        most_lost (`float`, *optional*, defaults to 20.0):
+            How many percentage points of the remaining classes' accuracy may be lost, by an estimate from the
+            prototypes and the second moment; an edit that costs more is refused, and one that costs over 5 is
+            warned of. Many classes in few features are not forgotten for less; 100 allows everything.
 
     Returns:
         `nn.Module`: the same model.
 
     Raises:
         `PrototypeError`: a class is unknown, has no sample, or is on both sides; the data has no labels; an
-        option is wrong; no exact edit exists. `SiteNotFoundError`: the head cannot be found, or cannot be
-        edited as it is. `AlreadyErasedError`: the model was erased and its originals are not here. The model
-        is unchanged then, as it is after an interruption.
+        option is wrong; no exact edit exists, or one that costs the other classes more than `most_lost`.
+        `SiteNotFoundError`: the head cannot be found, or cannot be edited as it is. `AlreadyErasedError`: the
+        model was erased and its originals are not here. The model is unchanged then, as it is after an
+        interruption.
 
     Why every remaining class is a target by default, measured on Fashion-MNIST, each class forgotten in turn
     from three classifiers: the mean of all kept the other classes within half a point and at most 0.5 % of
@@ -118,6 +128,7 @@ def erase_classes(
         {'0': ['1']}
     """
     plain = plain_model(model)
+    check_number("most_lost", most_lost, 100)
     with locked(plain):
         current = require_editable(plain)
         refuse_inside_block(current)
@@ -147,7 +158,7 @@ def erase_classes(
             heads, prototypes = collect(
                 plain, data, head=head, at=at, second_moment=solver != "pinv", on_heads=make_checked_request
             )
-        _fit(plain, heads, prototypes, request, keep_originals)
+        _fit(plain, heads, prototypes, request, keep_originals, most_lost)
     return model
 
 
@@ -188,7 +199,8 @@ def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = 
             uninstall(plain, list(edited_modules(plain, erasure).values()))
         else:
             heads = find_heads(plain, None, erasure.request.head)
-            _fit(plain, heads, erasure.prototypes, erasure.request.without(dropped), keep_originals=True)
+            request = erasure.request.without(dropped)
+            _fit(plain, heads, erasure.prototypes, request, keep_originals=True, most_lost=100)
     return model
 
 
@@ -224,6 +236,7 @@ def _fit(
     prototypes: Prototypes,
     request: ClassRequest,
     keep_originals: bool,
+    most_lost: float,
 ) -> None:
     """Dual, merge, hook, proof: all of it, or the model is what it was."""
     current = find_erasure(model)
@@ -263,6 +276,10 @@ def _fit(
         guarantees=_guarantees(solution.remaps, mean_only=request.router is None),
         prototypes=prototypes,
     )
+    if erasure.sites:
+        right = remaining_right(erasure, prototypes, class_names(model, erasure.facts.num_classes))
+        erasure.facts = replace(erasure.facts, remain_right=right)
+        _weigh_cost(erasure, most_lost)
     erasure.hooks = make_hooks(erasure, modules, next(model.parameters()).device)
     prove = prover(model, modules, erasure, current)
     install(model, erasure, list(modules.values()), prove, keep_originals=keep_originals)
@@ -272,6 +289,23 @@ def _fit(
             "the original.",
             request.at,
         )
+
+
+def _weigh_cost(erasure: ClassErasure, most_lost: float) -> None:
+    """Warns of what the edit costs the remaining classes; raises `PrototypeError` beyond `most_lost`."""
+    before, after = erasure.facts.remain_right["before"], erasure.facts.remain_right["after"]
+    cost = (
+        f"Of the remaining classes' features, drawn around their means, the head recognises {before:.1f} % "
+        f"before and {after:.1f} % after forgetting {len(erasure.concepts)} of {erasure.facts.num_classes} "
+        f"classes ({erasure.facts.solver_reason})"
+    )
+    if before - after > most_lost:
+        raise PrototypeError(
+            f"{cost}: more than {most_lost:g} points are lost. Nothing was changed. Forget fewer classes, or "
+            "pass a larger `most_lost` to do it all the same."
+        )
+    if before - after > DEAR:
+        logger.warning("%s.", cost)
 
 
 def _source_of(model: nn.Module) -> str:

@@ -37,6 +37,10 @@ class ClassErasure(Erasure):
         sent = [f"{name} → {_targets(targets, request.router)}" for name, targets in facts.sent_to.items()]
         yield "sent to", "; ".join(sent)
         yield "remaining classes", _movement(facts.remain_moved)
+        if facts.remain_right is not None:
+            before, after = facts.remain_right["before"], facts.remain_right["after"]
+            estimate = f"{before:.1f} % before, {after:.1f} % after, of features drawn around the class means"
+            yield "remaining classes recognised", estimate
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         heads = ", ".join(f"`{name}`" for name in request.head)
         edited = f"{heads}, in the weight and by a hook on its input"

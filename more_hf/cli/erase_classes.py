@@ -72,6 +72,13 @@ def add_to(commands) -> None:
     )
     add_router(parser)
     add_solver(parser, EXACT_SOLVERS, default="auto")
+    add(
+        "--most_lost",
+        type=float,
+        default=20.0,
+        metavar="POINTS",
+        help="percentage points of the other classes' accuracy that may be lost, by an estimate (20)",
+    )
     add("--seed", type=int, default=0, help="draws the experts' targets (0)")
     add("--batch_size", type=positive, default=32, help="images per call; does not change the result (32)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to save the classifier to")
@@ -110,6 +117,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
         router=args.router,
         solver=args.solver,
         seed=args.seed,
+        most_lost=args.most_lost,
     )
     if state.is_main_process:
         logger.info("Saving to %s", args.output)

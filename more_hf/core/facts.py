@@ -82,9 +82,13 @@ class ClassFacts(Facts):
         remain_moved (`dict[str, float]`):
             How far the prototypes moved that were not kept exactly, farthest first, as a share of their
             length.
+        remain_right (`dict[str, float]`, *optional*):
+            The percentage of the remaining classes' features that the head gives to their class, `before` the
+            edit and `after`, of features drawn around the prototypes; `None` at an inner module.
     """
 
     model: str
     num_classes: int
     sent_to: dict[str, list[str]]
     remain_moved: dict[str, float]
+    remain_right: dict[str, float] | None = None

@@ -298,8 +298,13 @@ def check_choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> 
 
 def check_shrinkage(value: Any) -> None:
     """Raises `PrototypeError` unless the value is a number from 0 to `MAX_SHRINKAGE`."""
-    if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value <= MAX_SHRINKAGE:
-        raise PrototypeError(f"`shrinkage` must be a number from 0 to {MAX_SHRINKAGE}, got {shown(value)}.")
+    check_number("shrinkage", value, MAX_SHRINKAGE)
+
+
+def check_number(argument: str, value: Any, most: int) -> None:
+    """Raises `PrototypeError` unless the value is a number from 0 to `most`."""
+    if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise PrototypeError(f"`{argument}` must be a number from 0 to {most}, got {shown(value)}.")
 
 
 def read_integer(argument: str, value: Any, allowed: range) -> int:
