@@ -26,6 +26,7 @@ _EXPORTS = {
     "disabled": "api",
     "erase_classes": "classification.erase",
     "erase_concept": "diffusion.erase",
+    "erase_to_lora": "saving.lora",
     "get_erasure": "api",
     "load": "saving.folder",
     "load_emoji_sd": "data",

@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 OFFLOADS = ("none", "model", "sequential")
-# weights that are no variant, as one file or in shards
-WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 logger = logging.getLogger(__name__)
@@ -172,6 +169,8 @@ def stored_dtype(folder: Path) -> str:
         ValueError: the dtype cannot be edited: fp8, for instance.
     """
     from safetensors import safe_open
+
+    from more_hf.saving.layers import WEIGHTS
 
     sizes: Counter[str] = Counter()
     files = list(folder.glob("diffusion_pytorch_model*.safetensors"))

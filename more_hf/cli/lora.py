@@ -1,11 +1,23 @@
 """`more-hf lora`: erase concepts and write the edit as a LoRA file for the original model."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .options import DTYPES, add_command
-from .request import add_request, erased_pipeline, read_request
+from more_hf.data import FOLDER
+
+from .checkpoint import find_device
+from .options import DTYPES, EMOJI_SD, add_command
+from .request import Request, add_request, erased_pipeline, read_request
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from more_hf.diffusion.erasure import ConceptErasure
 
 
 NOT_NEEDED = ("safety_checker", "image_encoder", "feature_extractor", "vae")
@@ -37,6 +49,11 @@ def add_to(commands) -> None:
     )
     add("--dtype", choices=DTYPES, default="float16", help="of the file (float16)")
     add(
+        "--layers_only",
+        action="store_true",
+        help="do not load the denoiser, only read the layers to edit from its files; no proof by run then",
+    )
+    add(
         "--output",
         type=Path,
         required=True,
@@ -63,13 +80,34 @@ def _lora(args: argparse.Namespace) -> int:
 
     lora_path(args.output, args.format)  # refuses what cannot be written
     refuse_without_loader(getattr(diffusers, request.checkpoint.pipeline, diffusers.DiffusionPipeline))
+    dtype = getattr(torch, args.dtype)
+    if args.layers_only:
+        erasure = _from_layers(args, request, dtype)
+        return _report(erasure, lora_path(args.output, args.format))
     # The picture's size in a kohya file's metadata is the latent's by the VAE.
     without = NOT_NEEDED[:-1] if args.format == "kohya" else NOT_NEEDED
     pipe = erased_pipeline(request, dtype=None, device=args.device, offload=args.offload, without=without)
-    dtype = getattr(torch, args.dtype)
     logger.info("Writing the LoRA")
     file = more_hf.save_lora(pipe, args.output, format=args.format, dtype=dtype)
-    print(more_hf.get_erasure(pipe))
+    return _report(more_hf.get_erasure(pipe), file)
+
+
+def _from_layers(args: argparse.Namespace, request: Request, dtype: torch.dtype) -> ConceptErasure:
+    """`erase_to_lora` with the command's arguments."""
+    import more_hf
+
+    if args.offload != "none":
+        raise ValueError("`--offload` moves a denoiser, and `--layers_only` loads none. Leave one out.")
+    model = FOLDER / "emoji_sd" if request.checkpoint.model == EMOJI_SD else request.checkpoint.model
+    options = {name: value for name, value in request.options.items() if name != "router"}
+    device = find_device(args.device, "none")
+    return more_hf.erase_to_lora(
+        model, args.output, request.concepts, format=args.format, dtype=dtype, device=device, **options
+    )
+
+
+def _report(erasure: ConceptErasure, file: Path) -> int:
+    print(erasure)
     print(f"\nSaved to {file}, for the original model at weight 1.")
     print("Together with the erased weights it gives the concept back: keep the two apart.")
     return 0

@@ -367,13 +367,12 @@ def _progress(pipe: DiffusionPipeline, batches: range) -> tqdm:
     return tqdm(batches, **{"desc": "Encoding prompts", "unit": "batch", "delay": DELAY, **config})
 
 
-def shared_first_tokens(pipe: DiffusionPipeline, name: str, others: Iterable[str]) -> Mapping[str, int]:
+def shared_first_tokens(encoder: Encoder, name: str, others: Iterable[str]) -> Mapping[str, int]:
     """
     Names whose first tokens are those of `name`, and how many they share.
 
     In a causal encoder these tokens have the same vectors, so that what moves one moves the other.
     """
-    encoder = Encoder(pipe)
     if not encoder.text.segments[0].causal:
         return {}
     own = encoder.token_ids(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
@@ -35,6 +36,8 @@ from .sites import (
 
 
 logger = logging.getLogger(__name__)
+
+NOT_RUN = "the denoiser was not run, so that nothing proves that no other of its layers reads the prompt"
 
 
 def erase_concept(
@@ -245,6 +248,32 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     install(denoiser.module, erasure, hooked_modules(denoiser), prove, keep_originals=keep_originals)
 
 
+def erasure_of_layers(
+    pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest
+) -> ConceptErasure:
+    """
+    What an erasure by name would be, for a denoiser of which only the layers that read text are there.
+
+    Changes nothing, and runs nothing: that no other layer reads text is as its family says.
+
+    Raises:
+        `PrototypeError` and `SiteNotFoundError`: as `erase_concept` does.
+    """
+    sites = find_sites(pipe, denoiser, pooled=request.pooled)
+    solution = solve(pipe, request, denoiser)
+    check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
+    originals = copy_weights(sites, "cpu")
+    facts = _facts(pipe, denoiser, request, solution, sites, originals, None)
+    return ConceptErasure(
+        request=request,
+        facts=replace(facts, leaks=[*facts.leaks, NOT_RUN]),
+        sites=sites,
+        remaps=solution.remaps,
+        originals=originals,
+        guarantees=_guarantees(solution.remaps),
+    )
+
+
 def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
     """What `Remap.verify` measures; of the pooled feature under names of its own."""
     guarantees = remaps["tokens"].verify()
@@ -289,10 +318,10 @@ def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoi
             "the pooled prompt embedding was left as it is: what it says of the concept still enters through "
             f"`{unedited[0]}`"
         )
-    encoder = Encoder(pipe)
+    encoder = Encoder(pipe, denoiser=denoiser)
     kept = dict.fromkeys([*request.retain, *request.targets])
     for surface in request.surfaces:
-        for other, count in shared_first_tokens(pipe, surface, kept).items():
+        for other, count in shared_first_tokens(encoder, surface, kept).items():
             start = encoder.layout(other).start
             moved = remap.moved(encoder.encode([other])[0, start : start + count])
             leaks.append(

@@ -454,18 +454,23 @@ def unsupported(pipeline: str, parts: Mapping[str, str]) -> str:
     return f"{pipeline} is not supported yet. It has {classes}. Supported denoisers are {supported}."
 
 
-def find_denoiser_name(pipeline: str, parts: Mapping[str, str]) -> str:
+def denoiser_names(pipeline: str, parts: Mapping[str, str]) -> list[str]:
     """
-    The component that is the denoiser, by the names of classes alone: before any weight is read.
+    The components that are denoisers, by the names of classes alone: before any weight is read.
 
     Raises:
         `SiteNotFoundError`: no class is a denoiser's.
     """
     known = {cls for cls, _ in FAMILIES}
-    for name, cls in parts.items():
-        if cls in known:
-            return name
-    raise SiteNotFoundError(unsupported(pipeline, parts))
+    names = [name for name, cls in parts.items() if cls in known]
+    if not names:
+        raise SiteNotFoundError(unsupported(pipeline, parts))
+    return names
+
+
+def find_denoiser_name(pipeline: str, parts: Mapping[str, str]) -> str:
+    """The first of `denoiser_names`."""
+    return denoiser_names(pipeline, parts)[0]
 
 
 def family_of(module: nn.Module) -> Family | None:

@@ -39,9 +39,9 @@ def require_pipeline(pipe: DiffusionPipeline) -> None:
         )
 
 
-def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
+def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | None = None) -> Denoiser:
     """
-    Find the pipeline's denoiser.
+    Find the pipeline's denoiser; `absent` has components that the pipeline was loaded without.
 
     Raises:
         `SiteNotFoundError`: its family is unknown (the message names the layers that may read its text), text
@@ -49,7 +49,7 @@ def find_denoiser(pipe: DiffusionPipeline) -> Denoiser:
     """
     require_pipeline(pipe)
     modules = {}
-    for name, part in pipe.components.items():
+    for name, part in {**pipe.components, **(absent or {})}.items():
         if isinstance(part, nn.Module):
             modules[name] = unwrap_module(part)
     families = {name: family_of(part) for name, part in modules.items()}

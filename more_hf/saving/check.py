@@ -10,26 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import diffusers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..core.errors import IncompatibleBaseError, MoreError, SiteNotFoundError
+from ..core.errors import IncompatibleBaseError, MoreError
 from ..core.facts import ConceptFacts
 from ..core.markdown import markdown_table
 from ..core.record import Record
 from ..core.remap import Removed
 from ..core.request import ConceptRequest
 from ..core.site import fingerprint, matrix_of
-from ..diffusion.families import family_of
 from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.sites import Denoiser, find_layers
 from .contents import Contents, survey
 from .delta import read_delta
 from .files import path_of, reading
+from .layers import read_denoiser
 
 
 # How much of ‖W (p_f − p̄_t)‖ may be left, where a weight that does not know the direction gives 1. Rounding
@@ -149,7 +148,8 @@ def verify(folder: str | os.PathLike) -> Verification:
         if record.kind == "classifier":
             removed = {space: Removed(remap.shift(), 0.0) for space, remap in read_delta(folder).items()}
         else:
-            denoiser = _denoiser_in(folder, record, contents)
+            files = [folder / path for path in contents.weights[record.denoiser]]
+            denoiser = read_denoiser(folder, record.denoiser, files, layers=False)
             layers = _layers_of(denoiser, record)
             removed = _removed_by(folder, record, denoiser)
     except MoreError as error:
@@ -309,40 +309,6 @@ def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, R
             folder, variant=record.variant, use_safetensors=True, **unused
         )
         return removed_from(pipe, record.request, record.facts, denoiser)
-
-
-def _denoiser_in(folder: Path, record: Record, contents: Contents) -> Denoiser:
-    """
-    A denoiser of the folder's class and configuration on the meta device, whatever its record says. Only what
-    the text goes through before the layers that read it is there.
-    """
-    place = folder / record.denoiser
-    with reading(place):
-        config = DiffusionPipeline.load_config(folder)
-        cls = getattr(diffusers, config[record.denoiser][1])
-        with init_empty_weights():
-            module = cls.from_config(cls.load_config(place))
-        family = family_of(module)
-        if family is None:
-            raise SiteNotFoundError(
-                f"{cls.__name__} is not a denoiser of a supported family. Register its family first, as when "
-                "the concept was erased."
-            )
-        for name in family.norms.values():
-            norm = module.get_submodule(name)
-            norm.load_state_dict(_tensors_of(folder, record, contents, f"{name}."), assign=True)
-    return Denoiser(record.denoiser, module, family)
-
-
-def _tensors_of(folder: Path, record: Record, contents: Contents, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a part of the edited component, without its name."""
-    tensors = {}
-    for path in contents.weights[record.denoiser]:
-        with safe_open(folder / path, "pt") as file:
-            for name in file.keys():
-                if name.startswith(prefix):
-                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
-    return tensors
 
 
 def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:

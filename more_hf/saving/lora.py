@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
@@ -19,11 +22,17 @@ from .. import __version__
 from ..core.erasure import Erasure
 from ..core.errors import AlreadyErasedError, ExportError
 from ..core.files import replacing
+from ..core.record import refuse_erased_source
 from ..core.registry import require_editable
-from ..diffusion.erase import get_erasure
-from ..diffusion.sites import Denoiser, find_denoiser
-from .files import path_of, writing
+from ..core.request import ConceptRequest
+from ..diffusion.erase import erasure_of_layers, get_erasure
+from ..diffusion.erasure import ConceptErasure
+from ..diffusion.families import denoiser_names
+from ..diffusion.plan import check_names
+from ..diffusion.sites import Denoiser, find_denoiser, find_sites
+from .files import path_of, reading, writing
 from .folder import refuse_saved_folder
+from .layers import WEIGHTS, read_denoiser
 
 
 FILE_NAMES = {
@@ -34,6 +43,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # ‖B A − ΔW‖ / ‖ΔW‖ of a layer in units of the dtype's eps; rounding two balanced factors makes a third of
 # one.
 TOLERANCE = 4
+# components that neither read text nor know the size of pictures
+NOT_NEEDED = ("safety_checker", "image_encoder", "feature_extractor")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 KOHYA_NAMES = {
     "add_embedding.linear_1": "label_emb.0.0"
@@ -95,6 +106,104 @@ def save_lora(
     """
     path = lora_path(path, format)
     denoiser, erasure = _find(pipe)
+    return _write(path, pipe, denoiser, erasure, format=format, dtype=dtype, expert=expert)
+
+
+def erase_to_lora(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
+    *,
+    remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
+    format: str = "peft",
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> ConceptErasure:
+    """
+    Erase concepts from a saved pipeline and write the edit as one LoRA file, without loading the denoiser.
+
+    Of its files only the layers that read text are read, a few of several hundred, so that a model of twenty
+    billion parameters takes the memory of its text encoder. The file is the one that `erase_concept` and
+    `save_lora` give; only the proof by run is missing, and the report says so.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A folder of an original pipeline with safetensors files, in shards or not, or a Hub id, which is
+            downloaded.
+        path (`str` or `os.PathLike`):
+            As in [`save_lora`].
+        concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
+            As in [`erase_concept`].
+        remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
+            As in [`erase_concept`].
+        format (`str`, *optional*, defaults to `"peft"`):
+            As in [`save_lora`].
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
+            Of the factors; the models are loaded in the dtype that the denoiser is stored in.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where the text encoders run.
+        options (`Any`):
+            `retain`, `num_experts`, `solver`, `tokens`, `pooled` and `seed` of [`erase_concept`].
+
+    Returns:
+        `ConceptErasure`: the report; `print` shows it.
+
+    Raises:
+        `ExportError`, `SiteNotFoundError` and `PrototypeError`: as `save_lora` and `erase_concept` do.
+        `AlreadyErasedError`: the folder was saved erased. `IncompatibleBaseError`: it cannot be read.
+
+    Example:
+
+        >>> import more_hf
+        >>> from more_hf.data import FOLDER
+        >>> report = more_hf.erase_to_lora(FOLDER / "emoji_sd", "loras", "Blobmoji", remap_to="Fluent")
+    """
+    path = lora_path(path, format)
+    request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
+    check_names(request)
+    folder = path_of("source", source)
+    with reading(source):
+        if not folder.is_dir():
+            folder = Path(DiffusionPipeline.download(str(source)))
+        config = DiffusionPipeline.load_config(folder)
+    parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
+    refuse_without_loader(getattr(diffusers, config["_class_name"], DiffusionPipeline))
+
+    # 1. The denoisers without their weights, but for the layers that read text.
+    denoisers = {}
+    for name in denoiser_names(config["_class_name"], parts):
+        files = [file for file in sorted((folder / name).iterdir()) if WEIGHTS.fullmatch(file.name)]
+        denoisers[name] = read_denoiser(folder, name, files, layers=True).module
+
+    # 2. The text encoders; a kohya file has the size of pictures, which the VAE knows.
+    unused = [*denoisers, *NOT_NEEDED, *(() if format == "kohya" else ("vae",))]
+    without = {name: None for name in unused if name in parts}
+    if "safety_checker" in without:
+        without["requires_safety_checker"] = False
+    stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
+    with reading(source):
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=stored, use_safetensors=True, **without)
+    pipe.to(device)
+    denoiser = find_denoiser(pipe, denoisers)
+
+    # 3. The edit, and the file.
+    refuse_erased_source(str(folder), lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
+    erasure = erasure_of_layers(pipe, denoiser, request)
+    _write(path, pipe, denoiser, erasure, format=format, dtype=dtype, expert=None)
+    return erasure
+
+
+def _write(
+    path: Path,
+    pipe: DiffusionPipeline,
+    denoiser: Denoiser,
+    erasure: Erasure,
+    *,
+    format: str,
+    dtype: torch.dtype,
+    expert: int | None,
+) -> Path:
     if format == "kohya" and denoiser.name != "unet":
         raise ExportError(
             f'The names of format="kohya" are those of UNets, and {denoiser.family.name} has none. '

@@ -1,0 +1,68 @@
+"""Of a saved denoiser only what an edit needs: the layers that read text, and the norms in front of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import diffusers
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from torch import Tensor
+
+from ..core.errors import SiteNotFoundError
+from ..diffusion.families import family_of
+from ..diffusion.sites import Denoiser
+from .files import reading
+
+
+# weights that are no variant, as one file or in shards
+WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+
+def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: bool) -> Denoiser:
+    """
+    A denoiser on the meta device, of the class and configuration that it was saved with.
+
+    Only what the text goes through before the layers that read it is there, and with `layers` these too;
+    nothing else is read from the files.
+
+    Args:
+        folder (`Path`):
+            The pipeline's.
+        name (`str`):
+            The denoiser's, among the components.
+        files (`Sequence[Path]`):
+            Its safetensors files.
+        layers (`bool`):
+            Whether the layers that read text are wanted.
+
+    Raises:
+        `SiteNotFoundError`: it is of no known family. `IncompatibleBaseError`: a file cannot be read.
+    """
+    place = folder / name
+    with reading(place):
+        cls = getattr(diffusers, DiffusionPipeline.load_config(folder)[name][1])
+        with init_empty_weights():
+            module = cls.from_config(cls.load_config(place))
+        family = family_of(module)
+        if family is None:
+            raise SiteNotFoundError(
+                f"{cls.__name__} is not a denoiser of a supported family. Register its family first, as when "
+                "the concept was erased."
+            )
+        for part in [*family.norms.values(), *(family.find(module) if layers else ())]:
+            module.get_submodule(part).load_state_dict(_tensors_of(files, f"{part}."), assign=True)
+    return Denoiser(name, module, family)
+
+
+def _tensors_of(files: Iterable[Path], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a part of a model, without its name."""
+    tensors = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if name.startswith(prefix):
+                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+    return tensors
