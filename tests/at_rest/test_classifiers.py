@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.classifiers import token_classifier
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -21,8 +22,6 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessor,
     pipeline,
 )
@@ -111,25 +110,9 @@ def test_copies_and_pickles_keep_the_merged_head_and_no_factors(
             more_hf.erase_classes(other, prototypes, "five")
 
 
-def tiny_vit(num_layers):
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    config.num_labels = 10
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return ViTForImageClassification(config)
-
-
 @pytest.mark.slow
 def test_compiled_models_see_the_edit_and_its_end(digits):
-    model, images = tiny_vit(1).eval(), digits[0][:16]
+    model, images = token_classifier(), digits[0][:16]
     data = [(digits[0][:100], digits[1][:100])]
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -148,7 +131,7 @@ def test_compiled_models_see_the_edit_and_its_end(digits):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # a new name in later versions
 def test_gradient_checkpointing(digits):
     images, labels = digits[0][:80], digits[1][:80]
-    model = tiny_vit(2)
+    model = token_classifier(num_hidden_layers=2).train()
     model.gradient_checkpointing_enable()
     model.train()
     more_hf.erase_classes(model, [(images, labels)], [4], router="hash", solver="covariance")
@@ -314,18 +297,8 @@ def test_a_plain_module_is_not_saved(digits, tmp_path):
 
 
 def two_heads():
-    config = DeiTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    config.num_labels = 4
     return (
-        DeiTForImageClassificationWithTeacher(config),
+        token_classifier(DeiTForImageClassificationWithTeacher, DeiTConfig, num_labels=4),
         ["cls_classifier", "distillation_classifier"],
         (1, 8, 8),
     )

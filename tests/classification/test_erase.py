@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.classifiers import token_classifier
 from support.compare import accuracies, changed, same, state
 from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
@@ -231,17 +232,7 @@ def test_nearly_dependent_prototypes_take_the_covariance_solver(digits):
 def test_two_heads_take_the_same_expert_of_their_own_features():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = DeiTConfig(
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-        )
-        model = DeiTForImageClassificationWithTeacher(config).eval()
-        config.num_labels = 2
+        model = token_classifier(DeiTForImageClassificationWithTeacher, DeiTConfig, num_labels=2)
         images, labels = 3 * torch.randn(80, 1, 8, 8), torch.arange(80) % 4
         images += 2 * torch.randn(4, 1, 8, 8)[labels]
         model.cls_classifier, model.distillation_classifier = nn.Linear(16, 4), nn.Linear(16, 4)

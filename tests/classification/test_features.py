@@ -5,13 +5,13 @@ looking.
 
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from support.compare import same, state
+from support.processes import launched
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -197,25 +197,10 @@ def test_features_at_an_inner_module(model, data):
 
 def test_tokens_of_an_inner_block_are_routed_one_by_one(digits):
     """The input of a ViT's last block: every token is remapped, so that the mean of a sample is too."""
-    from transformers import (  # not above: the two processes below import this file
-        ViTConfig,
-        ViTForImageClassification,
-    )
+    from support.classifiers import token_classifier  # not above: the two processes below import this file
 
     images, labels = digits[0][:100], digits[1][:100]
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    config.num_labels = 10
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = ViTForImageClassification(config).eval()
+    model = token_classifier(num_hidden_layers=2)
     seen = []
     (place,) = [name for name, module in model.named_modules() if name.endswith("layers.1")]
     handle = model.get_submodule(place).register_forward_pre_hook(
@@ -301,19 +286,12 @@ def test_bad_places(model, data):
 # Several processes
 
 
-def shard(rank, port, folder):
+def shard(rank, environment, folder):
     """
     One of two processes, with 37 samples in batches of 8: shuffled, plain, prepared by the user, and a list
     that is not sharded.
     """
-    os.environ.update(
-        WORLD_SIZE="2",
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-        ACCELERATE_USE_CPU="true",
-    )
+    os.environ.update(environment)
     torch.set_num_threads(1)
     from accelerate import PartialState
 
@@ -359,11 +337,11 @@ class Stream(IterableDataset):
 
 @pytest.mark.slow
 def test_two_processes_count_every_sample_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=shard, args=(rank, port, Path(tmp_path))) for rank in range(2)]
+    processes = [
+        spawn.Process(target=shard, args=(rank, environment, Path(tmp_path)))
+        for rank, environment in enumerate(launched(2))
+    ]
     for process in processes:
         process.start()
     for process in processes:

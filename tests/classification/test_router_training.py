@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from support.classifiers import token_classifier
 from support.compare import same, state
 from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
@@ -241,13 +242,9 @@ def test_without_a_single_head(digits):
     more_hf.erase_classes(inner, digits.train.loader(500), [FORGET], router="prototype", at="features.7")
     with pytest.raises(SiteNotFoundError, match="0 edited heads .it was erased at an inner module"):
         train_router(inner, digits.train.loader(500))
-    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    config = DeiTConfig(
-        image_size=8, patch_size=4, num_channels=1, id2label=dict(enumerate("0123456789")), **shape
-    )
+    two = token_classifier(DeiTForImageClassificationWithTeacher, DeiTConfig)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        two = DeiTForImageClassificationWithTeacher(config).eval()
         nn.init.normal_(two.distillation_classifier.weight)
         nn.init.normal_(two.cls_classifier.weight)
     more_hf.erase_classes(two, digits.train.loader(500), [FORGET], router="prototype", solver="covariance")

@@ -2,12 +2,12 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.processes import launched
 
 from more_hf.bench.artists.rows import read_rows
 from more_hf.cli.main import main
@@ -98,19 +98,10 @@ def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
     assert ROWS + 3 <= len(second) < 2 * ROWS
     assert first.items() <= second.items()
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launched = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "true",
-    }
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
     processes = [
-        start(bench(output, 3), logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **launched)
-        for rank in range(2)
+        start(bench(output, 3), log, **environment)
+        for log, environment in zip(logs, launched(2), strict=True)
     ]
     for process, text in zip(processes, logs, strict=True):
         process.join(240)

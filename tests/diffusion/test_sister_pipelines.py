@@ -9,12 +9,9 @@ import inspect
 import pytest
 import torch
 from diffusers import (
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
     ControlNetModel,
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxFillPipeline,
@@ -48,9 +45,8 @@ from diffusers import (
     T2IAdapter,
 )
 from support.compare import same, state
-from support.families import T5_LENGTH, T5_WIDTH, build, embeds, shorten, t5_tokenizer, tiny_vae
+from support.families import T5_LENGTH, build, embeds, shorten, umt5_encoder
 from support.pipelines import build_tiny_sd, random_ip_adapter
-from transformers import UMT5Config, UMT5EncoderModel
 
 import more_hf
 
@@ -289,33 +285,14 @@ def layout_phrases(bases):
     return build_tiny_sd(attention_type="gated")
 
 
-def umt5():
-    return UMT5EncoderModel(
-        UMT5Config(vocab_size=256, d_model=T5_WIDTH, d_kv=12, d_ff=48, num_layers=1, num_heads=4)
-    )
-
-
 def other_text_encoder(bases):
     pipe = copy.deepcopy(bases["sd"])
-    pipe.register_modules(text_encoder=umt5())
+    pipe.register_modules(text_encoder=umt5_encoder(256))
     return pipe
 
 
 def unknown_family(bases):
-    transformer = AuraFlowTransformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=T5_WIDTH,
-        pos_embed_max_size=16,
-    )
-    return AuraFlowPipeline(
-        t5_tokenizer(), umt5(), tiny_vae(), transformer, FlowMatchEulerDiscreteScheduler()
-    )
+    return build()
 
 
 REFUSED = {

@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers.hooks import apply_group_offloading
 from support.compare import same, state
+from support.processes import in_threads
 
 import more_hf
 
@@ -95,26 +96,6 @@ def test_blocks_that_overlap_in_two_threads(pair):
         assert torch.equal(output, original if "inside" in name else erased), name
     assert len(seen) == 4
     assert hooks_of(pipe.unet) == hooks
-
-
-def in_threads(*functions):
-    """Run functions at once, and raise what any of them raises."""
-    errors = []
-
-    def guarded(function):
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    if errors:
-        raise errors[0]
-    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize("router", [None, "hash"])

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from support.compare import same, state
+from support.processes import in_threads
 from torch import nn
 
 import more_hf
@@ -37,28 +38,6 @@ def one_ordinary_prompt(monkeypatch):
     monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: prompts)
 
 
-def at_once(calls):
-    """Start all calls at one barrier. What is refused is refused with a `MoreError`."""
-    barrier, others = threading.Barrier(len(calls), timeout=60), []
-
-    def guarded(call):
-        barrier.wait()
-        try:
-            call()
-        except more_hf.MoreError:
-            pass
-        except BaseException as error:
-            others.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not others
-
-
 def check(model, core, original):
     """The weights are what the record says, and `restore` gives the original's bits."""
     erasure = more_hf.get_erasure(model)
@@ -88,7 +67,7 @@ def test_pipeline(tiny_sd, one_ordinary_prompt, seed):
     calls = [lambda concept=concept: erase(concept, "hash") for concept in CONCEPTS]
     calls += [lambda: more_hf.restore(pipe), lambda: more_hf.restore(pipe, "van gogh")]
     random.Random(seed).shuffle(calls)
-    at_once(calls[: 2 + seed])
+    in_threads(*calls[: 2 + seed], ignored=more_hf.MoreError)
     check(pipe, pipe.unet, original)
 
 
@@ -110,14 +89,17 @@ def test_classifier(seed):
         lambda: more_hf.restore(model),
     ]
     random.Random(seed).shuffle(calls)
-    at_once(calls)
+    in_threads(*calls, ignored=more_hf.MoreError)
     check(model, model, original)
 
 
 def test_all_that_is_erased_at_once_is_erased(tiny_sd, one_ordinary_prompt):
     pipe = tiny_sd()
     options = {"remap_to": "claude monet", "solver": "pinv", "tokens": "last"}
-    at_once([lambda concept=concept: more_hf.erase_concept(pipe, concept, **options) for concept in CONCEPTS])
+    in_threads(
+        *[lambda concept=concept: more_hf.erase_concept(pipe, concept, **options) for concept in CONCEPTS],
+        ignored=more_hf.MoreError,
+    )
     assert sorted(more_hf.get_erasure(pipe).concepts) == sorted(CONCEPTS)
     together = more_hf.erase_concept(tiny_sd(), list(more_hf.get_erasure(pipe).concepts), **options)
     assert same(pipe.unet, state(together.unet))
@@ -148,6 +130,6 @@ def test_an_erasure_waits_for_the_other(tiny_sd, one_ordinary_prompt, monkeypatc
         more_hf.restore(pipe)
         order.append("restored")
 
-    at_once([erase, restore])
+    in_threads(erase, restore, ignored=more_hf.MoreError)
     assert order == ["erased", "restored"]
     assert same(pipe.unet, original)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from transformers import ViTConfig, ViTForImageClassification
+from support.classifiers import token_classifier
 
 import more_hf
 from more_hf.saving.files import replace_folder
@@ -49,20 +49,9 @@ class Tracer:
 @pytest.fixture(scope="module")
 def erased():
     """Two erasures of a classifier of one layer."""
-    config = ViTConfig(
-        image_size=8,
-        patch_size=8,
-        num_channels=1,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-    )
-    config.num_labels = 4
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = ViTForImageClassification(config).eval()
-        images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 4
+    sizes = {"patch_size": 8, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    model, generator = token_classifier(num_labels=4, **sizes), torch.Generator().manual_seed(0)
+    images, labels = torch.randn(16, 1, 8, 8, generator=generator), torch.arange(16) % 4
     data = [(images, labels)]
     return [more_hf.erase_classes(copy.deepcopy(model), data, [i], solver="covariance") for i in (1, 2)]
 

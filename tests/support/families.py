@@ -75,7 +75,7 @@ from support.language_models import (
     qwen_tokenizer,
     qwen_vl,
 )
-from support.pipelines import TEXT_LENGTH, WORDS, tiny_tokenizer
+from support.pipelines import NOISE, TEXT_LENGTH, WORDS, tiny_tokenizer
 
 
 T5_LENGTH = 24  # of the prompts of these tests; `max_sequence_length` is an argument of every call
@@ -93,9 +93,15 @@ def t5_tokenizer():
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
+T5_SIZES = {"d_model": T5_WIDTH, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+
+
 def t5_encoder(vocabulary):
-    sizes = {"d_model": T5_WIDTH, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return T5EncoderModel(T5Config(vocab_size=vocabulary, **sizes, feed_forward_proj="gated-gelu")).eval()
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, **T5_SIZES, feed_forward_proj="gated-gelu")).eval()
+
+
+def umt5_encoder(vocabulary):
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **T5_SIZES)).eval()
 
 
 def clip_encoder(cls, tokenizer, width, projection=None, length=TEXT_LENGTH):
@@ -114,15 +120,19 @@ def clip_encoder(cls, tokenizer, width, projection=None, length=TEXT_LENGTH):
     return cls(config).eval()
 
 
-def tiny_vae(**options):
-    return AutoencoderKL(
+def tiny_vae(cls=AutoencoderKL, **options):
+    return cls(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(4, 8),
         norm_num_groups=2,
-        sample_size=32,
-        **{"latent_channels": 4, **options},
+        **{"sample_size": 32, "latent_channels": 4, **options},
     ).eval()
+
+
+def plain_vae(**options):
+    """Without the convolutions around the latents, which the newer models left out."""
+    return tiny_vae(use_quant_conv=False, use_post_quant_conv=False, **options)
 
 
 def second_tokenizer():
@@ -159,9 +169,7 @@ def tiny_sdxl(cls=StableDiffusionXLPipeline, **unet_options):
         tokenizer=tokenizer,
         tokenizer_2=second_tokenizer(),
         unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
+        scheduler=DDIMScheduler(**NOISE),
         add_watermarker=False,
     )
 
@@ -186,9 +194,7 @@ def tiny_sd3(channels=4):
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(
-            latent_channels=channels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
-        ),
+        vae=plain_vae(latent_channels=channels, shift_factor=0.06),
         text_encoder=clip_encoder(CLIPTextModelWithProjection, tokenizer, 16),
         tokenizer=tokenizer,
         text_encoder_2=clip_encoder(CLIPTextModelWithProjection, tokenizer, 24),
@@ -214,7 +220,7 @@ def tiny_flux():
     ).eval()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        vae=plain_vae(shift_factor=0.1),
         text_encoder=clip_encoder(CLIPTextModel, tokenizer, 32),
         tokenizer=tokenizer,
         text_encoder_2=t5_encoder(len(t5)),
@@ -241,9 +247,7 @@ def tiny_pixart(cls=PixArtSigmaPipeline):
         text_encoder=t5_encoder(len(t5)),
         vae=tiny_vae(),
         transformer=transformer,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
+        scheduler=DDIMScheduler(**NOISE),
     )
 
 
@@ -277,7 +281,7 @@ def tiny_chroma():
     ).eval()
     return ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        vae=plain_vae(shift_factor=0.1),
         text_encoder=t5_encoder(len(t5)),
         tokenizer=t5,
         transformer=transformer,
@@ -301,7 +305,7 @@ def tiny_z_image(cls=ZImagePipeline):
     ).eval()
     return cls(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        vae=plain_vae(shift_factor=0.1),
         text_encoder=qwen3(tokenizer, LLM_WIDTH),
         tokenizer=tokenizer,
         transformer=stirred(transformer),
@@ -349,17 +353,9 @@ def flux_2_parts(width, guidance):
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=guidance,
     )
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        layers_per_block=1,
-        latent_channels=4,
-    ).eval()
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(),
-        "vae": vae,
+        "vae": tiny_vae(AutoencoderKLFlux2, layers_per_block=1),
         "transformer": stirred(transformer),
     }
 
@@ -377,11 +373,6 @@ def tiny_flux_2():
     processor = mistral_processor()
     parts = flux_2_parts(48, guidance=True)
     return Flux2Pipeline(text_encoder=mistral(processor, 48), tokenizer=processor, **parts)
-
-
-def umt5_encoder(vocabulary):
-    sizes = {"d_model": T5_WIDTH, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **sizes)).eval()
 
 
 def tiny_wan():

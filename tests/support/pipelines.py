@@ -12,6 +12,7 @@ WORDS = (
 )
 TEXT_WIDTH = 32
 TEXT_LENGTH = 48
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 FORGET = "van gogh"
 TARGETS = ["claude monet", "johannes vermeer"]
@@ -40,8 +41,8 @@ def tiny_tokenizer():
 def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
     """
     Build a StableDiffusionPipeline in the layout of SD `version` "1" or "2": random weights, 32x32 images,
-    text width
-    32. Does not change the global random state.
+    text width 32.
+    Does not change the global random state.
     """
     from diffusers import (
         AutoencoderKL,
@@ -57,7 +58,6 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
         "1": {"attention_head_dim": 2},
         "2": {"attention_head_dim": [1, 2], "use_linear_projection": True},
     }[version]
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -98,10 +98,10 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
             sample_size=32,
         )
     if version == "1":
-        scheduler = PNDMScheduler(skip_prk_steps=True, **noise)
+        scheduler = PNDMScheduler(skip_prk_steps=True, **NOISE)
     else:
         scheduler = DDIMScheduler(
-            prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **noise
+            prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **NOISE
         )
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),

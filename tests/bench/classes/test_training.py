@@ -2,7 +2,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from support.compare import same, state
+from support.processes import launched
 
 from more_hf.bench.classes.data import load_kd_data
 from more_hf.bench.classes.models import build_classifier
@@ -125,19 +125,7 @@ def test_killed_and_run_again_it_ends_the_same(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(tmp_path, digits):
     """Without BatchNorm, the gradient over two halves of each batch is that of the batch, up to rounding."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launched = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "true",
-    }
-    both = [
-        start(tmp_path / "two", "vit-narrow", 1_000, RANK=str(rank), LOCAL_RANK=str(rank), **launched)
-        for rank in range(2)
-    ]
+    both = [start(tmp_path / "two", "vit-narrow", 1_000, **environment) for environment in launched(2)]
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     one, two = (
