@@ -89,6 +89,7 @@ class Encoder:
         self.text = text_of(pipe, denoiser)
         norms = denoiser.family.norms
         self.norms = {space: denoiser.module.get_submodule(name) for space, name in norms.items()}
+        self.read: dict[tuple[str, str], list[int]] = {}  # label of a segment, prompt -> its tokens
         self.segments: list[PlacedSegment] = []
         offset = 0
         for segment in self.text.segments:
@@ -104,6 +105,13 @@ class Encoder:
         out.
         """
         segment = segment or self.text.segments[0]
+        # every kind of prototype asks for the same prompts again
+        key = segment.label, prompt
+        if key not in self.read:
+            self.read[key] = self._read(prompt, segment)
+        return self.read[key]
+
+    def _read(self, prompt: str, segment: Segment) -> list[int]:
         tokenizer = getattr(self.pipe, segment.tokenizer)
         if segment.template is not None:
             layout = self.layout(prompt, segment)
