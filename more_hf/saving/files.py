@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from httpx import HTTPError
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # of whichever client it uses
 
 from ..core.errors import ExportError, IncompatibleBaseError, MoreError
 

@@ -3,7 +3,12 @@
 import ast
 import re
 import sys
+import tomllib
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 ROOT = Path(__file__).parents[2]
@@ -44,11 +49,40 @@ def test_no_arrow_points_up():
         assert others <= set(rooms[rooms.index(room) + 1 :]), room
 
 
+def outside(file):
+    """The modules that a file imports and that neither are ours nor come with Python."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        names |= {module.split(".")[0] for module in modules}
+    return names - set(sys.stdlib_module_names) - {"more_hf"}
+
+
 def test_core_imports_torch_and_safetensors_only():
-    outside = set()
     for file in (ROOT / "more_hf" / "core").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            outside |= {module.split(".")[0] for module in modules}
-    assert outside - set(sys.stdlib_module_names) <= {"torch", "safetensors"}
+        assert outside(file) <= {"torch", "safetensors"}, file
+
+
+def installed_with(requirements):
+    """Everything that an installer brings for these requirements."""
+    found, left = set(), list(requirements)
+    while left:
+        requirement = Requirement(left.pop())
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.add(name)
+            left += requires(name) or []
+    return found
+
+
+def test_a_plain_installation_brings_what_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    plain = installed_with(project["dependencies"])
+    bench = plain | installed_with(project["optional-dependencies"]["bench"])
+    assert "gradio" not in bench  # of the extra for tests, which brings much else
+    distributions = packages_distributions()
+    for file in (ROOT / "more_hf").rglob("*.py"):
+        brought = bench if "bench" in file.relative_to(ROOT).parts else plain
+        for module in outside(file) - {"peft"}:  # which is asked only if there is an adapter
+            assert {canonicalize_name(name) for name in distributions[module]} & brought, f"{file}: {module}"

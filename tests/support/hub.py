@@ -1,6 +1,7 @@
 """A Hub in memory, and pipelines erased as if they had come from one."""
 
-import httpx
+from types import SimpleNamespace
+
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
@@ -36,9 +37,7 @@ class Hub:
 
     def list_repo_files(self, repo_id, revision=None):
         if (revision or "main") not in self.repos[repo_id]:
-            raise RevisionNotFoundError(
-                "no such branch", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))
-            )
+            raise RevisionNotFoundError("no such branch", response=SimpleNamespace(headers={}, request=None))
         return sorted(self.repos[repo_id][revision or "main"])
 
     def hf_hub_download(self, repo_id, filename, revision=None):
