@@ -42,7 +42,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
             Section(evil, evil, facts={evil: [evil, 1.0], "measured": {"G1": 1e-7}, "router": None}),
             Section(
                 "table",
-                table=[{evil: evil, "n_f ↓": 3, "0.001": Cell("0.5", best=True, suffix=evil)}],
+                table=[{evil: evil, "n_f ↓": 3, "0.001": Cell("0.5", best=True, suffix=evil), "empty": None}],
                 words={"n_f": f"pictures {evil}"},
                 files=["table.md"],
                 folded=True,
@@ -55,6 +55,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert page.count("<script>") == 1  # ours
     assert page.count("<details>") == 1
     assert '<th class="num">pictures &lt;script' in page
+    assert page.count("<th class") == 3  # a column without a value is left out
     assert '<a href="table.md">' in page
     sources = re.findall(r'src="([^"]{20})', page)
     assert [source.split(";")[0] for source in sources] == ["data:image/png", "data:image/jpeg"]

@@ -23,7 +23,7 @@ from ...diffusion.grid import draw_grid, stack
 from ..columns import write_rows
 from ..page import Pair, Section, image_uri, write_page
 from .config import JOINT
-from .findings import Finding
+from .findings import Finding, spelt
 from .generate import generate
 from .grid import to_pil
 from .judges import EmojiJudges
@@ -285,7 +285,7 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
     drawn = f"{settings.steps} steps, guidance {settings.guidance:g}, the same noise before and after."
     write_page(
         output / "report.html",
-        title=f"{settings.forgotten} erased",
+        title=f"{spelt(settings.forgotten)} erased",
         finding=str(finding),
         sections=[
             Section("Before and after", pictures={drawn: image_uri(_picture(settings, result, strips=1))}),
@@ -343,7 +343,7 @@ def _picture(settings: Settings, result: Result, *, strips: int) -> Image.Image:
     columns = min(COLUMNS, settings.limit)
     sheets = []
     for i, (group, name) in enumerate(GROUPS.items()):
-        title = name.format(forgotten=settings.forgotten)
+        title = name.format(forgotten=spelt(settings.forgotten))
         if group == "forget" and result.target is not None:
             title += f"; the target is {settings.targets[0]}"
         first = i * settings.limit

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...core.markdown import number
 from ..tables import share
+from .config import JOINT
 from .kinds import ARTISTS, Kind
 from .ranking import CONTENT_KEPT, STYLE_GONE, RankedMethod, contenders
 from .summary import POOLED
@@ -25,7 +26,7 @@ class Finding:
 
     Args:
         forgotten (`str`):
-            What was erased, as the sentence calls it.
+            What was erased, names that were erased together joined by `JOINT`.
         gone_before, gone_after (`float`, *optional*):
             Percent of its pictures in which it is recognised; `None` if nobody judged.
         kept_before, kept_after (`float`, *optional*):
@@ -60,9 +61,11 @@ class Finding:
 
     def _forgotten(self) -> str:
         if self.gone_after is None:
-            return f"{self.forgotten}: its pictures {_moved(self.lpips_f)}, and nobody judged what they show"
+            moved = _moved(self.lpips_f)
+            return f"{spelt(self.forgotten)}: the pictures {moved}, and nobody judged what they show"
         before, after = share(self.gone_before), share(self.gone_after)
-        recognised = f"{self.forgotten} is recognised in {before} of the pictures before"
+        verb = "are" if JOINT in self.forgotten else "is"
+        recognised = f"{spelt(self.forgotten)} {verb} recognised in {before} of the pictures before"
         if self.gone_before <= STYLE_GONE:
             text = f"{recognised}, so that there was hardly anything to erase, and in {after} after"
         elif self.gone_after > STYLE_GONE:
@@ -73,6 +76,12 @@ class Finding:
             before, after = share(self.kept_before), share(self.kept_after)
             text += f", but what was asked for is seen in {after} of them ({before} before)"
         return text
+
+
+def spelt(forgotten: str) -> str:
+    """Names that were erased together, as a sentence lists them."""
+    *others, last = forgotten.split(JOINT)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _moved(lpips: float) -> str:

@@ -117,7 +117,8 @@ def _cost(lines: Sequence[Mapping[str, Any]]) -> Figure:
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    columns = min(4, count)
+    # as wide as leaves the fewest places empty
+    columns = count if count < 4 else min((4, 5, 3), key=lambda width: -count % width)
     rows = -(-count // columns)
     figure = Figure(figsize=(3.6 * columns, 3.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -146,10 +146,14 @@ def _flat(facts: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]
 
 
 def _columns(rows: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
-    """The columns of a table, and the class of each: `num` where all values are numbers."""
+    """
+    The columns of a table that are not empty, and the class of each: `num` where all values are numbers.
+    """
     columns = []
     for name in rows[0]:
         values = [row.get(name) for row in rows]
+        if all(value in (None, "") for value in values):
+            continue
         is_numeric = all(value is None or isinstance(value, int | float | Cell) for value in values)
         columns.append((name, "num" if is_numeric else "text"))
     return columns

@@ -21,6 +21,14 @@ def test_an_erasure_that_worked():
 
 
 @pytest.mark.parametrize(
+    ("forgotten", "words"),
+    [("Noto+Fluent", "Noto and Fluent are recognised"), ("A+B+C", "A, B and C are recognised in 80 %")],
+)
+def test_names_that_were_erased_together_are_a_list(forgotten, words):
+    assert str(Finding(forgotten, 80.0, 0.0, 100.0, 96.0, lpips_f=0.4, lpips_r=0.006)).startswith(words)
+
+
+@pytest.mark.parametrize(
     ("values", "words"),
     [
         ((80.0, 60.0, 100.0, 96.0, 0.1, 0.006), "did not succeed"),
