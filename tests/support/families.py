@@ -496,7 +496,7 @@ def tiny_lumina_2():
     return Lumina2Pipeline(
         transformer=stirred(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        vae=plain_vae(shift_factor=0.1),
         text_encoder=gemma(tokenizer, LLM_WIDTH),
         tokenizer=tokenizer,
     )
@@ -541,7 +541,7 @@ def tiny_kandinsky_5():
     )
     return Kandinsky5T2IPipeline(
         transformer=stirred(transformer),
-        vae=tiny_vae(use_quant_conv=False, use_post_quant_conv=False),
+        vae=plain_vae(),
         text_encoder=qwen_vl(processor.tokenizer, LLM_WIDTH),
         tokenizer=processor,
         text_encoder_2=clip_encoder(CLIPTextModel, tokenizer, 20, length=77),
