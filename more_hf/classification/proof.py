@@ -50,24 +50,25 @@ def prover(
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     device, dtype = "cpu" if parameter.is_meta else parameter.device, parameter.dtype
 
-    def outputs(trial: Trial, moved: bool) -> Tensor:
-        """The modules' outputs `(2, ...)` for forget prototypes and for their targets, or what E makes of
-        them."""
+    def outputs(trial: Trial, before: bool) -> Tensor:
+        """The modules' outputs `(kinds, ...)` for each kind of feature that `proof_by_run` compares."""
         parts = []
         for name, module in modules.items():
             remap = erasure.remaps[name]
             forget = remap.prototypes.matrix[:, list(remap.forget)]
-            z = torch.cat([forget, forget + remap.shift(trial.expert)], 1).T
-            z = (remap.apply(z, trial.expert) if moved else z).to(device, dtype)
+            source, target = forget.T, (forget + remap.shift(trial.expert)).T
+            moved = [remap.apply(z, trial.expert) for z in (source, target)]
+            kinds = [source, *moved] if before else [source, target]
+            z = torch.cat(kinds).to(device, dtype)
             taken = torch.full((len(z),), trial.expert or 0)
             with experts_forced(erasure, taken) if trial.routed else routing_off(erasure):
-                parts.append(head_outputs(module, z).cpu().double().reshape(2, -1))
+                parts.append(head_outputs(module, z).cpu().double().reshape(len(kinds), -1))
         return torch.cat(parts, 1)
 
-    def run(moved: bool) -> tuple[Tensor, Tensor]:
-        """Outputs `(trials, ...)` for sources and for targets, or for what E makes of them."""
+    def run(before: bool) -> tuple[Tensor, ...]:
+        """Outputs `(trials, ...)` of each kind."""
         with evaluating(model), nullcontext() if erasure.sites else _passing_on(modules):
-            return torch.stack([outputs(trial, moved) for trial in trials]).unbind(1)
+            return torch.stack([outputs(trial, before) for trial in trials]).unbind(1)
 
     return proof_by_run(
         run,

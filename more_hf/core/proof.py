@@ -5,7 +5,7 @@ stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from .views import original_shown
 
 
 def proof_by_run(
-    run: Callable[[bool], tuple[Tensor, Tensor]], current: Erasure | None, tolerance: float, cause: str
+    run: Callable[[bool], Sequence[Tensor]], current: Erasure | None, tolerance: float, cause: str
 ) -> Callable[[], dict[str, float]]:
     """
     Measure the original now, and return the function that measures the edited model and compares.
@@ -26,8 +26,9 @@ def proof_by_run(
 
     Args:
         run (`Callable`):
-            Gives the outputs `(trials, ...)` of the model on features that hold forget prototypes, and on the
-            same with their targets, flattened; of E z instead of z if its argument is true.
+            Gives the outputs `(trials, ...)` of the model, flattened: before the edit (its argument is true)
+            on features z that hold forget prototypes, on E z, and on E z of the same with their targets;
+            after it on the first and on those with the targets.
         current (`Erasure`, *optional*):
             An earlier erasure of the model, which the measurement of the original leaves out.
         tolerance (`float`):
@@ -40,8 +41,7 @@ def proof_by_run(
         and the `tolerance`, and raises `SiteNotFoundError` if they are not within the tolerance.
     """
     with nullcontext() if current is None else original_shown(current):
-        source, _ = run(False)
-        moved, target = run(True)
+        source, moved, target = run(True)
     apart = (source - moved).norm(dim=1)
 
     def prove() -> dict[str, float]:

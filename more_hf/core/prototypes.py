@@ -222,14 +222,14 @@ class PrototypeFitter:
         return self
 
     @torch.no_grad()
-    def update_moment(self, features: Tensor) -> PrototypeFitter:
+    def update_moment(self, features: Tensor, *, times: int = 1) -> PrototypeFitter:
         """
-        Add features `(..., d)` of any float dtype to the second moment alone. See `update` for what is
-        raised.
+        Add features `(..., d)` of any float dtype to the second moment alone, each so many times. See
+        `update` for what is raised.
         """
-        features = self._rows(features)
+        features = times**0.5 * self._rows(features)
         few = self.thin and len(features) < features.shape[1]
-        self._add_moment(features if few else features.T @ features, len(features))
+        self._add_moment(features if few else features.T @ features, times * len(features))
         return self
 
     def add(self, prototypes: Prototypes) -> PrototypeFitter:

@@ -5,6 +5,7 @@ them.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..core.errors import PrototypeError
 from ..core.prototypes import PrototypeFitter, Prototypes
+from .prefixes import PrefixEncoder
 from .prompts import TEMPLATES
 from .sites import Denoiser, find_denoiser, text_of
 from .text import Layout, Segment, Text
@@ -36,7 +38,9 @@ TOKENS = {
 }
 BEGIN, EMPTY_POOLED, EMPTY_PADDING = "begin token", "empty prompt", "empty prompt, padding"
 POOLED = "pooled"
-ORDINARY = -1  # the label of a feature that counts towards Σ and to no prototype
+# Where a text encoder reads more positions than this, padding is most of the work, and that of one prompt
+# with a name stands for that of all.
+LONG = 32
 DELAY = 2  # seconds after which a progress bar shows
 BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, of so many positions; fewer where there are more
 
@@ -98,6 +102,10 @@ class Encoder:
             offset += length
         self.num_positions = offset
         self.length = self.segments[0].length
+        # One CLIP encoder, of which nothing but token features is read, can do without what is not wanted.
+        self.causal = not self.text.pooled and all(segment.clip for segment in self.text.segments)
+        self.sparing = self.causal and self.length > LONG
+        self.padded = self.templates[len(self.templates) // 2]  # the same for a name and its target
 
     def token_ids(self, prompt: str, segment: Segment | None = None) -> list[int]:
         """
@@ -150,12 +158,17 @@ class Encoder:
         return start, stop, segment.layout(tokens, len(prompt))
 
     @torch.no_grad()
-    def features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def features(self, prompts: Sequence[str], wanted: Sequence[int] | None = None) -> dict[str, Tensor]:
         """
         What the denoiser's layers read: `"tokens"` `(len(prompts), tokens, d)`, and `"pooled"`
-        `(len(prompts), d')` where there is one.
+        `(len(prompts), d')` where there is one. The first `wanted` positions of each prompt are right, if not
+        all.
         """
-        found = self.text.encode(self.pipe, list(prompts))
+        pipe = self.pipe
+        if wanted is not None and self.causal:
+            pipe = copy.copy(pipe)
+            pipe.register_modules(text_encoder=PrefixEncoder(pipe.text_encoder, wanted))
+        found = self.text.encode(pipe, list(prompts))
         for space, norm in self.norms.items():
             dtype = next(norm.parameters()).dtype
             z = found[space].to(get_module_execution_device(norm), dtype)
@@ -181,15 +194,28 @@ class Encoder:
                 spans[segment.label + EMPTY_PADDING] = Span("", offset + start, offset + stop)
         return spans
 
-    def ordinary_spans(self, prompt: str) -> list[Span]:
-        """The positions of a prompt that the denoiser reads, but for begin tokens."""
+    def ordinary_spans(self, prompt: str) -> list[tuple[Span, Span]]:
+        """
+        For each segment, the prompt's own positions but for begin tokens, and the padding that the denoiser
+        reads.
+        """
         spans = []
         for segment, offset, length in self.segments:
             layout = self.layout(prompt, segment)
             first = offset + segment.pads_before(layout, length)
-            stop = segment.read_until(layout, length)
-            spans.append(Span(prompt, first + layout.start, first + stop))
+            read = segment.read_until(layout, length)
+            end = first + min(layout.stop, read)
+            spans.append((Span(prompt, first + layout.start, end), Span(prompt, end, first + read)))
         return spans
+
+    def prompts_of(self, names: Iterable[str]) -> dict[str, int]:
+        """The prompts that hold names, and how often the padding of each counts towards Σ."""
+        prompts = {}
+        for name in names:
+            for template in self.templates:
+                stands_for = len(self.templates) if template == self.padded else 0
+                prompts[template.format(name)] = stands_for if self.sparing else 1
+        return prompts
 
     def name_spans(self, name: str, kind: str) -> list[Span]:
         """
@@ -206,7 +232,10 @@ class Encoder:
         if not own:
             raise PrototypeError(f"The concept {name!r} has no tokens in this tokenizer. Give it a name.")
         spans = []
-        for template in ("{}",) if kind == "bare last" else self.templates:
+        templates = ("{}",) if kind == "bare last" else self.templates
+        if one := kind == "padding" and self.sparing:
+            templates = (self.padded, *templates)
+        for template in templates:
             place = self.place(template, name, segment)
             if place is None or place[2].stop > length:
                 continue
@@ -214,6 +243,8 @@ class Encoder:
             if start < stop:
                 first = offset + segment.pads_before(place[2], length)
                 spans.append(Span(template.format(name), first + start, first + stop))
+                if one:
+                    break
         if not spans:
             raise PrototypeError(
                 f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around "
@@ -262,14 +293,20 @@ class _Plan:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.spans: dict[str, list[tuple[int, int, int]]] = {}  # prompt -> (label, start, stop)
+        # prompt -> (label, start, stop); the label −n of what counts n times towards Σ, to no prototype
+        self.spans: dict[str, list[tuple[int, int, int]]] = {}
 
     def prototype(self, name: str, spans: Iterable[Span]) -> None:
         self._add(len(self.names), spans)
         self.names.append(name)
 
-    def ordinary(self, spans: Iterable[Span]) -> None:
-        self._add(ORDINARY, spans)
+    def ordinary(self, spans: Iterable[Span], times: int = 1) -> None:
+        if times:
+            self._add(-times, spans)
+
+    def wanted(self, prompt: str) -> int:
+        """How many of a prompt's positions count."""
+        return max(stop for _, _, stop in self.spans[prompt])
 
     def _add(self, label: int, spans: Iterable[Span]) -> None:
         for prompt, start, stop in spans:
@@ -285,7 +322,10 @@ class _Plan:
 
 
 def _plan(
-    encoder: Encoder, kinds: Mapping[str, Sequence[str]], names: Iterable[str], sigma_prompts: Iterable[str]
+    encoder: Encoder,
+    kinds: Mapping[str, Sequence[str]],
+    names: Iterable[str],
+    sigma_prompts: Mapping[str, int],
 ) -> dict[str, _Plan]:
     """What each prompt counts for, in each space. A pooled feature is at position 0 of its prompt."""
     tokens = _Plan()
@@ -294,8 +334,10 @@ def _plan(
     for name in names:
         for kind in kinds["tokens"]:
             tokens.prototype(column(name, kind), encoder.name_spans(name, kind))
-    for prompt in sigma_prompts:
-        tokens.ordinary(encoder.ordinary_spans(prompt))
+    for prompt, stands_for in sigma_prompts.items():
+        for own, padding in encoder.ordinary_spans(prompt):
+            tokens.ordinary([own])
+            tokens.ordinary([padding], stands_for)
     if "pooled" not in kinds:
         return {"tokens": tokens}
 
@@ -313,7 +355,7 @@ def fit_prototypes(
     names: Iterable[str],
     tokens: str,
     *,
-    sigma_prompts: Sequence[str],
+    sigma_prompts: Mapping[str, int],
     templates: Sequence[str] = TEMPLATES,
     denoiser: Denoiser | None = None,
 ) -> dict[str, Prototypes]:
@@ -328,8 +370,9 @@ def fit_prototypes(
             Forgotten names and aliases, targets, retained names.
         tokens (`str`):
             A key of `TOKENS`.
-        sigma_prompts (`Sequence[str]`):
-            Prompts behind Σ; every token but begin tokens counts. Empty for no Σ.
+        sigma_prompts (`Mapping[str, int]`):
+            Prompts behind Σ, of which every token but begin tokens counts, and how often the padding of each
+            does. Empty for no Σ.
         templates (`Sequence[str]`, *optional*):
             Sentences around a name.
         denoiser (`Denoiser`, *optional*):
@@ -342,7 +385,7 @@ def fit_prototypes(
     """
     encoder = Encoder(pipe, templates, denoiser)
     kinds = kinds_of(encoder.text, tokens)
-    plans = _plan(encoder, kinds, dict.fromkeys(names), dict.fromkeys(sigma_prompts))
+    plans = _plan(encoder, kinds, dict.fromkeys(names), sigma_prompts)
     # One pass over the distinct prompts, for all spaces together.
     prompts: dict[str, None] = {}
     for plan in plans.values():
@@ -353,16 +396,17 @@ def fit_prototypes(
     fitters: dict[str, PrototypeFitter] = {}
     for first in _progress(pipe, range(0, len(prompts), size)):
         batch = prompts[first : first + size]
-        for space, features in encoder.features(batch).items():
+        wanted = [plans["tokens"].wanted(prompt) for prompt in batch]
+        for space, features in encoder.features(batch, wanted).items():
             features = features[:, None] if space == "pooled" else features
             if space not in fitters:
                 width, device = features.shape[-1], features.device
                 fitters[space] = PrototypeFitter(width, plans[space].names, device=device, thin=True)
             rows, positions, labels = plans[space].entries(batch).to(features.device).T
-            fitters[space].update(features[rows, positions], labels)  # which leaves ORDINARY out
-            ordinary = labels == ORDINARY
-            if ordinary.any():
-                fitters[space].update_moment(features[rows[ordinary], positions[ordinary]])
+            fitters[space].update(features[rows, positions], labels)  # which leaves negative labels out
+            for label in labels[labels < 0].unique().tolist():
+                chosen = labels == label
+                fitters[space].update_moment(features[rows[chosen], positions[chosen]], times=-label)
     found = {space: fitter.prototypes for space, fitter in fitters.items()}
     # padding that nothing was written into is zero, which no edit moves
     zeros = [name for name in encoder.constant_spans() if not found["tokens"][name].any()]

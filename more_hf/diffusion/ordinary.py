@@ -91,7 +91,8 @@ def everyday_moments(
 
 def compute_moments(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) -> dict[str, Moment]:
     """The moment of prompts in each space; every token but begin tokens counts."""
-    found = fit_prototypes(pipe, (), "last", sigma_prompts=prompts, denoiser=denoiser)
+    everyday = dict.fromkeys(prompts, 1)
+    found = fit_prototypes(pipe, (), "last", sigma_prompts=everyday, denoiser=denoiser)
     return {space: prototypes.moment for space, prototypes in found.items()}
 
 

@@ -16,7 +16,7 @@ from ..core.options import EXACT_SOLVERS
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap
 from ..core.request import ConceptRequest
-from .encoder import column, fit_prototypes, kinds_of
+from .encoder import Encoder, column, fit_prototypes, kinds_of
 from .ordinary import with_ordinary_moment
 from .prompts import TEMPLATES, names_in
 from .sites import Denoiser, find_denoiser, text_of
@@ -155,12 +155,12 @@ def prepare(
     names = [*request.surfaces, *request.targets, *request.retain]
     templates = request.templates or TEMPLATES
     denoiser = denoiser or find_denoiser(pipe)
-    retained = [template.format(name) for name in request.retain for template in templates]
+    behind_sigma = Encoder(pipe, templates, denoiser).prompts_of(request.retain) if metric else {}
     prototypes = fit_prototypes(
         pipe,
         names,
         request.tokens,
-        sigma_prompts=retained if metric else (),
+        sigma_prompts=behind_sigma,
         templates=templates,
         denoiser=denoiser,
     )

@@ -43,27 +43,26 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     """
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
 
-    def call(texts: Sequence[tuple[Text, Text]]) -> tuple[Tensor, Tensor]:
-        sides = [text for side in zip(*texts, strict=True) for text in side]  # all sources, then all targets
+    def call(texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
+        sides = [text for side in zip(*texts, strict=True) for text in side]  # all of one kind, then the next
         joined = {space: torch.cat([text[space] for text in sides]) for space in sides[0]}
         with _fed_behind_norms(denoiser, joined):
-            return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(2)
+            return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(len(texts[0]))
 
     @torch.no_grad()
-    def run(moved: bool) -> tuple[Tensor, Tensor]:
-        """Outputs of all rows, `(rows, ...)`, for sources and for targets, or for what E makes of them."""
-        mean_text = _texts(erasure.remaps, None, moved)
-        expert_texts = [_texts(erasure.remaps, expert, moved) for expert in experts]
+    def run(before: bool) -> list[Tensor]:
+        """Outputs of all rows, `(rows, ...)`, for each kind of text that `proof_by_run` compares."""
+        mean_texts = _texts(erasure.remaps, None, before)
+        expert_texts = [_texts(erasure.remaps, expert, before) for expert in experts]
         with _plain(denoiser):
             with routing_off(erasure):
-                outputs = [call([mean_text])]
+                outputs = [call([mean_texts])]
             if expert_texts:
-                rows = len(mean_text[0]["tokens"])
-                taken = torch.tensor(experts).repeat_interleave(rows).repeat(2)
+                rows = len(mean_texts[0]["tokens"])
+                taken = torch.tensor(experts).repeat_interleave(rows).repeat(len(mean_texts))
                 with experts_forced(erasure, taken):
                     outputs.append(call(expert_texts))
-        sources, targets = zip(*outputs, strict=True)
-        return torch.cat(sources), torch.cat(targets)
+        return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
     return proof_by_run(
         run,
@@ -76,23 +75,26 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     )
 
 
-def _texts(remaps: Mapping[str, Remap], expert: int | None, moved: bool) -> tuple[Text, Text]:
+def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> list[Text]:
     """
-    Source and target rows: one with all forget prototypes among its tokens `(rows, 1 + f, d)`, one for each
-    that is pooled `(rows, d')`; `moved` by the expert or not. The other feature of a row is the space's first
-    prototype, which always stays.
+    Rows with all forget prototypes among their tokens `(rows, 1 + f, d)`, then one for each that is pooled
+    `(rows, d')`; the same with their targets. `before` the edit the first, then both as the expert moves
+    them. The other feature of a row is the space's first prototype, which always stays.
     """
     sources, targets, stays = {}, {}, {}
     for space, remap in remaps.items():
         shift = remap.shift(expert).T
         targets[space] = remap.prototypes.matrix[:, list(remap.forget)].T + shift
         sources[space] = targets[space] - SPREAD * shift
-        if moved:
-            sources[space], targets[space] = (
-                remap.apply(z, expert) for z in (sources[space], targets[space])
-            )
         stays[space] = remap.prototypes.matrix[:, 0]
-    return _rows(sources, stays), _rows(targets, stays)
+    sides = [sources, targets]
+    if before:
+        moved = [
+            {space: remaps[space].apply(z, expert) for space, z in side.items()}
+            for side in (sources, targets)
+        ]
+        sides = [sources, *moved]
+    return [_rows(side, stays) for side in sides]
 
 
 def _rows(features: Text, stays: Text) -> Text:

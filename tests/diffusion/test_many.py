@@ -81,7 +81,7 @@ def failed(folder):
     ("names", "remap_to", "share"),
     [
         (NAMES, "claude monet", 0.1),
-        (NAMES[:2], "claude monet", 0.2),
+        (NAMES[:2], "claude monet", 0.18),
         (NAMES[1:3], ["a painting", "sky", "sea", "bird"], 0.5),
     ],
 )

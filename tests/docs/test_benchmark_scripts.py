@@ -60,7 +60,7 @@ def test_every_part_of_the_speed_table(script):
         "more", "floor: read and write the edited matrices once", "UCE", "UCE",
     ]  # fmt: skip
     assert all(line["seconds"] >= 0 for line in lines)
-    assert len(lines) == 12
+    assert len(lines) == 13
 
 
 def test_geometry_measures_by_hand(script, monkeypatch):

@@ -44,6 +44,9 @@ GRIDS = {
     "rece": [{"lamb": 50.0, "start_lamb": lamb} for lamb in (50.0, 200.0, 1000.0)],
     "speed": [{"threshold": threshold, "layers": "v"} for threshold in (1e-1, 1e-2, 1e-4)],
     "oce": [{**scales, "layers": "v"} for scales in OCE],
+    # The more names, the smaller is each direction's share of the energy, and the more must be raised.
+    "cure": [{"alpha": alpha, "tokens": "content"} for alpha in (2.0, 20.0, 200.0, 2000.0)]
+    + [{"alpha": alpha, "tokens": "padded"} for alpha in (2.0, 20.0)],
 }
 
 

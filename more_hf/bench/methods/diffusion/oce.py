@@ -54,7 +54,7 @@ def oce(
     G = torch.cat([texts.last_tokens(expanded(name, expand)) for name in guides(roles, guide)])
     R = texts.last_tokens(roles.keep)
     # What must stay, weighted: retained names, ordinary text, and the layer itself.
-    ordinary = ordinary_prompts(pipe, roles.forget)
+    ordinary = dict.fromkeys(ordinary_prompts(pipe, roles.forget), 1)
     moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary)["tokens"].moment.dense
     keep = retain_scale * R.T @ R + global_scale * moment + lamb * torch.eye(len(moment), dtype=moment.dtype)
     sites, edited = text_sites(pipe, layers, len(moment)), {}
