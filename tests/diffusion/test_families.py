@@ -12,6 +12,7 @@ from support.families import (
     RETAINED,
     T5_LENGTH,
     TARGET,
+    copied,
     denoiser_of,
     embeds,
     erase,
@@ -142,7 +143,7 @@ def test_prototypes_are_the_features_that_the_denoiser_reads(families, monkeypat
     monkeypatch.setitem(
         more_hf.diffusion.encoder.TOKENS, "positions", ("last", "end", "padding")
     )  # nothing is after a bare name
-    erased = erase(copy.deepcopy(families[family]), retain=None)
+    erased = erase(copied(families[family]), retain=None)
     tokens, pooled = reference_features(families[family], family, FORGET)
     remaps = spaces(erased)
     for kind, (start, stop) in POSITIONS[family].items():
@@ -188,7 +189,7 @@ def test_guarantees_and_proof_cover_every_space(erased_families, family):
 
 
 def test_every_space_has_its_own_solver(families):
-    pipe = erase(copy.deepcopy(families["flux"]), solver="auto")
+    pipe = erase(copied(families["flux"]), solver="auto")
     tokens, pooled = more_hf.get_erasure(pipe).facts.solver_reason.split("; pooled: ")
     assert "in 48 dimensions" in tokens
     assert "in 32 dimensions" in pooled
@@ -204,7 +205,7 @@ def test_every_space_has_its_own_solver(families):
 @pytest.mark.parametrize("family", WITH_POOLED)
 @pytest.mark.parametrize("router", [None, "random"])
 def test_the_proof_sees_a_missed_layer_on_either_path(families, family, site, router):
-    pipe = copy.deepcopy(families[family])
+    pipe = copied(families[family])
     name = POOLED_SITE[family] if site == "pooled" else TOKEN_SITES[family][-1]
     layer = denoiser_of(pipe).get_submodule(name)
     weight = layer.weight.detach().clone()
@@ -220,7 +221,7 @@ def test_the_proof_sees_a_missed_layer_on_either_path(families, family, site, ro
 @pytest.mark.slow
 @pytest.mark.parametrize("family", WITH_POOLED)
 def test_without_the_pooled_path(families, erased_families, family):
-    before, pipe = weights(families[family]), erase(copy.deepcopy(families[family]), pooled=False)
+    before, pipe = weights(families[family]), erase(copied(families[family]), pooled=False)
     name = POOLED_SITE[family]
     assert torch.equal(weights(pipe)[f"{name}.weight"], before[f"{name}.weight"])
     assert sorted(more_hf.get_erasure(pipe).sites) == sorted(TOKEN_SITES[family])
@@ -262,7 +263,7 @@ def test_prototypes_of_sd_are_of_the_layer_that_encode_prompt_reads(version):
 
 
 def test_columns_under_sequential_offload(families, erased_families):
-    pipe = copy.deepcopy(families["sdxl"])
+    pipe = copied(families["sdxl"])
     before, wanted = weights(families["sdxl"]), weights(erased_families["sdxl"])
     cpu_offload(pipe.unet, torch.device("cpu"))
     held = pipe.unet.add_embedding.linear_1._hf_hook.weights_map

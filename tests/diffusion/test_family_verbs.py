@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from support.compare import same
-from support.families import FAMILIES, FORGET, TARGET, denoiser_of, erase, images, weights
+from support.families import FAMILIES, FORGET, TARGET, copied, denoiser_of, erase, images, weights
 
 import more_hf
 from more_hf.core.views import experts_forced, routing_off
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("short_prompts")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restore_disabled_and_a_second_erasure(families, family):
-    pipe, before = copy.deepcopy(families[family]), weights(families[family])
+    pipe, before = copied(families[family]), weights(families[family])
     erase(erase(pipe, tokens="subject"), "andy warhol", tokens="subject", router="hash")
     erasure = more_hf.get_erasure(pipe)
     assert erasure.concepts == [FORGET, "andy warhol"]
@@ -58,7 +58,7 @@ def with_expert(pipe, erasure, expert):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hook_routes_tokens_and_pooled_embedding_to_the_same_expert(families, family):
     pipe = erase(
-        copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="random", retain=None
+        copied(families[family]), remap_to=[TARGET, "johannes vermeer"], router="random", retain=None
     )
     erasure = more_hf.get_erasure(pipe)
     wanted = [
@@ -77,7 +77,7 @@ def test_the_hook_routes_tokens_and_pooled_embedding_to_the_same_expert(families
 
 
 def test_positional_arguments_are_routed(families):
-    pipe = erase(copy.deepcopy(families["sd3"]), remap_to=[TARGET, "johannes vermeer"], router="random")
+    pipe = erase(copied(families["sd3"]), remap_to=[TARGET, "johannes vermeer"], router="random")
     erasure = more_hf.get_erasure(pipe)
     latents, tokens, pooled, time = (
         torch.ones(1, 4, 8, 8),
@@ -108,7 +108,7 @@ def assert_same_images(pipe, wanted, other, family, prompt="a house by van gogh"
 )
 def test_save_load_and_verify(families, family, tmp_path):
     pipe = erase(
-        copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], router="hash", retain=None
+        copied(families[family]), remap_to=[TARGET, "johannes vermeer"], router="hash", retain=None
     )
     folder = more_hf.save(pipe, tmp_path / "erased", include_delta=True)
     assert more_hf.verify(folder).ok
@@ -150,7 +150,7 @@ def test_plain_save_pretrained_is_erased(families, erased_families, family, tmp_
     ("family", "format"), [("sdxl", "peft"), ("sdxl", "kohya"), ("sd3", "peft"), ("flux", "peft")]
 )
 def test_lora_on_the_original_is_the_erased_pipeline(families, erased_families, family, format, tmp_path):
-    pipe = copy.deepcopy(families[family])
+    pipe = copied(families[family])
     prompt = "a cat by van gogh"
     before, wanted = images(pipe, family, prompt), images(erased_families[family], family, prompt)
     file = more_hf.save_lora(erased_families[family], tmp_path, format=format, dtype=torch.float32)
@@ -175,8 +175,8 @@ def test_lora_on_the_original_is_the_erased_pipeline(families, erased_families, 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_experts_as_adapters(families, family):
-    erased = erase(copy.deepcopy(families[family]), remap_to=[TARGET, "johannes vermeer"], retain=None)
-    pipe, prompt = copy.deepcopy(families[family]), "a cat by van gogh"
+    erased = erase(copied(families[family]), remap_to=[TARGET, "johannes vermeer"], retain=None)
+    pipe, prompt = copied(families[family]), "a cat by van gogh"
     wanted = [
         images(with_expert(pipe, more_hf.get_erasure(erased), expert), family, prompt) for expert in (0, 1)
     ]

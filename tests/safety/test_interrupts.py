@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 LIBRARY = str(Path(more_hf.__file__).parent)
-SAMPLE = 16  # places of an operation in the fast suite
+SAMPLE = 8  # places of an operation in the fast suite
 
 
 class Interruption(KeyboardInterrupt):

@@ -3,6 +3,7 @@ Pipelines of the newer families: the real classes with random weights, 32x32 ima
 wide.
 """
 
+import copy
 import inspect
 import string
 
@@ -597,6 +598,14 @@ def build(family="", **options):
         pipe = BUILDERS.get(family, tiny_auraflow)(**options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def copied(pipe):
+    """A pipeline with a denoiser of its own; what no edit touches is shared, which is most of a copy."""
+    twin = copy.copy(pipe)
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    twin.register_modules(**{name: copy.deepcopy(getattr(pipe, name))})
+    return twin
 
 
 class Built(dict):

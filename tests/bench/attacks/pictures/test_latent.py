@@ -1,5 +1,6 @@
 """Latent inversion."""
 
+import pytest
 import torch
 from support.victims import erase
 
@@ -7,6 +8,7 @@ from more_hf.bench.attacks.pictures.latent import latent, reproduce
 from more_hf.bench.attacks.pictures.studio import Pictures
 
 
+@pytest.mark.slow
 def test_the_noise_that_is_found_draws_the_picture_again(tiny_victim):
     pipe = tiny_victim(erase).pipe
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -27,7 +29,7 @@ def test_it_yields_both_measures_of_both_collections(tiny_victim):
     shown = Pictures(latents, latents, ["{name} cat", "{name} dog"])
     for kind in ("pictures", "others"):
         victim.studio.once((kind, "van gogh", 2), lambda: shown)
-    results = latent(victim, pictures=2, steps=10, fixed_point=20)
+    results = latent(victim, pictures=2, steps=5, fixed_point=12)
     found = {(result.variant, result.measure): result.recovered for result in results}
     assert set(found) == {(v, m) for v in ("forgotten", "remaining") for m in ("psnr", "log-likelihood")}
     assert found["forgotten", "psnr"] > 40
