@@ -7,9 +7,10 @@ seed, (2) who keeps what remains and forgets what is forgotten, (3) for which cl
 does not. `tables/MODEL-trained.md` is about all methods, on the classes and seeds that the trained ones were
 run on: (0) all of them, (1) a short table. `tables/MODEL-covariance.md` is about ours with the covariance
 solver: (0) means, (1) and (2) as (2) and (3) above. `tables/emoji-100.md` is about ten classes of a hundred
-forgotten together, `tables/samples.md` about single samples.
+forgotten together, `tables/samples.md` about single samples, `tables/paper.md` puts ours beside the paper's.
 """
 
+import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,10 +37,22 @@ COLUMNS = {
     "kr_converged_hm_t": "kr_converged_hm_t",
     "kr_converged_auc_rest": "auc_rest",
     "kr_converged_auc_target": "auc_target",
+    "gap_closed": "gap_closed",
 }
 KEPT, FORGOTTEN = 0.5, 0.5  # points of acc_rt that may be lost, percent of acc_ft that may be left
 OURS = ("remap", "more", "more-hash", "more-prototype")  # with their rows -reloaded and -x16
 TRAINED = 3  # of the trained baselines, how many are in the short table
+# The paper's names, and its data next to ours: one class, and ten of a hundred with an original that knows
+# every training image.
+PAPER = {
+    "original": "Original",
+    "esc": "ESC",
+    "leace-rest": "",
+    "remap": "Remap",
+    "more": "MoRE",
+    "more-reloaded": "",
+}
+BESIDE = {"cifar10": "fashion-mnist-allcnn", "cifar100": "emoji-100"}
 SHORT = ("esc", "leace-rest", "remap", "more", "more-reloaded", "more-x16")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -55,6 +68,7 @@ def main() -> None:
         write(f"{model}-trained", together(closed, trained), means, short)
         write(f"{model}-covariance", covariance, means, kept, by_class)
     write("emoji-100", read("emoji-100"), means)
+    write("paper", read("emoji-100"), beside_the_paper)
     samples = read("fashion-mnist-samples", kd_samples.ROW_COLUMNS)
     write("samples", samples, lambda rows: kd_samples.short_table(kd_samples.summarise(rows)))
 
@@ -102,15 +116,23 @@ def pooled(rows: Rows) -> Table:
 
 
 def means(rows: Rows) -> Table:
+    lines = pooled(rows)
     return [
         {
             "method": line["method"],
             "runs": line["seeds"],
-            **{name: percent(line[column]) for column, name in COLUMNS.items()},
+            **{name: percent(line[column]) for column, name in measured(lines).items()},
             "seconds": percent(line["seconds"]),
         }
-        for line in pooled(rows)
+        for line in lines
     ]
+
+
+def measured(lines: Table) -> dict[str, str]:
+    """Those of `COLUMNS` that some line has a number in."""
+    return {
+        column: name for column, name in COLUMNS.items() if any(line[column] is not None for line in lines)
+    }
 
 
 def every_seed(rows: Rows) -> Table:
@@ -123,7 +145,7 @@ def every_seed(rows: Rows) -> Table:
     for method in by_seed[0]:
         lines = [lines[method] for lines in by_seed if method in lines]
         row = {"method": method}
-        for column, name in COLUMNS.items():
+        for column, name in measured([*by_seed[0].values()]).items():
             row[name] = " / ".join(percent(line[column]) for line in lines)
         table.append(row)
     return table
@@ -218,6 +240,27 @@ def short(rows: Rows) -> Table:
     ]
     best = sorted(trained, key=lambda name: -hm_t[name])[:TRAINED]
     return [line for line in means(rows) if line["method"] in (*REFERENCES, *best, *SHORT)]
+
+
+def beside_the_paper(_: Rows) -> Table:
+    """Table 1 next to what was run here on data of the same kind, and what each method lost of acc_rt."""
+    names = ("acc_f", "acc_r", "acc_ft", "acc_rt", "hm_t", "kr_acc_ft", "kr_hm_t")
+    printed: dict[tuple[str, str], dict[str, float]] = {}
+    with (HERE / "paper_table1.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            means = {name: float(line[name].partition("±")[0]) for name in names}
+            printed[line["dataset"], line["method"]] = {**means, "mia_loss": None}
+    table = []
+    for dataset, folder in BESIDE.items():
+        here = {line["method"]: line for line in pooled(read(folder))}
+        theirs = {method: printed.get((dataset, name)) for method, name in PAPER.items()}
+        for place, lines in ((f"{dataset}, the paper's", theirs), (folder, here)):
+            for method in PAPER:
+                if lines[method] is not None:
+                    lost = lines["original"]["acc_rt"] - lines[method]["acc_rt"]
+                    row = {"data": place, "method": method, "acc_rt lost": percent(lost)}
+                    table.append(row | {name: percent(lines[method][name]) for name in (*names, "mia_loss")})
+    return table
 
 
 def percent(value: float | None) -> str:

@@ -51,9 +51,7 @@ def find_heads(
     if head is not None:
         named = {name: find_module(model, name) for name in read_names("head", head)}
         if not named:
-            raise SiteNotFoundError(
-                "`head` is empty. Name the layer that makes the logits, or leave it out."
-            )
+            raise SiteNotFoundError("`head` is empty. Name the layer that makes the logits, or leave it out.")
         for name, module in named.items():
             if not is_linear(module):
                 raise SiteNotFoundError(

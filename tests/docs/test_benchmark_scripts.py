@@ -63,6 +63,24 @@ def test_every_part_of_the_speed_table(script):
     assert len(lines) == 13
 
 
+@pytest.mark.slow
+def test_real_imagenet_weights_forget_the_daisy(script):
+    imagenet = script("classifiers", "imagenet")
+    daisy, (flower, *_) = 985, imagenet.HELD_OUT
+    model = imagenet.load_model()
+    z = imagenet.features(model, imagenet.views((flower,), 6, seed=0))
+    before = imagenet.logits(model, z)
+    assert (before.argmax(1) == daisy).double().mean() > 0.8
+    prototypes = imagenet.prototypes_of(
+        model, imagenet.features(model, imagenet.views(imagenet.SEEN, 2, seed=0))
+    )
+    row = imagenet.measure(model, prototypes, z, [daisy], "pinv")
+
+    assert row["views_forgotten"] == int((before.argmax(1) == daisy).sum())
+    assert row["still_recognised"] < 50
+    assert torch.equal(imagenet.logits(model, z), before)  # and what was measured was undone
+
+
 def test_geometry_measures_by_hand(script, monkeypatch):
     geometry = script("geometry", "geometry")
     for name, value in (("WIDTH", 24), ("OUT", 30), ("RETAINED", 4), ("ORDINARY", 400)):

@@ -65,6 +65,8 @@ SIMILARITY = [
     Column("cosine_r"),
     Column("load_cv"),
 ]
+# Of the way from Original's kr_converged_acc_ft to Retrain's; above 100 a new head finds less than there.
+GAP = Column("gap_closed", unit="%")
 COUNTS = [Column("n_f", int), Column("n_r", int), Column("n_ft", int), Column("n_rt", int)]
 COST = [Column("seconds", unit="s", better="down"), Column("peak_memory", unit="MiB", better="down")]
 NUMBERS = [*OWN_HEAD, *NEW_HEAD, *CONVERGED, *MEMBERSHIP, *SIMILARITY, *COST]
@@ -92,6 +94,7 @@ SHORT = [
     *OWN_HEAD,
     *(column for column in NEW_HEAD if column.name in ("kr_acc_ft", "kr_hm_t")),
     *(column for column in CONVERGED if column.name == "kr_converged_acc_ft"),
+    GAP,
     COST[0],
 ]
 
@@ -124,7 +127,8 @@ RETENTION_NOTE = (
 )
 CONVERGED_NOTE = (
     "Multinomial logistic regression to the end. auc_rest, auc_target: forgotten test samples against all "
-    "others, and against the class they were sent to; 50 says that the probe cannot tell."
+    "others, and against the class they were sent to; 50 says that the probe cannot tell. gap_closed: how "
+    "much of the way from original to retrain acc_ft went."
 )
 PROBES_NOTE = (
     "acc_ft of each new head, probe seed after probe seed: a mean hides a coin flip. "
@@ -199,7 +203,20 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
         part = [row for row in rows if row["method"] == method]
         if len({row["forget"] for row in part}) > 1:
             lines.append(_line(method, POOLED, part))
-    return lines
+    return [{**line, GAP.name: _gap_closed(line, lines)} for line in lines]
+
+
+def _gap_closed(line: Row, lines: Sequence[Row]) -> float | None:
+    """
+    How much of the way from Original to Retrain a line went, in percent, by what the converged head finds of
+    the forgotten; `None` where one of them is missing or they are less than a point apart.
+    """
+    name = "kr_converged_acc_ft"
+    found = {other["method"]: other[name] for other in lines if other["forget"] == line["forget"]}
+    original, retrain = (found.get(reference) for reference in REFERENCES)
+    if None in (original, retrain, line[name]) or original - retrain < 1:
+        return None
+    return round(100 * (original - line[name]) / (original - retrain), 6)
 
 
 def _line(method: str, forget: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -297,7 +314,7 @@ def sections(summary: Sequence[Row], probes: Sequence[Row]) -> list[Section]:
     tables = [
         Section("Accuracy", accuracy_note, _compare(main, OWN_HEAD, interval_decimals=1)),
         Section("Knowledge retention", RETENTION_NOTE, _compare(main, NEW_HEAD, interval_decimals=1)),
-        Section("Knowledge retention, converged", CONVERGED_NOTE, _compare(main, CONVERGED)),
+        Section("Knowledge retention, converged", CONVERGED_NOTE, _compare(main, [*CONVERGED, GAP])),
         Section("Every probe", PROBES_NOTE, _every_probe(probes)),
         Section("Membership", MEMBERSHIP_NOTE, _compare(main, MEMBERSHIP)),
         Section("Similarity", SIMILARITY_NOTE, _compare(main, SIMILARITY)),

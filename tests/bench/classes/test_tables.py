@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from more_hf.bench.classes.tables import ROW_COLUMNS
+from more_hf.bench.classes.tables import ROW_COLUMNS, summarise
 
 
 KD = Path(__file__).parents[3] / "benchmarks" / "kd"
@@ -105,3 +105,17 @@ def test_the_tables_are_those_of_the_rows(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "write_text", lambda path, text: written.setdefault(path.name, text))
     tables.main()
     assert written == committed
+
+
+def test_the_share_of_the_way_to_retrain_by_hand():
+    def found(method, percent, forget="a"):
+        return {**row(method, forget=forget), "kr_converged_acc_ft": percent}
+
+    rows = [found("original", 90), found("retrain", 80), found("esc", 85), found("remap", 40)]
+    # nothing to close, and no Retrain
+    rows += [found("original", 80, "b"), found("retrain", 79.5, "b"), found("esc", 60, "b")]
+    rows += [found("original", 80, "c"), found("esc", 60, "c")]
+    closed = {(line["method"], line["forget"]): line["gap_closed"] for line in summarise(rows)}
+    assert [closed[method, "a"] for method in ("original", "retrain", "esc", "remap")] == [0, 100, 50, 500]
+    assert closed["esc", "b"] is None
+    assert closed["esc", "c"] is None
