@@ -279,7 +279,8 @@ def _fit(
     if erasure.sites:
         right = remaining_right(erasure, prototypes, class_names(model, erasure.facts.num_classes))
         erasure.facts = replace(erasure.facts, remain_right=right)
-        _weigh_cost(erasure, most_lost)
+        if right is not None:
+            _weigh_cost(erasure, most_lost)
     erasure.hooks = make_hooks(erasure, modules, next(model.parameters()).device)
     prove = prover(model, modules, erasure, current)
     install(model, erasure, list(modules.values()), prove, keep_originals=keep_originals)

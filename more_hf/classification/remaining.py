@@ -15,10 +15,12 @@ DRAWN = 4000  # features in all: a percentage is known to about one point
 TRIED_EXPERTS = 8
 
 
-def remaining_right(erasure: Erasure, prototypes: Prototypes, names: Sequence[str]) -> dict[str, float]:
+def remaining_right(
+    erasure: Erasure, prototypes: Prototypes, names: Sequence[str]
+) -> dict[str, float] | None:
     """
     Estimate the percentage of the remaining classes' features that the head gives to their class, `before`
-    the edit and `after`.
+    the edit and `after`; `None` where no other class has a prototype.
 
     The features are drawn: normal around each class's prototype, with the covariance within classes, which is
     the second moment without the part of the prototypes. Where no second moment is known, the prototypes
@@ -33,9 +35,13 @@ def remaining_right(erasure: Erasure, prototypes: Prototypes, names: Sequence[st
             The classes in the order of the logits.
     """
     # 1. The classes that stay, each as often as another, and their features.
-    columns = [i for i, name in enumerate(prototypes.names) if name not in erasure.concepts]
-    drawn = torch.tensor(columns).repeat_interleave(max(1, DRAWN // len(columns)))
-    labels = torch.tensor([names.index(name) for name in prototypes.names])[drawn]
+    stays = [name for name in prototypes.names if name in names and name not in erasure.concepts]
+    if not stays:
+        return None
+    columns = [prototypes.index(name) for name in stays]
+    repeats = max(1, DRAWN // len(stays))
+    drawn = torch.tensor(columns).repeat_interleave(repeats)
+    labels = torch.tensor([names.index(name) for name in stays]).repeat_interleave(repeats)
     noise = torch.randn(len(drawn), len(prototypes.matrix), generator=torch.Generator().manual_seed(0))
     z = prototypes.matrix.T[drawn] + noise.double() @ _within(prototypes)
 

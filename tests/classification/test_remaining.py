@@ -89,6 +89,14 @@ def test_prototypes_alone_stay_where_they_are(digit_classifier, prototypes):
     assert more_hf.get_erasure(model).facts.remain_right == {"before": 100, "after": 100}
 
 
+def test_of_the_forgotten_class_alone_nothing_is_known(digit_classifier, prototypes):
+    model = copy.deepcopy(digit_classifier)
+    alone = prototypes.without([name for name in prototypes.names if name != "four"])
+    more_hf.erase_classes(model, alone, "four", remap_to=None)
+    assert more_hf.get_erasure(model).facts.remain_right is None
+    assert "remaining classes recognised" not in more_hf.get_erasure(model).to_markdown()
+
+
 @pytest.mark.parametrize("odd", [True, -1, 101, float("nan"), "20", None], ids=str)
 def test_odd_bounds(digit_classifier, prototypes, odd):
     with pytest.raises(PrototypeError, match="`most_lost` must be a number from 0 to 100"):
