@@ -180,7 +180,7 @@ def _pooled_or_zero(text: dict[str, Tensor], width: int, latent: Tensor) -> Tens
 
 def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = unet.config, len(text["tokens"])
-    side = 2 ** (len(config.block_out_channels) - 1)  # one pixel where it is smallest
+    side = 2 ** len(config.block_out_channels)
     latent = _fixed_latent(unet, config.in_channels, side, side, batch=batch)
     labels = None
     if config.num_class_embeds is not None:

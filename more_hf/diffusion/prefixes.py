@@ -66,7 +66,7 @@ def _added(tree: dict[tuple[int, int], int], path: Sequence[int]) -> int:
     return 0
 
 
-class PrefixEncoder:
+class PrefixEncoder(nn.Module):
     """
     Stands in for a pipeline's CLIP text encoder within `encode_prompt`.
 
@@ -82,12 +82,15 @@ class PrefixEncoder:
     """
 
     def __init__(self, encoder: nn.Module, wanted: Sequence[int]):
+        super().__init__()
         self.encoder, self.wanted = encoder, wanted
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.encoder, name)
+        """As the encoder: its dtype and device, its hooks, by which a pipeline knows where it runs."""
+        own = self.__dict__["_modules"]
+        return own[name] if name in own else getattr(own["encoder"], name)
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
         # A mask hides the padding from the padding; flash attention takes none of ours.
         if attention_mask is not None or self.encoder.config._attn_implementation not in MASKABLE:
             return self.encoder(input_ids, attention_mask=attention_mask)

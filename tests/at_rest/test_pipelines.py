@@ -297,7 +297,7 @@ def test_routing_seeds_change_experts_in_compiled_code(tiny_sd):
 
     eager = [routed(range(8)), routed(range(8, 16))]
     assert not torch.allclose(*eager, rtol=1e-3)
-    assert torch.cdist(eager[0][:1], eager[0]).max() > 0.01 * eager[0][0].norm()  # two experts at least
+    assert torch.cdist(eager[0][:1], eager[0]).max() > 0.005 * eager[0][0].norm()  # two experts at least
     pipe.unet.compile(backend="eager")
     assert torch.allclose(routed(range(8)), eager[0], rtol=1e-5, atol=1e-6)
     assert torch.allclose(routed(range(8, 16)), eager[1], rtol=1e-5, atol=1e-6)
