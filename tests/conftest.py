@@ -139,16 +139,16 @@ def short_prompts():
 
 
 @pytest.fixture
-def auraflow(monkeypatch):
+def cogview_3(monkeypatch):
     """A pipeline of a family that the package does not know; what a test registers is gone after it."""
-    from diffusers import AuraFlowPipeline
+    from diffusers import CogView3PlusPipeline
     from support.families import build, shorten
 
     from more_hf.diffusion import families
 
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     monkeypatch.setattr(families, "_REGISTERED", set())
-    shorten(monkeypatch, AuraFlowPipeline)
+    shorten(monkeypatch, CogView3PlusPipeline)
     return build()
 
 

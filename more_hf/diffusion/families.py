@@ -29,8 +29,8 @@ from .text import (
     LUMINA_2,
     QWEN_IMAGE,
     SANA,
-    WAN,
     Z_IMAGE,
+    ZEROS,
     Text,
 )
 
@@ -330,6 +330,14 @@ def _call_hunyuan_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tens
     ).sample
 
 
+def _call_auraflow(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, batch = transformer.config, len(text["tokens"])
+    side = 2 * config.patch_size
+    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
+    times = latent.new_full((batch,), 0.5)
+    return transformer(latent, encoder_hidden_states=text["tokens"].to(latent), timestep=times).sample
+
+
 def _call_sana(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = transformer.config, len(text["tokens"])
     side = 2 * config.patch_size
@@ -402,7 +410,7 @@ FAMILIES = {
         "Qwen-Image", _find("txt_in"), _call_qwen_image, norms={"tokens": "txt_norm"}, text=QWEN_IMAGE
     ),
     ("Flux2Transformer2DModel", None): Family("FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2),
-    ("WanTransformer3DModel", None): Family("Wan 2.1", _find_wan, _call_wan, text=WAN),
+    ("WanTransformer3DModel", None): Family("Wan 2.1", _find_wan, _call_wan, text=ZEROS),
     ("ChromaTransformer2DModel", None): Family(
         "Chroma", _find("context_embedder"), _call_chroma, text=CHROMA
     ),
@@ -412,6 +420,9 @@ FAMILIES = {
         _find("context_embedder.proj_in", "context_embedder.time_text_embed.text_embedder.linear_1"),
         _call_hunyuan_image,
         text=HUNYUAN_IMAGE,
+    ),
+    ("AuraFlowTransformer2DModel", None): Family(
+        "AuraFlow", _find("context_embedder"), _call_auraflow, text=ZEROS
     ),
     ("SanaTransformer2DModel", None): Family(
         "Sana", _find("caption_projection.linear_1"), _call_sana, text=SANA

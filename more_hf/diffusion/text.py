@@ -384,7 +384,7 @@ FLUX_2 = Text(
     pooled=False,
     leaks=(OTHER_LAYERS, LENGTH, CASE),
 )
-WAN = Text(
+ZEROS = Text(  # of Wan and AuraFlow
     encode=_encode_tokens,
     # behind the prompt are zeros, which no edit moves
     segments=(Segment(clip=False, padding=False),),

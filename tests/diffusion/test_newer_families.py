@@ -39,6 +39,7 @@ SITES = {
     "sana": ["caption_projection.linear_1"],
     "lumina-2": ["time_caption_embed.caption_embedder.1"],
     "cogview-4": ["patch_embed.text_proj"],
+    "auraflow": ["context_embedder"],
     "kandinsky-5": ["text_embeddings.in_layer", "pooled_text_embeddings.in_layer"],
 }
 # Where the bare name's token is, what follows it, and the padding that is read: T5 has nothing in front, the
@@ -57,6 +58,7 @@ POSITIONS = {
     "sana": {"last": 1},
     "lumina-2": {"last": 27},
     "cogview-4": {"last": 15},
+    "auraflow": {"last": 0, "end": 1},
     "kandinsky-5": {"last": 16, "end": 17},
 }
 # One position of padding behind the prompt: a mean over more is exact for no single one. FLUX.2 [dev] has its

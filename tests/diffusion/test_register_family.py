@@ -1,4 +1,4 @@
-"""A family that the package does not know, added as a user would: AuraFlow, the real class at a tiny size."""
+"""A family that the package does not know, added as a user would: CogView3-Plus, the real class, tiny."""
 
 import copy
 
@@ -11,21 +11,21 @@ from more_hf.diffusion.families import Family, Reader
 from more_hf.diffusion.text import Segment, Text
 
 
-SITE = "context_embedder"
+DENOISER, SITE = "CogView3PlusTransformer2DModel", "patch_embed.text_proj"
 
 
 def find(transformer):
-    return {SITE: Reader(transformer.context_embedder)}
+    return {SITE: Reader(transformer.patch_embed.text_proj)}
 
 
 def find_another(transformer):
-    return {"time_step_proj.linear_1": Reader(transformer.time_step_proj.linear_1)}
+    return {"proj_out": Reader(transformer.proj_out)}
 
 
 def call(transformer, text):
     latent = torch.ones(len(text["tokens"]), transformer.config.in_channels, 4, 4).to(transformer.dtype)
-    time = latent.new_full((len(latent),), 0.5)
-    return transformer(latent, encoder_hidden_states=text["tokens"].to(latent), timestep=time).sample
+    time, size = latent.new_full((len(latent),), 500.0), latent.new_full((len(latent), 2), 32.0)
+    return transformer(latent, text["tokens"].to(latent), time, size, size, size).sample
 
 
 def encode(pipe, prompts):
@@ -35,7 +35,7 @@ def encode(pipe, prompts):
 
 TEXT = Text(
     encode=encode,
-    segments=(Segment(clip=False, padding=False),),
+    segments=(Segment(clip=False),),
     arguments=("prompt", "do_classifier_free_guidance", "max_sequence_length"),
     pooled=False,
 )
@@ -53,25 +53,25 @@ def draw(pipe, prompt):
     ).images
 
 
-def test_an_unknown_family_is_refused_with_the_way_to_add_it(auraflow):
+def test_an_unknown_family_is_refused_with_the_way_to_add_it(cogview_3):
     with pytest.raises(
-        more_hf.SiteNotFoundError, match="not supported yet.*context_embedder.*register_family"
+        more_hf.SiteNotFoundError, match="not supported yet.*text_proj.*register_family"
     ):
-        more_hf.erase_concept(auraflow, "van gogh", remap_to="claude monet")
+        more_hf.erase_concept(cogview_3, "van gogh", remap_to="claude monet")
 
 
-def test_registered_it_is_erased_saved_and_restored(auraflow, tmp_path):
-    more_hf.register_family("AuraFlowTransformer2DModel", Family("AuraFlow", find, call), TEXT)
-    original = copy.deepcopy(auraflow)
+def test_registered_it_is_erased_saved_and_restored(cogview_3, tmp_path):
+    more_hf.register_family(DENOISER, Family("CogView3-Plus", find, call), TEXT)
+    original = copy.deepcopy(cogview_3)
 
-    pipe = more_hf.erase_concept(auraflow, "van gogh", remap_to="claude monet")
+    pipe = more_hf.erase_concept(cogview_3, "van gogh", remap_to="claude monet")
     erasure = more_hf.get_erasure(pipe)
     assert list(erasure.sites) == [SITE]
     assert erasure.proof["forget_vs_target"] < 1e-3
     # the name's last token now gives what the target's gave; the original tells them apart
     P = erasure.remap.prototypes
     forget, target = (P[f"{name} · last"].float() for name in ("van gogh", "claude monet"))
-    layer, old = pipe.transformer.context_embedder, original.transformer.context_embedder
+    layer, old = (part.transformer.patch_embed.text_proj for part in (pipe, original))
     assert torch.allclose(layer(forget), old(target), atol=1e-4)
     assert not torch.allclose(old(forget), old(target), atol=1e-2)
     assert not torch.allclose(
@@ -85,12 +85,12 @@ def test_registered_it_is_erased_saved_and_restored(auraflow, tmp_path):
     assert torch.equal(layer.weight, old.weight)
 
 
-def test_a_registration_that_names_other_layers_is_refuted_by_the_run(auraflow):
-    more_hf.register_family("AuraFlowTransformer2DModel", Family("AuraFlow", find_another, call), TEXT)
+def test_a_registration_that_names_other_layers_is_refuted_by_the_run(cogview_3):
+    more_hf.register_family(DENOISER, Family("CogView3-Plus", find_another, call), TEXT)
     with pytest.raises(more_hf.SiteNotFoundError):
-        more_hf.erase_concept(auraflow, "van gogh", remap_to="claude monet")
-    more_hf.register_family("AuraFlowTransformer2DModel", Family("AuraFlow", find, call), TEXT)  # corrected
-    pipe = more_hf.erase_concept(auraflow, "van gogh", remap_to=None)
+        more_hf.erase_concept(cogview_3, "van gogh", remap_to="claude monet")
+    more_hf.register_family(DENOISER, Family("CogView3-Plus", find, call), TEXT)  # corrected
+    pipe = more_hf.erase_concept(cogview_3, "van gogh", remap_to=None)
     assert list(more_hf.get_erasure(pipe).sites) == [SITE]
 
 

@@ -19,6 +19,9 @@ from diffusers import (
     AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogVideoXDDIMScheduler,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDIMScheduler,
@@ -552,7 +555,6 @@ def tiny_kandinsky_5():
 
 
 def tiny_auraflow():
-    """A pipeline of a family that the package does not know."""
     t5 = t5_tokenizer()
     transformer = AuraFlowTransformer2DModel(
         sample_size=16,
@@ -567,6 +569,26 @@ def tiny_auraflow():
     ).eval()
     scheduler = FlowMatchEulerDiscreteScheduler()
     return AuraFlowPipeline(t5, umt5_encoder(len(t5)), tiny_vae(), stirred(transformer), scheduler)
+
+
+def tiny_cogview_3():
+    """A pipeline of a family that the package does not know."""
+    t5 = t5_tokenizer()
+    transformer = CogView3PlusTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=T5_WIDTH,
+        time_embed_dim=8,
+        condition_dim=4,
+        pos_embed_max_size=16,
+        sample_size=16,
+    )
+    return CogView3PlusPipeline(
+        t5, t5_encoder(len(t5)), tiny_vae(), stirred(transformer), CogVideoXDDIMScheduler()
+    )
 
 
 BUILDERS = {
@@ -585,6 +607,7 @@ BUILDERS = {
     "lumina-2": tiny_lumina_2,
     "cogview-4": tiny_cogview_4,
     "kandinsky-5": tiny_kandinsky_5,
+    "auraflow": tiny_auraflow,
 }
 
 
@@ -595,7 +618,7 @@ def build(family="", **options):
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = BUILDERS.get(family, tiny_auraflow)(**options)
+        pipe = BUILDERS.get(family, tiny_cogview_3)(**options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -631,6 +654,7 @@ SHORTENED = (
     Flux2Pipeline,
     SanaPipeline,
     CogView4Pipeline,
+    AuraFlowPipeline,
 )
 
 
@@ -682,7 +706,7 @@ def embeds(remaps, name, masked=False):
 
 FAMILIES = ["sdxl", "sd3", "flux", "pixart"]
 NEWER = ["chroma", "wan", "z-image", "qwen-image", "hunyuan-image", "klein", "flux-2"]
-NEWER += ["sana", "lumina-2", "cogview-4", "kandinsky-5"]
+NEWER += ["sana", "lumina-2", "cogview-4", "kandinsky-5", "auraflow"]
 FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
 CALL = {
     "sdxl": {},
@@ -700,6 +724,7 @@ CALL = {
     "lumina-2": {},
     "cogview-4": {"max_sequence_length": T5_LENGTH},
     "kandinsky-5": {},
+    "auraflow": {"max_sequence_length": T5_LENGTH},
 }
 
 
