@@ -231,12 +231,10 @@ def _encode_one_by_one(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str,
 
 
 def _encode_sana(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, *_ = pipe.encode_prompt(
-        prompts,
-        do_classifier_free_guidance=False,
-        device=pipe._execution_device,
-        complex_human_instruction=_instruction(pipe),
-    )
+    options = {"device": pipe._execution_device, "complex_human_instruction": _instruction(pipe)}
+    if "do_classifier_free_guidance" in inspect.signature(pipe.encode_prompt).parameters:  # not in Sprint
+        options["do_classifier_free_guidance"] = False
+    embeds, *_ = pipe.encode_prompt(prompts, **options)
     return {"tokens": embeds}
 
 
@@ -410,7 +408,7 @@ HUNYUAN_IMAGE = Text(
 SANA = Text(
     encode=_encode_sana,
     segments=(Segment(clip=False, padding=False, template=_sana_template),),
-    arguments=("prompt", "do_classifier_free_guidance", "device", "complex_human_instruction"),
+    arguments=("prompt", "device", "complex_human_instruction"),
     pooled=False,
     lower=True,
     leaks=(INSTRUCTION,),

@@ -11,12 +11,26 @@ import torch
 from accelerate import cpu_offload
 from diffusers import (
     ChromaImg2ImgPipeline,
+    Kandinsky5I2IPipeline,
     QwenImageEditPipeline,
     QwenImageImg2ImgPipeline,
+    SanaSprintPipeline,
+    SCMScheduler,
     WanPipeline,
     ZImageImg2ImgPipeline,
 )
-from support.families import NEWER, SHORTENED, T5_LENGTH, build, copied, denoiser_of, images, shorten, weights
+from support.families import (
+    NEWER,
+    SHORTENED,
+    T5_LENGTH,
+    build,
+    copied,
+    denoiser_of,
+    images,
+    shorten,
+    stirred,
+    weights,
+)
 from support.language_models import qwen_tokenizer
 
 import more_hf
@@ -282,10 +296,30 @@ def test_image_to_image(originals, family):
     assert (found - before[1]).norm() < 1e-3 * apart
 
 
-def test_an_edit_pipeline_is_refused(originals):
-    parts = originals["qwen-image"].components
-    pipe = QwenImageEditPipeline(**parts, processor=None)
-    with pytest.raises(more_hf.SiteNotFoundError, match="QwenImageEditPipeline sees a picture"):
+def test_a_model_of_few_steps(originals):
+    """Sana Sprint: another pipeline, and a transformer that also reads the guidance."""
+    parts = copy.deepcopy(originals["sana"]).components
+    config = {**parts["transformer"].config, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    transformer = stirred(type(parts["transformer"])(**config))
+    original = SanaSprintPipeline(**{**parts, "transformer": transformer, "scheduler": SCMScheduler()})
+    original.set_progress_bar_config(disable=True)
+    pipe = erase(copy.deepcopy(original))
+    before = [draw(original, "sana", name) for name in (FORGET, TARGET)]
+    apart = (before[0] - before[1]).norm()
+    assert apart > 1e-4 * before[0].norm()
+    assert (draw(pipe, "sana", FORGET) - before[1]).norm() < 1e-3 * apart
+
+
+EDIT = {
+    "qwen-image": lambda parts: QwenImageEditPipeline(**parts, processor=None),
+    "kandinsky-5": lambda parts: Kandinsky5I2IPipeline(**parts),
+}
+
+
+@pytest.mark.parametrize("family", EDIT)
+def test_an_edit_pipeline_is_refused(originals, family):
+    pipe = EDIT[family](originals[family].components)
+    with pytest.raises(more_hf.SiteNotFoundError, match=f"{type(pipe).__name__} sees a picture"):
         erase(pipe)
 
 

@@ -81,6 +81,15 @@ def test_real_imagenet_weights_forget_the_daisy(script):
     assert torch.equal(imagenet.logits(model, z), before)  # and what was measured was undone
 
 
+@pytest.mark.slow
+def test_both_forms_of_a_wide_metric_agree(script):
+    lines = script("speed", "wide").measure(((64, 20, True), (90, 30, False)))
+    assert [(line["width"], line["Σ"]) for line in lines] == [(64, "thin"), (64, "dense"), (90, "thin")]
+    assert float(lines[1]["D_F apart"]) < 1e-9
+    assert lines[1]["times the thin one's seconds"] > 0
+    assert lines[0]["MiB"] >= 0
+
+
 def test_geometry_measures_by_hand(script, monkeypatch):
     geometry = script("geometry", "geometry")
     for name, value in (("WIDTH", 24), ("OUT", 30), ("RETAINED", 4), ("ORDINARY", 400)):
