@@ -451,6 +451,8 @@ REFUSED = {
     "written, not as features of the prompt",
     "OmniGenTransformer2DModel": "it is a language model itself, in which only the table of token embeddings "
     "reads text alone",
+    "HiDreamImageTransformer2DModel": "it reads every layer of a language model with a layer of its own: "
+    "fifty spaces of features, of which this package knows two",
 }
 # keys of `FAMILIES` that `register_family` added, and may replace
 _REGISTERED: set[tuple[str, None]] = set()
