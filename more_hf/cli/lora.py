@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from more_hf.diffusion.erasure import ConceptErasure
 
 
+# arguments of `erase_concept` that `erase_to_lora` takes
+TAKEN = ("remap_to", "retain", "num_experts", "solver", "tokens", "seed")
 NOT_NEEDED = ("safety_checker", "image_encoder", "feature_extractor", "vae")
 
 logger = logging.getLogger(__name__)
@@ -98,8 +100,10 @@ def _from_layers(args: argparse.Namespace, request: Request, dtype: torch.dtype)
 
     if args.offload != "none":
         raise ValueError("`--offload` moves a denoiser, and `--layers_only` loads none. Leave one out.")
+    if request.options.get("reach", "name") != "name":
+        raise ValueError("`--reach` runs the denoiser, and `--layers_only` loads none. Leave one out.")
     model = FOLDER / "emoji_sd" if request.checkpoint.model == EMOJI_SD else request.checkpoint.model
-    options = {name: value for name, value in request.options.items() if name != "router"}
+    options = {name: value for name, value in request.options.items() if name in TAKEN}
     device = find_device(args.device, "none")
     return more_hf.erase_to_lora(
         model, args.output, request.concepts, format=args.format, dtype=dtype, device=device, **options

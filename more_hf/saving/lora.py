@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -115,10 +114,15 @@ def erase_to_lora(
     concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
     *,
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
+    retain: Sequence[str] | None = None,
+    num_experts: int | None = None,
+    solver: str = "auto",
+    tokens: str = "positions",
+    pooled: bool = True,
+    seed: int = 0,
     format: str = "peft",
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
-    **options: Any,
 ) -> ConceptErasure:
     """
     Erase concepts from a saved pipeline and write the edit as one LoRA file, without loading the denoiser.
@@ -137,14 +141,14 @@ def erase_to_lora(
             As in [`erase_concept`].
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             As in [`erase_concept`].
+        retain, num_experts, solver, tokens, pooled, seed:
+            As in [`erase_concept`].
         format (`str`, *optional*, defaults to `"peft"`):
             As in [`save_lora`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Of the factors; the models are loaded in the dtype that the denoiser is stored in.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
-        options (`Any`):
-            `retain`, `num_experts`, `solver`, `tokens`, `pooled` and `seed` of [`erase_concept`].
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -160,7 +164,16 @@ def erase_to_lora(
         >>> report = more_hf.erase_to_lora(FOLDER / "emoji_sd", "loras", "Blobmoji", remap_to="Fluent")
     """
     path = lora_path(path, format)
-    request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
+    request = ConceptRequest.of(
+        concepts,
+        remap_to=remap_to,
+        retain=retain,
+        num_experts=num_experts,
+        solver=solver,
+        tokens=tokens,
+        pooled=pooled,
+        seed=seed,
+    )
     check_names(request)
     folder = path_of("source", source)
     with reading(source):

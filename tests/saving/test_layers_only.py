@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from support.families import FORGET, TARGET, build, denoiser_of, shorten
 
 import more_hf
+from more_hf.cli import lora
+from more_hf.cli.checkpoint import Checkpoint
 from more_hf.cli.main import main
 from more_hf.saving import layers
 
@@ -103,6 +105,13 @@ def test_on_the_command_line(shards, tmp_path, capsys):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert main(["lora", str(folder), *words, "--offload", "model"]) == 2
     assert "loads none" in capsys.readouterr().err
+
+
+def test_what_needs_the_denoiser_is_refused_on_the_command_line(monkeypatch, capsys):
+    request = lora.Request(Checkpoint("model", "FluxPipeline", {}), {FORGET: []}, {"reach": "denoiser"})
+    monkeypatch.setattr(lora, "read_request", lambda args: request)
+    assert main(["lora", "model", "--concept", FORGET, "--layers_only", "--output", "out"]) == 2
+    assert "`--reach` runs the denoiser" in capsys.readouterr().err
 
 
 def test_a_kohya_file_of_the_embedded_pipeline(tmp_path, monkeypatch):
