@@ -212,7 +212,7 @@ def measure(
     for count in names:
         one = [[draw(1, d)] for _ in range(2)]
         kept = [draw(1, d) for _ in range(count)]
-        taken = seconds(lambda one=one, kept=kept: closed_form(layers, *one, kept, 0.5, 1.0), 1)
+        taken = [seconds_of(lambda one=one, kept=kept: closed_form(layers, *one, kept, 0.5, 1.0))]
         line(
             f"UCE, closed form as its script computes it: 1 concept, {count} retained names, one vector each",
             taken,
@@ -224,11 +224,11 @@ def measure(
         what = f"1 concept, {count} retained prompts, {positions} positions each"
         line(
             f"UCE, paper-era closed form: {what}",
-            seconds(lambda c=c, g=g, k=kept: closed_form(layers, [c], [g], k, 0.5, 0.1), 1),
+            [seconds_of(lambda c=c, g=g, k=kept: closed_form(layers, [c], [g], k, 0.5, 0.1))],
         )
         line(
             f"RECE, closed form, one epoch: {what}",
-            seconds(lambda c=c, g=g, k=kept: rece(layers, c, g, k), 1),
+            [seconds_of(lambda c=c, g=g, k=kept: rece(layers, c, g, k))],
         )
 
     one_pass = seconds(lambda: fit_prototypes(pipe, [CONCEPT], "positions", sigma_prompts={}), 1)
@@ -237,7 +237,7 @@ def measure(
     line("more, the whole call, later: Σ of everyday prompts from the cache", whole["later"])
     merge()
     denoiser = find_denoiser(pipe)
-    proof = seconds(lambda: prover(denoiser, erasure, erasure)(), 1)
+    proof = [seconds_of(lambda: prover(denoiser, erasure, erasure)())]
     line("of it the proof by run, twice through the UNet", proof)
     line(f"UCE, the whole function, prompts included: 1 concept, {len(RETAIN)} retained names", whole["UCE"])
 
