@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...core.files import replacing
+from ..figures import write_figure
 from .kinds import Kind
 from .ranking import RankedMethod, contenders, rank
 from .rows import Row
@@ -32,13 +32,13 @@ def write_sizes_plot(path: Path, sizes: Sizes, kind: Kind) -> None:
     from matplotlib.figure import Figure
 
     lines = [(size, line) for size, ranking in sizes.items() for line in ranking]
-    panels = (
+    shown = (
         ("gone_f", f"forgotten {kind.name} recognised, %"),
         ("gone_r", f"other {kind.name} recognised, %"),
         ("lpips_d", "LPIPS: forgotten moved − others moved"),
     )
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axis, (column, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axis, (column, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
         for method in sorted(contenders(line.method for _, line in lines)):
             own = [(size, getattr(line, column)) for size, line in lines if line.method == method]
             width = 2.5 if method.startswith("more") else 1.2
@@ -53,5 +53,4 @@ def write_sizes_plot(path: Path, sizes: Sizes, kind: Kind) -> None:
         axis.set_xlabel(f"{kind.name} forgotten at once")
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
-    with replacing(path) as draft:
-        figure.savefig(draft, dpi=110, format="png")
+    write_figure(path, figure)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.files import replacing, write_text
+from ...core.files import write_text
 from ...core.markdown import markdown_table, number
 from ..columns import Column, read_rows, rounded, write_rows
 from ..errors import BenchmarkError
+from ..figures import panels, write_figure
 from ..tables import made_with
 from .registry import ATTACKS
 from .result import AUC, RECOGNISED, mean_of
@@ -168,22 +169,17 @@ def _cell(value: float | None, *, is_percent: bool) -> str:
 def recovery_figure(summary: Sequence[Row]) -> Figure | None:
     """Recovery over budget: a panel for each attack with several budgets, a line for each method; `None`
     without any."""
-    from matplotlib.figure import Figure
-
     lines = [line for line in _main_lines(summary) if line["measure"] == RECOGNISED and line["unit"]]
-    panels: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    numbers: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for line in lines:
-        panel = panels.setdefault((line["attack"], line["variant"], line["unit"]), {})
+        panel = numbers.setdefault((line["attack"], line["variant"], line["unit"]), {})
         panel.setdefault(line["method"], []).append(line)
-    panels = {key: panel for key, panel in panels.items() if max(map(len, panel.values())) > 1}
-    if not panels:
+    numbers = {key: panel for key, panel in numbers.items() if max(map(len, panel.values())) > 1}
+    if not numbers:
         return None
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.3 * columns, 2.8 * rows + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    figure, axes = panels(len(numbers), width=3.3, height=2.8, legend=0.6, sharey=True)
     methods = list(dict.fromkeys(line["method"] for line in lines))
-    for axis, ((attack, variant, unit), panel) in zip(axes, panels.items(), strict=False):
+    for axis, ((attack, variant, unit), panel) in zip(axes, numbers.items(), strict=True):
         for method, points in panel.items():
             i = methods.index(method)
             style = {"color": f"C{i % 10}", "marker": "osv^D"[i % 5], "markersize": 3}
@@ -195,8 +191,6 @@ def recovery_figure(summary: Sequence[Row]) -> Figure | None:
         axis.set_ylim(-3, 103)
         axis.set_title(f"{attack}: {variant}", fontsize=9)
         axis.set_xlabel(unit, fontsize=9)
-    for unused in axes[len(panels) :]:
-        unused.set_visible(False)
     handles = {}
     for axis in axes:
         drawn, names = axis.get_legend_handles_labels()
@@ -223,8 +217,7 @@ def _write(output: Path, config: AttackConfig, rows: Sequence[Row]) -> list[dict
     write_text(output / "table.md", "\n\n".join([*parts, made_with(config, _facts(config))]) + "\n")
     figure = recovery_figure(summary)
     if figure is not None:
-        with replacing(output / "recovery.png") as draft:
-            figure.savefig(draft, dpi=110, format="png")
+        write_figure(output / "recovery.png", figure)
     return summary
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...core.files import replacing
+from ..figures import panels, write_figure
 from .similarity import prototype_cosines
 from .store import ClassesConfig, KDCell
 
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-PANELS = 12  # methods, four to a row
+PANELS = 12  # methods
+PANEL = {"width": 3.6, "height": 3.4}
 
 
 def write_plots(
@@ -38,14 +38,14 @@ def write_plots(
     forgotten = [classes.index(name) for name in config.forget[first]]
 
     features = {name: arrays[f"{name}/features"] for name in shown}
-    _write(folder / "tsne.png", _tsne(features, arrays["labels"], classes, forgotten))
+    write_figure(folder / "tsne.png", _tsne(features, arrays["labels"], classes, forgotten))
     after = {name: arrays[f"{name}/means"] for name in shown if name != "original"}
     if "original/means" in arrays and after:
-        _write(folder / "cosines.png", _cosines(arrays["original/means"], after, classes, forgotten))
+        write_figure(folder / "cosines.png", _cosines(arrays["original/means"], after, classes, forgotten))
     entries = [line["forget"] for line in summary]
     entry = "all" if "all" in entries else first
     lines = [line for line in summary if line["forget"] == entry and line["method"] in config.methods]
-    _write(folder / "cost.png", _cost([line for line in lines if line["method"] != "original"]))
+    write_figure(folder / "cost.png", _cost([line for line in lines if line["method"] != "original"]))
 
 
 def _tsne(
@@ -55,13 +55,13 @@ def _tsne(
     from matplotlib import colormaps
     from sklearn.manifold import TSNE
 
-    figure, axes = _panels(len(features))
+    figure, axes = panels(len(features), **PANEL)
     remaining = [c for c in range(len(classes)) if c not in forgotten]
     # Few classes have a colour each, none of them the red of the forgotten; many share one.
     palette = colormaps["tab20"].colors
     colours = [palette[i] for i in (0, 2, 4, 8, 10, 12, 14, 16, 18, 1, 3, 5, 9, 11, 13, 15, 17, 19)]
     is_told_apart = len(remaining) <= len(colours)
-    for axis, (name, z) in zip(axes, features.items(), strict=False):
+    for axis, (name, z) in zip(axes, features.items(), strict=True):
         embedding = TSNE(random_state=0, init="pca", perplexity=min(30, (len(z) - 1) / 3), max_iter=500)
         points = embedding.fit_transform(z.astype(np.float64))
         for i, c in enumerate(remaining):
@@ -85,8 +85,8 @@ def _cosines(
     before: np.ndarray, after: Mapping[str, np.ndarray], classes: Sequence[str], forgotten: Sequence[int]
 ) -> Figure:
     """One panel per method: class means before (rows) against after (columns)."""
-    figure, axes = _panels(len(after))
-    for axis, (name, means) in zip(axes, after.items(), strict=False):
+    figure, axes = panels(len(after), **PANEL)
+    for axis, (name, means) in zip(axes, after.items(), strict=True):
         cosines = prototype_cosines(torch.from_numpy(before), torch.from_numpy(means))
         image = axis.imshow(cosines.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set_title(f"{name}: before (rows), after", fontsize=9)
@@ -112,21 +112,3 @@ def _cost(lines: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_ylabel(unit)
         axis.tick_params("x", rotation=60)
     return figure
-
-
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    # as wide as leaves the fewest places empty
-    columns = count if count < 4 else min((4, 5, 3), key=lambda width: -count % width)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.4 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in axes[count:]:
-        unused.set_visible(False)
-    return figure, axes
-
-
-def _write(path: Path, figure: Figure) -> None:
-    with replacing(path) as draft:
-        figure.savefig(draft, dpi=110, format="png")

@@ -1,0 +1,46 @@
+"""Figures of several panels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.files import replacing
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def panels(
+    count: int, *, width: float, height: float, legend: float = 0.0, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """
+    Make a figure of so many panels, three to five beside each other, as leaves the fewest places empty.
+
+    Args:
+        count (`int`):
+            How many panels.
+        width, height (`float`):
+            Of one panel, in inches.
+        legend (`float`, *optional*, defaults to 0.0):
+            Inches for a legend below them.
+        options (`Any`):
+            For `Figure.subplots`.
+    """
+    from matplotlib.figure import Figure
+
+    columns = count if count < 4 else min((4, 5, 3), key=lambda columns: -count % columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows + legend), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    return figure, axes[:count]
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG."""
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=110, format="png")
