@@ -42,8 +42,8 @@ def closed_form(victim: Victim, *, rho: float = 1e-6) -> Iterator[Result]:
     c = encoder.encode(prompts).double().cpu()
     own = torch.zeros(c.shape[:2], dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        for _, start, stop in encoder.ordinary_spans(prompt):
-            own[row, start:stop] = True
+        for words, padding in encoder.ordinary_spans(prompt):
+            own[row, words.start : padding.stop] = True
     wanted = c[own] @ W.T
     facts = {"variant": "by name", "measure": "residual"}
     yield Result(relative(c[own] @ edited.T, wanted), **facts)
