@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from more_hf.core.options import TOKENS
+from more_hf.core.options import REACHES, TOKENS
 
 from .checkpoint import Checkpoint, add_placement, load_pipeline, read_checkpoint
 from .options import (
@@ -74,7 +74,16 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     add("--num_experts", type=positive, metavar="N", help="remapping experts (one per target)")
     add_solver(parser, default="auto")
     add("--tokens", choices=TOKENS, help="which positions of a prompt give a concept's prototypes")
-    add("--seed", type=int, default=0, help="draws the experts' targets (0)")
+    add(
+        "--reach",
+        choices=REACHES,
+        default="name",
+        help="only the layers that read the prompt (name), or also those inside the denoiser (denoiser), by "
+        "what they read while it draws pictures of the concept",
+    )
+    add("--steps", type=positive, metavar="N", help="steps for these pictures (the pipeline's own)")
+    add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")
+    add("--seed", type=int, default=0, help="draws the experts' targets, and the pictures' noise (0)")
     add_placement(parser)
 
 
@@ -105,11 +114,22 @@ def read_request(args: argparse.Namespace, *, router: str | None = None) -> Requ
         "num_experts": args.num_experts,
         "router": router,
         "solver": args.solver,
+        "reach": args.reach,
+        "sampling": _sampling(args),
         "seed": args.seed,
     }
     if args.tokens is not None:
         options["tokens"] = args.tokens
     return Request(read_checkpoint(model), concepts, options)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, int | float]:
+    """How pictures are drawn, in the words of a pipeline's call."""
+    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if sampling and args.reach == "name":
+        raise ValueError("No picture is drawn with `--reach name`. Leave `--steps` and `--guidance` out.")
+    return sampling
 
 
 def erased_pipeline(

@@ -71,6 +71,11 @@ class Erasure(ABC):
         return next(iter(self.remaps.values()), None)
 
     @property
+    def rank(self) -> int:
+        """The largest rank of an edited layer's change."""
+        return max(remap.rank for remap in self.remaps.values())
+
+    @property
     def hook(self) -> Any:
         """The routing hook that has the router."""
         return self.hooks[0] if self.hooks else None
@@ -153,7 +158,7 @@ def measured_rows(guarantees: Mapping[str, float], proof: Mapping[str, float]) -
             yield f"measured `{key}`", f"{value:.1e}"
     tolerance = proof.get("tolerance")  # records of version 0.1 have none
     for key, value in proof.items():
-        if key == "forget_changed" or tolerance is None:
+        if key.endswith(("changed", "off")) and key != "target_changed" or tolerance is None:
             yield f"proof by run `{key}`", f"{value:.1e}"
         elif key != "tolerance":
             yield f"proof by run `{key}`", _compared(value, tolerance)

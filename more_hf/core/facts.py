@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+# a pipeline's spaces of features that come from the prompt; all others are activations inside the denoiser
+TEXT_SPACES = ("tokens", "pooled")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What was measured or decided when a model was erased, ready for JSON.

@@ -12,3 +12,6 @@ ROUTERS: tuple[RouterName, ...] = get_args(RouterName)
 
 Tokens = Literal["positions", "last+end", "subject", "end", "subject+end", "last"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
+
+Reach = Literal["name", "denoiser"]
+REACHES: tuple[Reach, ...] = get_args(Reach)

@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import AlreadyErasedError, IncompatibleBaseError, MoreError, PrototypeError
-from .facts import ClassFacts, ConceptFacts
+from .facts import TEXT_SPACES, ClassFacts, ConceptFacts
 from .request import ClassRequest, ConceptRequest
 from .site import Site, fingerprint
 
@@ -128,8 +128,10 @@ class Record:
 
     def _check(self) -> None:
         """Raises `ValueError` for a value of the right type that no erasure could have written."""
-        if self.kind == "pipeline" and not re.fullmatch(r"[A-Za-z]\w*", self.denoiser):
-            raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
+        if self.kind == "pipeline":
+            self._check_pipeline()
+        elif set(self.request.head) != set(self.sites):
+            raise ValueError(f"`head` is {list(self.request.head)}, but `sites` are {list(self.sites)}")
         if self.variant is not None and not VARIANT.fullmatch(self.variant):
             raise ValueError(f"`variant` is {self.variant!r}, which is no part of a file's name")
         if not HASH.fullmatch(self.layout) or not HASH.fullmatch(self.edited):
@@ -138,11 +140,16 @@ class Record:
             raise ValueError(f"`base_revision` is {self.facts.base_revision!r}, which is no commit")
         if not self.sites:
             raise ValueError("`sites` is empty")
-        if self.kind == "classifier" and set(self.request.head) != set(self.sites):
-            raise ValueError(f"`head` is {list(self.request.head)}, but `sites` are {list(self.sites)}")
         for name, shape in self.sites.items():
             if len(shape) != 2 or min(shape) < 1:
                 raise ValueError(f"the weight of {name!r} has the shape {shape}")
+
+    def _check_pipeline(self) -> None:
+        if not re.fullmatch(r"[A-Za-z]\w*", self.denoiser):
+            raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
+        inside = set(self.facts.spaces.values()).difference(TEXT_SPACES)
+        if self.request.reach == "denoiser" and not inside:
+            raise ValueError("`reach` is 'denoiser', but no layer inside it is in `spaces`")
 
 
 def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[str, Site]]) -> None:

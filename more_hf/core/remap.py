@@ -14,7 +14,7 @@ less; it exists for any number of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from .errors import PrototypeError, shown
 from .moment import Moment
-from .options import SOLVERS
+from .options import EXACT_SOLVERS, SOLVERS
 from .prototypes import Prototypes
 from .request import check_choice, check_shrinkage, read_names
 
 
 EXACT = 1e-6  # how far D_F P may be from [I, 0], in units of one coordinate, for the edit to be called exact
+REGRESSION = "regression"  # the `solver` of what `Remap.regress` gives
 NOWHERE = -1  # the target of a prototype that is erased
 
 
@@ -56,8 +57,8 @@ class Remap:
         dual (`Tensor`):
             D, `(k, d)`.
         solver (`str`):
-            `"pinv"` (the paper: D = P⁺), `"covariance"` (least change of ordinary features) or `"soft"`
-            (`"covariance"` with a price instead of exactness).
+            `"pinv"` (the paper: D = P⁺), `"covariance"` (least change of ordinary features), `"soft"`
+            (`"covariance"` with a price instead of exactness), or that of `regress`.
         condition_number (`float`):
             Of P with its columns scaled to unit norm.
     """
@@ -126,12 +127,10 @@ class Remap:
         unit = prototypes.unit
         whiten = _unchanged if solver == "pinv" else _moment_of(prototypes).inverse_root(shrinkage)
         whitened = whiten(unit)
-        sent_to = []
-        for expert in targets:
-            sent_to.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
+        sent_to = _columns_of(prototypes, targets)
         if solver == "soft":
             # and the soft dual that of ridge regression: one more row for each prototype that is not exact
-            exact = _staying_exactly(P, columns, torch.tensor(sent_to), solver)
+            exact = _staying_exactly(P, columns, sent_to, solver)
             soft = [column for column in range(P.shape[1]) if column not in exact]
             ridge = unit.new_zeros(len(soft), unit.shape[1])
             ridge[range(len(soft)), soft] = _ridge(prototypes, len(columns), softness)
@@ -141,13 +140,75 @@ class Remap:
         remap = cls(
             prototypes=prototypes,
             forget=columns,
-            targets=torch.tensor(sent_to),
+            targets=sent_to,
             dual=dual,
             solver=solver,
             condition_number=float(torch.linalg.cond(unit)),
         )
         remap._check_exact()
         return remap
+
+    @classmethod
+    def regress(
+        cls,
+        prototypes: Prototypes,
+        forget: Sequence[str],
+        targets: Sequence[Sequence[str | None]],
+        own: Moment,
+        *,
+        shrinkage: float = 1e-3,
+    ) -> Remap:
+        """
+        Solve for the forgotten features themselves, not for their means alone.
+
+        Of all E, the minimiser of mean_f E‖E z − (z + p_t − p_f)‖² + E‖E z' − z'‖², where z are the features
+        behind forget prototype f and z' ordinary ones: with weights w = 1/f,
+
+            E = I + Σ_f w (p_t − p_f) p_fᵀ (C + Σ)⁻¹.
+
+        Every forgotten feature makes the step from its mean to its target's as nearly as ordinary ones allow,
+        however they scatter. Nothing is exact, and nothing is held: G1 to G3 do not hold.
+
+        Args:
+            prototypes (`Prototypes`):
+                Forget prototypes and targets, with the second moment Σ of ordinary features.
+            forget (`Sequence[str]`), targets (`Sequence[Sequence[str | None]]`):
+                As in `fit`.
+            own (`Moment`):
+                C, the second moment of the forgotten features, each prototype's to the same mass.
+            shrinkage (`float`, *optional*, defaults to 1e-3):
+                Added to the diagonal of (C + Σ)/2, as a fraction of its mean eigenvalue.
+
+        Example:
+
+            >>> import torch
+            >>> from more_hf.core.moment import Moment
+            >>> from more_hf.core.prototypes import Prototypes
+            >>> from more_hf.core.remap import Remap
+            >>> P = Prototypes(torch.eye(3, dtype=torch.float64)[:, :2], ("cat", "dog"), torch.ones(2))
+            >>> own, others = torch.eye(3).double()[:1], torch.eye(3).double()[2:]
+            >>> P = P.with_moment(Moment(others, 1))
+            >>> remap = Remap.regress(P, ["cat"], [["dog"]], Moment(own, 1))
+            >>> remap.apply(torch.tensor([[5.0, 0.0, 7.0]])).round()
+            tensor([[0., 5., 7.]])
+        """
+        check_shrinkage(shrinkage)
+        forget = read_names("forget", forget)
+        _check_targets(forget, targets)
+        columns = [prototypes.index(name) for name in forget]
+        # by the mean of both moments, (C + Σ) / 2
+        metric = replace(own, count=1) + replace(_moment_of(prototypes), count=1)
+        root = metric.inverse_root(shrinkage)
+        dual = torch.zeros_like(prototypes.matrix.T)
+        dual[columns] = root(root(prototypes.matrix[:, columns])).T / (2 * len(columns))
+        return cls(
+            prototypes=prototypes,
+            forget=tuple(columns),
+            targets=_columns_of(prototypes, targets),
+            dual=dual,
+            solver=REGRESSION,
+            condition_number=float(torch.linalg.cond(prototypes.unit[:, columns])),
+        )
 
     def _check_exact(self) -> None:
         """Raises `PrototypeError` unless the edit is exact, with the reason why none is."""
@@ -271,7 +332,7 @@ class Remap:
         Of an exact edit that is all of M = P̄_t − P_F. Of a soft one it is those directions in M's span of
         which at most the share `most` is left; if there are none, the one of which least is left.
         """
-        if self.solver != "soft":
+        if self.solver in EXACT_SOLVERS:
             return Removed(self.shift(), 0.0)
         # With M = U S Vᵀ the edit sends U to U (I + S Vᵀ D_F U), so the span of M stays in itself.
         directions, sizes, combinations = torch.linalg.svd(self.shift(), full_matrices=False)
@@ -338,7 +399,7 @@ class Remap:
             measured = {"remain_fixed": _worst_ratio(M @ (D_F @ exact), exact)}
             if exact.shape != remain.shape:
                 measured["targets_moved"] = _worst_ratio(M @ (D_F @ remain), remain)
-            if self.solver == "soft":
+            if self.solver not in EXACT_SOLVERS:
                 measured["way_left"] = way_left
             else:
                 measured["forget_to_target"] = way_left
@@ -353,6 +414,14 @@ class Remap:
         }  # keeps a NaN
         ranks = [torch.linalg.matrix_rank(factor) for factor in (D_F, *shifts)]
         return {**worst, "rank": int(min(ranks))}
+
+
+def _columns_of(prototypes: Prototypes, targets: Sequence[Sequence[str | None]]) -> Tensor:
+    """`(num_experts, f)`: the column of each target."""
+    columns = []
+    for expert in targets:
+        columns.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
+    return torch.tensor(columns)
 
 
 def _check_targets(forget: Sequence[str], targets: Sequence[Sequence[str | None]]) -> None:
@@ -375,9 +444,12 @@ def _worst_ratio(change: Tensor, reference: Tensor) -> Tensor:
 def _staying_exactly(P: Tensor, forget: Sequence[int], targets: Tensor, solver: str) -> list[int]:
     """
     The columns that stay exactly where they are: all that are not forgotten. Where they would fill more than
-    half of the dimensions a soft edit spares its targets as it spares ordinary features.
+    half of the dimensions a soft edit spares its targets as it spares ordinary features. A regression holds
+    none.
     """
     d, k = P.shape
+    if solver == REGRESSION:
+        return []
     stays = [column for column in range(k) if column not in set(forget)]
     if solver == "soft" and len(stays) > d // 2:
         stays = [column for column in stays if column not in set(targets.flatten().tolist())]

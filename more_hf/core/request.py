@@ -5,19 +5,22 @@ What the user asked for: frozen, checked when it is made, JSON both ways. A refi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
 from .errors import PrototypeError, shown
-from .options import EXACT_SOLVERS, ROUTERS, SOLVERS, TOKENS
+from .options import EXACT_SOLVERS, REACHES, ROUTERS, SOLVERS, TOKENS
 
 
 REMAIN: Literal["remain"] = "remain"
 
+# arguments of a pipeline's call that the edit itself sets
+DRAWN_WITH = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 MAX_EXPERTS = 4096  # far beyond what a router can use; each expert costs a column of targets
+MAX_PICTURES = 4096
 MAX_SHRINKAGE = 1000  # times the mean eigenvalue: Σ is the identity long before
 SEEDS = range(-(2**63), 2**64)  # what torch's generators take
 
@@ -136,6 +139,12 @@ class ConceptRequest(Request):
             Ordinary prompts behind Σ; `None` for the package's.
         shrinkage (`float`, *optional*, defaults to 1e-4):
             Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
+        reach (`str`, *optional*, defaults to `"name"`):
+            One of `REACHES`: how far into the model the edit goes.
+        pictures (`int`, *optional*, defaults to 32):
+            How many pictures of each name give the prototypes inside the denoiser.
+        sampling (`Mapping[str, int | float | bool | str]`, *optional*):
+            Arguments of the pipeline's call with which they are drawn.
     """
 
     retain: tuple[str, ...] = ()
@@ -144,6 +153,9 @@ class ConceptRequest(Request):
     templates: tuple[str, ...] | None = None
     everyday: tuple[str, ...] | None = None
     shrinkage: float = 1e-4
+    reach: str = "name"
+    pictures: int = 32
+    sampling: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,9 +163,12 @@ class ConceptRequest(Request):
         if not isinstance(self.pooled, bool):
             raise PrototypeError(f"`pooled` must be True or False, got {self.pooled!r}.")
         check_shrinkage(self.shrinkage)
-        for field in ("templates", "everyday"):
-            if getattr(self, field) is not None:
-                self._set(field, read_names(field, getattr(self, field)))
+        check_choice("reach", self.reach, REACHES)
+        self._set("pictures", read_integer("pictures", self.pictures, range(1, MAX_PICTURES + 1)))
+        self._set("sampling", _read_sampling(self.sampling))
+        for lines in ("templates", "everyday"):
+            if getattr(self, lines) is not None:
+                self._set(lines, read_names(lines, getattr(self, lines)))
         for template in self.templates or ():
             if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
                 raise PrototypeError(
@@ -193,6 +208,8 @@ class ConceptRequest(Request):
             super().joined(later),
             retain=tuple(dict.fromkeys([*self.retain, *later.retain])),
             pooled=self.pooled or later.pooled,
+            reach=max(self.reach, later.reach, key=REACHES.index),
+            sampling=later.sampling or self.sampling,
         )
 
     @property
@@ -286,6 +303,25 @@ def _read_some(argument: str, value: Any) -> tuple[str, ...]:
 def is_remain(targets: Any) -> bool:
     """Whether `targets` stands for every class that is not forgotten."""
     return isinstance(targets, str) and targets == REMAIN
+
+
+def _read_sampling(value: Any) -> dict[str, int | float | bool | str]:
+    """
+    Arguments of a pipeline's call, in a form that a record can hold. Raises `PrototypeError` for any other.
+    """
+    if not isinstance(value, Mapping):
+        raise PrototypeError(
+            f"`sampling` must be a mapping of arguments of the pipeline's call, got {shown(value)}."
+        )
+    for name, own in value.items():
+        if not isinstance(name, str) or not isinstance(own, int | float | bool | str):
+            raise PrototypeError(
+                f"`sampling` takes numbers and texts by name, such as num_inference_steps=20, got "
+                f"{shown(name)}: {shown(own)}."
+            )
+        if name in DRAWN_WITH:
+            raise PrototypeError(f"`sampling` cannot set {name!r}: the edit does. Leave it out.")
+    return dict(value)
 
 
 def check_choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> None:

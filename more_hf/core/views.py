@@ -8,7 +8,7 @@ block. While a block is open, compiled models run eagerly: their code was traced
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -40,6 +40,8 @@ class _Block:
         original (`bool`):
             Whether the original is seen. If not, the weights are, without the routing hook or with these
             experts.
+        layers (`bool`):
+            Whether the original of some layers is seen, and the routing hook as it is.
         experts (`Tensor`, *optional*):
             The expert of every sample `(batch,)`, int64.
         open (`bool`):
@@ -48,6 +50,7 @@ class _Block:
 
     erasure: Erasure
     original: bool = False
+    layers: bool = False
     experts: Tensor | None = None
     open: bool = True
 
@@ -60,13 +63,29 @@ def original_shown(erasure: Erasure) -> Iterator[None]:
     """
     Inside the block this context sees the original model. Raises `AlreadyErasedError` without the originals.
     """
-    originals = erasure.require_originals() if erasure.sites else {}
-    block = _Block(erasure, original=True)
+    with _outputs_of_originals(_Block(erasure, original=True), erasure.sites):
+        yield
+
+
+@contextmanager
+def original_layers_shown(erasure: Erasure, sites: Collection[str]) -> Iterator[None]:
+    """
+    Inside the block this context sees the original of some edited layers, and everything else as it is.
+    Raises `AlreadyErasedError` without the originals.
+    """
+    with _outputs_of_originals(_Block(erasure, layers=True), sites):
+        yield
+
+
+@contextmanager
+def _outputs_of_originals(block: _Block, names: Collection[str]) -> Iterator[None]:
+    erasure = block.erasure
+    originals = erasure.require_originals() if names else {}
     with unwound() as hooks, _entered(block):
-        for name, original in originals.items():
+        for name in names:
             site = erasure.sites[name]
             # before the user's own hooks: what they see and change is the original's output
-            hook = OriginalOutput(block, site, original)
+            hook = OriginalOutput(block, site, originals[name])
             hooks.callback(site.module.register_forward_hook(hook, prepend=True).remove)
         yield
 
@@ -94,7 +113,7 @@ def is_shown(erasure: Erasure) -> bool:
 
 def is_unrouted(key: int) -> bool:
     """Whether the hooks of the erasure with this `id` do nothing in the calling context."""
-    return any(block.original or block.experts is None for block in _blocks_of(key))
+    return any(block.experts is None and not block.layers for block in _blocks_of(key))
 
 
 def forced_experts(key: int) -> Tensor | None:

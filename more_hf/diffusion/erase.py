@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from diffusers import DiffusionPipeline
@@ -18,6 +19,8 @@ from ..core.registry import find_erasure, locked, require_editable
 from ..core.remap import Remap
 from ..core.request import ConceptRequest, read_names
 from ..core.site import Site, copy_weights, fingerprint
+from ..core.views import original_shown
+from .activations import edited_sites, find_activation_sites, record_activations
 from .encoder import Encoder, shared_first_tokens
 from .erasure import ConceptErasure
 from .hook import hooked_modules, make_hooks
@@ -25,6 +28,7 @@ from .plan import Solution, solve
 from .proof import prover
 from .sites import (
     Denoiser,
+    base_layer,
     check_widths,
     find_denoiser,
     find_layers,
@@ -51,6 +55,8 @@ def erase_concept(
     solver: str = "auto",
     tokens: str = "positions",
     pooled: bool = True,
+    reach: str = "name",
+    sampling: Mapping[str, int | float | bool | str] | None = None,
     keep_originals: bool = True,
     seed: int = 0,
 ) -> DiffusionPipeline:
@@ -93,6 +99,15 @@ def erase_concept(
         pooled (`bool`, *optional*, defaults to `True`):
             Also edit the layer that reads the pooled prompt embedding (Stable Diffusion XL and 3, FLUX).
             Without it the concept still reaches the model there, and the report says so.
+        reach (`str`, *optional*, defaults to `"name"`):
+            `"name"` edits the layers that read the prompt: the name no longer says anything, and whoever
+            learns another word for the concept from pictures finds it again. `"denoiser"` also edits every
+            linear layer inside the denoiser, by what these read while the original draws pictures of the
+            concept, of its targets and of ordinary prompts: slower, dearer for other pictures, and behind
+            every word.
+        sampling (`Mapping[str, int | float | bool | str]`, *optional*):
+            Arguments of the pipeline's call with which those pictures are drawn, such as
+            `{"num_inference_steps": 20}`. Fewer steps and smaller pictures are faster.
         keep_originals (`bool`, *optional*, defaults to `True`):
             Keep the edited layers' original weights in CPU memory for `restore`.
         seed (`int`, *optional*, defaults to 0):
@@ -131,6 +146,8 @@ def erase_concept(
         solver=solver,
         tokens=tokens,
         pooled=pooled,
+        reach=reach,
+        sampling=sampling or {},
         seed=seed,
     )
     return erase(pipe, request, keep_originals=keep_originals)
@@ -157,7 +174,7 @@ def erase(
         if current is None:
             source = pipe.config.get("_name_or_path")
             refuse_erased_source(
-                source, lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled)
+                source, lambda record: edited_sites(pipe, denoiser, record.request, record.facts)
             )
         else:
             request = current.request.joined(request)
@@ -215,8 +232,9 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     """
     denoiser = find_denoiser(pipe)
     erasure = find_erasure(denoiser.module)
-    sites = find_layers(denoiser, pooled=erasure.request.pooled)
-    if replaced := [name for name, site in erasure.sites.items() if sites[name].module is not site.module]:
+    modules = {name: base_layer(module) for name, module in denoiser.module.named_modules()}
+    modules |= {name: reader.module for name, reader in find_layers(denoiser, pooled=True).items()}
+    if replaced := [name for name, site in erasure.sites.items() if modules[name] is not site.module]:
         raise SiteNotFoundError(
             f"{len(replaced)} edited layers were replaced since the edit (first: `{replaced[0]}`). "
             "Put the edited layers back, or erase again from the original model."
@@ -229,6 +247,11 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     refuse_inside_block(current)
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(pipe, request)
+    if request.reach == "denoiser":
+        with nullcontext() if current is None else original_shown(current):
+            activations = record_activations(pipe, denoiser, request, solution.sent_to(request))
+        solution = solution.with_activations(activations)
+        sites |= find_activation_sites(denoiser, activations.spaces)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
     # The originals of an earlier erasure, and a copy of what it did not edit.
     kept = current.originals if current else {}
@@ -248,9 +271,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     install(denoiser.module, erasure, hooked_modules(denoiser), prove, keep_originals=keep_originals)
 
 
-def erasure_of_layers(
-    pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest
-) -> ConceptErasure:
+def erasure_of_layers(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest) -> ConceptErasure:
     """
     What an erasure by name would be, for a denoiser of which only the layers that read text are there.
 
@@ -259,6 +280,11 @@ def erasure_of_layers(
     Raises:
         `PrototypeError` and `SiteNotFoundError`: as `erase_concept` does.
     """
+    if request.reach == "denoiser":
+        raise SiteNotFoundError(
+            "What layers inside the denoiser read is seen while it draws, and here it is not loaded. Erase "
+            "from the whole pipeline, or leave `reach` at 'name'."
+        )
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(pipe, request, denoiser)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
@@ -275,10 +301,18 @@ def erasure_of_layers(
 
 
 def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
-    """What `Remap.verify` measures; of the pooled feature under names of its own."""
+    """
+    What `Remap.verify` measures; of the pooled feature under names of its own, of activations the worst of
+    all layers.
+    """
     guarantees = remaps["tokens"].verify()
-    if "pooled" in remaps:
-        guarantees |= {f"pooled_{key}": value for key, value in remaps["pooled"].verify().items()}
+    for space, remap in remaps.items():
+        if space == "pooled":
+            guarantees |= {f"pooled_{key}": value for key, value in remap.verify().items()}
+        elif space != "tokens":
+            for key, value in remap.verify(mean_only=True).items():
+                name = f"denoiser_{key}"
+                guarantees[name] = max(value, guarantees.get(name, value))
     return guarantees
 
 
@@ -296,7 +330,7 @@ def _facts(
         solver=tokens.solver,
         solver_reason=solution.solver_reason,
         retained_moved=solution.retained_moved,
-        rank=tokens.rank,
+        rank=max(remap.rank for remap in remaps.values()),
         num_experts=tokens.num_experts,
         condition_number=max(remap.condition_number for remap in remaps.values()),
         leaks=_leaks(pipe, request, tokens, denoiser),

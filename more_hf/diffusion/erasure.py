@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..core.erasure import Erasure, measured_rows
-from ..core.facts import ConceptFacts
+from ..core.facts import TEXT_SPACES, ConceptFacts
 from ..core.request import ConceptRequest
 
 
@@ -31,6 +31,14 @@ class ConceptErasure(Erasure):
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"
+        if request.reach == "denoiser":
+            inside = [space for space in facts.spaces.values() if space not in TEXT_SPACES]
+            how = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
+            yield (
+                "reach",
+                f"{len(inside)} of these inside the denoiser, by {request.pictures} pictures of each name"
+                + (f" ({how})" if how else ""),
+            )
         yield "router", request.router or "none: the mean expert is in the weights"
         yield "condition number of P", f"{facts.condition_number:.1f}"
         yield from measured_rows(self.guarantees, self.proof)

@@ -5,7 +5,7 @@ From a request to its solution: prototypes, every expert's targets, and the rema
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +16,7 @@ from ..core.options import EXACT_SOLVERS
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap
 from ..core.request import ConceptRequest
+from .activations import Activations, target_of
 from .encoder import Encoder, column, fit_prototypes, kinds_of
 from .ordinary import with_ordinary_moment
 from .prompts import TEMPLATES, names_in
@@ -96,17 +97,40 @@ class Solution:
             Why the solvers were taken, in words and numbers.
         retained_moved (`dict[str, float]`):
             How far each retained name moves at most, as a share of its length.
+        targets (`list[list[str | None]]`):
+            For each expert, what each forgotten name or alias is sent to.
     """
 
     remaps: dict[str, Remap]
     tokens: str
     solver_reason: str
     retained_moved: dict[str, float]
+    targets: list[list[str | None]]
 
     @property
     def ordinary_moved(self) -> float:
         """How far ordinary prompts move, as a share of their length, in the space where they move most."""
         return max(remap.ordinary_moved for remap in self.remaps.values())
+
+    def sent_to(self, request: ConceptRequest) -> dict[str, list[str | None]]:
+        """Each concept's target in every expert."""
+        targets = {}
+        for name in request.concepts:
+            surface = request.surfaces.index(name)
+            targets[name] = [names[surface] for names in self.targets]
+        return targets
+
+    def with_activations(self, activations: Activations) -> Solution:
+        """
+        The same with the remap of each space of activations, whose experts are all alike: it is in the
+        weights.
+        """
+        remaps = {}
+        for space, pairs in activations.prototypes.items():
+            forget = [name for name in pairs.names if target_of(name) in pairs.names]
+            targets = [[target_of(name) for name in forget]] * len(self.targets)
+            remaps[space] = Remap.regress(pairs, forget, targets, activations.own[space])
+        return replace(self, remaps={**self.remaps, **remaps})
 
 
 def check_names(request: ConceptRequest) -> None:
@@ -264,7 +288,7 @@ def _solution(
     first, *others = reasons
     parts = [f"{why}, {reasons[first]}", *passed_over]
     parts += [f"{space}: {remaps[space].solver}, {reasons[space]}" for space in others]
-    return Solution(remaps, tokens, "; ".join(parts), moved)
+    return Solution(remaps, tokens, "; ".join(parts), moved, problems["tokens"].targets)
 
 
 def _solve_space(

@@ -10,13 +10,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..core.erasure import Erasure
+from ..core.errors import SiteNotFoundError
+from ..core.facts import TEXT_SPACES
 from ..core.install import PROOF_TOLERANCE
 from ..core.interrupts import afterwards, unwound
 from ..core.proof import proof_by_run
 from ..core.remap import Remap
-from ..core.views import experts_forced, routing_off, running_eagerly
+from ..core.views import experts_forced, original_layers_shown, routing_off, running_eagerly
 from .sites import Denoiser, lora_branches
 
 
@@ -24,6 +27,8 @@ from .sites import Denoiser, lora_branches
 # rounding.
 SPREAD = 4
 TOLERANCE = {**PROOF_TOLERANCE, torch.bfloat16: 2e-1}  # so that less is allowed to rounding here
+# what an answer of one linear layer may be off by, as a share: rounding of its inputs, weights and sums
+LAYER_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 TRIED_EXPERTS = 8
 
 Text = dict[str, Tensor]  # space -> features of a batch
@@ -42,6 +47,8 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     the text next to the edited layers.
     """
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
+    read_text = _reading_text(erasure)
+    inner = [name for name, site in erasure.sites.items() if site.space not in TEXT_SPACES]
 
     def call(texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
         sides = [text for side in zip(*texts, strict=True) for text in side]  # all of one kind, then the next
@@ -52,9 +59,9 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     @torch.no_grad()
     def run(before: bool) -> list[Tensor]:
         """Outputs of all rows, `(rows, ...)`, for each kind of text that `proof_by_run` compares."""
-        mean_texts = _texts(erasure.remaps, None, before)
-        expert_texts = [_texts(erasure.remaps, expert, before) for expert in experts]
-        with _plain(denoiser):
+        mean_texts = _texts(read_text, None, before)
+        expert_texts = [_texts(read_text, expert, before) for expert in experts]
+        with _plain(denoiser), original_layers_shown(erasure, inner):
             with routing_off(erasure):
                 outputs = [call([mean_texts])]
             if expert_texts:
@@ -64,7 +71,7 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
                     outputs.append(call(expert_texts))
         return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
-    return proof_by_run(
+    prove = proof_by_run(
         run,
         current,
         TOLERANCE[next(iter(erasure.sites.values())).read().dtype],
@@ -73,6 +80,66 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
         "(`unet.set_default_attn_processor()`), erase, and "
         "put them back.",
     )
+    if not inner:
+        return prove
+    return lambda: {**prove(), **_prove_layers(denoiser, erasure, inner)}
+
+
+@torch.no_grad()
+def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) -> dict[str, float]:
+    """
+    One pass of the edited denoiser, in which each of these layers is asked once more for W′ z + b.
+
+    A whole pass cannot be fed with activations, since each layer's are made by those before it. What a layer
+    answers inside it, with all that hangs on it, shows whether its edited weight is what is read.
+
+    Returns:
+        `dict[str, float]`: `denoiser_off`, the largest ‖answer − (W′ z + b)‖ / ‖W′ z + b‖, and
+        `denoiser_changed`, the smallest share by which the answer differs from the original's.
+
+    Raises:
+        `SiteNotFoundError`: an answer is off by more than rounding.
+    """
+    off: dict[str, float] = {}
+    changed: dict[str, float] = {}
+
+    def ask(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if name in off:  # this is the answer
+            return
+        off[name] = 0.0
+        remap, z = erasure.remap_of(name), args[0]
+        # what the edit reads most, as long as a prototype, and what it should leave
+        rows = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
+        rows = torch.cat([rows, remap.remain.T]).to(z)
+        answer = module(rows[None])[0].double()
+        bias, original = erasure.sites[name].read_bias(), erasure.originals[name].to(z.device)
+        edited = remap.merged(original)
+        expected, before = (
+            linear(rows.double(), weight.double(), None if bias is None else bias.to(z.device).double())
+            for weight in (edited, original)
+        )
+        off[name] = float((answer - expected).norm() / expected.norm())
+        changed[name] = float((expected - before).norm() / before.norm())
+
+    text = {}
+    for space, remap in _reading_text(erasure).items():
+        stays = remap.prototypes.matrix[:, 0]
+        text[space] = stays[None] if space == "pooled" else stays[None, None]
+    with _plain(denoiser), routing_off(erasure), unwound() as hooks:
+        for name in names:
+            module = erasure.sites[name].module
+            hooks.callback(module.register_forward_hook(partial(ask, name)).remove)
+        denoiser.family.call(denoiser.module, text)
+    tolerance = LAYER_TOLERANCE[erasure.sites[names[0]].read().dtype]
+    wrong = [name for name in names if not off.get(name, torch.inf) < tolerance]  # a NaN is wrong, too
+    if wrong:
+        raise SiteNotFoundError(
+            f"The proof by run failed: {len(wrong)} of {len(names)} edited layers inside the denoiser do not "
+            f"answer with their weight (first: `{wrong[0]}`, off by {off.get(wrong[0], torch.inf):.2g}). The "
+            "edit was rolled back; the pipeline is as it was. Take adapters and offloading off, erase, and "
+            "put them back."
+        )
+    return {"denoiser_off": max(off.values()), "denoiser_changed": min(changed.values())}
 
 
 def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> list[Text]:
@@ -95,6 +162,10 @@ def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> lis
         ]
         sides = [sources, *moved]
     return [_rows(side, stays) for side in sides]
+
+
+def _reading_text(erasure: Erasure) -> dict[str, Remap]:
+    return {space: remap for space, remap in erasure.remaps.items() if space in TEXT_SPACES}
 
 
 def _rows(features: Text, stays: Text) -> Text:

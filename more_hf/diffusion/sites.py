@@ -167,7 +167,7 @@ def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:
             "cross-attention). Pass a text-to-image pipeline."
         )
     return {
-        name: reader._replace(module=_base_layer(reader.module))
+        name: reader._replace(module=base_layer(reader.module))
         for name, reader in readers.items()
         if pooled or reader.space == "tokens"
     }
@@ -193,7 +193,7 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
             "Erase first, then enable offloading to disk."
         )
     for name, reader in denoiser.family.find(denoiser.module).items():
-        if _is_lora(reader.module) and reader.module.merged:
+        if is_lora(reader.module) and reader.module.merged:
             raise SiteNotFoundError(
                 f"`{name}` has a merged LoRA. Call `pipe.unfuse_lora()` first, erase, then fuse again."
             )
@@ -224,10 +224,11 @@ def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:
 def lora_branches(denoiser: Denoiser) -> list[nn.Module]:
     """The sites' LoRA layers: their own weights read the text next to the edited base layer."""
     readers = denoiser.family.find(denoiser.module).values()
-    return [reader.module for reader in readers if _is_lora(reader.module)]
+    return [reader.module for reader in readers if is_lora(reader.module)]
 
 
-def _is_lora(layer: nn.Module) -> bool:
+def is_lora(layer: nn.Module) -> bool:
+    """Whether a layer is a LoRA around another one."""
     if not is_peft_available():
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -235,5 +236,6 @@ def _is_lora(layer: nn.Module) -> bool:
     return isinstance(layer, BaseTunerLayer)
 
 
-def _base_layer(layer: nn.Module) -> nn.Module:
-    return layer.get_base_layer() if _is_lora(layer) else layer
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer itself, under a LoRA its base."""
+    return layer.get_base_layer() if is_lora(layer) else layer

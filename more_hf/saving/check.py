@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.errors import IncompatibleBaseError, MoreError
-from ..core.facts import ConceptFacts
+from ..core.facts import TEXT_SPACES, ConceptFacts
 from ..core.markdown import markdown_table
 from ..core.record import Record
 from ..core.remap import Removed
@@ -207,7 +207,10 @@ def check_folder(
     if isinstance(removed, MoreError):
         checks.append(Check("each sends p_f where p_t goes", False, str(removed)))
     elif removed:
-        checks.append(_remapped(stored.edited, layers, removed))
+        # What layers inside the denoiser read of pictures only the original tells: their fingerprint vouches.
+        inside = record.kind == "pipeline" and record.request.reach == "denoiser"
+        reading = [layer for layer in layers if not inside or layer.space in TEXT_SPACES]
+        checks.append(_remapped(stored.edited, reading, removed))
     foreign = ", ".join(map(str, contents.foreign))
     checks.append(Check("nothing else is in the folder", not foreign, foreign or "none"))
     return Verification(tuple(checks))
@@ -312,8 +315,17 @@ def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, R
 
 
 def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:
-    """Every layer of the denoiser that reads text."""
+    """Every layer of the denoiser that reads text, and those inside it that the record names."""
     layers = []
+    inner = {name: space for name, space in record.facts.spaces.items() if space not in TEXT_SPACES}
+    modules = dict(denoiser.module.named_modules())
+    for name, space in inner.items():
+        if not isinstance(modules.get(name), nn.Linear):
+            raise IncompatibleBaseError(
+                f"The record names an edited layer `{name}`, which is no linear layer of this model. Save "
+                "the erased model again."
+            )
+        layers.append(Layer(name, space, list(modules[name].weight.shape)))
     for name, reader in find_layers(denoiser, pooled=record.request.pooled).items():
         rows, columns = reader.module.weight.shape
         layers.append(

@@ -26,9 +26,10 @@ from ..core.record import CLASSIFIER, RECORD, VARIANT, Record
 from ..core.registry import register
 from ..core.remap import Removed
 from ..core.site import fingerprint
+from ..diffusion.activations import edited_sites
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.hook import hooked_modules, make_hooks
-from ..diffusion.sites import find_denoiser, find_sites
+from ..diffusion.sites import find_denoiser
 from .check import (
     Layer,
     check_folder,
@@ -282,7 +283,7 @@ def _load_pipeline(
 ) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(source, variant=record.variant, use_safetensors=True, **kwargs)
     denoiser = find_denoiser(pipe)
-    sites = find_sites(pipe, denoiser, pooled=record.request.pooled)
+    sites = edited_sites(pipe, denoiser, record.request, record.facts)
     shapes = {name: list(site.read().shape) for name, site in sites.items()}
     if denoiser.name != record.denoiser or shapes != record.sites:
         raise IncompatibleBaseError(

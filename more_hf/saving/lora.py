@@ -344,7 +344,7 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
         lora_A = pad(
             lora_A, (0, erasure.sites[name].module.in_features - weight.shape[1])
         )  # columns that do not read text stay
-        rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B, erasure.remap.rank))
+        rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B, erasure.rank))
         delta = lora_B @ lora_A
         size, error = float(delta.norm()), float((rounded_B.double() @ rounded_A.double() - delta).norm())
         if not error <= limit * size:
@@ -407,7 +407,7 @@ def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasur
     What A1111 and ComfyUI show and sort by, in the names of kohya's trainer and of Stability's model
     specification.
     """
-    config, rank = denoiser.module.config, str(erasure.remap.rank)
+    config, rank = denoiser.module.config, str(erasure.rank)
     version = "xl" if denoiser.family.pooled else "v2" if config.use_linear_projection else "v1"
     v_prediction = pipe.scheduler.config.get("prediction_type") == "v_prediction"
     architecture = {"v1": "v1", "v2": "v2-768-v" if v_prediction else "v2-512", "xl": "xl-v1-base"}[version]

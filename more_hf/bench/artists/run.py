@@ -50,7 +50,8 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler,
     "dpm": diffusers.DPMSolverMultistepScheduler,
 }
-GIVEN = ("remap_to", "retain")  # parameters of a method that are not settings
+# parameters of a method that are not settings; a reach is a method of its own
+GIVEN = ("remap_to", "retain", "reach", "sampling")
 
 logger = logging.getLogger(__name__)
 

@@ -63,6 +63,7 @@ _DIFFUSION = (
     Method("more-mean", _OURS, targets="several"),
     Method("more-random", ".diffusion.ours:more_random", targets="several"),
     Method("more-hash", ".diffusion.ours:more_hash", targets="several"),
+    Method("more-denoiser", ".diffusion.ours:more_denoiser"),
     Method("more-without-po", ".diffusion.without_po:more_without_po"),
     Method("more-erase-without-po", ".diffusion.without_po:more_without_po", targets="none"),
     Method("uce", ".diffusion.uce:uce"),

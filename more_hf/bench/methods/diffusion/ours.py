@@ -18,6 +18,30 @@ more_random = partial(erase_concept, router="random")
 more_hash = partial(erase_concept, router="hash")
 
 
+def more_denoiser(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: str | Sequence[str] | None,
+    retain: Sequence[str] | None,
+    sampling_steps: int = 10,
+    guidance: float = 4.0,
+) -> DiffusionPipeline:
+    """Erase inside the denoiser, too.
+
+    Args:
+        pipe, concepts, remap_to, retain: as in `erase_concept`.
+        sampling_steps (`int`), guidance (`float`): of the pictures that prototypes are made from.
+
+    Raises:
+        `PrototypeError`, `SiteNotFoundError`, `AlreadyErasedError`: as `erase_concept` does.
+    """
+    sampling = {"num_inference_steps": sampling_steps, "guidance_scale": guidance}
+    return erase_concept(
+        pipe, concepts, remap_to=remap_to, retain=retain, reach="denoiser", sampling=sampling
+    )
+
+
 def more_reloaded(
     pipe: DiffusionPipeline,
     concepts: Concepts,

@@ -1,0 +1,374 @@
+"""`reach="denoiser"`: the remap with what the denoiser's own layers read."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from support.compare import state
+from support.families import CALL, build
+from support.pipelines import FORGET, TARGETS, build_tiny_sd
+
+import more_hf
+from more_hf.core.facts import TEXT_SPACES
+from more_hf.core.record import RECORD
+from more_hf.core.request import ConceptRequest
+from more_hf.diffusion.activations import (
+    ORDINARY,
+    PART_NAMES,
+    RETAINED,
+    _other_prompts,
+    _sentences,
+    find_listeners,
+    record_activations,
+    target_of,
+)
+from more_hf.diffusion.encoder import column
+from more_hf.diffusion.erase import erase
+from more_hf.diffusion.prompts import TEMPLATES
+from more_hf.diffusion.sites import find_denoiser
+
+
+STEPS, PICTURES = 6, 3
+SAMPLING = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+TARGET = TARGETS[0]
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def request_for(*concepts, remap_to=TARGET, **options):
+    options = {"pictures": PICTURES, "sampling": SAMPLING, "reach": "denoiser", **options}
+    return ConceptRequest.of(concepts or FORGET, remap_to=remap_to, **options)
+
+
+@pytest.fixture(scope="module")
+def original():
+    """Random weights, in which the prompt decides more than in most."""
+    pipe = build_tiny_sd()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    with torch.no_grad():
+        for name, weight in pipe.unet.named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                weight *= 8
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def erased(original):
+    return erase(copied(original), request_for())
+
+
+def copied(pipe):
+    """The pipeline with a denoiser of its own."""
+    other = copy.copy(pipe)
+    other.register_modules(unet=copy.deepcopy(pipe.unet))
+    return other
+
+
+def recorded(pipe, request=None, sent_to=None):
+    request = request or request_for()
+    return record_activations(pipe, find_denoiser(pipe), request, sent_to or {FORGET: [TARGET]})
+
+
+def inner_sites(pipe):
+    sites = more_hf.get_erasure(pipe).sites
+    return {name: site for name, site in sites.items() if site.space not in TEXT_SPACES}
+
+
+def draw(pipe, prompt, **options):
+    options = {**SAMPLING, "output_type": "latent", "generator": torch.Generator().manual_seed(5), **options}
+    return pipe(prompt, **options).images
+
+
+def heard(pipe, prompts):
+    """
+    What a layer reads of pictures, each noised to six levels, without and with the prompt:
+    `(pictures, 6, 2, positions, d)`.
+    """
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(7)
+    found = []
+    for i, prompt in enumerate(prompts):
+        finished = draw(pipe, prompt, generator=torch.Generator().manual_seed(i))
+        features = torch.cat(pipe.encode_prompt(prompt, "cpu", 1, True)[::-1])
+        noise = torch.randn(finished.shape, generator=torch.Generator().manual_seed(i))
+        layer = pipe.unet.get_submodule(LAYER)
+        handle = layer.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        for t in scheduler.timesteps[1:]:
+            pipe.unet(scheduler.add_noise(finished, noise, t[None]).repeat(2, 1, 1, 1), t, features)
+        handle.remove()
+    return torch.stack(found).double().unflatten(0, (len(prompts), 6))
+
+
+def sentences(name):
+    return [TEMPLATES[i].format(name) for i in range(PICTURES)]
+
+
+@torch.no_grad()
+def test_prototypes_and_moments_are_those_that_an_independent_hook_finds(original):
+    request = request_for(everyday=("a red house", "two dogs", "the sea at night"))
+    activations = recorded(original, request)
+    own = activations.prototypes[LAYER]
+    forgotten, target = (heard(original, sentences(name)) for name in (FORGET, TARGET))
+    for i, part in enumerate(PART_NAMES):
+        for name, features in ((column(FORGET, part), forgotten), (target_of(column(FORGET, part)), target)):
+            mean = features[:, 2 * i : 2 * i + 2, 1, ::4].mean((0, 1, 2))  # 64 of 256 positions
+            assert (own[name] - mean).norm() < 1e-5 * mean.norm()
+    z, other = own[column(FORGET, PART_NAMES[0])], own[target_of(column(FORGET, PART_NAMES[0]))]
+    assert (z - other).norm() > 1e-3 * z.norm()
+    for moment, features in (
+        (own.moment, heard(original, request.everyday)[:, :, :, ::4]),
+        (activations.own[LAYER], forgotten[:, :, 1, ::4]),
+    ):
+        rows = features.flatten(0, -2)
+        expected = rows.T @ rows / len(rows)
+        assert (moment.dense - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_sentences_that_the_model_knows_come_before_templates():
+    everyday = ("a dog by Monet", "a rocket", "the Dog", "a house by Monet", "two rockets")
+    request = request_for("dog", remap_to="cat", retain=["Monet"], pictures=3)
+    assert _sentences(request, ["dog", "cat", "Monet"], everyday) == [
+        "a {} by Monet",
+        "the {}",
+        "a dog by {}",
+    ]
+    more = replace(request, pictures=5)
+    assert _sentences(more, ["dog", "cat", "Monet"], everyday)[3:] == ["a house by {}", TEMPLATES[0]]
+    others = _other_prompts(request, everyday)
+    assert others[ORDINARY] == ["a rocket", "two rockets"]
+    assert others[RETAINED][0] == "a house by Monet"  # no forgotten name
+    assert len(others[RETAINED]) == 6
+
+
+def test_layers_that_read_the_same_share_a_space(original):
+    spaces = recorded(original).spaces
+    attention = LAYER.removesuffix("to_q")
+    assert {spaces[attention + name] for name in ("to_q", "to_k", "to_v")} == {LAYER}
+    assert spaces[attention + "to_out.0"] == attention + "to_out.0"
+    assert set(spaces) < set(
+        find_listeners(find_denoiser(original))
+    )  # which also knows the timestep's layers
+    inside = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"}
+    inside |= {"ff.net.0.proj", "ff.net.2"}
+    assert {name.partition("transformer_blocks.0.")[2] for name in spaces} == inside
+
+
+@torch.no_grad()
+def test_every_inner_layer_is_edited_by_the_regression(original, erased):
+    activations, modules = recorded(original), dict(original.unet.named_modules())
+    for name, site in inner_sites(erased).items():
+        space = activations.spaces[name]
+        own, forget = activations.prototypes[space], [column(FORGET, part) for part in PART_NAMES]
+        steps = torch.stack([own[target_of(part)] - own[part] for part in forget], 1)
+        metric = activations.own[space].dense + own.moment.dense
+        metric += 1e-3 * metric.trace() / len(metric) * torch.eye(len(metric))
+        readers = torch.linalg.solve(metric, torch.stack([own[part] for part in forget], 1)).T / 3
+        weight = modules[name].weight.double()
+        torch.testing.assert_close(
+            site.read().double(), weight + weight @ steps @ readers, rtol=1e-5, atol=1e-6
+        )
+        assert (site.read() - modules[name].weight).norm() > 1e-4 * weight.norm()
+    text = more_hf.get_erasure(erased).remaps["tokens"]
+    assert text.verify()["forget_to_target"] < 1e-9  # the name's own edit is there, too
+
+
+@torch.no_grad()
+def test_pictures_of_the_concept_look_more_like_the_target_inside(original, erased):
+    """Without the name: the layers are shown the same pictures with the target's prompt."""
+    activations, site = recorded(original), inner_sites(erased)[LAYER]
+    own, weight = activations.prototypes[LAYER], original.unet.get_submodule(LAYER).weight.double()
+    forgotten, target = own[column(FORGET, PART_NAMES[2])], own[target_of(column(FORGET, PART_NAMES[2]))]
+    before = (weight @ (forgotten - target)).norm()
+    assert (site.read().double() @ forgotten - weight @ target).norm() < 0.9 * before
+
+
+def test_what_is_drawn_and_what_is_left(original, erased):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    pipe = copied(original)
+    pipe.scheduler.set_timesteps(4)
+    timesteps = pipe.scheduler.timesteps.clone()
+    recorded(pipe)
+    assert torch.equal(torch.rand(1), expected)  # no global random state is touched
+    assert torch.equal(pipe.scheduler.timesteps, timesteps)
+    assert not pipe.unet._forward_pre_hooks
+    assert not torch.equal(draw(erased, f"a picture by {FORGET}"), draw(original, f"a picture by {FORGET}"))
+
+
+def test_restored_bit_for_bit(original):
+    pipe = erase(copied(original), request_for())
+    assert not state_equal(pipe.unet, original.unet)
+    more_hf.restore(pipe)
+    assert state_equal(pipe.unet, original.unet)
+    assert more_hf.get_erasure(pipe) is None
+
+
+def state_equal(module, other):
+    theirs = state(other)
+    return all(torch.equal(value, theirs[name]) for name, value in state(module).items())
+
+
+def test_a_second_concept_is_fitted_from_the_original(original):
+    both = erase(copied(original), request_for(FORGET, "pablo picasso"))
+    stepwise = erase(copied(original), request_for(FORGET))
+    stepwise = more_hf.erase_concept(stepwise, "pablo picasso", remap_to=TARGET, sampling=SAMPLING)
+    request = more_hf.get_erasure(stepwise).request
+    assert request.reach == "denoiser"  # what was edited stays edited
+    erase(stepwise, request_for(FORGET, "pablo picasso"))
+    for name, value in state(both.unet).items():
+        torch.testing.assert_close(state(stepwise.unet)[name], value, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_without_a_target_it_goes_to_ordinary_pictures(original):
+    request = request_for(remap_to=None, everyday=("a red house", "two dogs", "the sea at night"))
+    own = recorded(original, request, {FORGET: [None]}).prototypes[LAYER]
+    features = heard(original, request.everyday)
+    for i, part in enumerate(PART_NAMES):
+        mean = features[:, 2 * i : 2 * i + 2, 1, ::4].mean((0, 1, 2))
+        assert (own[target_of(column(FORGET, part))] - mean).norm() < 1e-5 * mean.norm()
+    pipe = erase(copied(original), request)
+    assert more_hf.get_erasure(pipe).guarantees["denoiser_way_left"] < 1
+
+
+def test_saved_loaded_and_verified(original, erased, tmp_path):
+    folder = more_hf.save(erased, tmp_path / "erased")
+    assert more_hf.verify(folder)
+    loaded = more_hf.load(folder)
+    assert state_equal(loaded.unet, erased.unet)
+    erasure = more_hf.get_erasure(loaded)
+    assert erasure.request == more_hf.get_erasure(erased).request
+    assert erasure.sites.keys() == more_hf.get_erasure(erased).sites.keys()
+    with pytest.raises(more_hf.AlreadyErasedError):
+        more_hf.erase_concept(loaded, "cat", remap_to="dog")
+    assert f"{len(inner_sites(erased))} of these inside the denoiser" in str(erasure)
+
+
+def test_verify_sees_an_inner_layer_that_was_put_back(original, erased, tmp_path):
+    folder = more_hf.save(erased, tmp_path / "erased")
+    pipe = more_hf.load(folder)
+    pipe.unet.get_submodule(LAYER).weight.data.copy_(original.unet.get_submodule(LAYER).weight)
+    pipe.unet.save_pretrained(folder / "unet")
+    checks = {check.name: check.passed for check in more_hf.verify(folder).checks}
+    assert not checks["the edited layers are those that were saved"]
+
+
+def test_factors_are_saved_on_request(erased, tmp_path):
+    loaded = more_hf.load(more_hf.save(erased, tmp_path / "erased", include_delta=True))
+    before, after = more_hf.get_erasure(erased).remaps, more_hf.get_erasure(loaded).remaps
+    assert before.keys() == after.keys()
+    assert torch.equal(after[LAYER].dual, before[LAYER].dual)
+    assert after[LAYER].solver == "regression"
+
+
+def test_a_record_that_names_no_inner_layer_is_refused(erased, tmp_path):
+    folder = more_hf.save(erased, tmp_path / "erased")
+    record = json.loads((folder / RECORD).read_text())
+    forged = {**record, "facts": {**record["facts"], "spaces": {}}}
+    (folder / RECORD).write_text(json.dumps(forged))
+    with pytest.raises(more_hf.IncompatibleBaseError, match="no layer inside it"):
+        more_hf.verify(folder)
+    forged["facts"]["spaces"] = {"nowhere": "nowhere"}
+    (folder / RECORD).write_text(json.dumps(forged))
+    assert "no linear layer" in more_hf.verify(folder).failures
+    with pytest.raises(more_hf.SiteNotFoundError, match="no layer `nowhere`"):
+        more_hf.load(folder)
+
+
+def test_as_a_lora_it_is_the_same_edit(original, erased, tmp_path):
+    file = more_hf.save_lora(erased, tmp_path / "lora.safetensors", dtype=torch.float32)
+    pipe = copied(original)
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    prompt = f"a house by {FORGET}"
+    expected, plain = draw(erased, prompt), draw(original, prompt)
+    torch.testing.assert_close(draw(pipe, prompt), expected, rtol=1e-3, atol=1e-3)
+    assert (plain - expected).abs().max() > 0.01
+
+
+def test_the_proof_finds_an_inner_layer_that_reads_another_weight(original):
+    pipe = copied(original)
+    layer = pipe.unet.get_submodule(LAYER)
+    weight = layer.weight.detach().clone()
+    layer.forward = lambda z: torch.nn.functional.linear(z, weight, layer.bias)
+    before = {name: value.clone() for name, value in state(pipe.unet).items()}
+    with pytest.raises(more_hf.SiteNotFoundError, match="inside the denoiser"):
+        erase(pipe, request_for())
+    assert all(torch.equal(value, before[name]) for name, value in state(pipe.unet).items())
+    assert more_hf.get_erasure(pipe) is None
+
+
+def test_a_router_acts_on_the_prompt_and_the_mean_is_inside(original):
+    request = request_for(remap_to=TARGETS, router="hash")
+    pipe = erase(copied(original), request)
+    erasure = more_hf.get_erasure(pipe)
+    assert erasure.remap.num_experts == len(TARGETS)
+    own = recorded(original, request, {FORGET: TARGETS}).prototypes[LAYER]
+    each = [recorded(original, request, {FORGET: [name]}).prototypes[LAYER] for name in TARGETS]
+    forgotten = column(FORGET, PART_NAMES[-1])
+    mean = torch.stack([one[target_of(forgotten)] for one in each]).mean(0)
+    torch.testing.assert_close(own[target_of(forgotten)], mean, rtol=1e-5, atol=1e-6)
+    with more_hf.disabled(pipe):
+        torch.testing.assert_close(draw(pipe, "a cat"), draw(original, "a cat"))
+
+
+def test_under_a_lora_the_base_is_edited(original, tmp_path):
+    file = more_hf.save_lora(erase(copied(original), request_for("cat")), tmp_path / "cat.safetensors")
+    pipe = copied(original)
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    erase(pipe, request_for())
+    assert set(inner_sites(pipe)) == set(inner_sites(erase(copied(original), request_for())))
+    pipe.unload_lora_weights()
+    assert more_hf.restore(pipe) is pipe
+    assert state_equal(pipe.unet, original.unet)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision(original, dtype):
+    pipe = copied(original)
+    pipe.unet.to(dtype)
+    pipe.text_encoder = copy.deepcopy(original.text_encoder).to(dtype)
+    erase(pipe, request_for())
+    assert inner_sites(pipe)[LAYER].read().dtype is dtype
+    proof = more_hf.get_erasure(pipe).proof
+    assert 0 < proof["denoiser_off"] < 0.08
+    assert proof["denoiser_changed"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart", "z-image", "qwen-image", "wan", "sana"])
+def test_other_families(family):
+    pipe = build(family)
+    before = {name: value.clone() for name, value in state(find_denoiser(pipe).module).items()}
+    sampling = {**CALL[family], "num_inference_steps": 4, "height": 32, "width": 32}
+    erase(pipe, request_for(sampling=sampling))
+    erasure = more_hf.get_erasure(pipe)
+    assert inner_sites(pipe)
+    assert erasure.proof["denoiser_off"] < 1e-5
+    assert erasure.guarantees["denoiser_way_left"] < 1
+    more_hf.restore(pipe)
+    assert all(torch.equal(v, before[k]) for k, v in state(find_denoiser(pipe).module).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reach": "everything"}, "Unknown reach"),
+        ({"sampling": {"prompt": "a cat"}}, "cannot set 'prompt'"),
+        ({"sampling": {"height": [1]}}, "numbers and texts by name"),
+        ({"sampling": [1]}, "must be a mapping"),
+        ({"pictures": 0}, "`pictures`"),
+    ],
+)
+def test_wrong_requests_are_refused(options, message):
+    with pytest.raises(more_hf.PrototypeError, match=message):
+        request_for(**options)
+
+
+def test_the_request_survives_json():
+    request = request_for()
+    assert ConceptRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+    old = {name: value for name, value in request.to_dict().items() if name not in ("reach", "sampling")}
+    assert ConceptRequest.from_dict(old).reach == "name"
