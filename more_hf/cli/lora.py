@@ -86,8 +86,9 @@ def _lora(args: argparse.Namespace) -> int:
     if args.layers_only:
         erasure = _from_layers(args, request, dtype)
         return _report(erasure, lora_path(args.output, args.format))
-    # The picture's size in a kohya file's metadata is the latent's by the VAE.
-    without = NOT_NEEDED[:-1] if args.format == "kohya" else NOT_NEEDED
+    # The picture's size in a kohya file's metadata is the latent's by the VAE, and so is what is drawn.
+    with_vae = args.format == "kohya" or args.reach == "denoiser"
+    without = NOT_NEEDED[:-1] if with_vae else NOT_NEEDED
     pipe = erased_pipeline(request, dtype=None, device=args.device, offload=args.offload, without=without)
     logger.info("Writing the LoRA")
     file = more_hf.save_lora(pipe, args.output, format=args.format, dtype=dtype)
@@ -100,8 +101,10 @@ def _from_layers(args: argparse.Namespace, request: Request, dtype: torch.dtype)
 
     if args.offload != "none":
         raise ValueError("`--offload` moves a denoiser, and `--layers_only` loads none. Leave one out.")
-    if request.options.get("reach", "name") != "name":
-        raise ValueError("`--reach` runs the denoiser, and `--layers_only` loads none. Leave one out.")
+    if args.reach == "denoiser":
+        raise ValueError(
+            "`--reach denoiser` draws pictures, and `--layers_only` loads no denoiser. Leave one out."
+        )
     model = FOLDER / "emoji_sd" if request.checkpoint.model == EMOJI_SD else request.checkpoint.model
     options = {name: value for name, value in request.options.items() if name in TAKEN}
     device = find_device(args.device, "none")

@@ -120,6 +120,25 @@ def test_erase_then_verify(tiny_sd, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
+    tiny_sd().save_pretrained(tmp_path / "base")
+    argv = [
+        "erase",
+        str(tmp_path / "base"),
+        "--concept",
+        "Van Gogh",
+        "--remap_to",
+        "Claude Monet",
+        "--output",
+    ]
+    argv += [str(tmp_path / "erased"), "--steps", "2", "--guidance", "2.5"]
+    assert "Leave `--steps` and `--guidance` out" in failure(*argv)
+    assert main([*argv, "--reach", "denoiser"]) == 0
+    request = more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request
+    assert request.reach == "denoiser"
+    assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 2.5}
+
+
 def test_compare_draws_what_erase_drew(tmp_path, capsys):
     folder, prompts = tmp_path / "erased", ["a rocket in the style of Noto", "a rocket"]
     argv = ["erase", "emoji-sd", "--concept", "Noto", "--remap_to", "Fluent", "--output", folder]
@@ -154,7 +173,7 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: "facts", raising=False)
     argv = "erase --concept Noto crab --alias Noto=noto-emoji --remap-to none --retain pizza --num-experts 2 "
     argv += "--router hash --include_delta --solver covariance --tokens positions --seed=4 --dtype bfloat16"
-    argv += " --device cpu"
+    argv += " --device cpu --reach denoiser --steps 10"
     assert main([*argv.split(), "--model", "emoji-sd", "--output", str(tmp_path / "out")]) == 0
     assert str(seen.pop("dtype")) == "torch.bfloat16"
     assert seen == {
@@ -165,6 +184,8 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
         "router": "hash",
         "solver": "covariance",
         "tokens": "positions",
+        "reach": "denoiser",
+        "sampling": {"num_inference_steps": 10},
         "seed": 4,
         "device": "cpu",
         "folder": tmp_path / "out",

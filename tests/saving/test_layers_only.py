@@ -105,6 +105,8 @@ def test_on_the_command_line(shards, tmp_path, capsys):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert main(["lora", str(folder), *words, "--offload", "model"]) == 2
     assert "loads none" in capsys.readouterr().err
+    assert main(["lora", str(folder), *words, "--reach", "denoiser"]) == 2
+    assert "`--layers_only` loads no denoiser" in capsys.readouterr().err
 
 
 def test_what_needs_the_denoiser_is_refused_on_the_command_line(monkeypatch, capsys):
@@ -127,6 +129,8 @@ def test_refused_with_the_reason(shards, tmp_path):
     edited = more_hf.save(more_hf.erase_concept(pipe, FORGET, remap_to=TARGET), tmp_path / "edited")
     with pytest.raises(more_hf.AlreadyErasedError, match="was saved erased"):
         more_hf.erase_to_lora(edited, tmp_path / "a.safetensors", "cat", remap_to=TARGET)
+    with pytest.raises(more_hf.SiteNotFoundError, match="here it is not loaded"):
+        more_hf.erase_to_lora(folder, tmp_path / "a.safetensors", FORGET, remap_to=TARGET, reach="denoiser")
     with pytest.raises(more_hf.PrototypeError, match="both erased and in"):
         more_hf.erase_to_lora(folder, tmp_path / "a.safetensors", FORGET, remap_to=FORGET)
     for file in (folder / "transformer").glob("*.safetensors"):

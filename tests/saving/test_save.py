@@ -69,6 +69,9 @@ def test_record(tiny_sd, tmp_path):
         "templates": None,
         "everyday": None,
         "shrinkage": 1e-4,
+        "reach": "name",
+        "pictures": 32,
+        "sampling": {},
     }
     assert Record.read(folder).request == erasure.request
     assert record["sites"] == {name: list(site.read().shape) for name, site in erasure.sites.items()}
