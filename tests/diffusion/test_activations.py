@@ -301,7 +301,8 @@ def test_the_proof_finds_an_inner_layer_that_reads_another_weight(original):
 
 
 def test_a_router_acts_on_the_prompt_and_the_mean_is_inside(original):
-    request = request_for(remap_to=TARGETS, router="hash")
+    everyday = ("a red house", "two dogs", "the sea at night")
+    request = request_for(remap_to=TARGETS, router="hash", everyday=everyday)
     pipe = erase(copied(original), request)
     erasure = more_hf.get_erasure(pipe)
     assert erasure.remap.num_experts == len(TARGETS)
