@@ -280,11 +280,6 @@ def erasure_of_layers(pipe: DiffusionPipeline, denoiser: Denoiser, request: Conc
     Raises:
         `PrototypeError` and `SiteNotFoundError`: as `erase_concept` does.
     """
-    if request.reach == "denoiser":
-        raise SiteNotFoundError(
-            "What layers inside the denoiser read is seen while it draws, and here it is not loaded. Erase "
-            "from the whole pipeline, or leave `reach` at 'name'."
-        )
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(pipe, request, denoiser)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})

@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from support.families import FORGET, TARGET, build, denoiser_of, shorten
 
 import more_hf
-from more_hf.cli import lora
-from more_hf.cli.checkpoint import Checkpoint
 from more_hf.cli.main import main
 from more_hf.saving import layers
 
@@ -109,13 +107,6 @@ def test_on_the_command_line(shards, tmp_path, capsys):
     assert "`--layers_only` loads no denoiser" in capsys.readouterr().err
 
 
-def test_what_needs_the_denoiser_is_refused_on_the_command_line(monkeypatch, capsys):
-    request = lora.Request(Checkpoint("model", "FluxPipeline", {}), {FORGET: []}, {"reach": "denoiser"})
-    monkeypatch.setattr(lora, "read_request", lambda args: request)
-    assert main(["lora", "model", "--concept", FORGET, "--layers_only", "--output", "out"]) == 2
-    assert "`--reach` runs the denoiser" in capsys.readouterr().err
-
-
 def test_a_kohya_file_of_the_embedded_pipeline(tmp_path, monkeypatch):
     shorten(monkeypatch)
     out = tmp_path / "kohya.safetensors"
@@ -129,8 +120,6 @@ def test_refused_with_the_reason(shards, tmp_path):
     edited = more_hf.save(more_hf.erase_concept(pipe, FORGET, remap_to=TARGET), tmp_path / "edited")
     with pytest.raises(more_hf.AlreadyErasedError, match="was saved erased"):
         more_hf.erase_to_lora(edited, tmp_path / "a.safetensors", "cat", remap_to=TARGET)
-    with pytest.raises(more_hf.SiteNotFoundError, match="here it is not loaded"):
-        more_hf.erase_to_lora(folder, tmp_path / "a.safetensors", FORGET, remap_to=TARGET, reach="denoiser")
     with pytest.raises(more_hf.PrototypeError, match="both erased and in"):
         more_hf.erase_to_lora(folder, tmp_path / "a.safetensors", FORGET, remap_to=FORGET)
     for file in (folder / "transformer").glob("*.safetensors"):
