@@ -21,6 +21,7 @@ from .files import reading
 # weights that are no variant, as one file or in shards
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 
+
 def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: bool) -> Denoiser:
     """
     A denoiser on the meta device, of the class and configuration that it was saved with.
