@@ -13,6 +13,7 @@ from .progress import stages_shown
 
 
 COMMANDS = (demo, erase, erase_classes, compare, lora, verify, push, bench)
+BENCH = ("concept_erasure", "matplotlib", "sklearn")  # what the extra of this name brings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,10 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"Interrupted. {_after_interrupt(args)}", file=sys.stderr)
         return 130
-    except (MoreError, OSError, ValueError) as error:
-        if os.environ.get("MORE_HF_DEBUG") == "1":
+    except (MoreError, OSError, ValueError, ModuleNotFoundError) as error:
+        is_bug = isinstance(error, ModuleNotFoundError) and error.name.split(".")[0] not in BENCH
+        if is_bug or os.environ.get("MORE_HF_DEBUG") == "1":
             raise
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        hint = " Install what the benchmarks need: pip install 'more_hf[bench]'."
+        text = f"{error}.{hint}" if isinstance(error, ModuleNotFoundError) else str(error)
+        print(f"Error: {' '.join(text.split())}", file=sys.stderr)
         return 2
 
 

@@ -141,6 +141,15 @@ def test_interrupted(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "Interrupted. Run the same command again to continue.\n"
 
 
+def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["bench", "kd", "--dataset", "digits", "--forget", "3", "--output", str(tmp_path)]) == 2
+    assert "pip install 'more_hf[bench]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "more_hf.bench.artists.demo", None)
+    with pytest.raises(ModuleNotFoundError):  # a bug of ours, whose traceback is wanted
+        main(["demo", "--output", str(tmp_path)])
+
+
 def test_both_forms_of_a_model_and_of_what_to_forget():
     forms = (
         "{} MODEL {} --concept a b --output out",
