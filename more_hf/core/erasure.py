@@ -20,6 +20,8 @@ from .site import Site
 
 # What `Remap.verify` measures that must be 0 to rounding; the rest says what an edit costs.
 GUARANTEES = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
+# what a proof by run shows beside what it compares with its tolerance
+UNBOUNDED = ("forget_changed", "denoiser_off", "denoiser_changed")
 
 
 @dataclass(eq=False)
@@ -158,7 +160,7 @@ def measured_rows(guarantees: Mapping[str, float], proof: Mapping[str, float]) -
             yield f"measured `{key}`", f"{value:.1e}"
     tolerance = proof.get("tolerance")  # records of version 0.1 have none
     for key, value in proof.items():
-        if key.endswith(("changed", "off")) and key != "target_changed" or tolerance is None:
+        if key in UNBOUNDED or tolerance is None:
             yield f"proof by run `{key}`", f"{value:.1e}"
         elif key != "tolerance":
             yield f"proof by run `{key}`", _compared(value, tolerance)
