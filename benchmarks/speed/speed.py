@@ -156,26 +156,28 @@ def whole_calls(pipe: StableDiffusionPipeline, times: int = 3) -> dict[str, list
     def erase(concept: str) -> None:
         more_hf.erase_concept(pipe, concept, remap_to=TARGETS[:1], retain=RETAIN)
 
-    with TemporaryDirectory() as cache, patch.object(ordinary, "CACHE", Path(cache)):
-        taken["first"].append(seconds_of(lambda: erase(FIRST)))
+    taken["first"].append(seconds_of(lambda: erase(FIRST)))
+    more_hf.restore(pipe)
+    for _ in range(times):
+        weights = {name: value.clone() for name, value in pipe.unet.state_dict().items() if "attn2" in name}
+        taken["UCE"].append(seconds_of(lambda: uce(pipe, CONCEPT, remap_to=TARGETS[:1], retain=RETAIN)))
+        pipe.unet.load_state_dict(weights, strict=False)
+        taken["later"].append(seconds_of(lambda: erase(CONCEPT)))
         more_hf.restore(pipe)
-        for _ in range(times):
-            weights = {
-                name: value.clone() for name, value in pipe.unet.state_dict().items() if "attn2" in name
-            }
-            taken["UCE"].append(seconds_of(lambda: uce(pipe, CONCEPT, remap_to=TARGETS[:1], retain=RETAIN)))
-            pipe.unet.load_state_dict(weights, strict=False)
-            taken["later"].append(seconds_of(lambda: erase(CONCEPT)))
-            more_hf.restore(pipe)
-        erase(CONCEPT)
+    erase(CONCEPT)
     return taken
 
 
-@torch.no_grad()
 def measure(
     unet: dict = SD14, text: dict = CLIP_L, latent: int = LATENT, names=NAMES, prompts=PROMPTS
 ) -> list[dict]:
-    """One line per thing timed: seconds, and how many times the merge alone that is."""
+    """One line per thing timed: seconds, and how many times the merge alone and UCE's function that is."""
+    with TemporaryDirectory() as cache, patch.object(ordinary, "CACHE", Path(cache)):
+        return _measure(unet, text, latent, names, prompts)
+
+
+@torch.no_grad()
+def _measure(unet: dict, text: dict, latent: int, names: tuple, prompts: tuple) -> list[dict]:
     pipe = sd14(unet, text)
     whole = whole_calls(pipe)
     erasure = more_hf.get_erasure(pipe)
