@@ -5,6 +5,8 @@ import torch
 from support.compare import changed, state
 from support.families import FAMILIES, build, images
 
+import more_hf
+from more_hf.bench.methods.diffusion.ours import more_denoiser
 from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import SiteNotFoundError
 
@@ -58,8 +60,23 @@ def layers_of(name, family, names):
 
 
 @pytest.mark.slow
+def test_inside_the_denoiser(tiny_sd):
+    """Which families it works on is in `tests/diffusion/test_activations.py`: it draws 160 pictures."""
+    pipe = tiny_sd()
+    before = state(pipe)
+    assert DIFFUSION["more-denoiser"].targets == "one"
+    more_denoiser(pipe, CONCEPT, remap_to=[TARGET], retain=None, sampling_steps=2, guidance=3.0)
+    request = more_hf.get_erasure(pipe).request
+    assert request.reach == "denoiser"
+    assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 3.0}
+    edited = changed(pipe, before)
+    assert {key for key in edited if key.endswith("attn2.to_k.weight")}
+    assert {key for key in edited if key.endswith("attn1.to_k.weight")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", DIFFUSION)
+@pytest.mark.parametrize("name", [name for name in DIFFUSION if name != "more-denoiser"])
 def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):
     pipe = build(family)
     before = state(pipe)
