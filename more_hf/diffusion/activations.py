@@ -185,7 +185,10 @@ def _evenly(lines: Sequence[str], count: int, rest: Sequence[str] = ()) -> list[
     return [*lines, *(rest[i % len(rest)] for i in range(count - len(lines) if rest else 0))]
 
 
-def _call(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Mapping[str, Any]):
+def _call(
+    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Mapping[str, Any]
+) -> None:
+    """Let the pipeline draw, each picture from its own seed; what it gives back is not needed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pipe(prompt=list(prompts), generator=generators, output_type="latent", **sampling)
 
