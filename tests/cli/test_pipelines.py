@@ -120,6 +120,7 @@ def test_erase_then_verify(tiny_sd, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
     tiny_sd().save_pretrained(tmp_path / "base")
     argv = [

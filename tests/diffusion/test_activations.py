@@ -174,6 +174,7 @@ def test_every_inner_layer_is_edited_by_the_regression(original, erased):
     assert text.verify()["forget_to_target"] < 1e-9  # the name's own edit is there, too
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pictures_of_the_concept_look_more_like_the_target_inside(original, erased):
     """Without the name: the layers are shown the same pictures with the target's prompt."""
@@ -184,6 +185,7 @@ def test_pictures_of_the_concept_look_more_like_the_target_inside(original, eras
     assert (site.read().double() @ forgotten - weight @ target).norm() < 0.9 * before
 
 
+@pytest.mark.slow
 def test_what_is_drawn_and_what_is_left(original, erased):
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -211,6 +213,7 @@ def state_equal(module, other):
     return all(torch.equal(value, theirs[name]) for name, value in state(module).items())
 
 
+@pytest.mark.slow
 def test_a_second_concept_is_fitted_from_the_original(original):
     both = erase(copied(original), request_for(FORGET, "pablo picasso"))
     stepwise = erase(copied(original), request_for(FORGET))
@@ -222,6 +225,7 @@ def test_a_second_concept_is_fitted_from_the_original(original):
         torch.testing.assert_close(state(stepwise.unet)[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_without_a_target_it_goes_to_ordinary_pictures(original):
     request = request_for(remap_to=None, everyday=("a red house", "two dogs", "the sea at night"))
@@ -234,6 +238,7 @@ def test_without_a_target_it_goes_to_ordinary_pictures(original):
     assert more_hf.get_erasure(pipe).guarantees["denoiser_way_left"] < 1
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_verified(original, erased, tmp_path):
     folder = more_hf.save(erased, tmp_path / "erased")
     assert more_hf.verify(folder)
@@ -247,6 +252,7 @@ def test_saved_loaded_and_verified(original, erased, tmp_path):
     assert f"{len(inner_sites(erased))} of these inside the denoiser" in str(erasure)
 
 
+@pytest.mark.slow
 def test_verify_sees_an_inner_layer_that_was_put_back(original, erased, tmp_path):
     folder = more_hf.save(erased, tmp_path / "erased")
     pipe = more_hf.load(folder)
@@ -256,6 +262,7 @@ def test_verify_sees_an_inner_layer_that_was_put_back(original, erased, tmp_path
     assert not checks["the edited layers are those that were saved"]
 
 
+@pytest.mark.slow
 def test_factors_are_saved_on_request(erased, tmp_path):
     loaded = more_hf.load(more_hf.save(erased, tmp_path / "erased", include_delta=True))
     before, after = more_hf.get_erasure(erased).remaps, more_hf.get_erasure(loaded).remaps
@@ -264,6 +271,7 @@ def test_factors_are_saved_on_request(erased, tmp_path):
     assert after[LAYER].solver == "regression"
 
 
+@pytest.mark.slow
 def test_a_record_that_names_no_inner_layer_is_refused(erased, tmp_path):
     folder = more_hf.save(erased, tmp_path / "erased")
     record = json.loads((folder / RECORD).read_text())
@@ -278,6 +286,7 @@ def test_a_record_that_names_no_inner_layer_is_refused(erased, tmp_path):
         more_hf.load(folder)
 
 
+@pytest.mark.slow
 def test_as_a_lora_it_is_the_same_edit(original, erased, tmp_path):
     file = more_hf.save_lora(erased, tmp_path / "lora.safetensors", dtype=torch.float32)
     pipe = copied(original)
@@ -288,6 +297,7 @@ def test_as_a_lora_it_is_the_same_edit(original, erased, tmp_path):
     assert (plain - expected).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_proof_finds_an_inner_layer_that_reads_another_weight(original):
     pipe = copied(original)
     layer = pipe.unet.get_submodule(LAYER)
@@ -300,6 +310,7 @@ def test_the_proof_finds_an_inner_layer_that_reads_another_weight(original):
     assert more_hf.get_erasure(pipe) is None
 
 
+@pytest.mark.slow
 def test_a_router_acts_on_the_prompt_and_the_mean_is_inside(original):
     everyday = ("a red house", "two dogs", "the sea at night")
     request = request_for(remap_to=TARGETS, router="hash", everyday=everyday)
@@ -315,6 +326,7 @@ def test_a_router_acts_on_the_prompt_and_the_mean_is_inside(original):
         torch.testing.assert_close(draw(pipe, "a cat"), draw(original, "a cat"))
 
 
+@pytest.mark.slow
 def test_under_a_lora_the_base_is_edited(original, tmp_path):
     file = more_hf.save_lora(erase(copied(original), request_for("cat")), tmp_path / "cat.safetensors")
     pipe = copied(original)
@@ -326,6 +338,7 @@ def test_under_a_lora_the_base_is_edited(original, tmp_path):
     assert state_equal(pipe.unet, original.unet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_half_precision(original, dtype):
     pipe = copied(original)
