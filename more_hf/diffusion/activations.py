@@ -125,6 +125,7 @@ def record_activations(
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
     bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
     pipe.set_progress_bar_config(disable=True)
+    layers = find_listeners(denoiser)
     recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined)
     with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
         for name, sentences in prompts.items():
@@ -135,7 +136,10 @@ def record_activations(
                     _call(pipe, batch, seeds, request.sampling)
                 recorder.start(name, len(batch))
                 sampling = {**request.sampling, "num_inference_steps": LEVELS + 1}
-                with recorder.listening(denoiser), _showing(pipe, latents[-1], seeds, recorder):
+                with (
+                    recorder.listening(denoiser.module, layers),
+                    _showing(pipe, latents[-1], seeds, recorder),
+                ):
                     _call(pipe, batch, seeds, sampling)
                 progress.update(len(batch))
     activations = recorder.activations(sent_to)
@@ -323,11 +327,11 @@ class _Recorder:
         return replace(self.fitters[space, kind].prototypes.moment, count=1)
 
     @contextmanager
-    def listening(self, denoiser: Denoiser) -> Iterator[None]:
-        """Inside the block the recorder hears the denoiser and its layers."""
+    def listening(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Inside the block the recorder hears the denoiser and these layers of it."""
         with unwound() as hooks:
-            hooks.callback(denoiser.module.register_forward_pre_hook(self.call).remove)
-            for name, module in find_listeners(denoiser).items():
+            hooks.callback(denoiser.register_forward_pre_hook(self.call).remove)
+            for name, module in layers.items():
                 hooks.callback(module.register_forward_pre_hook(partial(self.read, name)).remove)
             yield
         self.last = "", None
