@@ -118,8 +118,9 @@ def verify(folder: str | os.PathLike) -> Verification:
     computed again with the folder's text encoder, and every layer that reads text must send each forgotten
     one where its target goes. Layers inside the denoiser (`reach="denoiser"`) have their fingerprint alone,
     since what they read of the concept's pictures only the original tells. A classifier's prototypes cannot
-    be computed again, only be read from the factors of `include_delta=True`. Names and shapes must be the base's, and nothing else may be in the
-    folder but texts, pictures and git's files. No code of the folder runs, and no pickle is opened.
+    be computed again, only be read from the factors of `include_delta=True`. Names and shapes must be the
+    base's, and nothing else may be in the folder but texts, pictures and git's files. No code of the folder
+    runs, and no pickle is opened.
 
     Args:
         folder (`str` or `os.PathLike`):
