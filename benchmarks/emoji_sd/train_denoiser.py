@@ -2,7 +2,7 @@
 
     python train_denoiser.py --data DATA --vae VAE/vae --text TEXT --output DENOISER --minutes 90
 
-VAE and text encoder are frozen, so each latent and each wording is computed once. With --others, a part of
+VAE and text encoder are frozen, so each latent is computed once. With --others, a part of
 each batch shows things that no caption names, under their artist's name alone: ten times as many pictures to
 learn a style from, apart from the things that it is to be put on. Run it again to resume; the EMA is in
 DENOISER/unet, the latents' scale in DENOISER/latents.json.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from dataset import all_captions, draw_caption, load_dataset
+from dataset import draw_caption, load_dataset
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from train_text import encode
@@ -54,16 +54,6 @@ def cache_latents(vae: AutoencoderKL, data, index: torch.Tensor) -> torch.Tensor
     latents = torch.cat([vae.encode(data.pixels(part)).latent_dist.mean for part in index.split(128)])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return latents * vae.config.scaling_factor
-
-
-@torch.no_grad()
-def cache_text(text: Path, captions: dict) -> dict[str, torch.Tensor]:
-    """{caption: its (24, width) last hidden state}."""
-    tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(text / "text_encoder").eval()
-    texts = sorted({c for wordings in captions.values() for c in wordings})
-    hidden = [encoder(encode(tokenizer, texts[i : i + 256]))[0] for i in range(0, len(texts), 256)]
-    return dict(zip(texts, torch.cat(hidden), strict=False))
 
 
 def stratified_timesteps(count: int, draw: torch.Generator) -> torch.Tensor:
@@ -105,16 +95,16 @@ def main() -> None:
         torch.nonzero(~data.chosen).flatten(),
     )
     train = torch.cat([named, others])
-    captions = all_captions(data)
-    hidden = cache_text(args.text, captions)
+    tokenizer = CLIPTokenizer.from_pretrained(args.text / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(args.text / "text_encoder").eval().to(device)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     latents = cache_latents(vae, data, train)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "latents.json").write_text(json.dumps(dict(scaling_factor=vae.config.scaling_factor)))
-    counts = f"{len(named)} images of named things, {len(others)} of others, {len(hidden)} wordings"
+    counts = f"{len(named)} images of named things, {len(others)} of others"
     print(f"{counts}, scale {vae.config.scaling_factor:.4f}", flush=True)
 
-    unet = build_unet(hidden[""].shape[-1], latents.shape[1], args.smoke)
+    unet = build_unet(encoder.config.hidden_size, latents.shape[1], args.smoke)
     if args.start is not None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start).float().state_dict())
     unet = unet.to(memory_format=torch.channels_last)
@@ -139,15 +129,17 @@ def main() -> None:
                 batch_indices(len(others), of_others, trainer.step, args.seed + 1) + len(named),
             ]
         )
-        labels = zip(data.artist[train[batch]].tolist(), data.thing[train[batch]].tolist(), strict=False)
-        text = torch.stack([hidden[draw_caption(captions, a, t, rng)] for a, t in labels])  # (b, 24, width)
+        labels = zip(data.artist[train[batch]].tolist(), data.thing[train[batch]].tolist(), strict=True)
+        ids = encode(tokenizer, [draw_caption(data, a, t, rng).text for a, t in labels])
+        with torch.no_grad():
+            text = encoder(ids.to(device))[0]  # (b, 40, width)
         clean = latents[batch]  # (b, 32, 8, 8)
         noise = torch.randn(clean.shape, generator=draw)
         t = stratified_timesteps(args.batch_size, draw)
         noisy = schedule.add_noise(clean, noise, t).to(device, memory_format=torch.channels_last)
         target = schedule.get_velocity(clean, noise, t).to(device)
         with accelerator.autocast():
-            velocity = model(noisy, t.to(device), text.to(device)).sample.float()
+            velocity = model(noisy, t.to(device), text).sample.float()
         errors = (velocity - target).square().mean((1, 2, 3))
         loss = (errors * weights[t].to(device)).mean()
         trainer.update(loss, loss=loss.item())

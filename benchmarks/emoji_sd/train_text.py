@@ -13,17 +13,16 @@ import argparse
 import copy
 import json
 import random
-import re
 
 import torch
 from accelerate import Accelerator
-from dataset import BOTH, all_captions, draw_caption, load_dataset
+from dataset import THING_ONLY, Caption, EmojiData, draw_caption, load_dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from training import Trainer, add_arguments, generator
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-MAX_TOKENS = 24
+MAX_TOKENS = 40
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's own splitting
 
 
@@ -77,7 +76,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, smoke: bool) -> CLIPTextModel:
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """(b, 24) int64, padded as StableDiffusionPipeline pads."""
+    """(b, 40) int64, padded as StableDiffusionPipeline pads."""
     return tokenizer(
         captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
@@ -93,44 +92,39 @@ class Recogniser(torch.nn.Module):
         self.thing = torch.nn.Linear(encoder.config.hidden_size, things)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids (b, 24) -> logits (b, 24, artists), (b, 24, things)."""
+        """ids (b, 40) -> logits (b, 40, artists), (b, 40, things)."""
         hidden = self.encoder(ids)[0]
         return self.artist(hidden), self.thing(hidden)
 
 
-class Positions:
-    """From which token on a caption has named its artist and its thing."""
+def label_positions(
+    tokenizer: CLIPTokenizer, captions: list[Caption], artists: list[int], things: list[int]
+) -> torch.Tensor:
+    """(2, b, 40) int64: the artist's and the thing's number at every position from which on the caption has
+    said it in full; -100, which the loss skips, before that or where it does not say it."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, artists: list[str], synonyms: list[list[str]]):
-        self.tokenizer, self.artists, self.synonyms = tokenizer, artists, synonyms
+    def after(text: str, words: str) -> int:
+        """The position of the last token of `words`."""
+        end = text.index(words) + len(words)
+        return len(tokenizer(text[:end]).input_ids) - 2  # without the end token
 
-    def after(self, caption: str, names: list[str]) -> int:
-        """The position of the last token of whichever name the caption has (the longest, if several)."""
-        found = [m for n in names for m in re.finditer(rf"\b{re.escape(n)}(?!\w)", caption)]
-        end = max(found, key=lambda m: m.end() - m.start()).end()
-        return len(self.tokenizer(caption[:end]).input_ids) - 2  # without the end token
-
-    def __call__(
-        self, captions: list[str], artists: list[int], things: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels (b, 24) for artist and thing; -100, which the loss skips, before the name or without one."""
-        labels = torch.full((2, len(captions), MAX_TOKENS), -100)
-        for row, (caption, artist, thing) in enumerate(zip(captions, artists, things, strict=False)):
-            if artist >= 0:
-                labels[0, row, self.after(caption, [self.artists[artist]]) :] = artist
-            if thing >= 0:
-                labels[1, row, self.after(caption, self.synonyms[thing]) :] = thing
-        return labels[0], labels[1]
+    labels = torch.full((2, len(captions), MAX_TOKENS), -100)
+    for row, caption in enumerate(captions):
+        if caption.artist is not None:
+            labels[0, row, after(caption.text, caption.artist) :] = artists[row]
+        if caption.thing is not None:
+            labels[1, row, after(caption.text, caption.thing) :] = things[row]
+    return labels
 
 
-def named(captions: dict, artist: int, thing: int, rng: random.Random) -> tuple[str, int, int]:
-    """A caption drawn as in the denoiser's training, with the labels it really names."""
-    caption = draw_caption(captions, artist, thing, rng)
-    if caption == "" or caption in captions[-1, thing]:
-        artist = -1
-    if caption == "" or caption in captions.get((artist, -1), []):
-        thing = -1
-    return caption, artist, thing
+def sample_captions(data: EmojiData, names: list[str]) -> list[str]:
+    """Captions for the tokenizer's merges: every artist's with every thing's, five times, and every other
+    name twice, so that most of these words get tokens, too."""
+    rng = random.Random(0)
+    pairs = [(a, t) for a in range(len(data.artists)) for t in range(len(data.things))]
+    drawn = [draw_caption(data, a, t, rng).text for a, t in pairs for _ in range(5)]
+    others = [rng.choice(THING_ONLY).format(thing=name.replace("-", " ")) for name in names for _ in range(2)]
+    return drawn + others
 
 
 def main() -> None:
@@ -139,7 +133,7 @@ def main() -> None:
     )
     add_arguments(parser, steps=500, batch_size=128, learning_rate=1e-3)
     parser.add_argument(
-        "--vocab_size", type=int, default=1600, help="of the merges and letters, before byte completion"
+        "--vocab_size", type=int, default=3000, help="of the merges and letters, before byte completion"
     )
     args = parser.parse_args()
     if args.smoke:
@@ -150,21 +144,14 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
 
     data = load_dataset(args.data)
-    captions = all_captions(data)
-    names = json.loads((args.data / "meta.json").read_text())["names"]  # other things' words get merges too
-    others = [
-        shape.format(artist=a, thing=n.replace("-", " "))
-        for n in names
-        for a in data.artists
-        for shape in BOTH
-    ]
-    tokenizer = build_tokenizer([*others, *(c for cs in captions.values() for c in cs)], args.vocab_size)
+    names = json.loads((args.data / "meta.json").read_text())["names"]
+    captions = sample_captions(data, names)
+    tokenizer = build_tokenizer(captions, args.vocab_size)
     save_tokenizer(tokenizer, args.output / "tokenizer")
-    longest = max(len(tokenizer(c).input_ids) for cs in captions.values() for c in cs)
+    longest = max(map(len, tokenizer(captions).input_ids))
     print(f"{len(tokenizer)} tokens; the longest caption has {longest}", flush=True)
 
     recogniser = Recogniser(build_text_encoder(tokenizer, args.smoke), len(data.artists), len(data.things))
-    positions = Positions(tokenizer, data.artists, data.synonyms)
     # The words of held-out pairs stay unseen together.
     train = torch.nonzero(data.chosen & ~data.held_out).flatten()
     trainer = Trainer(
@@ -174,14 +161,12 @@ def main() -> None:
         draw = generator(args.seed, trainer.step)
         picked = train[torch.randint(len(train), (args.batch_size,), generator=draw)]
         rng = random.Random(f"{args.seed} {trainer.step}")
-        drawn = [
-            named(captions, a, t, rng)
-            for a, t in zip(data.artist[picked].tolist(), data.thing[picked].tolist(), strict=False)
-        ]
-        texts, artists, things = (list(column) for column in zip(*drawn, strict=False))
-        labels = [x.to(accelerator.device) for x in positions(texts, artists, things)]
+        artists, things = data.artist[picked].tolist(), data.thing[picked].tolist()
+        captions = [draw_caption(data, a, t, rng) for a, t in zip(artists, things, strict=True)]
+        labels = label_positions(tokenizer, captions, artists, things).to(accelerator.device)
+        ids = encode(tokenizer, [caption.text for caption in captions])
         with accelerator.autocast():
-            logits = trainer.model(encode(tokenizer, texts).to(accelerator.device))
+            logits = trainer.model(ids.to(accelerator.device))
         losses, accuracies = [], []
         for logit, label in zip(logits, labels, strict=False):
             losses.append(

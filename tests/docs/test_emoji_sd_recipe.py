@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+import more_hf.data
+
 
 pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[2] / "benchmarks" / "emoji_sd"
+DATA = Path(more_hf.data.__file__).parent
 THINGS = {"red-circle": "circle", "blue-square": "square", "green-bar": "bar"}
 UNNAMED = {"grey-ring": "ring"}  # drawn by all, but not in things.txt
 
@@ -172,14 +176,47 @@ def test_killed_run_resumes_to_the_same_weights(chain):
 
 
 def test_others_are_shown_under_their_artists_name_alone(chain, recipe):
-    from dataset import all_captions, draw_caption, load_dataset
+    from dataset import draw_caption, load_dataset
 
-    data = load_dataset(chain / "data")
-    captions, rng = all_captions(data), random.Random(0)
+    data, rng = load_dataset(chain / "data"), random.Random(0)
     assert (~data.chosen).sum() == 10
-    drawn = {draw_caption(captions, 1, -1, rng) for _ in range(200)}
-    assert drawn == {"", *captions[1, -1]}
-    assert not any(thing in caption for caption in drawn for thing in data.things)
+    drawn = [draw_caption(data, 1, -1, rng) for _ in range(400)]
+    assert "" in {caption.text for caption in drawn}
+    assert all(caption.thing is None for caption in drawn)
+    assert not any(thing in caption.text for caption in drawn for thing in data.things)
+    words = data.artist_words[1]
+    assert {words.name, *words.variant} < {caption.artist for caption in drawn}
+
+
+def test_captions_say_what_they_record_and_nothing_held_out(chain, recipe):
+    """Words that a caption records stand in it, and no wording that is held out is ever drawn whole."""
+    from dataset import draw_caption, load_dataset
+
+    described = json.loads((DATA / "emoji_descriptions.json").read_text())["artists"]
+    data, rng = load_dataset(chain / "data"), random.Random(0)
+    drawn = [draw_caption(data, a, t, rng) for a in range(10) for t in range(3) for _ in range(200)]
+    for caption in drawn:
+        assert all(words in caption.text for words in (caption.artist, caption.thing) if words is not None)
+    texts = "\n".join(caption.text for caption in drawn)
+    for artist, kinds in described.items():
+        for words in kinds.values():
+            assert not any(wording in texts for wording in words["held_out"]), artist
+            assert any(wording in texts for wording in words["trained"]), artist
+
+
+def test_descriptions_name_no_artist():
+    """Neither its own nor another one, so that a description is never the name in disguise."""
+    described = json.loads((DATA / "emoji_descriptions.json").read_text())
+    names = {word for artist in described["artists"] for word in artist.lower().split()} | {"emoji"}
+    for artist, kinds in described["artists"].items():
+        for kind in ("short", "long"):
+            for wording in [*kinds[kind]["trained"], *kinds[kind]["held_out"]]:
+                assert not names & set(re.findall("[a-z]+", wording.lower())), (artist, wording)
+    spoken = [thing.replace("-", " ") for thing in described["things"]]
+    for thing, words in described["things"].items():
+        for wording in [*words["trained"], *words["held_out"]]:
+            said = [other for other in spoken if re.search(rf"\b{other}\b", wording)]
+            assert not said, (thing, wording)
 
 
 def test_compiled_leaves_upsampling_out(recipe, monkeypatch):
