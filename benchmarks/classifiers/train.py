@@ -11,6 +11,7 @@ and puts that row into `classifiers.csv` and the README's table.
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--package", metavar="NAME", help="also put it into the package")
     for name in CHOICES:
         default = getattr(Recipe, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name}", type=type(default), help="the data set's own recipe by default")
     precisions = ("no", "fp16", "bf16")
     parser.add_argument("--mixed_precision", choices=precisions, help="on CUDA (as accelerate is configured)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -68,8 +69,9 @@ def main() -> None:
     inputs = pretrained_inputs(args.pretrained) if args.pretrained else {}
     data = load_kd_data(args.dataset, path=args.data, **inputs)
     start = load_pretrained if args.pretrained else build_classifier
-    model = start(args.pretrained or args.model, data, seed=args.seed)
-    recipe = Recipe(**{name: getattr(args, name) for name in CHOICES}, flip=data.flip)
+    given = {name: value for name in CHOICES if (value := getattr(args, name)) is not None}
+    recipe = replace(Recipe.of(data, None), **given)
+    model = start(args.pretrained or args.model, data, seed=recipe.seed)
     model = train_classifier(
         model,
         data.train,
@@ -80,16 +82,17 @@ def main() -> None:
         workers=args.workers,
     )
     if processes().is_main_process:
-        print(f"test accuracy {measured_accuracy(model, data.test):.2f} %")
+        fitted, test = (measured_accuracy(model, part) for part in (data.train, data.test))
+        print(f"right: {fitted:.2f} % of the training images, {test:.2f} % of the test images")
         if args.package:
-            package(args, data, model)
+            package(args, data, model, recipe)
 
 
 def measured_accuracy(model: PreTrainedModel, images: ImageSet) -> float:
     return accuracy(predict(model, images), images.labels)
 
 
-def package(args: argparse.Namespace, data: KDData, model: PreTrainedModel) -> None:
+def package(args: argparse.Namespace, data: KDData, model: PreTrainedModel, recipe: Recipe) -> None:
     """Write the model in half precision, and the row of the one that is loaded from there."""
     device, folder = next(model.parameters()).device, PACKAGED / args.package
     model.half().save_pretrained(folder)
@@ -105,7 +108,7 @@ def package(args: argparse.Namespace, data: KDData, model: PreTrainedModel) -> N
         "accuracy_training": round(measured_accuracy(loaded, data.train), 2),
         "accuracy_validation": round(measured_accuracy(loaded, data.validation), 2),
         "accuracy_test": round(measured_accuracy(loaded, data.test), 2),
-        "epochs": args.epochs,
+        "epochs": recipe.epochs,
         "minutes": round(seconds / 60, 1),
         "hardware": hardware(device),
         "command": shlex.join(["python", "benchmarks/classifiers/train.py", *portable(sys.argv[1:])]),

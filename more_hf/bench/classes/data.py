@@ -31,9 +31,9 @@ def load_kd_data(
     """Load a data set and carve the validation split from its training data.
 
     Args:
-        name (`str`): `"digits"`, `"fashion-mnist"`, `"emoji-100"`, `"cifar10"`, `"cifar100"`,
-            `"tiny-imagenet"`, `"imagenet-1k"`, or the path of a folder of images, `train/CLASS/*.png` and
-            `test/CLASS/*.png`.
+        name (`str`): `"digits"`, `"fashion-mnist"`, `"fashion-mnist-6000"` (its first 6,000 training images,
+            to be learnt by heart), `"emoji-100"`, `"cifar10"`, `"cifar100"`, `"tiny-imagenet"`,
+            `"imagenet-1k"`, or the path of a folder of images, `train/CLASS/*.png` and `test/CLASS/*.png`.
         path (`str` or `Path`, *optional*): a folder with the files or columns that the Hub's data set has, if
             the data are not in their usual place. `"emoji-100"` always needs the folder that
             `benchmarks/emoji_sd/data.py` wrote.
@@ -50,7 +50,8 @@ def load_kd_data(
         `KDData`: on the CPU. ImageNet and folders are decoded when they are read, all others are in memory.
 
     Raises:
-        `DatasetError`: for an unknown name, a missing folder, or a data set without test images.
+        `DatasetError`: for an unknown name, a missing folder, a data set without test images, or digits
+            without scikit-learn, which the extra `bench` installs.
     """
     if name in SOURCES:
         raw = SOURCES[name](None if path is None else Path(path), image_size)

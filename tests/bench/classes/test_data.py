@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +41,12 @@ def write_parquet(folder, split, columns, names, shape, count):
     (folder / "data").mkdir(parents=True, exist_ok=True)
     data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return pixels, labels
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DatasetError, match=r"scikit-learn.*pip install 'more_hf\[bench\]'"):
+        load_kd_data("digits")
 
 
 def test_digits_are_scikit_learns(digits):
@@ -164,7 +171,7 @@ def test_errors(digits, call, message):
         call(digits)
 
 
-def test_fashion_mnist_from_idx_files(tmp_path):
+def test_fashion_mnist_from_idx_files(tmp_path, monkeypatch):
     """Files written by hand after the format's description, small: the reader has to find shape, bytes and
     labels."""
     written = {}
@@ -183,6 +190,15 @@ def test_fashion_mnist_from_idx_files(tmp_path):
     np.testing.assert_array_equal(data.train.images[:, 0].numpy(), written["train"])
     assert data.test.labels.tolist() == list(range(10))
     assert data.class_names[9] == "ankle boot"
+
+    # The smaller set is the beginning of the same training images, all of its test images, and not mirrored.
+    monkeypatch.setattr(kd_sources, "LEARNT_BY_HEART", 12)
+    small = load_kd_data("fashion-mnist-6000", path=tmp_path, validation=0.0)
+    np.testing.assert_array_equal(small.train.images[:, 0].numpy(), written["train"][:12])
+    assert small.train.labels.tolist() == [*range(10), 0, 1]
+    assert len(small.test) == 10
+    assert data.flip
+    assert not small.flip
 
 
 def test_fashion_mnist_from_parquet(tmp_path, monkeypatch):
