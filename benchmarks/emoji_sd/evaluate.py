@@ -4,14 +4,18 @@ images.
     python evaluate.py --data DATA --model emoji_sd --output EVALUATION
 
 Writes rows.csv (one line an image), summary.csv (one line a group and artist), table.md, config.json,
-grid.png, held_out.png and real.png. Several values of --steps or --guidance are compared on --limit pairs in
-settings.csv, and nothing else is written.
+grid.png, held_out.png and real.png; words.csv and words.md say what is recognised when a misspelling or a
+description stands for the name, apart for those that training saw and those that were held out. Several
+values of --steps or --guidance are compared on --limit pairs in settings.csv, and nothing else is written.
 """
 
 import argparse
+import json
 import platform
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -25,8 +29,9 @@ from judges import Judges
 
 from more_hf.bench.bootstrap import draw_means, interval
 from more_hf.bench.columns import write_rows
+from more_hf.bench.machine import weights_sha256
 from more_hf.core.files import write_json, write_text
-from more_hf.data import load_lpips
+from more_hf.data import FOLDER, load_lpips
 
 
 PROMPT = "a {thing} in the style of {artist}"
@@ -40,22 +45,42 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def generate(
-    pipe, data, pairs: list[tuple[int, int]], seeds: int, steps: int, guidance: float, batch_size: int
-) -> torch.Tensor:
-    """(seeds * len(pairs), 3, 64, 64) in [-1, 1], rounded to 8 bits, seed by seed.
+@dataclass(frozen=True)
+class Job:
+    """One image to draw: what the prompt asks for, by number, and the seed of its noise."""
 
-    An image depends on its pair and seed alone, not on the batch it is made in.
+    prompt: str
+    artist: int
+    thing: int
+    seed: int = 0
+
+    def noise(self) -> torch.Generator:
+        """Depends on artist, thing and seed alone, so every wording of a pair starts from the same noise."""
+        return torch.Generator().manual_seed(100_000 * self.seed + 1_000 * self.artist + self.thing)
+
+
+def pair_jobs(data, pairs: list[tuple[int, int]], seeds: int = 1) -> list[Job]:
+    """Each (artist, thing) under both names, seed by seed."""
+    return [
+        Job(PROMPT.format(thing=data.things[t], artist=data.artists[a]), a, t, seed)
+        for seed in range(seeds)
+        for a, t in pairs
+    ]
+
+
+def generate(pipe, jobs: list[Job], steps: int, guidance: float, batch_size: int) -> torch.Tensor:
+    """(len(jobs), 3, 64, 64) in [-1, 1], rounded to 8 bits.
+
+    An image depends on its job alone, not on the batch it is made in.
     """
-    jobs = [(seed, artist, thing) for seed in range(seeds) for artist, thing in pairs]
     images = []
     for start in range(0, len(jobs), batch_size):
         part = jobs[start : start + batch_size]
         output = pipe(
-            [PROMPT.format(thing=data.things[t], artist=data.artists[a]) for _, a, t in part],
+            [job.prompt for job in part],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(100_000 * seed + 1_000 * a + t) for seed, a, t in part],
+            generator=[job.noise() for job in part],
             output_type="np",
         ).images
         images.append(torch.from_numpy((output * 255).round() / 127.5 - 1).permute(0, 3, 1, 2).float())
@@ -168,13 +193,75 @@ def write_table(path: Path, lines: list[dict], artists: list[str], codec: dict) 
     write_text(path, "\n".join(table) + "\n")
 
 
+def word_jobs(data, things: int) -> dict[tuple[str, str], list[Job]]:
+    """
+    {(level, split): jobs}: artists by name, misspelling and description, and things by description; the split
+    is `trained` or `held_out`. Every wording of an artist asks for the same things under the same noise.
+    """
+    described = json.loads((FOLDER / "emoji_descriptions.json").read_text())
+    spread = range(0, len(data.things), max(1, len(data.things) // things))[:things]
+    jobs = {}
+    for a, artist in enumerate(data.artists):
+        jobs.setdefault(("name", "trained"), []).extend(pair_jobs(data, [(a, t) for t in spread]))
+        for level, splits in described["artists"][artist].items():
+            shape = PROMPT if level == "variant" else "a {thing}, {artist}"
+            for split, wordings in splits.items():
+                # One wording a thing, in turn.
+                jobs.setdefault((level, split), []).extend(
+                    Job(shape.format(thing=data.things[t], artist=wordings[i % len(wordings)]), a, t)
+                    for i, t in enumerate(spread)
+                )
+    for t, thing in enumerate(data.things):
+        for split, wordings in described["things"].get(thing.replace(" ", "-"), {}).items():
+            a = t % len(data.artists)
+            prompt = PROMPT.format(thing=wordings[0], artist=data.artists[a])
+            jobs.setdefault(("thing described", split), []).append(Job(prompt, a, t))
+    return jobs
+
+
+def summarise_words(
+    data, judges, worded: dict[tuple[str, str], list[Job]], images: torch.Tensor
+) -> list[dict]:
+    """One line for every level, split and artist, and for all artists."""
+    rows = []
+    for (level, split), jobs in worded.items():
+        part, images = images[: len(jobs)], images[len(jobs) :]
+        pairs = [(job.artist, job.thing) for job in jobs]
+        rows += judged_rows(data, judges, part, pairs, dict(level=level, split=split))
+    lines = []
+    for level, split in worded:
+        for artist in ("all", *data.artists):
+            wanted = (level, split)
+            mine = [r for r in rows if (r["level"], r["split"]) == wanted and artist in ("all", r["artist"])]
+            if mine:
+                line = dict(level=level, split=split, artist=artist, n=len(mine))
+                for key in ("artist", "thing"):
+                    line[f"{key}_acc"] = f"{100 * np.mean([r[f'{key}_ok'] for r in mine]):.1f}"
+                lines.append(line)
+    return lines
+
+
+def write_words(path: Path, lines: list[dict], artists: list[str]) -> None:
+    """How often the artist is recognised at each level, artists across; the thing's share last."""
+    value = {(s["level"], s["split"], s["artist"]): s for s in lines}
+    table = [
+        f"| artist recognised, % | {' | '.join(artists)} | all | thing |",
+        "|---" * (len(artists) + 3) + "|",
+    ]
+    for level, split in dict.fromkeys((s["level"], s["split"]) for s in lines):
+        found = [value.get((level, split, artist), {}).get("artist_acc", "") for artist in (*artists, "all")]
+        thing = value[level, split, "all"]["thing_acc"]
+        table.append(f"| {level}, {split.replace('_', ' ')} | {' | '.join(found)} | {thing} |")
+    write_text(path, "\n".join(table) + "\n")
+
+
 def compare_settings(pipe, data, judges, pairs, args) -> None:
     """Recognition for each of the steps and guidance values, on the same pairs and seeds."""
     lines = []
     for steps in args.steps:
         for guidance in args.guidance:
             start = time.monotonic()
-            images = generate(pipe, data, pairs, args.seeds, steps, guidance, args.batch_size)
+            images = generate(pipe, pair_jobs(data, pairs, args.seeds), steps, guidance, args.batch_size)
             rate = len(images) / (time.monotonic() - start)
             rows = judged_rows(data, judges, images, pairs * args.seeds, {})
             accuracy = {
@@ -221,6 +308,7 @@ def main() -> None:
         compare_settings(pipe, data, judges, groups["training"], args)
         return
 
+    draw = partial(generate, pipe, steps=args.steps[0], guidance=args.guidance[0], batch_size=args.batch_size)
     number = {
         (a, t): i
         for i, (a, t) in enumerate(zip(data.artist.tolist(), data.thing.tolist(), strict=False))
@@ -234,7 +322,7 @@ def main() -> None:
             continue
         seeds = args.seeds * (2 if group == "held_out" else 1)
         start = time.monotonic()
-        images = generate(pipe, data, pairs, seeds, args.steps[0], args.guidance[0], args.batch_size)
+        images = draw(pair_jobs(data, pairs, seeds))
         print(
             f"{group}: {len(images)} images, {len(images) / (time.monotonic() - start):.1f} a second",
             flush=True,
@@ -265,12 +353,17 @@ def main() -> None:
         rows += judged_rows(data, judges, copies, pairs, dict(source="reconstructed", group=group))
 
     lines = summarise(rows, data.artists)
+    worded = word_jobs(data, 2 if args.smoke else 10)
+    words = summarise_words(data, judges, worded, draw([job for jobs in worded.values() for job in jobs]))
+    write_csv(args.output / "words.csv", words)
+    write_words(args.output / "words.md", words, data.artists)
     write_csv(args.output / "rows.csv", rows)
     write_csv(args.output / "summary.csv", lines)
     write_table(args.output / "table.md", lines, data.artists, codec)
     config = dict(
         command=" ".join(["evaluate.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
         prompt=PROMPT,
+        weights=weights_sha256(pipe),
     )
     config |= dict(
         steps=args.steps[0],
@@ -291,7 +384,7 @@ def main() -> None:
     ]
     if args.smoke:
         asked = [(a, t) for a in range(len(data.artists)) for t in range(2)]
-    images = generate(pipe, data, asked, 1, args.steps[0], args.guidance[0], args.batch_size)
+    images = draw(pair_jobs(data, asked))
     draw_grid(args.output / "grid.png", data, asked, images, groups)
     real = torch.stack(
         [data.pixels(torch.tensor([number[p]]))[0] if p in number else torch.ones(3, 64, 64) for p in asked]
@@ -301,7 +394,7 @@ def main() -> None:
     held = [[p for p in held if p[0] == a][:10] for a in range(len(data.artists))]
     flat = [p for row in held for p in row]
     if flat:
-        images = generate(pipe, data, flat, 1, args.steps[0], args.guidance[0], args.batch_size)
+        images = draw(pair_jobs(data, flat))
         draw_grid(args.output / "held_out.png", data, flat, images, groups)
     print((args.output / "table.md").read_text())
 

@@ -136,6 +136,14 @@ def test_exported_folder_opens_in_plain_diffusers_and_is_measured(chain):
     assert {"training", "held_out"} == {line["group"] for line in lines}
     assert all(0 <= float(line["artist_acc"]) <= 100 for line in lines)
     assert (chain / "evaluation" / "grid.png").stat().st_size > 0
+    with open(chain / "evaluation" / "words.csv") as file:
+        words = list(csv.DictReader(file))
+    of_all = {(line["level"], line["split"]): line["n"] for line in words if line["artist"] == "all"}
+    levels = [
+        ("name", "trained"),
+        *((k, s) for k in ("variant", "short", "long") for s in ("trained", "held_out")),
+    ]
+    assert of_all == dict.fromkeys(levels, "20")  # ten artists, two things
 
 
 def test_curves_are_drawn_from_a_log(chain, recipe):

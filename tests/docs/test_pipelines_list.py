@@ -1,4 +1,4 @@
-"""`benchmarks/pipelines.json`: which committed result was made with which version of the embedded pipeline."""
+"""`benchmarks/pipelines.json`: which committed result was made with which embedded pipeline."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,8 @@ def recorded_weights(config: Path) -> str | None:
     settings = json.loads(config.read_text())
     if settings.get("model") == "emoji-sd":
         return settings["generation"]["weights"]
+    if config.parent.name == "evaluation":
+        return settings.get("weights")
     return settings.get("models", {}).get("emoji-sd", {}).get("weights")
 
 
