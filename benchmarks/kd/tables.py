@@ -37,6 +37,9 @@ COLUMNS = {
     "kr_converged_hm_t": "kr_converged_hm_t",
     "kr_converged_auc_rest": "auc_rest",
     "kr_converged_auc_target": "auc_target",
+    "kr_binary_auc_rest": "binary_auc_rest",
+    "kr_knn_acc_ft": "knn_acc_ft",
+    "kr_mlp_acc_ft": "mlp_acc_ft",
     "gap_closed": "gap_closed",
 }
 KEPT, FORGOTTEN = 0.5, 0.5  # points of acc_rt that may be lost, percent of acc_ft that may be left

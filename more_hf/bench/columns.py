@@ -36,12 +36,15 @@ class Column:
             `"%"`, `"s"`, `"MiB"`; empty for a number without one.
         better (`"up"` or `"down"`, *optional*):
             Which way is better. `None` for a number that is only compared with a reference.
+        added (`bool`, *optional*, defaults to `False`):
+            Whether files of an earlier version may lack the column: its values are `None` there.
     """
 
     name: str
     type: Callable[[str], Any] = float
     unit: str = ""
     better: Literal["up", "down"] | None = None
+    added: bool = False
 
     @property
     def header(self) -> str:
@@ -87,13 +90,13 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> list[dict[str, Any
     Read the named columns of a CSV file.
 
     Raises:
-        ValueError: if a column is missing or a cell is not of its column's type.
+        ValueError: if a column is missing that no later version added, or a cell is not of its column's type.
     """
     lines = read_cells(path)
-    missing = [column.name for column in columns if lines and column.name not in lines[0]]
+    missing = [c.name for c in columns if lines and c.name not in lines[0] and not c.added]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}.")
-    return [{column.name: column.read(line[column.name]) for column in columns} for line in lines]
+    return [{column.name: column.read(line.get(column.name, "")) for column in columns} for line in lines]
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

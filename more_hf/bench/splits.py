@@ -195,3 +195,10 @@ def split_by_sample(data: KDData, fraction: float = 0.1, *, seed: int = 0) -> Sp
         ft=data.test.subset(none),
         rt=data.test,
     )
+
+
+def some_of_each(labels: Tensor, limit: int | None, *, seed: int = 0) -> Tensor:
+    """Draw up to `limit` places of each of labels `(n,)`, in order; all without a limit."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    picks = [order[labels[order] == label][:limit] for label in labels.unique()]
+    return torch.cat(picks).sort().values

@@ -58,6 +58,7 @@ def test_rows_are_read_by_their_columns_types(tmp_path):
     assert read_rows(path, columns) == [{"name": "", "n": 3, "lpips": None}]
     with pytest.raises(ValueError, match="no column 'seconds'"):
         read_rows(path, [Column("seconds")])
+    assert read_rows(path, [Column("n", int), Column("seconds", added=True)]) == [{"n": 3, "seconds": None}]
     assert read_cells(tmp_path / "none.csv") == []
 
 

@@ -143,6 +143,25 @@ def cache(
     return Cached(inputs, model, head)
 
 
+def invert_two_queries(cached: Cached, part: str) -> Tensor:
+    """The features `(n, d)` that explain two answers of a router best, by the experts that gave them.
+
+    z solves [E_a; E_b] z = [z_a; z_b] in least squares: exactly where the targets of a and b differ in as
+    many directions as classes were forgotten. Where one expert gave both, what it removed stays missing.
+    """
+    remap = cached.routed.remap
+    identity = torch.eye(len(remap.prototypes.matrix), dtype=torch.float64)
+    experts = [identity + remap.shift(e) @ remap.D_F for e in range(remap.num_experts)]
+    answers = [cached.features(part, draw=draw).double() for draw in (0, 1)]
+    a, b = (cached.experts(part, draw=draw) for draw in (0, 1))
+    found = torch.empty_like(answers[0])
+    for i, j in torch.stack([a, b], dim=1).unique(dim=0).tolist():
+        rows = (a == i) & (b == j)
+        both = torch.cat([answers[0][rows], answers[1][rows]], dim=1)
+        found[rows] = both @ torch.linalg.pinv(torch.cat([experts[i], experts[j]])).T
+    return found.float()
+
+
 def _seed(erasure: ClassErasure, start: int, count: int, draw: int = 0) -> None:
     """Give each sample from `start` on its random stream, another one in each draw."""
     first = (draw << 32) + start

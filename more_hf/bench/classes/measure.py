@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..splits import KDData, Splits
+from ..splits import KDData, Splits, some_of_each
 from .features import Cached
+from .heads import fit_perceptron, nearest_neighbours
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
-from .metrics import SPLITS, accuracy, expert_load, kd_scores
-from .probes import LEARNING_RATES, Probe, converged_probe, probe_scores, sgd_probes
+from .metrics import SPLITS, accuracy, auc, expert_load, kd_scores
+from .probes import LEARNING_RATES, RESOLUTION, Probe, converged_probe, probe_scores, sgd_probes
 from .similarity import class_means, linear_cka, prototype_cosines
 
 
 PAPER_RATE = 0.1  # the learning rate of the KR columns in the paper's main tables
 CONVERGED = "converged"  # in place of the learning rate
 PARTS = ("train", "test")
+# The heads that are not linear: labelled images of each class, nearest neighbours, and the perceptron's.
+LABELLED, NEIGHBOURS, HIDDEN, EPOCHS = 500, 5, 512, 30
 
 Probes = dict[tuple[float | str, int], Probe]
 """Learning rate and seed to the probe."""
@@ -32,10 +35,12 @@ class Shared:
 
     Attributes:
         probes (`dict[str, Probes]`): a hash of features to their probes.
+        others (`dict[str, Mapping[str, Tensor]]`): the same to the logits of heads that are not linear.
         inputs (`dict[int, Mapping[str, Tensor]]`): seed to what the original's head reads.
     """
 
     probes: dict[str, Probes] = field(default_factory=dict)
+    others: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     inputs: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
@@ -122,12 +127,14 @@ def measure(
     key = _digest(features, tuple(probe_seeds), redraws)
     if key not in shared.probes:
         shared.probes[key] = _probes(cached, features, places, probe_seeds, redraws)
+        shared.others[key] = _other_heads(cached, features, places, redraws)
     split_features = places.take(features)
     probes = []
     for (rate, seed), probe in shared.probes[key].items():
         scores = probe_scores(probe, split_features, labels, forget, targets)
         probes.append({"learning_rate": rate, "probe_seed": seed, **scores})
     row |= _retention(probes)
+    row |= _others(shared.others[key], features, places)
     row |= _membership(logits, labels)
 
     row |= _alignment("original", split_features, original, places)
@@ -165,6 +172,35 @@ def _retention(probes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         **{f"kr_{name}": sum(probe[name] for probe in paper) / len(paper) for name in names},
         **{f"kr_converged_{name}": converged[name] for name in (*names, "auc_rest", "auc_target")},
     }
+
+
+def _other_heads(
+    cached: Cached, features: Mapping[str, Tensor], places: Places, redraws: bool
+) -> dict[str, Tensor]:
+    """Logits of test images by heads that are not linear, which see some labelled images of each class."""
+    some = some_of_each(places.labels["train"], LABELLED)
+    labels, train, test = places.labels["train"][some], features["train"][some], features["test"]
+    asked = replace(cached, inputs={"train": cached.inputs["train"][some]})
+
+    def redrawn(epoch: int) -> Tensor:
+        return asked.features("train", draw=1 + epoch) if redraws else train
+
+    size = {"hidden": HIDDEN, "epochs": EPOCHS, "seed": 0}
+    perceptron = fit_perceptron(redrawn, labels, places.num_classes, **size)
+    return {"knn": nearest_neighbours(train, labels, test, count=NEIGHBOURS), "mlp": perceptron(test)}
+
+
+def _others(logits: Mapping[str, Tensor], features: Mapping[str, Tensor], places: Places) -> dict[str, float]:
+    """The columns of these heads, and of a linear head for the forgotten against all others."""
+    row = {}
+    for name, of_test in logits.items():
+        for split in ("ft", "rt"):
+            mask = places.mask[split]
+            row[f"kr_{name}_acc_{split}"] = accuracy(of_test[mask], places.labels["test"][mask])
+    binary = converged_probe(features["train"], places.mask["f"].long())(features["test"])
+    score = binary[:, 1] - binary[:, 0]
+    ours, theirs = score[places.mask["ft"]], score[places.mask["rt"]]
+    return row | {"kr_binary_auc_rest": auc(ours, theirs, resolution=RESOLUTION)}
 
 
 def _membership(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, float]:

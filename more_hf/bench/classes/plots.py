@@ -33,7 +33,8 @@ def write_plots(
             with np.load(cell.path.with_suffix(".npz")) as held:
                 arrays |= dict(held)
     names = [key.removesuffix("/features") for key in arrays if key.endswith("/features")]
-    shown = [name for name in names if not name.endswith("-reloaded") and "-x" not in name][:PANELS]
+    variants = ("-reloaded", "-inverted")
+    shown = [name for name in names if not name.endswith(variants) and "-x" not in name][:PANELS]
     classes = config.class_names
     forgotten = [classes.index(name) for name in config.forget[first]]
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,20 @@ from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification
 from ..run import method_settings, refuse_unused_settings
 from ..splits import KDData, Splits, split_by_class
 from .data import load_kd_data
-from .features import Cached, cache, head_only, reloaded, same_backbone, splits_of_features
-from .measure import Places, Shared, measure
+from .features import (
+    Cached,
+    cache,
+    head_only,
+    invert_two_queries,
+    reloaded,
+    same_backbone,
+    splits_of_features,
+)
+from .measure import PARTS, Places, Shared, measure
 from .models import MODELS, pretrained_inputs
 from .similarity import class_means
 from .store import ClassesConfig, KDCell, KDConfig, Training
-from .tables import RELOADED, write_outputs
+from .tables import INVERTED, RELOADED, write_outputs
 from .training import Recipe, Trainer
 
 
@@ -87,7 +95,8 @@ def run_kd(
         epochs (`int`, *optional*): of every training; by default the recipe's.
         probe_seeds (`int`, defaults to 5): new heads per learning rate.
         passes (`Sequence[int]`, defaults to `(16,)`): for each, methods with random routing get one more row,
-            `-xK`: an attacker who asks K times and takes the mean.
+            `-xK`: an attacker who asks K times and takes the mean. `-inverted` is one who asks twice, knows
+            the experts, and takes the feature that explains both answers.
         settings (`Mapping`, *optional*): arguments for every method that takes them.
         tuned (`Mapping`, *optional*): method to its own arguments.
         shared (`Shared`, *optional*): results of earlier calls on the same data and trained classifiers; this
@@ -345,7 +354,11 @@ class _Seed:
         yield method, cached, 1
         if get_erasure(edited) is not None:
             with reloaded(edited) as plain:
-                yield method + RELOADED, self._cache(plain), 1
+                loaded = self._cache(plain)
+                yield method + RELOADED, loaded, 1
+                if cached.is_random:
+                    inverted = {part: invert_two_queries(cached, part) for part in PARTS}
+                    yield method + INVERTED, replace(loaded, inputs=inverted), 1
         if cached.is_random:
             for passes in self.config.evaluation["passes"]:
                 yield f"{method}-x{passes}", cached, passes

@@ -24,6 +24,7 @@ Row = Mapping[str, Any]
 
 POOLED = "all"  # the `forget` of lines over all entries
 RELOADED = "-reloaded"
+INVERTED = "-inverted"
 REFERENCES = ("original", "retrain")  # not methods: others are compared with them
 
 GROUPS = ("", "kr_", "kr_converged_")  # the own head, the paper's new head, the converged one
@@ -48,6 +49,14 @@ CONVERGED = [
     Column("kr_converged_auc_rest", unit="%"),
     Column("kr_converged_auc_target", unit="%"),
 ]
+# Other attackers: nearest neighbours, a perceptron, and a linear head for the forgotten against all others.
+OTHER_HEADS = [
+    Column("kr_knn_acc_ft", unit="%", better="down", added=True),
+    Column("kr_knn_acc_rt", unit="%", better="up", added=True),
+    Column("kr_mlp_acc_ft", unit="%", better="down", added=True),
+    Column("kr_mlp_acc_rt", unit="%", better="up", added=True),
+    Column("kr_binary_auc_rest", unit="%", added=True),
+]
 # Attacks and similarities are compared with Retrain's: neither direction is better.
 LOSS_ATTACK = [
     Column("mia_loss", unit="%"),
@@ -69,7 +78,7 @@ SIMILARITY = [
 GAP = Column("gap_closed", unit="%")
 COUNTS = [Column("n_f", int), Column("n_r", int), Column("n_ft", int), Column("n_rt", int)]
 COST = [Column("seconds", unit="s", better="down"), Column("peak_memory", unit="MiB", better="down")]
-NUMBERS = [*OWN_HEAD, *NEW_HEAD, *CONVERGED, *MEMBERSHIP, *SIMILARITY, *COST]
+NUMBERS = [*OWN_HEAD, *NEW_HEAD, *CONVERGED, *OTHER_HEADS, *MEMBERSHIP, *SIMILARITY, *COST]
 
 ROW_COLUMNS = [
     *KEYS,
@@ -77,6 +86,7 @@ ROW_COLUMNS = [
     *OWN_HEAD,
     *NEW_HEAD,
     *CONVERGED,
+    *OTHER_HEADS,
     *MEMBERSHIP,
     *SIMILARITY,
     *COUNTS,
@@ -109,8 +119,8 @@ WORDS = {
 }
 PAGE_NOTE = (
     "Percent of test images; both: the harmonic mean of what is forgotten and what is still "
-    "recognised. The new heads are trained on the features after the edit. -reloaded: saved and loaded. "
-    "Bold is the best method."
+    "recognised. The new heads are trained on the features after the edit. -reloaded: saved and loaded; "
+    "-inverted: asked twice by someone who knows the experts. Bold is the best method."
 )
 # The pages' pictures: heading and caption. The first stands open above the table.
 PICTURES = {
@@ -129,6 +139,11 @@ CONVERGED_NOTE = (
     "Multinomial logistic regression to the end. auc_rest, auc_target: forgotten test samples against all "
     "others, and against the class they were sent to; 50 says that the probe cannot tell. gap_closed: how "
     "much of the way from original to retrain acc_ft went."
+)
+OTHER_HEADS_NOTE = (
+    "Five nearest neighbours by cosine, and a perceptron with one hidden layer, both on up to 500 training "
+    "images of each class. kr_binary_auc_rest: as auc_rest above, of a linear head for the forgotten against "
+    "all others, trained to the end."
 )
 PROBES_NOTE = (
     "acc_ft of each new head, probe seed after probe seed: a mean hides a coin flip. "
@@ -179,7 +194,8 @@ def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
     entries, methods = list(config.forget), list(config.methods)
     done.sort(key=lambda cell: (entries.index(cell.forget), methods.index(cell.method), cell.seed))
     measured = [cell.read() for cell in done]
-    rows = [row for cell in measured for row in cell["rows"]]
+    # A cell that an earlier version measured lacks the columns that were added.
+    rows = [{c.name: row.get(c.name) for c in ROW_COLUMNS} for cell in measured for row in cell["rows"]]
     probes = [probe for cell in measured for probe in cell["probes"]]
     write_rows(output / "rows.csv", rows)
     write_rows(output / "probes.csv", probes)
@@ -320,6 +336,8 @@ def sections(summary: Sequence[Row], probes: Sequence[Row]) -> list[Section]:
         Section("Similarity", SIMILARITY_NOTE, _compare(main, SIMILARITY)),
         Section("Cost", "Seconds, and MiB while the method works.", _compare(main, COST)),
     ]
+    if any(line[column.name] is not None for line in main for column in OTHER_HEADS):
+        tables.insert(3, Section("Other heads", OTHER_HEADS_NOTE, _compare(main, OTHER_HEADS)))
     if main[0]["forget"] == POOLED:
         single = [line for line in summary if line["forget"] != POOLED]
         tables.append(Section("Every erasure", "Means over seeds.", _compare(single, SHORT)))

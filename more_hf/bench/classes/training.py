@@ -67,7 +67,7 @@ class Recipe:
 
 RECIPES = {
     "digits": Recipe(epochs=30, batch_size=64, warmup_steps=20, shift=1),
-    "fashion-mnist-6000": Recipe(epochs=40, warmup_steps=50, shift=0),  # every image as it is, to the end
+    "fashion-mnist-6000": Recipe(epochs=25, warmup_steps=50, shift=0),  # every image as it is, to the end
     "emoji-100": Recipe(epochs=12),
 }
 """Recipes of data sets for which the default does not fit."""

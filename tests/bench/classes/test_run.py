@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from support.compare import same
 
 from more_hf.api import get_erasure
@@ -27,7 +30,7 @@ from more_hf.bench.classes.features import cache, same_backbone
 from more_hf.bench.classes.probes import sgd_probes
 from more_hf.bench.classes.similarity import class_means
 from more_hf.bench.classes.store import ClassesConfig
-from more_hf.bench.classes.tables import PROBE_COLUMNS, ROW_COLUMNS, rebuild, summarise
+from more_hf.bench.classes.tables import OTHER_HEADS, PROBE_COLUMNS, ROW_COLUMNS, rebuild, summarise
 from more_hf.bench.classes.training import accuracy, predict
 from more_hf.bench.columns import read_rows
 from more_hf.bench.errors import BenchmarkError
@@ -42,7 +45,8 @@ pytestmark = pytest.mark.slow
 
 SMALL = {"epochs": 3, "probe_seeds": 2, "passes": (3,)}
 METHODS = ("original", "retrain", "esc", "remap", "more")
-ROWS = ["original", "retrain", "esc", "remap", "remap-reloaded", "more", "more-reloaded", "more-x3"]
+OURS = ["remap", "remap-reloaded", "more", "more-reloaded", "more-inverted", "more-x3"]
+ROWS = ["original", "retrain", "esc", *OURS]
 COSTS = ("seconds", "peak_memory")
 
 
@@ -144,6 +148,59 @@ def test_remap_row_is_erase_classes_and_reloading_takes_only_the_hook_away(folde
     assert rows["remap"]["kr_acc_f"] < rows["original"]["kr_acc_f"] - 20
 
 
+def test_heads_of_other_shapes(folder, data, original):
+    """By hand, on the features of the original; the digits have fewer than 500 images of each class."""
+    rows, splits = rows_of(folder), split_by_class(data, [3])
+    train, test = (head_inputs(original, part).double().numpy() for part in (data.train, data.test))
+    labels, asked = data.train.labels.numpy(), data.test.labels.numpy()
+    lengths = np.linalg.norm(test, axis=1)[:, None] * np.linalg.norm(train, axis=1)
+    nearest = np.argsort(-(test @ train.T) / lengths, axis=1)[:, :5]
+    voted = np.array([np.bincount(labels[five], minlength=10).argmax() for five in nearest])
+    for split, mask in (("ft", asked == 3), ("rt", asked != 3)):
+        expected = 100 * (voted[mask] == asked[mask]).mean()
+        assert rows["original"][f"kr_knn_acc_{split}"] == pytest.approx(expected, abs=100 / mask.sum())
+        assert rows["original"][f"kr_mlp_acc_{split}"] > 80
+    # LEACE hides the class from one head for it against the rest, and not from a head for all classes.
+    binary = LogisticRegression(C=1e4, max_iter=5000).fit(train, labels == 3)
+    expected = 100 * roc_auc_score(asked == 3, binary.decision_function(test))
+    assert rows["original"]["kr_binary_auc_rest"] == pytest.approx(expected, abs=0.3)
+    blind = CLASSIFICATION["leace-rest"].load()(copy.deepcopy(original), splits)
+    parts = {"train": data.train, "test": data.test}
+    cached, plain = cache(blind, blind.classifier, parts), cache(original, original.classifier, parts)
+    means = class_means(plain.features("train"), data.train.labels, 10)
+    settings = {"forget": [3], "targets": [], "original": plain, "retrained": None, "original_means": means}
+    places = kd.Places.of(data, splits)
+    row = kd_measure(cached, places, **settings, probe_seeds=[0], shared=measuring.Shared()).row
+    assert row["kr_binary_auc_rest"] < 70
+    assert row["kr_converged_auc_rest"] > 90
+
+
+def test_two_answers_of_known_experts_give_the_features_back(folder):
+    rows = rows_of(folder)
+    for column in ("kr_acc_ft", "kr_converged_acc_ft", "kr_knn_acc_ft", "kr_converged_auc_rest"):
+        assert rows["more-inverted"][column] > rows["original"][column] - 15, (
+            column
+        )  # one in nine times one expert
+        assert rows["more-inverted"][column] > rows["more"][column] + 10, column
+    assert rows["more-inverted"]["acc_ft"] == rows["more-reloaded"]["acc_ft"]  # its head forgets all the same
+
+
+def test_a_folder_of_an_earlier_version_is_reported_without_what_was_added(folder, tmp_path):
+    older = shutil.copytree(folder, tmp_path / "older")
+    for path in (older / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        names = [column.name for column in OTHER_HEADS]
+        cell["rows"] = [{key: v for key, v in row.items() if key not in names} for row in cell["rows"]]
+        path.write_text(json.dumps(cell))
+    for _ in range(2):  # from its cells, and then from its rows alone
+        lines = {line["method"]: line for line in rebuild(older)}
+        assert lines["more"]["kr_knn_acc_ft"] is None
+        assert lines["more"]["kr_acc_ft"] == rows_of(folder)["more"]["kr_acc_ft"]
+        assert "## Other heads" not in (older / "table.md").read_text()
+        shutil.rmtree(older / "cells", ignore_errors=True)
+    assert "## Other heads" in (folder / "table.md").read_text()
+
+
 def test_reloaded_is_what_save_pretrained_gives(data, original, tmp_path):
     edited = CLASSIFICATION["more"].load()(copy.deepcopy(original), split_by_class(data, [3]))
     edited.save_pretrained(tmp_path)
@@ -196,7 +253,7 @@ def test_run_again_measures_nothing_twice_and_a_lost_cell_comes_out_the_same(fol
     (lost,) = [cell for cell in ClassesConfig.read(folder).cells(folder) if cell.method == "more"]
     lost.path.unlink()
     kd.run_kd("digits", "allcnn-narrow", METHODS, ["3"], output=folder, **SMALL)
-    assert len(asked) == 3  # more, reloaded, three passes
+    assert len(asked) == 4  # more, reloaded, inverted, three passes
     assert without_costs(folder) == before  # routing draws from seeds, not from the process
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ....classification.heads import evaluating
+from ...classes.heads import linear_head
 from ...splits import ImageSet
 from ..result import Result
-from .heads import linear_head
 from .victim import Part, Seen, Victim
 
 

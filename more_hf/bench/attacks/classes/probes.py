@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
+from ...classes.heads import class_logits, fit_perceptron, linear_head, nearest_neighbours
 from ...classes.probes import converged_probe, sgd_probes
 from ..result import Result
-from .heads import fit_perceptron, linear_head
 from .victim import Victim
 
 
@@ -27,7 +26,6 @@ def probes(victim: Victim, *, neighbours: int = 5, hidden: int = 512, epochs: in
         hidden (`int`, defaults to 512), epochs (`int`, defaults to 30): of the multilayer perceptron.
     """
     from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
-    from sklearn.neighbors import KNeighborsClassifier
 
     train, test = victim.cached.features("train"), victim.cached.features("test")
     labels, k, seed = victim.labels("train"), victim.num_classes, victim.seed
@@ -42,16 +40,16 @@ def probes(victim: Victim, *, neighbours: int = 5, hidden: int = 512, epochs: in
     def perceptron() -> Tensor:
         return fit_perceptron(drawn, labels, k, hidden=hidden, epochs=epochs, seed=seed)(test)
 
-    def of_sklearn(model) -> Tensor:
-        model.fit(train.double().numpy(), labels.numpy())
-        return torch.from_numpy(model.predict_proba(test.double().numpy())).clamp_min(1e-12).log()
+    def quadratic() -> Tensor:
+        model = QuadraticDiscriminantAnalysis(solver="eigen", shrinkage=0.1)
+        return class_logits(model, train, labels, test)
 
     shapes = {
         PAPER: paper,
         "linear, converged": lambda: converged_probe(train, labels)(test),
-        "k-NN": lambda: of_sklearn(KNeighborsClassifier(neighbours, metric="cosine")),
+        "k-NN": lambda: nearest_neighbours(train, labels, test, count=neighbours),
         PERCEPTRON: perceptron,
-        "QDA": lambda: of_sklearn(QuadraticDiscriminantAnalysis(solver="eigen", shrinkage=0.1)),
+        "QDA": quadratic,
     }
     features = {"train": train, "test": test}
     for name, logits in shapes.items():

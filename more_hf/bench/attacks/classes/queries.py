@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...classes.features import inputs_of
+from ...classes.features import inputs_of, invert_two_queries
+from ...classes.heads import linear_head
 from ...classes.training import augment
-from ...splits import ImageSet
+from ...splits import ImageSet, some_of_each
 from ..result import Result
-from .heads import linear_head
-from .victim import Part, Victim, some_of_each
+from .victim import Part, Victim
 
 
 QUERIES = "queries"
@@ -48,7 +48,7 @@ def queries(victim: Victim, *, asked: Sequence[int] = (1, 2, 4, 16, 64)) -> Iter
 
     if victim.cached.routed is not None:
         two["variant"] = "two, known experts"
-        train, test = (invert_two_queries(victim, part) for part in ("train", "test"))
+        train, test = (invert_two_queries(victim.cached, part) for part in ("train", "test"))
         yield from victim.scores(linear_head(train, labels, test), **two)
         original = victim.original.cached.inputs["test"][victim.forgotten("test")]
         error = (test[victim.forgotten("test")] - original).norm(dim=1) / original.norm(dim=1)
@@ -64,25 +64,6 @@ def queries(victim: Victim, *, asked: Sequence[int] = (1, 2, 4, 16, 64)) -> Iter
 def _mean_and_distance(victim: Victim, part: Part) -> Tensor:
     first, second = (victim.cached.features(part, draw=draw) for draw in (0, 1))
     return torch.cat([(first + second) / 2, (first - second).norm(dim=1, keepdim=True)], dim=1)
-
-
-def invert_two_queries(victim: Victim, part: Part) -> Tensor:
-    """The features `(n, d)` that explain two answers best, by the experts that gave them.
-
-    z solves [E_a; E_b] z = [z_a; z_b] in least squares: exactly where the targets of a and b differ in as
-    many directions as classes were forgotten. Where one expert gave both, what it removed stays missing.
-    """
-    remap = victim.cached.routed.remap
-    identity = torch.eye(len(remap.prototypes.matrix), dtype=torch.float64)
-    experts = [identity + remap.shift(e) @ remap.D_F for e in range(remap.num_experts)]
-    answers = [victim.cached.features(part, draw=draw).double() for draw in (0, 1)]
-    a, b = (victim.cached.experts(part, draw=draw) for draw in (0, 1))
-    found = torch.empty_like(answers[0])
-    for i, j in torch.stack([a, b], dim=1).unique(dim=0).tolist():
-        rows = (a == i) & (b == j)
-        both = torch.cat([answers[0][rows], answers[1][rows]], dim=1)
-        found[rows] = both @ torch.linalg.pinv(torch.cat([experts[i], experts[j]])).T
-    return found.float()
 
 
 def jitter(

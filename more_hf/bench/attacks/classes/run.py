@@ -24,10 +24,10 @@ from ...classes.tables import RELOADED
 from ...classes.training import Recipe, train_classifier, without
 from ...machine import processes, this_run
 from ...methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
-from ...splits import ImageSet, KDData, Splits, split_by_class
+from ...splits import ImageSet, KDData, Splits, some_of_each, split_by_class
 from ..run import attack_settings, run_attacks
 from ..store import AttackConfig, Case
-from .victim import Seen, Victim, some_of_each
+from .victim import Seen, Victim
 
 
 ORIGINAL, RETRAIN, RANDOM = "original", "retrain", "random-weights"

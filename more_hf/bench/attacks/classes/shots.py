@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ....classification.heads import evaluating, logits_of
 from ...classes.similarity import class_means
+from ...splits import some_of_each
 from ..result import Result
-from .victim import REMAINING, Victim, some_of_each
+from .victim import REMAINING, Victim
 
 
 IMAGES, STEPS = "images", "steps"

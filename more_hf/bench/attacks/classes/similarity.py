@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from ...classes.heads import fit_perceptron
 from ...classes.similarity import linear_cka
 from ..result import Result
-from .heads import fit_perceptron
 from .layers import block_features
 from .victim import Part, Seen, Victim
 

@@ -128,10 +128,3 @@ class Victim:
             for measure, others in ((AUC, ~forgotten), (AUC_TARGET, sent))
             if others.any()
         ]
-
-
-def some_of_each(labels: Tensor, limit: int | None, *, seed: int = 0) -> Tensor:
-    """Draw up to `limit` places of each of labels `(n,)`, in order; all without a limit."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    picks = [order[labels[order] == label][:limit] for label in labels.unique()]
-    return torch.cat(picks).sort().values

@@ -1,8 +1,9 @@
-"""The heads that attackers train."""
+"""The heads that attackers train on features, other than logistic regression."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,28 @@ def linear_head(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=equal)
     model.fit(train.double().numpy(), labels.numpy())
     return torch.from_numpy(model.decision_function(test.double().numpy()))
+
+
+def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, *, count: int) -> Tensor:
+    """Take a vote of the nearest labelled features, by cosine.
+
+    Args:
+        train (`Tensor`), labels (`Tensor`): `(n, d)` and `(n,)`.
+        test (`Tensor`): `(m, d)`.
+        count (`int`): of neighbours.
+
+    Returns:
+        `Tensor`: logits `(m, k)` of the test features, float64, one column for each class of `labels`.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return class_logits(KNeighborsClassifier(count, metric="cosine"), train, labels, test)
+
+
+def class_logits(model: Any, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """Fit a classifier of scikit-learn's, and return the logarithms of its probabilities of test features."""
+    model.fit(train.double().numpy(), labels.numpy())
+    return torch.from_numpy(model.predict_proba(test.double().numpy())).clamp_min(1e-12).log()
 
 
 def fit_perceptron(
