@@ -83,7 +83,7 @@ def main() -> None:
     )
     if processes().is_main_process:
         fitted, test = (measured_accuracy(model, part) for part in (data.train, data.test))
-        print(f"right: {fitted:.2f} % of the training images, {test:.2f} % of the test images")
+        print(f"training accuracy {fitted:.2f} %, test accuracy {test:.2f} %")
         if args.package:
             package(args, data, model, recipe)
 

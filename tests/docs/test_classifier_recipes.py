@@ -3,8 +3,10 @@
 import csv
 import importlib.util
 import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 import more_hf.data
 from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.training import accuracy, predict
+from more_hf.bench.classes.training import RECIPES, Recipe, accuracy, predict
 from more_hf.classification.features import collect_prototypes
 from more_hf.data import CLASSIFIERS, load_classifier
 
@@ -114,9 +116,11 @@ def test_train_from_a_pretrained_classifier(run, tmp_path, capsys):
         "--threads",
         1,
     )
-    assert "test accuracy" in capsys.readouterr().out
+    assert re.search(r"training accuracy [\d.]+ %, test accuracy [\d.]+ %", capsys.readouterr().out)
     facts = json.loads((tmp_path / "run" / "training.json").read_text())
     assert facts["image_size"] == 16
+    # what is not given is the data set's own recipe
+    assert Recipe(**facts["recipe"]) == replace(RECIPES["digits"], epochs=1, flip=False)
     assert facts["config"]["id2label"]["9"] == "9"
 
 
