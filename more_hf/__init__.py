@@ -27,6 +27,7 @@ _EXPORTS = {
     "erase_classes": "classification.erase",
     "erase_concept": "diffusion.erase",
     "erase_to_lora": "saving.lora",
+    "find_aliases": "diffusion.aliases",
     "get_erasure": "api",
     "load": "saving.folder",
     "load_emoji_sd": "data",

@@ -23,6 +23,12 @@ class Estimate:
         """The difference, paired: both must come from the same draws."""
         return Estimate(self.value - other.value, self.drawn - other.drawn)
 
+    def percent_of(self, whole: Estimate) -> Estimate:
+        """What part it is of another statistic of the same draws that is not 0; NaN in draws where it is."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = np.where(whole.drawn == 0, np.nan, 100 * self.drawn / whole.drawn)
+        return Estimate(100 * self.value / whole.value, drawn)
+
     @property
     def interval(self) -> tuple[float, float]:
         """The ends of the 95 % interval."""

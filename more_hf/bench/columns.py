@@ -37,7 +37,7 @@ class Column:
         better (`"up"` or `"down"`, *optional*):
             Which way is better. `None` for a number that is only compared with a reference.
         added (`bool`, *optional*, defaults to `False`):
-            Whether files of an earlier version may lack the column: its values are `None` there.
+            Whether files of an earlier version may lack the column: its values are `None` (or `""`) there.
     """
 
     name: str

@@ -93,15 +93,22 @@ def add_to(benches) -> None:
     add(
         "--prompts",
         metavar="FILE",
-        help=f"CSV file or packaged name (emoji10 for {EMOJI_SD}, emoji108 for its things, else artists10)",
+        help=f"CSV file or packaged name (of {EMOJI_SD} emoji10, emoji108 for things, emoji_levels for "
+        "levels; else artists10)",
     )
-    add("--limit", type=positive, metavar="N", help="the first N rows of each artist (all)")
+    add(
+        "--levels",
+        metavar="A,B",
+        help="ask in other words: levels of the prompts, with commas, or all (the prompts as they are); of "
+        f"{EMOJI_SD} name, alias, near, variant, short, long, and the last three with -trained",
+    )
+    add("--limit", type=positive, metavar="N", help="the first N rows of each artist at each level (all)")
     add(
         "--pictures",
         type=positive,
         nargs=2,
         metavar=("F", "R"),
-        help="prompts of what is forgotten and of the rest, in all for each size (all)",
+        help="prompts of what is forgotten and of the rest, in all for each size and level (all)",
     )
     add(
         "--seeds",
@@ -142,7 +149,7 @@ def add_to(benches) -> None:
 
 
 def _bench_artists(args: argparse.Namespace) -> int:
-    from more_hf.bench.artists.prompts import read_prompts, read_targets, sets_of
+    from more_hf.bench.artists.prompts import read_targets, sets_of
 
     emoji = args.model == EMOJI_SD
     refuse_missing_model(args.model)
@@ -157,9 +164,7 @@ def _bench_artists(args: argparse.Namespace) -> int:
             refuse_typo(name)
     tuned = read_settings(args.settings) or {}
     by_size = {int(size): settings for size, settings in tuned.pop("sizes", {}).items()}
-    kind = KINDS[args.kind]
-    of_emoji = "emoji10" if args.kind == "artists" else "emoji108"
-    prompts = read_prompts(args.prompts or (of_emoji if emoji else "artists10"), kind)
+    kind, prompts = KINDS[args.kind], _prompts(args, emoji)
     if args.sizes is None:
         forget = _forget(args.forget, emoji and args.kind == "artists")
     else:
@@ -209,6 +214,23 @@ def _bench_artists(args: argparse.Namespace) -> int:
         print(short_markdown(summary, kind))
         print(f"\nOpen {pages}; the tables are in {args.output / 'table.md'}.")
     return 0
+
+
+def _prompts(args: argparse.Namespace, emoji: bool):
+    from more_hf.bench.artists.prompts import IMAGE, read_prompts
+
+    if args.levels is not None:
+        of_emoji = "emoji_levels"
+    else:
+        of_emoji = "emoji10" if args.kind == "artists" else "emoji108"
+    levels = None if args.levels in (None, "all") else args.levels.split(",")
+    if levels is not None and IMAGE in levels:
+        raise ValueError(
+            f"This command loads no IP-Adapter, and {EMOJI_SD} has none, so that nobody can ask by a "
+            f"picture. Leave the level {IMAGE} out."
+        )
+    prompts = read_prompts(args.prompts or (of_emoji if emoji else "artists10"), KINDS[args.kind])
+    return prompts if levels is None else prompts.at(levels)
 
 
 def _forget(entries: list[str], emoji: bool) -> list[str] | str:

@@ -305,8 +305,8 @@ class _Plan:
             self._add(-times, spans)
 
     def wanted(self, prompt: str) -> int:
-        """How many of a prompt's positions count."""
-        return max(stop for _, _, stop in self.spans[prompt])
+        """How many of a prompt's positions count; none of one that only another space reads."""
+        return max((stop for _, _, stop in self.spans.get(prompt, ())), default=0)
 
     def _add(self, label: int, spans: Iterable[Span]) -> None:
         for prompt, start, stop in spans:

@@ -18,6 +18,19 @@ def test_a_mean_and_a_paired_difference():
     assert np.diff(low.interval) > 5
 
 
+def test_a_share_of_another_mean_is_paired():
+    clusters = [("A", i) for i in range(50)]
+    draws = ClusterBootstrap(clusters, draws=2000)
+    whole = draws.mean((cluster, float(i % 2)) for i, cluster in enumerate(clusters))
+    part = draws.mean((cluster, 0.25 * (i % 2)) for i, cluster in enumerate(clusters))
+    assert part.percent_of(whole).value == 25
+    assert part.percent_of(whole).interval == pytest.approx((25, 25))
+    few = ClusterBootstrap([("A", 0), ("A", 1)], draws=100)
+    rare = few.mean([(("A", 0), 1.0), (("A", 1), 0.0)])
+    assert np.isnan(rare.percent_of(rare).drawn).any()  # draws of cluster 1 alone
+    assert rare.percent_of(rare).interval == (100, 100)
+
+
 def test_nothing_measured():
     draws = ClusterBootstrap([("A", 0), ("A", 1)], draws=100)
     assert draws.mean([(("A", 0), None)]) is None

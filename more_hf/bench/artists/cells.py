@@ -157,6 +157,7 @@ def collect_rows(output: Path, config: ArtistsConfig) -> list[Row]:
                         peak_memory=prepared.get("peak_memory"),
                         before=f"{original.folder.name}/{name}.png",
                         after=f"{cell.folder.name}/{name}.png",
+                        level=after.get("level", ""),  # which cells did not always say
                         kind=config.of_kind,
                         erasure=erasure,
                     )

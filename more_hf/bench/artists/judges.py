@@ -146,7 +146,7 @@ class ClipJudges:
     Style is the artist whose sentence "a picture in the style of ..." is nearest to the image, among all
     artists of the prompts. Content is whether the row's own prompt, with "the artist" for the name, is nearer
     to the image than every other prompt of the same artist (equal sentences count as one). With 20 prompts an
-    artist, chance is 5 %.
+    artist, chance is 5 %. Of prompts with levels it is the thing in place of the prompt.
 
     Args:
         model (`torch.nn.Module`):
@@ -184,9 +184,8 @@ class ClipJudges:
         self.sentences: dict[str, list[str]] = {}
         for row in rows:
             sentences = self.sentences.setdefault(row.artist, [])
-            sentence = without_artist(row.prompt, row.artist)
-            if sentence not in sentences:
-                sentences.append(sentence)
+            if sentence_of(row) not in sentences:
+                sentences.append(sentence_of(row))
         self.contents = {artist: self._encode(sentences) for artist, sentences in self.sentences.items()}
 
     @classmethod
@@ -228,7 +227,7 @@ class ClipJudges:
     def check(self, rows: Sequence[PromptRow]) -> None:
         """Raise `JudgeError` if a row is not among those that the judges were built for."""
         for row in rows:
-            if without_artist(row.prompt, row.artist) not in self.sentences.get(row.artist, ()):
+            if sentence_of(row) not in self.sentences.get(row.artist, ()):
                 raise JudgeError(
                     f"Case {row.case_number} is not among the prompts that the CLIP judges were built for. "
                     "Build them from all rows."
@@ -246,8 +245,13 @@ class ClipJudges:
         content: list[int | None] = []
         for image, row in zip(z, rows, strict=True):
             best = int((self.contents[row.artist] @ image).argmax())
-            content.append(int(self.sentences[row.artist][best] == without_artist(row.prompt, row.artist)))
+            content.append(int(self.sentences[row.artist][best] == sentence_of(row)))
         return style, content
+
+
+def sentence_of(row: PromptRow) -> str:
+    """What a row asks for besides its artist; where levels say the same in other words, its thing."""
+    return f"a picture of {row.thing}" if row.level else without_artist(row.prompt, row.artist)
 
 
 def without_artist(prompt: str, artist: str) -> str:

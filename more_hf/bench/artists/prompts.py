@@ -9,7 +9,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,6 +24,7 @@ REQUIRED = ("case_number", "prompt", "evaluation_seed", "artist")
 LONGEST_NUMBER = 18  # digits of a case number or a seed: 64 bits
 TOGETHER = 10  # names in all sets of one size, if a set has not more of its own
 MOST_SPELT = 5  # names in the name of a set
+IMAGE = "image"  # the level that asks by a picture
 SEVERAL = ";"  # between the names of one cell of a table of targets
 
 
@@ -43,6 +44,8 @@ class PromptRow:
             What it asks for; empty if the file does not say.
         group (`str`):
             The artists that are compared with each other; the file's own name if it does not say.
+        level (`str`):
+            How it says so: by the name, in other words, ...; empty if the file does not say.
     """
 
     case_number: int
@@ -51,6 +54,7 @@ class PromptRow:
     artist: str
     thing: str = ""
     group: str = ""
+    level: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,24 @@ class Prompts:
         """Every artist or thing, in the order of the file."""
         return list(dict.fromkeys(filter(None, map(self.concept, self.rows))))
 
+    @property
+    def levels(self) -> list[str]:
+        """Every level, in the order of the file; one empty one if it has none."""
+        return list(dict.fromkeys(row.level for row in self.rows))
+
+    def at(self, levels: Collection[str]) -> Prompts:
+        """
+        The prompts of some levels.
+
+        Raises:
+            PromptFileError: if there are none of one of them.
+        """
+        for level in levels:
+            if level not in filter(None, self.levels):
+                known = ", ".join(filter(None, self.levels)) or "none: it has no column `level`"
+                raise PromptFileError(f"{self.name} has no prompts at the level {level!r}. It has {known}.")
+        return replace(self, rows=tuple(row for row in self.rows if row.level in levels))
+
     def group_of(self, name: str) -> list[str]:
         """The others of the artist's or thing's group."""
         groups = {row.group for row in self.rows if self.concept(row) == name}
@@ -78,14 +100,14 @@ class Prompts:
         return [other for other in dict.fromkeys(others) if other not in ("", name)]
 
     def limited(self, limit: int | None) -> tuple[PromptRow, ...]:
-        """The first `limit` rows of each artist or thing, and of those without one."""
+        """The first `limit` rows of each artist or thing at each level, and of those without one."""
         if limit is None:
             return self.rows
-        seen: Counter[str] = Counter()
+        seen: Counter[tuple[str, str]] = Counter()
         first = []
         for row in self.rows:
-            seen[self.concept(row)] += 1
-            if seen[self.concept(row)] <= limit:
+            seen[self.concept(row), row.level] += 1
+            if seen[self.concept(row), row.level] <= limit:
                 first.append(row)
         return tuple(first)
 
@@ -124,7 +146,8 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
     """
     Read a prompts file.
 
-    Columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing` and `group`.
+    Columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing`, `group` and
+    `level`.
     Others are ignored, so that published files with an unnamed index column can be read as they are.
 
     Args:
@@ -163,6 +186,7 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
                 artist=cells["artist"],
                 thing=cells.get("thing", ""),
                 group=cells.get("group", path.stem if cells["artist"] else ""),
+                level=cells.get("level", ""),
             )
         )
     return Prompts(path.stem, hashlib.sha256(content).hexdigest(), tuple(rows), kind)

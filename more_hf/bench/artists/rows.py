@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class Row:
             The method, and the names that it erased, joined by `+`, or what the configuration calls them.
         remap_to, retain (`str`):
             The names that the method was given, joined by `; `; of a set with a name only their number.
-        case_number, evaluation_seed, artist, thing, group, prompt:
+        case_number, evaluation_seed, artist, thing, group, prompt, level:
             The prompt's, as in [`~more_hf.bench.artists.prompts.PromptRow`].
         sample (`int`):
             Which of the prompt's images, from 0.
@@ -70,6 +70,7 @@ class Row:
     peak_memory: float | None
     before: str
     after: str
+    level: str = ""
     kind: Kind = ARTISTS
     erasure: Erasure | None = field(default=None, repr=False)
 
@@ -123,7 +124,11 @@ class Row:
 
 
 _TYPES = {"str": str, "int": int, "int | None": int, "float": float, "float | None": float}
-COLUMNS = [columns.Column(each.name, _TYPES[each.type]) for each in fields(Row) if each.type in _TYPES]
+COLUMNS = [
+    columns.Column(each.name, _TYPES[each.type], added=each.default is not MISSING)
+    for each in fields(Row)
+    if each.type in _TYPES
+]
 
 
 def read_rows(path: str | Path, config: ArtistsConfig | None = None) -> list[Row]:

@@ -35,7 +35,7 @@ from .cells import Case, Cell, Measured, collect_rows
 from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
 from .generate import generate
 from .judges import Judges
-from .prompts import Prompts, read_prompts, spread
+from .prompts import IMAGE, Prompts, read_prompts, spread
 from .reading import cut_off, known
 from .rows import ORIGINAL
 from .tables import write_outputs
@@ -115,8 +115,8 @@ def run_artists(
         limit (`int`, *optional*):
             Only the first rows of each artist.
         pictures (`tuple[int, int]`, *optional*):
-            How many prompts of what is forgotten, and how many of the rest, all erasures of one size share;
-            spread over the names. Defaults to all prompts.
+            How many prompts of what is forgotten, and how many of the rest, all erasures of one size share at
+            each level; spread over the names. As many that name nobody come on top. Defaults to all prompts.
         scheduler (`str`, *optional*, defaults to `"lms"`), steps (`int`, *optional*, defaults to 50),
         guidance (`float`, *optional*, defaults to 7.5):
             How to generate; the defaults are what the published numbers were made with.
@@ -296,8 +296,16 @@ def _functions(methods: str | Sequence[str] | Mapping[str, Method]) -> dict[str,
 def _check_reading(
     pipe: DiffusionPipeline, prompts: Prompts, forget: str | Sequence[str] | Mapping[str, Sequence[str]]
 ) -> None:
-    """Warn of names that the text encoder does not read, and refuse to forget all where it knows none."""
+    """
+    Warn of names that the text encoder does not read, and refuse to forget all where it knows none; refuse to
+    ask by a picture.
+    """
     encoder, what = Encoder(pipe), prompts.kind.one
+    if IMAGE in prompts.levels:
+        raise BenchmarkError(
+            f"{type(pipe).__name__} has no IP-Adapter, so that nobody can ask it by a picture. Leave the "
+            f"level {IMAGE!r} out."
+        )
     if forget in ("all", ["all"]) and not known(encoder, prompts.names):
         name = prompts.names[0]
         raise BenchmarkError(
@@ -411,9 +419,13 @@ def _share(
     forgotten = sets[entry]
     others = [name for name in prompts.names if name not in forgotten]
     erasures = Counter(map(len, sets.values()))[len(forgotten)]
+    forgotten_count, others_count = (math.ceil(count / erasures) for count in pictures)
     rows = []
-    for names, count in zip((forgotten, others), pictures, strict=True):
-        rows += spread(prompts, names, math.ceil(count / erasures), entry)
+    for level in prompts.levels:
+        own = replace(prompts, rows=tuple(row for row in prompts.rows if row.level == level))
+        rows += spread(own, forgotten, forgotten_count, entry)
+        rows += spread(own, others, others_count, entry)
+        rows += spread(own, [""], others_count, entry)
     return sorted(row.case_number for row in rows)
 
 

@@ -20,6 +20,15 @@ from .findings import finding
 from .gallery import write_report
 from .grid import write_grid, write_methods
 from .kinds import ARTISTS, THINGS, Kind
+from .levels import (
+    LevelLine,
+    left_table,
+    level_lines,
+    level_rows,
+    lost_table,
+    moved_table,
+    write_levels_plot,
+)
 from .ranking import RankedMethod, rank, winner
 from .rows import Row, read_rows
 from .sizes import rank_sizes, size_rows, write_sizes_plot
@@ -49,6 +58,15 @@ SIZES_NOTE = (
     "what was forgotten, `_r`: the rest, before → after. The last columns: how far `lpips_d` is behind the "
     "first method of the size that qualifies, with the paired 95 % interval."
 )
+LEFT_NOTE = (
+    "**Asked in other words: what is left** of the forgotten {}, by level of the prompts, in percent of what "
+    "is recognised before, with 95 % intervals; all erasures together, on the pictures that every method has."
+)
+LOST_NOTE = (
+    "**Asked in other words: what the others lose** of what is recognised before, in percent; where prompts "
+    "name no {}, of what else they ask for."
+)
+MOVED_NOTE = "**Asked in other words: LPIPS**, forgotten / others."
 JUDGES_NOTE = (
     "**The judges**, in percent: what they recognise on real images that they were not fitted on, as they "
     "are and (in brackets) after the pipeline's VAE. What they recognise on the unedited pipeline's "
@@ -124,10 +142,14 @@ def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> l
     write_rows(output / "rows.csv", [row.cells for row in rows])
     write_rows(output / "summary.csv", summary)
     ranking, sizes, kind = rank(rows), rank_sizes(rows), config.of_kind
-    write_text(output / "table.md", tables(config, summary, ranking, sizes) + "\n")
+    levels = level_lines(rows)
+    write_text(output / "table.md", tables(config, summary, ranking, sizes, levels) + "\n")
     if len(sizes) > 1:
         write_rows(output / "sizes.csv", size_rows(sizes))
         write_sizes_plot(output / "sizes.png", sizes, kind)
+    if levels:
+        write_rows(output / "levels.csv", level_rows(levels))
+        write_levels_plot(output / "levels.png", levels, kind)
     images = output / "images"
     if images.is_dir():
         write_report(
@@ -148,13 +170,18 @@ def tables(
     summary: Sequence[Line],
     ranking: Sequence[RankedMethod],
     sizes: Mapping[int, Sequence[RankedMethod]],
+    levels: Sequence[LevelLine],
 ) -> str:
     """
-    `table.md`: the finding, the ranking, the paper's layout, what the judges say, what stays, cost, how it
-    goes with the number of names, the judges, what made it.
+    `table.md`: the finding, how it goes with other words, the ranking, the paper's layout, what the judges
+    say, what stays, cost, how it goes with the number of names, the judges, what made it.
     """
     kind = config.of_kind
     parts = [finding(summary, ranking, kind)]
+    if levels:
+        parts += [LEFT_NOTE.format(kind.name), markdown_table(left_table(levels))]
+        parts += [LOST_NOTE.format(kind.one), markdown_table(lost_table(levels))]
+        parts += [MOVED_NOTE, markdown_table(moved_table(levels))]
     if ranking:
         parts += [f"**Who wins?** {winner(ranking, kind)}", markdown_table(_ranking_table(ranking, kind))]
     parts.append(paper_tables(summary))

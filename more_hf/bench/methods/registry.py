@@ -75,6 +75,7 @@ _DIFFUSION = (
     Method("esd", ".diffusion.esd:esd", trained=True),
     Method("ca", ".diffusion.ca:ca", trained=True),
     Method("more-denoiser", ".diffusion.ours:more_denoiser", role="appendix"),
+    Method("more-described", ".diffusion.ours:more_described", role="appendix"),
     Method("uce-paper", ".diffusion.uce:uce_paper", role="appendix"),
     Method("sld-weak", ".diffusion.sld:sld_weak", role="appendix"),
     Method("sld-strong", ".diffusion.sld:sld_strong", role="appendix"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -10,8 +11,10 @@ from diffusers import DiffusionPipeline
 
 import more_hf
 
+from ....data import EMOJI_ARTISTS, FOLDER
+from ....diffusion.aliases import find_aliases
 from ....diffusion.erase import erase_concept
-from .roles import Concepts
+from .roles import Concepts, name_roles
 
 
 more_random = partial(erase_concept, router="random")
@@ -40,6 +43,41 @@ def more_denoiser(
     return erase_concept(
         pipe, concepts, remap_to=remap_to, retain=retain, reach="denoiser", sampling=sampling
     )
+
+
+def more_described(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: str | Sequence[str] | None,
+    retain: Sequence[str] | None,
+    candidates: Sequence[str] | None = None,
+    solver: str = "soft",
+    tokens: str = "last+end",
+) -> DiffusionPipeline:
+    """Erase the names and what `find_aliases` takes for them: misspellings and descriptions.
+
+    Args:
+        pipe, concepts, remap_to, retain, solver, tokens: as in `erase_concept`.
+        candidates (`Sequence[str]`, *optional*): what aliases are chosen from. By default the misspellings
+            and descriptions of all ten artists in the embedded pipeline's training; none that was held out.
+
+    Raises:
+        `PrototypeError`, `SiteNotFoundError`, `AlreadyErasedError`: as `erase_concept` and `find_aliases` do.
+    """
+    roles = name_roles(concepts, remap_to, retain)
+    others = [*roles.forget, *roles.keep]
+    if candidates is None:
+        candidates = trained_descriptions()
+        others += EMOJI_ARTISTS
+    described = {name: find_aliases(pipe, name, candidates, others=others) for name in roles.forget}
+    return erase_concept(pipe, described, remap_to=remap_to, retain=retain, solver=solver, tokens=tokens)
+
+
+def trained_descriptions() -> list[str]:
+    """Every misspelling and description of an artist in the embedded pipeline's captions."""
+    artists = json.loads((FOLDER / "emoji_descriptions.json").read_text("utf-8"))["artists"]
+    return [said for kinds in artists.values() for said_so in kinds.values() for said in said_so["trained"]]
 
 
 def more_reloaded(

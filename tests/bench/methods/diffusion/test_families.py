@@ -19,6 +19,8 @@ KEYS_AND_VALUES = {"uce", "uce-paper", "rece", "cure", "speed", "oce"}
 VALUES_ONLY = {"speed", "oce"}
 TRAINED = {"iterations": 1, "sampling_steps": 2}
 SETTINGS = {
+    # the embedded pipeline's descriptions are longer than what these tiny encoders read
+    "more-described": {"candidates": ["Vincent"]},
     "esd": TRAINED,
     "esd-repo": TRAINED,
     "ca": {**TRAINED, "images": 1, "prompts": ["a cat"]},

@@ -1,0 +1,333 @@
+"""Asked in other words: the prompts, what is measured at each level, and what cannot be asked."""
+
+import csv
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from support.rows import row
+
+from more_hf.bench.artists.config import ArtistsConfig
+from more_hf.bench.artists.judges import EmojiJudges, sentence_of
+from more_hf.bench.artists.kinds import THINGS
+from more_hf.bench.artists.levels import left_table, level_lines, lost_table
+from more_hf.bench.artists.prompts import PromptFileError, PromptRow, read_prompts
+from more_hf.bench.artists.rows import read_rows
+from more_hf.bench.artists.run import run_artists
+from more_hf.bench.artists.tables import rebuild
+from more_hf.bench.errors import BenchmarkError
+from more_hf.cli.main import main
+from more_hf.data import EMOJI_ARTISTS, FOLDER
+
+
+LEVELS = [
+    "name", "alias", "variant", "variant-trained", "short", "short-trained", "long", "long-trained", "near",
+]  # fmt: skip
+WORDS = json.loads((FOLDER / "emoji_descriptions.json").read_text("utf-8"))["artists"]
+
+
+# the prompts
+
+
+def test_every_artist_is_asked_for_the_same_things_at_every_level():
+    prompts = read_prompts("emoji_levels")
+    assert prompts.levels == LEVELS
+    assert prompts.names == list(EMOJI_ARTISTS)
+    for artist in EMOJI_ARTISTS:
+        things = [[r.thing for r in prompts.at([level]).rows if r.artist == artist] for level in LEVELS[:-1]]
+        assert len(set(things[0])) == len(things[0]) == 12
+        assert all(own == things[0] for own in things)
+    assert len({r.prompt for r in prompts.rows}) == len(prompts.rows)
+    EmojiJudges().check(prompts.rows)
+
+
+def said_in(prompt, texts):
+    return [text for text in texts if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.I)]
+
+
+def test_each_level_says_the_artist_in_its_own_way():
+    rows = [r for r in read_prompts("emoji_levels").rows if r.artist]
+    for r in rows:
+        named = [a for a in EMOJI_ARTISTS if re.search(rf"\b{a}\b", r.prompt, re.I)]
+        kind, _, trained = r.level.partition("-")
+        if kind in ("name", "alias"):
+            assert named == [r.artist]
+            assert ("'s" in r.prompt) == (kind == "alias")
+        else:
+            own = WORDS[r.artist][kind]
+            assert named == []
+            assert len(said_in(r.prompt, own["trained" if trained else "held_out"])) == 1
+            assert not said_in(r.prompt, own["held_out" if trained else "trained"])
+    # every held-out text is there, and the trained ones are not fewer
+    for level, least in (("variant", 10), ("short", 20), ("long", 10), ("short-trained", 40)):
+        kind, _, trained = level.partition("-")
+        texts = [t for a in WORDS.values() for t in a[kind]["trained" if trained else "held_out"]]
+        used = {t for r in rows if r.level == level for t in said_in(r.prompt, texts)}
+        assert len(used) >= least
+
+
+def test_near_things_name_no_artist_and_share_words_with_one_that_is_forgotten():
+    rows = read_prompts("emoji_levels").at(["near"]).rows
+    texts = " ".join(
+        text
+        for artist in ("High Contrast", "Streamline", "Blobmoji")
+        for kind in ("short", "long")
+        for part in WORDS[artist][kind].values()
+        for text in part
+    )
+    assert len(rows) == 24
+    for r in rows:
+        assert (r.artist, r.group) == ("", "")
+        assert set(re.findall(r"[a-z]{4,}", r.prompt)) & set(re.findall(r"[a-z]{4,}", texts.lower()))
+
+
+def test_the_file_is_what_its_script_writes(tmp_path, monkeypatch):
+    import runpy
+
+    path = Path(__file__).parents[3] / "benchmarks" / "artists" / "levels" / "prompts.py"
+    written = {}
+    monkeypatch.setattr(
+        "more_hf.core.files.write_text", lambda target, text: written.update({target.name: text})
+    )
+    runpy.run_path(str(path), run_name="__main__")
+    committed = path.parents[3] / "prompts" / "emoji_levels.csv"
+    assert written == {"emoji_levels.csv": committed.read_text("utf-8")}
+
+
+FEW = "case_number,prompt,evaluation_seed,artist,thing,level\n" + "".join(
+    f"{case},{prompt},{100 * case},{artist},{thing},{level}\n"
+    for case, (prompt, artist, thing, level) in enumerate(
+        [
+            ("a cat by Van Gogh", "Van Gogh", "cat", "name"),
+            ("a dog by Van Gogh", "Van Gogh", "dog", "name"),
+            ("a cat with swirling strokes", "Van Gogh", "cat", "short"),
+            ("a dog with swirling strokes", "Van Gogh", "dog", "short"),
+            ("a cat by Picasso", "Picasso", "cat", "name"),
+            ("a dog by Picasso", "Picasso", "dog", "name"),
+            ("a cat in cubes", "Picasso", "cat", "short"),
+            ("a dog in cubes", "Picasso", "dog", "short"),
+            ("a swirling snail", "", "snail", "near"),
+            ("a starry sky", "", "sky", "near"),
+        ]
+    )
+)
+
+
+@pytest.fixture
+def few(tmp_path):
+    path = tmp_path / "few.csv"
+    path.write_text(FEW, encoding="utf-8")
+    return path
+
+
+def test_levels_are_chosen_and_limited(few, tmp_path):
+    prompts = read_prompts(few)
+    assert prompts.levels == ["name", "short", "near"]
+    assert [r.case_number for r in prompts.at(["short"]).rows] == [2, 3, 6, 7]
+    assert [r.case_number for r in prompts.limited(1)] == [0, 2, 4, 6, 8]
+    with pytest.raises(
+        PromptFileError, match="few has no prompts at the level 'long'. It has name, short, near"
+    ):
+        prompts.at(["name", "long"])
+    with pytest.raises(PromptFileError, match="emoji10 .* It has none: it has no column `level`"):
+        read_prompts("emoji10").at(["name"])
+
+
+def test_clip_judges_ask_for_the_thing_where_levels_say_the_same_in_other_words():
+    long = PromptRow(1, "a cat with swirling strokes", 1, "Van Gogh", "cat", "", "short")
+    name = PromptRow(2, "a cat by Van Gogh", 2, "Van Gogh", "cat", "", "name")
+    plain = PromptRow(3, "a cat by Van Gogh", 2, "Van Gogh", "cat")
+    assert sentence_of(long) == sentence_of(name) == "a picture of cat"
+    assert sentence_of(plain) == "a cat by the artist"
+
+
+# what is measured
+
+
+def measured(method, level, case, artist, *, style, content=1, lpips=0.0, thing="cat"):
+    """A row of an erasure of A, whose original is recognised; `style` is what the judge sees after."""
+    return row(
+        method=method, level=level, case_number=case, artist=artist, thing=thing, lpips=lpips,
+        style_before=artist or "C", style_after=style, content_before=1, content_after=content,
+    )  # fmt: skip
+
+
+def rows_of(method, named, described, *, other="B", near=1):
+    """Two pictures of A at each of two levels, two of B, two that name nobody."""
+    rows = []
+    for level, seen, case in (("name", named, 0), ("long", described, 10)):
+        rows += [
+            measured(method, level, case + i, "A", style="A" if i < seen else "C", lpips=0.4) for i in (0, 1)
+        ]
+        rows += [
+            measured(method, level, case + 2 + i, "B", style="B" if i else other, lpips=0.1) for i in (0, 1)
+        ]
+    return rows + [
+        measured(method, "near", 20 + i, "", style="C", content=i or near, lpips=0.2) for i in (0, 1)
+    ]
+
+
+def test_what_is_left_and_what_is_lost_by_level():
+    rows = [
+        *rows_of("original", 2, 2),
+        *rows_of("by-name", 0, 2),
+        *rows_of("described", 0, 1, other="A", near=0),
+    ]
+    lines = {(line.level, line.method): line for line in level_lines(rows)}
+    assert list(lines)[:3] == [("name", "original"), ("name", "by-name"), ("name", "described")]
+    # nothing done leaves all, and loses nothing
+    for level in ("name", "long"):
+        assert (lines[level, "original"].left, lines[level, "original"].lost) == (100, 0)
+        assert (lines[level, "original"].left_low, lines[level, "original"].left_high) == (100, 100)
+    # who erases by name alone leaves the description, who erases it too leaves half
+    assert (lines["name", "by-name"].left, lines["long", "by-name"].left) == (0, 100)
+    assert (lines["name", "described"].left, lines["long", "described"].left) == (0, 50)
+    assert lines["long", "described"].left_low < 50 < lines["long", "described"].left_high
+    # and what that costs the other artist, and things that name nobody
+    assert [lines["long", method].lost for method in ("by-name", "described")] == [0, 50]
+    assert [lines["near", method].lost for method in ("by-name", "described")] == [0, 50]
+    assert (lines["near", "described"].left, lines["near", "described"].gone_f) == (None, None)
+    assert (lines["long", "described"].lpips_f, lines["long", "described"].lpips_r) == (0.4, 0.1)
+    assert (lines["near", "by-name"].n_f, lines["near", "by-name"].n_r) == (0, 2)
+
+    left, lost = left_table(list(lines.values())), lost_table(list(lines.values()))
+    assert left[0] == {"method": "recognised before", "name": "100", "long": "100"}
+    assert left[2] == {"method": "by-name", "name": "0 [0, 0]", "long": "100 [100, 100]"}
+    assert [cells["near"] for cells in lost] == ["100", "0 [0, 0]", "0 [0, 0]", "50 [0, 100]"]
+
+
+def test_only_pictures_that_every_method_has():
+    rows = [*rows_of("original", 2, 2), *rows_of("by-name", 0, 0)[1:]]
+    (first, *_) = level_lines(rows)
+    assert (first.level, first.n_f, first.n_r) == ("name", 1, 2)
+    assert level_lines([row(method="m"), row(method="m", case_number=1)]) == []  # prompts without levels
+
+
+def test_what_the_original_does_not_show_is_no_percentage():
+    rows = [measured("m", "long", i, "A", style="C") for i in (0, 1)]
+    unseen = [row(**{**r.cells, "style_before": "C"}) for r in rows]
+    (line,) = level_lines(unseen)
+    assert (line.gone_f_before, line.left) == (0, None)
+
+
+def test_things_are_measured_by_what_is_seen():
+    common = {"method": "m", "forget": "cat", "kind": THINGS, "level": "synonym", "style_before": "A"}
+    seen = {"style_after": "A", "content_before": 1}
+    rows = [
+        row(**common, **seen, case_number=0, artist="A", thing="cat", content_after=0),
+        row(**common, **seen, case_number=1, artist="A", thing="dog", content_after=1),
+    ]
+    (line,) = level_lines(rows)
+    assert (line.left, line.lost) == (0, 0)
+
+
+# the run
+
+
+class Sees:
+    """Judges that see the row's artist and thing wherever the picture is the original's."""
+
+    name, facts = "sees", {}
+
+    def __init__(self):
+        self.first = {}
+
+    def check(self, rows):
+        pass
+
+    def judge(self, images, rows):
+        same = []
+        for image, r in zip(images, rows, strict=True):
+            same.append(torch.equal(self.first.setdefault(r.case_number, image), image))
+        names = [r.artist or "nobody" for r in rows]
+        return [n if s else "other" for n, s in zip(names, same, strict=True)], [int(s) for s in same]
+
+
+def run(pipe, prompts, output, methods, **options):
+    given = {"remap_to": "Claude Monet", "steps": 2, "guidance": 3.0, "scheduler": "ddim", "batch_size": 2}
+    return run_artists(
+        pipe, methods, prompts, "Van Gogh", output=output, judges=Sees(), **{**given, **options}
+    )
+
+
+def keep(pipe, concepts, *, remap_to, retain):
+    return pipe
+
+
+def spoil(pipe, concepts, *, remap_to, retain):
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                parameter.mul_(3)
+    return pipe
+
+
+@pytest.mark.slow
+def test_a_run_by_level(tiny_sd, few, tmp_path):
+    output = tmp_path / "out"
+    run(tiny_sd(), few, output, {"keep": keep, "spoil": spoil})
+    with open(output / "levels.csv", newline="", encoding="utf-8") as file:
+        lines = {(line["level"], line["method"]): line for line in csv.DictReader(file)}
+    assert list(lines) == [(level, name) for level in ("name", "short", "near") for name in ("keep", "spoil")]
+    for level in ("name", "short"):
+        assert [lines[level, name]["left"] for name in ("keep", "spoil")] == ["100.0", "0.0"]
+        assert [lines[level, name]["lost"] for name in ("keep", "spoil")] == ["0.0", "100.0"]
+    assert lines["near", "spoil"]["lost"] == "100.0"
+    assert lines["near", "spoil"]["left"] == ""
+    table = (output / "table.md").read_text("utf-8")
+    assert "**Asked in other words: what is left** of the forgotten artists" in table
+    assert (output / "levels.png").stat().st_size > 10_000
+
+    # and all of it again from the rows alone
+    rows = read_rows(output / "rows.csv", ArtistsConfig.read(output))
+    assert Counter(r.level for r in rows) == {"name": 8, "short": 8, "near": 4}
+    before = {name: (output / name).read_bytes() for name in ("levels.csv", "table.md")}
+    (output / "images").rename(tmp_path / "images")
+    rebuild(output)
+    assert {name: (output / name).read_bytes() for name in before} == before
+
+
+def test_pictures_are_of_each_level(tiny_sd, few, tmp_path):
+    run(tiny_sd(), few, tmp_path / "out", {"keep": keep}, pictures=(1, 1))
+    rows = read_rows(tmp_path / "out" / "rows.csv")
+    counted = Counter((r.level, r.artist) for r in rows)
+    assert counted == dict.fromkeys(
+        [
+            ("name", "Van Gogh"),
+            ("name", "Picasso"),
+            ("short", "Van Gogh"),
+            ("short", "Picasso"),
+            ("near", ""),
+        ],
+        1,
+    )
+
+
+def test_rows_from_before_there_were_levels(tiny_sd, few, tmp_path):
+    run(tiny_sd(), few, tmp_path / "out", {"keep": keep}, pictures=(1, 1))
+    lines = (tmp_path / "out" / "rows.csv").read_text("utf-8").splitlines()
+    place = lines[0].split(",").index("level")
+    assert place == len(lines[0].split(",")) - 1
+    old = "\n".join(line.rsplit(",", 1)[0] for line in lines)
+    (tmp_path / "old.csv").write_text(old + "\n", encoding="utf-8")
+    assert {r.level for r in read_rows(tmp_path / "old.csv")} == {""}
+
+
+def test_who_takes_no_picture_cannot_be_asked_by_one(tiny_sd, tmp_path, capsys):
+    path = tmp_path / "few.csv"
+    path.write_text(FEW + "90,a cat,9000,Van Gogh,cat,image\n", encoding="utf-8")
+    with pytest.raises(BenchmarkError, match="has no IP-Adapter"):
+        run(tiny_sd(), path, tmp_path / "out", {"keep": keep})
+    assert not (tmp_path / "out").exists()
+    command = "bench artists --forget Blobmoji --levels name,image --output"
+    assert main([*command.split(), str(tmp_path / "out")]) == 2
+    assert "emoji-sd has none" in capsys.readouterr().err
+
+
+def test_an_unknown_level_names_those_that_there_are(tmp_path, capsys):
+    command = "bench artists --forget Blobmoji --levels longer --output"
+    assert main([*command.split(), str(tmp_path / "out")]) == 2
+    assert "emoji_levels has no prompts at the level 'longer'. It has name, alias" in capsys.readouterr().err
