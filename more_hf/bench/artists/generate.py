@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from accelerate.utils import tqdm
+from diffusers.models.embeddings import ImageProjection
+from PIL import Image
+from torch import Tensor
 
 import more_hf
 from more_hf.bench.methods.diffusion.progress import progress_bar_config
@@ -20,6 +23,7 @@ def generate(
     steps: int,
     guidance: float,
     batch_size: int = 16,
+    pictures: Sequence[str] | None = None,
     desc: str | None = None,
 ) -> torch.Tensor:
     """
@@ -39,6 +43,9 @@ def generate(
             Scale of classifier-free guidance; 1 is none.
         batch_size (`int`, *optional*, defaults to 16):
             Images per call of the pipeline.
+        pictures (`Sequence[str]`, *optional*):
+            For a pipeline with an IP-Adapter the file of one picture per prompt, empty for a prompt alone:
+            the adapter then reads what it reads without the prompt, too. Defaults to none.
         desc (`str`, *optional*):
             Text before the progress bar. If the pipeline's own bar is disabled, none is shown here either.
 
@@ -54,12 +61,17 @@ def generate(
         )
     erasure = more_hf.get_erasure(pipe)
     is_routed = erasure is not None and erasure.router is not None
+    has_adapter, picture = takes_pictures(pipe), {}
+    if has_adapter:
+        batch_size = 1  # of a batch diffusers gives every prompt the same pictures
 
     images = []
     with _no_inner_bar(pipe) as hidden:
         bar = tqdm(total=len(prompts), desc=desc, unit="image", disable=hidden)
         for start in range(0, len(prompts), batch_size):
             batch_seeds = list(seeds[start : start + batch_size])
+            if has_adapter:
+                picture = _read_picture(pipe, pictures[start] if pictures else "", guidance)
             with more_hf.routing(pipe, seeds=batch_seeds) if is_routed else contextlib.nullcontext():
                 batch = pipe(
                     prompt=list(prompts[start : start + batch_size]),
@@ -67,11 +79,31 @@ def generate(
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     output_type="pt",
+                    **picture,
                 ).images
             images.append((batch.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8))
             bar.update(len(batch_seeds))
         bar.close()
     return torch.cat(images)
+
+
+def takes_pictures(pipe) -> bool:
+    """Whether the pipeline has an IP-Adapter, which wants a picture with every prompt."""
+    unet = getattr(pipe, "unet", None)
+    return unet is not None and getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+
+
+@torch.no_grad()
+def _read_picture(pipe, file: str, guidance: float) -> dict[str, list[Tensor]]:
+    """What each adapter reads of a picture, `(2, 1, …)`: first the half of guidance without the prompt."""
+    picture = Image.open(file).convert("RGB") if file else Image.new("RGB", (8, 8))
+    embeddings = []
+    for adapter in pipe.unet.encoder_hid_proj.image_projection_layers:
+        hidden = not isinstance(adapter, ImageProjection)
+        read, nothing = pipe.encode_image(picture, pipe._execution_device, 1, hidden)
+        read = read if file else nothing
+        embeddings.append(torch.stack([nothing, read] if guidance > 1 else [read]))
+    return {"ip_adapter_image_embeds": embeddings}
 
 
 @contextlib.contextmanager

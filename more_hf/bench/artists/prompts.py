@@ -46,6 +46,8 @@ class PromptRow:
             The artists that are compared with each other; the file's own name if it does not say.
         level (`str`):
             How it says so: by the name, in other words, ...; empty if the file does not say.
+        image (`str`):
+            The file of a picture that an IP-Adapter reads with the prompt; empty for the prompt alone.
     """
 
     case_number: int
@@ -55,6 +57,7 @@ class PromptRow:
     thing: str = ""
     group: str = ""
     level: str = ""
+    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
     """
     Read a prompts file.
 
-    Columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing`, `group` and
-    `level`.
+    Columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing`, `group`,
+    `level` and `image`, a file named from the folder of this one.
     Others are ignored, so that published files with an unnamed index column can be read as they are.
 
     Args:
@@ -160,9 +163,9 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
         `Prompts`: the rows.
 
     Raises:
-        PromptFileError: naming the file and the line, for a missing file or column, an empty prompt, a case
-        number or
-            seed that is not a whole number of at least 0, and a case number that occurs twice.
+        PromptFileError: naming the file and the line, for a missing file, column or picture, an empty prompt,
+            a case number or seed that is not a whole number of at least 0, and a case number that occurs
+            twice.
     """
     path, content, lines = _read_table(source, REQUIRED)
     rows: list[PromptRow] = []
@@ -187,6 +190,7 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
                 thing=cells.get("thing", ""),
                 group=cells.get("group", path.stem if cells["artist"] else ""),
                 level=cells.get("level", ""),
+                image=_picture(path, line, cells),
             )
         )
     return Prompts(path.stem, hashlib.sha256(content).hexdigest(), tuple(rows), kind)
@@ -268,6 +272,16 @@ def _find(source: str | Path) -> Path:
         f"There is no file {path}, and no table of that name ships with the package. Name a file or one of "
         f"these: {', '.join(sorted(names))}."
     )
+
+
+def _picture(path: Path, line: int, cells: dict[str, str]) -> str:
+    """The file of a row's picture; empty if it has none."""
+    named = cells.get("image", "")
+    if not named and cells.get("level") == IMAGE:
+        raise PromptFileError(f"{path}, line {line}: the level {IMAGE!r} needs a file in the column `image`.")
+    if named and not (path.parent / named).is_file():
+        raise PromptFileError(f"{path}, line {line}: there is no picture {path.parent / named}.")
+    return str(path.parent / named) if named else ""
 
 
 def _whole(path: Path, line: int, column: str, text: str) -> int:

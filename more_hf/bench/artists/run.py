@@ -33,7 +33,7 @@ from ..run import method_settings, refuse_unused_settings
 from . import lpips
 from .cells import Case, Cell, Measured, collect_rows
 from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
-from .generate import generate
+from .generate import generate, takes_pictures
 from .judges import Judges
 from .prompts import IMAGE, Prompts, read_prompts, spread
 from .reading import cut_off, known
@@ -274,6 +274,7 @@ class _Run:
             steps=self.config.generation.steps,
             guidance=self.config.generation.guidance,
             batch_size=self.batch_size,
+            pictures=[case.row.image for case in batch],
         )
         seconds = (time.perf_counter() - start) / len(batch)
         style, content = [None] * len(batch), [None] * len(batch)
@@ -301,10 +302,10 @@ def _check_reading(
     ask by a picture.
     """
     encoder, what = Encoder(pipe), prompts.kind.one
-    if IMAGE in prompts.levels:
+    if IMAGE in prompts.levels and not takes_pictures(pipe):
         raise BenchmarkError(
             f"{type(pipe).__name__} has no IP-Adapter, so that nobody can ask it by a picture. Leave the "
-            f"level {IMAGE!r} out."
+            f"level {IMAGE!r} out, or load an adapter with `load_ip_adapter`."
         )
     if forget in ("all", ["all"]) and not known(encoder, prompts.names):
         name = prompts.names[0]

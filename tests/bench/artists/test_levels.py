@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from support.pipelines import random_ip_adapter
 from support.rows import row
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from more_hf.bench.artists.config import ArtistsConfig
+from more_hf.bench.artists.generate import generate
+from more_hf.bench.artists.grid import read_image
 from more_hf.bench.artists.judges import EmojiJudges, sentence_of
 from more_hf.bench.artists.kinds import THINGS
 from more_hf.bench.artists.levels import left_table, level_lines, lost_table
@@ -317,14 +323,74 @@ def test_rows_from_before_there_were_levels(tiny_sd, few, tmp_path):
 
 
 def test_who_takes_no_picture_cannot_be_asked_by_one(tiny_sd, tmp_path, capsys):
-    path = tmp_path / "few.csv"
-    path.write_text(FEW + "90,a cat,9000,Van Gogh,cat,image\n", encoding="utf-8")
+    path = with_pictures(tmp_path)
     with pytest.raises(BenchmarkError, match="has no IP-Adapter"):
         run(tiny_sd(), path, tmp_path / "out", {"keep": keep})
     assert not (tmp_path / "out").exists()
     command = "bench artists --forget Blobmoji --levels name,image --output"
     assert main([*command.split(), str(tmp_path / "out")]) == 2
     assert "emoji-sd has none" in capsys.readouterr().err
+
+
+def with_pictures(folder):
+    """The few prompts, and two that ask for a cat by a picture."""
+    lines = [line + "," for line in FEW.splitlines()[1:]]
+    for case, (artist, colour) in enumerate((("Van Gogh", "gold"), ("Picasso", "blue")), start=90):
+        Image.new("RGB", (30, 20), colour).save(folder / f"{colour}.png")
+        lines.append(f"{case},a cat,{100 * case},{artist},cat,image,{colour}.png")
+    path = folder / "few.csv"
+    path.write_text("\n".join([FEW.splitlines()[0] + ",image", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def adapted(pipe):
+    """A pipeline with a random IP-Adapter and a random encoder of pictures."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**size, image_size=16, patch_size=8, projection_dim=12)
+    torch.manual_seed(0)
+    pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(config).eval(),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
+    )
+    pipe.unet._load_ip_adapter_weights([random_ip_adapter(pipe.unet)])
+    return pipe
+
+
+def test_a_picture_is_asked_by_through_the_adapter(tiny_sd, tmp_path):
+    path = with_pictures(tmp_path)
+    pipe = adapted(tiny_sd())
+    run(pipe, path, tmp_path / "out", {"keep": keep})
+    rows = {r.case_number: r for r in read_rows(tmp_path / "out" / "rows.csv")}
+    assert Counter(r.level for r in rows.values())["image"] == 2
+
+    def drawn(**given):
+        found = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = found
+        asked = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+        seeds = torch.Generator().manual_seed(9000)
+        return 255 * pipe("a cat", generator=seeds, **asked, **given).images[0]
+
+    # the row's picture is the pipeline's own for this image, and another for another image or none
+    kept = read_image(tmp_path / "out" / "images" / rows[90].after).permute(1, 2, 0).numpy()
+    gold, blue = (Image.open(tmp_path / f"{colour}.png") for colour in ("gold", "blue"))
+    assert abs(drawn(ip_adapter_image=gold) - kept).max() < 1.5
+    assert abs(drawn(ip_adapter_image=blue) - kept).max() > 1.5
+    nothing = torch.zeros(2, 1, 12)
+    alone = generate(pipe, ["a cat"], [9000], steps=2, guidance=3.0)[0].permute(1, 2, 0).numpy()
+    assert abs(drawn(ip_adapter_image_embeds=[nothing]) - alone).max() < 1.5
+    assert abs(alone - kept.astype(int)).max() > 1.5
+
+
+def test_a_picture_that_is_not_there_is_named(tmp_path):
+    path = with_pictures(tmp_path)
+    (tmp_path / "blue.png").unlink()
+    with pytest.raises(PromptFileError, match=r"few\.csv, line 13: there is no picture .*blue\.png"):
+        read_prompts(path)
+    path.write_text(FEW + "90,a cat,9000,Van Gogh,cat,image\n", encoding="utf-8")
+    with pytest.raises(
+        PromptFileError, match="line 12: the level 'image' needs a file in the column `image`"
+    ):
+        read_prompts(path)
 
 
 def test_an_unknown_level_names_those_that_there_are(tmp_path, capsys):
