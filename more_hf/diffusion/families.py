@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.embeddings import ImageProjection
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..core.errors import SiteNotFoundError
 from .text import (
@@ -48,6 +49,7 @@ CONDITIONS = {
     "attention_type": ("default",),
 }
 TIME_IDS = 6  # sizes and crop of Stable Diffusion XL, embedded after the pooled text
+WAN_LENGTH = 512  # positions of a prompt in Wan
 
 
 class Reader(NamedTuple):
@@ -158,15 +160,6 @@ def _find_z_image(transformer: nn.Module) -> dict[str, Reader]:
     return _find("cap_embedder.1")(transformer)
 
 
-def _find_wan(transformer: nn.Module) -> dict[str, Reader]:
-    if transformer.config.added_kv_proj_dim is not None:
-        raise SiteNotFoundError(
-            "This transformer of Wan 2.1 also reads a picture beside the prompt, which is not supported yet. "
-            "Use one that reads text alone: text-to-video, or image-to-video of Wan 2.2."
-        )
-    return _find("condition_embedder.text_embedder.linear_1")(transformer)
-
-
 def _fixed_latent(model: nn.Module, *shape: int, batch: int) -> Tensor:
     """The same noise for every sample of the batch."""
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).expand(batch, *shape)
@@ -263,12 +256,14 @@ def _call_z_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
 def _call_qwen_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = transformer.config, len(text["tokens"])
     latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
+    kind = torch.zeros(batch, dtype=torch.int64, device=latent.device)  # of picture, in Qwen-Image-Layered
     return transformer(
         latent,
         encoder_hidden_states=text["tokens"].to(latent),
         timestep=latent.new_full((batch,), 0.5),
         img_shapes=[[(1, 2, 2)]] * batch,
         guidance=latent.new_full((batch,), 1.0) if config.guidance_embeds else None,
+        additional_t_cond=kind if config.use_additional_t_cond else None,
     ).sample
 
 
@@ -310,8 +305,18 @@ def _call_wan(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = transformer.config, len(text["tokens"])
     frames, height, width = config.patch_size
     latent = _fixed_latent(transformer, config.in_channels, frames, 2 * height, 2 * width, batch=batch)
+    tokens, picture = text["tokens"].to(latent), None
+    if config.image_dim is not None:  # image-to-video of Wan 2.1 counts the prompt's positions from behind
+        tokens = pad(tokens, (0, 0, 0, WAN_LENGTH - tokens.shape[1]))
+        positions = config.pos_embed_seq_len  # of a first and a last picture together
+        picture = latent.new_zeros(batch, 1, config.image_dim)
+        if positions is not None:
+            picture = latent.new_zeros(2 * batch, positions // 2, config.image_dim)
     return transformer(
-        latent, timestep=latent.new_full((batch,), 500.0), encoder_hidden_states=text["tokens"].to(latent)
+        latent,
+        timestep=latent.new_full((batch,), 500.0),
+        encoder_hidden_states=tokens,
+        encoder_hidden_states_image=picture,
     ).sample
 
 
@@ -410,7 +415,9 @@ FAMILIES = {
         "Qwen-Image", _find("txt_in"), _call_qwen_image, norms={"tokens": "txt_norm"}, text=QWEN_IMAGE
     ),
     ("Flux2Transformer2DModel", None): Family("FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2),
-    ("WanTransformer3DModel", None): Family("Wan 2.1", _find_wan, _call_wan, text=ZEROS),
+    ("WanTransformer3DModel", None): Family(
+        "Wan 2.1", _find("condition_embedder.text_embedder.linear_1"), _call_wan, text=ZEROS
+    ),
     ("ChromaTransformer2DModel", None): Family(
         "Chroma", _find("context_embedder"), _call_chroma, text=CHROMA
     ),

@@ -71,10 +71,10 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
             "embedding that its text encoder does not make. Check that this is the right text encoder."
         )
     for name, part in modules.items():
-        if name != denoiser.name and not name.startswith("text_encoder") and _reads_text(part):
+        if name != denoiser.name and not name.startswith("text_encoder") and _reads_text(part, denoiser):
             raise SiteNotFoundError(
-                f"`{name}` ({type(part).__name__}) reads the prompt with its own layers and would still know "
-                "the concept. Erase from the pipeline without it (e.g. "
+                f"`{name}` ({type(part).__name__}) also reads the prompt, by layers of its own that would "
+                "still know the concept or by the denoiser's. Erase from the pipeline without it (e.g. "
                 "`StableDiffusionPipeline.from_pipe(pipe)`)."
             )
     return denoiser
@@ -146,10 +146,16 @@ def _is_as_wide(layer: nn.Module, widths: set[int]) -> bool:
     return isinstance(layer, nn.Linear) and layer.in_features in widths
 
 
-def _reads_text(part: nn.Module) -> bool:
-    """Whether a component other than the denoiser reads the prompt: a ControlNet, for instance."""
-    attentions = [module for module in part.modules() if isinstance(module, Attention)]
-    return hasattr(part, "context_embedder") or any(attention.is_cross_attention for attention in attentions)
+def _reads_text(part: nn.Module, denoiser: Denoiser) -> bool:
+    """
+    Whether a component other than the denoiser reads the prompt: a ControlNet, for instance, whose layers
+    have the names of the denoiser's.
+    """
+    names = tuple(f".{name}" for name in denoiser.family.find(denoiser.module))
+    return any(
+        f".{name}".endswith(names) or (isinstance(module, Attention) and module.is_cross_attention)
+        for name, module in part.named_modules()
+    )
 
 
 def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:

@@ -275,6 +275,15 @@ def _chat(**options: bool) -> Callable[[DiffusionPipeline], Template]:
     return template
 
 
+def _z_image_template(pipe: DiffusionPipeline) -> Template:
+    if "num_condition_images" in inspect.signature(pipe.encode_prompt).parameters:
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} puts pictures between the tokens of the prompt, which is not supported "
+            "yet. Erase from the model's text-to-image pipeline."
+        )
+    return _chat(enable_thinking=True)(pipe)
+
+
 def _flux_2_template(pipe: DiffusionPipeline) -> Template:
     """Of [dev], which has a system message, or [klein]."""
     if not hasattr(pipe, "system_message"):
@@ -295,7 +304,10 @@ def _lumina_template(pipe: DiffusionPipeline) -> Template:
 
 
 PROMPT = "\ue000"  # stands for the prompt in a template; a character that no text has
-GLYPHS = "what a prompt has in quotation marks is also read letter by letter, which stays as it is"
+GLYPHS = (
+    "where there is a second text encoder, it reads letter by letter what a prompt has in quotation marks, "
+    "which stays as it is"
+)
 OTHER_LAYERS = (
     "a call with other `text_encoder_out_layers` reads other layers of the text encoder, "
     "on which nothing was fitted"
@@ -363,7 +375,7 @@ TEXTS = {
 # the encodings of families whose text encoders others use differently
 Z_IMAGE = Text(
     encode=_encode_z_image,
-    segments=(Segment(clip=False, padding=False, template=_chat(enable_thinking=True)),),
+    segments=(Segment(clip=False, padding=False, template=_z_image_template),),
     arguments=("prompt", "device", "do_classifier_free_guidance", "max_sequence_length"),
     pooled=False,
     leaks=(CASE,),

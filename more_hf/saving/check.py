@@ -309,10 +309,13 @@ def removed_from(
 def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Removed]:
     with reading(folder):
         parts = DiffusionPipeline.load_config(folder)
-        unused = {name: None for name in (record.denoiser, "vae", "safety_checker") if name in parts}
+        unused = {name: None for name in ("vae", "safety_checker") if name in parts}
+        # some pipelines look at their denoiser when they are made
+        unused[record.denoiser] = denoiser.module
         pipe = DiffusionPipeline.from_pretrained(
             folder, variant=record.variant, use_safetensors=True, **unused
         )
+        pipe.register_modules(**{record.denoiser: None})
         return removed_from(pipe, record.request, record.facts, denoiser)
 
 

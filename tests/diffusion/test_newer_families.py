@@ -9,28 +9,9 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import (
-    ChromaImg2ImgPipeline,
-    Kandinsky5I2IPipeline,
-    QwenImageEditPipeline,
-    QwenImageImg2ImgPipeline,
-    SanaSprintPipeline,
-    SCMScheduler,
-    WanPipeline,
-    ZImageImg2ImgPipeline,
-)
-from support.families import (
-    NEWER,
-    SHORTENED,
-    T5_LENGTH,
-    build,
-    copied,
-    denoiser_of,
-    images,
-    shorten,
-    stirred,
-    weights,
-)
+from diffusers import WanPipeline
+from support.bare import FORGET, OTHER, POSITIONS, SITES, TARGET, draw, erase, read_by_layer, use_bare_names
+from support.families import NEWER, build, copied, denoiser_of, weights
 from support.language_models import qwen_tokenizer
 
 import more_hf
@@ -38,46 +19,6 @@ from more_hf.core.views import experts_forced
 from more_hf.diffusion.families import find_denoiser_name
 
 
-FORGET, TARGET, OTHER = "gogh", "monet", "cat"  # one token each in every tokenizer here
-SITES = {
-    "chroma": ["context_embedder"],
-    "wan": ["condition_embedder.text_embedder.linear_1"],
-    "z-image": ["cap_embedder.1"],
-    "qwen-image": ["txt_in"],
-    "hunyuan-image": [
-        "context_embedder.proj_in",
-        "context_embedder.time_text_embed.text_embedder.linear_1",
-    ],
-    "klein": ["context_embedder"],
-    "flux-2": ["context_embedder"],
-    "sana": ["caption_projection.linear_1"],
-    "lumina-2": ["time_caption_embed.caption_embedder.1"],
-    "cogview-4": ["patch_embed.text_proj"],
-    "auraflow": ["context_embedder"],
-    "kandinsky-5": ["text_embeddings.in_layer", "pooled_text_embeddings.in_layer"],
-}
-# Where the bare name's token is, what follows it, and the padding that is read: T5 has nothing in front, the
-# template of Qwen3 `<|im_start|>user\n`, Qwen-Image and HunyuanImage drop what is in front, and FLUX.2 [dev]
-# has a system message of 32 tokens there, Lumina 2 one of 26. Sana keeps the begin token of its instruction,
-# whose last space joins the name; CogView4 pads in front to a multiple of 16; Kandinsky 5 drops 40 of the
-# tokens, of which the real tokenizer makes fewer.
-POSITIONS = {
-    "chroma": {"last": 0, "end": 1, "padding": 2},
-    "wan": {"last": 0, "end": 1},
-    "z-image": {"last": 3, "end": 4, "end 2": 5, "end 3": 6, "end 4": 7, "end 5": 8},
-    "qwen-image": {"last": 0, "end": 1, "end 2": 2, "end 3": 3, "end 4": 4, "end 5": 5},
-    "hunyuan-image": {"last": 0, "end": 1},
-    "klein": {"last": 3, "end": 4, **{f"end {i}": 3 + i for i in range(2, 10)}, "padding": 13},
-    "flux-2": {"last": 38, "end": 39},
-    "sana": {"last": 1},
-    "lumina-2": {"last": 27},
-    "cogview-4": {"last": 15},
-    "auraflow": {"last": 0, "end": 1},
-    "kandinsky-5": {"last": 16, "end": 17},
-}
-# One position of padding behind the prompt: a mean over more is exact for no single one. FLUX.2 [dev] has its
-# padding in front, where nothing of the prompt was read yet.
-LENGTH = {"klein": 14, "chroma": 3, "flux-2": 40, "lumina-2": 30}
 WITH_LORA = [family for family in NEWER if family != "hunyuan-image"]
 
 # Of what takes longest the fast tests see four: a layer that reads text with nothing in front, one behind a
@@ -85,46 +26,17 @@ WITH_LORA = [family for family in NEWER if family != "hunyuan-image"]
 FOUR = ["chroma", "qwen-image", "z-image", "kandinsky-5"]
 FOUR_FAST = [pytest.param(family, marks=() if family in FOUR else pytest.mark.slow) for family in NEWER]
 
-SISTERS = {
-    "chroma": ChromaImg2ImgPipeline,
-    "z-image": ZImageImg2ImgPipeline,
-    "qwen-image": QwenImageImg2ImgPipeline,
-}
-
 
 @pytest.fixture(autouse=True)
 def bare_names(monkeypatch, request):
-    """Prototypes of the bare name alone, so that a prompt that is the name holds nothing else."""
     family = getattr(request.node, "callspec", None) and request.node.callspec.params.get("family")
-    shorten(monkeypatch, *SHORTENED, *SISTERS.values(), length=LENGTH.get(family, T5_LENGTH))
-    monkeypatch.setattr("more_hf.diffusion.plan.TEMPLATES", ("{}",))
-    monkeypatch.setitem(more_hf.diffusion.encoder.TOKENS, "positions", ("last", "end", "padding"))
-
-
-def erase(pipe, **kwargs):
-    return more_hf.erase_concept(pipe, FORGET, **{"remap_to": TARGET, "solver": "pinv", **kwargs})
+    use_bare_names(monkeypatch, family)
 
 
 @pytest.fixture(scope="module")
 def originals():
     """Not to be modified."""
     return {family: build(family) for family in NEWER}
-
-
-def draw(pipe, family, prompt, **kwargs):
-    prompt = list(prompt) if isinstance(prompt, list) else prompt  # into which Z-Image writes
-    return images(pipe, family, prompt, max_sequence_length=LENGTH.get(family, T5_LENGTH), **kwargs)
-
-
-@torch.no_grad()
-def read_by_layer(pipe, family, prompt):
-    """What the first layer that reads text is given while the pipeline draws, `(tokens, d)`."""
-    seen = []
-    layer = denoiser_of(pipe).get_submodule(SITES[family][0])
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    draw(pipe, family, prompt)
-    handle.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1])
 
 
 @pytest.mark.parametrize("family", NEWER)
@@ -286,46 +198,6 @@ def test_a_norm_under_sequential_offload(originals, family):
     assert torch.equal(held["weight"], wanted)
 
 
-@pytest.mark.parametrize("family", SISTERS)
-def test_image_to_image(originals, family):
-    original = SISTERS[family](**copy.deepcopy(originals[family]).components)
-    original.set_progress_bar_config(disable=True)
-    pipe = erase(copied(original))
-    picture = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
-    before = [draw(original, family, name, image=picture, strength=0.9) for name in (FORGET, TARGET)]
-    apart = (before[0] - before[1]).norm()
-    assert apart > 1e-4 * before[0].norm()
-    found = draw(pipe, family, FORGET, image=picture, strength=0.9)
-    assert (found - before[1]).norm() < 1e-3 * apart
-
-
-def test_a_model_of_few_steps(originals):
-    """Sana Sprint: another pipeline, and a transformer that also reads the guidance."""
-    parts = copy.deepcopy(originals["sana"]).components
-    config = {**parts["transformer"].config, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
-    transformer = stirred(type(parts["transformer"])(**config))
-    original = SanaSprintPipeline(**{**parts, "transformer": transformer, "scheduler": SCMScheduler()})
-    original.set_progress_bar_config(disable=True)
-    pipe = erase(copy.deepcopy(original))
-    before = [draw(original, "sana", name) for name in (FORGET, TARGET)]
-    apart = (before[0] - before[1]).norm()
-    assert apart > 1e-4 * before[0].norm()
-    assert (draw(pipe, "sana", FORGET) - before[1]).norm() < 1e-3 * apart
-
-
-EDIT = {
-    "qwen-image": lambda parts: QwenImageEditPipeline(**parts, processor=None),
-    "kandinsky-5": lambda parts: Kandinsky5I2IPipeline(**parts),
-}
-
-
-@pytest.mark.parametrize("family", EDIT)
-def test_an_edit_pipeline_is_refused(originals, family):
-    pipe = EDIT[family](originals[family].components)
-    with pytest.raises(more_hf.SiteNotFoundError, match=f"{type(pipe).__name__} sees a picture"):
-        erase(pipe)
-
-
 @pytest.fixture
 def wan_2_2(originals):
     """Two transformers: one for the noisy steps, one for the others."""
@@ -352,18 +224,6 @@ def test_two_transformers_are_erased_one_after_the_other(wan_2_2):
         left.append(float((draw(wan_2_2, "wan", FORGET, **steps) - before[TARGET]).norm() / apart))
     assert left[0] > 0.05  # one of them still knows the name
     assert left[1] < 1e-3
-
-
-PICTURES = {"wan": {"image_dim": 8, "added_kv_proj_dim": 24}, "z-image": {"siglip_feat_dim": 8}}
-
-
-@pytest.mark.parametrize("family", PICTURES)
-def test_a_transformer_that_also_reads_pictures_is_refused(originals, family):
-    pipe = copied(originals[family])
-    config = {**pipe.transformer.config, **PICTURES[family]}
-    pipe.register_modules(transformer=type(pipe.transformer)(**config))
-    with pytest.raises(more_hf.SiteNotFoundError, match="also reads .*picture"):
-        erase(pipe)
 
 
 def test_a_name_inside_a_sentence_is_found_by_its_characters(originals):

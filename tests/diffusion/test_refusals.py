@@ -181,7 +181,7 @@ PREPARED = {
     not_loaded: ["attn2.to_k", "meta", "not loaded", "Erase from"],
     custom_diffusion: ["attn2", "Custom Diffusion", "set_default_attn_processor()"],
     shared_weight: [SITE, "shared", "its own copy"],
-    controlnet: ["`controlnet` (ControlNetModel)", "its own layers", "from_pipe"],
+    controlnet: ["`controlnet` (ControlNetModel)", "also reads the prompt", "from_pipe"],
     without_text_encoder: ["StableDiffusionPipeline", "without its text encoder"],
     second_denoiser: ["2 denoisers", "with one of them"],
     unsupported_denoiser: ["DDPMPipeline", "unet: UNet2DModel", "UNet2DConditionModel"],

@@ -296,9 +296,9 @@ def unknown_family(bases):
 
 
 REFUSED = {
-    controlnet_xl: ["`controlnet` (ControlNetModel)", "its own layers"],
-    controlnet_3: ["`controlnet` (SD3ControlNetModel)", "its own layers"],
-    controlnet_flux: ["`controlnet` (FluxControlNetModel)", "its own layers"],
+    controlnet_xl: ["`controlnet` (ControlNetModel)", "also reads the prompt"],
+    controlnet_3: ["`controlnet` (SD3ControlNetModel)", "also reads the prompt"],
+    controlnet_flux: ["`controlnet` (FluxControlNetModel)", "also reads the prompt"],
     refiner: ["without its text encoder `text_encoder`", "all of its text encoders"],
     without_t5: ["without its text encoder `text_encoder_3`", "What it says to the model would stay"],
     instruct_pix2pix: [

@@ -7,6 +7,7 @@ import copy
 import inspect
 import string
 
+import numpy as np
 import torch
 from diffusers import (
     AuraFlowPipeline,
@@ -755,7 +756,8 @@ def images(pipe, family, prompt=None, **kwargs):
     options = {name: value for name, value in {**options, **kwargs}.items() if name in takes}
     if family == "kandinsky-5":
         pipe.resolutions = [(32, 32)]  # it draws no other sizes than those that it knows
-    return torch.from_numpy(pipe(prompt=prompt, generator=generator, **options)[0]).double()
+    drawn = np.asarray(pipe(prompt=prompt, generator=generator, **options)[0])  # or a list, of layers
+    return torch.from_numpy(drawn).double()
 
 
 def spaces(pipe):

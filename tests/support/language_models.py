@@ -43,6 +43,13 @@ SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object attribution and actions without speculation."
 )
+FILM = (
+    "You are a prompt engineer Describe the video in detail how camera moves or shakes describe zoom and "
+    "view angle whether it follows objects location of main characters their action dynamism presented "
+    "actions Name visual style is professional footage generated content some kind animation game scren "
+    "effects postprocessing transitions if they Pay attention to order key shown scene"
+)
+HEADERS = "start end header id eot _header _id _id|> <| |> |><|"
 SUPERIOR = (
     "You are an assistant designed to generate superior images with the superior degree of image-text "
     "alignment based on textual prompts or user prompts. <Prompt Start>"
@@ -78,8 +85,9 @@ def byte_level(words, space="Ġ"):
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-def qwen_tokenizer():
-    vocab, merges = byte_level(dict.fromkeys([*TEMPLATES.split(), *WORDS.split()]))
+def qwen_tokenizer(more=""):
+    """With `more` words of a template."""
+    vocab, merges = byte_level(dict.fromkeys([*TEMPLATES.split(), *WORDS.split(), *more.split()]))
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
     tokenizer.chat_template = CHAT
@@ -116,9 +124,9 @@ def glm_tokenizer():
     return tokenizer
 
 
-def qwen_processor():
+def qwen_processor(more=""):
     """A Qwen2.5-VL processor around the tokenizer; its pictures are not used here."""
-    tokenizer = qwen_tokenizer()
+    tokenizer = qwen_tokenizer(more)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]})
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor())
 
