@@ -26,6 +26,7 @@ _EXPORTS = {
     "disabled": "api",
     "erase_classes": "classification.erase",
     "erase_concept": "diffusion.erase",
+    "erase_to_folder": "saving.shards",
     "erase_to_lora": "saving.lora",
     "find_aliases": "diffusion.aliases",
     "get_erasure": "api",

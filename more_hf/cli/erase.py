@@ -1,13 +1,19 @@
 """`more-hf erase`: erase concepts from a pipeline and save it with a record."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoint import add_dtype, find_device, place
 from .options import add_command, add_router, refuse_lost_router
-from .request import add_request, erased_pipeline, read_request
+from .request import Request, add_layers_only, add_request, erased_pipeline, read_layers_only, read_request
 
+
+if TYPE_CHECKING:
+    from more_hf.diffusion.erasure import ConceptErasure
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +34,7 @@ def add_to(commands) -> None:
     add_request(parser)
     add_router(parser)
     add_dtype(parser)
+    add_layers_only(parser)
     add("--output", type=Path, required=True, metavar="DIR", help="folder to save the pipeline to")
     add(
         "--single_file",
@@ -47,6 +54,8 @@ def add_to(commands) -> None:
 def _erase(args: argparse.Namespace) -> int:
     refuse_lost_router(args)
     request = read_request(args, router=args.router)
+    if args.layers_only:
+        return _from_layers(args, request)
     pipe = erased_pipeline(request, dtype=args.dtype, device=args.device, offload=args.offload)
 
     import more_hf
@@ -59,6 +68,25 @@ def _erase(args: argparse.Namespace) -> int:
         logger.info("Drawing %d prompts before and after", len(args.compare))
         place(pipe, find_device(args.device, args.offload), args.offload)
         more_hf.compare(pipe, args.compare).save(args.output / "compare.png")
-    print(more_hf.get_erasure(pipe))
-    print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
+    return _report(more_hf.get_erasure(pipe), args.output)
+
+
+def _from_layers(args: argparse.Namespace, request: Request) -> int:
+    """`erase_to_folder` with the command's arguments."""
+    for flag in ("compare", "single_file", "dtype"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"`--{flag}` needs the denoiser, and `--layers_only` loads none. Leave one out.")
+    given = read_layers_only(args, request)
+
+    import more_hf
+
+    erasure = more_hf.erase_to_folder(
+        folder=args.output, router=args.router, include_delta=args.include_delta, **given
+    )
+    return _report(erasure, args.output)
+
+
+def _report(erasure: ConceptErasure, folder: Path) -> int:
+    print(erasure)
+    print(f"\nSaved to {folder}. Check it with: more-hf verify {folder}")
     return 0

@@ -7,21 +7,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from more_hf.data import FOLDER
-
-from .checkpoint import find_device
-from .options import DTYPES, EMOJI_SD, add_command
-from .request import Request, add_request, erased_pipeline, read_request
+from .options import DTYPES, add_command
+from .request import add_layers_only, add_request, erased_pipeline, read_layers_only, read_request
 
 
 if TYPE_CHECKING:
-    import torch
-
     from more_hf.diffusion.erasure import ConceptErasure
 
 
-# arguments of `erase_concept` that `erase_to_lora` takes
-TAKEN = ("remap_to", "retain", "num_experts", "solver", "tokens", "seed")
 NOT_NEEDED = ("safety_checker", "image_encoder", "feature_extractor", "vae")
 
 logger = logging.getLogger(__name__)
@@ -50,11 +43,7 @@ def add_to(commands) -> None:
         help="kohya for ComfyUI and A1111 (peft, for diffusers)",
     )
     add("--dtype", choices=DTYPES, default="float16", help="of the file (float16)")
-    add(
-        "--layers_only",
-        action="store_true",
-        help="do not load the denoiser, only read the layers to edit from its files; no proof by run then",
-    )
+    add_layers_only(parser)
     add(
         "--output",
         type=Path,
@@ -84,7 +73,8 @@ def _lora(args: argparse.Namespace) -> int:
     refuse_without_loader(getattr(diffusers, request.checkpoint.pipeline, diffusers.DiffusionPipeline))
     dtype = getattr(torch, args.dtype)
     if args.layers_only:
-        erasure = _from_layers(args, request, dtype)
+        given = read_layers_only(args, request)
+        erasure = more_hf.erase_to_lora(path=args.output, format=args.format, dtype=dtype, **given)
         return _report(erasure, lora_path(args.output, args.format))
     # The picture's size in a kohya file's metadata is the latent's by the VAE, and so is what is drawn.
     with_vae = args.format == "kohya" or args.reach == "denoiser"
@@ -93,24 +83,6 @@ def _lora(args: argparse.Namespace) -> int:
     logger.info("Writing the LoRA")
     file = more_hf.save_lora(pipe, args.output, format=args.format, dtype=dtype)
     return _report(more_hf.get_erasure(pipe), file)
-
-
-def _from_layers(args: argparse.Namespace, request: Request, dtype: torch.dtype) -> ConceptErasure:
-    """`erase_to_lora` with the command's arguments."""
-    import more_hf
-
-    if args.offload != "none":
-        raise ValueError("`--offload` moves a denoiser, and `--layers_only` loads none. Leave one out.")
-    if args.reach == "denoiser":
-        raise ValueError(
-            "`--reach denoiser` draws pictures, and `--layers_only` loads no denoiser. Leave one out."
-        )
-    model = FOLDER / "emoji_sd" if request.checkpoint.model == EMOJI_SD else request.checkpoint.model
-    options = {name: value for name, value in request.options.items() if name in TAKEN}
-    device = find_device(args.device, "none")
-    return more_hf.erase_to_lora(
-        model, args.output, request.concepts, format=args.format, dtype=dtype, device=device, **options
-    )
 
 
 def _report(erasure: ConceptErasure, file: Path) -> int:

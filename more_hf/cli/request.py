@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from more_hf.core.options import REACHES, TOKENS
+from more_hf.data import FOLDER
 
-from .checkpoint import Checkpoint, add_placement, load_pipeline, read_checkpoint
+from .checkpoint import Checkpoint, add_placement, find_device, load_pipeline, read_checkpoint
 from .options import (
     EMOJI_SD,
     add_concepts,
@@ -28,6 +29,9 @@ from .options import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+
+# arguments of `erase_concept` that need no denoiser
+TAKEN = ("remap_to", "retain", "num_experts", "solver", "tokens", "seed")
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +125,37 @@ def read_request(args: argparse.Namespace, *, router: str | None = None) -> Requ
     if args.tokens is not None:
         options["tokens"] = args.tokens
     return Request(read_checkpoint(model), concepts, options)
+
+
+def add_layers_only(parser: argparse.ArgumentParser) -> None:
+    """Whether the denoiser is left on the disk; `read_layers_only` reads it."""
+    parser.add_argument(
+        "--layers_only",
+        action="store_true",
+        help="do not load the denoiser, only read the layers to edit from its files; no proof by run then",
+    )
+
+
+def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, Any]:
+    """
+    What `erase_to_lora` and `erase_to_folder` both take, by name.
+
+    Raises:
+        ValueError: an argument needs the denoiser.
+    """
+    if args.offload != "none":
+        raise ValueError("`--offload` moves a denoiser, and `--layers_only` loads none. Leave one out.")
+    if args.reach == "denoiser":
+        raise ValueError(
+            "`--reach denoiser` draws pictures, and `--layers_only` loads no denoiser. Leave one out."
+        )
+    model = request.checkpoint.model
+    return {
+        "source": FOLDER / "emoji_sd" if model == EMOJI_SD else model,
+        "concepts": request.concepts,
+        "device": find_device(args.device, "none"),
+        **{name: value for name, value in request.options.items() if name in TAKEN},
+    }
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, int | float]:

@@ -55,7 +55,7 @@ def install(
     """
     current = registry.find_erasure(model)
     refuse_inside_block(current)
-    edited = {name: _edited(erasure, name, site) for name, site in erasure.sites.items()}
+    edited = edited_weights(erasure)
     before = copy_weights(erasure.sites)
 
     def undo() -> None:
@@ -106,6 +106,16 @@ def refuse_inside_block(erasure: Erasure | None) -> None:
         raise MoreError(
             "`more_hf.disabled` shows the original of this model. Leave the block, then erase or restore."
         )
+
+
+def edited_weights(erasure: Erasure) -> dict[str, Tensor]:
+    """
+    The weight of every site with the mean expert merged, in its dtype and on its device.
+
+    Raises:
+        `IncompatibleBaseError`: one is not finite in its dtype.
+    """
+    return {name: _edited(erasure, name, site) for name, site in erasure.sites.items()}
 
 
 def _edited(erasure: Erasure, name: str, site: Site) -> Tensor:

@@ -125,12 +125,12 @@ def save(
 
         def write(draft: Path) -> None:
             savable.whole.save_pretrained(draft, variant=variant, **options)
-            record = _make_record(savable, erasure, draft, variant)
+            record = make_record(savable, erasure, draft, variant)
             write_text(draft / RECORD, record.to_json())
             if include_delta:
                 write_delta(erasure, draft)
-            _check_draft(draft, record, erasure, savable.removed)
-            _refuse_leftovers(folder, draft)
+            check_draft(draft, record, erasure, savable.removed)
+            refuse_leftovers(folder, draft)
 
         replace_folder(folder, write)
     return folder
@@ -172,7 +172,8 @@ def _require_plain(name: str, part: nn.Module) -> None:
         )
 
 
-def _make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | None) -> Record:
+def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | None) -> Record:
+    """The record of an erasure whose edited weights are in its sites."""
     sites = {name: site.read() for name, site in erasure.sites.items()}
     record = Record(
         more_hf=__version__,
@@ -192,7 +193,7 @@ def _make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str |
     return record
 
 
-def _check_draft(draft: Path, record: Record, erasure: Erasure, removed: Mapping[str, Removed]) -> None:
+def check_draft(draft: Path, record: Record, erasure: Erasure, removed: Mapping[str, Removed]) -> None:
     """Raises `ExportError` unless `verify` will accept what was written."""
     layers = [Layer(name, site.space, list(site.read().shape)) for name, site in erasure.sites.items()]
     verification = check_folder(draft, record, survey(draft, record), layers, removed)
@@ -203,7 +204,7 @@ def _check_draft(draft: Path, record: Record, erasure: Erasure, removed: Mapping
         )
 
 
-def _refuse_leftovers(folder: Path, draft: Path) -> None:
+def refuse_leftovers(folder: Path, draft: Path) -> None:
     """Raises `ExportError` if the folder to be replaced holds what must neither be lost nor stay."""
     written = set(entries(draft))
     others = [path for path in entries(folder) if path not in written and not is_aside(folder, path)]

@@ -21,17 +21,15 @@ from .. import __version__
 from ..core.erasure import Erasure
 from ..core.errors import AlreadyErasedError, ExportError
 from ..core.files import replacing
-from ..core.record import refuse_erased_source
 from ..core.registry import require_editable
 from ..core.request import ConceptRequest
 from ..diffusion.erase import erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
-from ..diffusion.families import denoiser_names
 from ..diffusion.plan import check_names
-from ..diffusion.sites import Denoiser, find_denoiser, find_sites
+from ..diffusion.sites import Denoiser, find_denoiser
 from .files import path_of, reading, writing
 from .folder import refuse_saved_folder
-from .layers import WEIGHTS, read_denoiser
+from .shards import folder_of, open_without_denoiser
 
 
 FILE_NAMES = {
@@ -42,8 +40,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # ‖B A − ΔW‖ / ‖ΔW‖ of a layer in units of the dtype's eps; rounding two balanced factors makes a third of
 # one.
 TOLERANCE = 4
-# components that neither read text nor know the size of pictures
-NOT_NEEDED = ("safety_checker", "image_encoder", "feature_extractor")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 KOHYA_NAMES = {
     "add_embedding.linear_1": "label_emb.0.0"
@@ -175,35 +171,14 @@ def erase_to_lora(
         seed=seed,
     )
     check_names(request)
-    folder = path_of("source", source)
+    folder = folder_of(source)
     with reading(source):
-        if not folder.is_dir():
-            folder = Path(DiffusionPipeline.download(str(source)))
-        config = DiffusionPipeline.load_config(folder)
-    parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
-    refuse_without_loader(getattr(diffusers, config["_class_name"], DiffusionPipeline))
-
-    # 1. The denoisers without their weights, but for the layers that read text.
-    denoisers = {}
-    for name in denoiser_names(config["_class_name"], parts):
-        files = [file for file in sorted((folder / name).iterdir()) if WEIGHTS.fullmatch(file.name)]
-        denoisers[name] = read_denoiser(folder, name, files, layers=True).module
-
-    # 2. The text encoders; a kohya file has the size of pictures, which the VAE knows.
-    unused = [*denoisers, *NOT_NEEDED, *(() if format == "kohya" else ("vae",))]
-    without = {name: None for name in unused if name in parts}
-    if "safety_checker" in without:
-        without["requires_safety_checker"] = False
-    stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
-    with reading(source):
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=stored, use_safetensors=True, **without)
-    pipe.to(device)
-    denoiser = find_denoiser(pipe, denoisers)
-
-    # 3. The edit, and the file.
-    refuse_erased_source(str(folder), lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
-    erasure = erasure_of_layers(pipe, denoiser, request)
-    _write(path, pipe, denoiser, erasure, format=format, dtype=dtype, expert=None)
+        pipeline = DiffusionPipeline.load_config(folder)["_class_name"]
+    refuse_without_loader(getattr(diffusers, pipeline, DiffusionPipeline))
+    # a kohya file has the size of pictures, which the VAE knows
+    opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
+    erasure = erasure_of_layers(opened.pipe, opened.denoiser, request)
+    _write(path, opened.pipe, opened.denoiser, erasure, format=format, dtype=dtype, expert=None)
     return erasure
 
 

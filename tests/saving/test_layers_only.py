@@ -1,4 +1,6 @@
-"""A LoRA from a folder: of the denoiser's shards only the layers that read text are read."""
+"""
+A LoRA, or another folder, from a folder: of the denoiser's shards only the layers that read text are read.
+"""
 
 import copy
 import re
@@ -13,6 +15,7 @@ from support.families import FORGET, TARGET, build, denoiser_of, shorten
 import more_hf
 from more_hf.cli.main import main
 from more_hf.saving import layers
+from more_hf.saving.contents import DELTA
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -29,9 +32,9 @@ READ = {
 def shards(tmp_path):
     """A folder of a family, its denoiser in many files."""
 
-    def save(family):
+    def save(family, dtype=torch.float32):
         folder = tmp_path / family
-        pipe = build(family)
+        pipe = build(family).to(dtype)
         pipe.save_pretrained(folder, max_shard_size="10KB")
         assert len(list((folder / ("unet" if hasattr(pipe, "unet") else "transformer")).glob("*.safe*"))) > 3
         return folder, pipe
@@ -72,10 +75,7 @@ def test_the_file_is_that_of_the_whole_model(shards, read, tmp_path, monkeypatch
         more_hf.erase_concept(copy.deepcopy(pipe), FORGET, remap_to=TARGET), tmp_path / "whole.safetensors"
     )
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("the denoiser is loaded")
-
-    monkeypatch.setattr(type(denoiser_of(pipe)), "from_pretrained", refuse)
+    not_loaded(pipe, monkeypatch)
     with pytest.raises(AssertionError, match="is loaded"):
         DiffusionPipeline.from_pretrained(folder)
     found = tmp_path / "layers.safetensors"
@@ -138,3 +138,91 @@ def test_two_denoisers_and_no_loader_are_refused(tmp_path):
     build("hunyuan-image").save_pretrained(tmp_path / "hunyuan")
     with pytest.raises(more_hf.ExportError, match=HunyuanImagePipeline.__name__):
         more_hf.erase_to_lora(tmp_path / "hunyuan", tmp_path / "a.safetensors", FORGET, remap_to=TARGET)
+
+
+def not_loaded(pipe, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the denoiser is loaded")
+
+    monkeypatch.setattr(type(denoiser_of(pipe)), "from_pretrained", refuse)
+
+
+def tensors_of(folder):
+    """The tensors of every file, by the file's folder and their names."""
+    found = {}
+    for file in folder.rglob("*.safetensors"):
+        found |= {(file.parent.relative_to(folder), name): tensor for name, tensor in load_file(file).items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("z-image", torch.bfloat16),
+        ("flux", torch.float32),
+        ("sdxl", torch.float32),
+        ("hunyuan-image", torch.bfloat16),  # for which there is no LoRA
+    ],
+)
+def test_the_folder_is_that_of_the_whole_model(shards, read, tmp_path, monkeypatch, family, dtype):
+    folder, pipe = shards(family, dtype)
+    options = {"remap_to": [TARGET, "cat"], "router": "hash"}
+    erased = more_hf.erase_concept(DiffusionPipeline.from_pretrained(folder, dtype=dtype), FORGET, **options)
+    whole = more_hf.save(erased, tmp_path / "whole", include_delta=True)
+    with monkeypatch.context() as patch:
+        not_loaded(pipe, patch)
+        erasure = more_hf.erase_to_folder(folder, tmp_path / "found", FORGET, include_delta=True, **options)
+    assert "was not run" in str(erasure)
+    if family in READ:
+        assert all(re.fullmatch(READ[family][0], name) for name in read)
+
+    found, expected, before = (tensors_of(place) for place in (tmp_path / "found", whole, folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in found.items() if name in before)
+
+    # it is what `save` writes: it passes `verify`, is loaded with its router, and goes up with a card
+    assert more_hf.verify(tmp_path / "found"), more_hf.verify(tmp_path / "found")
+    loaded = more_hf.load(tmp_path / "found", dtype=dtype)
+    assert more_hf.get_erasure(loaded).hook is not None
+    assert more_hf.push_to_hub(tmp_path / "found", "me/erased", dry_run=tmp_path / "to_push")
+
+
+def test_the_shards_stay_as_they_are_cut(shards, tmp_path):
+    folder, _ = shards("flux")
+    more_hf.erase_to_folder(folder, tmp_path / "found", FORGET, remap_to=TARGET)
+    names = sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors"))
+    found = sorted(
+        file.relative_to(tmp_path / "found") for file in (tmp_path / "found").rglob("*.safetensors")
+    )
+    assert found == names
+    assert not (tmp_path / "found" / DELTA).exists()  # only if it is asked for
+
+
+def test_a_source_that_would_be_copied_in_part_is_refused(shards, tmp_path):
+    folder, _ = shards("flux")
+    for file in (folder / "vae").glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(more_hf.IncompatibleBaseError, match="vae has no safetensors files"):
+        more_hf.erase_to_folder(folder, tmp_path / "found", FORGET, remap_to=TARGET)
+    assert not (tmp_path / "found").exists()
+
+
+def test_a_folder_that_holds_the_original_is_not_mixed_with_it(shards, tmp_path):
+    folder, _ = shards("flux")
+    (tmp_path / "found" / "transformer").mkdir(parents=True)
+    (tmp_path / "found" / "transformer" / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(more_hf.ExportError, match="already holds transformer/model.safetensors"):
+        more_hf.erase_to_folder(folder, tmp_path / "found", FORGET, remap_to=TARGET)
+    assert [file.name for file in (tmp_path / "found").rglob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_folder_on_the_command_line(shards, tmp_path, capsys):
+    folder, _ = shards("flux")
+    words = ["--concept", FORGET, "--remap_to", TARGET, "--layers_only", "--output", str(tmp_path / "found")]
+    assert main(["erase", str(folder), *words]) == 0
+    assert "was not run" in capsys.readouterr().out
+    assert more_hf.verify(tmp_path / "found")
+    for refused in (["--offload", "model"], ["--reach", "denoiser"], ["--compare", "a cat"]):
+        assert main(["erase", str(folder), *words, *refused]) == 2
+        assert "--layers_only` loads no" in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""
+Erase from a saved pipeline without loading its denoiser: of its files only the layers that read text are
+read, a few of several hundred.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..core.errors import IncompatibleBaseError
+from ..core.files import write_text
+from ..core.install import edited_weights
+from ..core.record import RECORD, refuse_erased_source
+from ..core.request import ConceptRequest
+from ..core.site import write_weights
+from ..diffusion.erase import erasure_of_layers
+from ..diffusion.erasure import ConceptErasure
+from ..diffusion.families import denoiser_names
+from ..diffusion.plan import check_names
+from ..diffusion.sites import Denoiser, find_denoiser, find_sites
+from .check import removed_from
+from .contents import survey
+from .delta import write_delta
+from .files import path_of, reading, replace_folder, writing
+from .folder import Savable, check_draft, make_record, refuse_leftovers
+from .layers import WEIGHTS, read_denoiser
+
+
+# components that neither read text nor are read
+UNUSED = ("safety_checker", "image_encoder", "feature_extractor")
+LENGTH = 8  # bytes in front of a safetensors file that say how long its header is
+
+
+class Opened(NamedTuple):
+    """
+    A saved pipeline whose denoiser was left on the disk.
+
+    Args:
+        folder (`Path`):
+            Where it is.
+        pipe (`DiffusionPipeline`):
+            Its other parts, as far as they are needed.
+        denoiser (`Denoiser`):
+            On the meta device, but for the layers that read text.
+    """
+
+    folder: Path
+    pipe: DiffusionPipeline
+    denoiser: Denoiser
+
+
+def open_without_denoiser(
+    source: str | os.PathLike, device: torch.device | str, *, without: Sequence[str] = ()
+) -> Opened:
+    """
+    Open a saved pipeline without its denoiser, in the dtype that this is stored in.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A folder of an original pipeline with safetensors files, or a Hub id, which is downloaded.
+        device (`torch.device` or `str`):
+            Where the text encoders run.
+        without (`Sequence[str]`, *optional*):
+            Other components that are not needed, besides `UNUSED`.
+
+    Raises:
+        `SiteNotFoundError`: its family is not supported, or it has two denoisers. `AlreadyErasedError`: it
+        was saved erased. `IncompatibleBaseError`: it cannot be read.
+    """
+    folder = folder_of(source)
+    with reading(source):
+        config = DiffusionPipeline.load_config(folder)
+    parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
+
+    # 1. The denoisers without their weights, but for the layers that read text.
+    denoisers = {}
+    for name in denoiser_names(config["_class_name"], parts):
+        files = [file for file in sorted((folder / name).iterdir()) if WEIGHTS.fullmatch(file.name)]
+        denoisers[name] = read_denoiser(folder, name, files, layers=True).module
+
+    # 2. The rest. Some pipelines look at their denoiser when they are made; none can be moved with it.
+    left_out = {name: None for name in (*UNUSED, *without) if name in parts}
+    if "safety_checker" in left_out:
+        left_out["requires_safety_checker"] = False
+    stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
+    with reading(source):
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=stored, use_safetensors=True, **left_out, **denoisers
+        )
+    pipe.register_modules(**dict.fromkeys(denoisers))
+    pipe.to(device)
+    denoiser = find_denoiser(pipe, denoisers)
+    refuse_erased_source(str(folder), lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
+    return Opened(folder, pipe, denoiser)
+
+
+def folder_of(source: str | os.PathLike) -> Path:
+    """The folder itself, or what a Hub id is downloaded to."""
+    folder = path_of("source", source)
+    with reading(source):
+        return folder if folder.is_dir() else Path(DiffusionPipeline.download(str(source)))
+
+
+def erase_to_folder(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
+    *,
+    remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
+    retain: Sequence[str] | None = None,
+    num_experts: int | None = None,
+    router: str | None = None,
+    solver: str = "auto",
+    tokens: str = "positions",
+    pooled: bool = True,
+    seed: int = 0,
+    include_delta: bool = False,
+    device: torch.device | str = "cpu",
+) -> ConceptErasure:
+    """
+    Erase concepts from a saved pipeline into another folder, without loading the denoiser.
+
+    The files are copied, and in the copies the edited layers are overwritten: what `erase_concept` and `save`
+    give, with the original's shards. Only the proof by run is missing, and the report says so.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A folder of an original pipeline with safetensors files, in shards or not, or a Hub id, which is
+            downloaded.
+        folder (`str` or `os.PathLike`):
+            As in [`save`].
+        concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
+            As in [`erase_concept`].
+        remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
+            As in [`erase_concept`].
+        retain, num_experts, router, solver, tokens, pooled, seed:
+            As in [`erase_concept`].
+        include_delta (`bool`, *optional*, defaults to `False`):
+            As in [`save`].
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where the text encoders run.
+
+    Returns:
+        `ConceptErasure`: the report; `print` shows it.
+
+    Raises:
+        `ExportError`, `SiteNotFoundError` and `PrototypeError`: as `save` and `erase_concept` do.
+        `AlreadyErasedError`: the source was saved erased. `IncompatibleBaseError`: it cannot be read, or a
+        component has no safetensors files. The folder is as it was then.
+
+    Example:
+
+        >>> import more_hf
+        >>> from more_hf.data import FOLDER
+        >>> report = more_hf.erase_to_folder(FOLDER / "emoji_sd", "erased", "Blobmoji", remap_to="Fluent")
+        >>> assert more_hf.verify("erased")
+    """
+    folder = path_of("folder", folder)
+    request = ConceptRequest.of(
+        concepts,
+        remap_to=remap_to,
+        retain=retain,
+        num_experts=num_experts,
+        router=router,
+        solver=solver,
+        tokens=tokens,
+        pooled=pooled,
+        seed=seed,
+    )
+    check_names(request)
+    opened = open_without_denoiser(source, device, without=("vae",))
+    pipe, denoiser = opened.pipe, opened.denoiser
+    erasure = erasure_of_layers(pipe, denoiser, request)
+    write_weights(erasure.sites, edited_weights(erasure))
+    removed = removed_from(pipe, request, erasure.facts, denoiser)
+    savable = Savable(pipe, {denoiser.name: denoiser.module}, denoiser.name, removed, revision=None)
+
+    def write(draft: Path) -> None:
+        record = make_record(savable, erasure, draft, variant=None)
+        contents = survey(opened.folder, record)
+        if missing := [name for name, files in contents.weights.items() if not files]:
+            raise IncompatibleBaseError(
+                f"{opened.folder / missing[0]} has no safetensors files, or one beside its shards. Save the "
+                "original again with `save_pretrained`, which writes one kind."
+            )
+        for path in contents.saved:
+            (draft / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(opened.folder / path, draft / path)
+        edited = {f"{name}.weight": site.module.weight.detach() for name, site in erasure.sites.items()}
+        for path in contents.weights[denoiser.name]:
+            overwrite_tensors(draft / path, edited)
+        write_text(draft / RECORD, record.to_json())
+        if include_delta:
+            write_delta(erasure, draft)
+        check_draft(draft, record, erasure, removed)
+        refuse_leftovers(folder, draft)
+
+    with writing(folder):
+        replace_folder(folder, write)
+    return erasure
+
+
+def overwrite_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """
+    Write those of the tensors that a safetensors file has into their places there; the rest is not read.
+
+    They must have the shapes and dtypes of those in the file.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(LENGTH), "little")
+        header = json.loads(file.read(length))
+        for name in header.keys() & tensors.keys():
+            begin, _ = header[name]["data_offsets"]
+            file.seek(LENGTH + length + begin)
+            file.write(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
