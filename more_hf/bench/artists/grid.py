@@ -1,4 +1,4 @@
-"""The benchmark's `grid.png` and `methods.png`."""
+"""The benchmark's `grid.png`, `methods.png` and `words.png`."""
 
 from __future__ import annotations
 
@@ -34,22 +34,26 @@ def read_image(path: Path) -> Tensor:
 def write_grid(path: Path, images: Path, rows: Sequence[Row]) -> None:
     """Draw one strip per erasure: before above every method, the forgotten artists' pictures first."""
     sheets = []
-    methods = methods_of(rows)
     for forget, erased in _by_erasure(rows).items():
-        shown = _shown([row for row in erased if row.method == rows[0].method])
-        if not shown:
-            continue
-        after = {(row.method, row.before): row.after for row in erased}
-        paths = {"before": [row.before for row in shown]}
-        for method in methods:
-            paths[method] = [after.get((method, row.before)) for row in shown]
-        sheets.append(
-            draw_grid(
-                {label: _thumbnails(images, strip, GRID_SIDE) for label, strip in paths.items()},
-                column_labels=[f"{row.thing} {row.artist}".strip() or row.prompt for row in shown],
-                title=f"{forget} erased",
-            )
-        )
+        if shown := _shown([row for row in erased if row.method == rows[0].method]):
+            labels = [f"{row.thing} {row.artist}".strip() or row.prompt for row in shown]
+            sheets.append(_strips(images, erased, shown, labels, f"{forget} erased"))
+    _save(sheets, path)
+
+
+def write_words(path: Path, images: Path, rows: Sequence[Row]) -> None:
+    """
+    Draw one strip per erasure, before above every method: what is forgotten, asked for at each level of the
+    prompts. Nothing if they have no levels.
+    """
+    sheets = []
+    for forget, erased in _by_erasure(rows).items():
+        shown: dict[str, Row] = {}
+        for row in erased:
+            if row.level and row.is_forgotten:
+                shown.setdefault(row.level, row)
+        if shown:
+            sheets.append(_strips(images, erased, list(shown.values()), list(shown), f"{forget} erased"))
     _save(sheets, path)
 
 
@@ -83,6 +87,18 @@ def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
                 )
             )
     _save(sheets, path)
+
+
+def _strips(
+    images: Path, erased: Sequence[Row], shown: Sequence[Row], labels: Sequence[str], title: str
+) -> Image.Image:
+    """The pictures of some rows of an erasure, before above every method."""
+    after = {(row.method, row.before): row.after for row in erased}
+    strips = {"before": [row.before for row in shown]}
+    for method in methods_of(erased):
+        strips[method] = [after.get((method, row.before)) for row in shown]
+    pictures = {label: _thumbnails(images, strip, GRID_SIDE) for label, strip in strips.items()}
+    return draw_grid(pictures, column_labels=labels, title=title)
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:

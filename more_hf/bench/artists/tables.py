@@ -18,7 +18,7 @@ from .cells import collect_rows
 from .config import ArtistsConfig
 from .findings import finding
 from .gallery import write_report
-from .grid import write_grid, write_methods
+from .grid import write_grid, write_methods, write_words
 from .kinds import ARTISTS, THINGS, Kind
 from .levels import (
     LevelLine,
@@ -162,6 +162,7 @@ def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> l
         )
         write_grid(output / "grid.png", images, rows)
         write_methods(output / "methods.png", images, rows)
+        write_words(output / "words.png", images, rows)
     return summary
 
 

@@ -286,6 +286,10 @@ def test_a_run_by_level(tiny_sd, few, tmp_path):
     table = (output / "table.md").read_text("utf-8")
     assert "**Asked in other words: what is left** of the forgotten artists" in table
     assert (output / "levels.png").stat().st_size > 10_000
+    # a column for each level that asks for what is forgotten, before above both methods
+    with Image.open(output / "words.png") as words:
+        assert words.width > 2 * 128
+        assert 3 * 128 < words.height < 4 * 128
 
     # and all of it again from the rows alone
     rows = read_rows(output / "rows.csv", ArtistsConfig.read(output))
