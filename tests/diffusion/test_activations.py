@@ -1,14 +1,17 @@
 """`reach="denoiser"`: the remap with what the denoiser's own layers read."""
 
 import copy
+import inspect
 import json
+from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from support.compare import state
-from support.families import CALL, build
+from support.families import CALL, T5_LENGTH, build, shorten
 from support.pipelines import FORGET, TARGETS, build_tiny_sd
 
 import more_hf
@@ -28,7 +31,7 @@ from more_hf.diffusion.activations import (
 from more_hf.diffusion.encoder import column
 from more_hf.diffusion.erase import erase
 from more_hf.diffusion.prompts import TEMPLATES
-from more_hf.diffusion.sites import find_denoiser
+from more_hf.diffusion.sites import find_denoiser, text_of
 
 
 STEPS, PICTURES = 6, 3
@@ -364,6 +367,72 @@ def test_other_families(family):
     assert erasure.guarantees["denoiser_way_left"] < 1
     more_hf.restore(pipe)
     assert all(torch.equal(v, before[k]) for k, v in state(find_denoiser(pipe).module).items())
+
+
+# How each family is asked for both halves of guidance. They are a batch, the half without the prompt first
+# (Z-Image's last), or two calls.
+GUIDED = {
+    "kandinsky-5": {"guidance_scale": 3.0},
+    "hunyuan-image": {},
+    "chroma": {"guidance_scale": 3.0, "negative_prompt": "cat"},
+    "qwen-image": {"true_cfg_scale": 3.0, "negative_prompt": "cat"},
+    **dict.fromkeys(("z-image", "klein", "wan", "sana"), {"guidance_scale": 3.0}),
+    **dict.fromkeys(("lumina-2", "cogview-4", "auraflow"), {"guidance_scale": 3.0}),
+}
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in list(GUIDED)[1:]]
+
+
+@pytest.mark.parametrize("family", ["kandinsky-5", *SLOW])
+def test_prototypes_are_of_the_half_with_the_prompt(family, monkeypatch):
+    """A hook beside the recorder tells the halves apart by the text that the denoiser is given."""
+    shorten(monkeypatch)
+    pipe = build(family)
+    pipe.resolutions = [(32, 32)]  # of Kandinsky 5, which draws no others
+    pipe.tokenizer_max_length = T5_LENGTH  # of HunyuanImage, which pads to a thousand tokens
+    if family == "klein":
+        pipe.register_to_config(is_distilled=False)
+    denoiser, calls = find_denoiser(pipe), []
+    takes = list(inspect.signature(denoiser.module.forward).parameters)
+    argument = "cap_feats" if family == "z-image" else "encoder_hidden_states"
+
+    def given(module, args, kwargs):
+        calls.append(({**dict(zip(takes, args, strict=False)), **kwargs}[argument], defaultdict(list)))
+
+    def read(name, module, args):
+        if args[0].ndim > 2:
+            z = args[0].flatten(1, -2).double()
+            calls[-1][1][name].append(z[:, :: -(-z.shape[1] // 64)].mean(1))
+
+    denoiser.module.register_forward_pre_hook(given, with_kwargs=True)
+    for name, layer in find_listeners(denoiser).items():
+        layer.register_forward_pre_hook(partial(read, name))
+    sampling = {"height": 32, "width": 32, **CALL[family], **GUIDED[family], "num_inference_steps": 3}
+    templates, everyday = ("{}", "a house by {}"), ("a house", "two dogs")
+    request = request_for(sampling=sampling, pictures=2, templates=templates, everyday=everyday)
+    name, own = list(recorded(pipe, request).prototypes.items())[-1]
+
+    # Three batches are drawn, of the name, its target and ordinary prompts: in three steps, and shown in
+    # seven, the first of them noise alone.
+    halves = len(calls) // 30
+    assert len(calls) == 30 * halves
+    shown = calls[4 * halves : 10 * halves]
+    prompts = [template.format(FORGET) for template in templates]
+    with_prompt = text_of(pipe, denoiser).encode(pipe, prompts)["tokens"]
+    for i, part in enumerate(PART_NAMES):
+        found = {True: [], False: []}
+        for texts, means in shown[2 * i * halves : 2 * (i + 1) * halves]:
+            for row, text in enumerate(texts):
+                prompted = any(starts_alike(text, features) for features in with_prompt)
+                found[prompted] += [mean[row] for mean in means[name]]
+        mean, other = (torch.stack(found[prompted]).mean(0) for prompted in (True, False))
+        assert (own[column(FORGET, part)] - mean).norm() < 1e-5 * mean.norm()
+        assert (own[column(FORGET, part)] - other).norm() > 1e-3 * mean.norm()
+
+
+def starts_alike(text, features):
+    """Whether these are the same `(tokens, d)`, as far as both go: padding may be cut off."""
+    tokens = min(len(text), len(features))
+    return torch.allclose(text[:tokens], features[:tokens], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
