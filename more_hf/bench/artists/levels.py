@@ -56,13 +56,16 @@ class LevelLine:
 
 
 def level_lines(rows: Sequence[Row]) -> list[LevelLine]:
-    """The lines of every level, in the order of the prompts; empty if the prompts have no levels."""
+    """
+    The lines of every level, in the order of the prompts; empty if the prompts have no levels, or if there is
+    no picture yet that every method has.
+    """
     levels = list(dict.fromkeys(row.level for row in sorted(rows, key=lambda row: row.case_number)))
-    if levels == [""]:
-        return []
     methods = list(dict.fromkeys(row.method for row in rows))
     common = set.intersection(*({row.case for row in rows if row.method == method} for method in methods))
     shared = [row for row in rows if row.case in common]
+    if levels == [""] or not shared:
+        return []
     statistics = Statistics(shared)
     lines = []
     for level in levels:

@@ -210,6 +210,8 @@ def test_only_pictures_that_every_method_has():
     (first, *_) = level_lines(rows)
     assert (first.level, first.n_f, first.n_r) == ("name", 1, 2)
     assert level_lines([row(method="m"), row(method="m", case_number=1)]) == []  # prompts without levels
+    apart = [row(method=f"m{case}", level="name", artist="A", case_number=case) for case in (0, 1)]
+    assert level_lines(apart) == []
 
 
 def test_what_the_original_does_not_show_is_no_percentage():
