@@ -60,7 +60,7 @@ def _lora(args: argparse.Namespace) -> int:
         denoiser = parts.get("transformer", "no UNet")
         raise ValueError(
             f"`--format kohya` names the layers of a UNet, and {request.checkpoint.pipeline} has {denoiser}. "
-            "Use `--format peft`, which diffusers and ComfyUI read for this model."
+            "Use `--format peft`, which diffusers reads for this model, and ComfyUI for most."
         )
 
     import diffusers

@@ -41,6 +41,19 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # one.
 TOLERANCE = 4
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# Families of which ComfyUI's `comfy/lora.py` maps the edited layers' names in diffusers to its own. In Wan it
+# knows `diffusion_model.text_embedding.0` alone, in Lumina 2 `diffusion_model.cap_embedder.1`, and of Sana
+# and CogView4 no layer.
+IN_COMFYUI = (
+    "AuraFlow",
+    "Chroma",
+    "FLUX",
+    "FLUX.2",
+    "Kandinsky 5",
+    "Qwen-Image",
+    "Stable Diffusion 3",
+    "Z-Image",
+)
 KOHYA_NAMES = {
     "add_embedding.linear_1": "label_emb.0.0"
 }  # the original name, which diffusers maps back (tested)
@@ -73,7 +86,9 @@ def save_lora(
             named `pytorch_lora_weights.safetensors` (`peft`, which `load_lora_weights(folder)` finds) or
             `pytorch_lora_weights_kohya.safetensors` (for which it needs `weight_name=`).
         format (`str`, *optional*, defaults to `"peft"`):
-            `"peft"` for diffusers, `"kohya"` for ComfyUI and A1111, which diffusers reads too.
+            `"peft"` for diffusers, `"kohya"` for ComfyUI and A1111, which diffusers reads too. `"kohya"` is
+            for UNets. Of transformers ComfyUI reads the peft files of AuraFlow, Chroma, FLUX, FLUX.2,
+            Kandinsky 5, Qwen-Image, Stable Diffusion 3 and Z-Image, by its documented names; it was not run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Of the factors; `torch.bfloat16` and `torch.float32` as well.
         expert (`int`, *optional*):
@@ -195,8 +210,7 @@ def _write(
     if format == "kohya" and denoiser.name != "unet":
         raise ExportError(
             f'The names of format="kohya" are those of UNets, and {denoiser.family.name} has none. '
-            'Pass format="peft", '
-            "which diffusers and ComfyUI read for this model."
+            f'Pass format="peft", which {readers_of_peft(denoiser.family.name)} for this model.'
         )
     factors = _factors(erasure, expert, dtype)
     metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure, expert))}
@@ -210,6 +224,11 @@ def _write(
             to_bytes(tensors, metadata=metadata)
         )  # `save_file` makes files that nobody else may read
     return path
+
+
+def readers_of_peft(family: str) -> str:
+    """Who reads a peft file of a family of transformers."""
+    return "diffusers and ComfyUI read" if family in IN_COMFYUI else "diffusers reads, and ComfyUI does not,"
 
 
 def to_adapters(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import WanPipeline
+from safetensors.torch import load_file
 from support.bare import FORGET, OTHER, POSITIONS, SITES, TARGET, draw, erase, read_by_layer, use_bare_names
 from support.families import NEWER, build, copied, denoiser_of, weights
 from support.language_models import qwen_tokenizer
@@ -167,6 +168,28 @@ def test_lora_on_the_original_is_the_erased_pipeline(originals, family, tmp_path
     wanted = draw(erased, family, FORGET)
     apart = (wanted - draw(originals[family], family, FORGET)).norm()
     assert (draw(pipe, family, FORGET) - wanted).norm() < 0.01 * apart
+
+
+# Layers as ComfyUI's `comfy/lora.py` spells them for a LoRA, where it knows them by their names in diffusers.
+COMFYUI = {
+    "chroma": {"transformer.context_embedder"},
+    "z-image": {"transformer.cap_embedder.1"},
+    "qwen-image": {"transformer.txt_in"},
+    "klein": {"transformer.context_embedder"},
+    "flux-2": {"transformer.context_embedder"},
+    "auraflow": {"transformer.context_embedder"},
+    "kandinsky-5": {"transformer.text_embeddings.in_layer", "transformer.pooled_text_embeddings.in_layer"},
+}
+
+
+@pytest.mark.parametrize("family", WITH_LORA)
+def test_what_comfyui_reads(originals, family, tmp_path):
+    pipe = erase(copied(originals[family]))
+    names = {name.rpartition(".lora_")[0] for name in load_file(more_hf.save_lora(pipe, tmp_path))}
+    reads = "diffusers and ComfyUI read for" if family in COMFYUI else "ComfyUI does not, for"
+    assert names == COMFYUI.get(family, names)
+    with pytest.raises(more_hf.ExportError, match=reads):
+        more_hf.save_lora(pipe, tmp_path, format="kohya")
 
 
 def test_a_model_without_a_loader_has_no_lora(originals, tmp_path):
