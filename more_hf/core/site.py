@@ -68,7 +68,8 @@ class Site:
         if offload is not None and not isinstance(offload[0], dict):
             raise SiteNotFoundError(
                 f"The weight of {where} is offloaded to disk, where an edit would not reach it. "
-                "Load the model without an offload folder, erase, save, and load it with offloading again."
+                "Load the model without an offload folder, erase, save, and load it with offloading again. A "
+                "pipeline in a folder need not be loaded at all: `more_hf.erase_to_folder`."
             )
         weight = self.read()
         plain = type(weight) is Tensor and not weight.is_meta and weight.ndim == 2
@@ -77,7 +78,8 @@ class Site:
                 f"The weight of {where} is {type(weight).__name__} {weight.dtype} of shape "
                 f"{tuple(weight.shape)} on {weight.device}: quantized, cast to fp8, sharded (FSDP, ZeRO-3) "
                 "or not loaded. An edit needs the whole matrix in fp16, bf16, fp32 or fp64. Erase from the "
-                "full-precision model, save it, and quantize or shard what was saved."
+                "full-precision model, save it, and quantize or shard what was saved. A pipeline in a folder "
+                "need not be loaded: `more_hf.erase_to_folder`."
             )
 
     def _offload_map(self, parameter: str) -> tuple[Any, str] | None:

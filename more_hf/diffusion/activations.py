@@ -192,9 +192,20 @@ def _evenly(lines: Sequence[str], count: int, rest: Sequence[str] = ()) -> list[
 def _call(
     pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Mapping[str, Any]
 ) -> None:
-    """Let the pipeline draw, each picture from its own seed; what it gives back is not needed."""
+    """
+    Let the pipeline draw, each picture from its own seed; what it gives back is not needed.
+
+    Raises:
+        `SiteNotFoundError`: it cannot from a prompt and these arguments alone.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    pipe(prompt=list(prompts), generator=generators, output_type="latent", **sampling)
+    try:
+        pipe(prompt=list(prompts), generator=generators, output_type="latent", **sampling)
+    except (TypeError, ValueError) as error:  # an image-to-image pipeline, or an argument that it has not
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} draws no picture from a prompt and `sampling` alone ({error}). Erase "
+            "from the model's text-to-image pipeline, and pass its components on, or set `sampling` right."
+        ) from error
 
 
 @contextmanager

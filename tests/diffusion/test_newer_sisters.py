@@ -130,6 +130,16 @@ def test_refuses(sister, reason):
     assert all(same(part, as_it_was) for part, as_it_was in zip(parts, before, strict=True))
 
 
+def test_inside_the_denoiser_it_must_draw_from_a_prompt_alone(originals):
+    pipe = copy.deepcopy(originals["z-image image-to-image"])
+    before = weights(pipe)
+    with pytest.raises(
+        more_hf.SiteNotFoundError, match="ZImageImg2ImgPipeline draws no picture"
+    ):
+        erase(pipe, reach="denoiser", sampling={"num_inference_steps": 2})
+    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+
+
 def test_a_controlnet_of_many_is_refused_too():
     """Of several nets one after the other, none of which has the layers' names itself."""
     parts = build("flux").components

@@ -217,6 +217,15 @@ def test_a_folder_that_holds_the_original_is_not_mixed_with_it(shards, tmp_path)
     assert [file.name for file in (tmp_path / "found").rglob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_a_denoiser_that_is_not_loaded_is_told_of_it(shards):
+    _, pipe = shards("flux")
+    pipe.transformer.to("meta")
+    with pytest.raises(
+        more_hf.SiteNotFoundError, match="not loaded.*`more_hf.erase_to_folder`"
+    ):
+        more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
+
+
 def test_a_folder_on_the_command_line(shards, tmp_path, capsys):
     folder, _ = shards("flux")
     words = ["--concept", FORGET, "--remap_to", TARGET, "--layers_only", "--output", str(tmp_path / "found")]
