@@ -40,7 +40,7 @@ BEGIN, EMPTY_POOLED, EMPTY_PADDING = "begin token", "empty prompt", "empty promp
 POOLED = "pooled"
 # Where a text encoder reads more positions than this, padding is most of the work, and that of one prompt
 # with a name stands for that of all.
-LONG = 32
+LONG = 40
 DELAY = 2  # seconds after which a progress bar shows
 BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, of so many positions; fewer where there are more
 

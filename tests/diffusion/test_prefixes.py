@@ -99,7 +99,7 @@ def test_it_does_as_well_as_the_padding_of_all(emoji_sd, monkeypatch, forget, ta
     encoder = Encoder(emoji_sd)
     before, goal, others = encoded(forget), encoded(target), torch.cat([encoded(name) for name in retain])
     measured = []
-    for longest in (32, 0):
+    for longest in (encoding.LONG, 0):
         monkeypatch.setattr(encoding, "LONG", longest)
         request = ConceptRequest.of(forget, remap_to=target, retain=retain)
         remap = solve(emoji_sd, request).remaps["tokens"]

@@ -12,7 +12,7 @@ from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.encoder import Encoder
 
 
-LONG = "a very long sentence about a red house and a blue house and a dog and a cat and a fish and a boat by"
+LONG = "a long sentence about a house and a dog and a cat and a fish and " + "a bus and a key and " * 4 + "by"
 FIELD = "case_number,prompt,evaluation_seed,artist\n1,a barn by Kelly Mckernan,42,Kelly Mckernan\n"
 
 
