@@ -72,8 +72,10 @@ def main() -> None:
 
     pipe = build_pipeline(args.vae, args.text, args.denoiser)
     pipe.vae.half()
-    pipe.vae.register_to_config(_name_or_path="emoji_sd/vae")  # else the folder it was loaded from
     pipe.unet.half()
+    # Else the folders that they were loaded from.
+    pipe.vae.register_to_config(_name_or_path="emoji_sd/vae")
+    pipe.unet.register_to_config(_name_or_path="emoji_sd/unet")
     pipe.save_pretrained(args.output)
     for name in ("vocab.json", "merges.txt"):  # transformers 4 reads these
         shutil.copy(args.text / "tokenizer" / name, args.output / "tokenizer" / name)
