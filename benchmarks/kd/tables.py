@@ -7,7 +7,8 @@ seed, (2) who keeps what remains and forgets what is forgotten, (3) for which cl
 does not. `tables/MODEL-trained.md` is about all methods, on the classes and seeds that the trained ones were
 run on: (0) all of them, (1) a short table. `tables/MODEL-covariance.md` is about ours with the covariance
 solver: (0) means, (1) and (2) as (2) and (3) above. `tables/emoji-100.md` is about ten classes of a hundred
-forgotten together, `tables/samples.md` about single samples, `tables/paper.md` puts ours beside the paper's.
+forgotten together, `tables/samples.md` about single samples, `tables/MODEL-fitted.md` about originals that
+know every training image; `tables/paper.md` puts ours beside the paper's.
 """
 
 import csv
@@ -42,20 +43,23 @@ COLUMNS = {
     "kr_mlp_acc_ft": "mlp_acc_ft",
     "gap_closed": "gap_closed",
 }
+MEMBERSHIP = {"mia_loss": "mia_loss", "mia_confidence": "mia_confidence", "mia_entropy": "mia_entropy"}
 KEPT, FORGOTTEN = 0.5, 0.5  # points of acc_rt that may be lost, percent of acc_ft that may be left
 OURS = ("remap", "more", "more-hash", "more-prototype")  # with their rows -reloaded and -x16
 TRAINED = 3  # of the trained baselines, how many are in the short table
-# The paper's names, and its data next to ours: one class, and ten of a hundred with an original that knows
-# every training image.
+# The paper's names, and its data next to ours: one class, and ten of a hundred. But for the first of them our
+# originals know every training image, as the paper's do.
 PAPER = {
     "original": "Original",
+    "retrain": "Retrain",
     "esc": "ESC",
     "leace-rest": "",
     "remap": "Remap",
     "more": "MoRE",
     "more-reloaded": "",
 }
-BESIDE = {"cifar10": "fashion-mnist-allcnn", "cifar100": "emoji-100"}
+FITTED = {"allcnn": "fashion-mnist-6000-allcnn", "resnet18": "fashion-mnist-6000-resnet18"}
+BESIDE = {"cifar10": ("fashion-mnist-allcnn", *FITTED.values()), "cifar100": ("emoji-100",)}
 SHORT = ("esc", "leace-rest", "remap", "more", "more-reloaded", "more-x16")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -71,6 +75,8 @@ def main() -> None:
         write(f"{model}-trained", together(closed, trained), means, short)
         write(f"{model}-covariance", covariance, means, kept, by_class)
     write("emoji-100", read("emoji-100"), means)
+    for model, folder in FITTED.items():
+        write(f"{model}-fitted", read(folder), membership)
     write("paper", read("emoji-100"), beside_the_paper)
     samples = read("fashion-mnist-samples", kd_samples.ROW_COLUMNS)
     write("samples", samples, lambda rows: kd_samples.short_table(kd_samples.summarise(rows)))
@@ -118,23 +124,28 @@ def pooled(rows: Rows) -> Table:
     return summarise([{**row, "forget": ""} for row in rows])
 
 
-def means(rows: Rows) -> Table:
+def membership(rows: Rows) -> Table:
+    """Means with the attacks on membership, which say something where an original knows its images."""
+    return means(rows, COLUMNS | MEMBERSHIP)
+
+
+def means(rows: Rows, columns: Mapping[str, str] = COLUMNS) -> Table:
     lines = pooled(rows)
     return [
         {
             "method": line["method"],
             "runs": line["seeds"],
-            **{name: percent(line[column]) for column, name in measured(lines).items()},
+            **{name: percent(line[column]) for column, name in measured(lines, columns).items()},
             "seconds": percent(line["seconds"]),
         }
         for line in lines
     ]
 
 
-def measured(lines: Table) -> dict[str, str]:
-    """Those of `COLUMNS` that some line has a number in."""
+def measured(lines: Table, columns: Mapping[str, str] = COLUMNS) -> dict[str, str]:
+    """Those of the columns that some line has a number in."""
     return {
-        column: name for column, name in COLUMNS.items() if any(line[column] is not None for line in lines)
+        column: name for column, name in columns.items() if any(line[column] is not None for line in lines)
     }
 
 
@@ -254,12 +265,15 @@ def beside_the_paper(_: Rows) -> Table:
             means = {name: float(line[name].partition("±")[0]) for name in names}
             printed[line["dataset"], line["method"]] = {**means, "mia_loss": None}
     table = []
-    for dataset, folder in BESIDE.items():
-        here = {line["method"]: line for line in pooled(read(folder))}
-        theirs = {method: printed.get((dataset, name)) for method, name in PAPER.items()}
-        for place, lines in ((f"{dataset}, the paper's", theirs), (folder, here)):
+    for dataset, folders in BESIDE.items():
+        places = {
+            f"{dataset}, the paper's": {method: printed.get((dataset, n)) for method, n in PAPER.items()}
+        }
+        for folder in folders:
+            places[folder] = {line["method"]: line for line in pooled(read(folder))}
+        for place, lines in places.items():
             for method in PAPER:
-                if lines[method] is not None:
+                if lines.get(method) is not None:
                     lost = lines["original"]["acc_rt"] - lines[method]["acc_rt"]
                     row = {"data": place, "method": method, "acc_rt lost": percent(lost)}
                     table.append(row | {name: percent(lines[method][name]) for name in (*names, "mia_loss")})
