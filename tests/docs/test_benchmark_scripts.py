@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,3 +202,35 @@ def test_settings_are_the_best_cell_of_a_finished_grid(script):
         "uce": tune.GRIDS["uce"][-1]
     }  # of `more` there is nothing to choose, and cure is not finished
     assert tune.best_settings(lines)["cure"] == tune.GRIDS["cure"][-1]
+
+
+def test_deeper_edits_solve_what_they_say(script):
+    """The affine edit is the least squares of its docstring, in as many directions as asked; DAMP's leaves
+    nothing of the class mean that the other means lack."""
+    deeper = script("kd", "deeper")
+    weight, bias, (before, now) = features(6, 5), features(6, seed=1), features(2, 12, 3, 5, seed=2)
+    own, partner = torch.arange(12) < 4, torch.arange(12).roll(5)
+    task = SimpleNamespace(own=own, partner=partner)
+    answers = before @ weight.T + bias
+    answers[own] = answers[partner[own]]
+    mass = torch.where(own, 2.0, 1.0).double().sqrt()[:, None, None]  # eight others to four
+    x = torch.cat([now, torch.ones_like(now[..., :1])], -1)
+    square = (mass * x).square().sum((0, 1)) / 36
+    ridge = (36 * deeper.RIDGE * square.mean()).sqrt() * torch.eye(6).double()
+    start = torch.cat([weight, bias[:, None]], 1)
+    rows = torch.cat([(mass * x).flatten(0, 1), ridge])
+    asked = torch.cat([(mass * answers).flatten(0, 1), ridge @ start.T])
+    expected = torch.linalg.lstsq(rows, asked).solution.T
+    found = torch.cat([part.reshape(6, -1) for part in deeper.paired(task, weight, bias, before, now)], 1)
+    torch.testing.assert_close(found, expected)
+    assert (found - start).norm() > 0.1 * start.norm()
+    few = torch.cat([p.reshape(6, -1) for p in deeper.paired(task, weight, bias, before, now, rank=2)], 1)
+    assert torch.linalg.matrix_rank(few - start, rtol=1e-9) == 2
+
+    P = features(5, 3, seed=3)
+    task = SimpleNamespace(forget=0, prototypes=lambda z: SimpleNamespace(matrix=P))
+    projected, _ = deeper.projection(task, weight, None, before, now)
+    others = torch.linalg.qr(P[:, 1:]).Q
+    torch.testing.assert_close(projected @ others, weight @ others)
+    torch.testing.assert_close(projected @ P[:, 0], weight @ others @ (others.T @ P[:, 0]))
+    assert not torch.allclose(weight @ P[:, 0], projected @ P[:, 0])

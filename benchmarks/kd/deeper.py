@@ -1,0 +1,358 @@
+"""Deeper than the head, at rest and in closed form: what a new head still finds of a class.
+
+    python benchmarks/kd/deeper.py --models MODELS --model fashion-mnist-vit --forget trouser coat
+
+What is saved of `erase_classes` forgets at the logits, and its features are the original's. Here every linear
+layer and convolution before the head is edited too, one after the other in the order in which they run, each
+with what it reads once those before it are edited; then the head, as always. A convolution is a linear layer
+that reads patches. Rows are added to `deeper.csv` (a row that is there is not measured again), and the means
+over classes are written to `deeper.md`:
+
+- `acc_ft`, `acc_rt`: what the classifier's own head recognises of the forgotten class and of the others.
+- `probe_ft`, `probe_rt`: what a new linear head, trained to the end on 200 images a class, finds in its
+  features; `gap_closed`: how much of the way from Original's `probe_ft` to Retrain's that is, in percent.
+- `idi`: the information difference index over all blocks, 1 for Original and 0 for Retrain.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize, unfold
+
+from more_hf.bench.attacks.classes.run import random_weights
+from more_hf.bench.attacks.classes.similarity import similarity
+from more_hf.bench.attacks.classes.victim import Seen, Victim
+from more_hf.bench.classes.data import load_kd_data
+from more_hf.bench.classes.features import cache, reloaded
+from more_hf.bench.classes.probes import converged_probe
+from more_hf.bench.classes.training import Recipe, accuracy, train_classifier, without
+from more_hf.bench.columns import read_cells, write_rows
+from more_hf.bench.splits import ImageSet, KDData, some_of_each, split_by_class
+from more_hf.classification.erase import erase_classes
+from more_hf.classification.heads import evaluating, find_heads
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
+from more_hf.core.moment import Moment
+from more_hf.core.prototypes import PrototypeFitter, Prototypes
+from more_hf.core.remap import Remap
+from more_hf.data import load_classifier
+
+
+HERE = Path(__file__).parent
+SEEN, POSITIONS = 100, 16  # images of each class behind the edits, and positions of each that a layer shows
+LABELLED, ASKED = (
+    200,
+    200,
+)  # images of each class that a new head is trained on, and of the others in the test
+RIDGE = 1e-3  # of the regressions, in units of the mean square of what a layer reads
+COLUMNS = ("acc_ft", "acc_rt", "probe_ft", "probe_rt", "gap_closed", "idi")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One class to forget from one classifier.
+
+    Attributes:
+        data (`KDData`): all images.
+        forget (`int`): the class.
+        original (`nn.Module`): the classifier, and `head` (`str`) the name of its last layer.
+        images (`ImageSet`): `SEEN` training images of each class.
+        partner (`Tensor`): `(n,)`, for each of them another one of a class that remains: the nearest by what
+            the head reads once the class is remapped there.
+    """
+
+    data: KDData
+    forget: int
+    original: nn.Module
+    head: str
+    images: ImageSet
+    partner: Tensor
+
+    @property
+    def own(self) -> Tensor:
+        """Which images are of the forgotten class, boolean `(n,)`."""
+        return self.images.labels == self.forget
+
+    def prototypes(self, z: Tensor) -> Prototypes:
+        """Class means and second moment of what a layer reads, `(n, positions, d)`."""
+        fitter = PrototypeFitter(z.shape[-1], self.data.class_names)
+        fitter.update(z, self.images.labels[:, None].expand(z.shape[:2])).update_moment(z)
+        return fitter.prototypes
+
+    @property
+    def sent(self) -> tuple[list[str], list[list[str]]]:
+        """The forgotten class, and every other class as an expert's target."""
+        names = self.data.class_names
+        return [names[self.forget]], [[name] for i, name in enumerate(names) if i != self.forget]
+
+
+# The edits of one layer: from its weight `(out, d)`, its bias or None, and what it reads before all edits and
+# now, `(n, positions, d)`, to the new weight and bias.
+Weights = tuple[Tensor, Tensor | None]
+
+
+def projection(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor) -> Weights:
+    """DAMP's: project out what the class mean has that no combination of the other means has."""
+    P = task.prototypes(now).matrix
+    others = P[:, [i for i in range(P.shape[1]) if i != task.forget]]
+    mean = P[:, task.forget]
+    residual = mean - others @ torch.linalg.lstsq(others, mean[:, None]).solution[:, 0]
+    if residual.norm() < 1e-6 * mean.norm():  # narrower than there are classes: nothing is left to project
+        return weight, bias
+    u = normalize(residual, dim=0)
+    return weight - torch.outer(weight @ u, u), bias
+
+
+def remapping(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor) -> Weights:
+    """Ours at every layer: the class mean becomes that of most partners' class, and all else moves least.
+
+    By what the layer read before all edits: after those in front of it the two means are one already.
+    """
+    labels, names = task.images.labels, task.data.class_names
+    target = names[int(labels[task.partner[task.own]].mode().values)]
+    forget = names[task.forget]
+    P = task.prototypes(before).without([name for name in names if name not in (forget, target)])
+    return Remap.fit(P, [forget], [[target]], solver="covariance").merged(weight), bias
+
+
+def regression(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor) -> Weights:
+    """The one inside the denoiser: the step from mean to mean, as nearly as ordinary activations allow."""
+    z = now[task.own].flatten(0, 1)
+    own = Moment(z.T @ z / len(z), len(z))
+    return Remap.regress(task.prototypes(now), *task.sent, own).merged(weight), bias
+
+
+def paired(
+    task: Task,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor,
+    now: Tensor,
+    *,
+    alike: bool = False,
+    rank: int | None = None,
+) -> Weights:
+    """Affine, image by image: the layer answers a forgotten image as the original answers its partner.
+
+    W and b minimise Σ ‖W z + b − y‖² + ridge over all images, both groups with the same mass, or each image
+    `alike`, where y is the original's output for the image itself if it remains, and for its partner if it
+    does not. So what earlier edits did to the others is mended as well. With `rank`, only so many directions
+    of the output change, those in which the answers of this layer, which the next one reads, change most.
+    """
+    answers = before @ weight.T
+    answers[task.own] = answers[task.partner[task.own]]
+    mass = torch.where(task.own, 1.0 if alike else (~task.own).sum() / task.own.sum(), 1.0).double()
+    start = weight
+    if bias is not None:  # a column for the constant
+        now, start = (
+            torch.cat([now, torch.ones_like(now[..., :1])], -1),
+            torch.cat([weight, bias[:, None]], 1),
+        )
+        answers = answers + bias
+    x, missed = now.flatten(0, 1), (answers - now @ start.T).flatten(0, 1)
+    weighted = x * mass.repeat_interleave(now.shape[1])[:, None]
+    moment = weighted.T @ x / len(x)
+    moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    change = torch.linalg.solve(moment, weighted.T @ missed / len(x)).T
+    if rank is not None:
+        directions = torch.linalg.svd(change @ torch.linalg.cholesky(moment), full_matrices=False).U[:, :rank]
+        change = directions @ (directions.T @ change)
+    edited = start + change
+    return (edited, None) if bias is None else (edited[:, :-1], edited[:, -1])
+
+
+Edit = Callable[[Task, Tensor, Tensor | None, Tensor, Tensor], Weights]
+ATTEMPTS: dict[str, Edit | None] = {
+    "head only": None,
+    "projection": projection,
+    "remap, covariance": remapping,
+    "regression": regression,
+    "paired": paired,
+    "paired, images alike": partial(paired, alike=True),
+    "paired, 8 directions": partial(paired, rank=8),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="fashion-mnist", help="a name of load_kd_data (fashion-mnist)")
+    parser.add_argument("--model", required=True, help="a packaged classifier")
+    parser.add_argument("--forget", nargs="+", required=True, help="classes, forgotten in turn")
+    parser.add_argument("--epochs", type=int, default=1, help="of Retrain's training (1)")
+    parser.add_argument("--models", type=Path, required=True, help="folder of Retrain's classifiers")
+    args = parser.parse_args()
+
+    data, original = load_kd_data(args.dataset), load_classifier(args.model).eval()
+    table = HERE / "deeper.csv"
+    for name in args.forget:
+        done = {(row["model"], row["forget"], row["attempt"]) for row in read_cells(table)}
+        if len([key for key in done if key[:2] == (args.model, name)]) == len(ATTEMPTS) + 2:
+            continue
+        task = make_task(data, original, name)
+        splits = split_by_class(data, [name])
+        recipe = Recipe.of(data, args.epochs)
+        retrained = train_classifier(
+            random_weights(original, 0),
+            splits.r,
+            recipe,
+            output=args.models / f"{args.model}-{args.epochs}-{without(name, 0)}",
+        )
+        judge = Judge.of(task, retrained)
+        for attempt in ("original", "retrain", *ATTEMPTS):
+            if (args.model, name, attempt) not in done:
+                models = {"original": original, "retrain": retrained}
+                model = models[attempt] if attempt in models else attempted(task, ATTEMPTS[attempt])
+                row = {"model": args.model, "forget": name, "attempt": attempt, **judge.measure(model)}
+                write_rows(table, [*read_cells(table), row])
+                print(row, flush=True)
+    write_text(HERE / "deeper.md", markdown_table(means(read_cells(table))) + "\n")
+
+
+def make_task(data: KDData, original: nn.Module, name: str) -> Task:
+    """Draw the images behind the edits, and find the partners of those that are forgotten."""
+    head = next(iter(find_heads(original, data.test[torch.arange(2)]["pixel_values"])))
+    images = data.train.subset(some_of_each(data.train.labels, SEEN))
+    task = Task(data, data.class_names.index(name), original, head, images, torch.arange(len(images)))
+    z = reads(original, head, images)
+    remap = Remap.fit(task.prototypes(z), *task.sent)
+    z = normalize(remap.apply(z[:, 0]), dim=1)
+    return replace(task, partner=(z @ z.T).masked_fill(task.own, -1).argmax(1))
+
+
+def attempted(task: Task, edit: Edit | None) -> nn.Module:
+    """Edit a copy of the original layer by layer, then its head."""
+    model = copy.deepcopy(task.original)
+    for name in [] if edit is None else layers(model, task.head, task.data):
+        before, now = (reads(m, name, task.images) for m in (task.original, model))
+        layer = model.get_submodule(name)
+        bias = None if layer.bias is None else layer.bias.detach().double()
+        weight, bias = edit(task, layer.weight.detach().flatten(1).double(), bias, before, now)
+        with torch.no_grad():
+            layer.weight.copy_(weight.reshape(layer.weight.shape))
+            if bias is not None:
+                layer.bias.copy_(bias)
+    # The head may cost anything: the table says what it did. What is saved comes back without its hook.
+    erase_classes(model, task.images.loader(100), task.data.class_names[task.forget], most_lost=100)
+    with reloaded(model) as plain:
+        return plain
+
+
+def layers(model: nn.Module, head: str, data: KDData) -> list[str]:
+    """The linear layers and convolutions before the head, in the order in which they run."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: order.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and name != head
+    ]
+    with torch.no_grad():
+        model(pixel_values=data.test[torch.arange(2)]["pixel_values"])
+    for handle in handles:
+        handle.remove()
+    return order
+
+
+@torch.no_grad()
+def reads(model: nn.Module, name: str, images: ImageSet) -> Tensor:
+    """What a layer reads at some positions of each image, `(n, positions, d)`, float64: tokens or patches."""
+    layer, seen = model.get_submodule(name), []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        z = args[0]
+        if isinstance(layer, nn.Conv2d):
+            z = unfold(z, layer.kernel_size, padding=layer.padding, stride=layer.stride).mT
+        z = z if z.ndim == 3 else z[:, None]
+        shown = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(0))[:POSITIONS]
+        seen.append(z[:, shown])
+
+    handle = layer.register_forward_pre_hook(keep)
+    with evaluating(model):
+        for batch in images.loader(100):
+            model(pixel_values=batch["pixel_values"])
+    handle.remove()
+    return torch.cat(seen).double()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures classifiers against Original and Retrain on the same images.
+
+    Attributes:
+        task (`Task`): what is forgotten from what.
+        parts (`dict[str, ImageSet]`): labelled images, and those that are asked about.
+        original, retrained (`Seen`): the references.
+    """
+
+    task: Task
+    parts: dict[str, ImageSet]
+    original: Seen
+    retrained: Seen
+
+    @classmethod
+    def of(cls, task: Task, retrained: nn.Module) -> "Judge":
+        train, test = task.data.train, task.data.test
+        asked = (test.labels == task.forget).nonzero()[:, 0]
+        others = some_of_each(test.labels, ASKED)
+        asked = torch.cat([asked, others[test.labels[others] != task.forget]])
+        labelled = train.subset(some_of_each(train.labels, LABELLED))
+        parts = {"train": labelled, "test": test.subset(asked)}
+        seen = [Seen(cache(m, m.get_submodule(task.head), parts)) for m in (task.original, retrained)]
+        return cls(task, parts, *seen)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The columns of a row; `gap_closed` is of the means."""
+        known = {self.original.cached.model: self.original, self.retrained.cached.model: self.retrained}
+        seen = known.get(model) or Seen(cache(model, model.get_submodule(self.task.head), self.parts))
+        row = {**self._recognised("acc", seen.cached.logits("test"))}
+        probe = converged_probe(seen.cached.features("train"), self.parts["train"].labels)
+        row |= self._recognised("probe", probe(seen.cached.features("test")))
+        facts = {"head": self.task.head, "parts": self.parts, "forget": [self.task.forget], "targets": []}
+        victim = Victim(seen, self.original, self.retrained, **facts, train=None, seed=0)
+        index = next(result.recovered for result in similarity(victim) if result.measure == "idi")
+        return {**row, "idi": round(index, 4)}
+
+    def _recognised(self, name: str, logits: Tensor) -> dict[str, float]:
+        labels = self.parts["test"].labels
+        groups = {"ft": labels == self.task.forget, "rt": labels != self.task.forget}
+        predicted = logits.argmax(-1)
+        return {
+            f"{name}_{split}": round(accuracy(predicted[mask], labels[mask]), 2)
+            for split, mask in groups.items()
+        }
+
+
+def means(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """One line for each model and attempt: means over the classes that have every attempt."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        measured = {row["attempt"] for row in of_model}
+        attempts = [attempt for attempt in ("original", "retrain", *ATTEMPTS) if attempt in measured]
+        complete = [
+            name
+            for name in dict.fromkeys(row["forget"] for row in of_model)
+            if sum(row["forget"] == name for row in of_model) == len(attempts)
+        ]
+        numbers = {}
+        for attempt in attempts:
+            part = [row for row in of_model if row["attempt"] == attempt and row["forget"] in complete]
+            columns = [name for name in COLUMNS if name != "gap_closed"]
+            numbers[attempt] = {name: sum(float(row[name]) for row in part) / len(part) for name in columns}
+        start, end = (numbers[name]["probe_ft"] for name in ("original", "retrain"))
+        for attempt, found in numbers.items():
+            found["gap_closed"] = 100 * (start - found["probe_ft"]) / (start - end)
+            cells = {name: f"{found[name]:.2f}" for name in COLUMNS}
+            lines.append({"model": model, "attempt": attempt, "classes": len(complete), **cells})
+    return lines
+
+
+if __name__ == "__main__":
+    main()
