@@ -12,11 +12,15 @@ from diffusers import (
     ControlNetModel,
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
+    FluxControlImg2ImgPipeline,
+    FluxControlInpaintPipeline,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxControlPipeline,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
@@ -43,6 +47,7 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPAGPipeline,
     T2IAdapter,
+    VisualClozePipeline,
 )
 from support.compare import same, state
 from support.families import T5_LENGTH, build, embeds, shorten, umt5_encoder
@@ -120,12 +125,21 @@ def sd3_of_16_channels(pipe):
     return StableDiffusion3InpaintPipeline.from_pipe(build("sd3", channels=16))
 
 
-def fill_transformer(pipe):
-    pipe = build("flux")
-    transformer = type(pipe.transformer)(
-        **{**pipe.transformer.config, "in_channels": 48, "out_channels": 16}
-    ).eval()
-    return with_parts(FluxFillPipeline, pipe, transformer=transformer)
+def wider(cls, channels):
+    """FLUX with a transformer that reads more than the latents beside each other."""
+
+    def make(pipe):
+        pipe = build("flux")
+        transformer = type(pipe.transformer)(
+            **{**pipe.transformer.config, "in_channels": channels, "out_channels": 16}
+        ).eval()
+        return with_parts(cls, pipe, transformer=transformer)
+
+    return make
+
+
+def control(cls):
+    return wider(cls, 32)
 
 
 def from_pipe(cls):
@@ -184,7 +198,23 @@ ERASED = {
         from_pipe(FluxKontextPipeline),
         {**SIZE, **SHORT, "image": IMAGE, "max_area": 32 * 32, "_auto_resize": False},
     ),
-    "FLUX Fill": ("flux", fill_transformer, {"image": IMAGE, "mask_image": MASK, **SIZE, **SHORT}),
+    "FLUX Fill": ("flux", wider(FluxFillPipeline, 48), {"image": IMAGE, "mask_image": MASK, **SIZE, **SHORT}),
+    "FLUX Kontext inpainting": (
+        "flux",
+        from_pipe(FluxKontextInpaintPipeline),
+        {**INPAINT, **SIZE, **SHORT, "max_area": 32 * 32, "_auto_resize": False},
+    ),
+    "FLUX Control": ("flux", control(FluxControlPipeline), {**SIZE, **SHORT, "control_image": IMAGE}),
+    "FLUX Control image-to-image": (
+        "flux",
+        control(FluxControlImg2ImgPipeline),
+        {**EDIT, **SIZE, **SHORT, "control_image": IMAGE},
+    ),
+    "FLUX Control inpainting": (
+        "flux",
+        control(FluxControlInpaintPipeline),
+        {**INPAINT, **SIZE, **SHORT, "control_image": IMAGE},
+    ),
     "PixArt-α": ("pixart", lambda pipe: with_parts(PixArtAlphaPipeline, pipe), PIXART),
     "PixArt PAG": (
         "pixart",
@@ -277,6 +307,10 @@ def ledits(bases):
     return plain_sd(LEditsPPPipelineStableDiffusion, copy.deepcopy(bases["sd"]))
 
 
+def visual_cloze(bases):
+    return with_parts(VisualClozePipeline, copy.deepcopy(bases["flux"]), resolution=384)
+
+
 def image_embeddings(bases):
     return build_tiny_sd(class_embed_type="projection", projection_class_embeddings_input_dim=8)
 
@@ -307,6 +341,7 @@ REFUSED = {
         "text-to-image pipeline",
     ],
     latent_upscaler: ["StableDiffusionLatentUpscalePipeline", "takes no `num_images_per_prompt`"],
+    visual_cloze: ["VisualClozePipeline", "takes no `prompt`"],
     ledits: ["LEditsPPPipelineStableDiffusion", "takes no `prompt`"],
     image_embeddings: ["class_embed_type='projection'"],
     layout_phrases: ["attention_type='gated'"],

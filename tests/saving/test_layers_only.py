@@ -220,9 +220,7 @@ def test_a_folder_that_holds_the_original_is_not_mixed_with_it(shards, tmp_path)
 def test_a_denoiser_that_is_not_loaded_is_told_of_it(shards):
     _, pipe = shards("flux")
     pipe.transformer.to("meta")
-    with pytest.raises(
-        more_hf.SiteNotFoundError, match="not loaded.*`more_hf.erase_to_folder`"
-    ):
+    with pytest.raises(more_hf.SiteNotFoundError, match="not loaded.*`more_hf.erase_to_folder`"):
         more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
 
 

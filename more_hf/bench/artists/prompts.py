@@ -280,7 +280,9 @@ def _picture(path: Path, line: int, cells: dict[str, str]) -> str:
     if not named and cells.get("level") == IMAGE:
         raise PromptFileError(f"{path}, line {line}: the level {IMAGE!r} needs a file in the column `image`.")
     if named and not (path.parent / named).is_file():
-        raise PromptFileError(f"{path}, line {line}: there is no picture {path.parent / named}.")
+        raise PromptFileError(
+            f"{path}, line {line}: there is no picture {path.parent / named}. Name it relative to the file."
+        )
     return str(path.parent / named) if named else ""
 
 
