@@ -67,26 +67,32 @@ def _lora(args: argparse.Namespace) -> int:
     import torch
 
     import more_hf
+    from more_hf.diffusion.families import denoiser_names
     from more_hf.saving.lora import lora_path, refuse_without_loader
 
+    denoisers = denoiser_names(request.checkpoint.pipeline, parts)
     lora_path(args.output, args.format)  # refuses what cannot be written
     refuse_without_loader(getattr(diffusers, request.checkpoint.pipeline, diffusers.DiffusionPipeline))
     dtype = getattr(torch, args.dtype)
     if args.layers_only:
         given = read_layers_only(args, request)
         erasure = more_hf.erase_to_lora(path=args.output, format=args.format, dtype=dtype, **given)
-        return _report(erasure, lora_path(args.output, args.format))
+        return _report(erasure, lora_path(args.output, args.format), len(denoisers))
     # The picture's size in a kohya file's metadata is the latent's by the VAE, and so is what is drawn.
     with_vae = args.format == "kohya" or args.reach == "denoiser"
     without = NOT_NEEDED[:-1] if with_vae else NOT_NEEDED
     pipe = erased_pipeline(request, dtype=None, device=args.device, offload=args.offload, without=without)
     logger.info("Writing the LoRA")
     file = more_hf.save_lora(pipe, args.output, format=args.format, dtype=dtype)
-    return _report(more_hf.get_erasure(pipe), file)
+    return _report(more_hf.get_erasure(pipe), file, len(denoisers))
 
 
-def _report(erasure: ConceptErasure, file: Path) -> int:
+def _report(erasure: ConceptErasure, file: Path, denoisers: int) -> int:
+    from more_hf.saving.lora import lora_files
+
     print(erasure)
     print(f"\nSaved to {file}, for the original model at weight 1.")
+    for second in lora_files(file, denoisers)[1:]:
+        print(f"Also needed: {second}, with `load_into_transformer_2=True`.")
     print("Together with the erased weights it gives the concept back: keep the two apart.")
     return 0

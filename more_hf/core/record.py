@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "more_hf.json"
 CLASSIFIER = "."  # the folder of a classifier's weights; a pipeline's denoiser has one of its own
+TOGETHER = "+"  # between the names of denoisers that were edited as one
 VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 HASH, COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 LARGEST = 2**24  # bytes; a record has some kilobytes
@@ -48,7 +49,8 @@ class Record:
         facts (`ConceptFacts` or `ClassFacts`):
             What else was measured or decided.
         denoiser (`str`):
-            The folder of the edited component; `"."` for a classifier.
+            The folder of the edited component; `"."` for a classifier. Two that were edited as one are joined
+            by `+`, and the layers in `sites` have the component's name in front.
         variant (`str`, *optional*):
             Of the files, as `save_pretrained` took it.
         layout (`str`):
@@ -73,6 +75,11 @@ class Record:
     def kind(self) -> Literal["pipeline", "classifier"]:
         """What was erased."""
         return "classifier" if self.denoiser == CLASSIFIER else "pipeline"
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """See `prefixes_of`."""
+        return prefixes_of(self.denoiser)
 
     def to_json(self) -> str:
         """The content of the file."""
@@ -145,11 +152,21 @@ class Record:
                 raise ValueError(f"the weight of {name!r} has the shape {shape}")
 
     def _check_pipeline(self) -> None:
-        if not re.fullmatch(r"[A-Za-z]\w*", self.denoiser):
+        if not re.fullmatch(r"[A-Za-z]\w*(\+[A-Za-z]\w*)*", self.denoiser):
             raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
         inside = set(self.facts.spaces.values()).difference(TEXT_SPACES)
         if self.request.reach == "denoiser" and not inside:
             raise ValueError("`reach` is 'denoiser', but no layer inside it is in `spaces`")
+
+
+def prefixes_of(denoiser: str) -> dict[str, str]:
+    """
+    Component -> what stands in front of its layers' names: its own name and a dot, or nothing if it is alone.
+    """
+    components = denoiser.split(TOGETHER)
+    if len(components) == 1:
+        return {denoiser: ""}
+    return {component: f"{component}." for component in components}
 
 
 def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[str, Site]]) -> None:

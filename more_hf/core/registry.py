@@ -1,5 +1,8 @@
 """
 Which models are erased, kept beside them: what pickles, copies or saves a model cannot carry this along.
+
+Models that are edited as one come in an `nn.ModuleDict`, which may be another object at every call: what is
+known is kept beside each of them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import nn
 
 from .erasure import Erasure
 from .errors import AlreadyErasedError
-from .interrupts import held
+from .interrupts import held, unwound
 
 
 # The names of what was erased, a plain attribute of the model: a deep copy or an unpickled model still says
@@ -29,24 +32,33 @@ _registry_lock = RLock()
 def locked(model: nn.Module) -> Iterator[None]:
     """Hold the model's lock, as an erasure or restoration does from its first check to its last write."""
     with held(_registry_lock):
-        lock = _locks.setdefault(model, RLock())
-    with held(lock):
+        # always in the same order: another pipeline may hold the same models the other way round
+        locks = [_locks.setdefault(part, RLock()) for part in sorted(_parts_of(model), key=id)]
+    with unwound() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
         yield
+
+
+def _parts_of(model: nn.Module) -> list[nn.Module]:
+    return list(model.values()) if isinstance(model, nn.ModuleDict) else [model]
 
 
 def find_erasure(model: nn.Module) -> Erasure | None:
     """The erasure of a denoiser or classifier, or `None`."""
-    return _erasures.get(model)
+    found = [_erasures.get(part) for part in _parts_of(model)]
+    return next((erasure for erasure in found if erasure is not None), None)
 
 
 def register(model: nn.Module, erasure: Erasure | None) -> None:
     """Remember what was done to the model, or forget it with `None`."""
-    if erasure is None:
-        _erasures.pop(model, None)
-        model.__dict__.pop(ERASED, None)
-    else:
-        _erasures[model] = erasure
-        setattr(model, ERASED, tuple(erasure.concepts))
+    for part in _parts_of(model):
+        if erasure is None:
+            _erasures.pop(part, None)
+            part.__dict__.pop(ERASED, None)
+        else:
+            _erasures[part] = erasure
+            setattr(part, ERASED, tuple(erasure.concepts))
 
 
 def require_editable(model: nn.Module) -> Erasure | None:
@@ -58,7 +70,7 @@ def require_editable(model: nn.Module) -> Erasure | None:
         the edited layers were changed since.
     """
     erasure = find_erasure(model)
-    names = model.__dict__.get(ERASED)
+    names = {name: None for part in _parts_of(model) for name in part.__dict__.get(ERASED, ())}
     if erasure is None and names:
         raise AlreadyErasedError(
             f"This is a copy of a model from which {', '.join(map(repr, names))} was erased; copies carry no "

@@ -108,8 +108,14 @@ def record_activations(
             Each concept's targets, whose mean it is sent to; `None` stands for ordinary pictures.
 
     Raises:
-        `SiteNotFoundError`: no layer tells the concepts from their targets.
+        `SiteNotFoundError`: no layer tells the concepts from their targets, or there are two denoisers.
     """
+    if len(denoiser.parts) > 1:
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} has {len(denoiser.parts)} denoisers, each of which sees pictures of its "
+            "own steps alone, and what their layers read of them is not recorded apart. Leave `reach` at "
+            "'name', which edits both."
+        )
     everyday = request.everyday or everyday_prompts(pipe.tokenizer)
     prompts = {}
     for concept, targets in sent_to.items():
@@ -382,7 +388,7 @@ def find_listeners(denoiser: Denoiser) -> dict[str, nn.Module]:
     The linear layers of the denoiser's repeated blocks, but for those that read the prompt; under a LoRA the
     base.
     """
-    text = denoiser.family.find(denoiser.module)
+    text = denoiser.find()
     modules = dict(denoiser.module.named_modules())
     adapted = tuple(f"{name}." for name, module in modules.items() if is_lora(module))
     layers = {}

@@ -65,8 +65,9 @@ def erase_concept(
 
     Every layer of the denoiser that reads the prompt gets the mean expert merged into its weight; names,
     shapes and dtypes stay as they are, so that every tool which saves or copies the pipeline copies the
-    erased one. On a pipeline that was erased before, all its concepts are fitted again jointly, from the kept
-    originals. A second thread that erases or restores the same pipeline meanwhile waits.
+    erased one. Of two denoisers that take turns, as in Wan 2.2, both are edited. On a pipeline that was
+    erased before, all its concepts are fitted again jointly, from the kept originals. A second thread that
+    erases or restores the same pipeline meanwhile waits.
 
     Args:
         pipe (`DiffusionPipeline`):
@@ -179,6 +180,7 @@ def erase(
                 source, lambda record: edited_sites(pipe, denoiser, record.request, record.facts)
             )
         else:
+            check_in_place(pipe)
             request = current.request.joined(request)
         _fit(pipe, denoiser, request, keep_originals)
     return pipe
@@ -236,6 +238,12 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     erasure = find_erasure(denoiser.module)
     modules = {name: base_layer(module) for name, module in denoiser.module.named_modules()}
     modules |= {name: reader.module for name, reader in find_layers(denoiser, pooled=True).items()}
+    if other := [name for name in erasure.sites if name not in modules]:
+        raise SiteNotFoundError(
+            f"{', '.join(map(repr, erasure.concepts))} was erased from a pipeline with another number of "
+            f"denoisers, and this {type(pipe).__name__} shares but one with it ({denoiser.name}; there is no "
+            f"`{other[0]}` here). Call on the pipeline that was edited, or restore that one first."
+        )
     if replaced := [name for name, site in erasure.sites.items() if modules[name] is not site.module]:
         raise SiteNotFoundError(
             f"{len(replaced)} edited layers were replaced since the edit (first: `{replaced[0]}`). "
@@ -342,7 +350,7 @@ def _facts(
 def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoiser: Denoiser) -> list[str]:
     """What the edit does not cover, in words and numbers."""
     leaks = list(text_of(pipe, denoiser).leaks)
-    readers = denoiser.family.find(denoiser.module)
+    readers = denoiser.find()
     unedited = [name for name, reader in readers.items() if reader.space == "pooled" and not request.pooled]
     if unedited:
         leaks.append(

@@ -416,7 +416,7 @@ FAMILIES = {
     ),
     ("Flux2Transformer2DModel", None): Family("FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2),
     ("WanTransformer3DModel", None): Family(
-        "Wan 2.1", _find("condition_embedder.text_embedder.linear_1"), _call_wan, text=ZEROS
+        "Wan 2.1 and 2.2", _find("condition_embedder.text_embedder.linear_1"), _call_wan, text=ZEROS
     ),
     ("ChromaTransformer2DModel", None): Family(
         "Chroma", _find("context_embedder"), _call_chroma, text=CHROMA

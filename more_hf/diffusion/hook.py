@@ -115,12 +115,16 @@ def make_hooks(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> tu
         return NormHook(*factors, samples=samples), samples
     if denoiser.family.norms:
         return (NormHook(*factors),)
-    arguments = tuple(inspect.signature(type(denoiser.module).forward).parameters)[1:]
+    cls = type(next(iter(denoiser.parts.values())))
+    arguments = tuple(inspect.signature(cls.forward).parameters)[1:]
     pooled, where = erasure.remaps.get("pooled"), denoiser.family.pooled
-    return (PromptHook(*factors, pooled=pooled, where=where, arguments=arguments),)
+    hooks = [PromptHook(*factors, pooled=pooled, where=where, arguments=arguments) for _ in denoiser.parts]
+    for hook in hooks:  # denoisers that take turns draw from one stream of experts
+        hook.router = hooks[0].router
+    return tuple(hooks)
 
 
 def hooked_modules(denoiser: Denoiser) -> list[nn.Module]:
     """The modules that have a hook if the erasure has a router, in the order of `make_hooks`."""
     norms = [denoiser.module.get_submodule(name) for name in denoiser.family.norms.values()]
-    return [*norms, denoiser.module]
+    return [*norms, *denoiser.parts.values()]

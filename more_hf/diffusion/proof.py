@@ -44,17 +44,18 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     way of the prompt into the model is compared in its own units. The edited model must make of it what the
     original makes of the text that the remap has moved. The mean expert is tried without the routing hook,
     since the weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it reads
-    the text next to the edited layers.
+    the text next to the edited layers. Each of two denoisers is run, and compared in its own units.
     """
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
     read_text = _reading_text(erasure)
     inner = [name for name, site in erasure.sites.items() if site.space not in TEXT_SPACES]
+    modules = denoiser.parts.values()
 
-    def call(texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
+    def call(module: nn.Module, texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
         sides = [text for side in zip(*texts, strict=True) for text in side]  # all of one kind, then the next
         joined = {space: torch.cat([text[space] for text in sides]) for space in sides[0]}
         with _fed_behind_norms(denoiser, joined):
-            return denoiser.family.call(denoiser.module, joined).double().flatten(1).chunk(len(texts[0]))
+            return denoiser.family.call(module, joined).double().flatten(1).chunk(len(texts[0]))
 
     @torch.no_grad()
     def run(before: bool) -> list[Tensor]:
@@ -63,12 +64,12 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
         expert_texts = [_texts(read_text, expert, before) for expert in experts]
         with _plain(denoiser), original_layers_shown(erasure, inner):
             with routing_off(erasure):
-                outputs = [call([mean_texts])]
+                outputs = [call(module, [mean_texts]) for module in modules]
             if expert_texts:
                 rows = len(mean_texts[0]["tokens"])
                 taken = torch.tensor(experts).repeat_interleave(rows).repeat(len(mean_texts))
                 with experts_forced(erasure, taken):
-                    outputs.append(call(expert_texts))
+                    outputs += [call(module, expert_texts) for module in modules]
         return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
     prove = proof_by_run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from ..core.errors import SiteNotFoundError
+from ..core.record import TOGETHER, prefixes_of
 from ..core.site import Site, check_unshared
 from .families import REFUSED, Family, Reader, family_of, unsupported
 from .text import TEXTS, Text
@@ -23,11 +24,56 @@ LISTED = 12  # how many layers the refusal of an unknown family names
 
 
 class Denoiser(NamedTuple):
-    """A pipeline's denoiser: the component's name, the module (out of `torch.compile`) and its family."""
+    """
+    A pipeline's denoiser: the component's name, the module (out of `torch.compile`) and its family.
+
+    Two that take turns, as in Wan 2.2, are one here: the names joined by `+`, the modules in an
+    `nn.ModuleDict`, so that every layer's name begins with its component's.
+    """
 
     name: str
     module: nn.Module
     family: Family
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Component -> module: one, or those that take turns."""
+        return dict(self.module.items()) if TOGETHER in self.name else {self.name: self.module}
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """Component -> what stands in front of its layers' names."""
+        return prefixes_of(self.name)
+
+    def find(self) -> dict[str, Reader]:
+        """Every layer that reads text. Raises `SiteNotFoundError` as its family does."""
+        readers = {}
+        for component, part in self.parts.items():
+            prefix = self.prefixes[component]
+            readers |= {prefix + name: reader for name, reader in self.family.find(part).items()}
+        return readers
+
+
+def together(denoisers: Sequence[Denoiser], pipeline: str) -> Denoiser:
+    """
+    The denoisers of a pipeline as one; one alone stays as it is.
+
+    Raises:
+        `SiteNotFoundError`: they do not read the same features, and need prototypes of their own.
+    """
+    if len(denoisers) == 1:
+        return denoisers[0]
+    family = denoisers[0].family
+    if family.norms or any(other.family is not family for other in denoisers):
+        raise SiteNotFoundError(
+            f"{pipeline} has {len(denoisers)} denoisers that read the prompt in ways of their own, behind "
+            "norms or as different families, and an edit of one would leave the concept in the others. Erase "
+            "from a pipeline with one of them, then from one with the other; both are edited in place, and "
+            "`save_pretrained` of the pipeline that has them writes both."
+        )
+    modules = {denoiser.name: denoiser.module for denoiser in denoisers}
+    names = sorted(modules)
+    return Denoiser(TOGETHER.join(names), nn.ModuleDict({name: modules[name] for name in names}), family)
 
 
 def require_pipeline(pipe: DiffusionPipeline) -> None:
@@ -45,7 +91,8 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
 
     Raises:
         `SiteNotFoundError`: its family is unknown (the message names the layers that may read its text), text
-        encoders are missing or used in an unknown way, or another component reads text.
+        encoders are missing or used in an unknown way, another component reads text, or several denoisers do
+        in ways of their own.
     """
     require_pipeline(pipe)
     modules = {}
@@ -56,22 +103,18 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
     denoisers = [
         Denoiser(name, modules[name], family) for name, family in families.items() if family is not None
     ]
-    if len(denoisers) > 1:
-        raise SiteNotFoundError(
-            f"{type(pipe).__name__} has {len(denoisers)} denoisers, and an edit of one would leave the "
-            "concept in the others. Erase from a pipeline with one of them, then from one with the other; "
-            "both are edited in place, and `save_pretrained` of the pipeline that has them writes both."
-        )
     if not denoisers:
         raise SiteNotFoundError(_unsupported(pipe, modules))
-    (denoiser,) = denoisers
+    denoiser = together(denoisers, type(pipe).__name__)
     if denoiser.family.pooled and not text_of(pipe, denoiser).pooled:
         raise SiteNotFoundError(
             f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt "
             "embedding that its text encoder does not make. Check that this is the right text encoder."
         )
     for name, part in modules.items():
-        if name != denoiser.name and not name.startswith("text_encoder") and _reads_text(part, denoiser):
+        if name in denoiser.parts or name.startswith("text_encoder"):
+            continue
+        if _reads_text(part, denoiser):
             raise SiteNotFoundError(
                 f"`{name}` ({type(part).__name__}) also reads the prompt, by layers of its own that would "
                 "still know the concept or by the denoiser's. Erase from the pipeline without it (e.g. "
@@ -151,7 +194,8 @@ def _reads_text(part: nn.Module, denoiser: Denoiser) -> bool:
     Whether a component other than the denoiser reads the prompt: a ControlNet, for instance, whose layers
     have the names of the denoiser's.
     """
-    names = tuple(f".{name}" for name in denoiser.family.find(denoiser.module))
+    own = [name for module in denoiser.parts.values() for name in denoiser.family.find(module)]
+    names = tuple(f".{name}" for name in own)
     return any(
         f".{name}".endswith(names) or (isinstance(module, Attention) and module.is_cross_attention)
         for name, module in part.named_modules()
@@ -166,7 +210,7 @@ def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:
     Raises:
         `SiteNotFoundError`: there is none, or their projections are fused.
     """
-    readers = denoiser.family.find(denoiser.module)
+    readers = denoiser.find()
     if not readers:
         raise SiteNotFoundError(
             f"{type(denoiser.module).__name__} has no attention that reads text (no layer with "
@@ -198,7 +242,7 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
             "The denoiser is group-offloaded to disk, where an edit would not reach it. "
             "Erase first, then enable offloading to disk."
         )
-    for name, reader in denoiser.family.find(denoiser.module).items():
+    for name, reader in denoiser.find().items():
         if is_lora(reader.module) and reader.module.merged:
             raise SiteNotFoundError(
                 f"`{name}` has a merged LoRA. Call `pipe.unfuse_lora()` first, erase, then fuse again."
@@ -229,8 +273,7 @@ def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:
 
 def lora_branches(denoiser: Denoiser) -> list[nn.Module]:
     """The sites' LoRA layers: their own weights read the text next to the edited base layer."""
-    readers = denoiser.family.find(denoiser.module).values()
-    return [reader.module for reader in readers if is_lora(reader.module)]
+    return [reader.module for reader in denoiser.find().values() if is_lora(reader.module)]
 
 
 def is_lora(layer: nn.Module) -> bool:

@@ -23,12 +23,13 @@ from ..core.record import Record
 from ..core.remap import Removed
 from ..core.request import ConceptRequest
 from ..core.site import fingerprint, matrix_of
+from ..diffusion.families import denoiser_names
 from ..diffusion.plan import prepare, solve, token_choices
-from ..diffusion.sites import Denoiser, find_layers
+from ..diffusion.sites import Denoiser, find_layers, together
 from .contents import Contents, survey
 from .delta import read_delta
 from .files import path_of, reading
-from .layers import read_denoiser
+from .layers import pipeline_class, read_denoiser
 
 
 # How much of ‖W (p_f − p̄_t)‖ may be left, where a weight that does not know the direction gives 1. Rounding
@@ -150,8 +151,7 @@ def verify(folder: str | os.PathLike) -> Verification:
         if record.kind == "classifier":
             removed = {space: Removed(remap.shift(), 0.0) for space, remap in read_delta(folder).items()}
         else:
-            files = [folder / path for path in contents.weights[record.denoiser]]
-            denoiser = read_denoiser(folder, record.denoiser, files, layers=False)
+            denoiser = _read_denoisers(folder, record, contents)
             layers = _layers_of(denoiser, record)
             removed = _removed_by(folder, record, denoiser)
     except MoreError as error:
@@ -226,14 +226,15 @@ def read_weights(folder: Path, record: Record, contents: Contents) -> StoredWeig
         `IncompatibleBaseError`: a file cannot be read.
     """
     shapes, edited = {}, {}
-    for path in contents.weights[record.denoiser]:
-        with reading(folder / path), safe_open(folder / path, "pt") as file:
-            names = set(file.keys())
-            shapes |= {name: list(file.get_slice(name).get_shape()) for name in names}
-            for name in [name for name in record.sites if f"{name}.weight" in names]:
-                # Columns after the edited ones read something else than text.
-                weight = matrix_of(file.get_tensor(f"{name}.weight"))
-                edited[name] = weight[..., : record.sites[name][1]]
+    for component, prefix in record.prefixes.items():
+        for path in contents.weights[component]:
+            with reading(folder / path), safe_open(folder / path, "pt") as file:
+                stored = {prefix + name: name for name in file.keys()}
+                shapes |= {name: list(file.get_slice(own).get_shape()) for name, own in stored.items()}
+                for name in [name for name in record.sites if f"{name}.weight" in stored]:
+                    # Columns after the edited ones read something else than text.
+                    weight = matrix_of(file.get_tensor(stored[f"{name}.weight"]))
+                    edited[name] = weight[..., : record.sites[name][1]]
     return StoredWeights(shapes, edited)
 
 
@@ -245,9 +246,9 @@ def require_saved_weights(folder: Path, record: Record) -> None:
     found = fingerprint(read_weights(folder, record, survey(folder, record)).edited)
     if found != record.edited:
         raise IncompatibleBaseError(
-            f"The edited layers in {folder / record.denoiser} have the fingerprint {found}, but the record "
-            f"beside them was written for {record.edited}: the weights were replaced or trained since. Erase "
-            "from the original model again, or use `from_pretrained`, which reads no record."
+            f"The edited layers of `{record.denoiser}` in {folder} have the fingerprint {found}, but the "
+            f"record was written for {record.edited}: the weights were replaced or trained since. Erase from "
+            "the original model again, or use `from_pretrained`, which reads no record."
         )
 
 
@@ -306,16 +307,37 @@ def removed_from(
     return {space: problem.fit("pinv", tokens).removed() for space, problem in problems.items()}
 
 
+def _read_denoisers(folder: Path, record: Record, contents: Contents) -> Denoiser:
+    """
+    What the record is about, on the meta device.
+
+    Raises:
+        `IncompatibleBaseError`: the folder has a denoiser that it is not about.
+    """
+    denoisers = []
+    for component in record.prefixes:
+        files = [folder / path for path in contents.weights[component]]
+        denoisers.append(read_denoiser(folder, component, files, layers=False))
+    config = DiffusionPipeline.load_config(folder)
+    parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
+    if others := set(denoiser_names(config["_class_name"], parts)).difference(record.prefixes):
+        raise IncompatibleBaseError(
+            f"{folder} also has the denoiser `{others.pop()}`, of which the record, of `{record.denoiser}`, "
+            "says nothing: it may be the original. Erase from the whole pipeline, and save that."
+        )
+    return together(denoisers, record.facts.pipeline)
+
+
 def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Removed]:
     with reading(folder):
         parts = DiffusionPipeline.load_config(folder)
         unused = {name: None for name in ("vae", "safety_checker") if name in parts}
         # some pipelines look at their denoiser when they are made
-        unused[record.denoiser] = denoiser.module
-        pipe = DiffusionPipeline.from_pretrained(
+        unused |= denoiser.parts
+        pipe = pipeline_class(parts["_class_name"]).from_pretrained(
             folder, variant=record.variant, use_safetensors=True, **unused
         )
-        pipe.register_modules(**{record.denoiser: None})
+        pipe.register_modules(**dict.fromkeys(denoiser.parts))
         return removed_from(pipe, record.request, record.facts, denoiser)
 
 

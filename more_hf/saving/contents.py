@@ -145,7 +145,7 @@ def _component_classes(folder: Path, record: Record) -> dict[str, tuple[str, str
     classes = {
         name: (library, cls) for name, (library, cls) in pairs.items() if library and NAME.fullmatch(name)
     }
-    if record.denoiser not in classes:
+    if not classes.keys() >= record.prefixes.keys():
         raise IncompatibleBaseError(
             f"The record in {folder} is about `{record.denoiser}`, which {MODEL_INDEX} does not name. "
             "Save the erased model again."

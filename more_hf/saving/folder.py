@@ -27,6 +27,7 @@ from ..core.registry import register
 from ..core.remap import Removed
 from ..core.site import fingerprint
 from ..diffusion.activations import edited_sites
+from ..diffusion.erase import check_in_place
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.hook import hooked_modules, make_hooks
 from ..diffusion.sites import find_denoiser
@@ -56,7 +57,9 @@ class Savable(NamedTuple):
         parts (`dict[str, nn.Module]`):
             Its models, by the folder that each is written to.
         edited (`str`):
-            Which of them was edited.
+            Which of them was edited, as `Record.denoiser` has it.
+        module (`nn.Module`):
+            That one; two in an `nn.ModuleDict`.
         removed (`dict[str, Removed]`):
             What the edit removes from each space, by which the files are checked; empty if not known.
         revision (`str`, *optional*):
@@ -66,6 +69,7 @@ class Savable(NamedTuple):
     whole: DiffusionPipeline | PreTrainedModel
     parts: dict[str, nn.Module]
     edited: str
+    module: nn.Module
     removed: dict[str, Removed]
     revision: str | None
 
@@ -140,10 +144,10 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
     if isinstance(pipe, nn.Module):
         model = savable_classifier(pipe, erasure)
         removed = {space: Removed(remap.shift(), 0.0) for space, remap in erasure.remaps.items()}
-        return Savable(
-            model, {CLASSIFIER: model}, CLASSIFIER, removed, getattr(model.config, "_commit_hash", None)
-        )
+        revision = getattr(model.config, "_commit_hash", None)
+        return Savable(model, {CLASSIFIER: model}, CLASSIFIER, model, removed, revision)
     denoiser = find_denoiser(pipe)
+    check_in_place(pipe)
     components = {
         name: unwrap_module(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)
     }
@@ -152,8 +156,9 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
     }
     # By the text encoders as they are now: they are saved, and whoever verifies has no others.
     removed = removed_from(pipe, erasure.request, erasure.facts)
-    revision = extract_commit_hash(f"{denoiser.module.config.get('_name_or_path')}/")
-    return Savable(pipe, parts, denoiser.name, removed, revision)
+    first = next(iter(denoiser.parts.values()))
+    revision = extract_commit_hash(f"{first.config.get('_name_or_path')}/")
+    return Savable(pipe, parts, denoiser.name, denoiser.module, removed, revision)
 
 
 def _require_plain(name: str, part: nn.Module) -> None:
@@ -185,7 +190,7 @@ def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | 
         facts=replace(erasure.facts, base_revision=erasure.facts.base_revision or savable.revision),
         denoiser=savable.edited,
         variant=variant,
-        layout=layout_of(shapes_of(savable.parts[savable.edited])),
+        layout=layout_of(shapes_of(savable.module)),
         edited=fingerprint(sites),
     )
     if record.kind == "classifier":  # Transformers writes some models under names of its earlier versions

@@ -58,6 +58,14 @@ def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: boo
     return Denoiser(name, module, family)
 
 
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """
+    A pipeline's own class. It leaves out optional components that it is given, of which `DiffusionPipeline`
+    knows nothing: it would load both denoisers of Wan.
+    """
+    return getattr(diffusers, name, DiffusionPipeline)
+
+
 def _tensors_of(files: Iterable[Path], prefix: str) -> dict[str, Tensor]:
     """The tensors of a part of a model, without its name."""
     tensors = {}

@@ -1,4 +1,4 @@
-"""Export the erasure as a LoRA: adapters in memory, or one file for diffusers, ComfyUI and A1111."""
+"""Export the erasure as a LoRA: adapters in memory, or a file for diffusers, ComfyUI and A1111."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
@@ -23,12 +23,13 @@ from ..core.errors import AlreadyErasedError, ExportError
 from ..core.files import replacing
 from ..core.registry import require_editable
 from ..core.request import ConceptRequest
-from ..diffusion.erase import erasure_of_layers, get_erasure
+from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.plan import check_names
 from ..diffusion.sites import Denoiser, find_denoiser
 from .files import path_of, reading, writing
 from .folder import refuse_saved_folder
+from .layers import pipeline_class
 from .shards import folder_of, open_without_denoiser
 
 
@@ -74,6 +75,9 @@ def save_lora(
     of an edited layer has the rank of the forget prototypes, so nothing is approximated. Do not load it into
     a model that is already erased.
 
+    Of Wan 2.2 there are two files, as diffusers loads them: the second, whose name has `_2` before its
+    ending, is for `load_lora_weights(..., load_into_transformer_2=True)`.
+
     The file is the inverse of the erasure: whoever has it and the erased weights subtracts it and has the
     concept back. It is for people who have the original anyway; keep it out of a repository whose erased
     weights are meant to stay erased.
@@ -95,7 +99,7 @@ def save_lora(
             This expert alone; by default the mean expert, which is in the erased weights.
 
     Returns:
-        `Path`: the file.
+        `Path`: the file, of two the first.
 
     Raises:
         `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, the file
@@ -189,7 +193,7 @@ def erase_to_lora(
     folder = folder_of(source)
     with reading(source):
         pipeline = DiffusionPipeline.load_config(folder)["_class_name"]
-    refuse_without_loader(getattr(diffusers, pipeline, DiffusionPipeline))
+    refuse_without_loader(pipeline_class(pipeline))
     # a kohya file has the size of pictures, which the VAE knows
     opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
     erasure = erasure_of_layers(opened.pipe, opened.denoiser, request)
@@ -214,16 +218,24 @@ def _write(
         )
     factors = _factors(erasure, expert, dtype)
     metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure, expert))}
-    if format == "peft":
-        tensors = _peft(factors, denoiser.name)
-    else:
-        tensors = _kohya(factors, denoiser.name)
+    first = next(iter(denoiser.parts))  # by whose name a loader knows the layers of either
+    files = {}
+    for file, prefix in zip(lora_files(path, len(denoiser.parts)), denoiser.prefixes.values(), strict=True):
+        own = {name.removeprefix(prefix): pair for name, pair in factors.items() if name.startswith(prefix)}
+        files[file] = _peft(own, first) if format == "peft" else _kohya(own, first)
+    if format == "kohya":
         metadata |= _kohya_metadata(pipe, denoiser, erasure)
-    with writing(path), replacing(path) as draft:
-        draft.write_bytes(
-            to_bytes(tensors, metadata=metadata)
-        )  # `save_file` makes files that nobody else may read
+    with writing(path), ExitStack() as stack:
+        drafts = {file: stack.enter_context(replacing(file)) for file in files}
+        for file, tensors in files.items():
+            # `save_file` makes files that nobody else may read
+            drafts[file].write_bytes(to_bytes(tensors, metadata=metadata))
     return path
+
+
+def lora_files(path: Path, denoisers: int) -> list[Path]:
+    """The file of each denoiser."""
+    return [path, *(path.with_stem(f"{path.stem}_{i}") for i in range(2, denoisers + 1))]
 
 
 def readers_of_peft(family: str) -> str:
@@ -253,7 +265,7 @@ def to_adapters(
         `unet.<layer>.lora_B.weight` `(out_features, rank)`, on the CPU; no two tensors share memory.
 
     Raises:
-        `ExportError` and `AlreadyErasedError`: as `save_lora` does.
+        `ExportError` and `AlreadyErasedError`: as `save_lora` does; `ExportError` also for two denoisers.
 
     Example:
 
@@ -268,6 +280,11 @@ def to_adapters(
     ```
     """
     denoiser, erasure = _find(pipe)
+    if len(denoiser.parts) > 1:
+        raise ExportError(
+            f"{type(pipe).__name__} has {len(denoiser.parts)} denoisers, and `load_lora_weights` takes a "
+            "state dict for one of them. Write an expert's two files with `more_hf.save_lora(..., expert=0)`."
+        )
     adapters = {}
     for expert in range(erasure.remap.num_experts):
         adapters[f"expert_{expert}"] = _peft(_factors(erasure, expert, dtype), denoiser.name)
@@ -318,6 +335,7 @@ def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
             f"{erasure.facts.base or 'the original model'}, erase there with keep_originals=True, and export "
             "that."
         )
+    check_in_place(pipe)
     return denoiser, erasure
 
 

@@ -32,7 +32,7 @@ from .contents import survey
 from .delta import write_delta
 from .files import path_of, reading, replace_folder, writing
 from .folder import Savable, check_draft, make_record, refuse_leftovers
-from .layers import WEIGHTS, read_denoiser
+from .layers import WEIGHTS, pipeline_class, read_denoiser
 
 
 # components that neither read text nor are read
@@ -73,8 +73,8 @@ def open_without_denoiser(
             Other components that are not needed, besides `UNUSED`.
 
     Raises:
-        `SiteNotFoundError`: its family is not supported, or it has two denoisers. `AlreadyErasedError`: it
-        was saved erased. `IncompatibleBaseError`: it cannot be read.
+        `SiteNotFoundError`: its family is not supported. `AlreadyErasedError`: it was saved erased.
+        `IncompatibleBaseError`: it cannot be read.
     """
     folder = folder_of(source)
     with reading(source):
@@ -93,7 +93,7 @@ def open_without_denoiser(
         left_out["requires_safety_checker"] = False
     stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
     with reading(source):
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = pipeline_class(config["_class_name"]).from_pretrained(
             folder, dtype=stored, use_safetensors=True, **left_out, **denoisers
         )
     pipe.register_modules(**dict.fromkeys(denoisers))
@@ -182,7 +182,7 @@ def erase_to_folder(
     erasure = erasure_of_layers(pipe, denoiser, request)
     write_weights(erasure.sites, edited_weights(erasure))
     removed = removed_from(pipe, request, erasure.facts, denoiser)
-    savable = Savable(pipe, {denoiser.name: denoiser.module}, denoiser.name, removed, revision=None)
+    savable = Savable(pipe, denoiser.parts, denoiser.name, denoiser.module, removed, revision=None)
 
     def write(draft: Path) -> None:
         record = make_record(savable, erasure, draft, variant=None)
@@ -195,9 +195,14 @@ def erase_to_folder(
         for path in contents.saved:
             (draft / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(opened.folder / path, draft / path)
-        edited = {f"{name}.weight": site.module.weight.detach() for name, site in erasure.sites.items()}
-        for path in contents.weights[denoiser.name]:
-            overwrite_tensors(draft / path, edited)
+        for component, prefix in denoiser.prefixes.items():
+            edited = {
+                f"{name.removeprefix(prefix)}.weight": site.module.weight.detach()
+                for name, site in erasure.sites.items()
+                if name.startswith(prefix)
+            }
+            for path in contents.weights[component]:
+                overwrite_tensors(draft / path, edited)
         write_text(draft / RECORD, record.to_json())
         if include_delta:
             write_delta(erasure, draft)

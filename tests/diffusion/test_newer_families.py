@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import WanPipeline
 from safetensors.torch import load_file
 from support.bare import FORGET, OTHER, POSITIONS, SITES, TARGET, draw, erase, read_by_layer, use_bare_names
 from support.families import NEWER, build, copied, denoiser_of, weights
@@ -219,34 +218,6 @@ def test_a_norm_under_sequential_offload(originals, family):
     erase(pipe)
     wanted = weights(erase(copied(originals[family])))[f"{site}.weight"]
     assert torch.equal(held["weight"], wanted)
-
-
-@pytest.fixture
-def wan_2_2(originals):
-    """Two transformers: one for the noisy steps, one for the others."""
-    parts = copy.deepcopy(originals["wan"]).components
-    parts["transformer_2"] = copy.deepcopy(parts["transformer"])
-    with torch.no_grad():
-        for parameter in parts["transformer_2"].parameters():
-            parameter.mul_(1.1)
-    pipe = WanPipeline(**parts, boundary_ratio=0.9)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_two_transformers_are_erased_one_after_the_other(wan_2_2):
-    with pytest.raises(more_hf.SiteNotFoundError, match="has 2 denoisers.* one with the other"):
-        erase(wan_2_2)
-    steps = {"num_inference_steps": 4}
-    before = {name: draw(wan_2_2, "wan", name, **steps) for name in (FORGET, TARGET)}
-    apart = (before[FORGET] - before[TARGET]).norm()
-    left = []
-    for part in ("transformer", "transformer_2"):
-        alone = {**wan_2_2.components, "transformer": getattr(wan_2_2, part), "transformer_2": None}
-        erase(WanPipeline(**alone))
-        left.append(float((draw(wan_2_2, "wan", FORGET, **steps) - before[TARGET]).norm() / apart))
-    assert left[0] > 0.05  # one of them still knows the name
-    assert left[1] < 1e-3
 
 
 def test_a_name_inside_a_sentence_is_found_by_its_characters(originals):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import more_hf
 from more_hf.cli.main import main
+from more_hf.diffusion.sites import find_denoiser
 from more_hf.saving import push as publish
 
 
@@ -372,9 +373,8 @@ def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch)
     pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")
     more_hf.push_to_hub(pipe, "me/erased", api=hub)
     loaded = more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
-    name = "unet" if family == "sdxl" else "transformer"
-    expected, original = getattr(pipe, name).state_dict(), getattr(build(family), name).state_dict()
-    found = getattr(loaded, name).state_dict()
+    expected, original = (find_denoiser(each).module.state_dict() for each in (pipe, build(family)))
+    found = find_denoiser(loaded).module.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
     assert {key for key, value in found.items() if not torch.equal(value, original[key])} == {
         f"{site}.weight" for site in more_hf.get_erasure(pipe).sites

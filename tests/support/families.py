@@ -409,6 +409,17 @@ def tiny_wan():
     )
 
 
+def tiny_wan_2_2(cls=WanPipeline, **options):
+    """Two transformers, one for the noisy steps and one for the others, each with weights of its own."""
+    parts = tiny_wan().components
+    parts |= {
+        name: stirred(WanTransformer3DModel.from_config({**parts["transformer"].config, **options}))
+        for name in ("transformer", "transformer_2")
+    }
+    takes = inspect.signature(cls.__init__).parameters
+    return cls(**{name: part for name, part in parts.items() if name in takes}, boundary_ratio=0.9)
+
+
 def tiny_hunyuan_image():
     tokenizer = qwen_tokenizer()
     transformer = HunyuanImageTransformer2DModel(
@@ -599,6 +610,7 @@ BUILDERS = {
     "pixart": tiny_pixart,
     "chroma": tiny_chroma,
     "wan": tiny_wan,
+    "wan-2.2": tiny_wan_2_2,
     "z-image": tiny_z_image,
     "qwen-image": tiny_qwen_image,
     "hunyuan-image": tiny_hunyuan_image,

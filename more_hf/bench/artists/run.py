@@ -226,7 +226,7 @@ class _Run:
     def prepared(self, function: Method, cell: Cell) -> DiffusionPipeline:
         """Let the method edit a pipeline with its own denoiser, and write what that cost."""
         edited, denoiser = copy.copy(self.pipe), find_denoiser(self.pipe)
-        edited.register_modules(**{denoiser.name: copy.deepcopy(denoiser.module)})
+        edited.register_modules(**copy.deepcopy(denoiser.parts))
         arguments = self.config.arguments(cell.method, cell.forget)
         settings = self.config.settings(cell.method, cell.forget)
         forgotten = self.config.forget[cell.forget].forgotten(cell.forget)
@@ -361,7 +361,7 @@ def _cases(prompts: Prompts, seeds: int, erasure: Erasure, forgotten: Collection
 def _generation(pipe: DiffusionPipeline, prompts: Prompts, steps: int, guidance: float) -> Generation:
     # Names with an underscore are diffusers' own notes.
     own = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    denoiser = find_denoiser(pipe).module
+    denoiser = next(iter(find_denoiser(pipe).parts.values()))
     return Generation(
         more_hf=__version__,
         weights=weights_sha256(pipe),
