@@ -48,9 +48,9 @@ class Denoiser(NamedTuple):
     def find(self) -> dict[str, Reader]:
         """Every layer that reads text. Raises `SiteNotFoundError` as its family does."""
         readers = {}
-        for component, part in self.parts.items():
-            prefix = self.prefixes[component]
-            readers |= {prefix + name: reader for name, reader in self.family.find(part).items()}
+        for component, prefix in self.prefixes.items():
+            found = self.family.find(self.parts[component])
+            readers |= {prefix + name: reader for name, reader in found.items()}
         return readers
 
 

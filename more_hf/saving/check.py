@@ -318,9 +318,11 @@ def _read_denoisers(folder: Path, record: Record, contents: Contents) -> Denoise
     for component in record.prefixes:
         files = [folder / path for path in contents.weights[component]]
         denoisers.append(read_denoiser(folder, component, files, layers=False))
-    config = DiffusionPipeline.load_config(folder)
-    parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
-    if others := set(denoiser_names(config["_class_name"], parts)).difference(record.prefixes):
+    with reading(folder):
+        config = DiffusionPipeline.load_config(folder)
+        parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
+        names = denoiser_names(config["_class_name"], parts)
+    if others := set(names).difference(record.prefixes):
         raise IncompatibleBaseError(
             f"{folder} also has the denoiser `{others.pop()}`, of which the record, of `{record.denoiser}`, "
             "says nothing: it may be the original. Erase from the whole pipeline, and save that."
