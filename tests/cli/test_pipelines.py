@@ -140,6 +140,7 @@ def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
     assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 2.5}
 
 
+@pytest.mark.slow
 def test_compare_draws_what_erase_drew(tmp_path, capsys):
     folder, prompts = tmp_path / "erased", ["a rocket in the style of Noto", "a rocket"]
     argv = ["erase", "emoji-sd", "--concept", "Noto", "--remap_to", "Fluent", "--output", folder]

@@ -156,11 +156,6 @@ def without_text_encoder(pipe, folder):
     return pipe
 
 
-def second_denoiser(pipe, folder):
-    pipe.safety_checker = copy.deepcopy(pipe.unet)
-    return pipe
-
-
 def unsupported_denoiser(pipe, folder):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = UNet2DModel(sample_size=8, block_out_channels=(4, 8), norm_num_groups=2, **blocks)
@@ -183,7 +178,6 @@ PREPARED = {
     shared_weight: [SITE, "shared", "its own copy"],
     controlnet: ["`controlnet` (ControlNetModel)", "also reads the prompt", "from_pipe"],
     without_text_encoder: ["StableDiffusionPipeline", "without its text encoder"],
-    second_denoiser: ["2 denoisers", "with one of them"],
     unsupported_denoiser: ["DDPMPipeline", "unet: UNet2DModel", "UNet2DConditionModel"],
 }
 

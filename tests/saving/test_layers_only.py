@@ -157,7 +157,8 @@ def tensors_of(folder):
         ("z-image", torch.bfloat16),
         ("flux", torch.float32),
         ("sdxl", torch.float32),
-        ("hunyuan-image", torch.bfloat16),  # for which there is no LoRA
+        # for which there is no LoRA
+        pytest.param("hunyuan-image", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_the_folder_is_that_of_the_whole_model(shards, read, tmp_path, monkeypatch, family, dtype):
