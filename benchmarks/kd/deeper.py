@@ -46,10 +46,8 @@ from more_hf.data import load_classifier
 
 HERE = Path(__file__).parent
 SEEN, POSITIONS = 100, 16  # images of each class behind the edits, and positions of each that a layer shows
-LABELLED, ASKED = (
-    200,
-    200,
-)  # images of each class that a new head is trained on, and of the others in the test
+LABELLED = 200  # images of each class that a new head is trained on
+ASKED = 200  # and of each other class in the test
 RIDGE = 1e-3  # of the regressions, in units of the mean square of what a layer reads
 COLUMNS = ("acc_ft", "acc_rt", "probe_ft", "probe_rt", "gap_closed", "idi")
 

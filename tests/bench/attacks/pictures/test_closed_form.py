@@ -55,4 +55,4 @@ def test_a_probe_finds_nothing_where_nothing_is(tiny_victim):
 def test_the_adversarial_embedding_draws_what_the_name_does_not(emoji_victims):
     numbers = found(emoji_victims["erased"])
     assert numbers["embedding", "recognised"] >= 30
-    assert numbers["embedding", "residual"] < 0.2 * numbers["by name", "residual"]
+    assert numbers["embedding", "residual"] < 0.1 * numbers["by name", "residual"]

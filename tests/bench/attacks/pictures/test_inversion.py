@@ -54,8 +54,9 @@ def test_captions_have_the_token_in_the_place_of_the_name(tiny_victim):
 def test_it_gives_back_what_the_name_no_longer_does(emoji_victims):
     erased = emoji_victims["erased"]
     (by_name,) = name(erased)
-    found = inversion(erased, tokens=[1], steps=[40], pictures=10)
-    recovered = {result.variant: result.recovered for result in found}
+    recovered = {}  # at the attacker's best budget
+    for result in inversion(erased, tokens=[1], steps=[20, 40, 60], pictures=10):
+        recovered[result.variant] = max(result.recovered, recovered.get(result.variant, 0))
     assert by_name.recovered == 0
-    assert recovered["1 token"] >= 30
+    assert recovered["1 token"] >= 50
     assert recovered["never forgotten"] >= 50  # the control: it works on what is there
