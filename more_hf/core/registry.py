@@ -46,8 +46,10 @@ def _parts_of(model: nn.Module) -> list[nn.Module]:
 
 def find_erasure(model: nn.Module) -> Erasure | None:
     """The erasure of a denoiser or classifier, or `None`."""
-    found = [_erasures.get(part) for part in _parts_of(model)]
-    return next((erasure for erasure in found if erasure is not None), None)
+    for part in _parts_of(model):
+        if part in _erasures:
+            return _erasures[part]
+    return None
 
 
 def register(model: nn.Module, erasure: Erasure | None) -> None:
