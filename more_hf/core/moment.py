@@ -22,8 +22,8 @@ class Moment:
         matrix (`Tensor`):
             Σ itself, `(d, d)`, float64; or thin, a matrix G `(n, d)` with n < d and Gᵀ G = Σ, as the features
             themselves divided by √n are. A product with Σ then takes O(n d), and nothing is ever `(d, d)`.
-        count (`int`):
-            How many features the mean is over.
+        count (`float`):
+            How many features the mean is over, or what it weighs beside others.
 
     Example:
 
@@ -36,7 +36,7 @@ class Moment:
     """
 
     matrix: Tensor
-    count: int
+    count: float
 
     @property
     def is_thin(self) -> bool:

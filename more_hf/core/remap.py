@@ -157,14 +157,15 @@ class Remap:
         own: Moment,
         *,
         shrinkage: float = 1e-3,
+        softness: float = 1.0,
     ) -> Remap:
         """
         Solve for the forgotten features themselves, not for their means alone.
 
-        Of all E, the minimiser of mean_f E‖E z − (z + p_t − p_f)‖² + E‖E z' − z'‖², where z are the features
-        behind forget prototype f and z' ordinary ones: with weights w = 1/f,
+        Of all E, the minimiser of mean_f E‖E z − (z + p_t − p_f)‖² + s E‖E z' − z'‖², where z are the
+        features behind forget prototype f, z' ordinary ones and s the softness: with weights w = 1/f,
 
-            E = I + Σ_f w (p_t − p_f) p_fᵀ (C + Σ)⁻¹.
+            E = I + Σ_f w (p_t − p_f) p_fᵀ (C + s Σ)⁻¹.
 
         Every forgotten feature makes the step from its mean to its target's as nearly as ordinary ones allow,
         however they scatter. Nothing is exact, and nothing is held: G1 to G3 do not hold.
@@ -177,7 +178,9 @@ class Remap:
             own (`Moment`):
                 C, the second moment of the forgotten features, each prototype's to the same mass.
             shrinkage (`float`, *optional*, defaults to 1e-3):
-                Added to the diagonal of (C + Σ)/2, as a fraction of its mean eigenvalue.
+                Added to the diagonal of (C + s Σ)/(1 + s), as a fraction of its mean eigenvalue.
+            softness (`float`, *optional*, defaults to 1.0):
+                s: how much moving an ordinary feature weighs against leaving a forgotten one on its way.
 
         Example:
 
@@ -196,11 +199,11 @@ class Remap:
         forget = read_names("forget", forget)
         _check_targets(forget, targets)
         columns = [prototypes.index(name) for name in forget]
-        # by the mean of both moments, (C + Σ) / 2
-        metric = replace(own, count=1) + replace(_moment_of(prototypes), count=1)
+        # by the weighted mean of both moments, (C + s Σ) / (1 + s)
+        metric = replace(own, count=1) + replace(_moment_of(prototypes), count=softness)
         root = metric.inverse_root(shrinkage)
         dual = torch.zeros_like(prototypes.matrix.T)
-        dual[columns] = root(root(prototypes.matrix[:, columns])).T / (2 * len(columns))
+        dual[columns] = root(root(prototypes.matrix[:, columns])).T / ((1 + softness) * len(columns))
         return cls(
             prototypes=prototypes,
             forget=tuple(columns),

@@ -21,6 +21,7 @@ REMAIN: Literal["remain"] = "remain"
 DRAWN_WITH = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 MAX_EXPERTS = 4096  # far beyond what a router can use; each expert costs a column of targets
 MAX_PICTURES = 4096
+MAX_SOFTNESS = 1000  # beyond it nothing moves
 MAX_SHRINKAGE = 1000  # times the mean eigenvalue: Σ is the identity long before
 SEEDS = range(-(2**63), 2**64)  # what torch's generators take
 
@@ -139,6 +140,9 @@ class ConceptRequest(Request):
             Ordinary prompts behind Σ; `None` for the package's.
         shrinkage (`float`, *optional*, defaults to 1e-4):
             Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
+        softness (`float`, *optional*, defaults to 1.0):
+            Of solver `"soft"` and inside the denoiser: how much what is ordinary weighs against what is
+            forgotten.
         reach (`str`, *optional*, defaults to `"name"`):
             One of `REACHES`: how far into the model the edit goes.
         pictures (`int`, *optional*, defaults to 32):
@@ -153,6 +157,7 @@ class ConceptRequest(Request):
     templates: tuple[str, ...] | None = None
     everyday: tuple[str, ...] | None = None
     shrinkage: float = 1e-4
+    softness: float = 1.0
     reach: str = "name"
     pictures: int = 32
     sampling: Mapping[str, int | float | bool | str] = field(default_factory=dict)
@@ -163,6 +168,7 @@ class ConceptRequest(Request):
         if not isinstance(self.pooled, bool):
             raise PrototypeError(f"`pooled` must be True or False, got {self.pooled!r}.")
         check_shrinkage(self.shrinkage)
+        check_number("softness", self.softness, MAX_SOFTNESS)
         check_choice("reach", self.reach, REACHES)
         self._set("pictures", read_integer("pictures", self.pictures, range(1, MAX_PICTURES + 1)))
         self._set("sampling", _read_sampling(self.sampling))

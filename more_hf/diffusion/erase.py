@@ -161,7 +161,7 @@ def erase(
 ) -> DiffusionPipeline:
     """
     `erase_concept` for a request, which also sets what research varies: templates, everyday prompts,
-    shrinkage.
+    shrinkage, softness.
 
     Example:
 
@@ -260,7 +260,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     if request.reach == "denoiser":
         with nullcontext() if current is None else original_shown(current):
             activations = record_activations(pipe, denoiser, request, solution.sent_to(request))
-        solution = solution.with_activations(activations)
+        solution = solution.with_activations(activations, request.softness)
         sites |= find_activation_sites(denoiser, activations.spaces)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
     # The originals of an earlier erasure, and a copy of what it did not edit.

@@ -51,7 +51,7 @@ class Problem:
     targets: list[list[str | None]]
     retained: list[str]
 
-    def fit(self, solver: str, tokens: str, shrinkage: float = 1e-4) -> Remap:
+    def fit(self, solver: str, tokens: str, *, shrinkage: float = 1e-4, softness: float = 1.0) -> Remap:
         """
         Solve with the prototypes of these token positions. Raises `PrototypeError` if there is no exact edit.
 
@@ -67,6 +67,7 @@ class Problem:
             [self.columns(names, tokens) for names in self.targets],
             solver=solver,
             shrinkage=shrinkage,
+            softness=softness,
         )
 
     def columns(self, names: Sequence[str | None], tokens: str) -> list[str | None]:
@@ -120,16 +121,17 @@ class Solution:
             targets[name] = [names[surface] for names in self.targets]
         return targets
 
-    def with_activations(self, activations: Activations) -> Solution:
+    def with_activations(self, activations: Activations, softness: float) -> Solution:
         """
-        The same with the remap of each space of activations, whose experts are all alike: it is in the
-        weights.
+        The same with the remap of each space of activations, as soft as that; its experts are all alike, for
+        it is in the weights.
         """
         remaps = {}
         for space, pairs in activations.prototypes.items():
             forget = [name for name in pairs.names if target_of(name) in pairs.names]
             targets = [[target_of(name) for name in forget]] * len(self.targets)
-            remaps[space] = Remap.regress(pairs, forget, targets, activations.own[space])
+            own = activations.own[space]
+            remaps[space] = Remap.regress(pairs, forget, targets, own, softness=softness)
         return replace(self, remaps={**self.remaps, **remaps})
 
 
@@ -247,7 +249,7 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser |
     check_names(request)
     problems = prepare(pipe, request, denoiser)
     if request.solver != "auto":
-        return _solution(problems, (request.solver,), request.tokens, request.shrinkage, "as asked for")
+        return _solution(problems, (request.solver,), request.tokens, request, "as asked for")
 
     choices = token_choices(request)
     alone = len(request.concepts) == 1
@@ -255,7 +257,7 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser |
     for tokens in choices:
         last_resort = tokens == choices[-1] and (alone or request.router is not None)
         try:
-            exact = _solution(problems, EXACT_SOLVERS, tokens, request.shrinkage, "exact", dear)
+            exact = _solution(problems, EXACT_SOLVERS, tokens, request, "exact", dear)
         except PrototypeError:  # too many prototypes, or dependent ones
             if last_resort:
                 raise
@@ -264,14 +266,14 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser |
         if alone or last_resort or exact.ordinary_moved <= CHEAP:
             return exact
         dear.append(f"exact with {tokens} would move them by {100 * exact.ordinary_moved:.1f} %")
-    return _solution(problems, ("soft",), choices[-1], request.shrinkage, "soft", dear)
+    return _solution(problems, ("soft",), choices[-1], request, "soft", dear)
 
 
 def _solution(
     problems: Mapping[str, Problem],
     solvers: Sequence[str],
     tokens: str,
-    shrinkage: float,
+    request: ConceptRequest,
     why: str,
     passed_over: Sequence[str] = (),
 ) -> Solution:
@@ -281,7 +283,7 @@ def _solution(
     """
     remaps, reasons, moved = {}, {}, {}
     for space, problem in problems.items():
-        remaps[space], reasons[space] = _solve_space(problem, solvers, tokens, shrinkage)
+        remaps[space], reasons[space] = _solve_space(problem, solvers, tokens, request)
         for name in problem.retained:
             features = torch.stack([problem.prototypes[part] for part in problem.columns([name], tokens)])
             moved[name] = max(moved.get(name, 0.0), remaps[space].moved(features))
@@ -292,7 +294,7 @@ def _solution(
 
 
 def _solve_space(
-    problem: Problem, solvers: Sequence[str], tokens: str, shrinkage: float
+    problem: Problem, solvers: Sequence[str], tokens: str, request: ConceptRequest
 ) -> tuple[Remap, str]:
     """
     The remap of one space, and what it costs. Raises `PrototypeError` if no solver has an exact edit.
@@ -301,7 +303,9 @@ def _solve_space(
     costs = []
     for solver in solvers:
         try:
-            solved[solver] = problem.fit(solver, tokens, shrinkage)
+            solved[solver] = problem.fit(
+                solver, tokens, shrinkage=request.shrinkage, softness=request.softness
+            )
         except PrototypeError:  # pinv has more prototypes to keep: too many, or dependent ones
             if solver == solvers[-1] and not solved:
                 raise

@@ -26,7 +26,7 @@ def features():
     return named, drawn(9, 0, 0, 0, 1, 0, 1, rows=3 * ROWS)
 
 
-def fitted(features, targets=(("fox", "wolf"),), shrinkage=0.0):
+def fitted(features, targets=(("fox", "wolf"),), shrinkage=0.0, softness=1.0):
     named, ordinary = features
     fitter = PrototypeFitter(WIDTH, NAMES)
     for i, z in enumerate(named.values()):
@@ -34,13 +34,14 @@ def fitted(features, targets=(("fox", "wolf"),), shrinkage=0.0):
     own = torch.cat([named["cat"], named["dog"]])
     moment = Moment(own.T @ own / len(own), len(own))
     prototypes = fitter.update_moment(ordinary).prototypes
-    return Remap.regress(prototypes, ["cat", "dog"], targets, moment, shrinkage=shrinkage)
+    return Remap.regress(prototypes, ["cat", "dog"], targets, moment, shrinkage=shrinkage, softness=softness)
 
 
-def least_squares(features):
+def least_squares(features, softness=1.0):
     """E of one row-by-row problem: forgotten features want to make a step, ordinary ones to stay."""
     named, ordinary = features
-    rows, wanted = [ordinary / len(ordinary) ** 0.5], [ordinary / len(ordinary) ** 0.5]
+    staying = ordinary * (softness / len(ordinary)) ** 0.5
+    rows, wanted = [staying], [staying]
     for name, target in (("cat", "fox"), ("dog", "wolf")):
         z, weight = named[name], (1 / (2 * ROWS)) ** 0.5
         rows.append(weight * z)
@@ -53,6 +54,16 @@ def test_it_is_the_least_squares_over_all_features(features):
     torch.testing.assert_close(fitted(features).apply(identity).T, expected)
     assert (expected - identity).norm() > 0.5
     assert (fitted(features, shrinkage=0.5).apply(identity).T - expected).norm() > 0.01
+
+
+@pytest.mark.parametrize("softness", [0.25, 4.0])
+def test_softness_weighs_ordinary_features(features, softness):
+    expected, identity = least_squares(features, softness), torch.eye(WIDTH).double()
+    remap = fitted(features, softness=softness)
+    torch.testing.assert_close(remap.apply(identity).T, expected)
+    # the softer, the less anything moves
+    moved = [(fitted(features, softness=s).apply(identity).T - identity).norm() for s in (0.25, 1.0, 4.0)]
+    assert moved[0] > 1.2 * moved[1] > 1.2**2 * moved[2]
 
 
 def test_forgotten_features_move_more_than_ordinary_ones(features):

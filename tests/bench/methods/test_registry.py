@@ -33,7 +33,7 @@ def test_groups_of_diffusion():
     groups = diffusion_groups()
     assert list(DIFFUSION) == main + groups["appendix"]
     assert groups["all"] == main
-    inside = "more-denoiser more-described"
+    inside = "more-denoiser more-denoiser-soft more-denoiser-hard more-described"
     appendix = f"{inside} uce-paper sld-weak sld-strong sld-max safree-re-attention esd-repo"
     assert groups["appendix"] == appendix.split()
     assert set(groups["all"]) - set(groups["training-free"]) == {"esd", "ca"}

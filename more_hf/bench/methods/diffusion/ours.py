@@ -11,9 +11,10 @@ from diffusers import DiffusionPipeline
 
 import more_hf
 
+from ....core.request import ConceptRequest
 from ....data import EMOJI_ARTISTS, FOLDER
 from ....diffusion.aliases import find_aliases
-from ....diffusion.erase import erase_concept
+from ....diffusion.erase import erase, erase_concept
 from .roles import Concepts, name_roles
 
 
@@ -29,20 +30,32 @@ def more_denoiser(
     retain: Sequence[str] | None,
     sampling_steps: int = 10,
     guidance: float = 4.0,
+    softness: float = 1.0,
 ) -> DiffusionPipeline:
     """Erase inside the denoiser, too.
 
     Args:
         pipe, concepts, remap_to, retain: as in `erase_concept`.
         sampling_steps (`int`), guidance (`float`): of the pictures that prototypes are made from.
+        softness (`float`): how much ordinary pictures weigh against the concept's.
 
     Raises:
         `PrototypeError`, `SiteNotFoundError`, `AlreadyErasedError`: as `erase_concept` does.
     """
     sampling = {"num_inference_steps": sampling_steps, "guidance_scale": guidance}
-    return erase_concept(
-        pipe, concepts, remap_to=remap_to, retain=retain, reach="denoiser", sampling=sampling
+    request = ConceptRequest.of(
+        concepts,
+        remap_to=remap_to,
+        retain=retain,
+        reach="denoiser",
+        sampling=sampling,
+        softness=softness,
     )
+    return erase(pipe, request)
+
+
+more_denoiser_soft = partial(more_denoiser, softness=4.0)
+more_denoiser_hard = partial(more_denoiser, softness=0.25)
 
 
 def more_described(

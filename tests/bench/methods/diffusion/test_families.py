@@ -6,7 +6,6 @@ from support.compare import changed, state
 from support.families import FAMILIES, build, images
 
 import more_hf
-from more_hf.bench.methods.diffusion.ours import more_denoiser
 from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import SiteNotFoundError
 
@@ -61,15 +60,20 @@ def layers_of(name, family, names):
     return {key for key in names if key.startswith(("unet.", "transformer.")) and key.endswith(ends)}
 
 
+INSIDE = {"more-denoiser": 1.0, "more-denoiser-soft": 4.0, "more-denoiser-hard": 0.25}
+
+
 @pytest.mark.slow
-def test_inside_the_denoiser(tiny_sd):
+@pytest.mark.parametrize(("name", "softness"), INSIDE.items())
+def test_inside_the_denoiser(name, softness, tiny_sd):
     """Which families it works on is in `tests/diffusion/test_activations.py`: it draws 160 pictures."""
     pipe = tiny_sd()
     before = state(pipe)
-    assert DIFFUSION["more-denoiser"].targets == "one"
-    more_denoiser(pipe, CONCEPT, remap_to=[TARGET], retain=None, sampling_steps=2, guidance=3.0)
+    assert DIFFUSION[name].targets == "one"
+    DIFFUSION[name].load()(pipe, CONCEPT, remap_to=[TARGET], retain=None, sampling_steps=2, guidance=3.0)
     request = more_hf.get_erasure(pipe).request
     assert request.reach == "denoiser"
+    assert request.softness == softness
     assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 3.0}
     edited = changed(pipe, before)
     assert {key for key in edited if key.endswith("attn2.to_k.weight")}
@@ -78,7 +82,7 @@ def test_inside_the_denoiser(tiny_sd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [name for name in DIFFUSION if name != "more-denoiser"])
+@pytest.mark.parametrize("name", [name for name in DIFFUSION if name not in INSIDE])
 def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):
     pipe = build(family)
     before = state(pipe)
