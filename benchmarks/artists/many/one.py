@@ -3,7 +3,8 @@
     python benchmarks/artists/many/one.py --output DIR    # resumes; DIR holds the pictures
 
 Ten things from the end of the order, each erased alone with the table's target and the same pictures for
-all. Writes one.csv and one.md: `more` by its token positions, and the first method of the table.
+all. Writes one.csv and one.md: `more` by its token positions, and with every word of a name as an alias; and
+a rival of the table.
 """
 
 import argparse
@@ -29,6 +30,12 @@ RIVALS = ("speed",)
 COLUMNS = ("content_f", "content_r", "style_f", "lpips_f", "lpips_r", "lpips_d")
 
 
+def more_words(pipe, concepts: list[str], **options):
+    """A word of a name can draw the thing alone: "french" is read where only fries are french."""
+    aliases = {name: [word for word in name.split() if word != name] for name in concepts}
+    return more_hf.erase_concept(pipe, aliases, **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,6 +45,7 @@ def main() -> None:
     prompts = tune.validation(THINGS)
     target = tune.TARGET[THINGS.name]
     functions = {f"more, {tokens}": partial(more_hf.erase_concept, tokens=tokens) for tokens in TOKENS}
+    functions["more, every word"] = more_words
     tuned = tune.single(THINGS)
     functions |= {name: partial(DIFFUSION[name].load(), **tuned[name]) for name in RIVALS}
     summary = run_artists(
