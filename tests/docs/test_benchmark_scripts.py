@@ -65,6 +65,25 @@ def test_every_part_of_the_speed_table(script):
 
 
 @pytest.mark.slow
+def test_every_part_of_an_edit_inside_the_denoiser(script):
+    inside = script("speed", "inside")
+    small = {
+        "block_out_channels": (32,) * 4,
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    }
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    *parts, whole = inside.measure(
+        {**inside.speed.SD14, **small}, {**inside.speed.CLIP_L, **text}, pictures=2
+    )
+    assert len(parts) == 4
+    assert sum(part["seconds"] for part in parts) == pytest.approx(whole["seconds"], abs=0.3)
+    assert "draw 10 pictures" in parts[1]["what"]
+    assert whole["what"].endswith("layers")
+
+
+@pytest.mark.slow
 def test_real_imagenet_weights_forget_the_daisy(script):
     imagenet = script("classifiers", "imagenet")
     daisy, (flower, *_) = 985, imagenet.HELD_OUT
