@@ -1,4 +1,4 @@
-"""What was done to one model: the record that `get_erasure` returns."""
+"""The erasure of one model, as `get_erasure` returns it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .request import Request
 from .site import Site
 
 
-# What `Remap.verify` measures that must be 0 to rounding; the rest says what an edit costs.
+# The measurements of `Remap.verify` that must be 0 up to rounding; the others say what an edit costs.
 GUARANTEES = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
-# what a proof by run shows beside what it compares with its tolerance
+# the measurements of a proof by run that are shown but not compared with its tolerance
 UNBOUNDED = ("forget_changed", "denoiser_off", "denoiser_changed")
 
 
@@ -37,13 +37,13 @@ class Erasure(ABC):
         sites (`dict[str, Site]`):
             The edited layers.
         remaps (`dict[str, Remap]`):
-            The factors for each space of features; empty for a model that was loaded without them.
+            The factors for each feature space; empty for a model that was loaded without them.
         originals (`dict[str, Tensor]`, *optional*):
             The layers' weights before the edit, on the CPU; `None` if they were not kept.
         guarantees (`dict[str, float]`):
-            What `Remap.verify` measured.
+            The measurements of `Remap.verify`.
         proof (`dict[str, float]`):
-            What the proof by run measured.
+            The measurements of the proof by run.
         hooks (`tuple[RoutingHook, ...]`):
             The routing hooks on the model; the first one has the router.
     """
@@ -55,7 +55,7 @@ class Erasure(ABC):
     originals: dict[str, Tensor] | None = field(repr=False)
     guarantees: dict[str, float]
     proof: dict[str, float] = field(default_factory=dict)
-    hooks: tuple[Any, ...] = field(default=(), repr=False)  # `core.hook` stands on this module
+    hooks: tuple[Any, ...] = field(default=(), repr=False)  # `core.hook` imports this module
 
     @property
     def concepts(self) -> list[str]:
@@ -98,7 +98,7 @@ class Erasure(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, str]]:
-        """The report, a name and a finding at a time."""
+        """Yield the report as pairs of a name and a finding."""
 
     def to_markdown(self) -> str:
         """A table of what was done and what was measured."""
@@ -115,7 +115,7 @@ class Erasure(ABC):
         if self.originals is None:
             raise AlreadyErasedError(
                 f"{', '.join(map(repr, self.concepts))} is already erased from this model and the original "
-                "weights are not here, so it can be neither restored nor fitted jointly with another "
+                "weights are not available, so it can be neither restored nor fitted jointly with another "
                 f"concept. Start from {self.facts.base or 'the original model'} and pass all concepts at "
                 "once."
             )
@@ -123,8 +123,8 @@ class Erasure(ABC):
 
     def check_unchanged(self) -> None:
         """
-        Raises `IncompatibleBaseError` if a site no longer holds this edit, beyond what a cast of the model
-        explains.
+        Raises `IncompatibleBaseError` if a site's weight is no longer this edit, apart from a cast of the
+        model.
         """
         originals = self.require_originals()
         changed = [name for name, original in originals.items() if not self._holds_edit(name, original)]
@@ -138,9 +138,9 @@ class Erasure(ABC):
     def _holds_edit(self, name: str, original: Tensor) -> bool:
         weight = self.sites[name].read()
         merged = self.remap_of(name).merged(original.to(weight.device))
-        # Another device sums in another order, and a LoRA fused and unfused again leaves W + d − d.
+        # Another device sums in another order, and fusing and unfusing a LoRA leaves W + d − d.
         rtol = 4 * torch.finfo(weight.dtype).eps
-        # A model that was cast down and up again holds values that were rounded on the way.
+        # A model that was cast down and up again holds the rounded values of either half precision.
         for dtype in (weight.dtype, torch.float16, torch.bfloat16):
             expected = merged.to(dtype).to(weight.dtype)
             if torch.allclose(weight, expected, rtol=rtol, atol=rtol * float(expected.abs().max())):
@@ -150,8 +150,7 @@ class Erasure(ABC):
 
 def measured_rows(guarantees: Mapping[str, float], proof: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """
-    The rows of a report about what was measured; a guarantee and the proof next to the bound that they must
-    keep.
+    Yield the report's rows about measurements; guarantees and the proof are shown with their bounds.
     """
     for key, value in guarantees.items():
         if key.endswith(GUARANTEES):

@@ -1,4 +1,4 @@
-"""The errors. A message has the fact with its values, the reason if it is not obvious, and a next step."""
+"""The errors. A message states the fact with its values, the reason if not obvious, and the next step."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ class SiteNotFoundError(MoreError, ValueError):
     """The model has no layer to edit, or stores it in a form that cannot be edited safely."""
 
 
-TargetNotFoundError = SiteNotFoundError  # its first name; a target is a concept everywhere else
+TargetNotFoundError = SiteNotFoundError  # its former name; elsewhere a target is a concept
 
 
 class PrototypeError(MoreError, ValueError):
-    """The prototypes do not allow an exact edit, or a concept was named wrongly."""
+    """No exact edit exists for the prototypes, or an argument is wrong."""
 
 
 class AlreadyErasedError(MoreError, RuntimeError):
-    """The model carries an erasure whose original weights are not here."""
+    """The model carries an erasure whose original weights are not available."""
 
 
 class IncompatibleBaseError(MoreError, ValueError):
@@ -34,7 +34,7 @@ class ExportError(MoreError, ValueError):
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """A value's repr for a message, shortened if it is long."""
     try:
         text = repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits

@@ -1,4 +1,4 @@
-"""Which target each forgotten concept has in each expert."""
+"""Draw the target of each forgotten concept in each expert."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def draw_experts(
 
     Args:
         options (`Sequence[Sequence[str | None]]`):
-            For each concept the names it may be sent to; `[None]` erases it.
+            For each concept, the names it may be sent to; `[None]` erases it.
         num_experts (`int`, *optional*):
-            If `None`, the fewest that use every option of every concept equally often, so that the mean
-            expert sends a concept to the plain mean of its options.
+            Number of experts. `None` takes the fewest that use every option of every concept equally often,
+            so that the mean expert sends a concept to the plain mean of its options.
         max_distinct (`int`):
-            How many different targets there may be in all. Experts share targets beyond that.
+            The largest number of different targets. Beyond it, experts share targets.
         seed (`int`, *optional*, defaults to 0):
             Seed of the order of the options.
 
     Returns:
-        `list[list[str | None]]`: for each expert one target per concept.
+        `list[list[str | None]]`: for each expert, one target per concept.
 
     Raises:
-        `PrototypeError`: there is no room for even one target each.
+        `PrototypeError`: `max_distinct` is too small to give every concept a target.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = []
@@ -41,9 +41,9 @@ def draw_experts(
         order = torch.randperm(len(names), generator=generator)
         shuffled.append([names[i] for i in order])
 
-    # 1. One target for each concept, by a greedy cover: of the concepts without one, take the option that
-    # most of them share, until every concept has an option among the allowed. Erasing (`None`) takes no room.
-    allowed: dict[str | None, None] = {None: None}  # a set in order
+    # 1. Give each concept one target by a greedy cover: allow the option that most of the concepts without a
+    # target share, until every concept has one. Erasing (`None`) takes no room.
+    allowed: dict[str | None, None] = {None: None}  # an ordered set
     while uncovered := [names for names in shuffled if allowed.keys().isdisjoint(names)]:
         shared = Counter(chain.from_iterable(uncovered))
         allowed[max(shared, key=shared.get)] = None
@@ -54,14 +54,14 @@ def draw_experts(
             "erase without remapping (remap_to=None)."
         )
 
-    # 2. The rest of the room in turns: every concept's first option, then every concept's second, ...
+    # 2. Fill the remaining room in turns: every concept's first option, then every concept's second, ...
     for turn in zip_longest(*shuffled):
         for name in turn:
             if name not in allowed and len(allowed) <= max_distinct:
                 allowed[name] = None
     shuffled = [[name for name in names if name in allowed] for names in shuffled]
 
-    # 3. Expert e has each concept's e-th allowed option, and starts again after the last.
+    # 3. Expert e takes each concept's e-th allowed option, starting again after the last.
     if num_experts is None:
         num_experts = math.lcm(*map(len, shuffled))
     return [[names[expert % len(names)] for names in shuffled] for expert in range(num_experts)]

@@ -1,4 +1,4 @@
-"""What was measured or decided when a model was erased: typed, JSON both ways."""
+"""Facts about an erasure: what was measured or decided, in typed fields that go to JSON and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# a pipeline's spaces of features that come from the prompt; all others are activations inside the denoiser
+# the feature spaces of a pipeline that come from the prompt; all others are activations inside the denoiser
 TEXT_SPACES = ("tokens", "pooled")
 
 
@@ -18,19 +18,19 @@ class Facts:
         solver (`str`):
             The solver that was used.
         solver_reason (`str`):
-            Why, in words and numbers.
+            Why that one, in words and numbers.
         rank (`int`):
-            Number of forget prototypes, the rank of the change of an edited layer.
+            Number of forget prototypes, which is the rank of an edited layer's change.
         num_experts (`int`):
             Number of experts.
         condition_number (`float`):
-            Of the prototypes, scaled to unit norm.
+            Condition number of the prototypes, scaled to unit norm.
         base (`str`):
             Where the original was loaded from; empty if unknown.
         fingerprint (`str`):
             sha256 of the edited layers before the edit.
         spaces (`dict[str, str]`):
-            The space that an edited layer reads, where it is not the prompt's tokens.
+            The space that each edited layer reads, for layers that do not read the prompt's tokens.
         base_revision (`str`, *optional*):
             The commit that the original was loaded from.
         benchmark (`list`, *optional*):
@@ -56,13 +56,13 @@ class ConceptFacts(Facts):
 
     Args:
         pipeline (`str`):
-            Its class.
+            The pipeline's class.
         retained_moved (`dict[str, float]`):
-            How far each retained name's prototypes moved at most, as a share of their length.
+            The farthest that any prototype of each retained name moved, as a share of its length.
         leaks (`list[str]`):
             What the edit does not cover, in words and numbers.
         tokens (`str`, *optional*):
-            The token positions that made prototypes, where they are fewer than was asked for.
+            The token positions that made prototypes, if they are fewer than requested.
     """
 
     pipeline: str
@@ -78,17 +78,16 @@ class ClassFacts(Facts):
 
     Args:
         model (`str`):
-            Its class.
+            The classifier's class.
         num_classes (`int`):
-            Number of its classes.
+            Number of classes it tells apart.
         sent_to (`dict[str, list[str]]`):
             The targets that were drawn for each forgotten class.
         remain_moved (`dict[str, float]`):
-            How far the prototypes moved that were not kept exactly, farthest first, as a share of their
-            length.
+            How far each prototype that was not kept exactly moved, as a share of its length, farthest first.
         remain_right (`dict[str, float]`, *optional*):
-            The percentage of the remaining classes' features that the head gives to their class, `before` the
-            edit and `after`, of features drawn around the prototypes; `None` at an inner module.
+            The percentage of the remaining classes' features, drawn around their prototypes, that the head
+            assigns to the right class, `before` and `after` the edit; `None` for an edit at an inner module.
     """
 
     model: str

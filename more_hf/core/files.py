@@ -12,12 +12,12 @@ from pathlib import Path
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """
-    Yield a temporary path in the folder of `path`, which is created if need be. What the block wrote there is
-    renamed to `path` at the end of the block, or deleted if the block raises.
+    Yield a temporary path in the folder of `path`, which is created if needed. The file that the block writes
+    there is renamed to `path` when the block ends, or deleted if it raises.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two processes that write the same file apart.
+    # The process id keeps processes that write the same file apart.
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield draft

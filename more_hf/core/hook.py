@@ -1,4 +1,4 @@
-"""What every routing hook has in common: the route of a feature, and how a hook is put on and taken off."""
+"""The base of every routing hook: how a feature is routed, and how the hook is attached and detached."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 class RoutingHook:
     """
-    A forward pre-hook: a feature z becomes E_e z, with the expert that the router picks for each sample.
+    A forward pre-hook that turns a feature z into E_e z, with the expert e that the router picks per sample.
 
-    On weights that hold the mean expert the result is exactly expert e's, since E_mean E_e = E_e. Without a
-    router every sample takes the mean expert. Pickling or deep-copying drops the factors; the copy is a
+    On weights that hold the mean expert, the result is exactly expert e's, since E_mean E_e = E_e. Without a
+    router, every sample takes the mean expert. Pickling or deep-copying drops the factors; the copy is a
     no-op, and the copied weights keep the mean expert.
 
     Args:
@@ -32,9 +32,9 @@ class RoutingHook:
         router (`str`, *optional*):
             A name in `ROUTERS`.
         device (`torch.device`, *optional*):
-            Where features will be.
+            The device on which features will arrive.
         key (`int`, *optional*):
-            The `id` of the erasure, by which `views` knows it.
+            The `id` of the erasure, by which `views` finds its blocks.
     """
 
     with_kwargs = False  # whether the module's keyword arguments are needed
@@ -61,24 +61,24 @@ class RoutingHook:
         return self.enabled and not is_unrouted(self.key)
 
     def attach(self, module: nn.Module) -> None:
-        """Put the hook before every other hook of the module, once."""
+        """Attach the hook ahead of the module's other hooks, once."""
         self.detach()
         self.enabled = True
         self.handle = self.register(module)
 
     def register(self, module: nn.Module) -> RemovableHandle:
-        """Torch's own call for this kind of hook."""
+        """Register with torch, by the call for this kind of hook."""
         return module.register_forward_pre_hook(self, with_kwargs=self.with_kwargs, prepend=True)
 
     def detach(self) -> None:
-        """Take the hook off, if it is on."""
-        self.enabled = False  # first: whatever interrupts, it does nothing from here on
+        """Detach the hook, if it is attached."""
+        self.enabled = False  # first, so that the hook does nothing even if an interruption comes next
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
 
     def experts(self, z: Tensor) -> Tensor:
-        """Which expert each of the samples `(batch, ..., d)` takes, `(batch,)` int64."""
+        """The expert of each sample `(batch, ..., d)`, as `(batch,)` int64."""
         forced = forced_experts(self.key)
         if forced is not None:
             return forced.to(z.device)
@@ -88,8 +88,8 @@ class RoutingHook:
 
     def route(self, z: Tensor, experts: Tensor | None = None) -> Tensor:
         """
-        E z for `(batch, ..., d)`, in float32, returned in the dtype of z; by the router unless experts are
-        given.
+        E z for `(batch, ..., d)`, computed in float32 and returned in the dtype of z. The router picks the
+        experts unless they are given.
         """
         experts = self.experts(z) if experts is None else experts
         shifts = self.shifts.to(z.device)[experts.to(z.device)]  # (batch, f, d)
@@ -104,7 +104,7 @@ class RoutingHook:
 
 
 def attach_hooks(hooks: Sequence[RoutingHook], modules: Sequence[nn.Module]) -> None:
-    """Put each hook, if there are any, on its module."""
+    """Attach each hook, if there are any, to its module."""
     for hook, module in zip(hooks, modules, strict=False):
         hook.attach(module)
     if hooks:
@@ -112,13 +112,13 @@ def attach_hooks(hooks: Sequence[RoutingHook], modules: Sequence[nn.Module]) -> 
 
 
 def detach_hooks(hooks: Iterable[RoutingHook]) -> None:
-    """Take hooks off their modules."""
+    """Detach hooks from their modules."""
     for hook in hooks:
         hook.detach()
         reset_compiled()
 
 
 def reset_compiled() -> None:
-    """Torch does not guard module hooks: compiled code would go on with the old ones."""
+    """Drop compiled code: torch does not guard module hooks, so it would go on with the old ones."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

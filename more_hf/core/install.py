@@ -1,8 +1,8 @@
-"""The one transaction by which a model is erased, erased again, or restored: all of it, or the model is what
-it was.
+"""The one transaction that erases, re-erases or restores a model: it completes, or the model is unchanged.
 
-The order makes an interruption at any point harmless: originals are registered before a weight changes and
-until after the last one is back, and whatever fails in between puts back weights, hooks and record.
+Its order makes an interruption at any point harmless: originals are registered before the first weight
+changes and stay registered until the last one is back, and any failure in between puts back weights, hooks
+and record.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .site import Site, copy_weights, write_weights
 from .views import is_shown
 
 
-# What a proof by run accepts, in units of the output difference between forget and target before the edit:
-# rounding of weights and features in the model's dtype. A single missed layer shows as 0.05 or more.
+# The error that a proof by run accepts as rounding, in units of the output difference between forget and
+# target before the edit. A single missed layer shows as 0.05 or more.
 PROOF_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
@@ -41,17 +41,17 @@ def install(
         model (`nn.Module`):
             The denoiser or classifier; changed in place.
         erasure (`Erasure`):
-            What is to be done, with the originals. An earlier erasure of the model is replaced.
+            The edit, with the originals. It replaces an earlier erasure of the model.
         modules (`Sequence[nn.Module]`):
             The module of each hook, whether there are hooks or not.
         prove (`Callable`):
-            Runs the edited model and returns what it measured; raises if the edit does not stand.
+            Runs the edited model and returns its measurements; raises if the edit does not hold.
         keep_originals (`bool`):
-            Whether the originals stay in memory afterwards.
+            Whether to keep the originals in memory afterwards.
 
     Raises:
         `IncompatibleBaseError`: an edited weight is not finite in the model's dtype. `MoreError`: the call is
-        inside a block that shows the original. And what `prove` raises. The model is unchanged then.
+        inside a block that shows the original. Also whatever `prove` raises. The model is then unchanged.
     """
     current = registry.find_erasure(model)
     refuse_inside_block(current)
@@ -78,7 +78,7 @@ def install(
 
 def uninstall(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """
-    Write the originals back, bit for bit, take the hooks off, and forget the erasure. Mutates the model.
+    Write the originals back, bit for bit, detach the hooks, and forget the erasure. Mutates the model.
     """
     erasure = registry.find_erasure(model)
     refuse_inside_block(erasure)
@@ -99,8 +99,7 @@ def refuse_inside_block(erasure: Erasure | None) -> None:
     """
     Raises `MoreError` while a block shows the original, in this thread or another.
 
-    No run could prove there what the weights do, and the block would see a mixture of what was and what is to
-    be.
+    A run could not prove what the weights do then, and the block would see a mixture of both models.
     """
     if erasure is not None and is_shown(erasure):
         raise MoreError(
@@ -113,7 +112,7 @@ def edited_weights(erasure: Erasure) -> dict[str, Tensor]:
     The weight of every site with the mean expert merged, in its dtype and on its device.
 
     Raises:
-        `IncompatibleBaseError`: one is not finite in its dtype.
+        `IncompatibleBaseError`: an edited weight is not finite in its dtype.
     """
     return {name: _edited(erasure, name, site) for name, site in erasure.sites.items()}
 

@@ -1,5 +1,5 @@
 """
-What is taken back however a block ends: also by an interruption, wherever it falls, the taking back included.
+Undo something however a block ends, even if an interruption falls inside the undoing itself.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ def afterwards(undo: Callable[[], object]) -> Iterator[None]:
     """
     Run `undo` after the block.
 
-    It runs twice, so that one that was interrupted is completed: it must not mind. A generator takes it back
-    even where an interruption falls between the block's last line and its end, when Python calls no
-    `__exit__`: it is closed.
+    It runs twice, so that an interrupted `undo` is completed; running it again must be harmless. This is a
+    generator because Python calls no `__exit__` if an interruption falls between the block's last line and
+    its end, but it does close the generator.
     """
     try:
         try:
@@ -42,7 +42,7 @@ def unless_completed(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def unwound() -> Iterator[ExitStack]:
-    """A stack of things to take back after the block, each once."""
+    """Yield a stack of things to undo after the block, each once."""
     stack = ExitStack()
     with afterwards(stack.close):
         yield stack
@@ -50,7 +50,7 @@ def unwound() -> Iterator[ExitStack]:
 
 @contextmanager
 def held(lock: AbstractContextManager) -> Iterator[None]:
-    """Hold a lock in the block."""
+    """Hold a lock for the block."""
     with unwound() as stack:
         stack.enter_context(lock)
         yield

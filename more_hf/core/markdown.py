@@ -1,4 +1,4 @@
-"""Numbers and tables as a reader meets them."""
+"""Format numbers and tables for readers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] 
 
     Args:
         rows (`Sequence[Mapping[str, object]]`):
-            The rows; a missing key is an empty cell.
+            The rows; a missing key gives an empty cell.
         columns (`Sequence[str]`, *optional*):
-            Which keys, in which order; `None` for the first row's.
+            The keys to show, in order; `None` for those of the first row.
 
     Raises:
         `ValueError`: there are neither rows nor columns.
@@ -39,7 +39,7 @@ def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] 
 
 
 def _aligned(header: str, cells: Sequence[str], *, right: bool) -> list[str]:
-    """A column's lines, padded to one width: header, rule, cells."""
+    """A column's lines, padded to the same width: header, rule, cells."""
     width = max(3, *map(len, [header, *cells]))
     if right:
         return [header.rjust(width), "-" * (width - 1) + ":", *(cell.rjust(width) for cell in cells)]
@@ -53,7 +53,7 @@ def bare_table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def aligned_text(rows: Iterable[tuple[str, str]]) -> str:
-    """Format names and findings as two columns for a terminal, as wide as it is."""
+    """Format names and findings as two columns that fill the terminal's width."""
     rows = [(name.replace("`", ""), finding) for name, finding in rows]
     margin = 2 + max(len(name) for name, _ in rows)
     width = max(40, shutil.get_terminal_size((100, 24)).columns - margin)
@@ -72,5 +72,5 @@ def _is_numeric(rows: Sequence[Mapping[str, object]], column: str) -> bool:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot end its cell."""
+    """Escape text so that it stays within its cell."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -1,5 +1,5 @@
 """
-Σ, the uncentred second moment of features, in O(n d) where the n features are fewer than their width d.
+Σ, the uncentred second moment of n features of width d; in O(n d) when n < d.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .errors import PrototypeError
 @dataclass(frozen=True)
 class Moment:
     """
-    The mean of z zᵀ over features, and the metric that it gives. Frozen.
+    The mean of z zᵀ over features, and the metric it defines. Frozen.
 
     Args:
         matrix (`Tensor`):
-            Σ itself, `(d, d)`, float64; or thin, a matrix G `(n, d)` with n < d and Gᵀ G = Σ, as the features
-            themselves divided by √n are. A product with Σ then takes O(n d), and nothing is ever `(d, d)`.
+            Σ itself, `(d, d)`, float64; or thin: a matrix G `(n, d)` with n < d and Gᵀ G = Σ, such as the
+            features divided by √n. A product with Σ then takes O(n d), and nothing is ever `(d, d)`.
         count (`float`):
-            How many features the mean is over, or what it weighs beside others.
+            How many features the mean is over, or its weight when moments are added.
 
     Example:
 
@@ -40,7 +40,7 @@ class Moment:
 
     @property
     def is_thin(self) -> bool:
-        """Whether it is held as `(n, d)`, n < d."""
+        """Whether the matrix is `(n, d)` with n < d."""
         return len(self.matrix) < self.matrix.shape[1]
 
     @property
@@ -59,7 +59,7 @@ class Moment:
         return seen @ seen.T if self.is_thin else seen @ readers.T
 
     def __add__(self, other: Moment) -> Moment:
-        """The moment of both samples together; thin if both are and their rows stay fewer than d."""
+        """The moment of both samples together; thin if both are thin and together have fewer than d rows."""
         count, rows = self.count + other.count, len(self.matrix) + len(other.matrix)
         shares = [(part, part.count / count) for part in (self, other)]
         if self.is_thin and other.is_thin and rows < self.matrix.shape[1]:
@@ -67,11 +67,11 @@ class Moment:
         return Moment(sum(share * part.dense for part, share in shares), count)
 
     def __sub__(self, part: Moment) -> Moment:
-        """The moment of this sample without a part of it."""
+        """The moment of this sample without `part`, which belongs to it."""
         count = self.count - part.count
         if not self.is_thin:
             return Moment((self.count * self.matrix - part.count * part.dense) / count, count)
-        # In an orthonormal basis of the features the difference is (n, n), and its root is thin again.
+        # In an orthonormal basis of the features, the difference is (n, n), and its root is thin again.
         basis, own = torch.linalg.qr(self.matrix.T)  # (d, n), (n, n)
         left = (self.count * own @ own.T - part.count * part.seen_by(basis.T)) / count
         values, vectors = torch.linalg.eigh(left)
@@ -82,22 +82,23 @@ class Moment:
         The map X → (Σ + aI)^(−1/2) X for X `(d, k)`, where a is `shrinkage` times the mean eigenvalue of Σ.
 
         Raises:
-            `PrototypeError`: Σ is not finite, or singular with nothing added to it.
+            `PrototypeError`: Σ is not finite, or it is singular and the shrinkage is 0.
         """
         if not self.matrix.isfinite().all():
-            raise PrototypeError("The second moment is not finite. Check the features that it was fitted on.")
+            raise PrototypeError("The second moment is not finite. Check the features it was fitted on.")
         G, added = self.matrix, shrinkage * self.trace / self.matrix.shape[1]
         values, vectors = torch.linalg.eigh(G @ G.T if self.is_thin else G)
         shrunk = values.clamp_min(0) + added
         if not (added if self.is_thin else shrunk.min()) > 0:
             raise PrototypeError(
-                "The second moment is singular, and nothing is added to it. Pass a larger `shrinkage`."
+                "The second moment is singular, and the shrinkage adds nothing to it. Pass a larger "
+                "`shrinkage`."
             )
         if not self.is_thin:
             root = (vectors * shrunk.rsqrt()) @ vectors.T
             return lambda X: root @ X
-        # (aI + Gᵀ G)^(−1/2) = (I − Gᵀ φ(G Gᵀ) G) / √a with φ(λ) = (1 − √(a / (a + λ))) / λ, which is written
-        # so that it divides by nothing small.
+        # (aI + Gᵀ G)^(−1/2) = (I − Gᵀ φ(G Gᵀ) G) / √a with φ(λ) = (1 − √(a / (a + λ))) / λ, written here as
+        # 1 / (√(a + λ) (√(a + λ) + √a)), which never divides by anything small.
         scales = shrunk.sqrt() * (shrunk.sqrt() + added.sqrt())
         inner = (vectors / scales) @ vectors.T  # (n, n)
         return lambda X: (X - G.T @ (inner @ (G @ X))) / added.sqrt()

@@ -1,6 +1,5 @@
 """
-The proof by run: the real model is called before and after an edit, and its outputs decide whether the edit
-stands.
+The proof by run: call the real model before and after an edit, and let its outputs decide whether it holds.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ def proof_by_run(
     run: Callable[[bool], Sequence[Tensor]], current: Erasure | None, tolerance: float, cause: str
 ) -> Callable[[], dict[str, float]]:
     """
-    Measure the original now, and return the function that measures the edited model and compares.
+    Measure the original now, and return a function that measures the edited model and compares the two.
 
-    The edited model must make of a feature z what the original makes of E z. For an exact edit that is what
-    the original makes of the target.
+    On a feature z, the edited model must give what the original gives on E z. For an exact edit, that is what
+    the original gives on the target.
 
     Args:
         run (`Callable`):
-            Gives the outputs `(trials, ...)` of the model, flattened: before the edit (its argument is true)
-            on features z that hold forget prototypes, on E z, and on E z of the same with their targets;
-            after it on the first and on those with the targets.
+            Returns the model's flattened outputs `(trials, ...)`. Called with `True` before the edit, it
+            returns three: on features z that hold forget prototypes, on E z, and on E z' for z' with the
+            targets in their place. Called with `False` after the edit, it returns two: on z and on z'.
         current (`Erasure`, *optional*):
-            An earlier erasure of the model, which the measurement of the original leaves out.
+            An earlier erasure of the model, which is switched off while the original is measured.
         tolerance (`float`):
-            What may be left, as a share of the distance between the original's two outputs.
+            The largest error, as a share of the distance between the original's outputs on z and E z.
         cause (`str`):
-            For the error: what else may decide the output, and what to do.
+            For the error message: what else may decide the output, and what to do.
 
     Returns:
-        `Callable`: gives `forget_vs_target` and `target_changed` (0 for a correct edit), `forget_changed` (1)
-        and the `tolerance`, and raises `SiteNotFoundError` if they are not within the tolerance.
+        `Callable`: returns `forget_vs_target` and `target_changed` (0 for a correct edit), `forget_changed`
+        (1 for a correct edit) and the `tolerance`; raises `SiteNotFoundError` beyond the tolerance.
     """
     with nullcontext() if current is None else original_shown(current):
         source, moved, target = run(True)
@@ -52,7 +51,7 @@ def proof_by_run(
             "forget_changed": float(((new_source - source).norm(dim=1) / apart).min()),
             "tolerance": tolerance,
         }
-        # written so that a NaN fails
+        # every comparison is written so that a NaN fails
         gone = proof["forget_vs_target"] < tolerance and proof["target_changed"] < tolerance
         if not (gone and proof["forget_changed"] > 0.5):
             measured = ", ".join(f"{key} {value:.2g}" for key, value in proof.items())

@@ -29,12 +29,12 @@ class Prototypes:
         names (`tuple[str, ...]`):
             One unique name per column.
         counts (`Tensor`):
-            `(num_prototypes,)`, int64, how many features each mean is over.
+            `(num_prototypes,)`, int64, the number of features behind each mean.
         second_moment (`Tensor`, *optional*):
             The uncentred mean of z zᵀ over all features that the fitter saw with `update_moment`, float64:
             `(num_features, num_features)`, or thin as in [`Moment`].
         moment_count (`int`, *optional*, defaults to 0):
-            How many features that mean is over.
+            The number of features behind that mean.
 
     Example:
 
@@ -66,7 +66,7 @@ class Prototypes:
 
     @property
     def moment(self) -> Moment | None:
-        """The second moment with what can be done with it."""
+        """The second moment, with its operations."""
         return None if self.second_moment is None else Moment(self.second_moment, self.moment_count)
 
     def with_moment(self, moment: Moment) -> Prototypes:
@@ -81,7 +81,7 @@ class Prototypes:
         if not usable.all():
             bad = self.names[usable.tolist().index(False)]
             raise PrototypeError(
-                f"The prototype {bad!r} is zero or not finite. Check the features that it was fitted on."
+                f"The prototype {bad!r} is zero or not finite. Check the features it was fitted on."
             )
         return self.matrix / norms
 
@@ -97,7 +97,7 @@ class Prototypes:
 
     def merge(self, other: Prototypes) -> Prototypes:
         """
-        The prototypes of both samples together: the names of both, means weighted by their counts.
+        Combine the prototypes of two samples: the names of both, with means weighted by their counts.
 
         Raises:
             `PrototypeError`: the widths differ, or only one of the two has a second moment.
@@ -105,9 +105,9 @@ class Prototypes:
         moments = [part.second_moment is not None for part in (self, other)]
         if len(other.matrix) != len(self.matrix) or moments[0] != moments[1]:
             raise PrototypeError(
-                f"These prototypes are not of the same features: widths {len(self.matrix)} and "
+                f"These prototypes come from different features: widths {len(self.matrix)} and "
                 f"{len(other.matrix)}, second moment {moments[0]} and {moments[1]}. Collect both at the same "
-                "layer, with a second moment or without."
+                "layer, both with a second moment or both without."
             )
         names = [*dict.fromkeys(self.names + other.names)]
         fitter = PrototypeFitter(len(self.matrix), names, thin=True)
@@ -116,7 +116,9 @@ class Prototypes:
         return fitter.prototypes
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file. Whoever has it has a template of every class, the forgotten ones too."""
+        """
+        Write a safetensors file. It gives its reader a template of every class, including forgotten ones.
+        """
         tensors = {"matrix": self.matrix, "counts": self.counts}
         if self.second_moment is not None:
             tensors["second_moment"] = self.second_moment
@@ -134,12 +136,12 @@ class Prototypes:
 
 
 class Totals(NamedTuple):
-    """What a fitter has summed. Totals of two samples add up to the totals of both, unless it is thin."""
+    """The sums of a fitter. Unless it is thin, the totals of two samples add up to those of both together."""
 
     sums: Tensor  # (k, d)
     counts: Tensor  # (k,), int64
-    # (d, d), the sum of z zᵀ; of a thin fitter the features themselves, (n, d), while they are fewer than d;
-    # () until it is fed, since most users never need it
+    # (d, d), the sum of z zᵀ; in a thin fitter the features themselves, (n, d), while n < d; () until the
+    # first feature, since most users need no second moment
     moment: Tensor
     moment_count: Tensor  # (), int64
 
@@ -158,9 +160,9 @@ class PrototypeFitter:
         names (`Iterable[str]`):
             One unique name per prototype; label i belongs to `names[i]`.
         device (`torch.device` or `str`, *optional*):
-            Where the totals are; `None` for the CPU.
+            Where the totals are kept; `None` for the CPU.
         thin (`bool`, *optional*, defaults to `False`):
-            Keep the features behind the second moment themselves while they are fewer than d.
+            Keep the features themselves instead of their second moment while they are fewer than d.
 
     Example:
 
@@ -201,8 +203,8 @@ class PrototypeFitter:
         feature out.
 
         Raises:
-            `PrototypeError`: a label has no name or is no integer, or the features have another width,
-            another number or values that are not finite. Nothing is added then.
+            `PrototypeError`: a label has no name or is not an integer, or the features have the wrong width
+            or number, or values that are not finite. Nothing is added then.
         """
         features = self._rows(features)
         if not isinstance(labels, Tensor) or not is_integer(labels) or labels.numel() != len(features):
@@ -224,8 +226,8 @@ class PrototypeFitter:
     @torch.no_grad()
     def update_moment(self, features: Tensor, *, times: int = 1) -> PrototypeFitter:
         """
-        Add features `(..., d)` of any float dtype to the second moment alone, each so many times. See
-        `update` for what is raised.
+        Add features `(..., d)` of any float dtype to the second moment alone, each `times` times. Raises the
+        same errors as `update`.
         """
         features = times**0.5 * self._rows(features)
         few = self.thin and len(features) < features.shape[1]
@@ -245,7 +247,7 @@ class PrototypeFitter:
 
     @property
     def prototypes(self) -> Prototypes:
-        """The means so far, on the CPU. Raises `PrototypeError` naming those that have seen no feature."""
+        """The means so far, on the CPU. Raises `PrototypeError` naming the prototypes without any feature."""
         sums, counts, moment, moment_count = self.totals
         empty = [name for name, count in zip(self.names, counts.tolist(), strict=True) if count == 0]
         if empty:
@@ -269,7 +271,7 @@ class PrototypeFitter:
         if not isinstance(features, Tensor) or features.ndim == 0 or features.shape[-1] != width:
             raise PrototypeError(f"Features must be a tensor (..., {width}), got {shown(features)}.")
         rows = features.reshape(-1, width).to(sums)
-        # one such value would spoil its prototype and the second moment
+        # A single such value would spoil its prototype and the second moment.
         if not rows.isfinite().all():
             raise PrototypeError(
                 "Some features are NaN or infinite, and no mean of them exists. Check the data, or run the "
@@ -278,8 +280,9 @@ class PrototypeFitter:
         return rows
 
     def _add_moment(self, added: Tensor, count: int) -> None:
-        """Add features `(n, d)`, n < d, or what features sum up to, `(d, d)`."""
-        width, parts = added.shape[1], [part for part in (self.totals.moment, added) if part.ndim]
+        """Add features `(n, d)` with n < d, or their sum of z zᵀ, `(d, d)`."""
+        width = added.shape[1]
+        parts = [part for part in (self.totals.moment, added) if part.ndim]
         if self.thin and sum(map(len, parts)) < width:
             total = torch.cat(parts)
         else:
@@ -288,5 +291,5 @@ class PrototypeFitter:
 
 
 def is_integer(labels: Tensor) -> bool:
-    """Whether labels are whole numbers: of an integer dtype, and no mask."""
+    """Whether labels are whole numbers: an integer dtype, not a mask."""
     return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)

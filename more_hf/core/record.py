@@ -1,4 +1,6 @@
-"""The record of an erasure beside saved weights: `more_hf.json`, written and read here and nowhere else."""
+"""
+The record of an erasure, `more_hf.json` next to the saved weights; only this module reads and writes it.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,22 @@ from .site import Site, fingerprint
 logger = logging.getLogger(__name__)
 
 RECORD = "more_hf.json"
-CLASSIFIER = "."  # the folder of a classifier's weights; a pipeline's denoiser has one of its own
-TOGETHER = "+"  # between the names of denoisers that were edited as one
+CLASSIFIER = "."  # the folder of a classifier's weights; a pipeline's denoiser has a folder of its own
+TOGETHER = "+"  # joins the names of denoisers that were edited as one
 VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 HASH, COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
-LARGEST = 2**24  # bytes; a record has some kilobytes
+LARGEST = 2**24  # bytes; a real record takes a few kilobytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """
-    What `more_hf.json` holds. Every field is mandatory; keys of a newer version are ignored with a warning.
+    The content of `more_hf.json`. Every field is mandatory; keys of a newer version are ignored with a
+    warning.
 
     Args:
         more_hf (`str`):
-            The version that wrote it.
+            The version that wrote the record.
         versions (`dict[str, str]`):
             Versions of torch, diffusers and transformers.
         request (`ConceptRequest` or `ClassRequest`):
@@ -43,18 +46,18 @@ class Record:
         sites (`dict[str, list[int]]`):
             The shape of each edited weight.
         guarantees (`dict[str, float]`):
-            What `Remap.verify` measured.
+            The measurements of `Remap.verify`.
         proof (`dict[str, float]`):
-            What the proof by run measured.
+            The measurements of the proof by run.
         facts (`ConceptFacts` or `ClassFacts`):
             What else was measured or decided.
         denoiser (`str`):
-            The folder of the edited component; `"."` for a classifier. Two that were edited as one are joined
-            by `+`, and the layers in `sites` have the component's name in front.
+            The folder of the edited component; `"."` for a classifier. Two denoisers that were edited as one
+            are joined by `+`, and the layer names in `sites` then start with the component's name.
         variant (`str`, *optional*):
-            Of the files, as `save_pretrained` took it.
+            The variant of the weight files, as passed to `save_pretrained`.
         layout (`str`):
-            sha256 of the names and shapes of the component's tensors, which are the base's.
+            sha256 of the names and shapes of the component's tensors, which are the same as the base's.
         edited (`str`):
             Fingerprint of the edited weights as saved.
     """
@@ -73,7 +76,7 @@ class Record:
 
     @property
     def kind(self) -> Literal["pipeline", "classifier"]:
-        """What was erased."""
+        """What kind of model was erased."""
         return "classifier" if self.denoiser == CLASSIFIER else "pipeline"
 
     @property
@@ -91,20 +94,20 @@ class Record:
         Read a folder's record.
 
         Raises:
-            `MoreError`: the folder has none. `IncompatibleBaseError`: it is not a record of this form: a key
-            is missing, a value has another type or is out of range, or a path leads out of the folder.
+            `MoreError`: the folder has no record. `IncompatibleBaseError`: the record is malformed: a key is
+            missing, a value has the wrong type or is out of range, or a path leads out of the folder.
         """
         path = folder / RECORD
         if not path.is_file():
             raise MoreError(
-                f"{folder} has no {RECORD}. It was not written by `more_hf.save`, so nothing vouches for it: "
-                "save the erased model again."
+                f"{folder} has no {RECORD}: it was not written by `more_hf.save`, so nothing says what was "
+                "erased. Save the erased model again."
             )
         try:
             if path.stat().st_size > LARGEST:
                 raise ValueError(f"it has {path.stat().st_size} bytes")
             data = json.loads(path.read_text("utf-8-sig"))
-            json.dumps(data, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+            json.dumps(data, ensure_ascii=False).encode()  # raises for a lone surrogate
             return cls._from_dict(data, path)
         except (ValueError, TypeError, OSError, OverflowError, RecursionError, PrototypeError) as error:
             raise IncompatibleBaseError(
@@ -161,7 +164,7 @@ class Record:
 
 def prefixes_of(denoiser: str) -> dict[str, str]:
     """
-    Component -> what stands in front of its layers' names: its own name and a dot, or nothing if it is alone.
+    Component -> the prefix of its layers' names: its own name and a dot, or nothing if there is only one.
     """
     components = denoiser.split(TOGETHER)
     if len(components) == 1:
@@ -171,10 +174,10 @@ def prefixes_of(denoiser: str) -> dict[str, str]:
 
 def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[str, Site]]) -> None:
     """
-    Raise `AlreadyErasedError` if the model's folder was saved erased and its layers are not the base's.
+    Raises `AlreadyErasedError` if the model's folder was saved erased and its layers are not the original's.
 
-    They are the base's if the original was saved erased over its own folder and then restored. `sites` gives
-    the layers that the record is about.
+    They are the original's again if it was saved erased over its own folder and then restored. `sites`
+    returns the layers that a record describes.
     """
     if not source or not (Path(source) / RECORD).is_file():
         return
@@ -197,7 +200,7 @@ def _read_fields(cls: type, data: Any) -> Any:
 
 
 def check_type(name: str, value: Any, expected: Any) -> None:
-    """Raises `TypeError` unless a value out of JSON has this type, such as `dict[str, float]`."""
+    """Raises `TypeError` unless a value from JSON has this type, such as `dict[str, float]`."""
     origin, inner = get_origin(expected), get_args(expected)
     if expected is Any:
         return
@@ -207,7 +210,7 @@ def check_type(name: str, value: Any, expected: Any) -> None:
             check_type(name, value, options[0])
         return
     plain = origin or expected
-    # JSON writes 1.0 as 1 in other languages; True is an integer in Python, but not in JSON
+    # Other languages write 1.0 as 1; True is an integer in Python, but not in JSON.
     types = int | float if plain is float else plain
     if not isinstance(value, types) or isinstance(value, bool) != (plain is bool):
         raise TypeError(f"`{name}` is {value!r}, not {expected}")

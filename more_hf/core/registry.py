@@ -1,8 +1,8 @@
 """
-Which models are erased, kept beside them: what pickles, copies or saves a model cannot carry this along.
+Which models are erased, kept outside the models so that pickling, copying or saving cannot carry it along.
 
-Models that are edited as one come in an `nn.ModuleDict`, which may be another object at every call: what is
-known is kept beside each of them.
+Models that are edited as one come in an `nn.ModuleDict`, which may be a new object at every call; the erasure
+is therefore registered for each of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from .errors import AlreadyErasedError
 from .interrupts import held, unwound
 
 
-# The names of what was erased, a plain attribute of the model: a deep copy or an unpickled model still says
-# so.
+# A plain attribute of the model with the erased names, which a deep copy or an unpickled model still has.
 ERASED = "more_hf_erased"
 
 _erasures: WeakKeyDictionary[nn.Module, Erasure] = WeakKeyDictionary()
@@ -32,7 +31,7 @@ _registry_lock = RLock()
 def locked(model: nn.Module) -> Iterator[None]:
     """Hold the model's lock, as an erasure or restoration does from its first check to its last write."""
     with held(_registry_lock):
-        # always in the same order: another pipeline may hold the same models the other way round
+        # Always in the same order, since another pipeline may list the same models the other way round.
         locks = [_locks.setdefault(part, RLock()) for part in sorted(_parts_of(model), key=id)]
     with unwound() as stack:
         for lock in locks:
@@ -68,8 +67,8 @@ def require_editable(model: nn.Module) -> Erasure | None:
     The model's erasure if it can be fitted again, `None` if it has none.
 
     Raises:
-        `AlreadyErasedError`: the model was erased and its originals are not here. `IncompatibleBaseError`:
-        the edited layers were changed since.
+        `AlreadyErasedError`: the model was erased and its originals are not available.
+        `IncompatibleBaseError`: the edited layers have changed since the edit.
     """
     erasure = find_erasure(model)
     names = {name: None for part in _parts_of(model) for name in part.__dict__.get(ERASED, ())}

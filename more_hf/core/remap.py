@@ -7,8 +7,8 @@ With prototypes P = [P_F, P_R] as columns and the dual D (D P = I), an expert is
 where D_F z says how much of each forget prototype is in z. For a linear layer that reads z this is a LoRA of
 rank f: W E = W + B A with A = D_F, shared by all layers and all experts, and B = W (P_t − P_F).
 
-The soft edit leaves a part of the way to the target, so that many forgotten prototypes cost everything else
-less; it exists for any number of them.
+The soft edit goes only part of the way to the target, so that forgetting many prototypes costs everything
+else less; it exists for any number of them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .prototypes import Prototypes
 from .request import check_choice, check_shrinkage, read_names
 
 
-EXACT = 1e-6  # how far D_F P may be from [I, 0], in units of one coordinate, for the edit to be called exact
-REGRESSION = "regression"  # the `solver` of what `Remap.regress` gives
+EXACT = 1e-6  # an edit counts as exact while D_F P is this close to [I, 0], in units of one coordinate
+REGRESSION = "regression"  # the `solver` of a remap made by `Remap.regress`
 NOWHERE = -1  # the target of a prototype that is erased
 
 
 class Removed(NamedTuple):
-    """Directions `(d, m)` that an edit removes, and the share of them that it leaves at most."""
+    """Directions `(d, m)` that an edit removes, and the largest share that it leaves of any of them."""
 
     directions: Tensor
     share: float
@@ -58,9 +58,9 @@ class Remap:
             D, `(k, d)`.
         solver (`str`):
             `"pinv"` (the paper: D = P⁺), `"covariance"` (least change of ordinary features), `"soft"`
-            (`"covariance"` with a price instead of exactness), or that of `regress`.
+            (`"covariance"` with a price instead of exactness), or `REGRESSION` (made by `regress`).
         condition_number (`float`):
-            Of P with its columns scaled to unit norm.
+            Condition number of P with its columns scaled to unit norm.
     """
 
     prototypes: Prototypes
@@ -93,19 +93,19 @@ class Remap:
                 For each expert, the f names that `forget` is sent to; `None` erases.
             solver (`str`, *optional*, defaults to `"pinv"`):
                 The metric Σ of D = (Pᵀ Σ⁻¹ P)⁻¹ Pᵀ Σ⁻¹. `"pinv"`: the identity, so D = P⁺. `"covariance"`:
-                the second moment in `prototypes`; of all exact edits, the one that moves the features behind
-                Σ least, in mean square of the coordinates that they read. `"soft"`: of all E that keep every
-                other prototype where it is, the minimiser of mean_f ‖E p_f − p_t‖² / ‖p_f‖² +
+                the second moment in `prototypes`; of all exact edits, this one moves the features behind Σ
+                least, in the mean square of their coordinates. `"soft"`: of all E that keep every other
+                prototype where it is, the minimiser of mean_f ‖E p_f − p_t‖² / ‖p_f‖² +
                 softness · tr((E − I) Σ (E − I)ᵀ) / tr Σ.
             shrinkage (`float`, *optional*, defaults to 1e-4):
                 Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
             softness (`float`, *optional*, defaults to 1.0):
-                Of `"soft"`: how much moving ordinary features weighs against leaving forget prototypes on
-                their way, both as relative squares. Towards 0 it becomes `"covariance"`.
+                For `"soft"`: how much moving ordinary features weighs against stopping short of the target,
+                both as relative squares. Towards 0 the edit becomes `"covariance"`.
 
         Raises:
-            `PrototypeError`: a forget prototype is a linear combination of the others, so that no exact edit
-            exists; or an argument names no prototype or is out of range.
+            `PrototypeError`: a forget prototype is a linear combination of the others, so no exact edit
+            exists; or an argument is out of range or names a prototype that was never fitted.
 
         Example:
 
@@ -120,27 +120,24 @@ class Remap:
         check_shrinkage(shrinkage)
         forget = read_names("forget", forget)
         _check_targets(forget, targets)
-        P = prototypes.matrix
 
         columns = tuple(prototypes.index(name) for name in forget)
-        # with columns of unit norm, whitened by Σ^(−1/2), the dual is a pseudo-inverse
+        target_columns = _columns_of(prototypes, targets)
         unit = prototypes.unit
+        # 1. With the columns at unit norm and whitened by Σ^(−1/2), the dual is a pseudo-inverse.
         whiten = _unchanged if solver == "pinv" else _moment_of(prototypes).inverse_root(shrinkage)
         whitened = whiten(unit)
-        sent_to = _columns_of(prototypes, targets)
         if solver == "soft":
-            # and the soft dual that of ridge regression: one more row for each prototype that is not exact
-            exact = _staying_exactly(P, columns, sent_to, solver)
-            soft = [column for column in range(P.shape[1]) if column not in exact]
-            ridge = unit.new_zeros(len(soft), unit.shape[1])
-            ridge[range(len(soft)), soft] = _ridge(prototypes, len(columns), softness)
+            # 2. The soft dual is that of a ridge regression: one more row for each prototype that may move.
+            ridge = _ridge_rows(prototypes, columns, target_columns, softness)
             whitened = torch.cat([whitened, ridge])
-        inverse = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(P)]
-        dual = whiten(inverse.T).T / P.norm(dim=0)[:, None]  # (k, d)
+        inverse = torch.linalg.pinv(whitened, rtol=1e-12)[:, : len(unit)]
+        # 3. Undo the whitening and the scaling.
+        dual = whiten(inverse.T).T / prototypes.matrix.norm(dim=0)[:, None]  # (k, d)
         remap = cls(
             prototypes=prototypes,
             forget=columns,
-            targets=sent_to,
+            targets=target_columns,
             dual=dual,
             solver=solver,
             condition_number=float(torch.linalg.cond(unit)),
@@ -160,15 +157,16 @@ class Remap:
         softness: float = 1.0,
     ) -> Remap:
         """
-        Solve for the forgotten features themselves, not for their means alone.
+        Solve for the forgotten features themselves instead of their means alone.
 
-        Of all E, the minimiser of mean_f E‖E z − (z + p_t − p_f)‖² + s E‖E z' − z'‖², where z are the
-        features behind forget prototype f, z' ordinary ones and s the softness: with weights w = 1/f,
+        Of all E, this is the minimiser of mean_f E‖E z − (z + p_t − p_f)‖² + s E‖E z' − z'‖², where z are
+        the features behind forget prototype f, z' are ordinary features and s is the softness. With weights
+        w = 1/f,
 
             E = I + Σ_f w (p_t − p_f) p_fᵀ (C + s Σ)⁻¹.
 
-        Every forgotten feature makes the step from its mean to its target's as nearly as ordinary ones allow,
-        however they scatter. Nothing is exact, and nothing is held: G1 to G3 do not hold.
+        However the forgotten features scatter, each takes the step from its mean to its target as nearly as
+        the ordinary features allow. No prototype is exact or held in place: G1 to G3 do not hold.
 
         Args:
             prototypes (`Prototypes`):
@@ -176,11 +174,11 @@ class Remap:
             forget (`Sequence[str]`), targets (`Sequence[Sequence[str | None]]`):
                 As in `fit`.
             own (`Moment`):
-                C, the second moment of the forgotten features, each prototype's to the same mass.
+                C, the second moment of the forgotten features, with the same weight for each prototype.
             shrinkage (`float`, *optional*, defaults to 1e-3):
                 Added to the diagonal of (C + s Σ)/(1 + s), as a fraction of its mean eigenvalue.
             softness (`float`, *optional*, defaults to 1.0):
-                s: how much moving an ordinary feature weighs against leaving a forgotten one on its way.
+                s: how much moving an ordinary feature weighs against a forgotten one stopping short.
 
         Example:
 
@@ -199,7 +197,7 @@ class Remap:
         forget = read_names("forget", forget)
         _check_targets(forget, targets)
         columns = [prototypes.index(name) for name in forget]
-        # by the weighted mean of both moments, (C + s Σ) / (1 + s)
+        # The metric is the weighted mean of both moments, (C + s Σ) / (1 + s).
         metric = replace(own, count=1) + replace(_moment_of(prototypes), count=softness)
         root = metric.inverse_root(shrinkage)
         dual = torch.zeros_like(prototypes.matrix.T)
@@ -214,23 +212,24 @@ class Remap:
         )
 
     def _check_exact(self) -> None:
-        """Raises `PrototypeError` unless the edit is exact, with the reason why none is."""
+        """Raises `PrototypeError`, with the reason, unless the edit is exact."""
         names, P = self.prototypes.names, self.prototypes.matrix
         d, k = P.shape
         if set(self.forget) & set(self.targets.flatten().tolist()):
             raise PrototypeError(
                 "A prototype cannot be both forgotten and a target. Remove it from one of the lists."
             )
-        # one where a forget prototype reads itself and zero elsewhere
+        # D_F P must be 1 where a forget prototype reads itself, and 0 elsewhere.
         read = self.D_F @ P
         error = (read - torch.eye(k, dtype=P.dtype)[list(self.forget)]).abs()
-        if self.solver == "soft":  # which is exact in the zeros of what stays, and must read something at all
+        if self.solver == "soft":
+            # A soft edit is exact only in the zeros of what stays, but it must read something of itself.
             unread = (read[:, list(self.forget)].diagonal() < EXACT).double().diag()
             error = torch.cat([error[:, self._exact], unread], dim=1)
         if error.max() < EXACT:
             return
 
-        # the forget prototype that is read worst, and the one that it resembles most
+        # Name the forget prototype that is read worst, and the prototype that it resembles most.
         column = self.forget[int(error.amax(1).argmax())]
         cosines = torch.nn.functional.cosine_similarity(P[:, [column]], P, dim=0)
         cosines[column] = 0
@@ -282,15 +281,16 @@ class Remap:
         """`(d, f)`: P_t − P_F of one expert, or of the mean expert."""
         if expert is not None:
             return self.shifts[expert]
-        # By each target's share of the experts: all `shifts` of a thousand experts would take gigabytes.
+        # P̄_t = P times each target's share of the experts: `shifts` of a thousand experts take gigabytes.
         padded, targets = self._padded, self.targets
         shares = padded.new_zeros(padded.shape[1], targets.shape[1])  # (k + 1, f)
+        # `%` turns the column `NOWHERE` into the last one
         shares.scatter_add_(0, targets % len(shares), shares.new_full(targets.shape, 1 / len(targets)))
         return padded @ shares - padded[:, list(self.forget)]
 
     @property
     def _padded(self) -> Tensor:
-        """`(d, k + 1)`: P, and behind it the target 0 as column `NOWHERE`."""
+        """`(d, k + 1)`: P, followed by the target 0 as column `NOWHERE`."""
         P = self.prototypes.matrix
         return torch.cat([P, torch.zeros_like(P[:, :1])], dim=1)
 
@@ -319,7 +319,7 @@ class Remap:
 
     @property
     def ordinary_moved(self) -> float:
-        """√(E‖E z − z‖² / E‖z‖²) over the features behind Σ, of the expert that moves them most."""
+        """√(E‖E z − z‖² / E‖z‖²) over the features behind Σ, for the expert that moves them most."""
         return float(torch.stack([self._ordinary_moved(M) for M in self.shifts]).max())
 
     def _ordinary_moved(self, M: Tensor) -> Tensor:
@@ -330,10 +330,11 @@ class Remap:
 
     def removed(self, most: float = 0.0) -> Removed:
         """
-        What the mean expert sends to nothing, or nearly.
+        The directions that the mean expert sends to zero, or nearly.
 
-        Of an exact edit that is all of M = P̄_t − P_F. Of a soft one it is those directions in M's span of
-        which at most the share `most` is left; if there are none, the one of which least is left.
+        For an exact edit, these are all of M = P̄_t − P_F. For a soft one, they are the directions in M's span
+        of which the edit leaves at most the share `most`; if there are none, the one of which it leaves
+        least.
         """
         if self.solver in EXACT_SOLVERS:
             return Removed(self.shift(), 0.0)
@@ -370,26 +371,26 @@ class Remap:
 
     def verify(self, *, mean_only: bool = False) -> dict[str, float]:
         """
-        Measure what the method promises, as relative errors of the worst expert (float64: about 1e-12 for a
+        Measure the method's guarantees, as relative errors of the worst expert (float64: about 1e-12 for a
         good P).
 
         Args:
             mean_only (`bool`, *optional*, defaults to `False`):
-                Measure the mean expert, which is all that acts without a router.
+                Measure only the mean expert, the only one that acts without a router.
 
         Returns:
             `dict[str, float]`:
 
-            - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖; of a soft edit, which promises no more
-              than the way that it goes, as `way_left`
-            - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype; as `targets_moved` over
-              the targets of a soft edit that has too many to keep them all
+            - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖; called `way_left` for a soft edit, which
+              does not promise to go all the way
+            - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype; a soft edit with too many
+              targets to keep them all reports those as `targets_moved`
             - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖, unless the edit is soft
-            - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, what an edited feature can still show of a forget
+            - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, how much an edited feature can still show of a forget
               prototype, unless the edit is soft
-            - `ordinary_moved`: √(E‖E z − z‖² / E‖z‖²) over the features behind Σ, where there are any: what
-              the edit costs them
-            - `rank` (G2): of I − E, the smallest over the experts
+            - `ordinary_moved`: √(E‖E z − z‖² / E‖z‖²) over the features behind Σ, if there are any: what the
+              edit costs them
+            - `rank` (G2): the rank of I − E, the smallest over the experts
         """
         D_F, moment = self.D_F, self.prototypes.moment
         remain, exact = self.remain, self.prototypes.matrix[:, self._exact]
@@ -412,9 +413,9 @@ class Remap:
             if moment is not None:
                 measured["ordinary_moved"] = self._ordinary_moved(M)
             experts.append(measured)
-        worst = {
-            key: float(torch.stack([one[key] for one in experts]).max()) for key in experts[0]
-        }  # keeps a NaN
+        worst = {}
+        for key in experts[0]:
+            worst[key] = float(torch.stack([measured[key] for measured in experts]).max())  # keeps a NaN
         ranks = [torch.linalg.matrix_rank(factor) for factor in (D_F, *shifts)]
         return {**worst, "rank": int(min(ranks))}
 
@@ -439,32 +440,37 @@ def _check_targets(forget: Sequence[str], targets: Sequence[Sequence[str | None]
 
 
 def _worst_ratio(change: Tensor, reference: Tensor) -> Tensor:
-    """The largest ‖change‖ / ‖reference‖ over columns, 0 where there is no column."""
+    """The largest ‖change‖ / ‖reference‖ over columns; 0 if there are none."""
     ratios = change.norm(dim=0) / reference.norm(dim=0)
     return ratios.max() if len(ratios) else ratios.new_zeros(())
 
 
 def _staying_exactly(P: Tensor, forget: Sequence[int], targets: Tensor, solver: str) -> list[int]:
     """
-    The columns that stay exactly where they are: all that are not forgotten. Where they would fill more than
-    half of the dimensions a soft edit spares its targets as it spares ordinary features. A regression holds
-    none.
+    The columns that stay exactly where they are: all that are not forgotten. If they would fill more than
+    half of the dimensions, a soft edit spares its targets only as it spares ordinary features. A regression
+    holds no column.
     """
     d, k = P.shape
     if solver == REGRESSION:
         return []
-    stays = [column for column in range(k) if column not in set(forget)]
-    if solver == "soft" and len(stays) > d // 2:
-        stays = [column for column in stays if column not in set(targets.flatten().tolist())]
-    return stays
+    moving = set(forget)
+    if solver == "soft" and k - len(moving) > d // 2:
+        moving.update(targets.flatten().tolist())
+    return [column for column in range(k) if column not in moving]
 
 
-def _ridge(prototypes: Prototypes, count: int, softness: float) -> float:
+def _ridge_rows(prototypes: Prototypes, forget: Sequence[int], targets: Tensor, softness: float) -> Tensor:
     """
-    √(f · softness / tr Σ): the row of a forget prototype, of unit norm, in the least squares that the soft
-    dual solves.
+    `(rows, k)`: for each prototype that may move, a row with √(f · softness / tr Σ) in its column. Appended
+    to the whitened prototypes of unit norm, they make the pseudo-inverse that of the soft dual.
     """
-    return float((count * softness / prototypes.moment.trace).sqrt())
+    exact = set(_staying_exactly(prototypes.matrix, forget, targets, "soft"))
+    k = prototypes.matrix.shape[1]
+    moving = [column for column in range(k) if column not in exact]
+    rows = prototypes.matrix.new_zeros(len(moving), k)
+    rows[range(len(moving)), moving] = (len(forget) * softness / prototypes.moment.trace).sqrt()
+    return rows
 
 
 def _unchanged(X: Tensor) -> Tensor:

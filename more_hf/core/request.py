@@ -1,5 +1,5 @@
 """
-What the user asked for: frozen, checked when it is made, JSON both ways. A refit and a record start from it.
+The user's request: frozen, checked on creation, and convertible to JSON and back. Refits and records use it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Request:
 
     Args:
         concepts (`Mapping[str, tuple[str, ...]]`):
-            Each forgotten name and its aliases, which go where it goes.
+            Each forgotten name and its aliases, which share its target.
         remap_to (`Mapping[str, tuple[str, ...]]`):
-            For each forgotten name the names it may be sent to; an empty tuple erases without remapping.
+            For each forgotten name, the names it may be sent to; an empty tuple erases without remapping.
         solver (`str`, *optional*, defaults to `"auto"`):
             `"auto"` or one of the class's `solvers`.
         num_experts (`int`, *optional*):
-            How many experts draw targets; `None` for as many as use each target equally.
+            How many experts draw targets; `None` for the number that uses each target equally often.
         router (`str`, *optional*):
             One of `ROUTERS`; `None` for the mean expert alone.
         seed (`int`, *optional*, defaults to 0):
@@ -55,7 +55,7 @@ class Request:
     router: str | None = None
     seed: int = 0
 
-    # the argument by which the user knows `concepts`
+    # the user's name for the argument `concepts`
     named_by: ClassVar[str] = "concepts"
     solvers: ClassVar[tuple[str, ...]] = SOLVERS
 
@@ -77,7 +77,7 @@ class Request:
         object.__setattr__(self, field, value)  # the way to normalise a field of a frozen dataclass
 
     def joined(self, later: Self) -> Self:
-        """The later request together with what was asked for before; the later one's options hold."""
+        """This request together with a later one, whose options take precedence."""
         return replace(
             later,
             concepts={**self.concepts, **later.concepts},
@@ -101,7 +101,7 @@ class Request:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """
-        The inverse of `to_dict`, also of what JSON makes of it. Keys of a newer version are ignored.
+        The inverse of `to_dict`, also after a round trip through JSON. Ignores keys of newer versions.
 
         Raises:
             `PrototypeError`: a mandatory key is missing, or a value has the wrong type.
@@ -124,8 +124,7 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class ConceptRequest(Request):
     """
-    What to forget in a text-to-image pipeline: the arguments of `erase_concept`, and what research varies
-    besides.
+    What to forget in a text-to-image pipeline: the arguments of `erase_concept`, and options for research.
 
     Args:
         retain (`tuple[str, ...]`, *optional*):
@@ -141,14 +140,14 @@ class ConceptRequest(Request):
         shrinkage (`float`, *optional*, defaults to 1e-4):
             Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
         softness (`float`, *optional*, defaults to 1.0):
-            Of solver `"soft"` and inside the denoiser: how much what is ordinary weighs against what is
-            forgotten.
+            For solver `"soft"` and inside the denoiser: how much ordinary features weigh against forgotten
+            ones.
         reach (`str`, *optional*, defaults to `"name"`):
             One of `REACHES`: how far into the model the edit goes.
         pictures (`int`, *optional*, defaults to 32):
             How many pictures of each name give the prototypes inside the denoiser.
         sampling (`Mapping[str, int | float | bool | str]`, *optional*):
-            Arguments of the pipeline's call with which they are drawn.
+            Arguments of the pipeline's call that draws these pictures.
     """
 
     retain: tuple[str, ...] = ()
@@ -184,11 +183,11 @@ class ConceptRequest(Request):
     @classmethod
     def of(cls, concepts: Any, *, remap_to: Any, retain: Any = None, **options: Any) -> Self:
         """
-        The request from the arguments of `erase_concept`, in all the forms that they may have.
+        Build a request from the arguments of `erase_concept`, in any of their forms.
 
         Raises:
-            `PrototypeError`: an argument has the wrong type or is out of range, or `remap_to` is empty or a
-            mapping from other names than the forgotten ones.
+            `PrototypeError`: an argument has the wrong type or is out of range, or `remap_to` is empty or
+            maps names other than the forgotten ones.
         """
         if isinstance(concepts, Mapping):
             forgotten = read_mapping("concepts", concepts, read_names)
@@ -209,7 +208,7 @@ class ConceptRequest(Request):
         return super().from_dict({**data, **read})
 
     def joined(self, later: Self) -> Self:
-        """See `Request.joined`. What was retained stays retained, and what was edited stays edited."""
+        """See `Request.joined`. Retained names stay retained, and edited layers stay edited."""
         return replace(
             super().joined(later),
             retain=tuple(dict.fromkeys([*self.retain, *later.retain])),
@@ -220,7 +219,7 @@ class ConceptRequest(Request):
 
     @property
     def surfaces(self) -> list[str]:
-        """Every forgotten form: names and aliases, each concept's together."""
+        """Every forgotten form: each concept's name, followed by its aliases."""
         forms = []
         for name, aliases in self.concepts.items():
             forms += [name, *aliases]
@@ -228,7 +227,7 @@ class ConceptRequest(Request):
 
     @property
     def targets(self) -> list[str]:
-        """Every name that a concept may be sent to, once."""
+        """Every name that a concept may be sent to, without repeats."""
         return list(dict.fromkeys(name for names in self.remap_to.values() for name in names))
 
 
@@ -239,11 +238,11 @@ class ClassRequest(Request):
 
     Args:
         remap_to:
-            As in `Request`; `"remain"` instead of a tuple stands for every class that is not forgotten.
+            As in `Request`; `"remain"` in place of a tuple stands for every class that is not forgotten.
         head (`tuple[str, ...]`):
             Names of the edited heads.
         at (`str`, *optional*):
-            Name of the inner module whose input is edited instead.
+            Name of an inner module whose input is edited instead of the heads'.
     """
 
     head: tuple[str, ...]
@@ -271,13 +270,13 @@ class ClassRequest(Request):
 
     @property
     def targets(self) -> list[str]:
-        """Every class that is named as a target, once; none for `"remain"`."""
+        """Every class that is named as a target, without repeats; none for `"remain"`."""
         named = [names for names in self.remap_to.values() if not is_remain(names)]
         return list(dict.fromkeys(name for names in named for name in names))
 
 
 def _targets_of(forgotten: Iterable[str], remap_to: Any) -> dict[str, tuple[str, ...]]:
-    """Each forgotten name's targets, from targets for all of them or a mapping from each to its own."""
+    """Each forgotten name's targets, given either the same targets for all or a mapping."""
     if not isinstance(remap_to, Mapping):
         return dict.fromkeys(forgotten, _read_some("remap_to", remap_to))
     targets = read_mapping("remap_to", remap_to, _read_some)
@@ -296,7 +295,7 @@ def _targets_of(forgotten: Iterable[str], remap_to: Any) -> dict[str, tuple[str,
 
 
 def _read_some(argument: str, value: Any) -> tuple[str, ...]:
-    """At least one name, or none for `None`."""
+    """At least one name, or no name for `None`."""
     names = read_names(argument, value)
     if value is not None and not names:
         raise PrototypeError(
@@ -313,20 +312,20 @@ def is_remain(targets: Any) -> bool:
 
 def _read_sampling(value: Any) -> dict[str, int | float | bool | str]:
     """
-    Arguments of a pipeline's call, in a form that a record can hold. Raises `PrototypeError` for any other.
+    Arguments of a pipeline's call. Raises `PrototypeError` for any that a record could not hold.
     """
     if not isinstance(value, Mapping):
         raise PrototypeError(
             f"`sampling` must be a mapping of arguments of the pipeline's call, got {shown(value)}."
         )
-    for name, own in value.items():
-        if not isinstance(name, str) or not isinstance(own, int | float | bool | str):
+    for name, setting in value.items():
+        if not isinstance(name, str) or not isinstance(setting, int | float | bool | str):
             raise PrototypeError(
                 f"`sampling` takes numbers and texts by name, such as num_inference_steps=20, got "
-                f"{shown(name)}: {shown(own)}."
+                f"{shown(name)}: {shown(setting)}."
             )
         if name in DRAWN_WITH:
-            raise PrototypeError(f"`sampling` cannot set {name!r}: the edit does. Leave it out.")
+            raise PrototypeError(f"`sampling` cannot set {name!r}: the edit sets it. Leave it out.")
     return dict(value)
 
 
@@ -350,7 +349,7 @@ def check_number(argument: str, value: Any, most: int) -> None:
 
 
 def read_integer(argument: str, value: Any, allowed: range) -> int:
-    """A whole number, also NumPy's. Raises `PrototypeError` unless it is one in the range."""
+    """A whole number as an `int`, NumPy's too. Raises `PrototypeError` for anything else or out of range."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) not in allowed:
         raise PrototypeError(
             f"`{argument}` must be a whole number from {allowed[0]} to {allowed[-1]}, got {shown(value)}."
@@ -363,7 +362,7 @@ def read_seeds(value: Any) -> list[int]:
     One seed for each image, from a sequence or a tensor or array of them.
 
     Raises:
-        `PrototypeError`: there is none, or one is no whole number.
+        `PrototypeError`: there are no seeds, or one is not a whole number.
     """
     try:
         seeds = [] if isinstance(value, str | bytes | Mapping) else list(value)
@@ -388,7 +387,7 @@ def read_names(argument: str, value: Any) -> tuple[str, ...]:
         value = [value]
     try:
         names = None if isinstance(value, Mapping | bytes) else tuple(value)
-    except TypeError:  # not iterable, or an array without a dimension, which only says so now
+    except TypeError:  # not iterable, or an array without a dimension, which raises only here
         names = None
     if names is None:
         raise PrototypeError(f"`{argument}` must be a name or a list of names, got {shown(value)}.")
@@ -401,14 +400,16 @@ def read_names(argument: str, value: Any) -> tuple[str, ...]:
             name.encode("utf-8")
         except UnicodeEncodeError as error:
             raise PrototypeError(
-                f"{shown(name)} in `{argument}` has half of a surrogate pair. Correct it."
+                f"{shown(name)} in `{argument}` has half of a surrogate pair, which is no character. "
+                "Correct it."
             ) from error
     return names
 
 
 def read_mapping(argument: str, value: Any, read: Callable[[str, Any], Any]) -> dict[str, Any]:
     """
-    A mapping from names, each value read by `read(argument, value)`. Raises `PrototypeError` as `read` does.
+    A mapping from names, with each value read by `read(argument, value)`. Raises `PrototypeError` if it is no
+    mapping, or if `read` does.
     """
     if not isinstance(value, Mapping):
         raise PrototypeError(f"`{argument}` must be a mapping from names, got {type(value).__name__}.")

@@ -1,4 +1,4 @@
-"""Routers: which expert a sample takes. One class each; `ROUTERS` has them by name."""
+"""Routers decide which expert a sample takes. Each is a class; `ROUTERS` maps names to classes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .errors import PrototypeError
 from .remap import Remap
 
 
-# splitmix64's constants, as signed 64-bit integers. The draw is a hash of (seed, call), not a generator: it
-# needs no state that torch.compile could not trace, touches no one's random numbers, and is the same on every
+# splitmix64's constants, as signed 64-bit integers. The draw is a hash of (seed, call) rather than a
+# generator: torch.compile can trace it, it disturbs nobody's random numbers, and it is the same on every
 # device and for every batch size.
 _CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _GOLDEN, _MIX1, _MIX2 = (constant - (1 << 64) for constant in _CONSTANTS)
@@ -38,8 +38,8 @@ class RandomRouter:
     The paper's router: one uniform draw per call and sample.
 
     With `seeds`, the expert of sample i in call c is a function of `seeds[i]` and c alone; rows beyond
-    `len(seeds)` repeat them, so that the halves of classifier-free guidance share their draws. Without them
-    every row has its own stream, new in each process.
+    `len(seeds)` repeat them, so that the halves of classifier-free guidance share their draws. Without
+    `seeds`, every row has its own stream, which is new in each process.
     """
 
     def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
@@ -66,30 +66,30 @@ class RandomRouter:
 
 class HashRouter:
     """
-    The same expert whenever the same sample comes: a function of (I − P D) z, the part that no expert
+    Gives the same sample the same expert every time: a function of (I − P D) z, the part that no expert
     changes.
 
-    The sample's mean feature, its first token left out where it has tokens, is compared with one fixed random
-    direction per expert. Where nothing of it remains (z near a prototype) the sample takes expert 0.
+    This part of the sample's mean feature (over all tokens but the first) is compared with one fixed random
+    direction per expert. If hardly anything of it is left (z near a prototype), the sample takes expert 0.
 
     Raises:
-        `PrototypeError`: there are as many prototypes as dimensions, so that there is no such part.
+        `PrototypeError`: there are as many prototypes as dimensions, so that no such part exists.
     """
 
     def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
         P = remap.prototypes.matrix
         if P.shape[1] >= len(P):
             raise PrototypeError(
-                f"{P.shape[1]} prototypes fill all {len(P)} dimensions, so nothing that experts leave as it "
-                'is could tell samples apart. Choose router="random", or solver="covariance", which keeps '
-                "fewer prototypes exactly."
+                f"{P.shape[1]} prototypes fill all {len(P)} dimensions, so experts leave no part of a sample "
+                'unchanged by which to tell samples apart. Choose router="random", or solver="covariance", '
+                "which keeps fewer prototypes exactly."
             )
         complement = torch.eye(len(P), dtype=P.dtype) - P @ remap.dual
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=generator)
         self.complement = complement.to(device)
         self.directions = directions.to(device)
-        # not a fraction of ‖z‖, which experts change
+        # relative to the prototypes, because experts change ‖z‖ itself
         self.tiny = 1e-3 * float(P.norm(dim=0).median())
 
     def reset(self, seeds: Sequence[int] | None) -> None:
@@ -104,11 +104,11 @@ class HashRouter:
 
 class PrototypeRouter:
     """
-    MoRE-P: the expert whose row of the remain prototypes' pseudo-inverse responds most (Algorithm 4).
+    MoRE-P: picks the expert whose row of the remain prototypes' pseudo-inverse responds most (Algorithm 4).
 
     That is argmax W z of the sample's mean feature z, with W = (P_R⁺)[:num_experts]; `weight` `(rows, d)` may
-    be trained. P_R⁺ has one row per remain prototype, so experts beyond that many have no row and are never
-    taken, as in Algorithm 4.
+    be trained. P_R⁺ has one row per remain prototype, so experts beyond that number have no row and are never
+    picked, as in Algorithm 4.
     """
 
     def __init__(self, remap: Remap, device: torch.device | str = "cpu"):
@@ -138,7 +138,7 @@ class RandomPrototypeRouter(PrototypeRouter):
 
 
 def _sample_feature(z: Tensor) -> Tensor:
-    """`(batch, d)`: the mean over a sample's tokens but the first, which in text begins every prompt."""
+    """`(batch, d)`: the mean over a sample's tokens except the first, which is the same in every prompt."""
     return z[:, 1:].mean(1) if z.ndim == 3 else z
 
 

@@ -1,4 +1,4 @@
-"""The layers that read the features: what may be edited, and where their weights really live."""
+"""The layers that read the features: which may be edited, and where their weights really live."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from .errors import SiteNotFoundError
 
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Layers that are nothing but W z + b; a subclass may be quantized or wrapped. timm's is torch's.
+# Exact classes that compute W z + b and nothing else; a subclass may be quantized or wrapped. timm's Linear
+# only casts.
 PLAIN = ("torch.nn.modules.linear.Linear", "torch.nn.modules.conv.Conv2d", "timm.layers.linear.Linear")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is W z + b at every place: a linear layer, or a convolution with a 1×1 kernel."""
+    """Whether a module computes W z + b at every position: linear, or a convolution with a 1×1 kernel."""
     if isinstance(module, nn.Conv2d):
         settings = module.kernel_size, module.stride, module.padding, module.groups
         return settings == ((1, 1), (1, 1), (0, 0), 1)
@@ -26,7 +27,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def matrix_of(weight: Tensor) -> Tensor:
-    """The matrix `(out, in)` in a linear layer's weight, or in that of a 1×1 convolution; not a copy."""
+    """A linear layer's or 1×1 convolution's weight as a matrix `(out, in)`; a view, not a copy."""
     return weight.flatten(1) if weight.ndim == 4 else weight
 
 
@@ -43,10 +44,9 @@ class Site:
         module (`nn.Module`):
             The layer, one that `is_linear`.
         space (`str`, *optional*, defaults to `"tokens"`):
-            Which features the layer reads, where a model has several kinds.
+            Which features the layer reads, if a model has several kinds.
         columns (`int`, *optional*):
-            How many of the first columns read them, if not all: they are the weight that `read` and `write`
-            know.
+            How many leading columns read those features, if not all. `read` and `write` see only these.
 
     Raises:
         `SiteNotFoundError`: the weight cannot be edited in place. The message names the layer and the remedy.
@@ -91,11 +91,9 @@ class Site:
             data, key = single.weights_map, parameter
             while hasattr(data, "prefix"):  # PrefixedDataset
                 data, key = data.dataset, data.prefix + key
-            if (
-                hasattr(data, "state_dict") and key in data.state_dict
-            ):  # OffloadedWeightsLoader, the part in memory
-                data = data.state_dict
-            return data, key
+            # an OffloadedWeightsLoader holds the part that is in memory in its `state_dict`
+            resident = getattr(data, "state_dict", {})
+            return (resident if key in resident else data), key
         return None
 
     def _whole(self, parameter: str = "weight") -> Tensor:
@@ -120,8 +118,8 @@ class Site:
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
         """
-        Put values into the weight in place, in its dtype and on its device: everything that shares it sees
-        them.
+        Copy values into the weight in place, in its dtype and on its device, so that everything that shares
+        it sees them.
         """
         weight = self._whole()
         self._part(weight).copy_(value)
@@ -131,15 +129,15 @@ class Site:
 
     def with_part(self, value: Tensor) -> Tensor:
         """
-        The whole weight `(out_features, in_features)` with `value` in the part that `read` gives; a new
-        tensor.
+        A new tensor: the whole weight `(out_features, in_features)` with `value` in the part that `read`
+        returns.
         """
         rest = self._whole()[:, value.shape[1] :]
         return torch.cat([value, rest.to(value)], dim=1)
 
 
 def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
-    """Raises `SiteNotFoundError` if another layer shares a site's weight, and would be edited with it."""
+    """Raises `SiteNotFoundError` if a site shares its weight with another layer, which would change too."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta:
@@ -148,7 +146,7 @@ def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
         sharing = owners.get(site.read().untyped_storage().data_ptr(), [])
         if len(sharing) > 1:
             raise SiteNotFoundError(
-                f"The weight of `{name}` is shared by {sharing}; editing one would edit all. "
+                f"The weight of `{name}` is shared by {sharing}; editing one would edit all of them. "
                 "Give each layer its own copy first."
             )
 

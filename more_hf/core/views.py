@@ -1,9 +1,10 @@
-"""What one calling context sees of an erased model: the original, or the weights without the routing hook.
+"""Views of an erased model: show one calling context the original, or the weights without the routing hook.
 
-Neither writes to a parameter or takes a hook off, so that a save, another thread or a crash meets the erased
-model. The original's output is computed beside the erased weights by a forward hook on every edited layer. It
-acts for the context that asked for it (`contextvars`; a new thread starts with none) and is gone with its
-block. While a block is open, compiled models run eagerly: their code was traced without these hooks.
+A view never writes to a parameter and never removes a hook, so a save, another thread or a crash always meets
+the erased model. A forward hook on every edited layer computes the original's output next to the erased
+weights. It acts only for the context that asked for it (`contextvars`; a new thread starts without any view)
+and ends with its block. While a block is open, compiled models run eagerly: their code was traced without
+these hooks.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ class _Block:
     """
     One open block.
 
-    A context keeps its blocks, and one that is closed counts no longer, whoever closed it: blocks may end in
-    another order than they began, and a context may be copied (a task of asyncio) and outlive the block.
+    A context remembers its blocks, and a closed one no longer counts, whoever closed it: blocks may end in
+    a different order than they began, and a copied context (an asyncio task) may outlive the block.
 
     Args:
         erasure (`Erasure`):
-            The erasure whose model is seen otherwise.
+            The erasure of the model that the block shows differently.
         original (`bool`):
-            Whether the original is seen. If not, the weights are, without the routing hook or with these
-            experts.
+            Show the original. Otherwise the block shows the weights, without the routing hook or with the
+            given experts.
         layers (`bool`):
-            Whether the original of some layers is seen, and the routing hook as it is.
+            Show the original of some layers only, and leave the routing hook on.
         experts (`Tensor`, *optional*):
             The expert of every sample `(batch,)`, int64.
         open (`bool`):
-            Whether the block has not ended.
+            Whether the block is still open.
     """
 
     erasure: Erasure
@@ -61,7 +62,8 @@ _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("more_hf_blocks", default=(
 @contextmanager
 def original_shown(erasure: Erasure) -> Iterator[None]:
     """
-    Inside the block this context sees the original model. Raises `AlreadyErasedError` without the originals.
+    Inside the block, this context sees the original model. Raises `AlreadyErasedError` if the original
+    weights were not kept.
     """
     with _outputs_of_originals(_Block(erasure, original=True), erasure.sites):
         yield
@@ -70,8 +72,8 @@ def original_shown(erasure: Erasure) -> Iterator[None]:
 @contextmanager
 def original_layers_shown(erasure: Erasure, sites: Collection[str]) -> Iterator[None]:
     """
-    Inside the block this context sees the original of some edited layers, and everything else as it is.
-    Raises `AlreadyErasedError` without the originals.
+    Inside the block, this context sees the original of the named layers, and everything else as it is.
+    Raises `AlreadyErasedError` if the original weights were not kept.
     """
     with _outputs_of_originals(_Block(erasure, layers=True), sites):
         yield
@@ -84,7 +86,7 @@ def _outputs_of_originals(block: _Block, names: Collection[str]) -> Iterator[Non
     with unwound() as hooks, _entered(block):
         for name in names:
             site = erasure.sites[name]
-            # before the user's own hooks: what they see and change is the original's output
+            # ahead of the user's own hooks, so that they see and change the original's output
             hook = OriginalOutput(block, site, originals[name])
             hooks.callback(site.module.register_forward_hook(hook, prepend=True).remove)
         yield
@@ -93,7 +95,7 @@ def _outputs_of_originals(block: _Block, names: Collection[str]) -> Iterator[Non
 @contextmanager
 def routing_off(erasure: Erasure) -> Iterator[None]:
     """
-    Inside the block this context sees the weights alone: the erasure's hooks, if it has any, do nothing.
+    Inside the block, this context sees the weights alone: the erasure's hooks, if any, do nothing.
     """
     with _entered(_Block(erasure)):
         yield
@@ -101,13 +103,13 @@ def routing_off(erasure: Erasure) -> Iterator[None]:
 
 @contextmanager
 def experts_forced(erasure: Erasure, experts: Tensor) -> Iterator[None]:
-    """Inside the block every sample `(batch,)` of this context's calls takes the given expert, int64."""
+    """Inside the block, each sample in this context's calls takes its given expert, `(batch,)` int64."""
     with _entered(_Block(erasure, experts=experts)):
         yield
 
 
 def is_shown(erasure: Erasure) -> bool:
-    """Whether any context is in a block that shows the original."""
+    """Whether any context is inside a block that shows the original."""
     return any(block.open and block.original and block.erasure is erasure for block in tuple(_eager.holders))
 
 
@@ -117,13 +119,13 @@ def is_unrouted(key: int) -> bool:
 
 
 def forced_experts(key: int) -> Tensor | None:
-    """The experts that the calling context's samples must take, if it says so."""
+    """The experts that the calling context forces on its samples, if any."""
     forced = [block.experts for block in _blocks_of(key) if block.experts is not None]
     return forced[-1] if forced else None
 
 
 def _blocks_of(key: int) -> list[_Block]:
-    """The calling context's blocks. Compiled code is traced and runs in no block, so it need not look."""
+    """The calling context's open blocks. Compiled code never runs inside one, so tracing skips the search."""
     if torch.compiler.is_compiling():
         return []
     return [block for block in _blocks.get() if block.open and id(block.erasure) == key]
@@ -143,7 +145,7 @@ def _entered(block: _Block) -> Iterator[None]:
 
 
 class OriginalOutput:
-    """A forward hook of an edited layer: the original's output for the context whose block is open."""
+    """A forward hook that replaces an edited layer's output by the original's, for one context's block."""
 
     def __init__(self, block: _Block, site: Site, original: Tensor):
         self.block, self.site = block, site
@@ -154,8 +156,8 @@ class OriginalOutput:
         if not self.block.open or self.block not in _blocks.get():
             return None
         _refuse_checkpoint()
-        # Where the weight is now: an offloaded layer is back on the CPU, and the model may have been cast. A
-        # layer that is only stored in fp8 computes in its output's dtype.
+        # Compute where the layer just did: the parameter itself may be back on the CPU (offloading), and the
+        # model may have been cast. A layer that is only stored in fp8 computes in its output's dtype.
         dtype = module.weight.dtype if module.weight.dtype in EDITABLE else output.dtype
         place = output.device, dtype
         if place not in self.weights:
@@ -163,7 +165,7 @@ class OriginalOutput:
         bias = self.site.read_bias()
         if bias is not None:
             bias = bias.to(*place)
-        # a 1×1 convolution reads a map, whose channels are the features
+        # A 1×1 convolution reads a map whose channels are the features.
         dim = 1 if isinstance(module, nn.Conv2d) else -1
         z = args[0].to(output.device).movedim(dim, -1)
         return linear(z, self.weights[place], bias).movedim(-1, dim)
@@ -171,25 +173,26 @@ class OriginalOutput:
 
 def _refuse_checkpoint() -> None:
     """
-    Raises `MoreError` where gradient checkpointing computes this part twice.
+    Raises `MoreError` if gradient checkpointing will compute this layer a second time.
 
-    Only one of the two would be in the block, and gradients would be of neither model.
+    Only one of the two computations would be inside the block, and the gradients would belong to neither
+    model.
     """
     saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if saving is not None and saving[0].__module__ == torch.utils.checkpoint.__name__:
         raise MoreError(
-            "Gradient checkpointing computes a layer once more in the backward pass, inside "
-            "`more_hf.disabled` or outside, so that its gradients would mix two models. "
+            "Gradient checkpointing computes a layer again in the backward pass, possibly outside "
+            "`more_hf.disabled`, so its gradients would mix two models. "
             "Use `torch.no_grad()`, or disable checkpointing."
         )
 
 
 class _Eager:
     """
-    Compiled models run eagerly while anyone holds this.
+    Makes compiled models run eagerly while anyone holds it.
 
-    The compiler's stance belongs to the process, and blocks of several threads overlap: the first one sets
-    it, and the last one puts back what it was.
+    The compiler's stance belongs to the process, and blocks of several threads may overlap: the first block
+    sets the stance, and the last one restores it.
     """
 
     def __init__(self) -> None:
@@ -215,7 +218,7 @@ _eager = _Eager()
 
 @contextmanager
 def running_eagerly() -> Iterator[None]:
-    """Inside the block compiled models run eagerly."""
+    """Inside the block, compiled models run eagerly."""
     holder = object()
     with afterwards(partial(_eager.let_go, holder)):
         _eager.hold(holder)

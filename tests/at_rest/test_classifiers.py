@@ -168,7 +168,7 @@ def test_load_puts_the_hook_back(model, prototypes, digits, tmp_path, router):
         torch.testing.assert_close(features(loaded, digits), features(model, digits), rtol=1e-5, atol=1e-6)
     assert str(more_hf.get_erasure(loaded)) == str(more_hf.get_erasure(model))
     assert more_hf.verify(tmp_path / "erased").ok
-    with pytest.raises(AlreadyErasedError, match="original weights are not here"):
+    with pytest.raises(AlreadyErasedError, match="original weights are not available"):
         more_hf.restore(loaded)
 
 

@@ -200,5 +200,5 @@ def test_a_trained_head_is_not_overwritten(model, prototypes):
 
 def test_without_originals(model, prototypes):
     more_hf.erase_classes(model, prototypes, "four", keep_originals=False)
-    with pytest.raises(AlreadyErasedError, match="original weights are not here"):
+    with pytest.raises(AlreadyErasedError, match="original weights are not available"):
         more_hf.restore(model)
