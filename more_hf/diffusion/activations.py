@@ -1,19 +1,21 @@
 """
-The denoiser's own activations as features: what its layers read of pictures of a name.
+The denoiser's own activations as features: the inputs of its layers while it denoises pictures of a name.
 
-An edit of the layers that read text shuts the door of a name, and whoever learns another word for it walks
-around. Behind every word the denoiser reads its own activations. Their means over pictures of the forgotten
-name and, from the same noise, of its target are prototypes like any others.
+Editing the layers that read text removes a name, but not other words that are learned for the same concept.
+Whatever the word, the denoiser goes on to read its own activations. Their means over pictures of the
+forgotten name, and over pictures of its target from the same noise, are prototypes like any others.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -34,13 +36,13 @@ from .prompts import TEMPLATES, everyday_prompts, names_in
 from .sites import Denoiser, base_layer, find_sites, is_lora
 
 
-# Levels of noise are cut into so many equal parts, each with prototypes of its own.
+# The levels of noise are cut into this many equal parts, each with prototypes of its own.
 PARTS = 3
-LEVELS = 2 * PARTS  # of noise at which a finished picture is looked at, besides noise alone
-BATCH = 8  # pictures that are drawn together
-POSITIONS = 64  # of a picture that count, evenly
-ROUNDING = 1e-6  # as a share: the difference of two means over float32 activations that is none
-ORDINARY = "ordinary pictures"  # what a concept without a target is sent to
+LEVELS = 2 * PARTS  # levels of noise at which a finished picture is shown, besides pure noise
+BATCH = 8  # pictures drawn together
+POSITIONS = 64  # evenly spaced positions of a picture that count
+ROUNDING = 1e-6  # two means over float32 activations that differ by less, as a share, count as equal
+ORDINARY = "ordinary pictures"  # the target of a concept without one
 RETAINED = "pictures of retained names"
 OWN = "pictures of the concepts"
 MEANS = "means over each name's pictures"
@@ -49,15 +51,15 @@ MEANS = "means over each name's pictures"
 @dataclass(frozen=True)
 class Activations:
     """
-    What the layers read of pictures.
+    Statistics of the layers' inputs over pictures.
 
     Args:
         spaces (`dict[str, str]`):
             Layer -> its space of features; layers that read the same tensor share one.
         prototypes (`dict[str, Prototypes]`):
-            Space -> the prototype of each concept and part, and behind it the mean of its targets' prototypes
-            under the name that `target_of` gives; with the second moment of ordinary pictures and of those of
-            retained names, both to the same mass.
+            Space -> the prototype of each concept and part, followed by the mean of its targets' prototypes
+            under the name `target_of(...)`; with the second moment of ordinary pictures and of pictures of
+            retained names, at equal weight.
         own (`dict[str, Moment]`):
             Space -> the second moment of the concepts' own pictures.
     """
@@ -71,12 +73,12 @@ PART_NAMES = tuple(f"part {part + 1} of {PARTS}" for part in range(PARTS))
 
 
 def in_place_of(concept: str, target: str) -> str:
-    """What pictures of a target are called that are drawn with a concept's sentences and noise."""
+    """The name of a target's pictures that are drawn with a concept's sentences and noise."""
     return f"{target} in place of {concept}"
 
 
 def target_of(forgotten: str) -> str:
-    """The name of what a forgotten prototype is sent to."""
+    """The name of the prototype that a forgotten prototype is sent to."""
     return f"target of {forgotten}"
 
 
@@ -88,14 +90,14 @@ def record_activations(
     sent_to: Mapping[str, Sequence[str | None]],
 ) -> Activations:
     """
-    Draw pictures of names and of ordinary prompts with the pipeline, and record what its denoiser's layers
-    read of them. The pipeline is not changed.
+    Draw pictures of names and of ordinary prompts with the pipeline, and record the inputs of its denoiser's
+    layers. The pipeline is not changed.
 
     Picture i of a concept and picture i of its target have the same sentence around the name and the same
-    noise, so that what names have in common cancels in the difference of their prototypes. A finished
-    picture is noised to each of `LEVELS` levels and shown to the denoiser with its prompt: on the way to a
-    picture most of it is not there yet. Prototypes are means over positions and pictures with the prompt;
-    the moment of ordinary pictures is over both halves of guidance.
+    noise, so that whatever the names have in common cancels in the difference of their prototypes. A finished
+    picture is noised to each of `LEVELS` levels and shown to the denoiser with its prompt, because on the way
+    to a picture most of it is not there yet. Prototypes are means over positions and pictures, for the half
+    of guidance that has the prompt; the moment of ordinary pictures is over both halves.
 
     Args:
         pipe (`DiffusionPipeline`):
@@ -103,7 +105,7 @@ def record_activations(
         denoiser (`Denoiser`):
             Its denoiser.
         request (`ConceptRequest`):
-            How many pictures are drawn how.
+            The number of pictures, and how to draw them.
         sent_to (`Mapping[str, Sequence[str | None]]`):
             Each concept's targets, whose mean it is sent to; `None` stands for ordinary pictures.
 
@@ -112,11 +114,44 @@ def record_activations(
     """
     if len(denoiser.parts) > 1:
         raise SiteNotFoundError(
-            f"{type(pipe).__name__} has {len(denoiser.parts)} denoisers, each of which sees pictures of its "
-            "own steps alone, and what their layers read of them is not recorded apart. Leave `reach` at "
-            "'name', which edits both."
+            f"{type(pipe).__name__} has {len(denoiser.parts)} denoisers, each of which sees only pictures of "
+            "its own steps, and their layers' inputs cannot be recorded apart. Leave `reach` at 'name', "
+            "which edits both."
         )
-    everyday = request.everyday or everyday_prompts(pipe.tokenizer)
+    prompts = _prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
+    # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
+    pipe = copy.copy(pipe)
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
+    pipe.set_progress_bar_config(disable=True)
+    layers = find_listeners(denoiser)
+    recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined)
+    shown_with = {**request.sampling, "num_inference_steps": LEVELS + 1}
+    with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
+        for name, first, batch in _batches(prompts):
+            seeds = [(request.seed + i) % 2**63 for i in range(first, first + len(batch))]
+            # 1. Draw the pictures, and keep only their latents.
+            with _ending_with(pipe, []) as latents:
+                _call(pipe, batch, seeds, request.sampling)
+            # 2. Show them to the denoiser at each level of noise, and listen to its layers.
+            recorder.start(name, len(batch))
+            with recorder.listening(denoiser.module, layers), _showing(pipe, latents[-1], seeds, recorder):
+                _call(pipe, batch, seeds, shown_with)
+            progress.update(len(batch))
+    activations = recorder.activations(sent_to)
+    if not activations.prototypes:
+        raise SiteNotFoundError(
+            f"No linear layer of the {type(denoiser.module).__name__} reads pictures of {', '.join(sent_to)} "
+            "differently from pictures of the targets, so there is nothing to edit inside it. Leave `reach` "
+            "at 'name'."
+        )
+    return activations
+
+
+def _prompts(
+    request: ConceptRequest, sent_to: Mapping[str, Sequence[str | None]], everyday: Sequence[str]
+) -> dict[str, list[str]]:
+    """The prompts of each concept, of each target in its place, and of what must stay."""
     prompts = {}
     for concept, targets in sent_to.items():
         named = [name for name in dict.fromkeys(targets) if name is not None]
@@ -124,56 +159,32 @@ def record_activations(
         prompts[concept] = [sentence.replace("{}", concept) for sentence in sentences]
         for target in named:
             prompts[in_place_of(concept, target)] = [line.replace("{}", target) for line in sentences]
-    prompts |= _other_prompts(request, everyday)
+    return prompts | _other_prompts(request, everyday)
 
-    # a pipeline of our own, whose scheduler may count and whose bar is silent
-    pipe = copy.copy(pipe)
-    pipe.scheduler = copy.deepcopy(pipe.scheduler)
-    bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
-    pipe.set_progress_bar_config(disable=True)
-    layers = find_listeners(denoiser)
-    recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined)
-    with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
-        for name, sentences in prompts.items():
-            for first in range(0, len(sentences), BATCH):
-                batch = sentences[first : first + BATCH]
-                seeds = [(request.seed + i) % 2**63 for i in range(first, first + len(batch))]
-                with _ending_with(pipe, []) as latents:
-                    _call(pipe, batch, seeds, request.sampling)
-                recorder.start(name, len(batch))
-                sampling = {**request.sampling, "num_inference_steps": LEVELS + 1}
-                with (
-                    recorder.listening(denoiser.module, layers),
-                    _showing(pipe, latents[-1], seeds, recorder),
-                ):
-                    _call(pipe, batch, seeds, sampling)
-                progress.update(len(batch))
-    activations = recorder.activations(sent_to)
-    if not activations.prototypes:
-        raise SiteNotFoundError(
-            f"No linear layer of the {type(denoiser.module).__name__} was seen to read pictures of "
-            f"{', '.join(sent_to)} otherwise than those of the targets, so there is nothing to edit inside "
-            "it. Leave `reach` at 'name'."
-        )
-    return activations
+
+def _batches(prompts: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, int, Sequence[str]]]:
+    """Yield batches of each name's prompts, with the number of the first."""
+    for name, sentences in prompts.items():
+        for first in range(0, len(sentences), BATCH):
+            yield name, first, sentences[first : first + BATCH]
 
 
 def _sentences(request: ConceptRequest, names: Sequence[str], everyday: Sequence[str]) -> list[str]:
     """
-    Sentences with `{}` for a concept, one a picture: ordinary prompts in which it, a target or a retained
-    name stands, evenly from the list, or all of them and the templates. What the model knows sentences like.
+    Sentences with `{}` for a concept, one for each picture: evenly spaced ordinary prompts that hold the
+    concept, a target or a retained name (the model knows such sentences), or all of them and the templates.
     """
-    found = []
+    sentences = []
     for name in names:
         word = rf"(?<!\w){re.escape(name)}(?!\w)"
-        found += [re.sub(word, "{}", line, flags=re.I) for line in everyday if names_in(line, name)]
-    return _evenly(list(dict.fromkeys(found)), request.pictures, request.templates or TEMPLATES)
+        sentences += [re.sub(word, "{}", line, flags=re.I) for line in everyday if names_in(line, name)]
+    return _evenly(list(dict.fromkeys(sentences)), request.pictures, request.templates or TEMPLATES)
 
 
 def _other_prompts(request: ConceptRequest, everyday: Sequence[str]) -> dict[str, list[str]]:
     """
-    Of what must stay: two pictures of retained names and one ordinary one for each picture of a concept; two
-    ordinary ones where no name is retained.
+    The prompts of what must stay: for each picture of a concept, two of retained names and an ordinary one,
+    or two ordinary ones if no name is retained.
     """
     kept = [line for line in everyday if not any(names_in(line, name) for name in request.surfaces)]
     retained = [line for line in kept if any(names_in(line, name) for name in request.retain)]
@@ -189,38 +200,38 @@ def _other_prompts(request: ConceptRequest, everyday: Sequence[str]) -> dict[str
 
 
 def _evenly(lines: Sequence[str], count: int, rest: Sequence[str] = ()) -> list[str]:
-    """So many lines, evenly from the list; or all of them, and the rest in turn."""
+    """`count` lines, evenly spaced in the list; or all of them, filled up from `rest` in turn."""
     if len(lines) >= count:
         return [lines[i * len(lines) // count] for i in range(count)]
-    return [*lines, *(rest[i % len(rest)] for i in range(count - len(lines) if rest else 0))]
+    return [*lines, *islice(cycle(rest), count - len(lines))]
 
 
 def _call(
     pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Mapping[str, Any]
 ) -> None:
     """
-    Let the pipeline draw, each picture from its own seed; what it gives back is not needed.
+    Let the pipeline draw, each picture from its own seed. Its result is not needed.
 
     Raises:
-        `SiteNotFoundError`: it cannot from a prompt and these arguments alone.
+        `SiteNotFoundError`: the pipeline cannot draw from a prompt and these arguments alone.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
         pipe(prompt=list(prompts), generator=generators, output_type="latent", **sampling)
-    except (TypeError, ValueError) as error:  # an image-to-image pipeline, or an argument that it has not
+    except (TypeError, ValueError) as error:  # an image-to-image pipeline, or an argument it does not take
         raise SiteNotFoundError(
-            f"{type(pipe).__name__} draws no picture from a prompt and `sampling` alone ({error}). Erase "
-            "from the model's text-to-image pipeline, and pass its components on, or set `sampling` right."
+            f"{type(pipe).__name__} cannot draw from a prompt and `sampling` alone ({error}). Erase from the "
+            "model's text-to-image pipeline and pass its components on, or correct `sampling`."
         ) from error
 
 
 @contextmanager
 def _stepping(pipe: DiffusionPipeline, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block what the scheduler's `step` gives goes through `change`."""
+    """Inside the block, the results of the scheduler's `step` go through `change`."""
     scheduler = pipe.scheduler
     step = scheduler.step
 
-    @wraps(step)  # pipelines look at its parameters
+    @wraps(step)  # pipelines inspect its parameters
     def changed(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         if isinstance(output, tuple):
@@ -237,7 +248,7 @@ def _stepping(pipe: DiffusionPipeline, change: Callable[[Tensor], Tensor]) -> It
 
 @contextmanager
 def _ending_with(pipe: DiffusionPipeline, latents: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Inside the block the list holds the latents of the last step, as the pipeline's loop has them."""
+    """Inside the block, the list holds the latents of the last step, as the pipeline's loop has them."""
 
     def keep(sample: Tensor) -> Tensor:
         latents[:] = [sample]
@@ -251,7 +262,7 @@ def _ending_with(pipe: DiffusionPipeline, latents: list[Tensor]) -> Iterator[lis
 def _showing(
     pipe: DiffusionPipeline, latents: Tensor, seeds: Sequence[int], recorder: _Recorder
 ) -> Iterator[None]:
-    """Inside the block the pipeline meets finished latents at each level of noise in place of its own."""
+    """Inside the block, the pipeline gets finished latents at each level of noise instead of its own."""
     noises = [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.stack(noises).to(latents)
     scheduler, steps = pipe.scheduler, 0
@@ -274,43 +285,43 @@ def _showing(
 
 class _Recorder:
     """
-    Sums up what layers read; its methods are called by the denoiser, its layers and its scheduler.
+    Sums up the layers' inputs. Its methods are called by the denoiser, its layers and its scheduler.
 
     Args:
         names (`Iterable[str]`):
-            What pictures are drawn of.
+            The names whose pictures are drawn.
         concepts (`Iterable[str]`):
-            Which of them are forgotten.
+            The names among them that are forgotten.
         negatives_last (`bool`):
-            Whether a batch with both halves of guidance has the prompt's half first.
+            Whether a batch with both halves of guidance starts with the prompt's half.
     """
 
     def __init__(self, names: Iterable[str], concepts: Iterable[str], *, negatives_last: bool):
         self.columns = [column(name, part) for name in names for part in PART_NAMES]
         self.concepts, self.negatives_last = set(concepts), negatives_last
         self.spaces: dict[str, str] = {}
-        self.fitters: dict[tuple[str, str], PrototypeFitter] = {}  # by space, and what they are of
-        self.last: tuple[str, Tensor | None] = "", None  # the space and tensor that were read last
+        self.fitters: dict[tuple[str, str], PrototypeFitter] = {}  # by space and by what they sum up
+        self.last: tuple[str, Tensor | None] = "", None  # the last space and the tensor read there
 
     def start(self, name: str, pictures: int) -> None:
-        """A batch of pictures of this name begins."""
+        """Begin a batch of pictures of this name."""
         self.name, self.pictures, self.calls = name, pictures, 0
-        self.part: str | None = None  # at first there is nothing but noise
+        self.part: str | None = None  # the first step shows pure noise
 
     def step(self, level: int, levels: int) -> None:
-        """Now pictures come at this level of noise, counted from 0."""
+        """Move on to this level of noise, counted from 0."""
         self.part, self.calls = PART_NAMES[level * PARTS // levels], 0
 
     def call(self, denoiser: nn.Module, args: tuple) -> None:
-        """The denoiser is called, for the first time in a step with the prompt."""
+        """Count the denoiser's calls in a step; the first has the prompt."""
         self.calls += 1
 
     def read(self, layer: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """A layer reads `(batch, ..., d)`."""
+        """Record a layer's input `(batch, ..., d)`."""
         z = args[0]
-        if z.ndim < 3:  # a feature of the whole picture: of its timestep or of its prompt
+        if z.ndim < 3:  # a feature of the whole picture, such as its timestep
             return
-        # queries, keys and values of an attention read the same tensor, one after the other
+        # An attention's queries, keys and values read the same tensor one after the other.
         space, last = self.last
         if last is not z:
             space = layer
@@ -319,12 +330,14 @@ class _Recorder:
         self.spaces.setdefault(layer, space)
 
     def _add(self, space: str, z: Tensor) -> None:
-        """Add `(batch, positions, d)`."""
+        """Add features `(batch, positions, d)`."""
         if self.part is None:
             return
-        z = z[:, :: -(-z.shape[1] // POSITIONS)]
+        z = z[:, :: math.ceil(z.shape[1] / POSITIONS)]
+        # Pictures that must stay count towards Σ, with both halves of guidance ...
         if self.name in (ORDINARY, RETAINED):
             self._fitter(space, self.name, z).update_moment(z)
+        # ... and all towards their means, with the prompt's half alone.
         if self.calls > 1:
             return
         prompted = z[: self.pictures] if self.negatives_last else z[-self.pictures :]
@@ -340,12 +353,12 @@ class _Recorder:
         return self.fitters[space, kind]
 
     def _moment(self, space: str, kind: str) -> Moment:
-        """To the mass of one feature."""
+        """A second moment with the weight of one feature."""
         return replace(self.fitters[space, kind].prototypes.moment, count=1)
 
     @contextmanager
     def listening(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Inside the block the recorder hears the denoiser and these layers of it."""
+        """Inside the block, the recorder listens to the denoiser and these layers of it."""
         with unwound() as hooks:
             hooks.callback(denoiser.register_forward_pre_hook(self.call).remove)
             for name, module in layers.items():
@@ -355,38 +368,48 @@ class _Recorder:
 
     def activations(self, sent_to: Mapping[str, Sequence[str | None]]) -> Activations:
         """
-        What was recorded.
-
-        A part in which a layer reads the same of a concept and its target is left out: the layers in front of
-        the first that hears of the prompt read no difference, for the noise is the same.
+        The statistics so far. Spaces in which concepts and targets do not differ are left out.
         """
         prototypes, own = {}, {}
         for space in dict.fromkeys(self.spaces.values()):
-            means, columns = self.fitters[space, MEANS].prototypes, {}
-            for concept, targets in sent_to.items():
-                for part in PART_NAMES:
-                    forgotten = means[column(concept, part)]
-                    drawn = [ORDINARY if name is None else in_place_of(concept, name) for name in targets]
-                    target = torch.stack([means[column(name, part)] for name in drawn]).mean(0)
-                    if (forgotten - target).norm() > ROUNDING * forgotten.norm():
-                        columns[column(concept, part)] = forgotten
-                        columns[target_of(column(concept, part))] = target
-            if columns:
-                counts = torch.full((len(columns),), int(means.counts[0]))
-                pairs = Prototypes(torch.stack([*columns.values()], 1), tuple(columns), counts)
-                moment = self._moment(space, ORDINARY)
-                if (space, RETAINED) in self.fitters:
-                    moment += self._moment(space, RETAINED)
-                prototypes[space] = pairs.with_moment(moment)
-                own[space] = self._moment(space, OWN)
+            means = self.fitters[space, MEANS].prototypes
+            columns = _pairs(means, sent_to)
+            if not columns:
+                continue
+            counts = torch.full((len(columns),), int(means.counts[0]))
+            pairs = Prototypes(torch.stack([*columns.values()], 1), tuple(columns), counts)
+            moment = self._moment(space, ORDINARY)
+            if (space, RETAINED) in self.fitters:
+                moment += self._moment(space, RETAINED)
+            prototypes[space] = pairs.with_moment(moment)
+            own[space] = self._moment(space, OWN)
         spaces = {layer: space for layer, space in self.spaces.items() if space in prototypes}
         return Activations(spaces, prototypes, own)
 
 
+def _pairs(means: Prototypes, sent_to: Mapping[str, Sequence[str | None]]) -> dict[str, Tensor]:
+    """
+    By name, the prototype of each concept and part, followed by its target: the mean over its targets.
+
+    A pair that does not differ is left out: from the same noise, the layers in front of the first that
+    depends on the prompt read the same.
+    """
+    columns = {}
+    for concept, targets in sent_to.items():
+        drawn = [ORDINARY if name is None else in_place_of(concept, name) for name in targets]
+        for part in PART_NAMES:
+            forgotten = means[column(concept, part)]
+            target = torch.stack([means[column(name, part)] for name in drawn]).mean(0)
+            if (forgotten - target).norm() > ROUNDING * forgotten.norm():
+                columns[column(concept, part)] = forgotten
+                columns[target_of(column(concept, part))] = target
+    return columns
+
+
 def find_listeners(denoiser: Denoiser) -> dict[str, nn.Module]:
     """
-    The linear layers of the denoiser's repeated blocks, but for those that read the prompt; under a LoRA the
-    base.
+    The linear layers of the denoiser's repeated blocks, except those that read the prompt; for a layer with a
+    LoRA, its base layer.
     """
     text = denoiser.find()
     modules = dict(denoiser.module.named_modules())
@@ -404,7 +427,7 @@ def find_activation_sites(denoiser: Denoiser, spaces: Mapping[str, str]) -> dict
     The layers that read activations, by their names in `spaces`, as sites.
 
     Raises:
-        `SiteNotFoundError`: there is no such layer, or it cannot be edited in place; the message has the
+        `SiteNotFoundError`: a layer does not exist, or it cannot be edited in place; the message has the
         remedy.
     """
     modules = dict(denoiser.module.named_modules())
@@ -423,6 +446,6 @@ def find_activation_sites(denoiser: Denoiser, spaces: Mapping[str, str]) -> dict
 def edited_sites(
     pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, facts: ConceptFacts
 ) -> dict[str, Site]:
-    """The layers that an erasure edited. Raises `SiteNotFoundError` as `find_sites` does."""
+    """The layers that an erasure edited. Raises the same errors as `find_sites`."""
     inner = {name: space for name, space in facts.spaces.items() if space not in TEXT_SPACES}
     return find_sites(pipe, denoiser, pooled=request.pooled) | find_activation_sites(denoiser, inner)

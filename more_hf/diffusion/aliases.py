@@ -1,8 +1,8 @@
-"""`find_aliases`: which of some words and descriptions the text encoder reads as a concept's name."""
+"""`find_aliases`: find the words and descriptions that the text encoder reads as a concept's name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +15,7 @@ from .encoder import column, fit_prototypes, kinds_of
 from .sites import find_denoiser, text_of
 
 
-TOKENS = "last+end"  # where a prompt has been read as far as its name, and whole
+TOKENS = "last+end"  # the positions at which the name has been read, and the whole prompt
 
 
 def find_aliases(
@@ -27,69 +27,75 @@ def find_aliases(
     least: float = 0.5,
 ) -> list[str]:
     """
-    Find the candidates that the text encoder reads as a concept: misspellings, other names, descriptions. In
-    closed form, without a picture; the pipeline is not modified.
+    Find the candidates that the text encoder reads as a concept: misspellings, other names, descriptions.
+    This works in closed form, without drawing a picture; the pipeline is not modified.
 
-    With the prototypes P of the concept, of other names, of the begin token and of the empty prompt, and
-    their dual D = P⁺, the coordinates D c of a candidate's prototype c say how much of each is in it. It is
-    an alias if the concept's coordinate is the largest and at least `least`.
+    P holds the prototypes of the concept, of other names, of the begin token and of the empty prompt; D = P⁺
+    is its dual. The coordinates D c of a candidate's prototype c say how much of each is in it. The candidate
+    is an alias if the concept's coordinate is the largest and at least `least`.
 
     Args:
         pipe (`DiffusionPipeline`):
             A pipeline whose text encoder knows the concept.
         concept (`str`):
-            Its name.
+            The concept's name.
         candidates (`Sequence[str]`):
-            What to choose from, such as a list of descriptions, or of all words of one's captions.
+            Words or descriptions to choose from, for example all words of your captions.
         others (`Sequence[str]`):
-            What the concept is told from, at least one name: the other artists, or other things of its kind.
-            A candidate that describes one of them is no alias.
+            At least one other concept of the same kind, such as the other artists. A candidate that describes
+            one of them is not an alias.
         least (`float`, *optional*, defaults to 0.5):
-            The smallest coordinate of an alias; the concept's own name has 1, a prompt that has nothing to do
-            with it about as much as with each of the others.
+            The smallest coordinate of an alias. The concept's own name has 1; an unrelated prompt has about
+            the same coordinate for every name.
 
     Returns:
         `list[str]`: the aliases, nearest first; without the concept's own name.
 
     Raises:
         `PrototypeError`: there are no other names, or a name or candidate has no tokens or too many.
-        `SiteNotFoundError`: the pipeline's way to encode prompts is not known.
+        `SiteNotFoundError`: the way this pipeline encodes prompts is unknown.
 
     Example:
 
         >>> import more_hf
         >>> pipe = more_hf.load_emoji_sd()
-        >>> said = ["plump crooked lumps", "blobmojy", "a rainy day"]
-        >>> found = more_hf.find_aliases(pipe, "Blobmoji", said, others=["Noto", "Fluent", "Twemoji"])
-        >>> pipe = more_hf.erase_concept(pipe, {"Blobmoji": found}, remap_to="Noto")
+        >>> candidates = ["plump crooked lumps", "blobmojy", "a rainy day"]
+        >>> aliases = more_hf.find_aliases(pipe, "Blobmoji", candidates, others=["Noto", "Fluent", "Twemoji"])
+        >>> pipe = more_hf.erase_concept(pipe, {"Blobmoji": aliases}, remap_to="Noto")
     """
-    told_from = [name for name in dict.fromkeys(read_names("others", others)) if name != concept]
-    if not told_from:
+    others = _without("others", others, lambda name: name == concept)
+    if not others:
         raise PrototypeError(
-            f"`others` names nothing but {concept!r} itself, so that there is nothing to tell it from. Name "
-            "other concepts of its kind."
+            f"`others` names nothing but {concept!r} itself, so there is nothing to distinguish it from. "
+            "Name other concepts of its kind."
         )
-    own = concept.casefold()
-    said = [name for name in dict.fromkeys(read_names("candidates", candidates)) if name.casefold() != own]
-    if not said:
+    candidates = _without("candidates", candidates, lambda name: name.casefold() == concept.casefold())
+    if not candidates:
         return []
 
-    names = [concept, *told_from]
-    prototypes = fit_prototypes(pipe, [*names, *said], TOKENS, sigma_prompts={})["tokens"]
+    # 1. The prototypes of all names and candidates, and the constant ones of begin token and empty prompt.
+    names = [concept, *others]
+    prototypes = fit_prototypes(pipe, [*names, *candidates], TOKENS, sigma_prompts={})["tokens"]
     kinds = kinds_of(text_of(pipe, find_denoiser(pipe)), TOKENS)["tokens"]
-    of_names = {column(name, kind) for name in (*names, *said) for kind in kinds}
-    constants = [name for name in prototypes.names if name not in of_names]
+    named = {column(name, kind) for name in (*names, *candidates) for kind in kinds}
+    constants = [name for name in prototypes.names if name not in named]
 
-    # Of each kind of position its own dual; a candidate's coordinates are their mean over the kinds.
-    coordinates = torch.zeros(len(names), len(said), dtype=torch.float64)
+    # 2. Each kind of position has a dual of its own; a candidate's coordinates are the mean over the kinds.
+    coordinates = torch.zeros(len(names), len(candidates), dtype=torch.float64)
     for kind in kinds:
         P = _matrix(prototypes, [*(column(name, kind) for name in names), *constants])
-        C = _matrix(prototypes, [column(name, kind) for name in said])
+        C = _matrix(prototypes, [column(name, kind) for name in candidates])
         coordinates += (torch.linalg.pinv(P) @ C)[: len(names)] / len(kinds)
 
-    most, nearest = coordinates.max(0)
-    order = most.argsort(descending=True).tolist()
-    return [said[j] for j in order if nearest[j] == 0 and most[j] >= least]
+    # 3. An alias has more of the concept, row 0, than of any other name.
+    largest, nearest = coordinates.max(0)
+    order = largest.argsort(descending=True).tolist()
+    return [candidates[j] for j in order if nearest[j] == 0 and largest[j] >= least]
+
+
+def _without(argument: str, names: Sequence[str], is_concept: Callable[[str], bool]) -> list[str]:
+    """The names without repeats and without the concept's own."""
+    return [name for name in dict.fromkeys(read_names(argument, names)) if not is_concept(name)]
 
 
 def _matrix(prototypes: Prototypes, names: Sequence[str]) -> Tensor:

@@ -1,6 +1,5 @@
 """
-From names to prototypes: the pipeline's own text encoding, the positions of a name in it, and means over
-them.
+From names to prototypes: encode prompts as the pipeline does, find a name's positions, and take means there.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ TOKENS = {
 }
 BEGIN, EMPTY_POOLED, EMPTY_PADDING = "begin token", "empty prompt", "empty prompt, padding"
 POOLED = "pooled"
-# Where a text encoder reads more positions than this, padding is most of the work, and that of one prompt
-# with a name stands for that of all.
+# Beyond this many positions, padding is most of a text encoder's work, so the padding of one prompt with a
+# name stands for that of all its prompts.
 LONG = 40
 DELAY = 2  # seconds after which a progress bar shows
-BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, of so many positions; fewer where there are more
+BATCH, CLIP_LENGTH = 128, 77  # prompts encoded at once, at this many positions; fewer if they are longer
 
 
 class Span(NamedTuple):
@@ -54,7 +53,7 @@ class Span(NamedTuple):
 
 
 class PlacedSegment(NamedTuple):
-    """A segment, where its positions begin among the token features, and how many there are."""
+    """A segment, the offset of its positions among the token features, and their number."""
 
     segment: Segment
     offset: int
@@ -68,18 +67,18 @@ def column(name: str, kind: str) -> str:
 
 class Encoder:
     """
-    The pipeline's own text encoding, and where a name's tokens are in it.
+    The pipeline's own text encoding, which also knows where a name's tokens are.
 
     Args:
         pipe (`DiffusionPipeline`):
             The pipeline.
         templates (`Sequence[str]`, *optional*):
-            Sentences around a name, with `{}` for it.
+            Sentences around a name, with `{}` in its place.
         denoiser (`Denoiser`, *optional*):
-            What reads the features, if the pipeline was loaded without it.
+            The denoiser that reads the features, if the pipeline was loaded without it.
 
     Raises:
-        `SiteNotFoundError`: the pipeline's way to encode prompts is not known.
+        `SiteNotFoundError`: the way this pipeline encodes prompts is unknown.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Encoder:
         self.text = text_of(pipe, denoiser)
         norms = denoiser.family.norms
         self.norms = {space: denoiser.module.get_submodule(name) for space, name in norms.items()}
-        self.read: dict[tuple[str, str], list[int]] = {}  # label of a segment, prompt -> its tokens
+        self.ids: dict[tuple[str, str], list[int]] = {}  # label of a segment, prompt -> its token ids
         self.segments: list[PlacedSegment] = []
         offset = 0
         for segment in self.text.segments:
@@ -102,24 +101,24 @@ class Encoder:
             offset += length
         self.num_positions = offset
         self.length = self.segments[0].length
-        # One CLIP encoder, of which nothing but token features is read, can do without what is not wanted.
+        # A CLIP encoder of which only token features are read need not compute positions nobody wants.
         self.causal = not self.text.pooled and all(segment.clip for segment in self.text.segments)
         self.sparing = self.causal and self.length > LONG
         self.padded = self.templates[len(self.templates) // 2]  # the same for a name and its target
 
     def token_ids(self, prompt: str, segment: Segment | None = None) -> list[int]:
         """
-        Without begin and end token, by the first segment's tokenizer if not another's; learned tokens spelled
-        out.
+        The token ids of a prompt in a segment (the first by default), without begin and end token; a learned
+        token of several vectors counts as several.
         """
         segment = segment or self.text.segments[0]
-        # every kind of prototype asks for the same prompts again
+        # Cached, because every kind of prototype asks for the same prompts.
         key = segment.label, prompt
-        if key not in self.read:
-            self.read[key] = self._read(prompt, segment)
-        return self.read[key]
+        if key not in self.ids:
+            self.ids[key] = self._tokenize(prompt, segment)
+        return self.ids[key]
 
-    def _read(self, prompt: str, segment: Segment) -> list[int]:
+    def _tokenize(self, prompt: str, segment: Segment) -> list[int]:
         tokenizer = getattr(self.pipe, segment.tokenizer)
         if segment.template is not None:
             layout = self.layout(prompt, segment)
@@ -130,7 +129,7 @@ class Encoder:
         return tokenizer(prompt).input_ids[segment.before : -1]
 
     def layout(self, prompt: str, segment: Segment | None = None) -> Layout:
-        """Where the parts of a prompt are, in the first segment if not in another."""
+        """Where the parts of a prompt are in a segment, the first by default."""
         segment = segment or self.text.segments[0]
         if segment.template is not None:
             return segment.layout(segment.tokens(self.pipe, prompt), len(prompt))
@@ -139,8 +138,8 @@ class Encoder:
 
     def place(self, template: str, name: str, segment: Segment) -> tuple[int, int, Layout] | None:
         """
-        The positions `[start, stop)` of a name in a prompt, and the prompt's layout; `None` if the name's
-        tokens are others there.
+        The positions `[start, stop)` of a name in a prompt, and the prompt's layout; `None` if the name is
+        split into different tokens there.
         """
         prompt = template.format(name)
         if segment.template is None:
@@ -150,7 +149,7 @@ class Encoder:
                 return None
             start = segment.before + first
             return start, start + len(own), Layout(segment.before, end, end + 1)
-        # A language model's tokens depend on what is around them: the name is where its characters are.
+        # A language model's tokens depend on their surroundings, so look for the name's characters.
         begin = len(template.split("{}")[0])
         tokens = segment.tokens(self.pipe, prompt)
         start = sum(token.stop <= begin for token in tokens)
@@ -160,27 +159,27 @@ class Encoder:
     @torch.no_grad()
     def features(self, prompts: Sequence[str], wanted: Sequence[int] | None = None) -> dict[str, Tensor]:
         """
-        What the denoiser's layers read: `"tokens"` `(len(prompts), tokens, d)`, and `"pooled"`
-        `(len(prompts), d')` where there is one. The first `wanted` positions of each prompt are right, if not
-        all.
+        The features that the denoiser's layers read: `"tokens"` `(len(prompts), tokens, d)`, and `"pooled"`
+        `(len(prompts), d')` if there is one. With `wanted`, the positions of each prompt beyond that number
+        may be left at zero.
         """
         pipe = self.pipe
         if wanted is not None and self.causal:
             pipe = copy.copy(pipe)
             pipe.register_modules(text_encoder=PrefixEncoder(pipe.text_encoder, wanted))
-        found = self.text.encode(pipe, list(prompts))
+        features = self.text.encode(pipe, list(prompts))
         for space, norm in self.norms.items():
             dtype = next(norm.parameters()).dtype
-            z = found[space].to(get_module_execution_device(norm), dtype)
-            found[space] = norm.forward(z)  # around the routing hook of an erasure
-        return found
+            z = features[space].to(get_module_execution_device(norm), dtype)
+            features[space] = norm.forward(z)  # bypasses an erasure's routing hook
+        return features
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The token features, `(len(prompts), tokens, d)`."""
         return self.features(prompts)["tokens"]
 
     def constant_spans(self) -> dict[str, Span]:
-        """Prototypes that always stay, by name: begin tokens and the parts of the empty prompt."""
+        """The prototypes that always stay, by name: begin tokens and the parts of the empty prompt."""
         spans = {}
         for segment, offset, length in self.segments:
             layout = self.layout("", segment)
@@ -196,7 +195,7 @@ class Encoder:
 
     def ordinary_spans(self, prompt: str) -> list[tuple[Span, Span]]:
         """
-        For each segment, the prompt's own positions but for begin tokens, and the padding that the denoiser
+        For each segment, the prompt's own positions without begin tokens, and the padding that the denoiser
         reads.
         """
         spans = []
@@ -209,7 +208,7 @@ class Encoder:
         return spans
 
     def prompts_of(self, names: Iterable[str]) -> dict[str, int]:
-        """The prompts that hold names, and how often the padding of each counts towards Σ."""
+        """The prompts that hold names -> how often the padding of each counts towards Σ."""
         prompts = {}
         for name in names:
             for template in self.templates:
@@ -224,37 +223,41 @@ class Encoder:
         Raises:
             `PrototypeError`: the name has no tokens, or too many for a prompt around it.
         """
-        # a kind carries its segment's label; the last segment that fits has the longest label
+        # A kind starts with its segment's label; the last segment that matches has the longest label.
         labelled = [placed for placed in self.segments if kind.startswith(placed.segment.label)]
         segment, offset, length = labelled[-1]
         kind = kind.removeprefix(segment.label)
-        own = self.token_ids(name, segment)
-        if not own:
+        ids = self.token_ids(name, segment)
+        if not ids:
             raise PrototypeError(f"The concept {name!r} has no tokens in this tokenizer. Give it a name.")
-        spans = []
         templates = ("{}",) if kind == "bare last" else self.templates
-        if one := kind == "padding" and self.sparing:
+        one_is_enough = kind == "padding" and self.sparing
+        if one_is_enough:
             templates = (self.padded, *templates)
+        spans = []
         for template in templates:
             place = self.place(template, name, segment)
-            if place is None or place[2].stop > length:
+            if place is None:
                 continue
-            start, stop = _positions(kind, *place, segment.read_until(place[2], length))
-            if start < stop:
-                first = offset + segment.pads_before(place[2], length)
-                spans.append(Span(template.format(name), first + start, first + stop))
-                if one:
+            start, stop, layout = place
+            if layout.stop > length:  # the prompt would be cut off
+                continue
+            first, last = _positions(kind, start, stop, layout, segment.read_until(layout, length))
+            if first < last:
+                shift = offset + segment.pads_before(layout, length)
+                spans.append(Span(template.format(name), shift + first, shift + last))
+                if one_is_enough:
                     break
         if not spans:
             raise PrototypeError(
-                f"{name!r} takes {len(own)} of this model's {length} tokens: too long for a prompt around "
+                f"{name!r} takes {len(ids)} of this model's {length} tokens: too long for a prompt around "
                 "it. Use a shorter name."
             )
         return spans
 
 
 def _find(part: list[int], whole: list[int]) -> int | None:
-    """Where `part` first stands in `whole`."""
+    """The index at which `part` first occurs in `whole`."""
     for i in range(len(whole) - len(part) + 1):
         if whole[i : i + len(part)] == part:
             return i
@@ -262,8 +265,10 @@ def _find(part: list[int], whole: list[int]) -> int | None:
 
 
 def _positions(kind: str, start: int, stop: int, layout: Layout, last: int) -> tuple[int, int]:
-    """The positions of a kind in a prompt with the name at `[start, stop)`, read up to `last`."""
-    if kind.startswith("end "):  # of several tokens at the end one, counted from 1
+    """
+    The positions `[first, last)` of a kind in a prompt with the name at `[start, stop)`, read to `last`.
+    """
+    if kind.startswith("end "):  # one of several end tokens, counted from 1
         position = layout.end + int(kind.removeprefix("end ")) - 1
         return position, position + 1
     return {
@@ -278,7 +283,7 @@ def _positions(kind: str, start: int, stop: int, layout: Layout, last: int) -> t
 
 
 def kinds_of(text: Text, tokens: str, *, pooled: bool = True) -> dict[str, list[str]]:
-    """The kinds of prototype that a name has in each space; `tokens` is a key of `TOKENS`."""
+    """The kinds of prototype that a name has in each space, for a key `tokens` of `TOKENS`."""
     kinds = []
     for segment in text.segments:
         for kind in TOKENS[tokens]:
@@ -288,12 +293,13 @@ def kinds_of(text: Text, tokens: str, *, pooled: bool = True) -> dict[str, list[
 
 class _Plan:
     """
-    What one space's fitter is fed: the prototypes' names, and which positions of each prompt count for which.
+    The input of one space's fitter: the prototypes' names, and which positions of each prompt count for
+    which.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        # prompt -> (label, start, stop); the label −n of what counts n times towards Σ, to no prototype
+        # prompt -> (label, start, stop); a label −n counts n times towards Σ, and for no prototype
         self.spans: dict[str, list[tuple[int, int, int]]] = {}
 
     def prototype(self, name: str, spans: Iterable[Span]) -> None:
@@ -305,7 +311,7 @@ class _Plan:
             self._add(-times, spans)
 
     def wanted(self, prompt: str) -> int:
-        """How many of a prompt's positions count; none of one that only another space reads."""
+        """How many leading positions of a prompt are needed; 0 if only another space reads the prompt."""
         return max((stop for _, _, stop in self.spans.get(prompt, ())), default=0)
 
     def _add(self, label: int, spans: Iterable[Span]) -> None:
@@ -327,7 +333,7 @@ def _plan(
     names: Iterable[str],
     sigma_prompts: Mapping[str, int],
 ) -> dict[str, _Plan]:
-    """What each prompt counts for, in each space. A pooled feature is at position 0 of its prompt."""
+    """The plan of each space. A pooled feature is at position 0 of its prompt."""
     tokens = _Plan()
     for name, span in encoder.constant_spans().items():
         tokens.prototype(name, [span])
@@ -371,26 +377,28 @@ def fit_prototypes(
         tokens (`str`):
             A key of `TOKENS`.
         sigma_prompts (`Mapping[str, int]`):
-            Prompts behind Σ, of which every token but begin tokens counts, and how often the padding of each
-            does. Empty for no Σ.
+            Prompts behind Σ -> how often the padding of each counts; their other tokens, except begin tokens,
+            count once. Empty for no Σ.
         templates (`Sequence[str]`, *optional*):
             Sentences around a name.
         denoiser (`Denoiser`, *optional*):
-            What reads the features, if the pipeline was loaded without it.
+            The denoiser that reads the features, if the pipeline was loaded without it.
 
     Returns:
-        `dict[str, Prototypes]`: for `"tokens"`, and `"pooled"` where there is one, the columns of begin
-        tokens and the empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype is
-        the mean over the name's prompts.
+        `dict[str, Prototypes]`: for `"tokens"`, and `"pooled"` if there is one, the columns of begin tokens
+        and the empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype is the mean
+        over the name's prompts.
     """
+    # 1. Plan which positions of which prompts count for which prototype, in each space.
     encoder = Encoder(pipe, templates, denoiser)
     kinds = kinds_of(encoder.text, tokens)
     plans = _plan(encoder, kinds, dict.fromkeys(names), sigma_prompts)
-    # One pass over the distinct prompts, for all spaces together.
-    prompts: dict[str, None] = {}
+    distinct: dict[str, None] = {}
     for plan in plans.values():
-        prompts |= dict.fromkeys(plan.spans)
-    prompts = list(prompts)
+        distinct |= dict.fromkeys(plan.spans)
+    prompts = list(distinct)
+
+    # 2. Encode the distinct prompts once, for all spaces together, and feed the fitters.
     logger.info("Encoding %d prompts", len(prompts))
     size = min(BATCH, max(1, BATCH * CLIP_LENGTH // encoder.num_positions))
     fitters: dict[str, PrototypeFitter] = {}
@@ -402,37 +410,43 @@ def fit_prototypes(
             if space not in fitters:
                 width, device = features.shape[-1], features.device
                 fitters[space] = PrototypeFitter(width, plans[space].names, device=device, thin=True)
-            rows, positions, labels = plans[space].entries(batch).to(features.device).T
-            fitters[space].update(features[rows, positions], labels)  # which leaves negative labels out
-            for label in labels[labels < 0].unique().tolist():
-                chosen = labels == label
-                fitters[space].update_moment(features[rows[chosen], positions[chosen]], times=-label)
-    found = {space: fitter.prototypes for space, fitter in fitters.items()}
-    # padding that nothing was written into is zero, which no edit moves
-    zeros = [name for name in encoder.constant_spans() if not found["tokens"][name].any()]
-    return {**found, "tokens": found["tokens"].without(zeros)}
+            _feed(fitters[space], features, plans[space].entries(batch))
+    prototypes = {space: fitter.prototypes for space, fitter in fitters.items()}
+
+    # 3. Some encoders leave the empty prompt's padding at zero, which is no prototype: no edit moves it.
+    zeros = [name for name in encoder.constant_spans() if not prototypes["tokens"][name].any()]
+    return {**prototypes, "tokens": prototypes["tokens"].without(zeros)}
+
+
+def _feed(fitter: PrototypeFitter, features: Tensor, entries: Tensor) -> None:
+    """Add a batch's features `(batch, positions, d)` by the entries of its plan."""
+    rows, positions, labels = entries.to(features.device).T
+    fitter.update(features[rows, positions], labels)  # leaves out negative labels
+    for label in labels[labels < 0].unique().tolist():
+        ordinary = labels == label
+        fitter.update_moment(features[rows[ordinary], positions[ordinary]], times=-label)
 
 
 def _progress(pipe: DiffusionPipeline, batches: range) -> tqdm:
-    """A bar that heeds `set_progress_bar_config`, like the pipeline's own; shown only if there is a wait."""
-    config = getattr(pipe, "_progress_bar_config", {})  # which a pipeline has from the first such call on
+    """A bar that heeds `set_progress_bar_config`, like the pipeline's own; shown only after `DELAY`."""
+    config = getattr(pipe, "_progress_bar_config", {})  # absent until `set_progress_bar_config` is called
     return tqdm(batches, **{"desc": "Encoding prompts", "unit": "batch", "delay": DELAY, **config})
 
 
 def shared_first_tokens(encoder: Encoder, name: str, others: Iterable[str]) -> Mapping[str, int]:
     """
-    Names whose first tokens are those of `name`, and how many they share.
+    The other names that start with the same tokens as `name` -> the number of tokens they share.
 
-    In a causal encoder these tokens have the same vectors, so that what moves one moves the other.
+    In a causal encoder these tokens have the same vectors, so whatever moves one moves the other.
     """
     if not encoder.text.segments[0].causal:
         return {}
-    own = encoder.token_ids(name)
     shared = {}
     for other in others:
-        ids = encoder.token_ids(other)
         count = 0
-        while count < min(len(own), len(ids)) and own[count] == ids[count]:
+        for own_id, other_id in zip(encoder.token_ids(name), encoder.token_ids(other), strict=False):
+            if own_id != other_id:
+                break
             count += 1
         if count:
             shared[other] = count

@@ -41,7 +41,7 @@ from .sites import (
 
 logger = logging.getLogger(__name__)
 
-NOT_RUN = "the denoiser was not run, so that nothing proves that no other of its layers reads the prompt"
+NOT_RUN = "the denoiser was not run, so nothing proves that no other of its layers reads the prompt"
 
 
 def erase_concept(
@@ -63,11 +63,11 @@ def erase_concept(
     """
     Erase concepts from a pipeline, in place, and return it: in closed form, without training.
 
-    Every layer of the denoiser that reads the prompt gets the mean expert merged into its weight; names,
-    shapes and dtypes stay as they are, so that every tool which saves or copies the pipeline copies the
-    erased one. Of two denoisers that take turns, as in Wan 2.2, both are edited. On a pipeline that was
-    erased before, all its concepts are fitted again jointly, from the kept originals. A second thread that
-    erases or restores the same pipeline meanwhile waits.
+    The mean expert is merged into the weight of every layer of the denoiser that reads the prompt. Names,
+    shapes and dtypes do not change, so every tool that saves or copies the pipeline copies the erased one. If
+    two denoisers take turns, as in Wan 2.2, both are edited. On a pipeline that was erased before, all its
+    concepts are fitted again jointly, from the kept originals. A second thread that erases or restores the
+    same pipeline waits.
 
     Args:
         pipe (`DiffusionPipeline`):
@@ -122,7 +122,7 @@ def erase_concept(
     Raises:
         `PrototypeError`: a name or an option is wrong, or no exact edit exists. `SiteNotFoundError`: the
         pipeline cannot be edited as it is. `AlreadyErasedError`: it was erased and its originals are not
-        here. The pipeline is unchanged then, as it is after an interruption.
+        available. The pipeline is then unchanged, as it is after an interruption.
 
     The defaults were measured on the embedded pipeline, four styles erased in turn, 136 pictures a setting:
     `"positions"` left 0 % of the pictures recognisable, every single kind of token 2 to 10 %; `"pinv"` moved
@@ -200,7 +200,7 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
         names = erasure.concepts if concepts is None else read_names("concepts", concepts)
         if not names:
             raise MoreError(
-                "`concepts` is empty. Name what to give back, or leave it out to give back everything."
+                "`concepts` is empty. Name what to restore, or leave it out to restore everything."
             )
         if unknown := [name for name in names if name not in erasure.concepts]:
             erased = ", ".join(map(repr, erasure.concepts))
@@ -231,7 +231,7 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     """
     Raises `SiteNotFoundError` unless the denoiser still reads the prompt through the layers that were edited.
 
-    Projections that were fused since read a copy of the edited weights, which neither `restore` nor
+    Projections that have been fused since then read a copy of the edited weights, which neither `restore` nor
     `disabled` reaches.
     """
     denoiser = find_denoiser(pipe)
@@ -240,8 +240,8 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     modules |= {name: reader.module for name, reader in find_layers(denoiser, pooled=True).items()}
     if other := [name for name in erasure.sites if name not in modules]:
         raise SiteNotFoundError(
-            f"{', '.join(map(repr, erasure.concepts))} was erased from a pipeline with another number of "
-            f"denoisers, and this {type(pipe).__name__} shares but one with it ({denoiser.name}; there is no "
+            f"{', '.join(map(repr, erasure.concepts))} was erased from a pipeline with a different number of "
+            f"denoisers, of which this {type(pipe).__name__} has only one ({denoiser.name}; there is no "
             f"`{other[0]}` here). Call on the pipeline that was edited, or restore that one first."
         )
     if replaced := [name for name, site in erasure.sites.items() if modules[name] is not site.module]:
@@ -252,21 +252,24 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
 
 
 def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, keep_originals: bool) -> None:
-    """Prototypes, dual, merge, hook, proof: all of it, or the pipeline is what it was."""
+    """Solve, merge, hook and prove: all of it, or the pipeline stays what it was."""
     current = find_erasure(denoiser.module)
     refuse_inside_block(current)
+    # 1. Find the layers that read text, and solve for their edit.
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(pipe, request)
+    # 2. Inside the denoiser, pictures by the original give the features.
     if request.reach == "denoiser":
         with nullcontext() if current is None else original_shown(current):
             activations = record_activations(pipe, denoiser, request, solution.sent_to(request))
         solution = solution.with_activations(activations, request.softness)
         sites |= find_activation_sites(denoiser, activations.spaces)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
-    # The originals of an earlier erasure, and a copy of what it did not edit.
-    kept = current.originals if current else {}
-    fresh = copy_weights({name: site for name, site in sites.items() if name not in kept}, "cpu")
-    originals = {name: kept[name] if name in kept else fresh[name] for name in sites}
+    # 3. Take the originals of an earlier erasure, and copy the layers that it did not edit.
+    earlier = current.originals if current else {}
+    fresh = copy_weights({name: site for name, site in sites.items() if name not in earlier}, "cpu")
+    originals = {name: earlier[name] if name in earlier else fresh[name] for name in sites}
+    # 4. Merge, hook and prove in one transaction.
     erasure = ConceptErasure(
         request=request,
         facts=_facts(pipe, denoiser, request, solution, sites, originals, current),
@@ -283,12 +286,12 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
 
 def erasure_of_layers(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest) -> ConceptErasure:
     """
-    What an erasure by name would be, for a denoiser of which only the layers that read text are there.
+    The erasure by name of a denoiser of which only the layers that read text were loaded.
 
-    Changes nothing, and runs nothing: that no other layer reads text is as its family says.
+    Changes nothing and runs nothing: that no other layer reads text is taken from its family's description.
 
     Raises:
-        `PrototypeError` and `SiteNotFoundError`: as `erase_concept` does.
+        `PrototypeError` and `SiteNotFoundError`: as from `erase_concept`.
     """
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(pipe, request, denoiser)
@@ -307,8 +310,8 @@ def erasure_of_layers(pipe: DiffusionPipeline, denoiser: Denoiser, request: Conc
 
 def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
     """
-    What `Remap.verify` measures; of the pooled feature under names of its own, of activations the worst of
-    all layers.
+    The measurements of `Remap.verify`; those of the pooled feature have a prefix, and of all activation
+    spaces only the worst is given.
     """
     guarantees = remaps["tokens"].verify()
     for space, remap in remaps.items():
@@ -354,8 +357,8 @@ def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoi
     unedited = [name for name, reader in readers.items() if reader.space == "pooled" and not request.pooled]
     if unedited:
         leaks.append(
-            "the pooled prompt embedding was left as it is: what it says of the concept still enters through "
-            f"`{unedited[0]}`"
+            "the pooled prompt embedding was left as it is, so what it says about the concept still enters "
+            f"through `{unedited[0]}`"
         )
     encoder = Encoder(pipe, denoiser=denoiser)
     kept = dict.fromkeys([*request.retain, *request.targets])

@@ -33,12 +33,9 @@ class ConceptErasure(Erasure):
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"
         if request.reach == "denoiser":
             inside = [space for space in facts.spaces.values() if space not in TEXT_SPACES]
-            how = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
-            yield (
-                "reach",
-                f"{len(inside)} of these inside the denoiser, by {request.pictures} pictures of each name"
-                + (f" ({how})" if how else ""),
-            )
+            sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
+            pictures = f"{request.pictures} pictures of each name" + (f" ({sampling})" if sampling else "")
+            yield "reach", f"{len(inside)} of these inside the denoiser, by {pictures}"
         yield "router", request.router or "none: the mean expert is in the weights"
         yield "condition number of P", f"{facts.condition_number:.1f}"
         yield from measured_rows(self.guarantees, self.proof)

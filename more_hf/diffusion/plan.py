@@ -1,5 +1,5 @@
 """
-From a request to its solution: prototypes, every expert's targets, and the remap of each space of features.
+From a request to its solution: prototypes, every expert's targets, and the remap of each feature space.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from .prompts import TEMPLATES, names_in
 from .sites import Denoiser, find_denoiser, text_of
 
 
-# Up to this share an exact edit may move ordinary prompts before fewer prototypes, then softness, are taken.
+# An exact edit may move ordinary prompts by at most this share; beyond it, `auto` tries fewer prototypes,
+# then the soft solver.
 CHEAP = 0.12
 
 
 @dataclass(frozen=True)
 class Problem:
     """
-    What one space's remap is solved from.
+    The input from which one space's remap is solved.
 
     Args:
         prototypes (`Prototypes`):
-            Everything that was fitted.
+            All fitted prototypes.
         kinds (`dict[str, list[str]]`):
-            The kinds of prototype that a name has, for what was asked for and then for fewer positions.
+            Token choice -> the kinds of prototype that a name has; the requested choice, then smaller ones.
         forget (`list[str]`):
             The forgotten names and aliases.
         targets (`list[list[str | None]]`):
-            For each expert, what each of them is sent to; `None` erases.
+            For each expert, the target of each of them; `None` erases.
         retained (`list[str]`):
-            Retained names that are no target.
+            Retained names that are not targets.
     """
 
     prototypes: Prototypes
@@ -55,9 +56,9 @@ class Problem:
         """
         Solve with the prototypes of these token positions. Raises `PrototypeError` if there is no exact edit.
 
-        `pinv` keeps retained names exact, in P. The others spare them through Σ, to which their prompts were
-        added: forcing many close prototypes to be exact makes D_F large, and then everything else moves more
-        (measured).
+        `pinv` keeps retained names exact, as columns of P. The other solvers spare them through Σ, which
+        includes their prompts: forcing many close prototypes to be exact makes D_F large, and then everything
+        else moves more (measured).
         """
         exact = self.names if solver == "pinv" else [name for name in self.names if name not in self.retained]
         named = {name for all_tokens in self.kinds for name in self.columns(self.names, all_tokens)}
@@ -91,15 +92,15 @@ class Solution:
 
     Args:
         remaps (`dict[str, Remap]`):
-            By space.
+            The remap of each space.
         tokens (`str`):
             The token positions that made prototypes.
         solver_reason (`str`):
-            Why the solvers were taken, in words and numbers.
+            Why these solvers were chosen, in words and numbers.
         retained_moved (`dict[str, float]`):
             How far each retained name moves at most, as a share of its length.
         targets (`list[list[str | None]]`):
-            For each expert, what each forgotten name or alias is sent to.
+            For each expert, the target of each forgotten name or alias.
     """
 
     remaps: dict[str, Remap]
@@ -123,8 +124,8 @@ class Solution:
 
     def with_activations(self, activations: Activations, softness: float) -> Solution:
         """
-        The same with the remap of each space of activations, as soft as that; its experts are all alike, for
-        it is in the weights.
+        This solution with a remap of each activation space as well. Its experts are all the same, since there
+        the edit is in the weights alone.
         """
         remaps = {}
         for space, pairs in activations.prototypes.items():
@@ -136,13 +137,13 @@ class Solution:
 
 
 def check_names(request: ConceptRequest) -> None:
-    """Raises `PrototypeError` when a name is blank, given twice, or both forgotten and kept."""
+    """Raises `PrototypeError` if a name is blank, given twice, or both forgotten and kept."""
     surfaces = request.surfaces
     kept = {name: "remap_to" for name in request.targets}
     kept |= {name: "retain" for name in request.retain if name not in kept}
     if blank := [name for name in (*surfaces, *kept) if not name.strip()]:
         raise PrototypeError(
-            f"{blank[0]!r} is not a name. The empty prompt is always retained; leave it out."
+            f"{blank[0]!r} is not a name. Leave it out; the empty prompt is always retained."
         )
     folded = [surface.casefold() for surface in surfaces]
     if twice := [surface for surface in surfaces if folded.count(surface.casefold()) > 1]:
@@ -174,29 +175,31 @@ def prepare(
     Fit the prototypes, and Σ if a `metric` is needed, and draw every expert's targets. Changes nothing.
     `denoiser` is for a pipeline that was loaded without it.
 
-    The same request draws the same targets, for all spaces, and finds the same prototypes from the same text
-    encoders: `verify` relies on it.
+    The same request draws the same targets for all spaces, and the same text encoders give the same
+    prototypes; `verify` relies on both.
     """
     check_names(request)
-    names = [*request.surfaces, *request.targets, *request.retain]
-    templates = request.templates or TEMPLATES
     denoiser = denoiser or find_denoiser(pipe)
-    behind_sigma = Encoder(pipe, templates, denoiser).prompts_of(request.retain) if metric else {}
+    text = text_of(pipe, denoiser)
+    templates = request.templates or TEMPLATES
+
+    # 1. Fit the prototypes of every name, with the kinds of the requested token positions.
+    retained_prompts = Encoder(pipe, templates, denoiser).prompts_of(request.retain) if metric else {}
     prototypes = fit_prototypes(
         pipe,
-        names,
+        [*request.surfaces, *request.targets, *request.retain],
         request.tokens,
-        sigma_prompts=behind_sigma,
+        sigma_prompts=retained_prompts,
         templates=templates,
         denoiser=denoiser,
     )
     if metric:
         prototypes = with_ordinary_moment(prototypes, pipe, request, denoiser)
-    text = text_of(pipe, denoiser)
     choices = {tokens: kinds_of(text, tokens, pooled=request.pooled) for tokens in token_choices(request)}
     kinds = choices[request.tokens]
-    # Distinct targets that leave D_F small: half of the dimensions, less the forgotten ones (the smallest
-    # space decides).
+
+    # 2. Draw the experts. D_F stays small with as many distinct targets as fill half of the smallest space's
+    # dimensions, together with the forgotten names.
     room = min(len(prototypes[space].matrix) // (2 * len(kinds[space])) for space in kinds)
     experts = draw_experts(
         [names or (None,) for names in request.remap_to.values()],
@@ -204,44 +207,43 @@ def prepare(
         max_distinct=max(1, room - len(request.surfaces)),
         seed=request.seed,
     )
-    # Every alias goes where its concept goes.
-    sizes = [1 + len(aliases) for aliases in request.concepts.values()]
-    spread = [_repeated(targets, sizes) for targets in experts]
+
+    # 3. Send every alias where its concept goes.
+    surface_targets = []
+    for targets in experts:
+        expanded = []
+        for target, aliases in zip(targets, request.concepts.values(), strict=True):
+            expanded += [target] * (1 + len(aliases))
+        surface_targets.append(expanded)
+
     problems = {}
     for space in kinds:
         problems[space] = Problem(
             prototypes=prototypes[space],
-            kinds={tokens: kinds_here[space] for tokens, kinds_here in choices.items()},
+            kinds={tokens: kinds_by_space[space] for tokens, kinds_by_space in choices.items()},
             forget=request.surfaces,
-            targets=spread,
+            targets=surface_targets,
             retained=[name for name in request.retain if name not in request.targets],
         )
     return problems
 
 
 def token_choices(request: ConceptRequest) -> tuple[str, ...]:
-    """What may make prototypes: the tokens that were asked for, or fewer where these are too dear."""
+    """The token positions that may make prototypes: the requested ones, then fewer if they cost too much."""
     if request.solver == "auto" and request.tokens == "positions":
         return "positions", "last+end"
     return (request.tokens,)
-
-
-def _repeated(names: Sequence[str | None], sizes: Sequence[int]) -> list[str | None]:
-    repeated = []
-    for name, size in zip(names, sizes, strict=True):
-        repeated += [name] * size
-    return repeated
 
 
 def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None) -> Solution:
     """
     Solve a request; changes nothing. `denoiser` is for a pipeline that was loaded without it.
 
-    `auto` looks at features alone. A concept alone is erased exactly. For several it takes the first of these
-    edits that is cheap, which means that ordinary prompts move by at most `CHEAP`: exact with all token
-    positions; exact with the last token and the end token; soft with these two, whatever it costs. Exact is
-    `pinv` or `covariance`, whichever moves ordinary prompts less. A router needs an exact edit (G3), and
-    takes the second whatever it costs.
+    `auto` decides by features alone. A single concept is erased exactly. For several, it takes the first of
+    these edits that moves ordinary prompts by at most `CHEAP`: exact with all token positions; exact with the
+    last token and the end token; soft with these two, whatever it costs. "Exact" is `pinv` or `covariance`,
+    whichever moves ordinary prompts less. A router needs an exact edit (G3), so it takes the second whatever
+    it costs.
 
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
@@ -278,7 +280,7 @@ def _solution(
     passed_over: Sequence[str] = (),
 ) -> Solution:
     """
-    Every space solved with the prototypes of these tokens, each by the solver that moves ordinary prompts
+    Solve every space with the prototypes of these tokens, each by the solver that moves ordinary prompts
     least. Raises `PrototypeError` if no solver has an exact edit of a space.
     """
     remaps, reasons, moved = {}, {}, {}

@@ -1,4 +1,4 @@
-"""A causal text encoder that encodes what prompts begin with once, and no position that nobody wants."""
+"""A causal text encoder that encodes each common beginning of prompts once, and only the wanted positions."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ MASKABLE = ("eager", "sdpa")
 
 class Trees(NamedTuple):
     """
-    Prompts as trees: a node is a token and all that is before it, and prompts that begin alike share nodes.
+    Prompts as trees: a node stands for a token after a given beginning, so prompts that begin alike share
+    nodes.
 
     Args:
         tokens (`Tensor`):
-            `(trees, nodes)`, int64, each node's token; 0 for what fills a tree up.
+            `(trees, nodes)`, int64, each node's token; 0 for filler.
         seen (`Tensor`):
-            `(trees, nodes, nodes)`, bool, what each node sees: itself and what is before it.
+            `(trees, nodes, nodes)`, bool, which nodes each node attends to: itself and those before it.
         places (`Tensor`):
-            `(prompts, positions)`, int64, the node of each position, counted through all trees; −1 where none
-            is wanted.
+            `(prompts, positions)`, int64, the node of each position, numbered through all trees; −1 for
+            positions that are not wanted.
     """
 
     tokens: Tensor
@@ -32,12 +33,15 @@ class Trees(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, wanted: Sequence[int]) -> Trees:
-        """Of rows of tokens `(prompts, positions)`, each so far; a tree has as many nodes as a row."""
+        """
+        Build the trees of the first `wanted` tokens of each row of `ids` `(prompts, positions)`. A tree has
+        as many nodes as a row has positions.
+        """
         size = ids.shape[1]
-        trees: list[dict[tuple[int, int], int]] = []  # (the node before, token) -> node
+        trees: list[dict[tuple[int, int], int]] = []  # (node before, token) -> node
         places = torch.full(ids.shape, -1)
         rows = ids.tolist()
-        # In alphabetical order those which begin alike are together.
+        # 1. Insert the prompts in sorted order, which puts those that begin alike into the same tree.
         for row in sorted(range(len(rows)), key=rows.__getitem__):
             path = rows[row][: wanted[row]]
             if not trees or len(trees[-1]) + _added(trees[-1], path) > size:
@@ -46,6 +50,7 @@ class Trees(NamedTuple):
             for position, token in enumerate(path):
                 node = trees[-1].setdefault((node, token), len(trees[-1]))
                 places[row, position] = (len(trees) - 1) * size + node
+        # 2. A node sees itself and everything that the node before it sees.
         tokens = torch.zeros(len(trees), size, dtype=torch.int64)
         seen = torch.eye(size, dtype=torch.bool).repeat(len(trees), 1, 1)
         for tree, nodes in enumerate(trees):
@@ -70,15 +75,15 @@ class PrefixEncoder(nn.Module):
     """
     Stands in for a pipeline's CLIP text encoder within `encode_prompt`.
 
-    CLIP is causal: a feature depends on the tokens up to its position and on nothing behind it. So prompts
-    that begin alike share features there, and padding costs nothing where it is not wanted. What is computed
-    is what the encoder itself computes, up to rounding.
+    CLIP is causal: a feature depends on the tokens up to its position and on nothing after it. So prompts
+    that begin alike share features there, and padding that is not wanted costs nothing. The results are the
+    encoder's own, up to rounding.
 
     Args:
         encoder (`nn.Module`):
             A `CLIPTextModel` whose attention takes a mask.
         wanted (`Sequence[int]`):
-            For each prompt, how many of its positions are wanted. The features of the others are zero.
+            For each prompt, how many of its first positions are wanted. The features of the others are zero.
     """
 
     def __init__(self, encoder: nn.Module, wanted: Sequence[int]):
@@ -86,23 +91,24 @@ class PrefixEncoder(nn.Module):
         self.encoder, self.wanted = encoder, wanted
 
     def __getattr__(self, name: str) -> Any:
-        """As the encoder: its dtype and device, its hooks, by which a pipeline knows where it runs."""
+        """Forward to the encoder: its dtype, device and hooks tell a pipeline where it runs."""
         own = self.__dict__["_modules"]
         return own[name] if name in own else getattr(own["encoder"], name)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
-        # A mask hides the padding from the padding; flash attention takes none of ours.
+        # Leave padding masks to the encoder itself, and flash attention too, which takes no mask of ours.
         if attention_mask is not None or self.encoder.config._attn_implementation not in MASKABLE:
             return self.encoder(input_ids, attention_mask=attention_mask)
         device, dtype = input_ids.device, self.encoder.dtype
         trees = Trees.of(input_ids, self.wanted)
-        hidden = torch.zeros(trees.seen.shape, dtype=dtype).masked_fill(~trees.seen, torch.finfo(dtype).min)
-        found = self.encoder(
+        mask = torch.zeros(trees.seen.shape, dtype=dtype).masked_fill(~trees.seen, torch.finfo(dtype).min)
+        nodes = self.encoder(
             trees.tokens.to(device),
-            attention_mask=hidden[:, None].to(device),
+            attention_mask=mask[:, None].to(device),
             position_ids=trees.seen.sum(-1).sub(1).to(device),
         )[0]
-        places = trees.places.to(found.device)
-        features = found.new_zeros(*places.shape, found.shape[-1])
-        features[places >= 0] = found.flatten(0, 1)[places[places >= 0]]
+        # Copy each node's feature to every prompt that goes through it.
+        places = trees.places.to(nodes.device)
+        features = nodes.new_zeros(*places.shape, nodes.shape[-1])
+        features[places >= 0] = nodes.flatten(0, 1)[places[places >= 0]]
         return (features,)

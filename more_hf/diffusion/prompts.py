@@ -1,4 +1,4 @@
-"""Prompts that name a concept, and ordinary ones that do not."""
+"""Prompts that name a concept, and ordinary prompts that do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 
-# sentences around a name, of styles and of things
+# sentences around a name, for styles and for things
 TEMPLATES = (
     "{}",
     "{} style",
@@ -28,7 +28,7 @@ TEMPLATES = (
 
 
 def names_in(text: str, name: str) -> bool:
-    """Whether `text` contains `name` as whole words, whatever the case."""
+    """Whether `text` contains `name` as whole words, in upper or lower case."""
     return re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", text.casefold()) is not None
 
 
@@ -41,14 +41,12 @@ def packaged_prompts(file: str) -> tuple[str, ...]:
 
 def everyday_prompts(tokenizer: Callable) -> tuple[str, ...]:
     """
-    The ordinary prompts behind Σ, one of two lists in the package: general prompts or those of the embedded
-    pipeline.
+    The ordinary prompts behind Σ: one of the package's two lists, general prompts or the embedded pipeline's.
 
-    It is the list that the tokenizer cuts into fewer pieces a word, since an encoder knows the words that its
-    tokenizer keeps whole.
+    The list whose words the tokenizer splits into fewer pieces is used, since an encoder knows the words that
+    its tokenizer keeps whole.
     """
-
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
 
     def pieces_per_word(prompts: tuple[str, ...]) -> float:
         pieces = tokenizer(list(prompts), verbose=False).input_ids

@@ -23,11 +23,11 @@ from ..core.views import experts_forced, original_layers_shown, routing_off, run
 from .sites import Denoiser, lora_branches
 
 
-# An exact E sends p_t + c (p_f − p_t) to p_t for every c; a larger one stands out from half precision's
-# rounding.
+# An exact E sends p_t + c (p_f − p_t) to p_t for every c; with a c above 1 the difference stands out from the
+# rounding of half precision.
 SPREAD = 4
-TOLERANCE = {**PROOF_TOLERANCE, torch.bfloat16: 2e-1}  # so that less is allowed to rounding here
-# what an answer of one linear layer may be off by, as a share: rounding of its inputs, weights and sums
+TOLERANCE = {**PROOF_TOLERANCE, torch.bfloat16: 2e-1}  # thanks to SPREAD, less is needed for rounding here
+# the relative error accepted from one linear layer: rounding of its inputs, weights and sums
 LAYER_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 TRIED_EXPERTS = 8
 
@@ -39,60 +39,72 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     Run the real model on forget and target prototypes now, and return a function that runs it again and
     compares.
 
-    The text is a prototype that stays followed by every forget prototype, or by what each is sent to; then,
-    where the model reads a pooled feature, each of its forget prototypes, or what it is sent to, so that each
-    way of the prompt into the model is compared in its own units. The edited model must make of it what the
-    original makes of the text that the remap has moved. The mean expert is tried without the routing hook,
-    since the weights alone must hold it, then up to eight experts with it. A LoRA is switched off: it reads
-    the text next to the edited layers. Each of two denoisers is run, and compared in its own units.
+    The text is a prototype that stays, followed by every forget prototype or by what each is sent to. If the
+    model reads a pooled feature, texts with each pooled forget prototype or its target follow, so that each
+    way of the prompt into the model is compared in its own units. On these texts, the edited model must give
+    what the original gives on the texts as the remap moves them. The mean expert is tried without the routing
+    hook, since the weights alone must hold it; then up to eight experts are tried with it. A LoRA is switched
+    off, because it reads the text next to the edited layers. Two denoisers are both run, each compared in its
+    own units.
     """
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
-    read_text = _reading_text(erasure)
+    text_remaps = _text_remaps(erasure)
     inner = [name for name, site in erasure.sites.items() if site.space not in TEXT_SPACES]
-    modules = denoiser.parts.values()
-
-    def call(module: nn.Module, texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
-        sides = [text for side in zip(*texts, strict=True) for text in side]  # all of one kind, then the next
-        joined = {space: torch.cat([text[space] for text in sides]) for space in sides[0]}
-        with _fed_behind_norms(denoiser, joined):
-            return denoiser.family.call(module, joined).double().flatten(1).chunk(len(texts[0]))
 
     @torch.no_grad()
     def run(before: bool) -> list[Tensor]:
         """Outputs of all rows, `(rows, ...)`, for each kind of text that `proof_by_run` compares."""
-        mean_texts = _texts(read_text, None, before)
-        expert_texts = [_texts(read_text, expert, before) for expert in experts]
+        mean_texts = _texts(text_remaps, None, before)
+        expert_texts = [_texts(text_remaps, expert, before) for expert in experts]
+        modules = denoiser.parts.values()
         with _plain(denoiser), original_layers_shown(erasure, inner):
+            # The weights alone must hold the mean expert ...
             with routing_off(erasure):
-                outputs = [call(module, [mean_texts]) for module in modules]
+                outputs = [_outputs(denoiser, module, [mean_texts]) for module in modules]
+            # ... and with the hook every sample must get its own.
             if expert_texts:
                 rows = len(mean_texts[0]["tokens"])
-                taken = torch.tensor(experts).repeat_interleave(rows).repeat(len(mean_texts))
-                with experts_forced(erasure, taken):
-                    outputs += [call(module, expert_texts) for module in modules]
+                sample_experts = torch.tensor(experts).repeat_interleave(rows).repeat(len(mean_texts))
+                with experts_forced(erasure, sample_experts):
+                    outputs += [_outputs(denoiser, module, expert_texts) for module in modules]
         return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
     prove = proof_by_run(
         run,
         current,
         TOLERANCE[next(iter(erasure.sites.values())).read().dtype],
-        "the model does not read the prompt through the edited layers alone. The edit was rolled back; the "
-        "pipeline is as it was. Take custom attention processors and offloading off "
-        "(`unet.set_default_attn_processor()`), erase, and "
-        "put them back.",
+        "the prompt reaches the model by other ways than the edited layers. The edit was rolled back; the "
+        "pipeline is unchanged. Remove custom attention processors and offloading "
+        "(`unet.set_default_attn_processor()`), erase, and put them back.",
     )
     if not inner:
         return prove
     return lambda: {**prove(), **_prove_layers(denoiser, erasure, inner)}
 
 
+def _outputs(denoiser: Denoiser, module: nn.Module, texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
+    """
+    The flattened outputs of one call on all texts, in one chunk `(rows, ...)` for each kind.
+
+    `texts[e]` are expert e's texts, one of each kind; the batch holds all texts of the first kind, then all
+    of the next.
+    """
+    kinds = len(texts[0])
+    batch = []
+    for kind in range(kinds):
+        batch += [expert_texts[kind] for expert_texts in texts]
+    joined = {space: torch.cat([text[space] for text in batch]) for space in batch[0]}
+    with _fed_behind_norms(denoiser, joined):
+        return denoiser.family.call(module, joined).double().flatten(1).chunk(kinds)
+
+
 @torch.no_grad()
 def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) -> dict[str, float]:
     """
-    One pass of the edited denoiser, in which each of these layers is asked once more for W′ z + b.
+    Run the edited denoiser once, and inside that pass ask each of these layers a second time for W′ z + b.
 
-    A whole pass cannot be fed with activations, since each layer's are made by those before it. What a layer
-    answers inside it, with all that hangs on it, shows whether its edited weight is what is read.
+    A whole pass cannot be fed with chosen activations, since each layer's come from the layers before it. But
+    a layer's answer inside the pass, with everything attached to it, shows whether its edited weight is used.
 
     Returns:
         `dict[str, float]`: `denoiser_off`, the largest ‖answer − (W′ z + b)‖ / ‖W′ z + b‖, and
@@ -105,25 +117,27 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) ->
     changed: dict[str, float] = {}
 
     def ask(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if name in off:  # this is the answer
+        if name in off:  # the call below, or a later one of the pass
             return
         off[name] = 0.0
         remap, z = erasure.remap_of(name), args[0]
-        # what the edit reads most, as long as a prototype, and what it should leave
+        # 1. Ask for the directions that the edit reads, at a prototype's length, and for what it must keep.
         rows = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
         rows = torch.cat([rows, remap.remain.T]).to(z)
         answer = module(rows[None])[0].double()
-        bias, original = erasure.sites[name].read_bias(), erasure.originals[name].to(z.device)
-        edited = remap.merged(original)
-        expected, before = (
-            linear(rows.double(), weight.double(), None if bias is None else bias.to(z.device).double())
-            for weight in (edited, original)
-        )
+        # 2. Compute the same from the original weight and the remap.
+        original = erasure.originals[name].to(z.device)
+        bias = erasure.sites[name].read_bias()
+        if bias is not None:
+            bias = bias.to(z.device).double()
+        expected = linear(rows.double(), remap.merged(original).double(), bias)
+        before = linear(rows.double(), original.double(), bias)
         off[name] = float((answer - expected).norm() / expected.norm())
         changed[name] = float((expected - before).norm() / before.norm())
 
+    # The prompt of the pass is the first prototype of each space, which always stays.
     text = {}
-    for space, remap in _reading_text(erasure).items():
+    for space, remap in _text_remaps(erasure).items():
         stays = remap.prototypes.matrix[:, 0]
         text[space] = stays[None] if space == "pooled" else stays[None, None]
     with _plain(denoiser), routing_off(erasure), unwound() as hooks:
@@ -132,12 +146,12 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) ->
             hooks.callback(module.register_forward_hook(partial(ask, name)).remove)
         denoiser.family.call(denoiser.module, text)
     tolerance = LAYER_TOLERANCE[erasure.sites[names[0]].read().dtype]
-    wrong = [name for name in names if not off.get(name, torch.inf) < tolerance]  # a NaN is wrong, too
+    wrong = [name for name in names if not off.get(name, torch.inf) < tolerance]  # a NaN counts as wrong
     if wrong:
         raise SiteNotFoundError(
             f"The proof by run failed: {len(wrong)} of {len(names)} edited layers inside the denoiser do not "
-            f"answer with their weight (first: `{wrong[0]}`, off by {off.get(wrong[0], torch.inf):.2g}). The "
-            "edit was rolled back; the pipeline is as it was. Take adapters and offloading off, erase, and "
+            f"compute with their weight (first: `{wrong[0]}`, off by {off.get(wrong[0], torch.inf):.2g}). "
+            "The edit was rolled back; the pipeline is unchanged. Remove adapters and offloading, erase, and "
             "put them back."
         )
     return {"denoiser_off": max(off.values()), "denoiser_changed": min(changed.values())}
@@ -145,9 +159,12 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) ->
 
 def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> list[Text]:
     """
-    Rows with all forget prototypes among their tokens `(rows, 1 + f, d)`, then one for each that is pooled
-    `(rows, d')`; the same with their targets. `before` the edit the first, then both as the expert moves
-    them. The other feature of a row is the space's first prototype, which always stays.
+    The texts to run, one of each kind: `[sources, targets]`, or `before` the edit `[sources, moved sources,
+    moved targets]`, moved as the expert does.
+
+    A text is a batch of rows: one with all forget prototypes (or their targets) among its tokens
+    `(rows, 1 + f, d)`, then one for each pooled one `(rows, d')`. The other feature of a row is its space's
+    first prototype, which always stays.
     """
     sources, targets, stays = {}, {}, {}
     for space, remap in remaps.items():
@@ -157,15 +174,15 @@ def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> lis
         stays[space] = remap.prototypes.matrix[:, 0]
     sides = [sources, targets]
     if before:
-        moved = [
-            {space: remaps[space].apply(z, expert) for space, z in side.items()}
-            for side in (sources, targets)
-        ]
+        moved = []
+        for side in sides:
+            moved.append({space: remaps[space].apply(z, expert) for space, z in side.items()})
         sides = [sources, *moved]
     return [_rows(side, stays) for side in sides]
 
 
-def _reading_text(erasure: Erasure) -> dict[str, Remap]:
+def _text_remaps(erasure: Erasure) -> dict[str, Remap]:
+    """The remaps of the spaces that come from the prompt."""
     return {space: remap for space, remap in erasure.remaps.items() if space in TEXT_SPACES}
 
 
@@ -182,7 +199,7 @@ def _rows(features: Text, stays: Text) -> Text:
 
 @contextmanager
 def _fed_behind_norms(denoiser: Denoiser, text: Text) -> Iterator[None]:
-    """Inside the block what comes out of a norm is the given text itself: no norm gives a prototype."""
+    """Inside the block, each norm outputs the given text, since no input of a norm would give a prototype."""
     with unwound() as hooks:
         for space, name in denoiser.family.norms.items():
             hook = partial(_as_output, text[space])
@@ -201,8 +218,8 @@ def _as_output(z: Tensor, module: nn.Module, args: tuple, output: Tensor) -> Ten
 @contextmanager
 def _plain(denoiser: Denoiser) -> Iterator[None]:
     """
-    No dropout, no LoRA, no compilation (the proof's shapes must not make the user's model recompile); as
-    before after.
+    Inside the block there is no dropout, no LoRA and no compilation (the proof's shapes must not make the
+    user's model recompile). Afterwards, everything is as before.
     """
     training = [module for module in denoiser.module.modules() if module.training]
     loras = [(layer, layer.disable_adapters) for layer in lora_branches(denoiser)]

@@ -226,8 +226,8 @@ def test_without_the_pooled_path(families, erased_families, family):
     assert torch.equal(weights(pipe)[f"{name}.weight"], before[f"{name}.weight"])
     assert sorted(more_hf.get_erasure(pipe).sites) == sorted(TOKEN_SITES[family])
     leak = (
-        "the pooled prompt embedding was left as it is: "
-        f"what it says of the concept still enters through `{name}`"
+        "the pooled prompt embedding was left as it is, so what it says about the concept still enters "
+        f"through `{name}`"
     )
     assert leak in more_hf.get_erasure(pipe).to_markdown()
     assert "pooled_rank" not in more_hf.get_erasure(pipe).guarantees
