@@ -1,7 +1,8 @@
-"""Put the committed tables into the READMEs.
+"""Put the committed tables into the READMEs, and that of what can be edited.
 
 `<!-- table: FILE N -->` is followed by the N-th table of that Markdown file, and
-`<!-- table: FILE N only A, B -->` by its rows A and B, in this order.
+`<!-- table: FILE N only A, B -->` by its rows A and B, in this order. `<!-- table: families -->` is followed by
+the families of denoisers that the package knows.
 
     python benchmarks/readme.py
 """
@@ -12,7 +13,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 READMES = [file for file in sorted(ROOT.glob("**/README.md")) if "<!-- table:" in file.read_text("utf-8")]
+FAMILIES_MARKER = re.compile(r"(<!-- table: families -->\n\n)((?:\|.*\n)*)")
+NO_LORA = ("PixArt", "HunyuanImage 2.1")  # diffusers has no `load_lora_weights` for their pipelines
+HEAD = """\
+| family | merge | router | LoRA, peft | LoRA, kohya | push, load |
+|---|:-:|:-:|:-:|:-:|:-:|
+"""
+CLASSIFIERS = "| image classifiers of transformers (timm models: not saved) | ✓ | ✓ | | | ✓ |\n"
 MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))? -->\n\n)((?:\|.*\n)*)")
+
+
+def families_table() -> str:
+    """The families in the registry's order, one row for all that LoRA files are alike of."""
+    from more_hf.diffusion.families import FAMILIES
+
+    rows: dict[str, list[str]] = {}
+    for (denoiser, _), family in FAMILIES.items():
+        # kohya's format has names for UNets alone
+        reads = family.name not in NO_LORA, denoiser.startswith("UNet")
+        marks = " | ".join("✓" if read else "refused" for read in reads)
+        rows.setdefault(f"✓ | ✓ | {marks} | ✓ |", []).append(family.name)
+    lines = [f"| {', '.join(names)} | {marks}\n" for marks, names in rows.items()]
+    return HEAD + "".join(lines) + CLASSIFIERS
 
 
 def filled(text: str) -> str:
@@ -28,6 +50,7 @@ def filled(text: str) -> str:
             lines = [*lines[:2], *(rows[name] for name in names.split(", "))]
         return marker + "\n".join(lines) + "\n"
 
+    text = FAMILIES_MARKER.sub(lambda match: match.group(1) + families_table(), text)
     return MARKER.sub(table, text)
 
 
