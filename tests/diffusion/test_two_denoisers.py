@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
 from support.bare import FORGET, OTHER, TARGET, draw, erase, use_bare_names
@@ -114,6 +115,60 @@ def test_the_proof_sees_that_one_was_missed(pipe, part, router):
     assert more_hf.get_erasure(pipe) is None
     for name in PARTS:
         assert not any(module._forward_pre_hooks for module in getattr(pipe, name).modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(pipe, dtype):
+    pipe.to(dtype)
+    for part in PARTS:
+        model = getattr(pipe, part)
+        for name, module in model.named_modules():  # as `from_pretrained` does
+            if name.split(".")[-1] in model._keep_in_fp32_modules:
+                module.float()
+    before = states(pipe)
+    erasure = more_hf.get_erasure(erase(pipe))
+    assert len(erasure.originals) == 2
+    for part in PARTS:
+        W, found = before[part][f"{LAYER}.weight"], layer_of(pipe, part).weight
+        exact = W.double() + W.double() @ erasure.remap.shift() @ erasure.remap.D_F
+        assert found.dtype == dtype
+        assert torch.equal(found, exact.to(dtype))
+        assert not torch.equal(found, W)
+    more_hf.restore(pipe)
+    assert all(same(getattr(pipe, part), before[part]) for part in PARTS)
+
+
+def enabled(pipe, how):
+    """Both, one after the other, as the pipeline's own call does."""
+    for part in PARTS:
+        how(getattr(pipe, part), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("router", [None, pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("offload", [cpu_offload_with_hook, cpu_offload], ids=["model", "sequential"])
+def test_offloaded(original, pipe, offload, when, router):
+    if when == "before":
+        enabled(pipe, offload)
+    erase(pipe, router=router)
+    if when == "after":
+        enabled(pipe, offload)
+    assert left(pipe, original) < 1e-3
+    with more_hf.disabled(pipe):
+        assert left(pipe, original) == 1
+    more_hf.restore(pipe)
+    assert left(pipe, original) == 1
+
+
+def test_the_weights_that_sequential_offload_holds_are_the_edited_ones(original, pipe):
+    enabled(pipe, cpu_offload)
+    held = [layer_of(pipe, part)._hf_hook.weights_map for part in PARTS]
+    erasure = more_hf.get_erasure(erase(pipe))
+    for part, weights in zip(PARTS, held, strict=True):
+        W = layer_of(original, part).weight.double()
+        exact = (W + W @ erasure.remap.shift() @ erasure.remap.D_F).float()
+        assert torch.equal(weights["weight"], exact)
 
 
 def test_a_later_call_fits_both_again(original, pipe):
