@@ -1,8 +1,8 @@
 """Put the committed tables into the READMEs, and that of what can be edited.
 
 `<!-- table: FILE N -->` is followed by the N-th table of that Markdown file, and
-`<!-- table: FILE N only A, B -->` by its rows A and B, in this order. `<!-- table: families -->` is followed by
-the families of denoisers that the package knows.
+`<!-- table: FILE N only A, B -->` by its rows A and B, in this order. `<!-- table: families -->` is followed
+by the families of denoisers that the package knows.
 
     python benchmarks/readme.py
 """
