@@ -458,8 +458,8 @@ REFUSED = {
     "written, not as features of the prompt",
     "OmniGenTransformer2DModel": "it is a language model itself, in which only the table of token embeddings "
     "reads text alone",
-    "HiDreamImageTransformer2DModel": "it reads every layer of a language model with a layer of its own: "
-    "fifty spaces of features, of which this package knows two",
+    "HiDreamImageTransformer2DModel": "it reads T5, and every layer of a language model with a layer of its "
+    "own: dozens of spaces of token features, laid out by two tokenizers, of which this package knows one",
 }
 # keys of `FAMILIES` that `register_family` added, and may replace
 _REGISTERED: set[tuple[str, None]] = set()

@@ -255,12 +255,19 @@ def _encode_hunyuan_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[s
 
 def _own_template(pipe: DiffusionPipeline) -> Template:
     """The template that the pipeline keeps as an attribute."""
-    if "image" in inspect.signature(pipe.encode_prompt).parameters:
-        raise SiteNotFoundError(
-            f"The text encoder of {type(pipe).__name__} sees a picture before the prompt, so that a name's "
-            "features are others with every picture. Erase from the model's text-to-image pipeline."
-        )
     template = pipe.prompt_template if hasattr(pipe, "prompt_template") else pipe.prompt_template_encode
+    if "image" in inspect.signature(pipe.encode_prompt).parameters:
+        behind = "<|image_pad|>" in template.partition("{}")[2]
+        why = (
+            "behind the prompt, whose tokens then hold the name as well"
+            if behind
+            else "before the prompt, whose tokens go through the edited layer as well, where an edit that is "
+            "fitted on names moves them, too"
+        )
+        raise SiteNotFoundError(
+            f"The text encoder of {type(pipe).__name__} sees a picture {why}. Erase from the model's "
+            "text-to-image pipeline."
+        )
     return Template(*template.split("{}"), pipe.prompt_template_encode_start_idx)
 
 

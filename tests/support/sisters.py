@@ -221,7 +221,8 @@ SISTERS = {
     ),
 }
 # pipelines that an edit of the denoiser would not be enough for, and why
-SEES = "sees a picture before the prompt"
+SEES = "sees a picture before the prompt, whose tokens go through the edited layer"
+BEHIND = "sees a picture behind the prompt, whose tokens then hold the name"
 ALSO = "also reads the prompt"
 QWEN = controlnet(QwenImageControlNetModel)
 REFUSED = [
@@ -230,7 +231,7 @@ REFUSED = [
     (Sister("qwen-image", QwenImageEditPlusPipeline, {}), SEES),
     (Sister("qwen-image", QwenImageControlNetPipeline, {}, parts=QWEN), ALSO),
     (Sister("qwen-image", QwenImageControlNetInpaintPipeline, {}, parts=QWEN), ALSO),
-    (Sister("kandinsky-5", Kandinsky5I2IPipeline, {}), SEES),
+    (Sister("kandinsky-5", Kandinsky5I2IPipeline, {}), BEHIND),
     (Sister("sana", SanaControlNetPipeline, {}, parts=controlnet(SanaControlNetModel)), ALSO),
     (Sister("z-image", ZImageControlNetPipeline, {}, parts=Z_IMAGE), ALSO),
     (Sister("z-image", ZImageControlNetInpaintPipeline, {}, parts=Z_IMAGE_INPAINT), ALSO),
