@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 # arguments of `erase_concept` that need no denoiser
-TAKEN = ("remap_to", "retain", "num_experts", "solver", "tokens", "seed")
+TAKEN = ("remap_to", "retain", "num_experts", "solver", "tokens", "softness", "seed")
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,14 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="only the layers that read the prompt (name), or also those inside the denoiser (denoiser), by "
         "what they read while it draws pictures of the concept",
     )
+    add(
+        "--softness",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="of `--solver soft` and inside the denoiser: the smaller, the more is forgotten and the more "
+        "the rest moves (1)",
+    )
     add("--steps", type=positive, metavar="N", help="steps for these pictures (the pipeline's own)")
     add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")
     add("--seed", type=int, default=0, help="draws the experts' targets, and the pictures' noise (0)")
@@ -119,6 +127,7 @@ def read_request(args: argparse.Namespace, *, router: str | None = None) -> Requ
         "router": router,
         "solver": args.solver,
         "reach": args.reach,
+        "softness": args.softness,
         "sampling": _sampling(args),
         "seed": args.seed,
     }

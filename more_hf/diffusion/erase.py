@@ -56,6 +56,7 @@ def erase_concept(
     tokens: str = "positions",
     pooled: bool = True,
     reach: str = "name",
+    softness: float = 1.0,
     sampling: Mapping[str, int | float | bool | str] | None = None,
     keep_originals: bool = True,
     seed: int = 0,
@@ -105,9 +106,11 @@ def erase_concept(
             learns another word for the concept from pictures finds it again. `"denoiser"` also edits every
             linear layer of the denoiser's blocks, by what these read of pictures that the original draws: of
             the concept, of its targets, of retained names and of ordinary prompts. That is a regression,
-            exact in nothing, and dearer for other pictures (`benchmarks/artists/reach`); three styles of the
-            embedded pipeline came back in 17 % of the pictures after 150 steps of inversion, in 72 % with
-            `"name"`, a thing in 91 % and 100 % (`benchmarks/attacks/pictures/reach`).
+            exact in nothing, and dearer for other pictures: what a learned word still finds, and what it
+            costs, is in `benchmarks/attacks/pictures/reach`.
+        softness (`float`, *optional*, defaults to 1.0):
+            Of `"soft"` and inside the denoiser: how much leaving ordinary features alone weighs against
+            moving forgotten ones. Smaller forgets more, larger spares more.
         sampling (`Mapping[str, int | float | bool | str]`, *optional*):
             Arguments of the pipeline's call with which those pictures are drawn, such as
             `{"num_inference_steps": 20}`. Fewer steps and smaller pictures are faster.
@@ -150,6 +153,7 @@ def erase_concept(
         tokens=tokens,
         pooled=pooled,
         reach=reach,
+        softness=softness,
         sampling=sampling or {},
         seed=seed,
     )
@@ -161,7 +165,7 @@ def erase(
 ) -> DiffusionPipeline:
     """
     `erase_concept` for a request, which also sets what research varies: templates, everyday prompts,
-    shrinkage, softness.
+    shrinkage.
 
     Example:
 

@@ -35,7 +35,10 @@ class ConceptErasure(Erasure):
             inside = [space for space in facts.spaces.values() if space not in TEXT_SPACES]
             sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
             pictures = f"{request.pictures} pictures of each name" + (f" ({sampling})" if sampling else "")
-            yield "reach", f"{len(inside)} of these inside the denoiser, by {pictures}"
+            yield (
+                "reach",
+                f"{len(inside)} of these inside the denoiser, by {pictures}, softness {request.softness:g}",
+            )
         yield "router", request.router or "none: the mean expert is in the weights"
         yield "condition number of P", f"{facts.condition_number:.1f}"
         yield from measured_rows(self.guarantees, self.proof)

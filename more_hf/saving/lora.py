@@ -134,6 +134,7 @@ def erase_to_lora(
     solver: str = "auto",
     tokens: str = "positions",
     pooled: bool = True,
+    softness: float = 1.0,
     seed: int = 0,
     format: str = "peft",
     dtype: torch.dtype = torch.float16,
@@ -156,7 +157,7 @@ def erase_to_lora(
             As in [`erase_concept`].
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             As in [`erase_concept`].
-        retain, num_experts, solver, tokens, pooled, seed:
+        retain, num_experts, solver, tokens, pooled, softness, seed:
             As in [`erase_concept`].
         format (`str`, *optional*, defaults to `"peft"`):
             As in [`save_lora`].
@@ -187,6 +188,7 @@ def erase_to_lora(
         solver=solver,
         tokens=tokens,
         pooled=pooled,
+        softness=softness,
         seed=seed,
     )
     check_names(request)

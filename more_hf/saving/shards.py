@@ -122,6 +122,7 @@ def erase_to_folder(
     solver: str = "auto",
     tokens: str = "positions",
     pooled: bool = True,
+    softness: float = 1.0,
     seed: int = 0,
     include_delta: bool = False,
     device: torch.device | str = "cpu",
@@ -142,7 +143,7 @@ def erase_to_folder(
             As in [`erase_concept`].
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             As in [`erase_concept`].
-        retain, num_experts, router, solver, tokens, pooled, seed:
+        retain, num_experts, router, solver, tokens, pooled, softness, seed:
             As in [`erase_concept`].
         include_delta (`bool`, *optional*, defaults to `False`):
             As in [`save`].
@@ -174,6 +175,7 @@ def erase_to_folder(
         solver=solver,
         tokens=tokens,
         pooled=pooled,
+        softness=softness,
         seed=seed,
     )
     check_names(request)

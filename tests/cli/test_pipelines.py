@@ -134,9 +134,10 @@ def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
     ]
     argv += [str(tmp_path / "erased"), "--steps", "2", "--guidance", "2.5"]
     assert "Leave `--steps` and `--guidance` out" in failure(*argv)
-    assert main([*argv, "--reach", "denoiser"]) == 0
+    assert main([*argv, "--reach", "denoiser", "--softness", "0.5"]) == 0
     request = more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request
     assert request.reach == "denoiser"
+    assert request.softness == 0.5
     assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 2.5}
 
 
@@ -175,7 +176,7 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: "facts", raising=False)
     argv = "erase --concept Noto crab --alias Noto=noto-emoji --remap-to none --retain pizza --num-experts 2 "
     argv += "--router hash --include_delta --solver covariance --tokens positions --seed=4 --dtype bfloat16"
-    argv += " --device cpu --reach denoiser --steps 10"
+    argv += " --device cpu --reach denoiser --softness 2 --steps 10"
     assert main([*argv.split(), "--model", "emoji-sd", "--output", str(tmp_path / "out")]) == 0
     assert str(seen.pop("dtype")) == "torch.bfloat16"
     assert seen == {
@@ -187,6 +188,7 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
         "solver": "covariance",
         "tokens": "positions",
         "reach": "denoiser",
+        "softness": 2.0,
         "sampling": {"num_inference_steps": 10},
         "seed": 4,
         "device": "cpu",

@@ -46,6 +46,21 @@ def test_the_softer_edit_moves_ordinary_prompts_less(tiny_sd, soft):
     assert 0 < moved[0] < moved[1]
 
 
+def test_softness_is_a_dial(tiny_sd, soft):
+    """The larger, the less ordinary prompts move and the more of the way is left."""
+    options = {"solver": "soft", "tokens": "last+end", "softness": 4.0, **OPTIONS}
+    softer = more_hf.erase_concept(tiny_sd(), NAMES, **options)
+    one, four = (more_hf.get_erasure(pipe).guarantees for pipe in (soft, softer))
+    assert 0 < four["ordinary_moved"] < 0.9 * one["ordinary_moved"]
+    assert four["way_left"] > 1.1 * one["way_left"]
+
+
+@pytest.mark.parametrize("softness", [-1, "much", True, float("nan")])
+def test_a_softness_that_is_none(tiny_sd, softness):
+    with pytest.raises(more_hf.PrototypeError, match="`softness` must be a number from 0 to 1000"):
+        more_hf.erase_concept(tiny_sd(), NAMES, softness=softness, **OPTIONS)
+
+
 def test_a_router_stays_exact(tiny_sd):
     pipe = more_hf.erase_concept(
         tiny_sd(), NAMES[:3], remap_to=["claude monet", "andy warhol"], router="random"

@@ -11,10 +11,9 @@ from diffusers import DiffusionPipeline
 
 import more_hf
 
-from ....core.request import ConceptRequest
 from ....data import EMOJI_ARTISTS, FOLDER
 from ....diffusion.aliases import find_aliases
-from ....diffusion.erase import erase, erase_concept
+from ....diffusion.erase import erase_concept
 from .roles import Concepts, name_roles
 
 
@@ -43,15 +42,15 @@ def more_denoiser(
         `PrototypeError`, `SiteNotFoundError`, `AlreadyErasedError`: as `erase_concept` does.
     """
     sampling = {"num_inference_steps": sampling_steps, "guidance_scale": guidance}
-    request = ConceptRequest.of(
+    return erase_concept(
+        pipe,
         concepts,
         remap_to=remap_to,
         retain=retain,
         reach="denoiser",
-        sampling=sampling,
         softness=softness,
+        sampling=sampling,
     )
-    return erase(pipe, request)
 
 
 more_denoiser_soft = partial(more_denoiser, softness=4.0)
