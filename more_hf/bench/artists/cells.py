@@ -1,8 +1,8 @@
 """
-Where a benchmark keeps its pictures: one folder per cell (a method and an erasure), one picture and one JSON
-per case.
+Where a benchmark keeps its pictures: one folder per cell (a method and an erasure), with a picture and a JSON
+file per case.
 
-Files are written atomically, and a case counts only once its JSON is there, so any number of processes may
+Files are written atomically, and a case counts only once its JSON file exists, so any number of processes may
 write and be killed at any point.
 """
 
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on one picture: distances to the original's by name, and what the judges said."""
+    """The measurements of one picture: distances to the original's by name, and what the judges see."""
 
     distances: Mapping[str, float]
     style: str | None
@@ -57,13 +57,13 @@ class Measured:
 
 class Cell:
     """
-    The folder of one method and erasure. It is named by a hash of everything that its pictures depend on.
+    The folder of one method and erasure, named by a hash of everything that its pictures depend on.
     """
 
     def __init__(self, output: Path, config: ArtistsConfig, method: str, forget: str):
         self.method, self.forget = method, forget
         if method == ORIGINAL:
-            # The original's pictures are the same whatever is erased, so all erasures share them.
+            # The original's pictures do not depend on what is erased, so all erasures share them.
             determining = [asdict(config.generation)]
         else:
             determining = config.determining(method, forget)
@@ -73,11 +73,11 @@ class Cell:
         return self.folder / f"{case_name}.png"
 
     def missing(self, cases: Iterable[Case]) -> list[Case]:
-        """The cases that are not done."""
+        """The cases that have no measurements yet."""
         return [case for case in cases if not (self.folder / f"{case.name}.json").is_file()]
 
     def write(self, case: Case, image: Tensor, measured: Measured) -> None:
-        """Write a picture, then what was measured on it; from then on the case counts."""
+        """Write a picture, then its measurements; from then on the case counts."""
         with replacing(self.picture(case.name)) as draft:
             to_pil(image).save(draft, "png")
         facts = {
@@ -96,18 +96,18 @@ class Cell:
         return torch.stack([read_image(self.picture(case.name)) for case in cases])
 
     def write_prepared(self, facts: Mapping[str, Any]) -> None:
-        """Write what the erasure cost; the first time stays."""
+        """Write the cost of the erasure, unless it was written before."""
         path = self.folder / PREPARED
         if not path.is_file():
             write_text(path, json.dumps(facts, indent=1))
 
     def prepared(self) -> dict[str, Any]:
-        """What the erasure cost; empty if it is not known."""
+        """The cost of the erasure; empty if unknown."""
         path = self.folder / PREPARED
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
     def measurements(self) -> dict[str, dict[str, Any]]:
-        """What was measured, by case name, in the order of case and sample."""
+        """The measurements by case name, in the order of case and sample."""
         done = [json.loads(path.read_text("utf-8")) for path in self.folder.glob("[0-9]*_*.json")]
         done.sort(key=lambda facts: (facts["case_number"], facts["sample"]))
         return {f"{facts['case_number']}_{facts['sample']}": facts for facts in done}
@@ -115,51 +115,65 @@ class Cell:
 
 def collect_rows(output: Path, config: ArtistsConfig) -> list[Row]:
     """Every completed row, one per image and method, from the JSON files."""
-    rows = []
     original = Cell(output, config, ORIGINAL, "")
     before = original.measurements()
+    rows = []
     for method in config.methods:
         for forget in config.forget:
-            cell, erasure = Cell(output, config, method, forget), config.forget[forget]
-            arguments, prepared = config.arguments(method, forget), cell.prepared()
-            measurements = before if method == ORIGINAL else cell.measurements()
-            retain = SEPARATOR.join(arguments.retain)
-            if erasure.names is not None:
-                retain = f"{len(arguments.retain)} names"
-            for name, after in measurements.items():
-                # The original's folder has the pictures and the further seeds of every erasure.
-                if after["sample"] and after[config.of_kind.one] not in erasure.forgotten(forget):
-                    continue
-                if erasure.cases is not None and after["case_number"] not in erasure.cases:
-                    continue
-                rows.append(
-                    Row(
-                        method=method,
-                        forget=forget,
-                        remap_to=SEPARATOR.join(arguments.remap_to or ["none"]),
-                        retain=retain,
-                        case_number=after["case_number"],
-                        sample=after["sample"],
-                        evaluation_seed=after["evaluation_seed"],
-                        artist=after["artist"],
-                        thing=after["thing"],
-                        group=after["group"],
-                        prompt=after["prompt"],
-                        lpips=after["lpips"],
-                        lpips_64=after["lpips_64"],
-                        lpips_64_rece=after["lpips_64_rece"],
-                        style_before=before[name]["style"] or "",
-                        style_after=after["style"] or "",
-                        content_before=before[name]["content"],
-                        content_after=after["content"],
-                        seconds=after["seconds"],
-                        seconds_prepare=prepared.get("seconds_prepare"),
-                        peak_memory=prepared.get("peak_memory"),
-                        before=f"{original.folder.name}/{name}.png",
-                        after=f"{cell.folder.name}/{name}.png",
-                        level=after.get("level", ""),  # which cells did not always say
-                        kind=config.of_kind,
-                        erasure=erasure,
-                    )
-                )
+            cell = Cell(output, config, method, forget)
+            after = before if method == ORIGINAL else cell.measurements()
+            rows += _rows_of(cell, config, original, before, after)
+    return rows
+
+
+def _rows_of(
+    cell: Cell,
+    config: ArtistsConfig,
+    original: Cell,
+    before: Mapping[str, Mapping[str, Any]],
+    after: Mapping[str, Mapping[str, Any]],
+) -> list[Row]:
+    """The rows of one cell, from the measurements of the original's pictures and of its own, by case name."""
+    erasure = config.forget[cell.forget]
+    arguments, prepared = config.arguments(cell.method, cell.forget), cell.prepared()
+    retain = SEPARATOR.join(arguments.retain)
+    if erasure.names is not None:
+        retain = f"{len(arguments.retain)} names"
+    rows = []
+    for name, measured in after.items():
+        # The original's folder holds the cases and further seeds of every erasure, not only of this one.
+        if measured["sample"] and measured[config.of_kind.one] not in erasure.forgotten(cell.forget):
+            continue
+        if erasure.cases is not None and measured["case_number"] not in erasure.cases:
+            continue
+        rows.append(
+            Row(
+                method=cell.method,
+                forget=cell.forget,
+                remap_to=SEPARATOR.join(arguments.remap_to or ["none"]),
+                retain=retain,
+                case_number=measured["case_number"],
+                sample=measured["sample"],
+                evaluation_seed=measured["evaluation_seed"],
+                artist=measured["artist"],
+                thing=measured["thing"],
+                group=measured["group"],
+                prompt=measured["prompt"],
+                lpips=measured["lpips"],
+                lpips_64=measured["lpips_64"],
+                lpips_64_rece=measured["lpips_64_rece"],
+                style_before=before[name]["style"] or "",
+                style_after=measured["style"] or "",
+                content_before=before[name]["content"],
+                content_after=measured["content"],
+                seconds=measured["seconds"],
+                seconds_prepare=prepared.get("seconds_prepare"),
+                peak_memory=prepared.get("peak_memory"),
+                before=f"{original.folder.name}/{name}.png",
+                after=f"{cell.folder.name}/{name}.png",
+                level=measured.get("level", ""),  # missing in older cells
+                kind=config.of_kind,
+                erasure=erasure,
+            )
+        )
     return rows

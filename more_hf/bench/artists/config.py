@@ -1,6 +1,5 @@
 """
-The configuration of a benchmark of artists: what generated its pictures, its methods, and what they were
-given.
+The configuration of a benchmark of artists: how its pictures were generated, its methods and their arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from ..run import BenchmarkConfig
 from .kinds import ARTISTS, KINDS, Kind
 
 
-JOINT = "+"  # between the names in an entry of `forget` that are erased in one call
+JOINT = "+"  # joins the names in an entry of `forget` that are erased in one call
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,11 @@ class Generation:
 
     Attributes:
         more_hf (`str`):
-            Version.
+            The version of more_hf.
         weights (`str`):
             sha256 of the pipeline's weights.
         scheduler (`Mapping[str, Any]`):
-            Its class and settings.
+            The scheduler's class and settings.
         steps, guidance, dtype, device:
             As in [`~more_hf.bench.artists.run.run_artists`].
         prompts, prompts_sha256 (`str`):
@@ -49,7 +48,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class MethodArguments:
-    """The names that one method is given for one erasure: its targets, and what to keep besides them."""
+    """The names that one method gets for one erasure: its targets, and the names to keep besides them."""
 
     remap_to: list[str] | None
     retain: list[str]
@@ -68,9 +67,9 @@ class Erasure:
         retain (`list[str]`):
             Names to keep.
         names (`list[str]`, *optional*):
-            What is forgotten, where the entry only says how the set is called.
+            The forgotten names, if the entry is only a label for them.
         settings (`Mapping[str, Mapping[str, Any]]`, *optional*):
-            Method to settings of this erasure that are not the method's everywhere.
+            Method -> settings that it has for this erasure only.
         cases (`list[int]`, *optional*):
             The case numbers of its prompts; `None` for all.
     """
@@ -88,7 +87,7 @@ class Erasure:
 
     def arguments(self, method: str, forget: str) -> MethodArguments:
         """
-        Choose what a method is given.
+        Choose the names that a method gets.
 
         Raises:
             BenchmarkError: if the method takes several targets and there are none.
@@ -104,7 +103,7 @@ class Erasure:
 
     @property
     def target_text(self) -> str:
-        """The targets for a reader."""
+        """The targets as text."""
         return ", ".join(self.remap_to or ["nothing"])
 
 

@@ -1,4 +1,4 @@
-"""What an erasure did to the pictures, in one sentence of plain words."""
+"""Say in one plain sentence what an erasure did to the pictures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .ranking import CONTENT_KEPT, STYLE_GONE, RankedMethod, contenders
 from .summary import POOLED
 
 
-# Distances below which nobody sees a change, and below which one has to look for it. A picture of 64 pixels
-# that is shifted by one pixel has 0.02.
+# LPIPS below which nobody sees a change, and below which one has to look for it. Shifting a picture of 64
+# pixels by one pixel gives 0.02.
 UNSEEN, SLIGHT = 0.01, 0.05
 
 
@@ -26,15 +26,15 @@ class Finding:
 
     Args:
         forgotten (`str`):
-            What was erased, names that were erased together joined by `JOINT`.
+            The erased name; names that were erased together are joined by `JOINT`.
         gone_before, gone_after (`float`, *optional*):
-            Percent of its pictures in which it is recognised; `None` if nobody judged.
+            Percent of its pictures in which it is recognised; `None` without judges.
         kept_before, kept_after (`float`, *optional*):
-            Percent of its pictures that show what else was asked for.
+            Percent of its pictures that show what else the prompt asks for.
         lpips_f, lpips_r (`float`, *optional*):
             How far its pictures moved, and those of the others.
         kind (`Kind`, *optional*, defaults to `ARTISTS`):
-            What is forgotten.
+            The kind of concept.
     """
 
     forgotten: str
@@ -79,7 +79,7 @@ class Finding:
 
 
 def spelt(forgotten: str) -> str:
-    """Names that were erased together, as a sentence lists them."""
+    """Names that were erased together, listed as in a sentence."""
     *others, last = forgotten.split(JOINT)
     return f"{', '.join(others)} and {last}" if others else last
 
@@ -98,8 +98,8 @@ def finding(
     summary: Sequence[Mapping[str, Any]], ranking: Sequence[RankedMethod], kind: Kind = ARTISTS
 ) -> str:
     """
-    Say what the first method of the ranking did, or without a ranking the first that is no control: over all
-    erasures of a single name if there are several, else each erasure.
+    Say what the first method of the ranking did (without a ranking, the first method that is not a control):
+    over all erasures of a single name if there are several, else for each erasure.
     """
     methods = [line.method for line in ranking] or contenders(line["method"] for line in summary)
     if not methods:

@@ -28,10 +28,10 @@ EXPLANATION = (
 )
 FIRST = 3  # rows above the tables: the forgotten artist's first prompt, then other artists'
 
-# Rows of the forgotten artist, and of each other artist: the first choice that fits into `BUDGET` is taken.
+# Rows of the forgotten artist and of each other artist; the page takes the first choice that fits `BUDGET`.
 CHOICES = ((20, 20), (20, 6), (20, 3), (10, 3), (10, 2), (5, 1), (2, 1))
 
-Options = list[tuple[str, str]]  # of a menu: value and text
+Options = list[tuple[str, str]]  # a menu's values and texts
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class GalleryRow:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What `gallery.html.jinja` shows: `first` above the tables, and `rows` below them with filters."""
+    """The content of `gallery.html.jinja`: `first` above the tables, and `rows` below them with filters."""
 
     first: Sequence[GalleryRow]
     rows: Sequence[GalleryRow]
@@ -110,8 +110,8 @@ def write_report(
     tables: Sequence[Section],
 ) -> None:
     """
-    Write the page: the finding, some pictures, the tables, how it was made, and more pictures. These are as
-    many rows of each artist as keep the pictures below `BUDGET`; the page says how many.
+    Write the page: the finding, some pictures, the tables, how it was made, and more pictures: as many rows
+    of each artist as fit into `BUDGET`. The page says how many.
     """
     prompts, methods, uris = _prompts(rows), methods_of(rows), _Uris(images)
     for own, other in CHOICES:
@@ -153,7 +153,7 @@ def write_report(
 
 
 def _prompts(rows: Sequence[Row]) -> list[Prompt]:
-    """The rows of all methods together; of each erasure the forgotten artist's first."""
+    """The rows of all methods together; within each erasure, the forgotten artist's come first."""
     by_case: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         by_case.setdefault(row.case, {})[row.method] = row
@@ -163,7 +163,7 @@ def _prompts(rows: Sequence[Row]) -> list[Prompt]:
 
 
 def _first(prompts: Sequence[Prompt], own: int, other: int) -> list[Prompt]:
-    """Of each erasure the first `own` prompts of the forgotten artists, and `other` of each other artist."""
+    """For each erasure, the first `own` prompts of each forgotten artist and `other` of each other artist."""
     seen: Counter[tuple[str, str]] = Counter()
     first = []
     for prompt in prompts:
@@ -175,7 +175,7 @@ def _first(prompts: Sequence[Prompt], own: int, other: int) -> list[Prompt]:
 
 
 def _first_of_each(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Of the first erasure, the first prompt of each of some artists, the forgotten one first."""
+    """From the first erasure, the first prompt of a few artists, starting with the forgotten one."""
     erased = [prompt for prompt in prompts if prompt.first.forget == prompts[0].first.forget]
     return _first(erased, 1, 1)[:FIRST]
 
@@ -229,7 +229,7 @@ def _gallery_row(prompt: Prompt, methods: Sequence[str], uris: _Uris) -> Gallery
 
 
 def _judged(row: Row, when: When) -> list[str]:
-    """What the judges say of a picture, in plain words."""
+    """What the judges see in a picture, in plain words."""
     style, content = row.judged(when)
     judged = [f"taken for {style}"] if style else []
     if content is not None:

@@ -27,8 +27,8 @@ def generate(
     desc: str | None = None,
 ) -> torch.Tensor:
     """
-    Generate one image per prompt. The noise of a row, and the experts that a router draws for it, depend on
-    the row's own seed only, not on the batch size, the other rows, or the device.
+    Generate one image per prompt. Its noise, and the experts that a router draws for it, depend only on its
+    own seed, not on the batch size, the other images or the device.
 
     Args:
         pipe ([`~diffusers.DiffusionPipeline`]):
@@ -40,20 +40,20 @@ def generate(
         steps (`int`):
             Number of denoising steps.
         guidance (`float`):
-            Scale of classifier-free guidance; 1 is none.
+            Scale of classifier-free guidance; 1 switches it off.
         batch_size (`int`, *optional*, defaults to 16):
             Images per call of the pipeline.
         pictures (`Sequence[str]`, *optional*):
-            For a pipeline with an IP-Adapter the file of one picture per prompt, empty for a prompt alone:
-            the adapter then reads what it reads without the prompt, too. Defaults to none.
+            For a pipeline with an IP-Adapter, one picture file per prompt, or an empty name for a prompt
+            alone, for which the adapter gets its unconditional input. Defaults to prompts alone.
         desc (`str`, *optional*):
-            Text before the progress bar. If the pipeline's own bar is disabled, none is shown here either.
+            Text in front of the progress bar, which is shown unless the pipeline's own bar is disabled.
 
     Returns:
         `torch.Tensor`: uint8 of shape `(n, 3, H, W)`, on the CPU.
 
     Raises:
-        ValueError: if there are no prompts, or not as many seeds as prompts.
+        ValueError: there are no prompts, or not as many seeds as prompts.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(
@@ -63,7 +63,7 @@ def generate(
     is_routed = erasure is not None and erasure.router is not None
     has_adapter, picture = takes_pictures(pipe), {}
     if has_adapter:
-        batch_size = 1  # of a batch diffusers gives every prompt the same pictures
+        batch_size = 1  # diffusers would give all prompts of a batch the same pictures
 
     images = []
     with _no_inner_bar(pipe) as hidden:
@@ -88,14 +88,14 @@ def generate(
 
 
 def takes_pictures(pipe) -> bool:
-    """Whether the pipeline has an IP-Adapter, which wants a picture with every prompt."""
+    """Whether the pipeline has an IP-Adapter, which needs a picture with every prompt."""
     unet = getattr(pipe, "unet", None)
     return unet is not None and getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
 
 
 @torch.no_grad()
 def _read_picture(pipe, file: str, guidance: float) -> dict[str, list[Tensor]]:
-    """What each adapter reads of a picture, `(2, 1, …)`: first the half of guidance without the prompt."""
+    """Each adapter's embedding of a picture, `(2, 1, …)`: the unconditional half of guidance comes first."""
     picture = Image.open(file).convert("RGB") if file else Image.new("RGB", (8, 8))
     embeddings = []
     for adapter in pipe.unet.encoder_hid_proj.image_projection_layers:
@@ -109,7 +109,7 @@ def _read_picture(pipe, file: str, guidance: float) -> dict[str, list[Tensor]]:
 @contextlib.contextmanager
 def _no_inner_bar(pipe):
     """
-    Disable the pipeline's bar over steps; yield whether its user had disabled it, and put the setting back.
+    Disable the pipeline's bar over steps inside the block; yield whether its user had disabled it.
     """
     config = progress_bar_config(pipe)
     pipe.set_progress_bar_config(**{**config, "disable": True})

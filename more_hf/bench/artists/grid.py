@@ -15,9 +15,9 @@ from ...diffusion.grid import draw_grid, stack
 from .rows import ORIGINAL, Row
 
 
-# of `grid.png`: pictures in a strip, pixels of one
+# `grid.png`: pictures in a strip, and their side in pixels
 GRID_COLUMNS, GRID_SIDE = 10, 128
-# of `methods.png`: pictures in a strip, pixels of one, pictures in all
+# `methods.png`: pictures in a strip, their side in pixels, and the most pictures in all
 METHODS_COLUMNS, METHODS_SIDE, METHODS_MOST = 8, 160, 64
 
 
@@ -32,7 +32,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def write_grid(path: Path, images: Path, rows: Sequence[Row]) -> None:
-    """Draw one strip per erasure: before above every method, the forgotten artists' pictures first."""
+    """Draw a block per erasure: a row before and one per method, the forgotten artists' pictures first."""
     sheets = []
     for forget, erased in _by_erasure(rows).items():
         if shown := _shown([row for row in erased if row.method == rows[0].method]):
@@ -43,8 +43,8 @@ def write_grid(path: Path, images: Path, rows: Sequence[Row]) -> None:
 
 def write_words(path: Path, images: Path, rows: Sequence[Row]) -> None:
     """
-    Draw one strip per erasure, before above every method: what is forgotten, asked for at each level of the
-    prompts. Nothing if they have no levels.
+    Draw a block per erasure, a row before and one per method: the forgotten concept at each level of the
+    prompts. Draw nothing if they have no levels.
     """
     sheets = []
     for forget, erased in _by_erasure(rows).items():
@@ -59,10 +59,10 @@ def write_words(path: Path, images: Path, rows: Sequence[Row]) -> None:
 
 def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
     """
-    Draw one strip per erasure: the original's picture and every method's of one prompt, in the layout of the
-    paper's Fig. 4, and what the original draws for the target if a prompt of the target has the same thing.
-    The prompt is the first of the file that names the forgotten artist, whatever came out. If
-    many methods meet many erasures, only the first erasures are drawn.
+    Draw one strip per erasure in the layout of the paper's Fig. 4: the original's picture of one prompt and
+    every method's, and the original's picture of the target if a prompt of the target has the same thing. The
+    prompt is always the file's first that names the forgotten artist. If there are many methods and erasures,
+    only the first erasures are drawn.
     """
     sheets = []
     methods = methods_of(rows)
@@ -78,21 +78,16 @@ def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
             strip.insert(1, (f"target, {target.artist}", target.before))
         title = f"{forget} erased, target {first.remap_to}: “{first.prompt}”"
         for start in range(0, len(strip), METHODS_COLUMNS):
-            part = strip[start : start + METHODS_COLUMNS]
-            sheets.append(
-                draw_grid(
-                    {"": _thumbnails(images, [name for _, name in part], METHODS_SIDE)},
-                    column_labels=[method for method, _ in part],
-                    title=title if start == 0 else "",
-                )
-            )
+            labels, names = zip(*strip[start : start + METHODS_COLUMNS], strict=True)
+            pictures = {"": _thumbnails(images, names, METHODS_SIDE)}
+            sheets.append(draw_grid(pictures, column_labels=labels, title=title if start == 0 else ""))
     _save(sheets, path)
 
 
 def _strips(
     images: Path, erased: Sequence[Row], shown: Sequence[Row], labels: Sequence[str], title: str
 ) -> Image.Image:
-    """The pictures of some rows of an erasure, before above every method."""
+    """The pictures of some rows of an erasure: a row before and one per method."""
     after = {(row.method, row.before): row.after for row in erased}
     strips = {"before": [row.before for row in shown]}
     for method in methods_of(erased):
@@ -102,12 +97,12 @@ def _strips(
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
-    """The methods of rows without the original, in their order."""
+    """The methods of the rows, in order and without the original."""
     return [method for method in dict.fromkeys(row.method for row in rows) if method != ORIGINAL]
 
 
 def _target_of(row: Row, erased: Sequence[Row]) -> Row | None:
-    """A row of the target with the same thing as `row`, from other noise; `None` if there is none."""
+    """A row of the target with the same thing as `row`, from different noise; `None` if there is none."""
     same_thing = (other for other in erased if other.artist == row.remap_to and other.thing == row.thing)
     return next(same_thing, None) if row.thing else None
 
@@ -123,7 +118,7 @@ def _shown(rows: Sequence[Row]) -> list[Row]:
     """The forgotten artists' first prompts, one of some others, and one without an artist."""
     own = [row for row in rows if row.is_forgotten and row.sample == 0][: GRID_COLUMNS // 2]
     others: dict[str, Row] = {}
-    # Every third row: the things differ from one artist to the next.
+    # Every third row, so that the things differ from one artist to the next.
     for row in [row for row in rows if not row.is_forgotten][::3]:
         others.setdefault(row.artist, row)
     without_artist = [others.pop("")] if "" in others else []
@@ -132,7 +127,7 @@ def _shown(rows: Sequence[Row]) -> list[Row]:
 
 
 def _thumbnails(images: Path, names: Sequence[str | None], side: int) -> list[Image.Image]:
-    """Pictures of `side` times `side` pixels; white where there is none yet."""
+    """Pictures of `side` by `side` pixels, white where one is missing."""
     thumbnails = []
     for name in names:
         picture = Image.new("RGB", (1, 1), "white") if name is None else Image.open(images / name)

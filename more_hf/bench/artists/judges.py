@@ -1,11 +1,12 @@
 """
-Judges of what a picture shows: is the style still recognised, is the thing still there? LPIPS cannot tell;
-noise scores best on it.
+Judge what a picture shows: is the style still recognised, is the thing still there? LPIPS cannot tell: noise
+would score best.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -27,25 +28,25 @@ CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class JudgeError(MoreError, ValueError):
-    """A judge does not know a name that it is asked about, or its model cannot be loaded."""
+    """A judge does not know a name it is asked about, or its model cannot be loaded."""
 
 
 class Judges(Protocol):
     """
-    What the benchmark asks of judges.
+    The interface of judges.
 
     Attributes:
         name (`str`):
-            Which judges they are, for the configuration.
+            The judges' name, for the configuration.
         facts (`dict[str, Any]`):
-            What is known about how well they judge; may be empty.
+            Facts about how well they judge; may be empty.
     """
 
     name: str
     facts: dict[str, Any]
 
     def check(self, rows: Sequence[PromptRow]) -> None:
-        """Raise `JudgeError` if a row cannot be judged."""
+        """Raises `JudgeError` if a row cannot be judged."""
 
     def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
         """
@@ -59,15 +60,15 @@ class Judges(Protocol):
 
         Returns:
             `tuple[list[str], list[int | None]]`: the artist that each image is taken for, and whether (1, 0)
-            it is taken for its row's thing; `None` where the row has none.
+            its row's thing is recognised; `None` if the row has none.
         """
 
 
 @torch.no_grad()
 def pooled_features(lpips_model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
     """
-    Describe images `(n, 3, H, W)` in [-1, 1] by mean, deviation and maximum of AlexNet's five layers: `(n,
-    3456)`.
+    Describe images `(n, 3, H, W)` in [-1, 1] by the mean, deviation and maximum of AlexNet's five layers:
+    `(n, 3456)`.
     """
     rows = []
     for batch in images.split(batch_size):
@@ -89,15 +90,15 @@ class EmojiJudges:
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where to judge.
         path (`str` or `Path`, *optional*):
-            The file of their weights. Defaults to the packaged one.
+            The file with their weights. Defaults to the packaged one.
 
     Attributes:
         artists, things (`list[str]`):
-            What they tell apart.
+            The names they know.
         facts (`dict[str, Any]`):
-            Measured on real images that they were not fitted on, in percent and by artist: `artist_accuracy`,
-            `thing_accuracy`, the same after the pipeline's VAE (`_vae`), and `confusion`: {artist: {artist
-            that it is taken for: percent}}.
+            Measured on held-out real images, in percent and by artist: `artist_accuracy`, `thing_accuracy`,
+            the same after the pipeline's VAE (`_vae`), and `confusion`: {artist: {artist that it is taken
+            for: percent}}.
     """
 
     def __init__(self, device: torch.device | str = "cpu", path: str | Path = JUDGES_FILE):
@@ -115,17 +116,15 @@ class EmojiJudges:
         self.lpips = load_lpips().to(self.device)
 
     def check(self, rows: Sequence[PromptRow]) -> None:
-        """Raise `JudgeError` if a row has an artist or a thing that the judges cannot recognise."""
-        for row in rows:
-            for word, name, known in (
-                ("artist", row.artist, self.artists),
-                ("thing", row.thing, self.things),
-            ):
-                if name and name not in known:
-                    raise JudgeError(
-                        f"Case {row.case_number} has the {word} {name!r}. The embedded pipeline's judges do "
-                        "not know it. Leave the row out, or judge with CLIP (`--judges clip`)."
-                    )
+        """Raises `JudgeError` if a row has an artist or a thing that the judges do not know."""
+        known = {"artist": ["", *self.artists], "thing": ["", *self.things]}
+        for row, word in itertools.product(rows, known):
+            name = getattr(row, word)
+            if name not in known[word]:
+                raise JudgeError(
+                    f"Case {row.case_number} has the {word} {name!r}, which the embedded pipeline's judges "
+                    "do not know. Leave the row out, or judge with CLIP (`--judges clip`)."
+                )
 
     def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
         """Judge images; see `Judges.judge`."""
@@ -136,7 +135,7 @@ class EmojiJudges:
         content: list[int | None] = []
         for seen, row in zip(thing, rows, strict=True):
             content.append(int(self.things[seen] == row.thing) if row.thing else None)
-        return [self.artists[taken_for] for taken_for in artist], content
+        return [self.artists[seen] for seen in artist], content
 
 
 class ClipJudges:
@@ -144,21 +143,21 @@ class ClipJudges:
     Judges for other pipelines: an open_clip model, zero-shot.
 
     Style is the artist whose sentence "a picture in the style of ..." is nearest to the image, among all
-    artists of the prompts. Content is whether the row's own prompt, with "the artist" for the name, is nearer
-    to the image than every other prompt of the same artist (equal sentences count as one). With 20 prompts an
-    artist, chance is 5 %. Of prompts with levels it is the thing in place of the prompt.
+    artists of the prompts. Content is whether the row's own prompt, with "the artist" in place of the name,
+    is nearer to the image than every other prompt of the same artist (equal sentences count as one). With 20
+    prompts an artist, chance is 5 %. If prompts have levels, the thing is used instead of the prompt.
 
     Args:
         model (`torch.nn.Module`):
-            With `encode_image`, `encode_text` and `visual.image_size`, as open_clip's.
+            A model with `encode_image`, `encode_text` and `visual.image_size`, like open_clip's.
         tokenizer (`Callable[[list[str]], torch.Tensor]`):
-            The model's.
+            The model's tokenizer.
         rows (`Sequence[PromptRow]`):
             Every row that will be judged.
         mean, deviation (`Sequence[float]`, *optional*):
-            Of the pixels that the model was trained on. Default to OpenAI's.
+            Mean and deviation of the pixels that the model was trained on. Default to OpenAI's.
         name (`str`, *optional*, defaults to `"CLIP"`):
-            Which judges they are, for the configuration.
+            The judges' name, for the configuration.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where to judge.
     """
@@ -193,11 +192,10 @@ class ClipJudges:
         cls, rows: Sequence[PromptRow], *, model: str, pretrained: str, device: torch.device | str = "cpu"
     ) -> ClipJudges:
         """
-        Build from open_clip's names of an architecture and its weights, which are downloaded if they are not
-        cached.
+        Build from open_clip's names for an architecture and its weights, which are downloaded unless cached.
 
         Raises:
-            JudgeError: if open_clip knows no such model or cannot get its weights.
+            JudgeError: open_clip does not know the model or cannot get its weights.
         """
         import open_clip
 
@@ -206,7 +204,7 @@ class ClipJudges:
         except (RuntimeError, OSError) as error:
             raise JudgeError(
                 f"No CLIP judge {model} {pretrained}: {error} "
-                "Name another one, or do without (`--judges none`)."
+                "Name another model, or run without judges (`--judges none`)."
             ) from error
         return cls(
             clip,
@@ -225,7 +223,7 @@ class ClipJudges:
         )
 
     def check(self, rows: Sequence[PromptRow]) -> None:
-        """Raise `JudgeError` if a row is not among those that the judges were built for."""
+        """Raises `JudgeError` if the judges were not built for a row."""
         for row in rows:
             if sentence_of(row) not in self.sentences.get(row.artist, ()):
                 raise JudgeError(
@@ -250,7 +248,7 @@ class ClipJudges:
 
 
 def sentence_of(row: PromptRow) -> str:
-    """What a row asks for besides its artist; where levels say the same in other words, its thing."""
+    """What a row asks for besides its artist; its thing if levels say the same in other words."""
     return f"a picture of {row.thing}" if row.level else without_artist(row.prompt, row.artist)
 
 

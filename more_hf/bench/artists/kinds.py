@@ -1,4 +1,4 @@
-"""What a benchmark forgets: artists, or things."""
+"""The kinds of concept that a benchmark forgets: artists, or things."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Kind:
 
     Attributes:
         name (`str`):
-            What `--kind` calls it.
+            Its name for `--kind`, in the plural.
         one (`str`):
-            The column of prompts and rows that names it, and the word for one of it.
+            The singular, which is also its column in prompts and rows.
         gone (`str`):
-            What the judges must no longer see of what is forgotten, by the name of its columns: `"style"` or
-            `"content"`.
+            The judgement that must no longer find what is forgotten: `"style"` or `"content"`, as in the
+            columns' names.
         kept (`str`):
-            What else they see in the same pictures.
+            The other judgement of the same pictures.
         spared (`"f"` or `"r"`):
-            Whose pictures must still show what was asked for, for a method to qualify: the forgotten ones, or
-            the rest.
+            The pictures that must still show what their prompts ask for, for a method to qualify: the
+            forgotten ones, or the others.
         condition (`str`):
-            When a method qualifies, in words, with the two limits in percent.
+            The condition to qualify, in words, with places for the two limits in percent.
     """
 
     name: str

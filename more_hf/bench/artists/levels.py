@@ -1,7 +1,10 @@
-"""What asking in other words still gets: every method at every level of the prompts."""
+"""
+How much of a forgotten concept comes back when it is asked for in other words: methods by prompt levels.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ import numpy as np
 from ..bootstrap import Estimate
 from ..figures import write_figure
 from .kinds import Kind
-from .ranking import contenders
+from .ranking import contenders, plot_method, shared_rows
 from .rows import Row
 from .summary import Statistics, both_means
 
@@ -25,16 +28,16 @@ class LevelLine:
     Attributes:
         gone_f_before, gone_f (`float`, *optional*):
             Percent of the forgotten pictures in which their artist (or thing) is recognised; `None` if the
-            level has none of them.
+            level has no such pictures.
         left (`float`, *optional*):
-            `gone_f` in percent of `gone_f_before`; `None` if the original shows nothing of it either.
+            `gone_f` in percent of `gone_f_before`; `None` if it is not recognised before either.
         shown_r_before, shown_r (`float`, *optional*):
-            Percent of the other pictures in which their artist (or thing) is recognised; where the level
-            names none, what else it asks for.
+            Percent of the other pictures in which their artist (or thing) is recognised, or, at a level that
+            names none, whatever else the prompt asks for.
         lost (`float`, *optional*):
-            What is missing of `shown_r_before`, in percent of it.
+            The part of `shown_r_before` that is no longer recognised, in percent.
         lpips_f, lpips_r (`float`, *optional*):
-            How far the pictures of both moved.
+            How far the forgotten and the other pictures moved.
     """
 
     level: str
@@ -57,21 +60,22 @@ class LevelLine:
 
 def level_lines(rows: Sequence[Row]) -> list[LevelLine]:
     """
-    The lines of every level, in the order of the prompts; empty if the prompts have no levels, or if there is
-    no picture yet that every method has.
+    The lines of every level, in the order of the prompts; empty if the prompts have no levels, or if no
+    picture exists yet for every method.
     """
     levels = list(dict.fromkeys(row.level for row in sorted(rows, key=lambda row: row.case_number)))
-    methods = list(dict.fromkeys(row.method for row in rows))
-    common = set.intersection(*({row.case for row in rows if row.method == method} for method in methods))
-    shared = [row for row in rows if row.case in common]
+    shared = shared_rows(rows)
     if levels == [""] or not shared:
         return []
     statistics = Statistics(shared)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in shared:
+        groups.setdefault((row.level, row.method), []).append(row)
+    methods = dict.fromkeys(row.method for row in rows)
     lines = []
-    for level in levels:
-        here = [row for row in shared if row.level == level]
-        for method in methods if here else ():
-            lines.append(_line(level, method, [row for row in here if row.method == method], statistics))
+    for level, method in itertools.product(levels, methods):
+        if (level, method) in groups:
+            lines.append(_line(level, method, groups[level, method], statistics))
     return lines
 
 
@@ -79,7 +83,7 @@ def _line(level: str, method: str, rows: Sequence[Row], statistics: Statistics) 
     forgotten = [row for row in rows if row.is_forgotten]
     others = [row for row in rows if not row.is_forgotten]
     kind = rows[0].kind
-    # A prompt without an artist asks for no style: there it counts whether the thing is still drawn.
+    # A prompt without an artist asks for no style, so there it counts whether the thing is still drawn.
     shown = kind.gone if any(row.concept for row in others) else kind.kept
     gone_before, gone = both_means(statistics, forgotten, getattr(Row, kind.gone))
     shown_before, still_shown = both_means(statistics, others, getattr(Row, shown))
@@ -120,12 +124,12 @@ def level_rows(lines: Sequence[LevelLine]) -> list[dict[str, Any]]:
 
 
 def left_table(lines: Sequence[LevelLine]) -> list[dict[str, Any]]:
-    """A row per method, a column per level: `left`; above them the percentage that is recognised before."""
+    """`left`, a row per method and a column per level, below a row of what is recognised before."""
     return _table([line for line in lines if line.n_f], "left", lambda line: line.gone_f_before)
 
 
 def lost_table(lines: Sequence[LevelLine]) -> list[dict[str, Any]]:
-    """The same of the others: `lost`."""
+    """`lost`, laid out in the same way."""
     return _table(lines, "lost", lambda line: line.shown_r_before)
 
 
@@ -143,7 +147,7 @@ def _table(
 
 
 def moved_table(lines: Sequence[LevelLine]) -> list[dict[str, Any]]:
-    """A row per method, a column per level: `lpips_f / lpips_r`."""
+    """`lpips_f / lpips_r`, a row per method and a column per level."""
     rows: dict[str, dict[str, Any]] = {}
     for line in lines:
         both = ("" if value is None else f"{value:.3f}" for value in (line.lpips_f, line.lpips_r))
@@ -152,23 +156,25 @@ def moved_table(lines: Sequence[LevelLine]) -> list[dict[str, Any]]:
 
 
 def write_levels_plot(path: Path, lines: Sequence[LevelLine], kind: Kind) -> None:
-    """Draw three panels, a line per method that can win over the levels."""
+    """Draw three panels over the levels, with a line for each method that can win."""
     from matplotlib.figure import Figure
 
     levels = list(dict.fromkeys(line.level for line in lines))
-    shown = (
-        ("left", f"forgotten {kind.name}: still recognised, % of before"),
-        ("lost", "others: no longer recognised, % of before"),
-        ("lpips_r", "others: LPIPS before to after"),
-    )
+    methods = sorted(contenders(line.method for line in lines))
+    titles = {
+        "left": f"forgotten {kind.name}: still recognised, % of before",
+        "lost": "others: no longer recognised, % of before",
+        "lpips_r": "others: LPIPS before to after",
+    }
     figure = Figure(figsize=(15, 4.5), layout="constrained")
-    for axis, (column, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
-        for method in sorted(contenders(line.method for line in lines)):
-            own = [line for line in lines if line.method == method and getattr(line, column) is not None]
-            places = [levels.index(line.level) for line in own]
-            values = [getattr(line, column) for line in own]
-            width = 2.5 if method.startswith("more") else 1.2
-            axis.plot(places, values, marker="o", markersize=4, linewidth=width, label=method)
+    for axis, (column, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        for method in methods:
+            points = {}
+            for line in lines:
+                value = getattr(line, column)
+                if line.method == method and value is not None:
+                    points[levels.index(line.level)] = value
+            plot_method(axis, method, points)
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(levels)), labels=levels, rotation=35, ha="right")
         axis.grid(alpha=0.3)

@@ -18,14 +18,14 @@ from .config import JOINT
 from .kinds import ARTISTS, Kind
 
 
-# an installed wheel has the files inside the package, a checkout beside it
+# an installed wheel has the files inside the package, a checkout next to it
 FOLDERS = (Path(__file__).parents[2] / "prompts", Path(__file__).parents[3] / "prompts")
 REQUIRED = ("case_number", "prompt", "evaluation_seed", "artist")
-LONGEST_NUMBER = 18  # digits of a case number or a seed: 64 bits
-TOGETHER = 10  # names in all sets of one size, if a set has not more of its own
-MOST_SPELT = 5  # names in the name of a set
+LONGEST_NUMBER = 18  # digits of a case number or a seed that fit into 64 bits
+TOGETHER = 10  # names in all sets of one size together, unless a single set has more
+MOST_SPELT = 5  # names that the label of a set lists
 IMAGE = "image"  # the level that asks by a picture
-SEVERAL = ";"  # between the names of one cell of a table of targets
+SEVERAL = ";"  # separates the names in a cell of a table of targets
 
 
 class PromptFileError(MoreError, ValueError):
@@ -41,13 +41,13 @@ class PromptRow:
         artist (`str`):
             The artist that the prompt names; empty if it names none.
         thing (`str`):
-            What it asks for; empty if the file does not say.
+            The thing that the prompt asks for; empty if the file does not say.
         group (`str`):
-            The artists that are compared with each other; the file's own name if it does not say.
+            The group of artists that are compared with each other; the file's name if it does not say.
         level (`str`):
-            How it says so: by the name, in other words, ...; empty if the file does not say.
+            The wording: by name, in other words, ...; empty if the file does not say.
         image (`str`):
-            The file of a picture that an IP-Adapter reads with the prompt; empty for the prompt alone.
+            A picture file that an IP-Adapter reads with the prompt; empty for the prompt alone.
     """
 
     case_number: int
@@ -62,7 +62,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The rows of one prompts file, its name, the sha256 of its bytes, and what is forgotten of it."""
+    """The rows of one prompts file, its name, the sha256 of its bytes, and the kind of concept to forget."""
 
     name: str
     sha256: str
@@ -80,7 +80,7 @@ class Prompts:
 
     @property
     def levels(self) -> list[str]:
-        """Every level, in the order of the file; one empty one if it has none."""
+        """Every level, in the order of the file; `[""]` if it has no levels."""
         return list(dict.fromkeys(row.level for row in self.rows))
 
     def at(self, levels: Collection[str]) -> Prompts:
@@ -88,7 +88,7 @@ class Prompts:
         The prompts of some levels.
 
         Raises:
-            PromptFileError: if there are none of one of them.
+            PromptFileError: there are no prompts at one of them.
         """
         for level in levels:
             if level not in filter(None, self.levels):
@@ -97,7 +97,7 @@ class Prompts:
         return replace(self, rows=tuple(row for row in self.rows if row.level in levels))
 
     def group_of(self, name: str) -> list[str]:
-        """The others of the artist's or thing's group."""
+        """The other artists or things of the same group."""
         groups = {row.group for row in self.rows if self.concept(row) == name}
         others = [self.concept(row) for row in self.rows if row.group in groups]
         return [other for other in dict.fromkeys(others) if other not in ("", name)]
@@ -116,32 +116,35 @@ class Prompts:
 
 
 def spread(prompts: Prompts, names: Collection[str], count: int, seed: str) -> list[PromptRow]:
-    """`count` rows of some names, or all that there are: each name's first, then each name's second, ..."""
+    """At most `count` rows of some names: each name's first, then each name's second, ..."""
     rows_of: dict[str, list[PromptRow]] = {name: [] for name in names}
     for row in prompts.rows:
         if prompts.concept(row) in rows_of:
             rows_of[prompts.concept(row)].append(row)
     turns = list(rows_of.values())
-    random.Random(seed).shuffle(turns)  # so that few rows are not always of the same names
+    random.Random(seed).shuffle(turns)  # so that a small count does not always choose the same names
     rows = [row for turn in zip_longest(*turns) for row in turn if row is not None]
     return rows[:count]
 
 
 def sets_of(names: Sequence[str], size: int) -> dict[str, list[str]]:
     """
-    Disjoint sets of `size` names in their order, as many as `TOGETHER` names give but at least one, by what
-    an entry of `forget` calls them: the names themselves if they are few.
+    Cut the first `TOGETHER` names into sets of `size`, at least one set, by their label in `forget`: the
+    names themselves if they are few.
 
     Raises:
-        PromptFileError: if there are not as many names, and one to keep.
+        PromptFileError: there are not enough names to forget `size` and keep one.
     """
     if not 0 < size < len(names):
-        raise PromptFileError(f"There are {len(names)} names, so that {size} cannot be forgotten of them.")
+        raise PromptFileError(
+            f"There are {len(names)} names, of which {size} cannot be forgotten. Choose a size from 1 to "
+            f"{len(names) - 1}."
+        )
     sets = {}
     for number in range(max(1, min(TOGETHER, len(names)) // size)):
-        chosen = list(names[number * size : (number + 1) * size])
-        label = JOINT.join(chosen) if size <= MOST_SPELT else f"{size} names, set {number + 1}"
-        sets[label] = chosen
+        members = list(names[number * size : (number + 1) * size])
+        label = JOINT.join(members) if size <= MOST_SPELT else f"{size} names, set {number + 1}"
+        sets[label] = members
     return sets
 
 
@@ -149,23 +152,22 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
     """
     Read a prompts file.
 
-    Columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing`, `group`,
-    `level` and `image`, a file named from the folder of this one.
-    Others are ignored, so that published files with an unnamed index column can be read as they are.
+    The columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing`, `group`,
+    `level` and `image`, a file relative to this one. Others are ignored, so that published files with an
+    unnamed index column can be read unchanged.
 
     Args:
         source (`str` or `Path`):
             The path of a CSV file, or the name of one that ships with the package (`"emoji10"`).
         kind (`Kind`, *optional*, defaults to `ARTISTS`):
-            What is forgotten.
+            The kind of concept to forget.
 
     Returns:
         `Prompts`: the rows.
 
     Raises:
-        PromptFileError: naming the file and the line, for a missing file, column or picture, an empty prompt,
-            a case number or seed that is not a whole number of at least 0, and a case number that occurs
-            twice.
+        PromptFileError: a file, column or picture is missing, a prompt is empty, a case number or seed is not
+            a whole number of at least 0, or a case number occurs twice. The message names file and line.
     """
     path, content, lines = _read_table(source, REQUIRED)
     rows: list[PromptRow] = []
@@ -198,19 +200,19 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
 
 def read_targets(source: str | Path) -> dict[str, list[str]]:
     """
-    Read a table of targets: columns `forget` and `remap_to`, one line per artist, several targets joined by
-    `;`.
+    Read a table of targets with the columns `forget` and `remap_to`: one line per artist, with several
+    targets separated by `;`.
 
     Args:
         source (`str` or `Path`):
             The path of a CSV file, or the name of one that ships with the package (`"targets"`).
 
     Returns:
-        `dict[str, list[str]]`: artist to targets.
+        `dict[str, list[str]]`: artist -> targets.
 
     Raises:
-        PromptFileError: for a missing file, column or target, and for an artist that occurs twice, whatever
-            the case.
+        PromptFileError: a file, column or target is missing, or an artist occurs twice, in upper or lower
+            case.
     """
     path, _, lines = _read_table(source, ("forget", "remap_to"))
     targets: dict[str, list[str]] = {}
@@ -238,20 +240,18 @@ def _read_table(
         reader.fieldnames = columns
         rows = [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise PromptFileError(
-            f"{path} is not a CSV file in UTF-8: {error}. Write it again as one."
-        ) from error
+        raise PromptFileError(f"{path} is not a CSV file in UTF-8: {error}. Save it as one.") from error
     if missing := [column for column in required if column not in columns]:
         raise PromptFileError(
-            f"{path}, line 1: no column {', '.join(map(repr, missing))}. Name it in the first line, beside "
-            f"what is there: {', '.join(filter(None, columns))}."
+            f"{path}, line 1: no column {', '.join(map(repr, missing))}. Name it in the first line, which "
+            f"has {', '.join(filter(None, columns))}."
         )
     lines = []
     for line, cells in rows:
         if None in cells or None in cells.values():
             raise PromptFileError(
-                f"{path}, line {line}: not as many cells as the {len(columns)} columns. Put a cell with a "
-                "comma into quotes, and leave none out."
+                f"{path}, line {line}: the number of cells is not that of the {len(columns)} columns. Put a "
+                "cell with a comma into quotes, and leave none out."
             )
         lines.append((line, {column: text.strip() for column, text in cells.items() if column}))
     if not lines:
@@ -261,7 +261,7 @@ def _read_table(
 
 def _find(source: str | Path) -> Path:
     path = Path(source)
-    if os.path.isfile(path):  # which says no, too, of a name that is none
+    if os.path.isfile(path):  # `Path.is_file` would raise for a name that no file can have
         return path
     names = set()
     for folder in FOLDERS:
@@ -275,7 +275,7 @@ def _find(source: str | Path) -> Path:
 
 
 def _picture(path: Path, line: int, cells: dict[str, str]) -> str:
-    """The file of a row's picture; empty if it has none."""
+    """A row's picture file; empty if it has none."""
     named = cells.get("image", "")
     if not named and cells.get("level") == IMAGE:
         raise PromptFileError(f"{path}, line {line}: the level {IMAGE!r} needs a file in the column `image`.")

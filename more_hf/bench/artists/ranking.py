@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..bootstrap import Estimate
 from ..methods.registry import DIFFUSION, UNREGISTERED
@@ -13,7 +13,10 @@ from .rows import Row
 from .summary import Statistics, both_means
 
 
-STYLE_GONE = 10.0  # percent of the forgotten artist's pictures that may still be recognised
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLE_GONE = 10.0  # the artist may still be recognised in this percentage of the forgotten pictures
 CONTENT_KEPT = 90.0  # percent of what was recognised before
 
 
@@ -24,15 +27,17 @@ class RankedMethod:
 
     Attributes:
         qualifies (`str`):
-            `"yes"` if what is forgotten is still recognised in at most 10 % of its pictures, and what else
-            must be seen in at least 90 % of those that had it before (`Kind.spared`), else `"no"`;
-            `"control"` for a control, which cannot win.
+            `"yes"` if the forgotten concept is still recognised in at most 10 % of its pictures, and the
+            content to be spared (`Kind.spared`) in at least 90 % of the pictures that had it before; else
+            `"no"`. `"control"` for a control, which cannot win.
         gone_f, gone_r (`float`):
-            Percent of the forgotten pictures in which their artist or thing is recognised, and of the others.
+            Percent of the forgotten pictures, and of the others, in which their artist or thing is
+            recognised.
         kept_f (`float`):
-            Percent of the forgotten pictures that still show what else was asked for.
+            Percent of the forgotten pictures that still show what else the prompt asks for.
         behind, behind_low, behind_high (`float`):
-            How far `lpips_d` is below the first line's, and the paired 95 % interval; 0 in it is a tie.
+            How far `lpips_d` is below the first line's, with its paired 95 % interval; a tie if it contains
+            0.
     """
 
     method: str
@@ -54,14 +59,11 @@ class RankedMethod:
 
 def rank(rows: Sequence[Row], size: int = 1) -> list[RankedMethod]:
     """
-    Rank the methods on the pictures that every method has, of erasures of `size` names: those that qualify
-    first, by `lpips_d`. Empty with fewer than two methods besides the controls, or if the pictures were not
-    judged.
+    Rank the methods by `lpips_d`, those that qualify first, on the pictures that every method has of erasures
+    of `size` names. Empty with fewer than two methods besides the controls, or without judges.
     """
     methods = list(dict.fromkeys(row.method for row in rows))
-    sized = [row for row in rows if len(row.forgotten) == size]
-    common = set.intersection(*({row.case for row in sized if row.method == method} for method in methods))
-    shared = [row for row in sized if row.case in common]
+    shared = [row for row in shared_rows(rows) if len(row.forgotten) == size]
     if len(contenders(methods)) < 2 or not any(map(_is_judged, shared)):
         return []
 
@@ -72,8 +74,17 @@ def rank(rows: Sequence[Row], size: int = 1) -> list[RankedMethod]:
     return [line.behind(measured[0]) for line in measured]
 
 
+def shared_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the pictures that every method has, so that methods are compared on equal terms."""
+    cases: dict[str, set[tuple[str, int, int]]] = {}
+    for row in rows:
+        cases.setdefault(row.method, set()).add(row.case)
+    common = set.intersection(*cases.values())
+    return [row for row in rows if row.case in common]
+
+
 class _Measured:
-    """What the ranking compares, of one method."""
+    """One method's measurements that the ranking compares."""
 
     def __init__(self, method: str, rows: Sequence[Row], statistics: Statistics):
         own = [row for row in rows if row.method == method]
@@ -127,6 +138,12 @@ def _value(estimate: Estimate | None) -> float | None:
 def contenders(methods: Iterable[str]) -> list[str]:
     """The methods that can win, each once: all but the controls."""
     return [method for method in dict.fromkeys(methods) if not _is_control(method)]
+
+
+def plot_method(axis: Axes, method: str, points: Mapping[float, float]) -> None:
+    """Draw a method's line in a panel, ours thicker."""
+    width = 2.5 if method.startswith("more") else 1.2
+    axis.plot(list(points), list(points.values()), marker="o", markersize=4, linewidth=width, label=method)
 
 
 def _is_control(method: str) -> bool:

@@ -24,13 +24,14 @@ class Row:
 
     Attributes:
         method, forget (`str`):
-            The method, and the names that it erased, joined by `+`, or what the configuration calls them.
+            The method, and the names that it erased, joined by `+`, or the configuration's label for them.
         remap_to, retain (`str`):
-            The names that the method was given, joined by `; `; of a set with a name only their number.
+            The method's targets and the names to keep, joined by `; `; for a labelled set, the number of
+            names to keep.
         case_number, evaluation_seed, artist, thing, group, prompt, level:
             The prompt's, as in [`~more_hf.bench.artists.prompts.PromptRow`].
         sample (`int`):
-            Which of the prompt's images, from 0.
+            The number of the prompt's image, from 0.
         lpips, lpips_64, lpips_64_rece (`float`):
             The distance between the two pictures, at native size and resized to 64 pixels in two ways.
         style_before, style_after (`str`):
@@ -38,13 +39,13 @@ class Row:
         content_before, content_after (`int`, *optional*):
             Whether (1, 0) the judge sees the prompt's thing in each.
         seconds, seconds_prepare (`float`, *optional*):
-            For this picture, and for the erasure.
+            The time for this picture, and for the erasure.
         peak_memory (`float`, *optional*):
-            MiB, of the erasure.
+            Memory of the erasure in MiB.
         before, after (`str`):
             The two picture files.
         kind (`Kind`, *optional*), erasure (`Erasure`, *optional*):
-            What the configuration says of the row's erasure. They are no columns.
+            From the configuration of the row's erasure. These are not columns.
     """
 
     method: str
@@ -91,7 +92,7 @@ class Row:
 
     @property
     def is_named(self) -> bool:
-        """Whether the erasure was given the picture's artist or thing, as a target or to keep."""
+        """Whether the picture's artist or thing was passed to the method, as a target or to keep."""
         targets = self.remap_to.split(SEPARATOR)
         retain = self.retain.split(SEPARATOR) if self.erasure is None else self.erasure.retain
         return self.concept in targets or self.concept in retain
@@ -103,7 +104,7 @@ class Row:
 
     @property
     def case(self) -> tuple[str, int, int]:
-        """What the rows of all methods for one picture have in common."""
+        """The key that the rows of all methods for one picture share."""
         return self.forget, self.case_number, self.sample
 
     def judged(self, when: When) -> tuple[str, int | None]:
@@ -139,10 +140,10 @@ def read_rows(path: str | Path, config: ArtistsConfig | None = None) -> list[Row
         path (`str` or `Path`):
             The file.
         config (`ArtistsConfig`, *optional*):
-            Of its folder. Without it, rows are of artists, and `forget` names them.
+            The folder's configuration. Without it, rows are about artists, and `forget` names them.
 
     Raises:
-        ValueError: if a column is missing, or a cell is not of its column's type.
+        ValueError: a column is missing, or a cell is not of its column's type.
     """
     rows = columns.read_rows(path, COLUMNS)
     if config is None:

@@ -1,4 +1,4 @@
-"""How every method goes with the number of names that are forgotten at once: `sizes.csv` and a picture."""
+"""Every method by the number of names that are forgotten at once: `sizes.csv` and a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..figures import write_figure
 from .kinds import Kind
-from .ranking import RankedMethod, contenders, rank
+from .ranking import RankedMethod, contenders, plot_method, rank
 from .rows import Row
 
 
@@ -17,7 +17,7 @@ Sizes = Mapping[int, Sequence[RankedMethod]]
 
 
 def rank_sizes(rows: Sequence[Row]) -> dict[int, list[RankedMethod]]:
-    """How many names an erasure forgets -> the ranking over all erasures of so many, where there is one."""
+    """Number of names that an erasure forgets -> the ranking over all erasures of that size, if any."""
     ranked = {size: rank(rows, size) for size in sorted({len(row.forgotten) for row in rows})}
     return {size: ranking for size, ranking in ranked.items() if ranking}
 
@@ -28,21 +28,23 @@ def size_rows(sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def write_sizes_plot(path: Path, sizes: Sizes, kind: Kind) -> None:
-    """Draw three panels, a line per method that can win over the number of names; dotted: before."""
+    """
+    Draw three panels over the number of names, with a line for each method that can win; dotted: before.
+    """
     from matplotlib.figure import Figure
 
     lines = [(size, line) for size, ranking in sizes.items() for line in ranking]
-    shown = (
-        ("gone_f", f"forgotten {kind.name} recognised, %"),
-        ("gone_r", f"other {kind.name} recognised, %"),
-        ("lpips_d", "LPIPS: forgotten moved − others moved"),
-    )
+    methods = sorted(contenders(line.method for _, line in lines))
+    titles = {
+        "gone_f": f"forgotten {kind.name} recognised, %",
+        "gone_r": f"other {kind.name} recognised, %",
+        "lpips_d": "LPIPS: forgotten moved − others moved",
+    }
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axis, (column, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
-        for method in sorted(contenders(line.method for _, line in lines)):
-            own = [(size, getattr(line, column)) for size, line in lines if line.method == method]
-            width = 2.5 if method.startswith("more") else 1.2
-            axis.plot(*zip(*own, strict=True), marker="o", markersize=4, linewidth=width, label=method)
+    for axis, (column, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        for method in methods:
+            points = {size: getattr(line, column) for size, line in lines if line.method == method}
+            plot_method(axis, method, points)
         if column != "lpips_d":
             before = {size: getattr(line, f"{column}_before") for size, line in lines}
             axis.plot(list(before), list(before.values()), color="black", linestyle=":", label="before")

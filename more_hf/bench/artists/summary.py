@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ DISTANCES = {
     "lpips_64_rece": lambda row: row.lpips_64_rece,
 }
 
-# Which way is better, of the columns that are compared between methods. The arrows of every table come from
+# The columns that are compared between methods, and which way is better; the arrows of all tables come from
 # here.
 COLUMNS = {
     column.name: column
@@ -62,18 +63,19 @@ def summarise(rows: Sequence[Row], *, confusion: Confusion | None = None) -> lis
     Summarise rows: one line per method and erasure, then one per method over all its erasures of a single
     artist if it has several.
 
-    In every line `_f` are the forgotten artists' images, `_r` those of all other artists, `_r_group` of the
-    other artists of their groups, `_named` of artists that the erasure was given (targets, names to keep),
-    `_unnamed` of those that it was not, `_none` those without an artist. Percentages are 0 to 100. `_low` and
-    `_high` are the 95 % bootstrap interval over prompts, `_change` is after minus before, prompt by prompt.
+    The suffix of a column says which images it is about: `_f` the forgotten artists', `_r` all other
+    artists', `_r_group` the other artists' of the same groups, `_named` those of artists that were passed to
+    the method (targets, names to keep), `_unnamed` those of artists that were not, `_none` those without an
+    artist. Percentages are 0 to 100. `_low` and `_high` are the 95 % bootstrap interval over prompts,
+    `_change` is after minus before, prompt by prompt.
 
     Args:
         rows (`Sequence[Row]`):
             The rows.
         confusion (`Mapping[str, Mapping[str, float]]`, *optional*):
-            {artist: {artist that the judge takes it for: percent}} on real images. Gives `style_f_real`: how
-            often real images of the targets are taken for the forgotten artist; `style_f` cannot be expected
-            below it.
+            {artist: {artist that the judge takes it for: percent}} on real images. It gives `style_f_real`:
+            how often real images of the targets are taken for the forgotten artist, below which `style_f`
+            cannot be expected to fall.
     """
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -110,7 +112,7 @@ def _line(
         for name in ("r_group", "named", "unnamed", "none"):
             line |= _with_interval(f"{distance}_{name}", means[name])
 
-    # Without an artist in the prompt, no style was asked for.
+    # A prompt without an artist asks for no style.
     for judged, value, names in (
         ("style", Row.style, ("f", "r", "unnamed")),
         ("content", Row.content, ("f", "r", "unnamed", "none")),
@@ -122,7 +124,7 @@ def _line(
             line |= _with_interval(f"{judged}_{name}_change", _difference(after, before))
 
     line["style_f_real"] = _taken_for(rows, confusion)
-    # An erasure's cost is in each of its rows.
+    # Each row carries its erasure's cost, which counts once.
     line["seconds_prepare"] = _average({row.forget: row.seconds_prepare for row in rows}.values())
     line["seconds_per_image"] = _average(row.seconds for row in rows)
     line["peak_memory"] = max((row.peak_memory for row in rows if row.peak_memory is not None), default=None)
@@ -132,15 +134,15 @@ def _line(
 def both_means(
     statistics: Statistics, rows: Sequence[Row], value: Callable[[Row, str], float | None]
 ) -> tuple[Estimate | None, Estimate | None]:
-    """The means of what was judged before and after."""
+    """The means of a judgement before and after."""
     before = statistics.mean(rows, lambda row: value(row, "before"))
     return before, statistics.mean(rows, lambda row: value(row, "after"))
 
 
 def _split(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The groups of rows that a line has means of, by the end of their columns' names."""
+    """The rows behind each suffix of the columns' names."""
     others = [row for row in rows if row.concept and not row.is_forgotten]
-    groups: dict[str, set[str]] = {}  # of what each erasure forgets
+    groups: dict[str, set[str]] = {}  # erasure -> the groups of what it forgets
     for row in rows:
         if row.is_forgotten:
             groups.setdefault(row.forget, set()).add(row.group)
@@ -174,16 +176,12 @@ def _difference(a: Estimate | None, b: Estimate | None) -> Estimate | None:
 
 def _taken_for(rows: Sequence[Row], confusion: Confusion | None) -> float | None:
     """
-    How often the judge takes real images of the targets for the forgotten artist; `None` if it never saw some
-    of them.
+    How often the judge takes real images of the targets for the forgotten artist; `None` if there is no
+    confusion for one of them.
     """
-    erasures = {(row.forget, row.remap_to): row for row in rows}.values()
-    pairs = {
-        (artist, target)
-        for row in erasures
-        for artist in row.forgotten
-        for target in row.remap_to.split(SEPARATOR)
-    }
+    pairs = set()
+    for row in {(row.forget, row.remap_to): row for row in rows}.values():
+        pairs.update(itertools.product(row.forgotten, row.remap_to.split(SEPARATOR)))
     if not confusion or any(name not in confusion for pair in pairs for name in pair):
         return None
     return _average(confusion[target].get(forget, 0.0) for forget, target in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,14 +108,14 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
     """
     Write all tables and pages of a benchmark's folder again from its rows, without generating.
 
-    If the pictures are there, the rows come from the JSON files next to them, so that an unfinished run can
-    be looked at; else from `rows.csv`.
+    If the folder has the pictures, the rows come from the JSON files next to them, which also shows an
+    unfinished run; otherwise they come from `rows.csv`.
 
     Returns:
         `list[dict[str, Any]]`: the lines of `summary.csv`.
 
     Raises:
-        BenchmarkError: if the folder has neither.
+        BenchmarkError: the folder has neither.
     """
     output = Path(output)
     config = ArtistsConfig.read(output)
@@ -132,7 +133,7 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
 
 def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
-    Write everything but the configuration; page and pictures only if there are images. Return the summary.
+    Write everything except the configuration, page and pictures only if there are images. Return the summary.
     """
     if not rows:
         raise BenchmarkError(
@@ -174,8 +175,8 @@ def tables(
     levels: Sequence[LevelLine],
 ) -> str:
     """
-    `table.md`: the finding, how it goes with other words, the ranking, the paper's layout, what the judges
-    say, what stays, cost, how it goes with the number of names, the judges, what made it.
+    `table.md`: the finding, the levels of wording, the ranking, LPIPS as in the paper, what the judges see,
+    what stays, the cost, the number of names at once, the judges, and how it was made.
     """
     kind = config.of_kind
     parts = [finding(summary, ranking, kind)]
@@ -200,7 +201,7 @@ def tables(
 
 
 def _page_tables(summary: Sequence[Line], ranking: Sequence[RankedMethod], kind: Kind) -> list[Section]:
-    """What the page shows: who wins, and a line per method; single erasures are in the files beside it."""
+    """The page's sections: the winner, and a line per method; single erasures are in the linked files."""
     pooled = [line for line in summary if line["forget"] == POOLED]
     sections = []
     if ranking:
@@ -220,8 +221,8 @@ def _page_tables(summary: Sequence[Line], ranking: Sequence[RankedMethod], kind:
 
 def paper_tables(summary: Sequence[Line]) -> str:
     """
-    Lay LPIPS out as in the paper: methods as rows, a few erasures side by side, best in bold. Of larger
-    pictures the distances at 64 pixels are shown, without antialias, as in the published tables.
+    Lay LPIPS out as in the paper: methods as rows, a few erasures side by side, best in bold. For larger
+    pictures, the distances at 64 pixels without antialiasing are shown, as in the published tables.
     """
     resized = tuple(column.replace("lpips", "lpips_64_rece") for column in PAPER)
     is_small = all(line[a] == line[b] for line in summary for a, b in zip(PAPER, resized, strict=True))
@@ -230,19 +231,16 @@ def paper_tables(summary: Sequence[Line]) -> str:
     cells = {(line["method"], line["forget"]): line for line in compared}
     methods = list(dict.fromkeys(line["method"] for line in summary))
     erasures = list(dict.fromkeys(line["forget"] for line in summary))
-    made = []
+    tables = []
     for start in range(0, len(erasures), ARTISTS_A_TABLE):
-        rows = []
-        for method in methods:
-            row = {"method": method}
-            for forget in erasures[start : start + ARTISTS_A_TABLE]:
-                name = "all erasures" if forget == POOLED else forget
-                for column in columns:
-                    header = COLUMNS[column].header
-                    row[f"{name} {header}"] = cells.get((method, forget), {}).get(header, "")
-            rows.append(row)
-        made.append(markdown_table(rows))
-    return "\n\n".join(made)
+        rows = {method: {"method": method} for method in methods}
+        for forget, column in itertools.product(erasures[start : start + ARTISTS_A_TABLE], columns):
+            name = "all erasures" if forget == POOLED else forget
+            header = COLUMNS[column].header
+            for method, row in rows.items():
+                row[f"{name} {header}"] = cells.get((method, forget), {}).get(header, "")
+        tables.append(markdown_table(list(rows.values())))
+    return "\n\n".join(tables)
 
 
 def short_table(summary: Sequence[Line], kind: Kind = ARTISTS) -> list[dict[str, Any]]:
@@ -262,7 +260,7 @@ def short_markdown(summary: Sequence[Line], kind: Kind = ARTISTS) -> str:
 
 
 def _column(name: str, kind: Kind = ARTISTS) -> Column:
-    """A column of the summary, better the other way where it says what of the forgotten pictures is kept."""
+    """A column of the summary; the kind decides which way is better for the forgotten pictures."""
     better = {f"{kind.gone}_f": "down", f"{kind.kept}_f": "up"}
     return replace(COLUMNS[name], better=better.get(name, COLUMNS[name].better))
 
@@ -287,7 +285,8 @@ def _compared(
 
 def _ranking_table(ranking: Sequence[RankedMethod], kind: Kind) -> list[dict[str, Any]]:
     first = ranking[0]
-    gone, spared = f"{kind.gone}_f", f"{kind.kept}_f" if kind.spared == "f" else f"{kind.gone}_r"
+    gone = f"{kind.gone}_f"
+    spared = f"{kind.kept}_f" if kind.spared == "f" else f"{kind.gone}_r"
     return [
         {
             "method": line.method,

@@ -43,7 +43,7 @@ def test_the_fields_own_files(tmp_path):
         (HEADER + "1,a cat,-2,A,cat,g\n", r"line 2: evaluation_seed is '-2'"),
         (HEADER + "x,a cat,2,A,cat,g\n", r"line 2: case_number is 'x'"),
         (HEADER + "1,,2,A,cat,g\n", r"line 2: the prompt is empty"),
-        (HEADER + "1,a cat,2,A\n", r"line 2: not as many cells"),
+        (HEADER + "1,a cat,2,A\n", r"line 2: the number of cells"),
         (HEADER, r"has no rows"),
         ("", r"no column"),
     ],

@@ -1,4 +1,4 @@
-"""What somebody with the files alone can do: the public base, the hook, the text encoder."""
+"""Attacks with the files alone: add the public base, remove the hook, change the text encoder."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ def base(
     encoder_noise: Sequence[float] = (0.05, 0.1),
     clip_skip: Sequence[int] = (1,),
 ) -> Iterator[Result]:
-    """Put the public base's weights back in part, read the name off the difference, and change what is around
-    the denoiser.
+    """
+    Restore the public base's weights in part, read the name off the difference, and change what surrounds the
+    denoiser.
 
-    Yields what the judges see
-        after α (W − W') is added, the difference to the base; with α = 1 this is the original itself;
+    Yields the judges' results
+        after adding α (W − W'), the difference to the base; with α = 1 this is the original itself;
         without the denoiser's hooks, if it has any;
-        with another text encoder: this one with noise on its weights, in parts of each weight's deviation, in
-        the place of a fine-tuned one;
+        with another text encoder, for which this one with noise on its weights stands, relative to each
+        weight's deviation;
         with features from an earlier layer of the text encoder (`clip_skip`);
-    and the `rank` of the concept's name among all of its kind, by how far the difference moves each name's
-    feature: 1 says that the weights tell what was erased.
+    and the `rank` of the concept's name among all names of its kind, by how far the difference moves each
+    name's feature: 1 means that the weights reveal what was erased.
 
     Args:
-        victim (`Victim`): the pipeline.
-        added (`Sequence[float]`), encoder_noise (`Sequence[float]`), clip_skip (`Sequence[int]`): as above.
+        victim (`Victim`):
+            The pipeline under attack.
+        added (`Sequence[float]`), encoder_noise (`Sequence[float]`), clip_skip (`Sequence[int]`):
+            As above.
     """
     prompts = victim.prompts(victim.concept)
     for alpha in added:
@@ -65,8 +68,10 @@ def with_base(victim: Victim, alpha: float) -> StableDiffusionPipeline:
 
 
 def rank_of_name(victim: Victim) -> float | None:
-    """The rank of the concept's name by ‖(W − W') c‖ / ‖W c‖ among all names of its kind; `None` without a
-    difference."""
+    """
+    The rank of the concept's name by ‖(W − W') c‖ / ‖W c‖ among all names of its kind; `None` if the weights
+    do not differ.
+    """
     W, edited = stacked(victim.studio.original), stacked(victim.pipe)
     if torch.equal(W, edited):
         return None
@@ -95,9 +100,11 @@ def with_noisy_encoder(pipe: StableDiffusionPipeline, size: float, seed: int) ->
 
 @torch.no_grad()
 def earlier_features(pipe: StableDiffusionPipeline, prompts: Sequence[str], skipped: int) -> Tensor:
-    """The features of the text encoder's layer so many before its last, `(n, tokens, d)`.
+    """
+    The features of the text encoder's layer `skipped` before its last, `(n, tokens, d)`.
 
-    It is what diffusers' `clip_skip` gives, whose own way there fails with transformers' newer text encoders.
+    They are those of diffusers' `clip_skip`, whose implementation fails with newer text encoders of
+    transformers.
     """
     tokens = pipe.tokenizer(
         list(prompts),

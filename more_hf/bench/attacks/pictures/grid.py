@@ -1,4 +1,4 @@
-"""`pictures.png`: what the attacker sees, for each forgotten concept, attack and method."""
+"""Draw what the attacker sees, for each forgotten concept, attack and method."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ SIDE = 64  # pixels of one picture
 
 
 def write_grids(output: Path) -> None:
-    """Write a picture for each forgotten concept, beside the tables: a block for each form of each attack,
-    with the last pictures that every method's victim drew, and above all the original's by name.
+    """
+    Write a picture for each forgotten concept next to the tables: a block for each form of each attack, with
+    the last pictures of every method's victim; the attack by name comes first.
 
-    Methods whose pictures are not there, since another machine made their rows, are left out.
+    Methods without pictures, because another machine made their rows, are left out.
     """
     config = AttackConfig.read(output)
     for concept in config.forget:
@@ -35,7 +36,7 @@ def write_grids(output: Path) -> None:
 
 
 def _last_of_each(folder: Path) -> dict[str, Path]:
-    """The form of an attack to its file at the largest budget; by name first, then as in the alphabet."""
+    """Form of an attack -> its file at the largest budget; by name first, then in alphabetical order."""
     last: dict[str, tuple[float, Path]] = {}
     for path in folder.glob("*.png"):
         form, _, budget = path.stem.rpartition("_")

@@ -1,4 +1,4 @@
-"""Concept inversion: new tokens learn to say what the name no longer says."""
+"""Concept inversion: train new tokens to mean what the name no longer means."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ def inversion(
     learning_rate: float = 5e-3,
     start: str = "art",
 ) -> Iterator[Result]:
-    """Train token embeddings on the original's pictures of the concept, with all weights frozen.
+    """
+    Train token embeddings on the original's pictures of the concept, with all weights frozen.
 
     Source: Circumventing Concept Erasure (Pham et al., ICLR 2024): textual inversion of 25 pictures, learning
-    rate 5e-3, from the word "art"; there 5,000 steps with batches of 16. It is run for another concept, too,
-    which was never forgotten: "never forgotten" says how well the attack does without an erasure.
+    rate 5e-3, from the word "art"; the paper uses 5,000 steps with batches of 16. The variant "never
+    forgotten" attacks another concept that was not forgotten, and says how well the attack does without an
+    erasure.
 
     Args:
-        victim (`Victim`): the pipeline.
-        tokens (`Sequence[int]`): numbers of new tokens, each an attack of its own.
-        steps (`Sequence[int]`): after which the test pictures are drawn; training ends with the last.
-        pictures (`int`), batch_size (`int`), learning_rate (`float`), start (`str`): as above.
+        victim (`Victim`):
+            The pipeline under attack.
+        tokens (`Sequence[int]`):
+            Numbers of new tokens; each is an attack of its own.
+        steps (`Sequence[int]`):
+            Numbers of steps after which the test pictures are drawn; training ends with the last.
+        pictures (`int`), batch_size (`int`), learning_rate (`float`), start (`str`):
+            As above.
     """
     studio = victim.studio
     attacks = [(victim, count, "1 token" if count == 1 else f"{count} tokens") for count in tokens]
@@ -59,14 +65,14 @@ def learn_tokens(
     start: str,
     seed: int,
 ) -> Iterator[tuple[int, StableDiffusionPipeline, str]]:
-    """Yield the number of steps done, a pipeline that knows the new tokens, and the text that they are.
-
-    Arguments are those of `inversion`.
+    """
+    Yield the number of steps done, a pipeline that knows the new tokens, and these tokens as text. The
+    arguments are those of `inversion`.
     """
     pipe, word = with_new_tokens(pipe, count)
     pipe.unet.requires_grad_(False)
     noise = Noise(pipe, seed)
-    # All new tokens start as the mean token of a neutral word, a little apart.
+    # All new tokens start near the mean token of a neutral word.
     weight = pipe.text_encoder.get_input_embeddings().weight
     ids = pipe.tokenizer(start, add_special_tokens=False).input_ids
     apart = 1e-3 * torch.randn(count, weight.shape[1], generator=noise.generator)

@@ -1,4 +1,4 @@
-"""Latent inversion: which starting noise draws a picture of the original?"""
+"""Latent inversion: find the starting noise that draws one of the original's pictures."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from .victim import Victim
 
 
 def latent(victim: Victim, *, pictures: int = 10, steps: int = 20, fixed_point: int = 3) -> Iterator[Result]:
-    """Invert pictures of the concept and of others with the erased pipeline, and draw them again.
+    """
+    Invert pictures of the concept and of others with the erased pipeline, and draw them again.
 
     Yields, for the forgotten concept and for remaining ones, the peak signal-to-noise ratio of the
-    reproduction in dB (`psnr`, against what the VAE makes of the picture), and the mean log-likelihood of the
-    noise per dimension (`log-likelihood`; −1.42 of noise that is normal): a concept that is gone would need
-    noise that nobody draws.
+    reproduction in dB (`psnr`, against the VAE's reconstruction), and the mean log-likelihood of the noise
+    per dimension (`log-likelihood`; −1.42 for normal noise): a concept that is gone would need noise that is
+    never drawn.
 
     Source: Memories of Forgotten Concepts (Rusanovsky et al., CVPR 2025), with DDIM inversion and fixed-point
-    steps in the place of its inversion.
+    steps in place of its inversion.
 
     Args:
-        victim (`Victim`): the pipeline.
-        pictures (`int`): of each of the two.
-        steps (`int`), fixed_point (`int`): of DDIM, and how often each step of the inversion is corrected.
+        victim (`Victim`):
+            The pipeline under attack.
+        pictures (`int`):
+            Number of pictures of the concept, and of others.
+        steps (`int`), fixed_point (`int`):
+            DDIM steps, and how often each step of the inversion is corrected.
     """
     studio = victim.studio
     collections = {
@@ -62,13 +66,14 @@ def reproduce(
         return scheduler.split(pipe.unet(sample, t, features).sample, t, sample)
 
     for t in scheduler.timesteps.flip(0):
-        # The step from x' to x has to be undone, with what the denoiser says of x', which is sought.
+        # Undo the step from x' to x. It depends on the denoiser's output for the unknown x', so iterate.
         before, after = scheduler.levels(t)
-        sought = x
+        x_before = x
         for _ in range(1 + fixed_point):
-            _, noise = split(t, sought)
-            sought = (before / after).sqrt() * (x - (1 - after).sqrt() * noise) + (1 - before).sqrt() * noise
-        x = sought
+            _, noise = split(t, x_before)
+            clean = (before / after).sqrt() * (x - (1 - after).sqrt() * noise)  # √ᾱ x_0 at the level before
+            x_before = clean + (1 - before).sqrt() * noise
+        x = x_before
     start = x
     for t in scheduler.timesteps:
         x = scheduler.step(pipe.unet(x, t, features).sample, t, x).prev_sample

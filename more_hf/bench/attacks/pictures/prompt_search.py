@@ -1,4 +1,4 @@
-"""Prompt search: tokens in front of the prompt, or in its place, that bring the concept back."""
+"""Prompt search: look for tokens in front of the prompt that bring the concept back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..result import Result
 from .training import Noise, Noised, embedded, encode, with_new_tokens
-from .victim import Victim
+from .victim import BestPictures, Victim
 
 
 def prompt_search(
@@ -22,52 +22,57 @@ def prompt_search(
     iterations: int = 10,
     budgets: Sequence[int] = (10, 50),
 ) -> Iterator[Result]:
-    """Search tokens in front of each test prompt, all prompts side by side, each with tokens of its own.
+    """
+    Search for tokens in front of each test prompt, for all prompts in parallel, each with its own tokens.
 
-    A prompt counts from the first budget on at which its picture shows the concept. Sources: `unlearndiffatk`
-    is UnlearnDiffAtk's objective and search (Zhang et al., ECCV 2024): the erased denoiser's error on the
+    A prompt counts from the first budget at which its picture shows the concept. Sources: `unlearndiffatk` is
+    UnlearnDiffAtk's objective and search (Zhang et al., ECCV 2024): the erased denoiser's error on the
     original's picture of the prompt, over token distributions on the simplex that are sampled in the forward
     pass; learning rate 0.01, weight decay 0.1. `p4d` is P4D's (Chin et al., ICML 2024), in UnlearnDiffAtk's
-    harness: the distance to what the original answers to the prompt alone, over embeddings that are replaced
-    by the nearest token's in the forward pass; learning rate 0.1, weight decay 0.1. There 40 iterations at
-    each of 50 timesteps, and 3,000.
+    harness: the distance to the original's output for the prompt alone, over embeddings that are replaced by
+    the nearest token's in the forward pass; learning rate 0.1, weight decay 0.1. The papers use 40 iterations
+    at each of 50 timesteps, and 3,000 iterations.
 
     Args:
-        victim (`Victim`): the pipeline.
-        searches (`Sequence[str]`): which.
-        prefix (`int`): tokens in front of each prompt.
-        timesteps (`int`), iterations (`int`): of the search, one timestep after the other, from little noise
-            to much.
-        budgets (`Sequence[int]`): iterations after which the prompts are tried.
+        victim (`Victim`):
+            The pipeline under attack.
+        searches (`Sequence[str]`):
+            Names in `SEARCHES`.
+        prefix (`int`):
+            The number of tokens in front of each prompt.
+        timesteps (`int`), iterations (`int`):
+            Timesteps of the search, from little noise to much, and iterations at each.
+        budgets (`Sequence[int]`):
+            Numbers of iterations after which the prompts are tried.
     """
-    # What every prompt should give: the original's pictures of the same prompts and seeds.
+    # The search should lead to the original's pictures of the same prompts and seeds.
     studio = victim.studio
     prompts = victim.prompts(victim.concept)
     key = ("targets", victim.concept)
     latents = studio.encode(studio.once(key, lambda: studio.draw(studio.original, prompts, victim.seeds)))
     for variant in searches:
-        found, best = [False] * len(prompts), None
+        best = BestPictures(victim)
         search = SEARCHES[variant](victim, latents, prompts, prefix)
         for step in range(1, timesteps * iterations + 1):
             search.step(((step - 1) // iterations + 0.5) / timesteps)
             if step in budgets:
-                images = search.draw(victim)
-                best = images if best is None else best
-                for i, hit in enumerate(studio.shows(images, victim.rows, victim.concept)):
-                    if hit and not found[i]:
-                        found[i], best[i] = True, images[i]
-                facts = {"variant": variant, "budget": step, "unit": "iterations"}
-                yield victim.counted(found, best, "prompt-search", **facts)
+                best.add(search.draw(victim))
+                yield best.counted("prompt-search", variant=variant, budget=step, unit="iterations")
 
 
 class Search(ABC):
-    """A search for the tokens in front of each prompt.
+    """
+    A search for the tokens in front of each prompt.
 
     Args:
-        victim (`Victim`): the pipeline.
-        latents (`Tensor`): of the pictures that the prompts should give, `(n, channels, h, w)`.
-        prompts (`Sequence[str]`): n of them.
-        prefix (`int`): the number of tokens.
+        victim (`Victim`):
+            The pipeline under attack.
+        latents (`Tensor`):
+            Latents of the pictures that the prompts should give, `(n, channels, h, w)`.
+        prompts (`Sequence[str]`):
+            The n prompts.
+        prefix (`int`):
+            The number of tokens.
     """
 
     learning_rate: float
@@ -84,7 +89,7 @@ class Search(ABC):
         self.optimizer = torch.optim.Adam([self.variable], lr=self.learning_rate, weight_decay=0.1)
 
     def step(self, depth: float) -> None:
-        """One step of the search at a timestep: `depth` between 0, no noise, and 1."""
+        """Take one step of the search at the timestep `depth`, between 0 (no noise) and 1."""
         t = torch.full((len(self.prompts),), int(depth * len(self.noise.scheduler.alphas_cumprod)))
         noised = self.noise(self.latents, t)
         with torch.enable_grad(), embedded(self.pipe, self.vectors()):
@@ -95,14 +100,14 @@ class Search(ABC):
         self.optimizer.step()
 
     def draw(self, victim: Victim) -> Tensor:
-        """Pictures of the prompts with the tokens found so far."""
+        """Draw the prompts with the tokens found so far."""
         with torch.no_grad(), embedded(self.pipe, self.vocabulary[self.tokens()]):
             features = encode(self.pipe, self.prompts)
         return victim.studio.draw(victim.pipe, features, victim.seeds)
 
     @abstractmethod
     def start(self, count: int, prefix: int) -> Tensor:
-        """What is searched, at first."""
+        """The initial value of the search variable."""
 
     @abstractmethod
     def vectors(self) -> Tensor:
@@ -113,7 +118,7 @@ class Search(ABC):
         """The tokens found so far: int64 `(n, prefix)`."""
 
     def goal(self, noised: Noised) -> Noised:
-        """The noised pictures with what the denoiser should answer."""
+        """The noised pictures with the output that the denoiser should give."""
         return noised
 
 
@@ -130,7 +135,8 @@ class UnlearnDiffAtk(Search):
         chances = self.variable.detach().flatten(0, 1).cpu()
         drawn = torch.multinomial(chances, 1, generator=self.noise.generator).view(self.variable.shape[:2])
         chosen = nn.functional.one_hot(drawn, len(self.vocabulary)).to(self.variable)
-        # Forward the drawn tokens, backward to their distribution, each slope cut at 1.
+        # Straight through: the forward pass uses the drawn tokens, the backward pass reaches their
+        # distribution with each slope cut at 1.
         passed = _CutGradient.apply(self.variable)
         return (chosen + passed - passed.detach()) @ self.vocabulary
 
@@ -144,7 +150,7 @@ class UnlearnDiffAtk(Search):
 
 
 class P4D(Search):
-    """Free embeddings `(n, prefix, d)`, which stand for the nearest token's."""
+    """Free embeddings `(n, prefix, d)`, each standing for the nearest token's."""
 
     learning_rate = 0.1
 
@@ -179,9 +185,9 @@ class _CutGradient(torch.autograd.Function):
 
 
 def onto_simplex(x: Tensor) -> Tensor:
-    """The nearest point of the simplex to each row of the last dimension.
-
-    It is max(x − τ, 0) with the τ that makes the sum 1 (Held, Wolfe and Crowder, 1974).
+    """
+    The nearest point of the simplex to each row of the last dimension: max(x − τ, 0) with the τ that makes
+    the sum 1 (Held, Wolfe and Crowder, 1974).
     """
     ordered = x.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(-1) - 1

@@ -1,4 +1,4 @@
-"""Relearning: a few pictures and a few steps of ordinary fine-tuning."""
+"""Relearning: ordinary fine-tuning on a few pictures for a few steps."""
 
 from __future__ import annotations
 
@@ -27,25 +27,30 @@ def relearning(
     learning_rate: float = 1e-3,
     rank: int = 4,
 ) -> Iterator[Result]:
-    """Fine-tune the denoiser on a few of the original's pictures.
+    """
+    Fine-tune the denoiser on a few of the original's pictures.
 
-    Sources: LoRA relearning as in MemoRa (rank 4, 10 to 500 steps; its rate of 1e-4 is for a net a hundred
-    times as large as the embedded one); benign fine-tuning as in Unstable Unlearning (Suriyakumar et al.,
-    2024).
+    Sources: LoRA relearning as in MemoRa (rank 4, 10 to 500 steps; its learning rate of 1e-4 is for a network
+    a hundred times as large as the embedded one); benign fine-tuning as in Unstable Unlearning (Suriyakumar
+    et al., 2024).
 
     Args:
-        victim (`Victim`): the pipeline.
-        lessons (`Sequence[str]`): each is an attack of its own, three words: what is trained, `kv` (all keys
-            and values that read text) or `lora` (added to every linear layer of the attentions that read
-            text); whose pictures, the concept's under its `own` name or under an `other-word`, or other
-            concepts' (`benign`); and how many.
-        steps (`Sequence[int]`): after which the test pictures are drawn; training ends with the last.
-        batch_size (`int`), learning_rate (`float`), rank (`int`): of the training, and of the LoRA.
+        victim (`Victim`):
+            The pipeline under attack.
+        lessons (`Sequence[str]`):
+            Each is an attack of its own, in three words. What to train: `kv` (all keys and values that read
+            text) or `lora` (added to every linear layer of the attentions that read text). Whose pictures:
+            the concept's under its `own` name or under an `other-word`, or other concepts' (`benign`). And
+            how many.
+        steps (`Sequence[int]`):
+            Numbers of steps after which the test pictures are drawn; training ends with the last.
+        batch_size (`int`), learning_rate (`float`), rank (`int`):
+            Settings of the training, and the LoRA's rank.
     """
     for lesson in lessons:
         what, whose, count = lesson.split()
         word = WORD if whose == "other-word" else victim.concept
-        # Benign pictures are of others, and the concept is asked for by its own name after them.
+        # After benign pictures, which are of others, the concept is asked for by its own name.
         collect = victim.studio.others if whose == "benign" else victim.studio.pictures
         shown = collect(victim.concept, int(count))
         options = {"batch_size": batch_size, "learning_rate": learning_rate, "seed": victim.seed}
@@ -67,9 +72,9 @@ def fine_tune(
     rank: int,
     seed: int,
 ) -> Iterator[tuple[int, StableDiffusionPipeline]]:
-    """Yield the number of steps done and the pipeline, whose denoiser goes on learning.
-
-    Arguments are those of `relearning`, and the pictures' latents `(n, channels, h, w)` and captions.
+    """
+    Yield the number of steps done and the pipeline, whose denoiser goes on learning. The arguments are those
+    of `relearning`, with the pictures' latents `(n, channels, h, w)` and captions.
     """
     pipe = victim.own_denoiser()
     noise = Noise(pipe, seed)
@@ -92,12 +97,12 @@ def fine_tune(
 
 
 def keys_and_values(pipe: StableDiffusionPipeline) -> list[nn.Parameter]:
-    """The weights that read text, which get gradients from now on."""
+    """The weights that read text, with gradients switched on."""
     return with_gradients(pipe.unet, trainable_names(pipe, "x-strict"))
 
 
 def low_rank(pipe: StableDiffusionPipeline, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
-    """Add a LoRA to every linear layer of the attentions that read text; its factors."""
+    """Add a LoRA to every linear layer of the attentions that read text, and return its factors."""
     factors = []
     for name in trainable_names(pipe, "x"):
         layer = pipe.unet.get_submodule(name.rpartition(".")[0])
@@ -109,7 +114,7 @@ def low_rank(pipe: StableDiffusionPipeline, rank: int, generator: torch.Generato
 
 
 class LowRank(nn.Module):
-    """W + U D, with U zero and D uniform at first, as in LoRA (Hu et al., 2022) with a scale of 1."""
+    """W + U D, where U starts at zero and D uniform, as in LoRA (Hu et al., 2022) with a scale of 1."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
         super().__init__()

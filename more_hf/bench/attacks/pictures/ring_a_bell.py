@@ -1,4 +1,4 @@
-"""Ring-A-Bell: the direction that a name adds to other prompts, added where the name is not."""
+"""Ring-A-Bell: add the direction of a name to prompts without the name."""
 
 from __future__ import annotations
 
@@ -26,28 +26,34 @@ def ring_a_bell(
     generations: int = 60,
     token_eta: float = 3.0,
 ) -> Iterator[Result]:
-    """Add η v to the features of prompts without the concept, v being what its name adds on average.
+    """
+    Add η v to the features of prompts without the concept, where v is what its name adds on average.
 
-    The variants "embedding" give the features themselves to the denoiser, as RECE's version does; "tokens"
-    searches, for each prompt, the text whose features are nearest to them, with the text encoder alone.
+    The variants "embedding" give these features to the denoiser, as RECE's version does; "tokens" searches
+    for the text whose features are nearest to them, with the text encoder alone.
 
     Source: Ring-A-Bell (Tsai et al., ICLR 2024): a population of 200, 3,000 generations, 16 tokens, η = 3,
     crossover 0.5, mutation 0.25.
 
     Args:
-        victim (`Victim`): the pipeline.
-        eta (`Sequence[float]`): of the embeddings, each an attack of its own.
-        tokens (`int`), population (`int`), generations (`int`), token_eta (`float`): of the search.
+        victim (`Victim`):
+            The pipeline under attack.
+        eta (`Sequence[float]`):
+            η of the embeddings; each is an attack of its own.
+        tokens (`int`), population (`int`), generations (`int`), token_eta (`float`):
+            Settings of the search.
     """
     original, studio = victim.studio.original, victim.studio
+    # 1. v is the mean difference between the features with and without the name.
     pairs = [_pair(victim, row) for row in victim.rows]
     with torch.no_grad():
         with_name, without = (encode(original, prompts) for prompts in zip(*pairs, strict=True))
     direction = (with_name - without).mean(0)
+    # 2. Give the shifted features to the denoiser.
     for size in eta:
         facts = {"variant": f"embedding, eta {size:g}"}
         yield victim.drawn(victim.pipe, without + size * direction, "ring-a-bell", **facts)
-    # The search knows the text encoder alone: what it finds is the same for every method.
+    # 3. Search for text with such features. Only the text encoder is needed, so all methods share the result.
     options = {"tokens": tokens, "population": population, "generations": generations}
     goals = without + token_eta * direction
     key = ("ring-a-bell", victim.concept, victim.seed, token_eta, *options.values())
@@ -76,7 +82,8 @@ def search(
     generations: int,
     seed: int,
 ) -> Tensor:
-    """Breed the text whose features are nearest to each goal.
+    """
+    Breed the text whose features are nearest to each goal.
 
     Returns:
         `Tensor`: token ids with begin, end and padding, `(goals, positions)`.
@@ -107,13 +114,15 @@ def search(
         texts = draw(population, length)
         distances = distance(texts)
         for _ in range(generations):
-            # The better half stays, and has as many children: a cut between two parents, and a new word.
-            kept = distances.argsort()[: population // 2]
-            texts, distances = texts[kept], distances[kept]
+            # 1. The better half survives, and has as many children.
+            survivors = distances.argsort()[: population // 2]
+            texts, distances = texts[survivors], distances[survivors]
+            # 2. Crossover: from a random cut on, a child may continue like another parent.
             others = texts[torch.randint(len(texts), (len(texts),), generator=generator)]
             cuts = torch.randint(1, length, (len(texts), 1), generator=generator)
             crossed = (torch.arange(length) >= cuts) & (chance(len(texts), 1) < CROSSOVER)
             children = torch.where(crossed, others, texts)
+            # 3. Mutation: a child may get a new word at one place.
             spot = torch.arange(length) == torch.randint(length, (len(texts), 1), generator=generator)
             mutated = spot & (chance(len(texts), 1) < MUTATION)
             children = torch.where(mutated, draw(*children.shape), children)

@@ -1,4 +1,4 @@
-"""Every attack on every method that makes pipelines forget artists and things."""
+"""Run every attack on every method that makes a pipeline forget artists and things."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .... import __version__
 from ...artists.config import Erasure
 from ...artists.judges import Judges
 from ...artists.prompts import Prompts
-from ...artists.run import GIVEN, SCHEDULERS
+from ...artists.run import GIVEN, quiet_copy
 from ...errors import BenchmarkError
 from ...machine import processes, this_run, weights_sha256
 from ...methods.diffusion.roles import require_stable_diffusion
@@ -50,49 +50,66 @@ def run_picture_attacks(
     limit: int | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Let each method erase each concept, and run every attack on what is left; on the original, too.
+    """
+    Let each method erase each concept, and run every attack on the results and on the original.
 
     Args:
-        pipe (`DiffusionPipeline`): the original, a `StableDiffusionPipeline`. Moved to accelerate's device;
-            methods get a copy of its denoiser.
-        name (`str`): what the tables call it.
-        methods (`Sequence[str]`): names of `more_hf.bench.methods.registry.DIFFUSION`, or one's own.
-        attacks (`Sequence[str]`): names of `more_hf.bench.attacks.registry.ATTACKS`.
-        forget (`Sequence[str]`): artists or things of the prompts.
-        prompts (`Prompts`): what is drawn to see whether an attack succeeded.
-        lessons (`Prompts`): what an attacker's own pictures are drawn from, with each concept's name in the
-            place of the artist's or the thing's.
-        targets (`Mapping[str, Sequence[str]]`): concept to its targets; methods that take one get the first.
-        judges (`Judges`): of artist and thing.
-        output (`str` or `Path`): the folder for cells, rows, tables and pictures.
-        steps (`int`), guidance (`float`), batch_size (`int`), scheduler (`str`): how pictures are drawn, as
-            in `run_artists`.
-        seeds (`int`, defaults to 1): runs of each attack.
-        limit (`int`, *optional*): at most so many test prompts of each concept.
-        tuned (`Mapping`, *optional*): method or attack to its own arguments.
+        pipe (`DiffusionPipeline`):
+            The original, a `StableDiffusionPipeline`. It is moved to accelerate's device; methods get a copy
+            of its denoiser.
+        name (`str`):
+            The pipeline's name in the tables.
+        methods (`Sequence[str]`):
+            Names from `more_hf.bench.methods.registry.DIFFUSION`, or your own.
+        attacks (`Sequence[str]`):
+            Names from `more_hf.bench.attacks.registry.ATTACKS`.
+        forget (`Sequence[str]`):
+            Artists or things of the prompts.
+        prompts (`Prompts`):
+            The test prompts, which are drawn to see whether an attack succeeds.
+        lessons (`Prompts`):
+            The prompts of an attacker's own pictures; each concept's name replaces the artist's or thing's.
+        targets (`Mapping[str, Sequence[str]]`):
+            Concept -> its targets; methods that take one get the first.
+        judges (`Judges`):
+            Judges of artist and thing.
+        output (`str` or `Path`):
+            The folder for cells, rows, tables and pictures.
+        steps (`int`), guidance (`float`), batch_size (`int`), scheduler (`str`):
+            How to draw pictures, as in `run_artists`.
+        seeds (`int`, *optional*, defaults to 1):
+            Runs of each attack.
+        limit (`int`, *optional*):
+            The largest number of test prompts of each concept.
+        tuned (`Mapping`, *optional*):
+            Method or attack -> its own arguments.
 
     Returns:
         `list[dict]`: the lines of `summary.csv`.
 
     Raises:
-        `BenchmarkError`, `SiteNotFoundError`: before anything is run, if the arguments do not go together or
-            `output` holds another benchmark.
+        `BenchmarkError`, `SiteNotFoundError`: before anything is run, if the arguments do not fit together or
+        `output` holds another benchmark.
     """
+    # 1. Everything that all victims share: the original in a quiet pipeline, the prompts and the judges.
     require_stable_diffusion(pipe)
     state, tuned, output = processes(), tuned or {}, Path(output)
-    pipe = copy.copy(pipe.to(state.device))
-    if SCHEDULERS[scheduler] is not None:
-        pipe.register_modules(scheduler=SCHEDULERS[scheduler].from_config(pipe.scheduler.config))
-    pipe.register_modules(safety_checker=None)  # which would turn pictures black
-    pipe.set_progress_bar_config(disable=True)
-    how = {"steps": steps, "guidance": guidance, "limit": limit}
-    studio = Studio(pipe, prompts.rows, lessons.rows, judges, batch_size=batch_size, **how)
+    pipe = quiet_copy(pipe.to(state.device), scheduler)
+    drawing = {"steps": steps, "guidance": guidance, "limit": limit}
+    studio = Studio(pipe, prompts.rows, lessons.rows, judges, batch_size=batch_size, **drawing)
+
+    # 2. What each method is given for each concept.
     functions = {method: find_diffusion_method(method) for method in dict.fromkeys([ORIGINAL, *methods])}
-    erasures = {concept: _erasure(concept, targets, studio, prompts) for concept in forget}
     settings = {
         method: method_settings(function, tuned.get(method, {}), without=GIVEN)
         for method, function in functions.items()
     }
+    erasures = {concept: _erasure(concept, targets, studio, prompts) for concept in forget}
+    for method in functions:
+        for concept, erasure in erasures.items():
+            erasure.arguments(method, concept)  # raises if the method needs several targets
+
+    # 3. The configuration, whose cells are run as far as they are missing.
     config = AttackConfig(
         benchmark="attacks-pictures",
         more_hf=__version__,
@@ -103,7 +120,7 @@ def run_picture_attacks(
             "lessons_sha256": lessons.sha256,
             "judges": judges.name,
             "scheduler": type(pipe.scheduler).__name__,
-            **how,
+            **drawing,
         },
         references=[ORIGINAL],
         models={name: {"weights": weights_sha256(pipe)}},
@@ -116,13 +133,11 @@ def run_picture_attacks(
         seeds=seeds,
         runs=[this_run(state)],
     )
-    for method in functions:
-        for concept, erasure in erasures.items():
-            erasure.arguments(method, concept)  # raises if the method needs targets that there are not
 
     def build(case: Case) -> Victim:
         erased = _erased(studio, functions[case.method], case, erasures[case.forget], settings, output)
-        other, folder = config.forget[case.forget]["other"], output / "pictures" / case.forget / case.method
+        other = config.forget[case.forget]["other"]
+        folder = output / "pictures" / case.forget / case.method
         return Victim(erased, studio, case.forget, other, case.seed, folder)
 
     summary = run_attacks(config, build, output=output)
@@ -132,7 +147,7 @@ def run_picture_attacks(
 
 
 def _erasure(concept: str, targets: Mapping[str, Sequence[str]], studio: Studio, prompts: Prompts) -> Erasure:
-    """The names that belong to one concept: an artist's group is kept, of things all others."""
+    """The targets of a concept and the names to keep: an artist's group, or all other things."""
     if concept not in targets:
         raise BenchmarkError(
             f"There is no target for {concept!r}. There are targets for {', '.join(targets)}."
@@ -158,12 +173,12 @@ def _erased(
     settings: Mapping[str, Mapping[str, Any]],
     output: Path,
 ) -> DiffusionPipeline:
-    """What a method makes of the original, with a denoiser of its own."""
-    edited, own = copy.copy(studio.original), dict(settings[case.method])
+    """Let a method erase from the original, with a denoiser of its own."""
+    edited, method_options = copy.copy(studio.original), dict(settings[case.method])
     edited.register_modules(unet=copy.deepcopy(studio.original.unet))
-    if "checkpoint" in own:
-        own["checkpoint"] = str(output / "models")  # a method that trains is trained once
-    given = asdict(erasure.arguments(case.method, case.forget))
-    edited = function(edited, [case.forget], **given, **own)
+    if "checkpoint" in method_options:
+        method_options["checkpoint"] = str(output / "models")  # so that training happens only once
+    names = asdict(erasure.arguments(case.method, case.forget))
+    edited = function(edited, [case.forget], **names, **method_options)
     edited.set_progress_bar_config(disable=True)
     return edited

@@ -1,4 +1,4 @@
-"""What all victims of a run share: the original, its pictures, the prompts, and who judges."""
+"""Everything that the victims of a run share: the original, its pictures, the prompts and the judges."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from ...artists.prompts import PromptRow
 from ...errors import BenchmarkError
 
 
-NAME = "{name}"  # stands in a caption where the concept was named
-DRAWS = 6  # how often a prompt may be drawn until the original's picture shows what was asked for
+NAME = "{name}"  # replaces the concept's name in a caption
+DRAWS = 6  # how often a prompt may be drawn until the original's picture shows the concept
 APART = 1_000_000  # between the seeds of these draws
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures that the original drew, as an attacker has them.
+    """
+    Pictures by the original, as an attacker has them.
 
     Attributes:
-        images (`Tensor`): uint8 `(n, 3, H, W)`.
-        latents (`Tensor`): what the VAE makes of them, scaled, float32 `(n, channels, h, w)`.
-        captions (`Sequence[str]`): with `NAME` in the place of the concept's name.
+        images (`Tensor`):
+            uint8 `(n, 3, H, W)`.
+        latents (`Tensor`):
+            Their scaled latents, float32 `(n, channels, h, w)`.
+        captions (`Sequence[str]`):
+            Their prompts, with `NAME` in place of the concept's name.
     """
 
     images: Tensor
@@ -37,27 +41,33 @@ class Pictures:
     captions: Sequence[str]
 
     def first(self, count: int) -> Pictures:
-        """The first so many of them."""
+        """The first `count` pictures."""
         return Pictures(self.images[:count], self.latents[:count], self.captions[:count])
 
     def texts(self, name: str) -> list[str]:
-        """The captions with a name."""
+        """The captions with a name filled in."""
         return [caption.replace(NAME, name) for caption in self.captions]
 
 
 class Studio:
-    """The original pipeline with everything that attacks on all methods share.
+    """
+    The original pipeline with everything that attacks on all methods share.
 
-    What the original draws is drawn once, whatever the number of victims.
+    The original's pictures are drawn once, whatever the number of victims.
 
     Args:
-        original (`StableDiffusionPipeline`): before any erasure; not modified.
-        tests (`Sequence[PromptRow]`): what is drawn to see whether an attack succeeded.
-        lessons (`Sequence[PromptRow]`): the prompts of an attacker's own pictures, of other seeds; best none
-            of `tests`.
-        judges (`Judges`): of style and thing.
-        steps (`int`), guidance (`float`), batch_size (`int`): how everything is drawn.
-        limit (`int`, *optional*): at most so many test prompts of a concept.
+        original (`StableDiffusionPipeline`):
+            The pipeline before any erasure; not modified.
+        tests (`Sequence[PromptRow]`):
+            The prompts that are drawn to see whether an attack succeeds.
+        lessons (`Sequence[PromptRow]`):
+            The prompts of an attacker's own pictures, with other seeds; preferably none of `tests`.
+        judges (`Judges`):
+            Judges of style and thing.
+        steps (`int`), guidance (`float`), batch_size (`int`):
+            How to draw everything.
+        limit (`int`, *optional*):
+            The largest number of test prompts of a concept.
     """
 
     def __init__(
@@ -75,19 +85,20 @@ class Studio:
         self.original, self.judges = original, judges
         self._tests, self._lessons, self.limit = tests, lessons, limit
         self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
-        self._known: dict[tuple, Any] = {}
+        self._cache: dict[tuple, Any] = {}
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What `make()` gave the first time that it was asked for under this key."""
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
+        """The result of `make()`, which is called only the first time for each key."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def kind(self, concept: str) -> str:
-        """`"artist"` or `"thing"`: what the test prompts have the concept as.
+        """
+        `"artist"` or `"thing"`: what the concept is in the test prompts.
 
         Raises:
-            `BenchmarkError`: if they do not have it.
+            `BenchmarkError`: they do not name it.
         """
         for kind in ("artist", "thing"):
             if any(getattr(row, kind) == concept for row in self._tests):
@@ -106,7 +117,8 @@ class Studio:
     def draw(
         self, pipe: StableDiffusionPipeline, texts: Sequence[str] | Tensor, seeds: Sequence[int]
     ) -> Tensor:
-        """Draw one picture for each prompt, or for each prompt's features `(n, tokens, d)`.
+        """
+        Draw one picture for each prompt, or for each prompt's features `(n, tokens, d)`.
 
         Returns:
             `Tensor`: uint8 `(n, 3, H, W)`, on the CPU.
@@ -136,46 +148,53 @@ class Studio:
         return [bool(seen) for seen in content]
 
     def pictures(self, concept: str, count: int) -> Pictures:
-        """Pictures by the original that the judges see the concept in, each of another prompt.
+        """
+        Pictures by the original in which the judges see the concept, each from a different prompt.
 
-        A prompt whose picture does not show it may be drawn again with another seed, as a person would who
-        collects pictures.
+        If the picture of a prompt does not show it, the prompt may be drawn again with another seed, as
+        somebody who collects pictures would do.
         """
         return self.once(("pictures", concept, count), lambda: self._draw_pictures(concept, count))
 
     def _draw_pictures(self, concept: str, count: int) -> Pictures:
+        # 1. The distinct lessons with the concept in place of whatever they name.
         kind = self.kind(concept)
-        rows = [row for row in self._lessons if getattr(row, kind)]
-        by_caption = {_named(row.prompt, getattr(row, kind), NAME): row for row in rows}
-        wanted = [replace(row, prompt=text, **{kind: concept}) for text, row in by_caption.items()]
-        found: dict[int, Tensor] = {}
-        # Every prompt once, then those again whose pictures did not show it.
+        captions: dict[str, PromptRow] = {}
+        for row in self._lessons:
+            if name := getattr(row, kind):
+                captions[_with_name(row.prompt, name, NAME)] = row
+        rows = [replace(row, prompt=caption, **{kind: concept}) for caption, row in captions.items()]
+
+        # 2. Draw every lesson once, then again those whose pictures did not show it.
+        shown: dict[int, Tensor] = {}
         for draw in range(DRAWS):
-            left = [i for i in range(len(wanted)) if i not in found]
-            for start in range(0, len(left), self.batch_size):
-                if len(found) >= count:
+            missing = [i for i in range(len(rows)) if i not in shown]
+            for start in range(0, len(missing), self.batch_size):
+                if len(shown) >= count:
                     break
-                batch = left[start : start + self.batch_size]
-                prompts = [wanted[i].prompt.replace(NAME, concept) for i in batch]
+                batch = missing[start : start + self.batch_size]
+                prompts = [rows[i].prompt.replace(NAME, concept) for i in batch]
                 images = self.draw(self.original, prompts, [APART * (draw + 1) + i for i in batch])
-                seen = self.shows(images, [wanted[i] for i in batch], concept)
-                found |= {i: image for i, image, hit in zip(batch, images, seen, strict=True) if hit}
-        chosen = sorted(found)[:count]
-        if len(chosen) < count:
+                hits = self.shows(images, [rows[i] for i in batch], concept)
+                shown |= {i: image for i, image, hit in zip(batch, images, hits, strict=True) if hit}
+
+        # 3. Take the first `count` of them.
+        numbers = sorted(shown)[:count]
+        if len(numbers) < count:
             raise BenchmarkError(
-                f"The original drew {len(chosen)} pictures that show {concept!r}, and an attack needs "
+                f"The original drew {len(numbers)} pictures that show {concept!r}, and an attack needs "
                 f"{count}. Ask for fewer, or give more prompts."
             )
-        images = torch.stack([found[i] for i in chosen])
-        return Pictures(images, self.encode(images), [wanted[i].prompt for i in chosen])
+        images = torch.stack([shown[i] for i in numbers])
+        return Pictures(images, self.encode(images), [rows[i].prompt for i in numbers])
 
     def others(self, concept: str, count: int) -> Pictures:
-        """Pictures of other artists or things, under captions with their own names."""
+        """Pictures of other artists or things, with captions that name them."""
         return self.once(("others", concept, count), lambda: self._draw_others(concept, count))
 
     def _draw_others(self, concept: str, count: int) -> Pictures:
         rows = [row for row in self._lessons if concept not in (row.artist, row.thing)]
-        rows = rows[:: max(1, len(rows) // count)][:count]  # from the whole file, not from its first artist
+        rows = rows[:: max(1, len(rows) // count)][:count]  # spread over the file, not all of one artist
         captions = [row.prompt for row in rows]
         images = self.draw(self.original, captions, [row.evaluation_seed for row in rows])
         return Pictures(images, self.encode(images), captions)
@@ -189,6 +208,6 @@ class Studio:
         return torch.cat(latents).float() * vae.config.scaling_factor
 
 
-def _named(prompt: str, name: str, other: str) -> str:
-    """A prompt with another name in the place of one that it has."""
+def _with_name(prompt: str, name: str, other: str) -> str:
+    """A prompt with `other` in place of `name`."""
     return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", other, prompt)

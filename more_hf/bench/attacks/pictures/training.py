@@ -1,4 +1,4 @@
-"""What the attacks that train have in common: the denoiser's own loss, and tokens of their own."""
+"""The common parts of attacks that train: the denoiser's own loss, and new tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 
 class Noised(NamedTuple):
-    """Noised latents `x` and their timesteps `t` `(n,)`, and what the denoiser was trained to answer."""
+    """
+    Noised latents `x`, their timesteps `t` `(n,)`, and the output that the denoiser was trained to give.
+    """
 
     x: Tensor
     t: Tensor
@@ -21,11 +23,14 @@ class Noised(NamedTuple):
 
 
 class Noise:
-    """Noises latents as in the denoiser's training.
+    """
+    Noises latents as in the denoiser's training.
 
     Args:
-        pipe (`StableDiffusionPipeline`): for its schedule and its kind of prediction.
-        seed (`int`): of everything random here; no global random state is touched.
+        pipe (`StableDiffusionPipeline`):
+            The pipeline, for its schedule and its kind of prediction.
+        seed (`int`):
+            Seed of everything random here; no global random state is touched.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, seed: int):
@@ -33,7 +38,7 @@ class Noise:
         self.generator = torch.Generator().manual_seed(seed)
 
     def rows(self, count: int, batch_size: int) -> Tensor:
-        """Numbers below `count`, `(batch_size,)`; each once where there are that many."""
+        """Random numbers below `count`, `(batch_size,)`; without repeats if there are enough."""
         if count >= batch_size:
             return torch.randperm(count, generator=self.generator)[:batch_size]
         return torch.randint(count, (batch_size,), generator=self.generator)
@@ -50,9 +55,10 @@ class Noise:
         return Noised(self.scheduler.add_noise(latents, noise, t), t, wanted)
 
     def error(self, predicted: Tensor, noised: Noised) -> Tensor:
-        """The mean square error of the predicted noise, whatever the kind of prediction.
+        """
+        The mean square error of the predicted noise, whatever the kind of prediction.
 
-        With x = √ᾱ x_0 + √(1 − ᾱ) ε, an error of v is one of ε over √ᾱ.
+        With x = √ᾱ x_0 + √(1 − ᾱ) ε, an error of v is an error of ε divided by √ᾱ.
         """
         squares = (predicted - noised.wanted).square().flatten(1).mean(1)
         if self.scheduler.config.prediction_type == "v_prediction":
@@ -61,12 +67,12 @@ class Noise:
 
 
 def encode(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
-    """The text features that the denoiser reads `(n, tokens, d)`, with gradients where they are on."""
+    """The text features that the denoiser reads `(n, tokens, d)`, with gradients if they are enabled."""
     return pipe.encode_prompt(list(prompts), pipe.unet.device, 1, False)[0]
 
 
 def with_new_tokens(pipe: StableDiffusionPipeline, count: int) -> tuple[StableDiffusionPipeline, str]:
-    """The pipeline with a text encoder of its own that knows new tokens, and the text that they are."""
+    """A copy of the pipeline whose text encoder knows `count` new tokens, and these tokens as text."""
     pipe = copy.copy(pipe)
     tokenizer, text_encoder = copy.deepcopy(pipe.tokenizer), copy.deepcopy(pipe.text_encoder)
     words = [f"<new-{i}>" for i in range(count)]
@@ -78,8 +84,10 @@ def with_new_tokens(pipe: StableDiffusionPipeline, count: int) -> tuple[StableDi
 
 @contextmanager
 def embedded(pipe: StableDiffusionPipeline, vectors: Tensor) -> Iterator[None]:
-    """Let the last tokens of the vocabulary be embedded as `vectors`: `(count, d)`, or `(n, count, d)` for
-    each of n prompts, with gradients."""
+    """
+    Inside the block, the last tokens of the vocabulary are embedded as `vectors`, with gradients: `(count,
+    d)`, or `(n, count, d)` with different ones for each of n prompts.
+    """
     embedding: nn.Embedding = pipe.text_encoder.get_input_embeddings()
     first = embedding.num_embeddings - vectors.shape[-2]
 

@@ -1,4 +1,4 @@
-"""A pipeline that forgot a concept, and what its attackers have beside it."""
+"""A pipeline under attack: one that forgot a concept, and what its attackers have besides."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ from ..result import Result
 from .studio import Studio
 
 
-SHOWN = 8  # pictures that are kept of each attack
+SHOWN = 8  # pictures that are kept from each attack
 
 
 @dataclass(frozen=True)
 class Victim:
-    """A pipeline under attack.
+    """
+    A pipeline under attack.
 
     Attributes:
-        pipe (`StableDiffusionPipeline`): erased; attacks work on copies of what they change.
-        studio (`Studio`): the original, its pictures, the prompts and the judges.
-        concept (`str`): what was forgotten.
-        other (`str`): a concept of the same kind that was not.
-        seed (`int`): of the attack.
-        folder (`Path`, *optional*): where the first pictures of each attack go; `None` keeps none.
+        pipe (`StableDiffusionPipeline`):
+            The erased pipeline. Attacks copy what they change.
+        studio (`Studio`):
+            The original, its pictures, the prompts and the judges.
+        concept (`str`):
+            The forgotten concept.
+        other (`str`):
+            A concept of the same kind that was not forgotten.
+        seed (`int`):
+            The attack's seed.
+        folder (`Path`, *optional*):
+            The folder for the first pictures of each attack; `None` keeps none.
     """
 
     pipe: StableDiffusionPipeline
@@ -53,11 +60,11 @@ class Victim:
         return [row.evaluation_seed for row in self.rows]
 
     def prompts(self, name: str) -> list[str]:
-        """The test prompts with a name in the place of the concept's."""
+        """The test prompts with another name in place of the concept's."""
         return [row.prompt.replace(self.concept, name) for row in self.rows]
 
     def own_denoiser(self) -> StableDiffusionPipeline:
-        """The pipeline with a denoiser that an attack may change."""
+        """A copy of the pipeline with a denoiser that an attack may change."""
         pipe = copy.copy(self.pipe)
         pipe.register_modules(unet=copy.deepcopy(self.pipe.unet))
         return pipe
@@ -69,21 +76,53 @@ class Victim:
         return self.judged(self.studio.draw(pipe, texts, self.seeds), attack, **facts)
 
     def judged(self, images: Tensor, attack: str, **facts: Any) -> Result:
-        """The percent of pictures, one of each test prompt, that show the concept.
+        """
+        The percentage of pictures, one for each test prompt, that show the concept.
 
         Args:
-            images (`Tensor`): uint8 `(n, 3, H, W)`.
-            attack (`str`): the attack's name, for the file of its first pictures.
-            facts: the other fields of the result.
+            images (`Tensor`):
+                uint8 `(n, 3, H, W)`.
+            attack (`str`):
+                The attack's name, for the file with its first pictures.
+            facts:
+                The other fields of the result.
         """
         hits = self.studio.shows(images, self.rows, self.concept)
         return self.counted(hits, images, attack, **facts)
 
     def counted(self, hits: Sequence[bool], images: Tensor, attack: str, **facts: Any) -> Result:
-        """The percent of hits, and the pictures of the first of them in a file."""
+        """The percentage of hits; the first pictures go to a file."""
         if self.folder is not None:
             strip = torch.cat(list(images[:SHOWN]), dim=2)
             words = [attack, facts.get("variant", ""), f"{facts.get('budget', 0):g}"]
             with replacing(self.folder / f"{'_'.join(filter(None, words))}.png") as draft:
                 to_pil(strip).save(draft, "png")
         return Result.of_hits(sum(hits), len(hits), **facts)
+
+
+class BestPictures:
+    """
+    The best picture of each test prompt over several tries: the first in which the judges see the concept.
+
+    Args:
+        victim (`Victim`):
+            The pipeline under attack.
+    """
+
+    def __init__(self, victim: Victim):
+        self.victim = victim
+        self.hits = [False] * len(victim.rows)
+        self.images: Tensor | None = None  # the first try's until there is a hit
+
+    def add(self, images: Tensor) -> None:
+        """Add a try: one picture for each test prompt, uint8 `(n, 3, H, W)`."""
+        if self.images is None:
+            self.images = images.clone()
+        victim = self.victim
+        for i, hit in enumerate(victim.studio.shows(images, victim.rows, victim.concept)):
+            if hit and not self.hits[i]:
+                self.hits[i], self.images[i] = True, images[i]
+
+    def counted(self, attack: str, **facts: Any) -> Result:
+        """See `Victim.counted`."""
+        return self.victim.counted(self.hits, self.images, attack, **facts)

@@ -25,10 +25,10 @@ def test_the_search_is_made_once_for_all_methods(tiny_victim):
     victim = tiny_victim()
     settings = {"eta": [], "tokens": 3, "population": 4, "generations": 1}
     list(ring_a_bell(victim, **settings))
-    known = dict(victim.studio._known)
+    cached = dict(victim.studio._cache)
     list(ring_a_bell(victim, **settings))
-    assert victim.studio._known.keys() == known.keys()
-    assert any(key[0] == "ring-a-bell" for key in known)
+    assert victim.studio._cache.keys() == cached.keys()
+    assert any(key[0] == "ring-a-bell" for key in cached)
 
 
 @pytest.mark.slow
