@@ -1,4 +1,4 @@
-"""Write the model card: what was erased, what the edit is and is not, how to load it, under which licence."""
+"""Write the model card: what was erased, what the edit does and does not do, how to load it, the licence."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ URL = re.compile(r"https?://[\w.~/%#?=&+:@-]+", re.ASCII)
 LIBRARY = {"pipeline": "diffusers", "classifier": "transformers"}
 TASK = {"pipeline": "text-to-image", "classifier": "image-classification"}
 
-# Markdown in a text: emphasis, code, links, mathematics, mentions, cells, and addresses that become links by
-# themselves.
+# Characters with a meaning in Markdown: emphasis, code, links, mathematics, mentions, cells, and addresses
+# that become links by themselves.
 SPECIAL = re.compile(r"[\\`*\[\]~]|(?<!\w)_|_(?!\w)")
 ENTITIES = re.compile(r"[|@$]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
@@ -44,21 +44,21 @@ def make_card(
     with_delta: bool = False,
 ) -> str:
     """
-    Write the card of an erased model, or its section in a card that exists; the rest of that card is kept.
+    Write the card of an erased model, or its section in an existing card, whose rest is kept.
 
     Args:
         record (`Record`):
             The content of `more_hf.json`.
         repo_id (`str`):
-            Where the model will be.
+            The model's repository.
         base (`ModelCard`, *optional*):
             The original model's card, whose licence, language and tags are carried over.
         existing (`ModelCard`, *optional*):
-            The card to extend. It is changed.
+            The card to extend, which is modified.
         picture (`str`, *optional*):
             The file name of a picture of before and after.
         with_delta (`bool`, *optional*, defaults to `False`):
-            Whether the factors of the edit lie beside the weights.
+            Whether the factors of the edit are published with the weights.
 
     Example:
 
@@ -86,10 +86,9 @@ def make_card(
 
 def escape(value: object) -> object:
     """
-    Text that Markdown and HTML show as it is, on one line; `Markup` and numbers stay.
+    Escape text so that Markdown and HTML show it literally, on one line; `Markup` and numbers stay.
 
-    Everything that the card says goes through here: names, targets and results come from whoever made the
-    record.
+    The whole card goes through here, because names, targets and results may come from anybody's record.
     """
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
@@ -99,17 +98,14 @@ def escape(value: object) -> object:
 
 
 def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record) -> None:
-    """Fill in what the card does not say yet."""
+    """Fill in the card's missing metadata."""
     facts = record.facts
     model = facts.base if HUB_ID.fullmatch(facts.base) else None
     if data.base_model is None and model is not None:
         data.base_model, data.base_model_relation = model, "finetune"
     if base is not None and data.license is None:
-        data.license, data.license_name, data.license_link = (
-            base.license,
-            base.license_name,
-            base.license_link,
-        )
+        data.license, data.license_name = base.license, base.license_name
+        data.license_link = base.license_link
         if data.license_link and model and "://" not in data.license_link:
             revision = facts.base_revision or "main"
             data.license_link = f"https://huggingface.co/{model}/blob/{revision}/{data.license_link}"
@@ -162,13 +158,13 @@ def _licence(data: ModelCardData) -> str | None:
 
 def _report(record: Record) -> str:
     kind = ClassErasure if record.kind == "classifier" else ConceptErasure
-    # The shapes stand for the layers, of which the report says only how many there are.
+    # The report needs only the number of layers, so the record's shapes can stand for them.
     erasure = kind(record.request, record.facts, record.sites, {}, None, record.guarantees, record.proof)
     return Markup(bare_table((escape(name), escape(finding)) for name, finding in erasure.rows()))
 
 
 def _results(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table without the ends of intervals, which are in the record."""
+    """The table of results without the ends of intervals, which are in the record."""
     columns = [column for column in rows[0] if not column.endswith(("_low", "_high"))]
     return Markup(markdown_table([_cells(row, columns) for row in rows]))
 

@@ -32,18 +32,18 @@ from .files import path_of, reading
 from .layers import pipeline_class, read_denoiser
 
 
-# How much of ‖W (p_f − p̄_t)‖ may be left, where a weight that does not know the direction gives 1. Rounding
-# of weights and prototypes leaves 1e-7 (float32), 6e-4 (float16) and 7e-3 (bfloat16); an original layer has
-# 0.5 to 2.
+# How much of ‖W (p_f − p̄_t)‖ may be left, relative to a weight that does not know the direction. Rounding of
+# weights and prototypes leaves 1e-7 (float32), 6e-4 (float16) and 7e-3 (bfloat16); an original layer has 0.5
+# to 2.
 TOLERANCE = 0.05
-# Of a soft edit the directions of which it leaves at most this share are looked at.
+# A soft edit is checked in the directions of which it leaves at most this share.
 SOFT_SHARE = TOLERANCE / 2
-# One that leaves more than this of every direction cannot be told from the original, and never passes.
+# A soft edit that leaves more than this of every direction looks like the original, and never passes.
 SOFTEST = 0.5
 
 
 class Check(NamedTuple):
-    """One check of a folder: what must hold, whether it does, and what was found."""
+    """One check of a folder: what must hold, whether it does, and the finding."""
 
     name: str
     passed: bool
@@ -52,7 +52,7 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found; true if every check passed."""
+    """The result of `verify`; true if every check passed."""
 
     checks: tuple[Check, ...]
 
@@ -63,11 +63,11 @@ class Verification:
 
     @property
     def failures(self) -> str:
-        """The checks that failed and what they found, for an error."""
+        """The failed checks with their findings, for an error message."""
         return "; ".join(f"{check.name}: no ({check.finding})" for check in self.checks if not check.passed)
 
     def to_markdown(self) -> str:
-        """A table, one check a line."""
+        """A table with one line per check."""
         rows = [
             {"check": check.name, "holds": "yes" if check.passed else "NO", "finding": check.finding}
             for check in self.checks
@@ -86,7 +86,7 @@ class Verification:
 
 class Layer(NamedTuple):
     """
-    What a folder should hold of an edited layer: its name, the space that it reads, and the shape of that
+    An edited layer that a folder should hold: its name, the space that it reads, and the shape of its edited
     part.
     """
 
@@ -98,13 +98,13 @@ class Layer(NamedTuple):
 @dataclass(frozen=True)
 class StoredWeights:
     """
-    What was read from a component's files.
+    The content of a component's weight files.
 
     Args:
         shapes (`dict[str, list[int]]`):
-            Of every tensor.
+            The shape of every tensor.
         edited (`dict[str, Tensor]`):
-            The edited part of each layer that the record names, as far as it is there.
+            The edited part of each layer that the record names, if the files have it.
     """
 
     shapes: dict[str, list[int]]
@@ -115,24 +115,23 @@ def verify(folder: str | os.PathLike) -> Verification:
     """
     Check a saved folder against its record, from the files alone: are these weights the edited ones?
 
-    The edited layers must have the fingerprint that they were saved with. Besides, the prototypes are
-    computed again with the folder's text encoder, and every layer that reads text must send each forgotten
-    one where its target goes. Layers inside the denoiser (`reach="denoiser"`) have their fingerprint alone,
-    since what they read of the concept's pictures only the original tells. A classifier's prototypes cannot
-    be computed again, only be read from the factors of `include_delta=True`. Names and shapes must be the
-    base's, and nothing else may be in the folder but texts, pictures and git's files. No code of the folder
-    runs, and no pickle is opened.
+    The edited layers must have the fingerprint that they were saved with. The prototypes are also computed
+    again with the folder's text encoder, and every layer that reads text must send each forgotten prototype
+    where its target goes. Layers inside the denoiser (`reach="denoiser"`) are checked by their fingerprint
+    alone, since only the original can show what they read from the concept's pictures. A classifier's
+    prototypes cannot be computed again, only read from the factors of `include_delta=True`. Names and shapes
+    must be the base's, and the folder may hold nothing else except texts, pictures and git's files. The check
+    runs no code from the folder and opens no pickle.
 
     Args:
         folder (`str` or `os.PathLike`):
-            A folder that `save` wrote, or that was downloaded.
+            A folder that `save` wrote, or a downloaded one.
 
     Returns:
-        [`Verification`]: true if every check passed; `print` shows the checks and what was found.
+        [`Verification`]: true if every check passed; `print` shows the checks and their findings.
 
     Raises:
-        `MoreError`: the folder has no record. `IncompatibleBaseError`: the record or an index is none that
-        `save` writes.
+        `MoreError`: the folder has no record. `IncompatibleBaseError`: the record or an index is malformed.
 
     Example:
 
@@ -155,7 +154,7 @@ def verify(folder: str | os.PathLike) -> Verification:
             layers = _layers_of(denoiser, record)
             removed = _removed_by(folder, record, denoiser)
     except MoreError as error:
-        removed = error  # the other checks still say what is there
+        removed = error  # reported among the other checks
     return check_folder(folder, record, contents, layers, removed)
 
 
@@ -175,12 +174,12 @@ def check_folder(
         record (`Record`):
             Its record.
         contents (`Contents`):
-            What it holds.
+            Its files.
         layers (`Iterable[Layer]`):
             Every layer that must be edited.
         removed (`Mapping[str, Removed]` or `MoreError`):
-            What the edit removes from each space; empty if it cannot be known, or the reason why it could not
-            be computed.
+            The directions that the edit removes from each space; empty if they cannot be known, or the error
+            that prevented computing them.
     """
     try:
         stored = read_weights(folder, record, contents)
@@ -209,10 +208,10 @@ def check_folder(
     if isinstance(removed, MoreError):
         checks.append(Check("each sends p_f where p_t goes", False, str(removed)))
     elif removed:
-        # What layers inside the denoiser read of pictures only the original tells: their fingerprint vouches.
+        # Layers inside the denoiser are checked by their fingerprint alone (see `verify`).
         inside = record.kind == "pipeline" and record.request.reach == "denoiser"
-        reading = [layer for layer in layers if not inside or layer.space in TEXT_SPACES]
-        checks.append(_remapped(stored.edited, reading, removed))
+        recomputed = [layer for layer in layers if not inside or layer.space in TEXT_SPACES]
+        checks.append(_remapped(stored.edited, recomputed, removed))
     foreign = ", ".join(map(str, contents.foreign))
     checks.append(Check("nothing else is in the folder", not foreign, foreign or "none"))
     return Verification(tuple(checks))
@@ -225,28 +224,28 @@ def read_weights(folder: Path, record: Record, contents: Contents) -> StoredWeig
     Raises:
         `IncompatibleBaseError`: a file cannot be read.
     """
-    shapes, edited = {}, {}
+    stored = StoredWeights({}, {})
     for component, prefix in record.prefixes.items():
         for path in contents.weights[component]:
             with reading(folder / path), safe_open(folder / path, "pt") as file:
-                stored = {prefix + name: name for name in file.keys()}
-                shapes |= {name: list(file.get_slice(own).get_shape()) for name, own in stored.items()}
-                for name in [name for name in record.sites if f"{name}.weight" in stored]:
-                    # Columns after the edited ones read something else than text.
-                    weight = matrix_of(file.get_tensor(stored[f"{name}.weight"]))
-                    edited[name] = weight[..., : record.sites[name][1]]
-    return StoredWeights(shapes, edited)
+                for key in file.keys():
+                    stored.shapes[prefix + key] = list(file.get_slice(key).get_shape())
+                    layer = (prefix + key).removesuffix(".weight")
+                    if key.endswith(".weight") and layer in record.sites:
+                        # Columns after the edited ones do not read text.
+                        width = record.sites[layer][1]
+                        stored.edited[layer] = matrix_of(file.get_tensor(key))[..., :width]
+    return stored
 
 
 def require_saved_weights(folder: Path, record: Record) -> None:
     """
-    Raises `IncompatibleBaseError` if the edited layers in the files are not those that the record was written
-    for.
+    Raises `IncompatibleBaseError` if the edited layers in the files are not those of the record.
     """
-    found = fingerprint(read_weights(folder, record, survey(folder, record)).edited)
-    if found != record.edited:
+    actual = fingerprint(read_weights(folder, record, survey(folder, record)).edited)
+    if actual != record.edited:
         raise IncompatibleBaseError(
-            f"The edited layers of `{record.denoiser}` in {folder} have the fingerprint {found}, but the "
+            f"The edited layers of `{record.denoiser}` in {folder} have the fingerprint {actual}, but the "
             f"record was written for {record.edited}: the weights were replaced or trained since. Erase from "
             "the original model again, or use `from_pretrained`, which reads no record."
         )
@@ -254,7 +253,7 @@ def require_saved_weights(folder: Path, record: Record) -> None:
 
 def left_over(weight: Tensor, removed: Removed) -> float:
     """
-    ‖W x‖ over what was removed, as a share of what a weight of this size gives on average; NaN for a weight
+    ‖W x‖ over the removed directions x, relative to the average for a weight of this norm; NaN for a weight
     of zeros.
     """
     weight, directions = weight.detach().cpu().double(), removed.directions.double()
@@ -264,8 +263,8 @@ def left_over(weight: Tensor, removed: Removed) -> float:
 
 def most_left(removed: Removed) -> float:
     """
-    How much may be left by `left_over`: of a soft edit that removes no direction nearly whole, the geometric
-    mean of what it leaves and what the original has.
+    The limit for `left_over`. For a soft edit that removes no direction almost completely, it is the
+    geometric mean of the share that the edit leaves and the original's.
     """
     if removed.share > SOFTEST:
         return 0.0
@@ -273,14 +272,14 @@ def most_left(removed: Removed) -> float:
 
 
 def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], removed: Mapping[str, Removed]) -> Check:
-    """Whether every layer sends p_f where p_t goes, with the first that does not, or the worst."""
+    """Whether every layer sends p_f where p_t goes; the finding names the worst layer."""
     name, measured = "each sends p_f where p_t goes", []
     for layer in layers:
         weight, gone = edited.get(layer.name), removed.get(layer.space)
         if weight is None or gone is None or weight.shape[1:] != gone.directions.shape[:1]:
             return Check(name, False, f"`{layer.name}` is missing or has another width")
         left, most = left_over(weight, gone), most_left(gone)
-        # written so that a NaN fails
+        # the comparison is false for a NaN
         measured.append((left < most, -left, f"`{layer.name}`: {left:.1e} is left (limit {most:.2g})"))
     passed, _, finding = min(measured)
     return Check(name, passed, finding)
@@ -290,18 +289,18 @@ def removed_from(
     pipe: DiffusionPipeline, request: ConceptRequest, facts: ConceptFacts, denoiser: Denoiser | None = None
 ) -> dict[str, Removed]:
     """
-    Space -> what the edit removes, by the pipeline's text encoders, and its denoiser unless it was loaded
-    without.
+    Space -> the directions that the edit removes, computed with the pipeline's text encoders. `denoiser` is
+    for a pipeline that was loaded without it.
     """
     if facts.solver == "soft":
         remaps = solve(pipe, request, denoiser).remaps
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}
-    # The solver and retained names do not matter to an exact edit.
+    # What an exact edit removes does not depend on the solver or on retained names.
     tokens = facts.tokens or request.tokens
     if tokens not in token_choices(request):
         raise IncompatibleBaseError(
-            f"The record says that {tokens!r} made the prototypes, which is none of what its request leads "
-            "to. Save the erased model again."
+            f"The record says that {tokens!r} made the prototypes, which its request does not allow. "
+            "Save the erased model again."
         )
     problems = prepare(pipe, replace(request, retain=()), denoiser, metric=False)
     return {space: problem.fit("pinv", tokens).removed() for space, problem in problems.items()}
@@ -309,10 +308,10 @@ def removed_from(
 
 def _read_denoisers(folder: Path, record: Record, contents: Contents) -> Denoiser:
     """
-    What the record is about, on the meta device.
+    The record's denoisers, on the meta device.
 
     Raises:
-        `IncompatibleBaseError`: the folder has a denoiser that it is not about.
+        `IncompatibleBaseError`: the folder has a denoiser that the record does not mention.
     """
     denoisers = []
     for component in record.prefixes:
@@ -324,8 +323,8 @@ def _read_denoisers(folder: Path, record: Record, contents: Contents) -> Denoise
         names = denoiser_names(config["_class_name"], parts)
     if others := set(names).difference(record.prefixes):
         raise IncompatibleBaseError(
-            f"{folder} also has the denoiser `{others.pop()}`, of which the record, of `{record.denoiser}`, "
-            "says nothing: it may be the original. Erase from the whole pipeline, and save that."
+            f"{folder} also has the denoiser `{others.pop()}`, which the record, of `{record.denoiser}`, "
+            "does not mention: it may be the original. Erase from the whole pipeline, and save that."
         )
     return together(denoisers, record.facts.pipeline)
 
@@ -334,7 +333,7 @@ def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, R
     with reading(folder):
         parts = DiffusionPipeline.load_config(folder)
         unused = {name: None for name in ("vae", "safety_checker") if name in parts}
-        # some pipelines look at their denoiser when they are made
+        # Some pipelines look at their denoiser on creation.
         unused |= denoiser.parts
         pipe = pipeline_class(parts["_class_name"]).from_pretrained(
             folder, variant=record.variant, use_safetensors=True, **unused
@@ -351,15 +350,14 @@ def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:
     for name, space in inner.items():
         if not isinstance(modules.get(name), nn.Linear):
             raise IncompatibleBaseError(
-                f"The record names an edited layer `{name}`, which is no linear layer of this model. Save "
+                f"The record names an edited layer `{name}`, which is not a linear layer of this model. Save "
                 "the erased model again."
             )
         layers.append(Layer(name, space, list(modules[name].weight.shape)))
     for name, reader in find_layers(denoiser, pooled=record.request.pooled).items():
-        rows, columns = reader.module.weight.shape
-        layers.append(
-            Layer(name, reader.space, [rows, columns if reader.columns is None else reader.columns])
-        )
+        rows, width = reader.module.weight.shape
+        columns = width if reader.columns is None else reader.columns
+        layers.append(Layer(name, reader.space, [rows, columns]))
     return layers
 
 

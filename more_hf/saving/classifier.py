@@ -1,4 +1,4 @@
-"""A classifier's part of `more_hf.save` and `more_hf.load`."""
+"""Classifiers in `more_hf.save` and `more_hf.load`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .delta import read_delta, read_router
 
 def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
     """
-    The classifier inside DDP or `torch.compile`. Raises `ExportError` where a folder would hold the original.
+    The classifier inside DDP or `torch.compile`. Raises `ExportError` if it cannot be saved, or only as the
+    original.
     """
     model = plain_model(model)
     if erasure.request.at is not None:
         raise ExportError(
-            f"The classes are forgotten by a hook on `{erasure.request.at}` only; the weights are the "
-            "original's, and saving would publish them. Erase at the head (leave `at` out) to get a model "
-            "that can be saved."
+            f"Only a hook on `{erasure.request.at}` forgets the classes; the weights are the original's, and "
+            "saving would publish them. Erase at the head (leave `at` out) to get a model that can be saved."
         )
     if not isinstance(model, PreTrainedModel):
         raise ExportError(
@@ -47,10 +47,10 @@ def load_classifier(
     source: str | os.PathLike, folder: Path, record: Record, **kwargs: Any
 ) -> PreTrainedModel:
     """
-    The classifier with its record, and with its hook if the factors are in the folder.
+    Load a classifier with its record, and with its hook if the folder has the factors.
 
     Raises:
-        `IncompatibleBaseError`: the weights are not those that the record was written for.
+        `IncompatibleBaseError`: the weights are not those of the record.
     """
     model = AutoModelForImageClassification.from_pretrained(
         source, variant=record.variant, use_safetensors=True, **kwargs

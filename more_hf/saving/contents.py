@@ -1,4 +1,4 @@
-"""What a folder that `save` wrote may hold, by component and class; anything else is foreign."""
+"""The files that a folder of `save` may hold, by component and class; anything else is foreign."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL_INDEX = "model_index.json"
 DELTA = "more_hf_delta.safetensors"
 CARD = "README.md"
 
-# What diffusers and transformers write for a component besides weights.
+# The files that diffusers and transformers write for a component besides weights.
 CONFIGS = frozenset(
     (
         "config.json",
@@ -43,11 +43,11 @@ CONFIGS = frozenset(
         "chat_template.jinja",
     )
 )
-NAME = re.compile(r"[A-Za-z]\w*")  # of a component, which is its folder's
-# Classes of components without weights have one of these in their names.
+NAME = re.compile(r"[A-Za-z]\w*")  # a component's name, which is also its folder's
+# The class names of components without weights match this.
 WEIGHTLESS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler$|Guidance$")
 
-# What people keep next to a model, which no loader reads.
+# Files that people keep next to a model, and that no loader reads.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 TEXTS = (".md", ".txt")
 NAMES = ("LICENSE", "LICENCE", "NOTICE")
@@ -57,7 +57,7 @@ HIDDEN = (".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store")
 @dataclass(frozen=True)
 class Contents:
     """
-    The files of a folder, by what they are; all paths are relative to it.
+    The files of a folder, sorted by purpose; all paths are relative to it.
 
     Args:
         weights (`dict[str, list[Path]]`):
@@ -65,9 +65,9 @@ class Contents:
         parts (`list[Path]`):
             Everything else that `save` writes.
         aside (`list[Path]`):
-            Texts, pictures, git's files and spare configurations, which are the user's.
+            The user's texts, pictures, git files and spare configurations.
         foreign (`list[Path]`):
-            What has no place there, such as other weights and links to folders.
+            Everything else, such as other weights and links to folders.
     """
 
     weights: dict[str, list[Path]]
@@ -83,11 +83,10 @@ class Contents:
 
 def survey(folder: Path, record: Record) -> Contents:
     """
-    Sort what a folder holds.
+    Sort a folder's files.
 
     Raises:
-        `IncompatibleBaseError`: its index cannot be read, or does not name the component that the record is
-        about.
+        `IncompatibleBaseError`: the folder's index cannot be read, or does not name the record's component.
     """
     with reading(folder):
         classes = _component_classes(folder, record)
@@ -115,7 +114,9 @@ def survey(folder: Path, record: Record) -> Contents:
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """Every file, every link to a folder, and git's folder as one, relative to `folder`, in order."""
+    """
+    Yield every file, and each linked or hidden folder as a single entry, relative to `folder`, in order.
+    """
     for place, folders, files in os.walk(folder):
         whole = [name for name in folders if name in HIDDEN or Path(place, name).is_symlink()]
         folders[:] = sorted(set(folders).difference(whole))
@@ -124,13 +125,13 @@ def entries(folder: Path) -> Iterator[Path]:
 
 
 def is_aside(folder: Path, path: Path) -> bool:
-    """Whether an entry that is no part of the model may lie next to it."""
+    """Whether an entry that is not part of the model may be next to it."""
     return may_stay(path) and ((folder / path).is_file() or path.name in HIDDEN)
 
 
 def may_stay(path: Path) -> bool:
     """
-    Whether a name is that of a text, a picture, a configuration or git's, from which no loader reads weights.
+    Whether a name belongs to a text, a picture, a configuration or git, from which no loader reads weights.
     """
     names = (*CONFIGS, *NAMES, *HIDDEN)
     return path.name in names or path.suffix.lower() in (*PICTURES, *TEXTS)
@@ -147,7 +148,7 @@ def _component_classes(folder: Path, record: Record) -> dict[str, tuple[str, str
     }
     if not classes.keys() >= record.prefixes.keys():
         raise IncompatibleBaseError(
-            f"The record in {folder} is about `{record.denoiser}`, which {MODEL_INDEX} does not name. "
+            f"The record in {folder} describes `{record.denoiser}`, which {MODEL_INDEX} does not name. "
             "Save the erased model again."
         )
     return classes
@@ -159,8 +160,7 @@ def _weight_files(
     """
     The weight files of a component, and the index of its shards if it has one.
 
-    With both a single file and shards, it depends on the library which of them is read: then none is the
-    component's.
+    If there are both a single file and shards, the library decides which of them is read, so neither counts.
     """
     suffix = f".{variant}" if variant else ""
     single = Path(component, f"{stem}{suffix}.safetensors")

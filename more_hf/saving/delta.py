@@ -1,4 +1,4 @@
-"""Write and read the thin factors of an erasure, which together with the erased weights give the original."""
+"""Write and read the thin factors of an erasure; with them, the erased weights give back the original's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .contents import DELTA
 from .files import reading
 
 
-ROUTER = "router.weight"  # of a `PrototypeRouter`, which may be trained
+ROUTER = "router.weight"  # the weight of a `PrototypeRouter`, which may be trained
 
 
 def write_delta(erasure: Erasure, folder: Path) -> None:
@@ -26,11 +26,11 @@ def write_delta(erasure: Erasure, folder: Path) -> None:
     Write the factors of every space, and the router's weight if it has one.
 
     Raises:
-        `ExportError`: the factors are not here.
+        `ExportError`: the factors are not available.
     """
     if not erasure.remaps:
         raise ExportError(
-            "The factors of this erasure are not here: it was loaded without them. Save with "
+            "The factors of this erasure are not available, because it was loaded without them. Save with "
             "include_delta=False."
         )
     tensors, facts = {}, {}
@@ -82,7 +82,7 @@ def read_delta(folder: Path) -> dict[str, Remap]:
 
 
 def read_router(folder: Path) -> torch.Tensor | None:
-    """The router's weight, if it is among the factors."""
+    """The router's weight, if the file has it."""
     path = folder / DELTA
     with reading(path), safe_open(path, "pt") as file:
         return file.get_tensor(ROUTER) if ROUTER in file.keys() else None

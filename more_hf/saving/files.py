@@ -1,4 +1,6 @@
-"""Paths as users give them, errors of the libraries that read and write, and a folder replaced as a whole."""
+"""
+Check users' paths, translate the errors of libraries that read and write, and replace a folder as a whole.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # of whichever client it uses
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # whichever HTTP client it uses
 
 from ..core.errors import ExportError, IncompatibleBaseError, MoreError
 
 
-# The network and the memory: not something that a file is to blame for.
+# Errors of the network and the memory, for which no file is to blame.
 PASSED_ON = (
     MoreError,
     HTTPError,
@@ -27,10 +29,10 @@ PASSED_ON = (
 
 
 def path_of(argument: str, value: Any) -> Path:
-    """A path from what a user gave. Raises `ExportError` if it is none that a file system knows."""
+    """A path from a user's argument. Raises `ExportError` if no file system could have it."""
     try:
         path = Path(value)
-        path.lstat()  # which raises for a null byte, half of a surrogate pair and names that are too long
+        path.lstat()  # raises for a null byte, half of a surrogate pair and names that are too long
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path
     except (TypeError, ValueError, OSError) as error:
@@ -41,10 +43,10 @@ def path_of(argument: str, value: Any) -> Path:
 @contextmanager
 def reading(place: object) -> Iterator[None]:
     """
-    Read files that may be damaged or hostile.
+    Inside the block, read files that may be damaged or hostile.
 
     Raises:
-        `IncompatibleBaseError`: whatever the libraries that read them raise, apart from `PASSED_ON`.
+        `IncompatibleBaseError`: in place of any error of the libraries that read them, except `PASSED_ON`.
     """
     try:
         yield
@@ -59,10 +61,10 @@ def reading(place: object) -> Iterator[None]:
 @contextmanager
 def writing(place: object) -> Iterator[None]:
     """
-    Write files, which fails on a full disk or without permission.
+    Inside the block, write files, which may fail on a full disk or without permission.
 
     Raises:
-        `ExportError`: whatever the libraries that write them raise, apart from `PASSED_ON`.
+        `ExportError`: in place of any error of the libraries that write them, except `PASSED_ON`.
     """
     try:
         yield
@@ -77,21 +79,21 @@ def writing(place: object) -> Iterator[None]:
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """
-    Put a new folder in the place of `folder`, all of it, or leave everything as it was.
+    Replace `folder` as a whole, or leave everything as it was.
 
-    Files of the old folder that the new one lacks move along. The new folder is written next to the old one,
-    and the two change places by renaming: there is the old one or the new one. If the process is killed
-    between the two renames, there is none, and the next call for the same folder puts the old one back first.
-    Only one process at a time may call it.
+    Files of the old folder that the new one lacks are moved into it. The new folder is written next to the
+    old one, and two renames swap them, so a reader sees the old one or the new one. If the process is killed
+    between the two renames, neither is there, and the next call for the same folder first puts the old one
+    back. Only one process at a time may call this.
 
     Args:
         folder (`Path`):
-            Where to; created if need be.
+            The folder to replace; created if needed.
         write (`Callable`):
-            Writes the new folder to the path that it is given.
+            Writes the new folder to the path that it gets.
 
     Raises:
-        `ExportError`: the folder cannot be renamed. And what `write` raises.
+        `ExportError`: the folder cannot be renamed. Also whatever `write` raises.
     """
     folder = folder.resolve()
     stage = folder.with_name(f".{folder.name}.saving")
@@ -113,7 +115,7 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def _settle(folder: Path, stage: Path) -> None:
-    """Finish a replacement if the new folder is in its place, undo it otherwise, and clean up."""
+    """Finish a replacement if the new folder is in place, otherwise undo it; then clean up."""
     old = stage / "old"
     if old.exists() and folder.exists():
         _move_missing(old, folder)
@@ -124,7 +126,7 @@ def _settle(folder: Path, stage: Path) -> None:
 
 
 def _move_missing(source: Path, target: Path) -> None:
-    """Move what `target` lacks."""
+    """Move everything that `target` lacks from `source`."""
     for entry in list(source.iterdir()):
         place = target / entry.name
         if not os.path.lexists(place):

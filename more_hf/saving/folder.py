@@ -47,23 +47,28 @@ from .delta import read_delta, write_delta
 from .files import path_of, reading, replace_folder, writing
 
 
+# arguments of `from_pretrained` that could run code or open a pickle
+UNSAFE = ("trust_remote_code", "custom_pipeline", "use_safetensors")
+FOR_THE_HUB = ("revision", "token", "cache_dir", "local_files_only")
+
+
 class Savable(NamedTuple):
     """
-    What is saved of an erased model.
+    An erased model that can be saved.
 
     Args:
         whole (`DiffusionPipeline` or `PreTrainedModel`):
-            What has `save_pretrained`.
+            The object with `save_pretrained`.
         parts (`dict[str, nn.Module]`):
             Its models, by the folder that each is written to.
         edited (`str`):
-            Which of them was edited, as `Record.denoiser` has it.
+            The name of the edited model, as in `Record.denoiser`.
         module (`nn.Module`):
-            That one; two in an `nn.ModuleDict`.
+            The edited model; two are in an `nn.ModuleDict`.
         removed (`dict[str, Removed]`):
-            What the edit removes from each space, by which the files are checked; empty if not known.
+            The directions that the edit removes from each space, for checking the files; empty if unknown.
         revision (`str`, *optional*):
-            The commit that the edited one was loaded from.
+            The commit that the edited model was loaded from.
     """
 
     whole: DiffusionPipeline | PreTrainedModel
@@ -83,34 +88,34 @@ def save(
     max_shard_size: int | str | None = None,
 ) -> Path:
     """
-    Save an erased model: `save_pretrained` plus `more_hf.json`, the record of what was done. The model is not
+    Save an erased model: `save_pretrained` plus `more_hf.json`, the record of the erasure. The model is not
     changed.
 
-    A folder that exists is replaced as a whole: whatever happens meanwhile, it is the old one or the new one.
-    Texts (`README.md`), pictures, configurations and git's files in it stay.
+    An existing folder is replaced as a whole: at any moment, it is the old one or the new one. Texts
+    (`README.md`), pictures, configurations and git's files in it are kept.
 
     Args:
         pipe (`DiffusionPipeline` or `nn.Module`):
             An erased pipeline, or an erased classifier of Transformers.
         folder (`str` or `os.PathLike`):
-            Where to; it can be neither a mount point nor the working directory.
+            The folder to write; neither a mount point nor the working directory.
         include_delta (`bool`, *optional*, defaults to `False`):
-            Also write the thin factors, which `load` needs for a router, and for the features of a
-            classifier: without them its features are the original's. Whoever has them and these weights can
-            compute the concept back; keep them out of what you publish.
+            Also write the thin factors, which `load` needs for a router and for a classifier's features:
+            without them, its features are the original's. Whoever has them and these weights can compute the
+            concept back, so do not publish them.
         variant (`str`, *optional*):
-            Of the files' names, such as `"fp16"`.
+            The variant in the files' names, such as `"fp16"`.
         max_shard_size (`int` or `str`, *optional*):
-            Of a weight file, such as `"5GB"`; `save_pretrained`'s by default.
+            The largest weight file, such as `"5GB"`; by default that of `save_pretrained`.
 
     Returns:
         `Path`: the folder.
 
     Raises:
-        `ExportError`: nothing was erased, a component is not what its class expects (a LoRA is loaded but not
-        fused: its weights would be lost or break the names), the weights or the text encoder changed since
-        the erasure, the folder holds something that this save neither replaces nor may keep (other weights,
-        which could be the original's), or it could not be written. The folder is unchanged then.
+        `ExportError`: nothing was erased; a component is not what its class expects (a LoRA that is loaded
+        but not fused would be lost or break the names); the weights or the text encoder changed since the
+        erasure; the folder holds something that this save does not replace and must not keep (other weights,
+        which could be the original's); or it could not be written. The folder is then unchanged.
     """
     folder = path_of("folder", folder)
     if variant is not None and not (isinstance(variant, str) and VARIANT.fullmatch(variant)):
@@ -154,7 +159,7 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
     parts = {
         name: part for name, part in components.items() if isinstance(part, ModelMixin | PreTrainedModel)
     }
-    # By the text encoders as they are now: they are saved, and whoever verifies has no others.
+    # Computed with the text encoders as they are now, because these are saved and will verify the folder.
     removed = removed_from(pipe, erasure.request, erasure.facts)
     first = next(iter(denoiser.parts.values()))
     revision = extract_commit_hash(f"{first.config.get('_name_or_path')}/")
@@ -162,12 +167,13 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
 
 
 def _require_plain(name: str, part: nn.Module) -> None:
-    """Raises `ExportError` if the tensors of a model are not those that a fresh one of its class has."""
-    expected, own = expected_shapes(part), shapes_of(part)
+    """Raises `ExportError` if a model's tensors are not those of a fresh model of its class."""
+    expected, actual = expected_shapes(part), shapes_of(part)
     # A quantizer packs weights and adds tensors, and loads them itself.
     if getattr(part, "hf_quantizer", None) is not None:
-        own = {key: expected[key] for key in own if key in expected}
-    differing = [key for key in sorted(expected.keys() | own.keys()) if expected.get(key) != own.get(key)]
+        actual = {key: expected[key] for key in actual if key in expected}
+    keys = sorted(expected.keys() | actual.keys())
+    differing = [key for key in keys if expected.get(key) != actual.get(key)]
     if differing:
         raise ExportError(
             f"{len(differing)} tensors of `{name}` are not those of a {type(part).__name__} (first: "
@@ -178,7 +184,7 @@ def _require_plain(name: str, part: nn.Module) -> None:
 
 
 def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | None) -> Record:
-    """The record of an erasure whose edited weights are in its sites."""
+    """Make the record of an erasure; its sites must hold the edited weights."""
     sites = {name: site.read() for name, site in erasure.sites.items()}
     record = Record(
         more_hf=__version__,
@@ -193,44 +199,45 @@ def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | 
         layout=layout_of(shapes_of(savable.module)),
         edited=fingerprint(sites),
     )
-    if record.kind == "classifier":  # Transformers writes some models under names of its earlier versions
-        record = replace(record, layout=layout_of(read_weights(draft, record, survey(draft, record)).shapes))
+    if record.kind == "classifier":
+        # Transformers writes some models under the names of earlier versions, so read them back.
+        written = read_weights(draft, record, survey(draft, record))
+        record = replace(record, layout=layout_of(written.shapes))
     return record
 
 
 def check_draft(draft: Path, record: Record, erasure: Erasure, removed: Mapping[str, Removed]) -> None:
-    """Raises `ExportError` unless `verify` will accept what was written."""
+    """Raises `ExportError` unless `verify` will accept the files."""
     layers = [Layer(name, site.space, list(site.read().shape)) for name, site in erasure.sites.items()]
     verification = check_folder(draft, record, survey(draft, record), layers, removed)
     if not verification:
         raise ExportError(
-            f"What would be saved is not the erased model ({verification.failures}). Was a LoRA fused, or "
+            f"The model to be saved is not the erased model ({verification.failures}). Was a LoRA fused, or "
             "the model or its text encoder changed since? Undo that, then save."
         )
 
 
 def refuse_leftovers(folder: Path, draft: Path) -> None:
-    """Raises `ExportError` if the folder to be replaced holds what must neither be lost nor stay."""
+    """Raises `ExportError` if the folder to be replaced holds files that must be neither lost nor kept."""
     written = set(entries(draft))
     others = [path for path in entries(folder) if path not in written and not is_aside(folder, path)]
     if others:
         raise ExportError(
-            f"{folder} already holds {', '.join(map(str, others[:5]))}, which this save does not replace: it "
-            "could be the original under another name, or factors of an earlier save. Remove it or choose "
-            "an empty folder (git history, if any, keeps old files)."
+            f"{folder} already holds {', '.join(map(str, others[:5]))}, which this save does not replace and "
+            "which could be the original under another name, or factors of an earlier save. Remove it or "
+            "choose an empty folder (git history, if any, keeps old files)."
         )
 
 
 def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Module:
     """
-    Load an erased pipeline or classifier with its record, from a folder that `save` wrote or such a Hub
-    repository.
+    Load an erased pipeline or classifier with its record, from a folder or Hub repository that `save` wrote.
 
-    `get_erasure` then knows what was erased, and a further `erase_concept` says that the originals are
-    needed. A router, or a classifier's hook, is put back if the factors are next to the weights; without them
-    a classifier's features are the original's, and only its predictions forget. Record, factors and weights
-    come from one commit, even if the repository is pushed to meanwhile. No code from the repository runs, and
-    no pickle is opened.
+    `get_erasure` then knows what was erased, and another `erase_concept` says that the originals are needed.
+    A router, or a classifier's hook, is restored if the factors are next to the weights; without them, a
+    classifier's features are the original's, and only its predictions forget. Record, factors and weights
+    come from the same commit, even if somebody pushes meanwhile. `load` runs no code from the repository and
+    opens no pickle.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -243,8 +250,8 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
 
     Raises:
         `MoreError`: there is no record, or an argument would run code or open a pickle.
-        `IncompatibleBaseError`: the record or a file cannot be read, or the weights are not those that the
-        record was written for. Errors of the network are the client's.
+        `IncompatibleBaseError`: the record or a file cannot be read, or the weights are not those of the
+        record. Errors of the network are the client's.
 
     Example:
 
@@ -256,28 +263,22 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
     >>> print(more_hf.get_erasure(more_hf.load(folder)))
     ```
     """
-    if unsafe := [
-        key for key in ("trust_remote_code", "custom_pipeline", "use_safetensors") if key in kwargs
-    ]:
+    if unsafe := [key for key in UNSAFE if key in kwargs]:
         raise MoreError(
-            f"`load` does not take `{unsafe[0]}`: it runs no code of a repository and opens no pickle. If "
+            f"`load` does not take `{unsafe[0]}`: it runs no code from a repository and opens no pickle. If "
             f"you trust {source}, use `DiffusionPipeline.from_pretrained`."
         )
     folder = path_of("source", source)
     if not folder.is_dir():
-        hub = {
-            key: kwargs[key]
-            for key in ("revision", "token", "cache_dir", "local_files_only")
-            if key in kwargs
-        }
+        hub = {key: kwargs[key] for key in FOR_THE_HUB if key in kwargs}
         with reading(source):
             folder = Path(snapshot_download(str(source), allow_patterns=[RECORD, DELTA], **hub))
         kwargs["revision"] = folder.name  # the commit
     record = Record.read(folder)
     if (variant := kwargs.pop("variant", record.variant)) != record.variant:
         raise IncompatibleBaseError(
-            f"The record in {folder} is of the files of variant {record.variant!r}, not {variant!r}. Leave "
-            "`variant` out."
+            f"The record in {folder} describes the files of variant {record.variant!r}, not {variant!r}. "
+            "Leave `variant` out."
         )
     with reading(source):
         opened = load_classifier if record.kind == "classifier" else _load_pipeline
@@ -293,7 +294,7 @@ def _load_pipeline(
     shapes = {name: list(site.read().shape) for name, site in sites.items()}
     if denoiser.name != record.denoiser or shapes != record.sites:
         raise IncompatibleBaseError(
-            f"The record in {folder} is of a model with other layers ({len(record.sites)}, here "
+            f"The record in {folder} describes a model with other layers ({len(record.sites)}; this one has "
             f"{len(shapes)}). Save the erased model again."
         )
     require_saved_weights(folder, record)
@@ -308,7 +309,8 @@ def _load_pipeline(
 
 def refuse_saved_folder(file: Path, reason: str) -> None:
     """
-    Raises `ExportError` if a file would lie in a folder that `save` wrote; the reason completes the message.
+    Raises `ExportError` if a file would be inside a folder that `save` wrote; the reason completes the
+    message.
     """
     for folder in file.resolve().parents:
         if (folder / RECORD).is_file():

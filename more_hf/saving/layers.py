@@ -1,4 +1,4 @@
-"""Of a saved denoiser only what an edit needs: the layers that read text, and the norms in front of them."""
+"""Read only what an edit needs of a saved denoiser: the layers that read text, and the norms before them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ..diffusion.sites import Denoiser
 from .files import reading
 
 
-# weights that are no variant, as one file or in shards
+# weight files without a variant, single or sharded
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 
 
 def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: bool) -> Denoiser:
     """
-    A denoiser on the meta device, of the class and configuration that it was saved with.
+    A denoiser on the meta device, with the class and configuration that it was saved with.
 
-    Only what the text goes through before the layers that read it is there, and with `layers` these too;
-    nothing else is read from the files.
+    Only the norms before the layers that read text are loaded, and with `layers` these layers too; nothing
+    else is read from the files.
 
     Args:
         folder (`Path`):
-            The pipeline's.
+            The pipeline's folder.
         name (`str`):
-            The denoiser's, among the components.
+            The denoiser's component name.
         files (`Sequence[Path]`):
             Its safetensors files.
         layers (`bool`):
-            Whether the layers that read text are wanted.
+            Whether to load the layers that read text.
 
     Raises:
-        `SiteNotFoundError`: it is of no known family. `IncompatibleBaseError`: a file cannot be read.
+        `SiteNotFoundError`: the denoiser's family is unknown. `IncompatibleBaseError`: a file cannot be read.
     """
     place = folder / name
     with reading(place):
@@ -60,14 +60,14 @@ def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: boo
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:
     """
-    A pipeline's own class. It leaves out optional components that it is given, of which `DiffusionPipeline`
-    knows nothing: it would load both denoisers of Wan.
+    A pipeline's own class, which knows which components are optional; `DiffusionPipeline` would load both
+    denoisers of Wan.
     """
     return getattr(diffusers, name, DiffusionPipeline)
 
 
 def _tensors_of(files: Iterable[Path], prefix: str) -> dict[str, Tensor]:
-    """The tensors of a part of a model, without its name."""
+    """The tensors whose names start with `prefix`, without it."""
     tensors = {}
     for path in files:
         with safe_open(path, "pt") as file:

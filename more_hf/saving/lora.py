@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -38,13 +37,13 @@ FILE_NAMES = {
     "kohya": "pytorch_lora_weights_kohya.safetensors",
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# ‖B A − ΔW‖ / ‖ΔW‖ of a layer in units of the dtype's eps; rounding two balanced factors makes a third of
-# one.
+# The largest ‖B A − ΔW‖ / ‖ΔW‖ of a layer, in units of the dtype's eps. Rounding two balanced factors costs
+# about a third of one eps.
 TOLERANCE = 4
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# Families of which ComfyUI's `comfy/lora.py` maps the edited layers' names in diffusers to its own. In Wan it
-# knows `diffusion_model.text_embedding.0` alone, in Lumina 2 `diffusion_model.cap_embedder.1`, and of Sana
-# and CogView4 no layer.
+# Families whose edited layers ComfyUI's `comfy/lora.py` knows under their diffusers names. In Wan it knows
+# only `diffusion_model.text_embedding.0`, in Lumina 2 only `diffusion_model.cap_embedder.1`, and in Sana and
+# CogView4 no edited layer.
 IN_COMFYUI = (
     "AuraFlow",
     "Chroma",
@@ -55,9 +54,8 @@ IN_COMFYUI = (
     "Stable Diffusion 3",
     "Z-Image",
 )
-KOHYA_NAMES = {
-    "add_embedding.linear_1": "label_emb.0.0"
-}  # the original name, which diffusers maps back (tested)
+# the layer's name in the original checkpoint, which diffusers maps back (tested)
+KOHYA_NAMES = {"add_embedding.linear_1": "label_emb.0.0"}
 
 
 def save_lora(
@@ -71,41 +69,42 @@ def save_lora(
     """
     Write the erasure as one LoRA file for the original model. The pipeline is not changed.
 
-    Loaded into the original at weight 1 it gives the erased model, up to the rounding of `dtype`: the change
+    Loaded into the original at weight 1, it gives the erased model up to the rounding of `dtype`: the change
     of an edited layer has the rank of the forget prototypes, so nothing is approximated. Do not load it into
     a model that is already erased.
 
-    Of Wan 2.2 there are two files, as diffusers loads them: the second, whose name has `_2` before its
-    ending, is for `load_lora_weights(..., load_into_transformer_2=True)`.
+    For Wan 2.2 there are two files, as diffusers expects: the second, with `_2` at the end of its name, is
+    for `load_lora_weights(..., load_into_transformer_2=True)`.
 
-    The file is the inverse of the erasure: whoever has it and the erased weights subtracts it and has the
-    concept back. It is for people who have the original anyway; keep it out of a repository whose erased
-    weights are meant to stay erased.
+    The file undoes the erasure: whoever has it and the erased weights can subtract it and has the concept
+    back. It is meant for people who have the original anyway; keep it out of a repository whose erased
+    weights should stay erased.
 
     Args:
         pipe (`DiffusionPipeline`):
             An erased pipeline whose original weights were kept (`keep_originals=True`).
         path (`str` or `os.PathLike`):
-            A file that ends in `.safetensors`, which is replaced if it exists, or a folder, where the file is
+            A file that ends in `.safetensors`, which is replaced if it exists; or a folder, where the file is
             named `pytorch_lora_weights.safetensors` (`peft`, which `load_lora_weights(folder)` finds) or
-            `pytorch_lora_weights_kohya.safetensors` (for which it needs `weight_name=`).
+            `pytorch_lora_weights_kohya.safetensors` (which needs `weight_name=`).
         format (`str`, *optional*, defaults to `"peft"`):
-            `"peft"` for diffusers, `"kohya"` for ComfyUI and A1111, which diffusers reads too. `"kohya"` is
-            for UNets. Of transformers ComfyUI reads the peft files of AuraFlow, Chroma, FLUX, FLUX.2,
-            Kandinsky 5, Qwen-Image, Stable Diffusion 3 and Z-Image, by its documented names; it was not run.
+            `"peft"` for diffusers, or `"kohya"` for ComfyUI and A1111, which diffusers reads too and which
+            exists for UNets only. Among transformers, ComfyUI reads the peft files of AuraFlow, Chroma, FLUX,
+            FLUX.2, Kandinsky 5, Qwen-Image, Stable Diffusion 3 and Z-Image, according to its documented
+            names; ComfyUI itself was not run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
-            Of the factors; `torch.bfloat16` and `torch.float32` as well.
+            Dtype of the factors: also `torch.bfloat16` or `torch.float32`.
         expert (`int`, *optional*):
-            This expert alone; by default the mean expert, which is in the erased weights.
+            Write this expert instead of the mean expert, which is in the erased weights.
 
     Returns:
-        `Path`: the file, of two the first.
+        `Path`: the file, or the first of two.
 
     Raises:
         `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, the file
         would be next to erased weights, it could not be written, or no loader takes such a file for this
-        family (PixArt in any format, others than UNets in `"kohya"`). `AlreadyErasedError`: the original
-        weights are not here. Nothing is written then.
+        family (PixArt in any format, `"kohya"` for anything but a UNet). `AlreadyErasedError`: the original
+        weights are not available. Nothing is written then.
 
     Example:
 
@@ -143,13 +142,13 @@ def erase_to_lora(
     """
     Erase concepts from a saved pipeline and write the edit as one LoRA file, without loading the denoiser.
 
-    Of its files only the layers that read text are read, a few of several hundred, so that a model of twenty
-    billion parameters takes the memory of its text encoder. The file is the one that `erase_concept` and
-    `save_lora` give; only the proof by run is missing, and the report says so.
+    Only the layers that read text are read from its files, a few among several hundred, so that a model of
+    twenty billion parameters needs no more memory than its text encoder. The file is that of `erase_concept`
+    and `save_lora`; only the proof by run is missing, and the report says so.
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder of an original pipeline with safetensors files, in shards or not, or a Hub id, which is
+            The folder of an original pipeline with safetensors files, sharded or not, or a Hub id, which is
             downloaded.
         path (`str` or `os.PathLike`):
             As in [`save_lora`].
@@ -162,7 +161,7 @@ def erase_to_lora(
         format (`str`, *optional*, defaults to `"peft"`):
             As in [`save_lora`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
-            Of the factors; the models are loaded in the dtype that the denoiser is stored in.
+            Dtype of the factors; the models are loaded in the dtype in which the denoiser is stored.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
 
@@ -170,7 +169,7 @@ def erase_to_lora(
         `ConceptErasure`: the report; `print` shows it.
 
     Raises:
-        `ExportError`, `SiteNotFoundError` and `PrototypeError`: as `save_lora` and `erase_concept` do.
+        `ExportError`, `SiteNotFoundError` and `PrototypeError`: as from `save_lora` and `erase_concept`.
         `AlreadyErasedError`: the folder was saved erased. `IncompatibleBaseError`: it cannot be read.
 
     Example:
@@ -196,7 +195,7 @@ def erase_to_lora(
     with reading(source):
         pipeline = DiffusionPipeline.load_config(folder)["_class_name"]
     refuse_without_loader(pipeline_class(pipeline))
-    # a kohya file has the size of pictures, which the VAE knows
+    # The metadata of a kohya file has the size of pictures, which depends on the VAE.
     opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
     erasure = erasure_of_layers(opened.pipe, opened.denoiser, request)
     _write(path, opened.pipe, opened.denoiser, erasure, format=format, dtype=dtype, expert=None)
@@ -215,22 +214,23 @@ def _write(
 ) -> Path:
     if format == "kohya" and denoiser.name != "unet":
         raise ExportError(
-            f'The names of format="kohya" are those of UNets, and {denoiser.family.name} has none. '
+            f'The layer names of format="kohya" are those of UNets, and {denoiser.family.name} has none. '
             f'Pass format="peft", which {readers_of_peft(denoiser.family.name)} for this model.'
         )
     factors = _factors(erasure, expert, dtype)
     metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure, expert))}
-    first = next(iter(denoiser.parts))  # by whose name a loader knows the layers of either
+    first = next(iter(denoiser.parts))  # loaders expect the first denoiser's name in either file
+    to_tensors = _peft if format == "peft" else _kohya
     files = {}
     for file, prefix in zip(lora_files(path, len(denoiser.parts)), denoiser.prefixes.values(), strict=True):
         own = {name.removeprefix(prefix): pair for name, pair in factors.items() if name.startswith(prefix)}
-        files[file] = _peft(own, first) if format == "peft" else _kohya(own, first)
+        files[file] = to_tensors(own, first)
     if format == "kohya":
         metadata |= _kohya_metadata(pipe, denoiser, erasure)
     with writing(path), ExitStack() as stack:
         drafts = {file: stack.enter_context(replacing(file)) for file in files}
         for file, tensors in files.items():
-            # `save_file` makes files that nobody else may read
+            # `save_file` would make files that only this user may read
             drafts[file].write_bytes(to_bytes(tensors, metadata=metadata))
     return path
 
@@ -241,7 +241,7 @@ def lora_files(path: Path, denoisers: int) -> list[Path]:
 
 
 def readers_of_peft(family: str) -> str:
-    """Who reads a peft file of a family of transformers."""
+    """The tools that read a peft file of a transformer family, with their verb."""
     return "diffusers and ComfyUI read" if family in IN_COMFYUI else "diffusers reads, and ComfyUI does not,"
 
 
@@ -249,17 +249,17 @@ def to_adapters(
     pipe: DiffusionPipeline, *, dtype: torch.dtype = torch.float32
 ) -> dict[str, dict[str, Tensor]]:
     """
-    Give every expert as a LoRA in memory. The pipeline is not changed.
+    Return every expert as a LoRA in memory. The pipeline is not changed.
 
-    Load each into the original pipeline under its name: `set_adapters("expert_1")` before a call is that
-    expert, and all of them at equal weights that sum to 1 are the mean expert. They have one rank, so
-    `hotswap=True` works between them.
+    Load each into the original pipeline under its name: after `set_adapters("expert_1")`, the pipeline is
+    that expert, and with all of them at equal weights that sum to 1 it is the mean expert. They all have the
+    same rank, so `hotswap=True` works between them.
 
     Args:
         pipe (`DiffusionPipeline`):
             An erased pipeline whose original weights were kept.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Of the factors; `torch.float16` and `torch.bfloat16` as well.
+            Dtype of the factors: also `torch.float16` or `torch.bfloat16`.
 
     Returns:
         `dict[str, dict[str, Tensor]]`: a state dict for `load_lora_weights` under each of the names
@@ -267,7 +267,7 @@ def to_adapters(
         `unet.<layer>.lora_B.weight` `(out_features, rank)`, on the CPU; no two tensors share memory.
 
     Raises:
-        `ExportError` and `AlreadyErasedError`: as `save_lora` does; `ExportError` also for two denoisers.
+        `ExportError` and `AlreadyErasedError`: as from `save_lora`; `ExportError` also for two denoisers.
 
     Example:
 
@@ -298,7 +298,7 @@ def lora_path(path: str | os.PathLike, format: str) -> Path:
     The file that `save_lora` writes.
 
     Raises:
-        `ExportError`: the format is unknown, or the file would be a pickle or stand next to erased weights.
+        `ExportError`: the format is unknown, or the file would be a pickle or next to erased weights.
     """
     if not isinstance(format, str) or format not in FILE_NAMES:
         raise ExportError(f"Unknown format {format!r}. Choose one of {', '.join(map(repr, FILE_NAMES))}.")
@@ -312,7 +312,7 @@ def lora_path(path: str | os.PathLike, format: str) -> Path:
 
 
 def refuse_without_loader(pipeline: type[DiffusionPipeline]) -> None:
-    """Raises `ExportError` for a class of pipelines that loads no LoRA."""
+    """Raises `ExportError` for a pipeline class that cannot load a LoRA."""
     if not hasattr(pipeline, "load_lora_weights"):
         raise ExportError(
             f"diffusers loads no LoRA into a {pipeline.__name__} (it has no `load_lora_weights`), so nothing "
@@ -354,13 +354,15 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
         )
     factors, limit = {}, TOLERANCE * torch.finfo(dtype).eps
     for name, weight in erasure.originals.items():
+        # 1. The edit's own factors, with zeros for columns that do not read text.
         lora_A, lora_B = erasure.remap_of(name).delta(weight, expert)
-        lora_A = pad(
-            lora_A, (0, erasure.sites[name].module.in_features - weight.shape[1])
-        )  # columns that do not read text stay
+        lora_A = pad(lora_A, (0, erasure.sites[name].module.in_features - weight.shape[1]))
+        # 2. Balanced, they can be rounded.
         rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B, erasure.rank))
+        # 3. Check the product of the rounded factors.
         delta = lora_B @ lora_A
-        size, error = float(delta.norm()), float((rounded_B.double() @ rounded_A.double() - delta).norm())
+        size = float(delta.norm())
+        error = float((rounded_B.double() @ rounded_A.double() - delta).norm())
         if not error <= limit * size:
             remedy = (
                 "The layer's weights are out of its range: save them with `more_hf.save` instead"
@@ -377,63 +379,73 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
 
 def _balance(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
-    Factors of this rank and product, with orthogonal terms, split evenly: row i of A and column i of B
-    both have the norm √(singular value).
+    Factors with the same product and with orthogonal terms of evenly split size: row i of A and column i of B
+    both have the norm √(singular value). Zeros fill them up to `rank`.
 
-    As `Remap.delta` gives them the terms partly cancel, most of all for several concepts: rounded to half
-    precision they lose what these keep.
+    The terms of `Remap.delta` partly cancel, above all for several concepts, so rounding those factors to
+    half precision would lose what these keep.
     """
     Q_A, R_A = torch.linalg.qr(lora_A.T)
     Q_B, R_B = torch.linalg.qr(lora_B)
     left, sizes, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    # Fewer prototypes, or a narrower layer: every layer of a file has the same rank.
-    missing = rank - len(sizes)
     balanced_A, balanced_B = ((Q_A @ right.T) * sizes.sqrt()).T, (Q_B @ left) * sizes.sqrt()
+    # Layers with fewer prototypes, or narrower ones, still need the file's common rank.
+    missing = rank - len(sizes)
     return pad(balanced_A, (0, 0, 0, missing)).contiguous(), pad(balanced_B, (0, missing)).contiguous()
 
 
 def _peft(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str, Tensor]:
     tensors = {}
     for name, (lora_A, lora_B) in factors.items():
-        tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = (
-            lora_A,
-            lora_B,
-        )
+        tensors[f"{component}.{name}.lora_A.weight"] = lora_A
+        tensors[f"{component}.{name}.lora_B.weight"] = lora_B
     return tensors
 
 
 def _kohya(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str, Tensor]:
     renamed = {KOHYA_NAMES.get(name, name): pair for name, pair in factors.items()}
     tensors = convert_state_dict_to_kohya(_peft(renamed, component))
-    # diffusers writes the alphas as integers; kohya's trainer, and thus what tools expect, as floats
+    # diffusers writes the alphas as integers, but tools expect floats, as kohya's trainer writes them.
     return {name: tensor.float() if name.endswith(".alpha") else tensor for name, tensor in tensors.items()}
 
 
 def _record(erasure: Erasure, expert: int | None) -> dict:
-    facts = {
-        key: asdict(erasure.facts)[key] for key in ("solver", "rank", "num_experts", "base", "fingerprint")
+    facts = erasure.facts
+    return {
+        "more_hf": __version__,
+        "request": erasure.request.to_dict(),
+        "expert": expert,
+        "solver": facts.solver,
+        "rank": facts.rank,
+        "num_experts": facts.num_experts,
+        "base": facts.base,
+        "fingerprint": facts.fingerprint,
     }
-    return {"more_hf": __version__, "request": erasure.request.to_dict(), "expert": expert, **facts}
 
 
 def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasure) -> dict[str, str]:
     """
-    What A1111 and ComfyUI show and sort by, in the names of kohya's trainer and of Stability's model
-    specification.
+    The metadata that A1111 and ComfyUI show and sort by, under the names of kohya's trainer and of
+    Stability's model specification.
     """
     config, rank = denoiser.module.config, str(erasure.rank)
-    version = "xl" if denoiser.family.pooled else "v2" if config.use_linear_projection else "v1"
     v_prediction = pipe.scheduler.config.get("prediction_type") == "v_prediction"
-    architecture = {"v1": "v1", "v2": "v2-768-v" if v_prediction else "v2-512", "xl": "xl-v1-base"}[version]
-    height, width = [config.sample_size] * 2 if isinstance(config.sample_size, int) else config.sample_size
+    if denoiser.family.pooled:
+        version, architecture = "sdxl_base_v1-0", "xl-v1-base"
+    elif config.use_linear_projection:
+        version, architecture = "sd_v2", "v2-768-v" if v_prediction else "v2-512"
+    else:
+        version, architecture = "sd_v1", "v1"
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
     title = f"Without {', '.join(erasure.concepts)}"
     return {
         "ss_output_name": re.sub(r"\W+", "_", title),  # the alias in A1111's <lora:ALIAS:1>
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        "ss_base_model_version": "sdxl_base_v1-0" if version == "xl" else f"sd_{version}",
-        "ss_v2": str(version == "v2"),
+        "ss_base_model_version": version,
+        "ss_v2": str(version == "sd_v2"),
         "ss_sd_model_name": erasure.facts.base,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"stable-diffusion-{architecture}/lora",

@@ -53,28 +53,29 @@ def push_to_hub(
     Publish an erased pipeline or classifier with its record and a model card, in one commit. The model is not
     changed.
 
-    What goes up is what `save` writes, the card, and the pictures that the card names; it is checked first,
-    as `verify` does. The card carries over the original's licence and tags, and says what the edit is and is
-    not; a card that exists is kept, with a section of it written again. Publishing does not make a secret:
-    the weights tell what was erased, and whoever has the original model has the concept.
+    The commit holds the files that `save` writes, the card, and the pictures that the card names; they are
+    checked first, as by `verify`. The card carries over the original's licence and tags, and says what the
+    edit does and does not do; an existing card is kept, and only its section on the edit is rewritten.
+    Publishing hides nothing: the weights reveal what was erased, and whoever has the original model has the
+    concept.
 
     Args:
         pipe_or_model (`DiffusionPipeline`, `nn.Module`, `str` or `os.PathLike`):
             An erased pipeline, an erased classifier of Transformers, or a folder that `save` wrote.
         repo_id (`str`):
-            `"name/repository"`, created if need be. One that holds other files than texts and pictures is
-            refused unless this push replaces them, since its users could load the original from them.
+            `"name/repository"`, created if needed. A repository with files other than texts and pictures is
+            refused unless this push replaces them, because its users could load the original from them.
         private (`bool`, *optional*):
-            Of a repository that is created; by default what the account says.
+            Whether a new repository is private; by default as the account's settings say.
         token (`str`, *optional*):
-            By default the one of `hf auth login`.
+            The access token; by default the one from `hf auth login`.
         revision (`str`, *optional*):
-            A branch, created if need be.
+            A branch, created if needed.
         commit_message (`str`, *optional*):
-            By default it names what was erased.
+            By default, it names what was erased.
         include_delta (`bool`, *optional*, defaults to `False`):
-            Publish the thin factors too, which `load` needs for a router and for a classifier's features.
-            Whoever has them and the edited weights computes the original ones, and has the concept back.
+            Also publish the thin factors, which `load` needs for a router and for a classifier's features.
+            Whoever has them and the edited weights can compute the original weights, and so the concept.
         card (`bool`, *optional*, defaults to `True`):
             Write the model card; `False` leaves a `README.md` as it is.
         grid (`str` or `os.PathLike`, *optional*):
@@ -82,7 +83,7 @@ def push_to_hub(
         rows (`Sequence[Mapping]`, *optional*):
             Benchmark results, for the card and the record.
         dry_run (`str` or `os.PathLike`, *optional*):
-            An empty or new folder to write to what would be pushed; then nothing is pushed.
+            An empty or new folder. The commit's files are written there, and nothing is pushed.
         api (`HfApi`, *optional*):
             The client to use instead of one with `token`.
 
@@ -91,7 +92,7 @@ def push_to_hub(
 
     Raises:
         `ExportError`: nothing was erased, the files are not the erased model, or the folder or repository
-        holds something else; nothing is pushed then. And what the client raises about the network.
+        holds something else; nothing is pushed then. Also whatever the client raises about the network.
 
     Example:
 
@@ -109,10 +110,12 @@ def push_to_hub(
         raise ExportError(f"{target} is not empty. Choose another folder for the dry run.")
     api = api or HfApi(token=token, library_name="more_hf", library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary:
+        # 1. Collect the files, and check them against the record and the repository.
         folder = Path(temporary) / "model"
         record = _copy_checked(pipe_or_model, folder, include_delta)
         present, branch = ([], None) if target is not None else _present(api, repo_id, revision)
         _refuse_stale(repo_id, present, folder)
+        # 2. Take out the paths of this machine, and add the results, the picture and the card.
         base_card = _base_card(record, api) if card else None
         record = _public(record, rows)
         write_text(folder / RECORD, record.to_json())
@@ -124,6 +127,7 @@ def push_to_hub(
                 record, repo_id, base=base_card, existing=existing, picture=picture, with_delta=include_delta
             )
             write_text(folder / CARD, text)
+        # 3. Push, or leave the files in the folder of the dry run.
         if target is not None:
             with writing(target):
                 replace_folder(target, lambda draft: shutil.copytree(folder, draft))
@@ -144,13 +148,13 @@ def _copy_checked(
     pipe_or_model: DiffusionPipeline | nn.Module | str | os.PathLike, folder: Path, include_delta: bool
 ) -> Record:
     """
-    Write to `folder` what may go up of a model, or of a folder that was saved.
+    Write the publishable files of a model, or of a saved folder, to `folder`.
 
     Raises:
-        `ExportError`: it is not the erased model, or something else lies in its folder.
+        `ExportError`: it is not the erased model, or its folder holds something else.
     """
     if not isinstance(pipe_or_model, str | os.PathLike):
-        save(pipe_or_model, folder, include_delta=include_delta)  # which checks what it wrote
+        save(pipe_or_model, folder, include_delta=include_delta)  # checks what it writes
         return Record.read(folder)
     source = path_of("pipe_or_model", pipe_or_model)
     record = Record.read(source)
@@ -159,8 +163,8 @@ def _copy_checked(
     if others := contents.foreign + links:
         raise ExportError(
             f"{source} holds something that is no part of the saved model: "
-            f"{', '.join(map(str, others[:5]))}. It could be the original, or give it back (a LoRA of the "
-            "erasure). Remove it, or put files in place of links, then push."
+            f"{', '.join(map(str, others[:5]))}. It could be the original, or restore it (a LoRA of the "
+            "erasure). Remove it, or replace links by files, then push."
         )
     if include_delta and Path(DELTA) not in contents.parts:
         raise ExportError(
@@ -203,7 +207,8 @@ def _copy_grid(grid: Path, folder: Path) -> str:
 
 def _present(api: HfApi, repo_id: str, revision: str | None) -> tuple[list[str], str | None]:
     """
-    What is in the repository, and the branch it was read from: a new branch starts as a copy of the main one.
+    The files in the repository, and the branch they were read from; a new branch starts as a copy of the main
+    one.
     """
     if not api.repo_exists(repo_id):
         return [], None
@@ -215,14 +220,14 @@ def _present(api: HfApi, repo_id: str, revision: str | None) -> tuple[list[str],
 
 def _refuse_stale(repo_id: str, present: Sequence[str], folder: Path) -> None:
     """
-    Raises `ExportError` if the repository holds what this push does not replace, apart from texts and
+    Raises `ExportError` if the repository holds files that this push does not replace, other than texts and
     pictures.
     """
     stale = [name for name in present if not (folder / name).is_file() and not may_stay(Path(name))]
     if stale:
         raise ExportError(
-            f"{repo_id} holds what this push does not replace: {', '.join(stale[:5])}. It could be the "
-            "original under another name. Push to a new repository, or delete it with "
+            f"{repo_id} holds files that this push does not replace: {', '.join(stale[:5])}. They could be "
+            "the original under another name. Push to a new repository, or delete them with "
             f"`HfApi().delete_files({repo_id!r}, {stale[:5]})` first; git history keeps old files."
         )
 
@@ -230,9 +235,8 @@ def _refuse_stale(repo_id: str, present: Sequence[str], folder: Path) -> None:
 def _warn_about_history(repo_id: str, present: Sequence[str]) -> None:
     if RECORD not in present and any(not may_stay(Path(name)) for name in present):
         logger.warning(
-            "%s already held weights, which this commit replaces, but git history keeps old files: whoever "
-            "asks for an "
-            "earlier revision gets them. A new repository has no history.",
+            "%s already held weights, which this commit replaces, but git history keeps old files: an "
+            "earlier revision still has them. A new repository has no history.",
             repo_id,
         )
 
@@ -240,7 +244,7 @@ def _warn_about_history(repo_id: str, present: Sequence[str]) -> None:
 def _existing_card(
     api: HfApi, repo_id: str, branch: str | None, folder: Path, *, in_repository: bool
 ) -> ModelCard | None:
-    """The card to extend: the folder's, else the repository's."""
+    """The card to extend: the folder's, or else the repository's."""
     path = folder / CARD
     if not path.is_file():
         if not in_repository:
@@ -285,7 +289,7 @@ def _public(record: Record, rows: Sequence[Mapping[str, Any]] | None) -> Record:
 
 
 def _clean_configs(folder: Path) -> None:
-    """Take out where the components were loaded from if that is a path of this machine."""
+    """Remove the place that a component was loaded from, if it is a path of this machine."""
     for path in [*folder.rglob("config.json"), folder / MODEL_INDEX]:
         if not path.is_file():
             continue

@@ -1,6 +1,6 @@
 """
-Erase from a saved pipeline without loading its denoiser: of its files only the layers that read text are
-read, a few of several hundred.
+Erase from a saved pipeline without loading its denoiser: only the layers that read text are read from its
+files, a few among several hundred.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .folder import Savable, check_draft, make_record, refuse_leftovers
 from .layers import WEIGHTS, pipeline_class, read_denoiser
 
 
-# components that neither read text nor are read
+# components that an edit does not need
 UNUSED = ("safety_checker", "image_encoder", "feature_extractor")
-LENGTH = 8  # bytes in front of a safetensors file that say how long its header is
+LENGTH = 8  # a safetensors file starts with the length of its header, in this many bytes
 
 
 class Opened(NamedTuple):
@@ -46,11 +46,11 @@ class Opened(NamedTuple):
 
     Args:
         folder (`Path`):
-            Where it is.
+            The pipeline's folder.
         pipe (`DiffusionPipeline`):
-            Its other parts, as far as they are needed.
+            The other components that are needed.
         denoiser (`Denoiser`):
-            On the meta device, but for the layers that read text.
+            The denoiser, on the meta device except for the layers that read text.
     """
 
     folder: Path
@@ -62,32 +62,32 @@ def open_without_denoiser(
     source: str | os.PathLike, device: torch.device | str, *, without: Sequence[str] = ()
 ) -> Opened:
     """
-    Open a saved pipeline without its denoiser, in the dtype that this is stored in.
+    Open a saved pipeline without its denoiser, in the dtype in which that is stored.
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder of an original pipeline with safetensors files, or a Hub id, which is downloaded.
+            The folder of an original pipeline with safetensors files, or a Hub id, which is downloaded.
         device (`torch.device` or `str`):
             Where the text encoders run.
         without (`Sequence[str]`, *optional*):
-            Other components that are not needed, besides `UNUSED`.
+            Components that are not needed, besides `UNUSED`.
 
     Raises:
-        `SiteNotFoundError`: its family is not supported. `AlreadyErasedError`: it was saved erased.
-        `IncompatibleBaseError`: it cannot be read.
+        `SiteNotFoundError`: the denoiser's family is not supported. `AlreadyErasedError`: the pipeline was
+        saved erased. `IncompatibleBaseError`: it cannot be read.
     """
     folder = folder_of(source)
     with reading(source):
         config = DiffusionPipeline.load_config(folder)
     parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
 
-    # 1. The denoisers without their weights, but for the layers that read text.
+    # 1. Build the denoisers with no weights except those of the layers that read text.
     denoisers = {}
     for name in denoiser_names(config["_class_name"], parts):
         files = [file for file in sorted((folder / name).iterdir()) if WEIGHTS.fullmatch(file.name)]
         denoisers[name] = read_denoiser(folder, name, files, layers=True).module
 
-    # 2. The rest. Some pipelines look at their denoiser when they are made; none can be moved with it.
+    # 2. Load the rest. Some pipelines look at their denoiser on creation, but none can be moved with it.
     left_out = {name: None for name in (*UNUSED, *without) if name in parts}
     if "safety_checker" in left_out:
         left_out["requires_safety_checker"] = False
@@ -104,7 +104,7 @@ def open_without_denoiser(
 
 
 def folder_of(source: str | os.PathLike) -> Path:
-    """The folder itself, or what a Hub id is downloaded to."""
+    """The folder itself, or the folder to which a Hub id is downloaded."""
     folder = path_of("source", source)
     with reading(source):
         return folder if folder.is_dir() else Path(DiffusionPipeline.download(str(source)))
@@ -130,12 +130,13 @@ def erase_to_folder(
     """
     Erase concepts from a saved pipeline into another folder, without loading the denoiser.
 
-    The files are copied, and in the copies the edited layers are overwritten: what `erase_concept` and `save`
-    give, with the original's shards. Only the proof by run is missing, and the report says so.
+    The files are copied, and the edited layers are overwritten in the copies. The result is that of
+    `erase_concept` and `save`, with the original's shards. Only the proof by run is missing, and the report
+    says so.
 
     Args:
         source (`str` or `os.PathLike`):
-            A folder of an original pipeline with safetensors files, in shards or not, or a Hub id, which is
+            The folder of an original pipeline with safetensors files, sharded or not, or a Hub id, which is
             downloaded.
         folder (`str` or `os.PathLike`):
             As in [`save`].
@@ -154,9 +155,9 @@ def erase_to_folder(
         `ConceptErasure`: the report; `print` shows it.
 
     Raises:
-        `ExportError`, `SiteNotFoundError` and `PrototypeError`: as `save` and `erase_concept` do.
+        `ExportError`, `SiteNotFoundError` and `PrototypeError`: as from `save` and `erase_concept`.
         `AlreadyErasedError`: the source was saved erased. `IncompatibleBaseError`: it cannot be read, or a
-        component has no safetensors files. The folder is as it was then.
+        component has no safetensors files. The folder is then unchanged.
 
     Example:
 
@@ -191,18 +192,17 @@ def erase_to_folder(
         contents = survey(opened.folder, record)
         if missing := [name for name, files in contents.weights.items() if not files]:
             raise IncompatibleBaseError(
-                f"{opened.folder / missing[0]} has no safetensors files, or one beside its shards. Save the "
-                "original again with `save_pretrained`, which writes one kind."
+                f"{opened.folder / missing[0]} has no safetensors files, or both a single file and shards. "
+                "Save the original again with `save_pretrained`, which writes one kind."
             )
         for path in contents.saved:
             (draft / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(opened.folder / path, draft / path)
         for component, prefix in denoiser.prefixes.items():
-            edited = {
-                f"{name.removeprefix(prefix)}.weight": site.module.weight.detach()
-                for name, site in erasure.sites.items()
-                if name.startswith(prefix)
-            }
+            edited = {}
+            for name, site in erasure.sites.items():
+                if name.startswith(prefix):
+                    edited[f"{name.removeprefix(prefix)}.weight"] = site.module.weight.detach()
             for path in contents.weights[component]:
                 overwrite_tensors(draft / path, edited)
         write_text(draft / RECORD, record.to_json())
@@ -218,9 +218,8 @@ def erase_to_folder(
 
 def overwrite_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
-    Write those of the tensors that a safetensors file has into their places there; the rest is not read.
-
-    They must have the shapes and dtypes of those in the file.
+    Overwrite tensors inside a safetensors file without reading the rest. Tensors that the file does not have
+    are skipped; the others must have the shape and dtype that they have there.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(LENGTH), "little")

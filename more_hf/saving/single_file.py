@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .folder import refuse_saved_folder
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 
-# start of a diffusers name -> start of the original name
+# beginning of a diffusers name -> beginning of the original name
 _UNET = {
     "conv_in.": "input_blocks.0.0.",
     "time_embedding.linear_1.": "time_embed.0.",
@@ -77,12 +78,12 @@ def original_layout(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     All weights of the pipeline under the original checkpoint's names. The pipeline is not changed; most
     tensors are its own.
 
-    The text encoder keeps transformers' names in Stable Diffusion 1.x and has OpenCLIP's in 2.x, with query,
-    key and value in one matrix. What is in no 2.x pipeline (the last text layer and the projection, which
-    none uses) is not here either.
+    The text encoder keeps transformers' names in Stable Diffusion 1.x; in 2.x it has OpenCLIP's, with query,
+    key and value in one matrix. The last text layer and the projection of the 2.x checkpoint are left out,
+    because no 2.x pipeline uses or has them.
 
     Raises:
-        `ExportError`: a tensor has no place there: another model, an adapter, or a LoRA that is not fused.
+        `ExportError`: a tensor has no place in a checkpoint: another model, an adapter, or an unfused LoRA.
     """
     denoiser = find_denoiser(pipe)
     unet = denoiser.module
@@ -93,14 +94,12 @@ def original_layout(pipe: DiffusionPipeline) -> dict[str, Tensor]:
         )
     tensors = _renamed(unet.state_dict(), _unet_names(unet), UNET)
     for name, tensor in _renamed(pipe.vae.state_dict(), _vae_names(pipe.vae), VAE).items():
-        tensors[name] = (
-            tensor[:, :, None, None] if ".mid.attn_1." in name and tensor.ndim == 2 else tensor
-        )  # a 1x1 convolution there
-    text = {
-        name.removeprefix("text_model."): tensor for name, tensor in pipe.text_encoder.state_dict().items()
-    }
+        is_projection = ".mid.attn_1." in name and tensor.ndim == 2
+        tensors[name] = tensor[:, :, None, None] if is_projection else tensor  # a 1×1 convolution there
+    encoder = pipe.text_encoder
+    text = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
     if unet.config.use_linear_projection:  # Stable Diffusion 2.x
-        return {**tensors, **_open_clip(text, pipe.text_encoder.config.num_hidden_layers)}
+        return {**tensors, **_open_clip(text, encoder.config.num_hidden_layers)}
     return {**tensors, **{CLIP + name: tensor for name, tensor in text.items()}}
 
 
@@ -142,7 +141,7 @@ def _unet_names(unet: nn.Module) -> dict[str, str]:
             names |= _inside(f"up_blocks.{i}.resnets.{j}.", f"output_blocks.{number}.0.", _UNET_RESNET)
             names[f"up_blocks.{i}.attentions.{j}."] = f"output_blocks.{number}.1."
             number += 1
-        place = 2 if hasattr(block, "attentions") else 1  # behind the last layer's resnet, and its attention
+        place = 2 if hasattr(block, "attentions") else 1  # after the last layer's resnet and attention
         names[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{number - 1}.{place}."
     return names
 
@@ -173,12 +172,8 @@ def _open_clip(text: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             parts = [text[f"encoder.layers.{i}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
             joined[f"{OPEN_CLIP}{place}attn.in_proj_{kind}"] = torch.cat(parts)
-    single = {
-        name: tensor
-        for name, tensor in text.items()
-        if not any(f".{letter}_proj." in name for letter in "qkv")
-    }
-    return {**_renamed(single, names, OPEN_CLIP), **joined}
+    others = {name: tensor for name, tensor in text.items() if not re.search(r"\.[qkv]_proj\.", name)}
+    return {**_renamed(others, names, OPEN_CLIP), **joined}
 
 
 def _inside(start: str, place: str, parts: Mapping[str, str]) -> dict[str, str]:
@@ -201,15 +196,15 @@ def save_checkpoint(
         file (`str` or `os.PathLike`):
             A path that ends in `.safetensors`; an existing file is replaced.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
-            Of all tensors.
+            Dtype of all tensors.
 
     Returns:
         `Path`: the file.
 
     Raises:
-        `ExportError`: nothing was erased, the pipeline has tensors without a place in such a file, its
-        weights are not the erased ones, the file would be in a folder that `save` wrote, whose record does
-        not cover it, or it could not be written. Nothing is written then.
+        `ExportError`: nothing was erased; the pipeline has tensors without a place in such a file; its
+        weights are not the erased ones; the file would be in a folder that `save` wrote, whose record does
+        not cover it; or it could not be written. Nothing is written then.
 
     Example:
 
@@ -224,7 +219,7 @@ def save_checkpoint(
     if file.suffix != ".safetensors":
         raise ExportError(
             f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code. "
-            "Name it so."
+            "Give it a name that does."
         )
     if dtype not in EDITABLE:
         raise ExportError(f"`dtype` must be one of {', '.join(map(str, EDITABLE))}, got {dtype!r}.")
