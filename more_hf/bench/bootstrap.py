@@ -24,7 +24,9 @@ class Estimate:
         return Estimate(self.value - other.value, self.drawn - other.drawn)
 
     def percent_of(self, whole: Estimate) -> Estimate:
-        """What part it is of another statistic of the same draws that is not 0; NaN in draws where it is."""
+        """
+        Its percentage of another statistic of the same draws that is not 0; NaN in draws in which it is.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = np.where(whole.drawn == 0, np.nan, 100 * self.drawn / whole.drawn)
         return Estimate(100 * self.value / whole.value, drawn)
@@ -40,7 +42,7 @@ class ClusterBootstrap:
     Draws of clusters with replacement, within each stratum. Every mean of one object is taken on the same
     draws, so that differences between two means are paired.
 
-    A cluster comes with all its measurements: several images of one prompt are not independent.
+    A cluster is drawn with all its measurements, because several images of one prompt are not independent.
 
     Args:
         clusters (`Iterable[tuple[str, Hashable]]`):
@@ -69,7 +71,7 @@ class ClusterBootstrap:
         if not count.any():
             return None
         drawn_count = self.times_drawn @ count
-        # A draw may miss every cluster that has a value.
+        # A draw may miss all clusters with a value.
         with np.errstate(invalid="ignore"):
             drawn = np.where(drawn_count > 0, self.times_drawn @ total / drawn_count, np.nan)
         return Estimate(total.sum() / count.sum(), drawn)

@@ -18,7 +18,7 @@ from ..core.markdown import number
 
 ARROWS = {"up": "↑", "down": "↓"}
 
-# A spreadsheet takes a cell that starts like this for a formula.
+# A spreadsheet treats a cell that starts like this as a formula.
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
@@ -37,7 +37,7 @@ class Column:
         better (`"up"` or `"down"`, *optional*):
             Which way is better. `None` for a number that is only compared with a reference.
         added (`bool`, *optional*, defaults to `False`):
-            Whether files of an earlier version may lack the column: its values are `None` (or `""`) there.
+            Whether files of an earlier version may lack the column, whose values are then `None` (or `""`).
     """
 
     name: str
@@ -59,7 +59,7 @@ class Column:
 
     def best(self, values: Sequence[float | None]) -> float | None:
         """
-        Return the best of several values; `None` where nothing was measured or neither direction is better.
+        Return the best of several values; `None` if nothing was measured or neither direction is better.
         """
         measured = [value for value in values if value is not None]
         if self.better is None or not measured:
@@ -90,7 +90,9 @@ def read_rows(path: str | Path, columns: Sequence[Column]) -> list[dict[str, Any
     Read the named columns of a CSV file.
 
     Raises:
-        ValueError: if a column is missing that no later version added, or a cell is not of its column's type.
+        ValueError: a column is missing that was not added by a later version, or a cell is not of its
+        column's
+            type.
     """
     lines = read_cells(path)
     missing = [c.name for c in columns if lines and c.name not in lines[0] and not c.added]
@@ -112,11 +114,11 @@ def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     """
-    Write rows to a CSV file, atomically. The first row's keys are the columns. A text that a spreadsheet
-    would take for a formula is written with an apostrophe before it, which reading takes off.
+    Write rows to a CSV file, atomically. The first row's keys are the columns. Text that a spreadsheet would
+    treat as a formula is written with an apostrophe in front, which reading removes.
 
     Raises:
-        ValueError: if there are no rows, or a row has other keys than the first.
+        ValueError: there are no rows, or a row's keys differ from the first row's.
     """
     if not rows:
         raise ValueError(f"No rows to write to {path}.")
@@ -129,7 +131,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 def append_row(path: str | Path, row: Mapping[str, object]) -> None:
     """
-    Append one row to a CSV file, which is created if need be, in the order of its columns. Several processes
+    Append one row, in the order of the columns, to a CSV file, which is created if needed. Several processes
     may append to the same file.
     """
     rows = read_cells(path)
@@ -143,7 +145,7 @@ def append_row(path: str | Path, row: Mapping[str, object]) -> None:
 def _line(cells: Iterable[object]) -> str:
     """One line of a CSV file."""
     line = io.StringIO(newline="")
-    # Only with the default line end does `csv` quote both line breaks; the files have a plain one.
+    # `csv` quotes both kinds of line break only with its default line end, which is replaced by a plain one.
     csv.writer(line).writerow(_escape(cell) if isinstance(cell, str) else cell for cell in cells)
     return line.getvalue().removesuffix("\r\n") + "\n"
 

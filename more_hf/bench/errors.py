@@ -1,4 +1,4 @@
-"""What the benchmarks raise."""
+"""The benchmarks' error."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from ..core.errors import MoreError
 
 
 class BenchmarkError(MoreError, ValueError):
-    """The benchmark cannot be run as asked for, or the folder holds another one."""
+    """The benchmark cannot be run with these arguments, or the folder holds another one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,22 +18,22 @@ def panels(
     count: int, *, width: float, height: float, legend: float = 0.0, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """
-    Make a figure of so many panels, three to five beside each other, as leaves the fewest places empty.
+    Make a figure of `count` panels, with three to five in a row, whichever leaves the fewest places empty.
 
     Args:
         count (`int`):
-            How many panels.
+            Number of panels.
         width, height (`float`):
-            Of one panel, in inches.
+            Size of one panel in inches.
         legend (`float`, *optional*, defaults to 0.0):
-            Inches for a legend below them.
+            Height of a legend below them in inches.
         options (`Any`):
-            For `Figure.subplots`.
+            Arguments for `Figure.subplots`.
     """
     from matplotlib.figure import Figure
 
     columns = count if count < 4 else min((4, 5, 3), key=lambda columns: -count % columns)
-    rows = -(-count // columns)
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(width * columns, height * rows + legend), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
     for unused in axes[count:]:

@@ -1,4 +1,4 @@
-"""What a number was measured on: processes, weights, versions, hardware, memory."""
+"""Describe how a number was measured: processes, weights, versions, hardware, memory."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def processes(device: torch.device | None = None) -> PartialState:
 
     Args:
         device (`torch.device`, *optional*):
-            Where this process and whatever asks accelerate later computes. By default accelerate decides.
+            The device for this process, also for later calls of accelerate. By default, accelerate decides.
 
     Raises:
-        `ValueError`: there are several processes, whose devices accelerate alone hands out.
+        `ValueError`: a device is given for several processes, whose devices accelerate assigns.
     """
-    # Where there is an accelerator, several processes run on CPUs only if the launcher says so.
+    # If there is an accelerator, several processes run on CPUs only if the launcher says so.
     state = PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     )
@@ -55,7 +55,7 @@ def processes(device: torch.device | None = None) -> PartialState:
 
 
 def describe(state: PartialState) -> str:
-    """How many processes share the work, and on what."""
+    """Describe how many processes share the work, and on which kind of device."""
     count = "1 process" if state.num_processes == 1 else f"{state.num_processes} processes"
     return f"Running in {count} on {state.device.type}."
 
@@ -86,9 +86,9 @@ def hardware(device: torch.device) -> str:
 
 
 def this_run(state: PartialState) -> dict[str, Any]:
-    """Describe a run for its `config.json`: when, with which command and on what."""
+    """Describe a run for its `config.json`: its time, command and machine."""
     program = Path(sys.argv[0])
-    # The path of an installed command or of `python -m more_hf` says nothing to a reader.
+    # The path of an installed command or of `python -m more_hf` means nothing to a reader.
     is_ours = program.name == "more-hf" or (
         program.name == "__main__.py" and program.parent.name == "more_hf"
     )
@@ -116,7 +116,7 @@ def weights_sha256(pipe) -> str:
 
 
 class Peak:
-    """What `peak_memory` measured: mebibytes, or `None` if the system does not say."""
+    """The result of `peak_memory`: mebibytes, or `None` if the system does not report it."""
 
     mebibytes: float | None = None
 
@@ -124,8 +124,8 @@ class Peak:
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """
-    Measure the most memory held inside the block: allocated on a CUDA device, else resident in this process,
-    which only Linux says.
+    Measure the peak memory inside the block: allocated on a CUDA device, or else resident in this process,
+    which only Linux reports.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -135,7 +135,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         return
     is_resettable = sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
     if is_resettable:
-        # The high-water mark falls to what is resident now.
+        # Reset the high-water mark to the memory that is resident now.
         Path("/proc/self/clear_refs").write_text("5")
     yield peak
     if is_resettable:

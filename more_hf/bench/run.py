@@ -1,4 +1,4 @@
-"""What all benchmarks start with: the configuration of a folder, and the settings of methods."""
+"""The common start of all benchmarks: the configuration of a folder, and the settings of methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BenchmarkConfig:
 
     Attributes:
         FIXED (`tuple[str, ...]`):
-            Fields that are the same for everything in one folder.
+            Fields that must be the same for everything in one folder.
         JOINED (`tuple[str, ...]`):
             Fields that are mappings, to which each run adds its entries.
         more_hf (`str`):
@@ -28,11 +28,11 @@ class BenchmarkConfig:
         benchmark (`str`):
             The kind of benchmark.
         methods (`Mapping[str, Mapping[str, Any]]`):
-            Method to its settings.
+            Method -> its settings.
         forget (`Mapping[str, Any]`):
-            Everything that is forgotten in turn, with what defines it.
+            Everything that is forgotten in turn -> its definition.
         runs (`list[dict[str, Any]]`):
-            When, how and on what each run was made, as [`~more_hf.bench.machine.this_run`] says.
+            The time, command and machine of each run, from [`~more_hf.bench.machine.this_run`].
     """
 
     FIXED: ClassVar[tuple[str, ...]]
@@ -46,11 +46,11 @@ class BenchmarkConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build from what `to_dict` returned."""
+        """The inverse of `to_dict`."""
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in types that JSON has."""
+        """The configuration in JSON's types."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
@@ -59,7 +59,7 @@ class BenchmarkConfig:
         Read the configuration of a folder; `None` if it has none yet.
 
         Raises:
-            BenchmarkError: if it is the configuration of another kind of benchmark.
+            BenchmarkError: it is the configuration of another kind of benchmark.
         """
         data = read_config(folder)
         if data is None:
@@ -75,11 +75,10 @@ class BenchmarkConfig:
 
     def joined_with(self, folder: str | Path) -> Self:
         """
-        Join the configuration of this run with the one that `folder` holds: its methods, what they forget and
-        whatever else is in `JOINED`, and its runs.
+        Join this run's configuration with the one in `folder`: all fields in `JOINED`, and the runs.
 
         Raises:
-            BenchmarkError: if the two contradict each other. The message says where.
+            BenchmarkError: the two contradict each other. The message says where.
         """
         old = type(self).read(folder)
         if old is None:
@@ -113,7 +112,7 @@ def read_config(folder: str | Path) -> dict[str, Any] | None:
 
 
 def short_hash(value: object) -> str:
-    """The name of a cell's folder or file: a hash of everything that determines its content, as JSON."""
+    """The name of a cell's folder or file: a hash of the JSON of everything that determines its content."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -121,15 +120,15 @@ def method_settings(
     function: Callable, *given: Mapping[str, Any], without: Collection[str]
 ) -> dict[str, Any]:
     """
-    Collect the settings of a method with the values that it is called with.
+    Collect a method's settings with the values that it will be called with.
 
     Args:
         function (`Callable`):
-            The method. Its first two parameters are what it edits and what it forgets; settings are among the
+            The method. Its first two parameters are the model and what to forget; the settings are among the
             others.
         given (`Mapping[str, Any]`):
-            Values that replace defaults; later mappings win. Names that the method does not take are left
-            out.
+            Values that replace defaults; later mappings take precedence. Names that the method does not take
+            are ignored.
         without (`Collection[str]`):
             Further parameters that are not settings.
 
@@ -153,10 +152,10 @@ def refuse_unused_settings(
     without: Collection[str],
 ) -> None:
     """
-    Check that some method takes each of `settings`, and that each method takes its own in `tuned`.
+    Check that each of `settings` is taken by some method, and that each method takes its own in `tuned`.
 
     Raises:
-        BenchmarkError: naming the first setting that is not taken.
+        BenchmarkError: a setting is not taken. The message names the first one.
     """
     taken = {name: _parameters(function, without) for name, function in functions.items()}
     for key in settings:
@@ -177,7 +176,7 @@ def _parameters(function: Callable, without: Collection[str]) -> dict[str, inspe
 
 
 def _differences(what: str, there: Any, here: Any) -> list[str]:
-    """Sentences on how two values differ, key by key where both are mappings; empty if they are equal."""
+    """Describe how two values differ, key by key if both are mappings; empty if they are equal."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         return [f"{what}: {key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]

@@ -1,6 +1,5 @@
 """
-The benchmarks' tables: numbers with intervals, the best of several methods in bold, and what they were made
-with.
+The benchmarks' tables: numbers with intervals, the best of several methods in bold, and how they were made.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Cell:
         best (`bool`, *optional*, defaults to `False`):
             Whether it is the best of several methods, and in bold.
         prefix, suffix (`str`, *optional*):
-            What is written before and after it, never in bold.
+            Text before and after it, never in bold.
     """
 
     text: str
@@ -68,36 +67,34 @@ def compare(
         summary (`Sequence[Mapping[str, Any]]`):
             Lines with the keys `method` and `forget`, and a value for each label and column.
         labels (`Sequence[str]`):
-            Keys that are shown as they are.
+            Keys whose values are shown unchanged.
         columns (`Sequence[Column]`):
             Numbers that are compared between the methods that forgot the same; the best is in bold.
         references (`Collection[str]`):
             Methods that are shown, but cannot be the best.
         decimals (`int`):
-            Of numbers with a unit.
+            Decimals of numbers with a unit.
         interval_decimals (`int`, *optional*):
-            Of the interval, which is shown only if this is given.
+            Decimals of the interval, which is shown only if this is given.
     """
+    rivals: dict[str, list[Mapping[str, Any]]] = {}
+    for line in summary:
+        if line["method"] not in references:
+            rivals.setdefault(line["forget"], []).append(line)
     rows = []
     for line in summary:
-        rivals = [
-            other
-            for other in summary
-            if other["forget"] == line["forget"] and other["method"] not in references
-        ]
         row = {label: line[label] for label in labels}
         for column in columns:
             value = line[column.name]
-            measured = [other[column.name] for other in rivals if other[column.name] is not None]
-            # One method alone is not the best of several.
+            measured = [other[column.name] for other in rivals.get(line["forget"], ())]
+            measured = [each for each in measured if each is not None]
+            # A single method is not the best of several.
             best = column.best(measured) if len(measured) > 1 else None
+            is_best = value is not None and value == best and line["method"] not in references
             suffix = ""
             if interval_decimals is not None and value is not None:
-                low, high = (
-                    f"{line[f'{column.name}_{end}']:.{interval_decimals}f}" for end in ("low", "high")
-                )
-                suffix = f" [{low}, {high}]"
-            is_best = value is not None and value == best and line["method"] not in references
+                low, high = line[f"{column.name}_low"], line[f"{column.name}_high"]
+                suffix = f" [{low:.{interval_decimals}f}, {high:.{interval_decimals}f}]"
             row[column.header] = Cell(column.format(value, decimals), is_best, suffix=suffix)
         rows.append(row)
     return rows

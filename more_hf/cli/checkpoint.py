@@ -1,4 +1,4 @@
-"""A pipeline as its `model_index.json` tells, and how the commands load it: dtype, device, offloading."""
+"""Read a pipeline's `model_index.json`, and load the pipeline for a command: dtype, device, offloading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    What is known of a pipeline before any weight is read.
+    The facts about a pipeline that are known before reading any weight.
 
     Args:
         model (`str`):
@@ -54,7 +54,7 @@ def add_device(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
-    """Where a pipeline is computed; `place` reads it."""
+    """Add the arguments for where a pipeline runs; `place` uses them."""
     add_device(parser, "cuda where there is one, else cpu")
     parser.add_argument(
         "--offload",
@@ -70,10 +70,10 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def read_checkpoint(model: str) -> Checkpoint:
     """
-    Read a pipeline's index, of a model on the Hub after downloading this one file.
+    Read a pipeline's index. For a model on the Hub, only this file is downloaded.
 
     Raises:
-        FileNotFoundError: it is a folder without one.
+        FileNotFoundError: the folder has no index.
     """
     folder = FOLDER / "emoji_sd" if model == EMOJI_SD else Path(model)
     file = folder / INDEX
@@ -103,24 +103,24 @@ def load_pipeline(
 
     Args:
         checkpoint (`Checkpoint`):
-            What `read_checkpoint` returned.
+            The result of `read_checkpoint`.
         dtype (`str`, *optional*):
-            One of `DTYPES`. By default the one that the denoiser is stored in.
+            One of `DTYPES`. Defaults to the dtype in which the denoiser is stored.
         device (`str`, *optional*):
-            As torch names it. By default `cuda` where there is one.
-        offload (`str`, defaults to `"none"`):
+            A device by torch's name. Defaults to `cuda` if there is one.
+        offload (`str`, *optional*, defaults to `"none"`):
             One of `OFFLOADS`.
-        without (`Iterable[str]`):
-            Components that are not loaded.
-        erased (`bool`, defaults to `False`):
-            Whether it is loaded with its record, by [`~more_hf.load`].
+        without (`Iterable[str]`, *optional*):
+            Components that are not needed.
+        erased (`bool`, *optional*, defaults to `False`):
+            Whether to load the pipeline with its record, by [`~more_hf.load`].
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline.
 
     Raises:
-        SiteNotFoundError: none of its parts is a denoiser that is known. No weight is read then.
-        ValueError: there is no such device, or the weights are stored in a dtype that cannot be edited.
+        SiteNotFoundError: no component is a known denoiser. No weight is read then.
+        ValueError: the device does not exist, or the weights are stored in a dtype that cannot be edited.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -145,7 +145,7 @@ def load_pipeline(
 
 
 def own_dtype(checkpoint: Checkpoint, **left_out: None) -> str:
-    """The dtype that the denoiser is stored in; a model on the Hub is downloaded to look."""
+    """The dtype in which the denoiser is stored; a model on the Hub is downloaded first."""
     from diffusers import DiffusionPipeline
 
     from more_hf.diffusion.families import find_denoiser_name
@@ -160,13 +160,13 @@ def own_dtype(checkpoint: Checkpoint, **left_out: None) -> str:
 
 def stored_dtype(folder: Path) -> str:
     """
-    Read from the headers of a component's files in which dtype most of its parameters are stored.
+    The dtype in which most of a component's parameters are stored, from the headers of its files.
 
     Returns:
-        `str`: torch's name of it; `float32` where there is no safetensors file.
+        `str`: torch's name for the dtype; `float32` if there is no safetensors file.
 
     Raises:
-        ValueError: the dtype cannot be edited: fp8, for instance.
+        ValueError: a weight of this dtype cannot be edited (fp8, for instance).
     """
     from safetensors import safe_open
 
@@ -196,7 +196,7 @@ def find_device(name: str | None, offload: str) -> torch.device:
     The device that `--device` names, or the default.
 
     Raises:
-        ValueError: there is none of that name here, or none to offload from.
+        ValueError: the device does not exist here, or cannot be offloaded from.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The `more-hf` command. Heavy imports happen inside the commands, so that `--help` answers at once."""
+"""The `more-hf` command. Heavy imports happen inside the commands, so that `--help` is instant."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from .progress import stages_shown
 
 
 COMMANDS = (demo, erase, erase_classes, compare, lora, verify, push, bench)
-BENCH = ("concept_erasure", "matplotlib", "sklearn")  # what the extra of this name brings
+BENCH = ("concept_erasure", "matplotlib", "sklearn")  # the packages of the extra `bench`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,11 +25,11 @@ def main(argv: list[str] | None = None) -> int:
             The arguments after the program's name. Defaults to the process's own.
 
     Returns:
-        `int`: 0 for success, 1 if `verify` found a difference, 2 for an expected failure, told in one line on
-        stderr (with `MORE_HF_DEBUG=1` it is raised instead), 130 if it was interrupted.
+        `int`: 0 for success, 1 if `verify` found a difference, 2 for an expected failure, which is reported
+        in one line on stderr (or raised, with `MORE_HF_DEBUG=1`), 130 if the command was interrupted.
 
     Raises:
-        SystemExit: from argparse, for `--help`, `--version` and arguments it does not know.
+        SystemExit: from argparse, for `--help`, `--version` and unknown arguments.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _after_interrupt(args: argparse.Namespace) -> str:
-    """What is left to do after an interrupt, or that nothing is."""
+    """Say in which state an interruption leaves the output."""
     if args.resumes:
         return "Run the same command again to continue."
     output = vars(args).get("output")

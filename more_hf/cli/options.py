@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and how their values are read. Nothing heavy is imported here."""
+"""Arguments that several commands take, and how to read their values. Imports nothing heavy."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ from more_hf.data import EMOJI_ARTISTS
 
 
 EMOJI_SD = "emoji-sd"
-# Under `accelerate launch --cpu` there is one process, however many are asked for.
+# `accelerate launch --cpu` starts a single process, whatever `--num_processes` says.
 SEVERAL_PROCESSES = (
     "Several processes share the work: `accelerate launch --multi_gpu --num_processes N -m more_hf {0} ...`\n"
     "on GPUs, `torchrun --nproc_per_node N -m more_hf {0} ...` on CPUs."
@@ -35,19 +35,19 @@ def add_command(
 
     Args:
         commands:
-            What `add_subparsers` returned.
+            The result of `add_subparsers`.
         name (`str`):
             The command's name.
         run (`Callable`, *optional*):
-            Called with the parsed arguments, it returns the exit status. `None` for a group of commands.
+            Takes the parsed arguments and returns the exit status. `None` for a group of commands.
         purpose (`str`):
-            One line for the list of commands, and the first of the command's own help.
+            One line for the list of commands, which also starts the command's own help.
         examples (`tuple[str, str]`):
             Two whole command lines, shown at the end of the command's help.
-        details (`str`, defaults to `""`):
+        details (`str`, *optional*, defaults to `""`):
             Further lines for the command's own help.
-        resumes (`bool`, defaults to `False`):
-            Whether the same command goes on where it was interrupted.
+        resumes (`bool`, *optional*, defaults to `False`):
+            Whether running the command again continues an interrupted run.
 
     Returns:
         `argparse.ArgumentParser`: the command's parser, for its arguments.
@@ -69,13 +69,13 @@ def show_examples(examples: tuple[str, str]) -> str:
 
 
 def add_model(parser: argparse.ArgumentParser, models: str) -> None:
-    """The model, with or without a flag; `read_model` reads it."""
+    """Add the model, with or without a flag; `read_model` reads it."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{models}; before the flags")
     parser.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
 
 
 def add_concepts(parser: argparse.ArgumentParser, dest: str, help: str, **options: Any) -> None:
-    """What to forget, as `--concept` or as `--forget`; the first flag in the help is `dest`'s."""
+    """Add what to forget, as `--concept` or as `--forget`; the help starts with the flag of `dest`."""
     flags = sorted(("--concept", "--forget"), key=lambda flag: flag != f"--{dest}")
     options = {"metavar": "NAME", **options}
     parser.add_argument(*flags, dest=dest, nargs="+", action="extend", help=help, **options)
@@ -93,7 +93,7 @@ def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options: 
 
 
 def add_router(parser: argparse.ArgumentParser) -> None:
-    """A router and the flag that saves what it needs; `refuse_lost_router` checks that they come together."""
+    """Add the router and the flag that saves its factors; `refuse_lost_router` checks that both are there."""
     parser.add_argument(
         "--router",
         choices=ROUTERS,
@@ -107,9 +107,7 @@ def add_router(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_solver(
-    parser: argparse.ArgumentParser, solvers: tuple[str, ...] = SOLVERS, **options: Any
-) -> None:
+def add_solver(parser: argparse.ArgumentParser, solvers: tuple[str, ...] = SOLVERS, **options: Any) -> None:
     parser.add_argument("--solver", choices=("auto", *solvers), help="(auto)", **options)
 
 
@@ -139,12 +137,12 @@ def read_model(args: argparse.Namespace) -> str:
 def read_remap_to(names: list[str]) -> list[str] | None:
     none = [name for name in names if name.casefold() == "none"]
     if none and len(names) > 1:
-        raise ValueError(f"`--remap_to` has {none[0]!r} beside other names; pass names, or none alone.")
+        raise ValueError(f"`--remap_to` has {none[0]!r} beside other names. Pass names, or none alone.")
     return None if none else names
 
 
 def read_settings(file: Path | None) -> dict[str, dict[str, Any]] | None:
-    """The JSON file of `--settings`: the name of a method -> its arguments."""
+    """Read the JSON file of `--settings`: method -> its arguments."""
     if file is None:
         return None
     try:
@@ -157,7 +155,7 @@ def refuse_lost_router(args: argparse.Namespace) -> None:
     if args.router is not None and not args.include_delta:
         raise ValueError(
             f"`--router {args.router}` needs `--include_delta`: a router is saved with the factors of the "
-            "edit, and without them the folder holds the mean expert alone. Add `--include_delta`."
+            "edit; without them, the folder holds only the mean expert. Add `--include_delta`."
         )
 
 
@@ -167,7 +165,7 @@ def refuse_missing_folder(folder: str | Path, what: str) -> None:
 
 
 def refuse_missing_model(model: str) -> None:
-    """Refuse what is written as a path and is not there; a Hub id is `name` or `owner/name`."""
+    """Refuse a path that does not exist; `name` or `owner/name` may also be a Hub id."""
     path = Path(model)
     written_as_path = model.startswith(".") or path.is_absolute() or len(path.parts) > 2
     if written_as_path:
@@ -175,7 +173,7 @@ def refuse_missing_model(model: str) -> None:
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], *, what: str, also: str = "") -> None:
-    """Refuse the first of `names` that is not `known`, with the nearest known name if one is near."""
+    """Refuse the first of `names` that is not `known`, and suggest a similar known name."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -193,7 +191,7 @@ def emoji_artist(name: str) -> str:
 
 
 def refuse_typo(name: str) -> None:
-    """Refuse a name that is nearly an artist's. Others pass: things can be erased as well."""
+    """Refuse a name that resembles an artist's. Other names pass, since things can be erased as well."""
     is_artist = name.casefold() in {artist.casefold() for artist in EMOJI_ARTISTS}
     if not is_artist and (hint := _did_you_mean(name, EMOJI_ARTISTS, cutoff=0.85)):
         raise ValueError(f"The embedded pipeline has no artist {name!r}.{hint}")

@@ -1,4 +1,4 @@
-"""What the commands say while they work: one line for each stage, on stderr."""
+"""Show the progress of commands: one line for each stage, on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 class _AboveBars(logging.Handler):
-    """Lines that do not tear the progress bars below them."""
+    """Writes lines above the progress bars without breaking them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -20,7 +20,7 @@ class _AboveBars(logging.Handler):
 
 @contextmanager
 def stages_shown() -> Iterator[None]:
-    """Show what the package logs, of several processes the first one's alone."""
+    """Show what the package logs; of several processes, only the first one reports its stages."""
     package, handler = logging.getLogger("more_hf"), _AboveBars()
     is_first = os.environ.get("RANK", "0") == "0"
     level, propagate = package.level, package.propagate

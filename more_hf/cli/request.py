@@ -1,4 +1,4 @@
-"""What `more-hf erase` and `more-hf lora` share: the arguments that say what to erase from which pipeline."""
+"""The arguments that `more-hf erase` and `more-hf lora` share: what to erase from which pipeline."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
 
 def read_request(args: argparse.Namespace, *, router: str | None = None) -> Request:
     """
-    Read the arguments of `add_request`, checked as far as names and files can tell, without heavy imports.
+    Read the arguments of `add_request` and check names and files, without heavy imports.
 
     Args:
         args (`argparse.Namespace`):
@@ -117,8 +117,10 @@ def read_request(args: argparse.Namespace, *, router: str | None = None) -> Requ
     concepts = _with_aliases(names, args.alias)
     targets = _targets(names, args.remap_to, listed)
     if model == EMOJI_SD:
-        each = targets.values() if isinstance(targets, Mapping) else [targets]
-        for name in [*names, *(name for own in each for name in own or []), *(args.retain or [])]:
+        mentioned = [*names, *(args.retain or [])]
+        for some_targets in targets.values() if isinstance(targets, Mapping) else [targets]:
+            mentioned += some_targets or []
+        for name in mentioned:
             refuse_typo(name)
     options = {
         "remap_to": targets,
@@ -137,7 +139,7 @@ def read_request(args: argparse.Namespace, *, router: str | None = None) -> Requ
 
 
 def add_layers_only(parser: argparse.ArgumentParser) -> None:
-    """Whether the denoiser is left on the disk; `read_layers_only` reads it."""
+    """Add the flag that leaves the denoiser on the disk; `read_layers_only` reads it."""
     parser.add_argument(
         "--layers_only",
         action="store_true",
@@ -147,7 +149,7 @@ def add_layers_only(parser: argparse.ArgumentParser) -> None:
 
 def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, Any]:
     """
-    What `erase_to_lora` and `erase_to_folder` both take, by name.
+    The keyword arguments that `erase_to_lora` and `erase_to_folder` share.
 
     Raises:
         ValueError: an argument needs the denoiser.
@@ -168,9 +170,9 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, int | float]:
-    """How pictures are drawn, in the words of a pipeline's call."""
-    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    sampling = {name: value for name, value in given.items() if value is not None}
+    """How to draw pictures, as arguments of a pipeline's call."""
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    sampling = {name: value for name, value in options.items() if value is not None}
     if sampling and args.reach == "name":
         raise ValueError("No picture is drawn with `--reach name`. Leave `--steps` and `--guidance` out.")
     return sampling
@@ -180,7 +182,7 @@ def erased_pipeline(
     request: Request, *, dtype: str | None, device: str | None, offload: str, without: Iterable[str] = ()
 ) -> DiffusionPipeline:
     """
-    Load a pipeline as `load_pipeline` does, and erase from it what was asked for.
+    Load a pipeline as `load_pipeline` does, and erase the request's concepts from it.
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the erased pipeline, without offloading.
@@ -189,13 +191,13 @@ def erased_pipeline(
     from more_hf.core.request import ConceptRequest
     from more_hf.diffusion.plan import check_names
 
-    # What is wrong with the request is told before anything is loaded.
+    # Check the request before loading anything.
     check_names(ConceptRequest.of(request.concepts, **request.options))
     pipe = load_pipeline(request.checkpoint, dtype=dtype, device=device, offload=offload, without=without)
     logger.info("Erasing %s", ", ".join(request.concepts))
     more_hf.erase_concept(pipe, request.concepts, **request.options)
     if offload != "none":
-        # Offloaded weights are stand-ins, which could not be saved.
+        # Offloaded weights are only stand-ins and could not be saved.
         pipe.remove_all_hooks()
     return pipe
 
@@ -205,10 +207,10 @@ def read_concepts(file: Path) -> dict[str, list[str]]:
     Read the file of `--concepts_file`.
 
     Returns:
-        `dict[str, list[str]]`: name -> its own targets; an empty list where the line has none.
+        `dict[str, list[str]]`: name -> its own targets; an empty list if its line has none.
 
     Raises:
-        ValueError: naming the file and the line.
+        ValueError: a line cannot be read. The message names the file and the line.
     """
     try:
         lines = file.read_text("utf-8-sig").split("\n")
@@ -233,7 +235,7 @@ def read_concepts(file: Path) -> dict[str, list[str]]:
 def _targets(
     names: Sequence[str], words: Sequence[str], listed: Mapping[str, Sequence[str]]
 ) -> list[str] | dict[str, list[str] | None] | None:
-    """`remap_to` for `erase_concept`: the same for all, or a mapping if a name has targets of its own."""
+    """`remap_to` for `erase_concept`: the same targets for all, or a mapping if a name has its own."""
     shared = [word for word in words if "=" not in word]
     own = {name: list(targets) for name, targets in listed.items() if targets}
     for word in words:

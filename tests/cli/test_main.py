@@ -77,6 +77,7 @@ def test_help_is_light(argv):
         ("compare nowhere --prompts x", "There is no folder 'nowhere'."),
         ("bench artists --methods mroe --forget all --output out", "Did you mean 'more'?"),
         ("bench artists --forget all --prompts missing.csv --output out", "no table of that name"),
+        ("bench artists --forget Blobmojy --output out", "Did you mean 'Blobmoji'?"),
         ("bench artists --forget all --retain Notto --output out", "Did you mean 'Noto'?"),
         ("bench kd --methods esk --forget 3 --output out", "Did you mean 'esc'?"),
         ("bench kd --dataset cifar-10 --forget 3 --output out", "Did you mean 'cifar10'?"),

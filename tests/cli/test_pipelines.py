@@ -200,11 +200,8 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
 
 def test_erase_fails_in_one_line(failure, tmp_path):
     rest = ["--remap_to", "Fluent", "--output", tmp_path / "out"]
-    assert "Did you mean 'Noto'?" in failure("erase", "emoji-sd", "--concept", "Notto", *rest)
     assert "NAME=ALIAS" in failure("erase", "emoji-sd", "--concept", "Noto", "--alias", "Noto", *rest)
     assert "not erased" in failure("erase", "emoji-sd", "--concept", "Noto", "--alias", "Fluent=x", *rest)
-    assert "no folder" in failure("erase", tmp_path / "no-such-folder", "--concept", "Noto", *rest)
-    assert "no folder 'nosuchfolder'" in failure("erase", "./nosuchfolder", "--concept", "Noto", *rest)
     assert "--include_delta" in failure("erase", "emoji-sd", "--concept", "Noto", "--router", "hash", *rest)
     assert "Name one model" in failure("erase", "--concept", "Noto", *rest)
     assert "Name one model" in failure("erase", "emoji-sd", "--model", "emoji-sd", "--concept", "Noto", *rest)
@@ -271,5 +268,5 @@ def test_targets_on_the_command_line_that_cannot_be_meant(failure, tmp_path):
 
 
 def test_verify_needs_a_record(failure, tmp_path):
-    assert failure("verify", tmp_path)
+    assert "no more_hf.json" in failure("verify", tmp_path)
     assert "no folder" in failure("verify", tmp_path / "missing")

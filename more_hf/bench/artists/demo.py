@@ -65,7 +65,7 @@ class DemoRow:
 @dataclass(frozen=True)
 class Settings:
     """
-    What the demo does.
+    The demo's settings.
 
     Args:
         concepts (`list[str]`):
@@ -73,11 +73,11 @@ class Settings:
         remap_to (`list[str]`, *optional*):
             The artists they are sent to; `None` erases without remapping.
         limit (`int`):
-            Prompts in each of the three groups.
+            Number of prompts in each of the three groups.
         steps, guidance, batch_size:
             As in [`~more_hf.bench.artists.generate.generate`].
         seed (`int`):
-            The first prompt's; the others count up.
+            The first prompt's seed; the others count up from it.
     """
 
     concepts: list[str]
@@ -95,7 +95,7 @@ class Settings:
 
     @property
     def targets(self) -> list[str]:
-        """The targets as the command line has them."""
+        """The targets in the form of the command line."""
         return self.remap_to or ["none"]
 
     @property
@@ -115,7 +115,7 @@ class Judged:
     contents: list[int | None]
 
     def percentages(self, rows: Sequence[DemoRow], part: slice) -> tuple[float | None, float]:
-        """How often the style (`None` where no prompt asks for one) and the thing are recognised."""
+        """How often the style (`None` if no prompt asks for one) and the thing are recognised, in percent."""
         asked = zip(self.styles[part], rows[part], strict=True)
         hits = [style == row.artist for style, row in asked if row.artist]
         style = 100 * sum(hits) / len(hits) if hits else None
@@ -125,7 +125,7 @@ class Judged:
 @dataclass(frozen=True)
 class Result:
     """
-    What the demo drew and measured.
+    The demo's pictures and measurements.
 
     Args:
         rows (`list[DemoRow]`):
@@ -133,13 +133,13 @@ class Result:
         before, after (`torch.Tensor`):
             Their pictures, uint8 of shape `(n, 3, H, W)`.
         target (`torch.Tensor`, *optional*):
-            If there is one target: what the original draws for it in place of the forgotten artist.
+            With a single target, the original's pictures of it in place of the forgotten artist.
         lpips (`torch.Tensor`):
             The distances between before and after, `(n,)`.
         judged (`tuple[Judged, Judged]`):
-            What the judges say of both.
+            The judgements of both.
         erasure (`Erasure`):
-            What was done.
+            The erasure.
         scheduler (`str`):
             The class of the pipeline's scheduler.
     """
@@ -156,14 +156,14 @@ class Result:
 
 def demo_rows(concepts: Sequence[str], *, limit: int, seed: int) -> list[DemoRow]:
     """
-    List the prompts: `limit` of the forgotten artists in turn, of the others in turn, and without an artist,
-    in this order. Every prompt has a seed of its own, counted up from `seed`.
+    List the prompts: `limit` for the forgotten artists in turn, for the others in turn, and without an
+    artist, in this order. Every prompt has its own seed, counted up from `seed`.
     """
     others = [artist for artist in EMOJI_ARTISTS if artist not in concepts]
     rows = []
     for group, artists in (("forget", concepts), ("remain", others), ("no artist", [""])):
         for i in range(limit):
-            # One thing for all artists in turn, then the next thing.
+            # Ask all artists for one thing in turn, then for the next thing.
             thing, artist = divmod(i, len(artists))
             rows.append((group, THINGS[thing % len(THINGS)], artists[artist]))
     return [DemoRow(*row, seed + i) for i, row in enumerate(rows)]
@@ -182,7 +182,7 @@ def run_demo(
 ) -> None:
     """
     Run the demo: generate, erase, generate again, print a table, and write `before_after.png`, `rows.csv`,
-    `table.md` and `report.html` into `output`, which is created if need be. The other arguments are those of
+    `table.md` and `report.html` into `output`, which is created if needed. The other arguments are those of
     [`Settings`].
     """
     settings = Settings(concepts, remap_to, limit, steps, guidance, seed, batch_size)
@@ -212,7 +212,7 @@ def measure(settings: Settings) -> Result:
     before = draw(rows, "before")
     target = None
     if settings.remap_to is not None and len(settings.remap_to) == 1:
-        # With one target there is a right answer: what the original draws when it is asked for the target.
+        # With a single target there is a right answer: the original's pictures of the target.
         wanted = [replace(row, artist=settings.remap_to[0]) for row in rows[: settings.limit]]
         target = draw(wanted, "target")
     more_hf.erase_concept(pipe, settings.concepts, remap_to=settings.remap_to)
@@ -230,7 +230,7 @@ def measure(settings: Settings) -> Result:
 
 
 def summarise(settings: Settings, result: Result) -> tuple[Finding, list[dict[str, Any]]]:
-    """What the demo found: for a sentence, and a line per group of prompts for a table."""
+    """Summarise the result: a finding for a sentence, and a line per group of prompts for a table."""
     lines, means = [], []
     for i, (group, name) in enumerate(GROUPS.items()):
         part = slice(i * settings.limit, (i + 1) * settings.limit)
@@ -258,7 +258,7 @@ def summarise(settings: Settings, result: Result) -> tuple[Finding, list[dict[st
 
 
 def _arrow(values: Sequence[float | None], text: Callable[[float], str] = "{:.0f} %".format) -> str:
-    """A number before and after; nothing where it was not measured."""
+    """A number before and after; empty if it was not measured."""
     before, after = values
     return "" if before is None else f"{text(before)} → {text(after)}"
 
@@ -338,7 +338,7 @@ def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
 
 def _picture(settings: Settings, result: Result, *, strips: int) -> Image.Image:
     """
-    Some strips per group: before above after, and below them what the original draws as target.
+    Draw some strips per group: before above after, and below them the original's pictures of the target.
     """
     columns = min(COLUMNS, settings.limit)
     sheets = []
@@ -347,7 +347,7 @@ def _picture(settings: Settings, result: Result, *, strips: int) -> Image.Image:
         if group == "forget" and result.target is not None:
             title += f"; the target is {settings.targets[0]}"
         first = i * settings.limit
-        # The labels need not say that all have no artist, or the one that the title names.
+        # The labels need not repeat that there is no artist, or the artist in the title.
         same_artist = group == "no artist" or group == "forget" and len(settings.concepts) == 1
         for start in range(first, first + min(settings.limit, strips * columns), columns):
             end = min(start + columns, first + settings.limit)
@@ -355,7 +355,7 @@ def _picture(settings: Settings, result: Result, *, strips: int) -> Image.Image:
             if group == "forget" and result.target is not None:
                 pictures["target"] = result.target[start:end]
             rows = result.rows[start:end]
-            # A short last strip keeps its width, so that the columns of all strips are in line.
+            # A short last strip is filled up, so that the columns of all strips are aligned.
             blank = [None] * (columns - len(rows))
             sheets.append(
                 draw_grid(

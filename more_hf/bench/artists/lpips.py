@@ -1,4 +1,4 @@
-"""LPIPS between two sets of pictures, at their own size and under the two resizes of published tables."""
+"""LPIPS between two sets of pictures, at their own size and with the two resizes of published tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lpips_distance(a: Tensor, b: Tensor, *, batch_size: int = 64) -> Tensor:
         `torch.Tensor`: float32 of shape `(n,)`, on the CPU; 0 for equal images.
 
     Raises:
-        ValueError: if the shapes differ or the images are not uint8.
+        ValueError: the shapes differ, or the images are not uint8.
     """
     if a.shape != b.shape:
         raise ValueError(
@@ -51,7 +51,7 @@ def lpips_distance(a: Tensor, b: Tensor, *, batch_size: int = 64) -> Tensor:
 
 
 def all_distances(before: Tensor, after: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Measure LPIPS in each of the three ways: column to distances `(n,)`, on the CPU."""
+    """Measure LPIPS in each of the three ways: column -> distances `(n,)`, on the CPU."""
     if before is after:
         return dict.fromkeys(COLUMNS, torch.zeros(len(after)))
     before, after = before.to(device), after.to(device)
@@ -67,8 +67,8 @@ def all_distances(before: Tensor, after: Tensor, device: torch.device) -> dict[s
 
 def resize_64(images: Tensor, *, antialias: bool) -> Tensor:
     """
-    Resize uint8 images to 64 x 64, bilinear, rounded to uint8: with antialias as UCE measures, without as
-    RECE.
+    Resize uint8 images to 64 x 64, bilinear, rounded to uint8: with antialiasing as UCE measures, without as
+    RECE does.
     """
     small = interpolate(images.float(), (64, 64), mode="bilinear", align_corners=False, antialias=antialias)
     return small.round().clamp(0, 255).to(torch.uint8)

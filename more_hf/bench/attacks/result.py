@@ -1,4 +1,4 @@
-"""What an attack found."""
+"""The result of an attack."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-The benchmarks' pages: tables, facts and pictures in one HTML file that needs no other and makes no request.
+The benchmarks' pages: tables, facts and pictures in one self-contained HTML file that makes no requests.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Pair:
 
     Args:
         before (`PIL.Image.Image`):
-            What the original model draws.
+            The original model's picture.
         after (`PIL.Image.Image`):
-            What the edited model draws from the same noise.
+            The edited model's picture from the same noise.
         prompt (`str`):
             The prompt of both.
         lpips (`float`):
-            Their distance.
+            The distance between them.
     """
 
     before: Image.Image
@@ -47,7 +47,7 @@ class Pair:
 @dataclass(frozen=True)
 class Section:
     """
-    A section of a page, in this order: note, pictures, table, pairs, facts, files. What is empty is left out.
+    A section of a page, in this order: note, pictures, table, pairs, facts, files. Empty parts are left out.
 
     Args:
         heading (`str`):
@@ -57,15 +57,15 @@ class Section:
         table (`Sequence[Mapping[str, object]]`, *optional*):
             Rows as for `markdown_table`; the first row's keys are the columns.
         pictures (`Mapping[str, str]`, *optional*):
-            A caption of each picture to its data URI.
+            Caption -> the picture's data URI.
         words (`Mapping[str, str]`, *optional*):
-            What a column is in plain words, written above its name. A key is the name without an arrow.
+            Name of a column, without an arrow -> plain words that are written above it.
         pairs (`Sequence[Pair]`, *optional*):
             Shown as cards, with a search box. One section of a page may have them.
         facts (`Mapping[str, object]`, *optional*):
             Names and values; lists are joined with commas, nested mappings flattened.
         files (`Sequence[str]`, *optional*):
-            Files beside the page that have the rest, as links.
+            Files next to the page with everything else, as links.
         folded (`bool`, *optional*, defaults to `False`):
             Whether only the heading shows until it is clicked.
     """
@@ -99,7 +99,7 @@ def write_page(
         title (`str`):
             Title and heading.
         finding (`str`):
-            What came out, in plain words. The page begins with it.
+            The result in plain words. The page begins with it.
         sections (`Sequence[Section]`):
             The page's body.
         template (`str`, *optional*, defaults to `"report.html.jinja"`):
@@ -147,7 +147,7 @@ def _flat(facts: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]
 
 def _columns(rows: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
     """
-    The columns of a table that are not empty, and the class of each: `num` where all values are numbers.
+    The columns of a table that are not empty, each with its class: `num` if all values are numbers.
     """
     columns = []
     for name in rows[0]:
