@@ -5,8 +5,9 @@
 What is saved of `erase_classes` forgets at the logits, and its features are the original's. Here every linear
 layer and convolution before the head is edited too, one after the other in the order in which they run, each
 with what it reads once those before it are edited; then the head, as always. A convolution is a linear layer
-that reads patches. Rows are added to `deeper.csv` (a row that is there is not measured again), and the means
-over classes are written to `deeper.md`:
+that reads patches. In a ViT our expert is also folded into all that is added to the residual stream. Rows
+are added to `deeper.csv` (a row that is there is not measured again), and the means over classes are written
+to `deeper.md`:
 
 - `acc_ft`, `acc_rt`: what the classifier's own head recognises of the forgotten class and of the others.
 - `probe_ft`, `probe_rt`: what a new linear head, trained to the end on 200 images a class, finds in its
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, unfold
+from transformers import ViTForImageClassification
 
 from more_hf.bench.attacks.classes.run import random_weights
 from more_hf.bench.attacks.classes.similarity import similarity
@@ -83,6 +85,14 @@ class Task:
         fitter.update(z, self.images.labels[:, None].expand(z.shape[:2])).update_moment(z)
         return fitter.prototypes
 
+    def remap(self, z: Tensor) -> Remap:
+        """Our remap of what a layer reads, to the class of most partners, in the covariance metric."""
+        labels, names = self.images.labels, self.data.class_names
+        target = names[int(labels[self.partner[self.own]].mode().values)]
+        forget = names[self.forget]
+        P = self.prototypes(z).without([name for name in names if name not in (forget, target)])
+        return Remap.fit(P, [forget], [[target]], solver="covariance")
+
     @property
     def sent(self) -> tuple[list[str], list[list[str]]]:
         """The forgotten class, and every other class as an expert's target."""
@@ -112,11 +122,7 @@ def remapping(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, n
 
     By what the layer read before all edits: after those in front of it the two means are one already.
     """
-    labels, names = task.images.labels, task.data.class_names
-    target = names[int(labels[task.partner[task.own]].mode().values)]
-    forget = names[task.forget]
-    P = task.prototypes(before).without([name for name in names if name not in (forget, target)])
-    return Remap.fit(P, [forget], [[target]], solver="covariance").merged(weight), bias
+    return task.remap(before).merged(weight), bias
 
 
 def regression(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor) -> Weights:
@@ -175,6 +181,7 @@ ATTEMPTS: dict[str, Edit | None] = {
     "paired, images alike": partial(paired, alike=True),
     "paired, 8 directions": partial(paired, rank=8),
 }
+FOLDED = {"folded": 1, "folded, six rounds": 6}  # into the residual stream, a ViT's alone
 
 
 def main() -> None:
@@ -189,10 +196,11 @@ def main() -> None:
     args = parser.parse_args()
 
     data, original = load_kd_data(args.dataset), load_classifier(args.model).eval()
+    attempts = [*ATTEMPTS, *(FOLDED if isinstance(original, ViTForImageClassification) else ())]
     table = HERE / "deeper.csv"
     for name in args.forget:
         done = {(row["model"], row["forget"], row["attempt"]) for row in read_cells(table)}
-        if len([key for key in done if key[:2] == (args.model, name)]) == len(ATTEMPTS) + 2:
+        if len([key for key in done if key[:2] == (args.model, name)]) == len(attempts) + 2:
             continue
         task = make_task(data, original, name)
         splits = split_by_class(data, [name])
@@ -204,10 +212,10 @@ def main() -> None:
             output=args.models / f"{args.model}-{args.epochs}-{without(name, 0)}",
         )
         judge = Judge.of(task, retrained)
-        for attempt in ("original", "retrain", *ATTEMPTS):
+        for attempt in ("original", "retrain", *attempts):
             if (args.model, name, attempt) not in done:
                 models = {"original": original, "retrain": retrained}
-                model = models[attempt] if attempt in models else attempted(task, ATTEMPTS[attempt])
+                model = models[attempt] if attempt in models else attempted(task, attempt)
                 row = {"model": args.model, "forget": name, "attempt": attempt, **judge.measure(model)}
                 write_rows(table, [*read_cells(table), row])
                 print(row, flush=True)
@@ -225,10 +233,22 @@ def make_task(data: KDData, original: nn.Module, name: str) -> Task:
     return replace(task, partner=(z @ z.T).masked_fill(task.own, -1).argmax(1))
 
 
-def attempted(task: Task, edit: Edit | None) -> nn.Module:
-    """Edit a copy of the original layer by layer, then its head."""
+def attempted(task: Task, attempt: str) -> nn.Module:
+    """Edit a copy of the original before its head, then its head."""
     model = copy.deepcopy(task.original)
-    for name in [] if edit is None else layers(model, task.head, task.data):
+    if attempt in FOLDED:
+        fold(task, model, FOLDED[attempt])
+    elif ATTEMPTS[attempt] is not None:
+        edit_layers(task, model, ATTEMPTS[attempt])
+    # The head may cost anything: the table says what it did. What is saved comes back without its hook.
+    erase_classes(model, task.images.loader(100), task.data.class_names[task.forget], most_lost=100)
+    with reloaded(model) as plain:
+        return plain
+
+
+def edit_layers(task: Task, model: nn.Module, edit: Edit) -> None:
+    """Edit every layer before the head, each with what it reads once those before it are edited."""
+    for name in layers(model, task.head, task.data):
         before, now = (reads(m, name, task.images) for m in (task.original, model))
         layer = model.get_submodule(name)
         bias = None if layer.bias is None else layer.bias.detach().double()
@@ -237,10 +257,25 @@ def attempted(task: Task, edit: Edit | None) -> nn.Module:
             layer.weight.copy_(weight.reshape(layer.weight.shape))
             if bias is not None:
                 layer.bias.copy_(bias)
-    # The head may cost anything: the table says what it did. What is saved comes back without its hook.
-    erase_classes(model, task.images.loader(100), task.data.class_names[task.forget], most_lost=100)
-    with reloaded(model) as plain:
-        return plain
+
+
+@torch.no_grad()
+def fold(task: Task, model: ViTForImageClassification, rounds: int) -> None:
+    """Put our expert E behind all that is added to the residual stream: Σ E w = E Σ w, the stream's end.
+
+    E is the remap of the class token before the last norm. The blocks then read something else and answer it
+    differently, so further rounds fit E again on what is there after the one before.
+    """
+    embeddings, layers = model.vit.embeddings, model.vit.layers
+    writers = [embeddings.patch_embeddings.projection]
+    writers += [writer for layer in layers for writer in (layer.attention.o_proj, layer.mlp.fc2)]
+    # Each as a view whose rows are vectors of the stream.
+    added = [tensor.flatten(1).T for writer in writers for tensor in (writer.weight, writer.bias[:, None])]
+    added += [embeddings.cls_token[0], embeddings.position_embeddings[0]]
+    for _ in range(rounds):
+        remap = task.remap(reads(model, "vit.layernorm", task.images, shown=[0]))
+        for rows in added:
+            rows.copy_(remap.apply(rows))
 
 
 def layers(model: nn.Module, head: str, data: KDData) -> list[str]:
@@ -259,8 +294,11 @@ def layers(model: nn.Module, head: str, data: KDData) -> list[str]:
 
 
 @torch.no_grad()
-def reads(model: nn.Module, name: str, images: ImageSet) -> Tensor:
-    """What a layer reads at some positions of each image, `(n, positions, d)`, float64: tokens or patches."""
+def reads(model: nn.Module, name: str, images: ImageSet, shown: Sequence[int] | None = None) -> Tensor:
+    """What a layer reads at some positions of each image, `(n, positions, d)`, float64: tokens or patches.
+
+    The positions are drawn unless they are `shown`.
+    """
     layer, seen = model.get_submodule(name), []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -268,8 +306,8 @@ def reads(model: nn.Module, name: str, images: ImageSet) -> Tensor:
         if isinstance(layer, nn.Conv2d):
             z = unfold(z, layer.kernel_size, padding=layer.padding, stride=layer.stride).mT
         z = z if z.ndim == 3 else z[:, None]
-        shown = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(0))[:POSITIONS]
-        seen.append(z[:, shown])
+        drawn = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(0))[:POSITIONS]
+        seen.append(z[:, drawn if shown is None else shown])
 
     handle = layer.register_forward_pre_hook(keep)
     with evaluating(model):
@@ -333,7 +371,7 @@ def means(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
         measured = {row["attempt"] for row in of_model}
-        attempts = [attempt for attempt in ("original", "retrain", *ATTEMPTS) if attempt in measured]
+        attempts = [name for name in ("original", "retrain", *ATTEMPTS, *FOLDED) if name in measured]
         complete = [
             name
             for name in dict.fromkeys(row["forget"] for row in of_model)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 from more_hf.bench.methods.diffusion.rece import adversarial_embeddings
 from more_hf.bench.methods.diffusion.uce import edit_matrix
@@ -221,6 +222,36 @@ def test_settings_are_the_best_cell_of_a_finished_grid(script):
         "uce": tune.GRIDS["uce"][-1]
     }  # of `more` there is nothing to choose, and cure is not finished
     assert tune.best_settings(lines)["cure"] == tune.GRIDS["cure"][-1]
+
+
+def test_folding_edits_all_that_is_added_to_the_residual_stream(script):
+    """Every writer gives E times what it gave before, the stream in front of the first block, too."""
+    deeper = script("kd", "deeper")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    model = ViTForImageClassification(ViTConfig(**shape, image_size=8, patch_size=4)).eval()
+    torch.nn.init.normal_(model.vit.layers[0].mlp.fc2.bias)  # zero in a new model
+    E, z, pixels = features(8, 8), torch.randn(5, 8), torch.randn(2, 3, 8, 8)
+    images = SimpleNamespace(loader=lambda batch_size: [{"pixel_values": pixels}])
+    remaps = []
+
+    def remap(stream):
+        remaps.append(stream)
+        return SimpleNamespace(apply=lambda rows: (rows.double() @ E.T).to(rows.dtype))
+
+    def written():
+        layer = model.vit.layers[0]
+        hidden = torch.cat([z, z[:, :4]], 1)
+        with torch.no_grad():
+            return [model.vit.embeddings(pixels), layer.attention.o_proj(z), layer.mlp.fc2(hidden)]
+
+    before = written()
+    deeper.fold(SimpleNamespace(remap=remap, images=images), model, rounds=2)
+    for old, new in zip(before, written(), strict=True):
+        torch.testing.assert_close(new, (old.double() @ E.T @ E.T).float(), rtol=1e-4, atol=1e-4)
+    # Each round is fitted on the class token that it finds.
+    assert [stream.shape for stream in remaps] == [(2, 1, 8)] * 2
+    assert not torch.allclose(*remaps)
 
 
 def test_deeper_edits_solve_what_they_say(script):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..splits import KDData, Splits, some_of_each
 from .features import Cached
 from .heads import fit_perceptron, nearest_neighbours
+from .information import difference_index, information
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
 from .metrics import SPLITS, accuracy, auc, expert_load, kd_scores
 from .probes import LEARNING_RATES, RESOLUTION, Probe, converged_probe, probe_scores, sgd_probes
@@ -75,6 +76,20 @@ class Places:
 
 
 @dataclass(frozen=True)
+class Informed:
+    """What the index of information needs beside a classifier's features, in bits for every block.
+
+    Attributes:
+        blocks (`list[float]`): of the classifier's blocks, without what its head reads.
+        original, retrained (`list[float]`): of the references, what their heads read at the end.
+    """
+
+    blocks: list[float]
+    original: list[float]
+    retrained: list[float]
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What `measure` returns.
 
@@ -101,6 +116,7 @@ def measure(
     retrained: Cached | None,
     original_means: Tensor,
     probe_seeds: Sequence[int],
+    informed: Informed | None = None,
     passes: int = 1,
     shared: Shared,
 ) -> Measurement:
@@ -114,6 +130,7 @@ def measure(
             empty.
         original_means (`Tensor`): `(k, d)`, the original's class means of training features.
         probe_seeds (`Sequence[int]`): of the probes.
+        informed (`Informed`, *optional*): what `idi` is taken against; without it the column stays empty.
         passes (`int`, defaults to 1): how often the head is asked; features and logits are means over that.
         shared (`Shared`): its probes are read and added to: the same features get the same probes.
     """
@@ -141,6 +158,10 @@ def measure(
     row |= _alignment("retrain", split_features, retrained, places)
     means = class_means(features["train"], places.labels["train"], places.num_classes)
     row |= _cosines(original_means, means, forget)
+    row["idi"] = None
+    if informed is not None:
+        bits = [*informed.blocks, head_information(features, places)]
+        row["idi"] = difference_index(bits, informed.original, informed.retrained)
     experts = cached.experts("test")
     row["load_cv"] = None
     if experts is not None:
@@ -201,6 +222,13 @@ def _others(logits: Mapping[str, Tensor], features: Mapping[str, Tensor], places
     score = binary[:, 1] - binary[:, 0]
     ours, theirs = score[places.mask["ft"]], score[places.mask["rt"]]
     return row | {"kr_binary_auc_rest": auc(ours, theirs, resolution=RESOLUTION)}
+
+
+def head_information(features: Mapping[str, Tensor], places: Places) -> float:
+    """The information in what a head reads, by as many labelled images as the other heads have."""
+    some = some_of_each(places.labels["train"], LABELLED)
+    forgotten = {"train": places.mask["f"][some], "test": places.mask["ft"]}
+    return information({"train": features["train"][some], "test": features["test"]}, forgotten)
 
 
 def _membership(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run
 from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
 from ..run import method_settings, refuse_unused_settings
-from ..splits import KDData, Splits, split_by_class
+from ..splits import KDData, Splits, some_of_each, split_by_class
 from .data import load_kd_data
 from .features import (
     Cached,
@@ -38,7 +38,8 @@ from .features import (
     same_backbone,
     splits_of_features,
 )
-from .measure import PARTS, Places, Shared, measure
+from .information import Features, block_features, information
+from .measure import LABELLED, PARTS, Informed, Places, Shared, head_information, measure
 from .models import MODELS, pretrained_inputs
 from .similarity import class_means
 from .store import ClassesConfig, KDCell, KDConfig, Training
@@ -273,20 +274,24 @@ class _Seed:
             shared.inputs[seed] = self.cached.inputs
         labels = self.data.train.labels
         self.means = class_means(self.cached.features("train"), labels, len(self.data.class_names))
+        some = some_of_each(labels, LABELLED)
+        self.labelled = {"train": self.data.train.subset(some), "test": self.data.test}
+        self.blocks: list[Features] = []  # of the original, once somebody asks
 
     def run(self, cells: Sequence[KDCell]) -> None:
         description = f"{self.data.name}, seed {self.seed}"
         bar = tqdm(total=len(cells), desc=description, unit="cell", main_process_only=False)
         for entry in dict.fromkeys(cell.forget for cell in cells):
             splits = split_by_class(self.data, self.classes[entry])
-            retrained = None
+            retrained = informed = None
             if "retrain" in self.functions:
                 retrained = self._cache(self.trainer.retrained(splits.r, entry, self.seed))
+                informed = self._informed(retrained, splits)
             for cell in cells:
                 if cell.forget == entry:
                     bar.set_postfix_str(f"{cell.method} without {entry}")
                     with skipping_divergence(cell):
-                        self._measure(cell, splits, retrained)
+                        self._measure(cell, splits, retrained, informed)
                     bar.update()
         bar.close()
 
@@ -298,7 +303,30 @@ class _Seed:
             return Cached(self.cached.inputs, model, head)
         return cache(model, head, {"train": self.data.train, "test": self.data.test})
 
-    def _measure(self, cell: KDCell, splits: Splits, retrained: Cached | None) -> None:
+    def _informed(self, retrained: Cached, splits: Splits) -> Informed:
+        """What the index of information of the original's backbone needs."""
+        places, both = Places.of(self.data, splits), []
+        for cached in (self.cached, retrained):
+            blocks = self._block_information(cached.model, places)
+            features = {part: cached.features(part) for part in PARTS}
+            both.append([*blocks, head_information(features, places)])
+        original, theirs = both
+        return Informed(original[:-1], original, theirs)
+
+    def _block_information(self, model: nn.Module, places: Places) -> list[float]:
+        """The information in every block of a model, by labelled images."""
+        if model is self.original:
+            self.blocks = self.blocks or block_features(model, self.labelled)
+            blocks = self.blocks
+        else:
+            blocks = block_features(model, self.labelled)
+        forget = self.labelled["train"].labels[:, None] == places.labels["train"][places.mask["f"]].unique()
+        forgotten = {"train": forget.any(1), "test": places.mask["ft"]}
+        return [information(z, forgotten) for z in blocks]
+
+    def _measure(
+        self, cell: KDCell, splits: Splits, retrained: Cached | None, informed: Informed | None
+    ) -> None:
         """Measure one cell: the method, its rows, and last the file that makes it done."""
         edited, cost = self._forget(cell, splits)
         places, forget = Places.of(self.data, splits), self.classes[cell.forget]
@@ -306,6 +334,8 @@ class _Seed:
         targets = targets_of(edited, settings, forget, self.data.class_names)
         rows, probes = [], []
         arrays = {"labels": self.data.test.labels[:PLOTTED].numpy()}
+        if informed is not None and not same_backbone(edited, self.original, self.head_name):
+            informed = replace(informed, blocks=self._block_information(edited, places))
         for name, cached, passes in self._variants(cell.method, edited):
             measured = measure(
                 cached,
@@ -316,6 +346,7 @@ class _Seed:
                 retrained=retrained,
                 original_means=self.means,
                 probe_seeds=range(self.config.evaluation["probe_seeds"]),
+                informed=informed,
                 passes=passes,
                 shared=self.shared,
             )

@@ -73,6 +73,7 @@ SIMILARITY = [
     Column("cosine_f"),
     Column("cosine_r"),
     Column("load_cv"),
+    Column("idi", added=True),
 ]
 # Of the way from Original's kr_converged_acc_ft to Retrain's; above 100 a new head finds less than there.
 GAP = Column("gap_closed", unit="%")
@@ -156,7 +157,8 @@ MEMBERSHIP_NOTE = (
 )
 SIMILARITY_NOTE = (
     "Linear CKA with the features of original and retrain; the cosine of class means with their own place "
-    "before, mean over forgotten and least of remaining classes; load_cv: how unevenly experts are used."
+    "before, mean over forgotten and least of remaining classes; load_cv: how unevenly experts are used; "
+    "idi: what all blocks tell about who is forgotten, 0 for retrain and 1 for original."
 )
 
 

@@ -175,6 +175,15 @@ def test_heads_of_other_shapes(folder, data, original):
     assert row["kr_converged_auc_rest"] > 90
 
 
+def test_the_index_of_information_is_between_original_and_retrain(folder):
+    rows = rows_of(folder)
+    assert rows["original"]["idi"] == 1
+    assert rows["retrain"]["idi"] == 0
+    # The blocks of what is saved are the original's, and its head reads what the original's reads.
+    assert rows["more-reloaded"]["idi"] == rows["remap-reloaded"]["idi"] == 1
+    assert 0.5 < rows["more"]["idi"] < rows["more-inverted"]["idi"] <= 1
+
+
 def test_two_answers_of_known_experts_give_the_features_back(folder):
     rows = rows_of(folder)
     for column in ("kr_acc_ft", "kr_converged_acc_ft", "kr_knn_acc_ft", "kr_converged_auc_rest"):
@@ -189,7 +198,7 @@ def test_a_folder_of_an_earlier_version_is_reported_without_what_was_added(folde
     older = shutil.copytree(folder, tmp_path / "older")
     for path in (older / "cells").glob("*.json"):
         cell = json.loads(path.read_text())
-        names = [column.name for column in OTHER_HEADS]
+        names = ["idi", *(column.name for column in OTHER_HEADS)]
         cell["rows"] = [{key: v for key, v in row.items() if key not in names} for row in cell["rows"]]
         path.write_text(json.dumps(cell))
     for _ in range(2):  # from its cells, and then from its rows alone

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from ....classification.heads import evaluating
+from ...classes import information
 from ...classes.heads import linear_head
 from ...splits import ImageSet
 from ..result import Result
@@ -51,29 +50,5 @@ def ridge(victim: Victim, *, asked: Sequence[int] = (1, 16), penalty: float = 1e
 
 
 def block_features(seen: Seen, parts: Mapping[Part, ImageSet]) -> list[dict[Part, Tensor]]:
-    """The mean over positions or tokens of every block's output, `(n, channels)` for each part.
-
-    The blocks are the elements of the classifier's longest list of modules, those that have parameters.
-    """
-    return seen.remember("blocks", lambda: _block_features(seen.cached.model, parts))
-
-
-def _block_features(model: nn.Module, parts: Mapping[Part, ImageSet]) -> list[dict[Part, Tensor]]:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    blocks = [block for block in max(lists, key=len) if any(True for _ in block.parameters())]
-    outputs: dict[int, list[Tensor]] = {i: [] for i in range(len(blocks))}
-
-    def keep(i: int, output: Tensor) -> None:
-        # (n, c, height, width) of a convolution, (n, tokens, c) of a transformer
-        output = output.flatten(2) if output.ndim == 4 else output.mT
-        outputs[i].append(output.mean(-1).float().cpu())
-
-    with evaluating(model), ExitStack() as hooks:
-        for i, block in enumerate(blocks):
-            handle = block.register_forward_hook(lambda module, args, output, i=i: keep(i, output))
-            hooks.callback(handle.remove)
-        for images in parts.values():
-            for batch in images.loader(100):
-                model(batch["pixel_values"].to(next(model.parameters()).device))
-    sizes = [len(images) for images in parts.values()]
-    return [dict(zip(parts, torch.cat(outputs[i]).split(sizes), strict=True)) for i in outputs]
+    """Every block's output, as `information.block_features` has it, found once for each backbone."""
+    return seen.remember("blocks", lambda: information.block_features(seen.cached.model, parts))
