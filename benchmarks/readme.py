@@ -1,8 +1,9 @@
 """Put the committed tables into the READMEs, and that of what can be edited.
 
-`<!-- table: FILE N -->` is followed by the N-th table of that Markdown file, and
-`<!-- table: FILE N only A, B -->` by its rows A and B, in this order. `<!-- table: families -->` is followed
-by the families of denoisers that the package knows.
+`<!-- table: FILE N -->` is followed by the N-th table of that Markdown file,
+`<!-- table: FILE N only A, B -->` by its rows A and B, in this order, and
+`<!-- table: FILE N columns x, y -->` by the columns x and y beside the first; both may stand, in this order.
+`<!-- table: families -->` is followed by the families of denoisers that the package knows.
 
     python benchmarks/readme.py
 """
@@ -20,7 +21,7 @@ HEAD = """\
 |---|:-:|:-:|:-:|:-:|:-:|
 """
 CLASSIFIERS = "| image classifiers of transformers (timm models: not saved) | ✓ | ✓ | | | ✓ |\n"
-MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))? -->\n\n)((?:\|.*\n)*)")
+MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))? -->\n\n)((?:\|.*\n)*)")
 
 
 def families_table() -> str:
@@ -41,13 +42,18 @@ def filled(text: str) -> str:
     """The text with every marked table as it stands in its file."""
 
     def table(match: re.Match) -> str:
-        marker, file, number, names, _ = match.groups()
+        marker, file, number, names, columns, _ = match.groups()
         blocks = (ROOT / file).read_text("utf-8").split("\n\n")
         tables = [block.strip() for block in blocks if block.startswith("|")]
         lines = tables[int(number)].splitlines()
         if names is not None:
             rows = {line.split("|")[1].strip(): line for line in lines[2:]}
             lines = [*lines[:2], *(rows[name] for name in names.split(", "))]
+        if columns is not None:
+            cells = [line.split("|")[1:-1] for line in lines]
+            heads = [cell.strip() for cell in cells[0]]
+            kept = [0, *(heads.index(name) for name in columns.split(", "))]
+            lines = ["|".join(["", *(row[i] for i in kept), ""]) for row in cells]
         return marker + "\n".join(lines) + "\n"
 
     text = FAMILIES_MARKER.sub(lambda match: match.group(1) + families_table(), text)

@@ -42,6 +42,7 @@ COLUMNS = {
     "kr_knn_acc_ft": "knn_acc_ft",
     "kr_mlp_acc_ft": "mlp_acc_ft",
     "gap_closed": "gap_closed",
+    "idi": "idi",
 }
 MEMBERSHIP = {"mia_loss": "mia_loss", "mia_confidence": "mia_confidence", "mia_entropy": "mia_entropy"}
 KEPT, FORGOTTEN = 0.5, 0.5  # points of acc_rt that may be lost, percent of acc_ft that may be left
