@@ -181,6 +181,7 @@ ATTEMPTS: dict[str, Edit | None] = {
     "paired, images alike": partial(paired, alike=True),
     "paired, 8 directions": partial(paired, rank=8),
 }
+REFERENCES = ("original", "retrain")
 FOLDED = {"folded": 1, "folded, six rounds": 6}  # into the residual stream, a ViT's alone
 
 
@@ -212,7 +213,7 @@ def main() -> None:
             output=args.models / f"{args.model}-{args.epochs}-{without(name, 0)}",
         )
         judge = Judge.of(task, retrained)
-        for attempt in ("original", "retrain", *attempts):
+        for attempt in (*REFERENCES, *attempts):
             if (args.model, name, attempt) not in done:
                 models = {"original": original, "retrain": retrained}
                 model = models[attempt] if attempt in models else attempted(task, attempt)
@@ -366,27 +367,45 @@ class Judge:
 
 
 def means(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """One line for each model and attempt: means over the classes that have every attempt."""
+    """One line for each model and attempt: means over the classes that have every attempt. Folding stands
+    below, with references of its own where it was tried on fewer classes."""
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
-        measured = {row["attempt"] for row in of_model}
-        attempts = [name for name in ("original", "retrain", *ATTEMPTS, *FOLDED) if name in measured]
-        complete = [
-            name
-            for name in dict.fromkeys(row["forget"] for row in of_model)
-            if sum(row["forget"] == name for row in of_model) == len(attempts)
-        ]
-        numbers = {}
-        for attempt in attempts:
-            part = [row for row in of_model if row["attempt"] == attempt and row["forget"] in complete]
-            columns = [name for name in COLUMNS if name != "gap_closed"]
-            numbers[attempt] = {name: sum(float(row[name]) for row in part) / len(part) for name in columns}
-        start, end = (numbers[name]["probe_ft"] for name in ("original", "retrain"))
-        for attempt, found in numbers.items():
-            found["gap_closed"] = 100 * (start - found["probe_ft"]) / (start - end)
-            cells = {name: f"{found[name]:.2f}" for name in COLUMNS}
-            lines.append({"model": model, "attempt": attempt, "classes": len(complete), **cells})
+        at_layers = classes_with((*REFERENCES, *ATTEMPTS), of_model)
+        at_stream = classes_with((*REFERENCES, *FOLDED), of_model)
+        lines += mean_lines(model, of_model, (*REFERENCES, *ATTEMPTS), at_layers)
+        if at_stream:
+            again = () if at_stream == at_layers else REFERENCES
+            lines += mean_lines(model, of_model, (*again, *FOLDED), at_stream)
+    return lines
+
+
+def classes_with(attempts: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
+    """The classes for which every one of the attempts was measured."""
+    done = {(row["forget"], row["attempt"]) for row in rows}
+    names = dict.fromkeys(row["forget"] for row in rows)
+    return [name for name in names if all((name, attempt) in done for attempt in attempts)]
+
+
+def mean_lines(
+    model: str, rows: Sequence[dict[str, str]], attempts: Sequence[str], names: Sequence[str]
+) -> list[dict[str, str]]:
+    """A line for each attempt: means over the named classes; `gap_closed` is of the means."""
+    if not names:
+        return []
+
+    def mean(attempt: str, column: str) -> float:
+        part = [row for row in rows if row["attempt"] == attempt and row["forget"] in names]
+        return sum(float(row[column]) for row in part) / len(part)
+
+    start, end = (mean(reference, "probe_ft") for reference in REFERENCES)
+    lines = []
+    for attempt in attempts:
+        found = {name: mean(attempt, name) for name in COLUMNS if name != "gap_closed"}
+        found["gap_closed"] = 100 * (start - found["probe_ft"]) / (start - end)
+        cells = {name: f"{found[name]:.2f}" for name in COLUMNS}
+        lines.append({"model": model, "attempt": attempt, "classes": ", ".join(names), **cells})
     return lines
 
 

@@ -181,7 +181,7 @@ def test_the_index_of_information_is_between_original_and_retrain(folder):
     assert rows["retrain"]["idi"] == 0
     # The blocks of what is saved are the original's, and its head reads what the original's reads.
     assert rows["more-reloaded"]["idi"] == rows["remap-reloaded"]["idi"] == 1
-    # What a router leaves may be less than Retrain's head reads, which counts as none: then the blocks decide.
+    # What a router leaves may be less than what Retrain's head reads, and counts as none: the blocks decide.
     assert 0.5 < rows["more"]["idi"] <= rows["more-inverted"]["idi"] <= 1
     assert rows["more"]["idi"] < 0.9
 
