@@ -30,10 +30,16 @@ RIVALS = ("speed",)
 COLUMNS = ("content_f", "content_r", "style_f", "lpips_f", "lpips_r", "lpips_d")
 
 
-def more_words(pipe, concepts: list[str], **options):
-    """A word of a name can draw the thing alone: "french" is read where only fries are french."""
-    aliases = {name: [word for word in name.split() if word != name] for name in concepts}
-    return more_hf.erase_concept(pipe, aliases, **options)
+def more_words(pipe, concepts: list[str], *, retain: list[str], **options):
+    """
+    A word of a name can draw the thing alone: "french" is read where only fries are french. Words that a
+    retained name shares cannot go.
+    """
+    shared = {word for name in retain for word in name.split()}
+    aliases = {
+        name: [word for word in name.split() if word != name and word not in shared] for name in concepts
+    }
+    return more_hf.erase_concept(pipe, aliases, retain=retain, **options)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/attacks/pictures/price.py    # reach/price.csv, price.md, price.png
 
 Reads what two benchmarks measured: the pictures of the others in `benchmarks/artists/reach`, and the words
-learned from pictures in `reach/artists`. A line is one method and one style.
+learned from pictures in `reach/softness`. A line is one method and one style.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def price_figure(lines: list[dict[str, str | float]]):
             panel.annotate(line["method"], (line["lpips_r"], recognised), fontsize=6, rotation=15)
         panel.set_title(style, fontsize=9)
         panel.set_ylim(0, 105)
+        panel.margins(x=0.25)  # room for the names
     figure.supxlabel("how far the others' pictures moved (lpips_r)", fontsize=9)
     figure.supylabel("% of the style recognised", fontsize=9)
     return figure
@@ -70,7 +71,7 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    attacks = read_cells(HERE / "reach" / "artists" / "rows.csv")
+    attacks = read_cells(HERE / "reach" / "softness" / "rows.csv")
     lines = prices(read_cells(COSTS / "summary.csv"), attacks)
     write_rows(HERE / "reach" / "price.csv", lines)
     table = markdown_table(lines)
