@@ -3,8 +3,7 @@
     python benchmarks/artists/many/one.py --output DIR    # resumes; DIR holds the pictures
 
 Ten things from the end of the order, each erased alone with the table's target and the same pictures for
-all. Writes one.csv and one.md: `more` by its token positions, and with every word of a name as an alias; and
-a rival of the table.
+all. Writes one.csv and one.md: `more` by its token positions, and the first method of the table.
 """
 
 import argparse
@@ -30,18 +29,6 @@ RIVALS = ("speed",)
 COLUMNS = ("content_f", "content_r", "style_f", "lpips_f", "lpips_r", "lpips_d")
 
 
-def more_words(pipe, concepts: list[str], *, retain: list[str], **options):
-    """
-    A word of a name can draw the thing alone: "french" is read where only fries are french. Words that a
-    retained name shares cannot go.
-    """
-    shared = {word for name in retain for word in name.split()}
-    aliases = {
-        name: [word for word in name.split() if word != name and word not in shared] for name in concepts
-    }
-    return more_hf.erase_concept(pipe, aliases, retain=retain, **options)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,7 +38,6 @@ def main() -> None:
     prompts = tune.validation(THINGS)
     target = tune.TARGET[THINGS.name]
     functions = {f"more, {tokens}": partial(more_hf.erase_concept, tokens=tokens) for tokens in TOKENS}
-    functions["more, every word"] = more_words
     tuned = tune.single(THINGS)
     functions |= {name: partial(DIFFUSION[name].load(), **tuned[name]) for name in RIVALS}
     summary = run_artists(
