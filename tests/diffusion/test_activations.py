@@ -284,7 +284,7 @@ def test_a_record_that_names_no_inner_layer_is_refused(erased, tmp_path):
         more_hf.verify(folder)
     forged["facts"]["spaces"] = {"nowhere": "nowhere"}
     (folder / RECORD).write_text(json.dumps(forged))
-    assert "no linear layer" in more_hf.verify(folder).failures
+    assert "not a linear layer" in more_hf.verify(folder).failures
     with pytest.raises(more_hf.SiteNotFoundError, match="no layer `nowhere`"):
         more_hf.load(folder)
 

@@ -301,7 +301,7 @@ def test_on_the_command_line(original, tmp_path, capsys):
 def test_what_was_erased_from_both_is_not_edited_in_one(pipe, part, tmp_path):
     before = states(erase(pipe))
     one = alone(pipe, part)
-    message = "'gogh' was erased from a pipeline with another number of denoisers"
+    message = "'gogh' was erased from a pipeline with a different number of denoisers"
     with pytest.raises(more_hf.SiteNotFoundError, match=message):
         more_hf.erase_concept(one, OTHER, remap_to=TARGET)
     with pytest.raises(more_hf.SiteNotFoundError, match=message):
@@ -320,7 +320,7 @@ def test_what_was_erased_from_both_is_not_edited_in_one(pipe, part, tmp_path):
 def test_what_was_erased_from_one_is_not_taken_for_both(original, pipe, parts, tmp_path):
     for part in parts:
         erase(alone(pipe, part))
-    message = "another number of denoisers.*Call on the pipeline that was edited, or restore that one first"
+    message = "a different number of denoisers.*Call on the pipeline that was edited, or restore that one"
     with pytest.raises(more_hf.SiteNotFoundError, match=message):
         erase(pipe)
     with pytest.raises(more_hf.SiteNotFoundError, match=message):

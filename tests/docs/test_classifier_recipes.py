@@ -90,7 +90,7 @@ def test_train_and_package(run, tmp_path, monkeypatch):
     assert row["command"] in readme
     assert readme.count("digits-vit") == 0  # the old table is gone
     assert readme.startswith("# Classifiers to forget with")
-    assert "The paper's own" in readme
+    assert "the paper's own classifiers" in readme
     run(
         "train", *options, "--output", tmp_path / "run", "--package", "digits-vit", setup=setup
     )  # already trained

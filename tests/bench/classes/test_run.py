@@ -483,7 +483,8 @@ def test_what_is_shared_is_not_found_again(folder, tmp_path, monkeypatch):
         [row for row in without_costs(folder) if row["method"] in ("original", "remap")],
     )
     mine = [row for row in rows if row["forget"] == "3" and not row["method"].endswith("reloaded")]
-    empty = {"cka_retrain_f": None, "cka_retrain_r": None}  # no Retrain was run here
+    # no Retrain was run here
+    empty = {"cka_retrain_f": None, "cka_retrain_r": None, "idi": None}
     assert mine == [{**row, **empty} for row in expected]
 
 
