@@ -8,29 +8,21 @@ processor. Memory is how far the process's peak has risen since the pipeline was
 """
 
 import argparse
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import speed
-import torch
+from wide import peak
 
 import more_hf
-from more_hf.bench.columns import write_rows
-from more_hf.bench.machine import hardware, versions
-from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
 from more_hf.core.request import ConceptRequest
 from more_hf.diffusion import erase
 from more_hf.diffusion.plan import Solution
 
 
-HERE = Path(__file__).parent
 PIXELS, STEPS, PICTURES = 64, 2, 16
-PEAK_UNIT = 1024  # bytes of `ru_maxrss` on Linux
 
 
 class Clock:
@@ -38,15 +30,10 @@ class Clock:
 
     def __init__(self):
         self.lines: list[dict] = []
-        self.start, self.before = time.process_time(), self.peak()
-
-    @staticmethod
-    def peak() -> float:
-        """The most memory that this process has had, in MiB."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT / 2**20
+        self.start, self.before = time.process_time(), peak()
 
     def note(self, what: str, seconds: float) -> None:
-        line = {"what": what, "seconds": round(seconds, 1), "MiB at most": round(self.peak() - self.before)}
+        line = {"what": what, "seconds": round(seconds, 1), "MiB at most": round(peak() - self.before)}
         self.lines.append(line)
 
     @contextmanager
@@ -94,14 +81,7 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    lines = measure()
-    write_rows(HERE / "inside.csv", lines)
-    facts = f"{hardware(torch.device('cpu'))}; " + ", ".join(
-        f"{name} {version}" for name, version in versions().items()
-    )
-    table = markdown_table(lines)
-    write_text(HERE / "inside.md", f"{table}\n\n{facts}\n")
-    print(table)
+    speed.write_table("inside", measure())
 
 
 if __name__ == "__main__":

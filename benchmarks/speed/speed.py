@@ -259,18 +259,22 @@ def _measure(unet: dict, text: dict, latent: int, names: tuple, prompts: tuple) 
     return lines
 
 
+def write_table(name: str, lines: list[dict]) -> None:
+    """Write NAME.csv, and NAME.md with the machine below the table; print the table."""
+    write_rows(HERE / f"{name}.csv", lines)
+    facts = f"{hardware(torch.device('cpu'))}; " + ", ".join(
+        f"{package} {version}" for package, version in versions().items()
+    )
+    table = markdown_table(lines)
+    write_text(HERE / f"{name}.md", f"{table}\n\n{facts}\n")
+    print(table)
+
+
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    lines = measure()
-    write_rows(HERE / "speed.csv", lines)
-    facts = f"{hardware(torch.device('cpu'))}; " + ", ".join(
-        f"{name} {version}" for name, version in versions().items()
-    )
-    table = markdown_table(lines)
-    write_text(HERE / "speed.md", f"{table}\n\n{facts}\n")
-    print(table)
+    write_table("speed", measure())
 
 
 if __name__ == "__main__":

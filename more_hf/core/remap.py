@@ -332,9 +332,9 @@ class Remap:
         """
         The directions that the mean expert sends to zero, or nearly.
 
-        For an exact edit, these are all of M = P̄_t − P_F. For a soft one, they are the directions in M's span
-        of which the edit leaves at most the share `most`; if there are none, the one of which it leaves
-        least.
+        For an exact edit, these are all of M = P̄_t − P_F. For a soft one, they are the directions in the
+        span of M of which the edit leaves at most the share `most`; if there are none, the one of which it
+        leaves least.
         """
         if self.solver in EXACT_SOLVERS:
             return Removed(self.shift(), 0.0)

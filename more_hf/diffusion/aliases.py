@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -63,13 +63,14 @@ def find_aliases(
         >>> aliases = more_hf.find_aliases(pipe, "Blobmoji", candidates, others=["Noto", "Fluent", "Twemoji"])
         >>> pipe = more_hf.erase_concept(pipe, {"Blobmoji": aliases}, remap_to="Noto")
     """
-    others = _without("others", others, lambda name: name == concept)
+    others = [name for name in dict.fromkeys(read_names("others", others)) if name != concept]
     if not others:
         raise PrototypeError(
             f"`others` names nothing but {concept!r} itself, so there is nothing to distinguish it from. "
             "Name other concepts of its kind."
         )
-    candidates = _without("candidates", candidates, lambda name: name.casefold() == concept.casefold())
+    own, candidates = concept.casefold(), dict.fromkeys(read_names("candidates", candidates))
+    candidates = [name for name in candidates if name.casefold() != own]
     if not candidates:
         return []
 
@@ -91,11 +92,6 @@ def find_aliases(
     largest, nearest = coordinates.max(0)
     order = largest.argsort(descending=True).tolist()
     return [candidates[j] for j in order if nearest[j] == 0 and largest[j] >= least]
-
-
-def _without(argument: str, names: Sequence[str], is_concept: Callable[[str], bool]) -> list[str]:
-    """The names without repeats and without the concept's own."""
-    return [name for name in dict.fromkeys(read_names(argument, names)) if not is_concept(name)]
 
 
 def _matrix(prototypes: Prototypes, names: Sequence[str]) -> Tensor:

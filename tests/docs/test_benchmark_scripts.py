@@ -14,6 +14,14 @@ from more_hf.bench.methods.diffusion.uce import edit_matrix
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# a pipeline of Stable Diffusion's classes at a tiny size
+SMALL_UNET = {
+    "block_out_channels": (32,) * 4,
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+}
+SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture
@@ -49,14 +57,9 @@ def test_what_is_timed_is_the_closed_form_of_the_baselines(script):
 @pytest.mark.slow
 def test_every_part_of_the_speed_table(script):
     speed = script("speed", "speed")
-    small = {
-        "block_out_channels": (32,) * 4,
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 2,
-    }
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    lines = speed.measure({**speed.SD14, **small}, {**speed.CLIP_L, **text}, 8, names=(2,), prompts=(2,))
+    lines = speed.measure(
+        {**speed.SD14, **SMALL_UNET}, {**speed.CLIP_L, **SMALL_TEXT}, 8, names=(2,), prompts=(2,)
+    )
     assert lines[0]["times the merge"] == 1
     assert [line["what"].split(",")[0] for line in lines[:4]] == [
         "more", "floor: read and write the edited matrices once", "UCE", "UCE",
@@ -68,16 +71,8 @@ def test_every_part_of_the_speed_table(script):
 @pytest.mark.slow
 def test_every_part_of_an_edit_inside_the_denoiser(script):
     inside = script("speed", "inside")
-    small = {
-        "block_out_channels": (32,) * 4,
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 2,
-    }
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    *parts, whole = inside.measure(
-        {**inside.speed.SD14, **small}, {**inside.speed.CLIP_L, **text}, pictures=2
-    )
+    unet, text = {**inside.speed.SD14, **SMALL_UNET}, {**inside.speed.CLIP_L, **SMALL_TEXT}
+    *parts, whole = inside.measure(unet, text, pictures=2)
     assert len(parts) == 4
     assert sum(part["seconds"] for part in parts) == pytest.approx(whole["seconds"], abs=0.3)
     assert "draw 10 pictures" in parts[1]["what"]
