@@ -1,4 +1,4 @@
-"""Put the committed tables into the READMEs, and that of what can be edited.
+"""Put the committed tables, and the table of what can be edited, into the READMEs.
 
 `<!-- table: FILE N -->` is followed by the N-th table of that Markdown file,
 `<!-- table: FILE N only A, B -->` by its rows A and B, in this order, and
@@ -25,7 +25,7 @@ MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))
 
 
 def families_table() -> str:
-    """The families in the registry's order, one row for all that LoRA files are alike of."""
+    """The families in the registry's order; those that LoRA files support alike share a row."""
     from more_hf.diffusion.families import FAMILIES
 
     rows: dict[str, list[str]] = {}

@@ -367,8 +367,10 @@ class Judge:
 
 
 def means(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """One line for each model and attempt: means over the classes that have every attempt. Folding stands
-    below, with references of its own where it was tried on fewer classes."""
+    """One line for each model and attempt: means over the classes that have every attempt.
+
+    Folding comes last. It has lines of its own for the references if it was tried on other classes.
+    """
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
