@@ -111,13 +111,21 @@ def read_config(folder: str | Path) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
+def held_settings(folder: str | Path) -> Mapping[str, Mapping[str, Any]]:
+    """Read the settings of each method that a folder has results of; empty if it has none."""
+    return (read_config(folder) or {}).get("methods", {})
+
+
 def short_hash(value: object) -> str:
     """The name of a cell's folder or file: a hash of the JSON of everything that determines its content."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def method_settings(
-    function: Callable, *given: Mapping[str, Any], without: Collection[str]
+    function: Callable,
+    *given: Mapping[str, Any],
+    without: Collection[str],
+    held: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Collect a method's settings with the values that it will be called with.
@@ -131,6 +139,9 @@ def method_settings(
             are ignored.
         without (`Collection[str]`):
             Further parameters that are not settings.
+        held (`Mapping[str, Any]`, *optional*):
+            The settings with which the folder has results of this method. One that it lacks is newer than
+            these results and is left out at its default, at which the method does what it did before.
 
     Returns:
         `dict[str, Any]`: a value for every setting that is given or has a default.
@@ -139,7 +150,8 @@ def method_settings(
     settings = {}
     for name, parameter in _parameters(function, without).items():
         value = values.get(name, parameter.default)
-        if value is not inspect.Parameter.empty:
+        newer = held is not None and name not in held and value == parameter.default
+        if value is not inspect.Parameter.empty and not newer:
             settings[name] = value
     return settings
 

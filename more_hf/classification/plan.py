@@ -70,7 +70,7 @@ def make_request(
     if remap_to is not None and not targets:
         raise PrototypeError(
             '`remap_to` is empty. Name classes, or pass "remain" for all others, or `None` to erase without '
-            'remapping.'
+            "remapping."
         )
     return ClassRequest(
         concepts=dict.fromkeys(forgotten, ()),

@@ -107,9 +107,7 @@ def assert_same_images(pipe, wanted, other, family, prompt="a house by van gogh"
     "family", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "flux"))]
 )
 def test_save_load_and_verify(families, family, tmp_path):
-    pipe = erase(
-        copied(families[family]), remap_to=[TARGET, "johannes vermeer"], router="hash", retain=None
-    )
+    pipe = erase(copied(families[family]), remap_to=[TARGET, "johannes vermeer"], router="hash", retain=None)
     folder = more_hf.save(pipe, tmp_path / "erased", include_delta=True)
     assert more_hf.verify(folder).ok
     loaded = more_hf.load(folder)

@@ -15,8 +15,7 @@ PACKAGE = Path(more_hf.__file__).parent
 STEPS = set(
     "add ask build call charge check choose collect copy correct delete describe drop erase feed "
     "forget free fuse generate give install join judge leave load make name open pass point push put "
-    "raise register remove restore run save see set start take train try undo use wait write"
-    .split()
+    "raise register remove restore run save see set start take train try undo use wait write".split()
 )
 # A message may instead say what is accepted, or ask for what is the likely cause.
 ACCEPTED = re.compile(r"\b(must|needs?|takes?|there are|its \S+ are|it has|at least|erased:) |\?")

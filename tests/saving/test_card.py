@@ -180,7 +180,7 @@ def test_names_and_results_stay_plain_text(saved, hub, text):
 
 def test_a_licence_cannot_break_the_card(saved):
     base = ModelCard(
-        "---\nlicense: other\nlicense_name: \"x](https://evil.example) | <b>\"\nlicense_link: "
+        '---\nlicense: other\nlicense_name: "x](https://evil.example) | <b>"\nlicense_link: '
         "'javascript:alert(1)'\n---\n"
     )
     card = make_card(Record.read(saved), "me/erased", base=base)

@@ -27,7 +27,7 @@ from ...diffusion.sites import find_denoiser
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run, weights_sha256
 from ..methods.registry import find_diffusion_method
-from ..run import method_settings, refuse_unused_settings
+from ..run import held_settings, method_settings, refuse_unused_settings
 from . import lpips
 from .cells import Case, Cell, Measured, collect_rows
 from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
@@ -162,6 +162,7 @@ def run_artists(
         )
 
     # 3. Join this run's configuration with the folder's, or refuse before anything is generated.
+    held = held_settings(output)
     _check_reading(pipe, prompts, forget)
     pipe = quiet_copy(pipe.to(state.device), scheduler)
     config = ArtistsConfig(
@@ -174,7 +175,7 @@ def run_artists(
         judges=None if judges is None else judges.name,
         judge_facts={} if judges is None else judges.facts,
         methods={
-            name: method_settings(function, tuned.get(name, {}), settings, without=GIVEN)
+            name: method_settings(function, tuned.get(name, {}), settings, without=GIVEN, held=held.get(name))
             for name, function in functions.items()
         },
         forget=erasures,

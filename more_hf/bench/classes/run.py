@@ -26,7 +26,7 @@ from ..columns import rounded
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run
 from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
-from ..run import method_settings, refuse_unused_settings
+from ..run import held_settings, method_settings, refuse_unused_settings
 from ..splits import KDData, Splits, some_of_each, split_by_class
 from .data import load_kd_data
 from .features import (
@@ -129,7 +129,7 @@ def run_kd(
         evaluation={"probe_seeds": probe_seeds, "passes": list(passes)},
         class_names=list(data.class_names),
         seeds=seeds,
-        methods=settings_of(functions, settings or {}, tuned or {}),
+        methods=settings_of(functions, settings or {}, tuned or {}, held_settings(output)),
         forget={entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
         runs=[this_run(state)],
     )
@@ -178,9 +178,14 @@ def training_facts(trainer: Trainer) -> Training:
 
 
 def settings_of(
-    functions: Methods, settings: Mapping[str, Any], tuned: Mapping[str, Mapping[str, Any]]
+    functions: Methods,
+    settings: Mapping[str, Any],
+    tuned: Mapping[str, Mapping[str, Any]],
+    held: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Collect the settings of every method with their values: tuned, else given for all, else its default.
+
+    What `held`, the settings of a folder's methods, does not know is left out at its default.
 
     Raises:
         `BenchmarkError`: for a setting that no method takes, or a tuned one that its method does not.
@@ -192,7 +197,8 @@ def settings_of(
         if method_settings(function, without=NOT_SETTINGS).get("router", "") is None:
             # A method that routes nowhere has its own number of experts, which no configuration records.
             given["num_experts"] = None
-        collected[name] = method_settings(function, given, tuned.get(name, {}), without=NOT_SETTINGS)
+        own = tuned.get(name, {})
+        collected[name] = method_settings(function, given, own, without=NOT_SETTINGS, held=held.get(name))
     return collected
 
 

@@ -19,6 +19,7 @@ from ..columns import Column, read_rows, rounded, write_rows
 from ..machine import processes, this_run
 from ..methods.registry import find_classification_method
 from ..page import Section, write_page
+from ..run import held_settings
 from ..splits import Splits, split_by_sample
 from .features import cache
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
@@ -109,7 +110,7 @@ def run_samples(
         training=training_facts(trainer),
         evaluation={"fraction": fraction},
         seeds=seeds,
-        methods=settings_of(functions, settings or {}, tuned or {}),
+        methods=settings_of(functions, settings or {}, tuned or {}, held_settings(output)),
         forget={f"{100 * fraction:g} % of samples": [f"{fraction}"]},
         runs=[this_run(state)],
     )

@@ -24,6 +24,7 @@ from ...classes.tables import RELOADED
 from ...classes.training import Recipe, train_classifier, without
 from ...machine import processes, this_run
 from ...methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
+from ...run import held_settings
 from ...splits import ImageSet, KDData, Splits, some_of_each, split_by_class
 from ..run import attack_settings, run_attacks
 from ..store import AttackConfig, Case
@@ -92,7 +93,7 @@ def run_class_attacks(
     classes = {entry: classes_of(entry, data) for entry in forget}
     originals = {name: load_victim(name, data) for name in dict.fromkeys(models)}
     own = {name: tuned.get(name.removesuffix(RELOADED), {}) for name in named}
-    erased = settings_of(functions, settings or {}, own)
+    erased = settings_of(functions, settings or {}, own, held_settings(output))
     config = AttackConfig(
         benchmark="attacks-classes",
         more_hf=__version__,

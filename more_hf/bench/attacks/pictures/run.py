@@ -19,7 +19,7 @@ from ...errors import BenchmarkError
 from ...machine import processes, this_run, weights_sha256
 from ...methods.diffusion.roles import require_stable_diffusion
 from ...methods.registry import find_diffusion_method
-from ...run import method_settings
+from ...run import held_settings, method_settings
 from ..run import attack_settings, run_attacks
 from ..store import AttackConfig, Case
 from .grid import write_grids
@@ -100,8 +100,9 @@ def run_picture_attacks(
 
     # 2. What each method is given for each concept.
     functions = {method: find_diffusion_method(method) for method in dict.fromkeys([ORIGINAL, *methods])}
+    held = held_settings(output)
     settings = {
-        method: method_settings(function, tuned.get(method, {}), without=GIVEN)
+        method: method_settings(function, tuned.get(method, {}), without=GIVEN, held=held.get(method))
         for method, function in functions.items()
     }
     erasures = {concept: _erasure(concept, targets, studio, prompts) for concept in forget}
