@@ -27,11 +27,11 @@ MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))
 def families_table() -> str:
     """The families in the registry's order; those that LoRA files support alike share a row."""
     from more_hf.diffusion.families import FAMILIES
+    from more_hf.saving.lora import KOHYA_FAMILIES
 
     rows: dict[str, list[str]] = {}
-    for (denoiser, _), family in FAMILIES.items():
-        # kohya's format has names for UNets alone
-        reads = family.name not in NO_LORA, denoiser.startswith("UNet")
+    for family in FAMILIES.values():
+        reads = family.name not in NO_LORA, family.name in KOHYA_FAMILIES
         marks = " | ".join("✓" if read else "refused" for read in reads)
         rows.setdefault(f"✓ | ✓ | {marks} | ✓ |", []).append(family.name)
     lines = [f"| {', '.join(names)} | {marks}\n" for marks, names in rows.items()]

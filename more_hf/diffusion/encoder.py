@@ -126,7 +126,8 @@ class Encoder:
         if isinstance(self.pipe, TextualInversionLoaderMixin):
             prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
         prompt = prompt.lower().strip() if self.text.lower else prompt
-        return tokenizer(prompt).input_ids[segment.before : -1]
+        ids = tokenizer(prompt).input_ids
+        return ids[segment.before : len(ids) - segment.ends]
 
     def layout(self, prompt: str, segment: Segment | None = None) -> Layout:
         """Where the parts of a prompt are in a segment, the first by default."""
@@ -134,7 +135,7 @@ class Encoder:
         if segment.template is not None:
             return segment.layout(segment.tokens(self.pipe, prompt), len(prompt))
         end = segment.before + len(self.token_ids(prompt, segment))
-        return Layout(segment.before, end, end + 1)
+        return Layout(segment.before, end, end + segment.ends)
 
     def place(self, template: str, name: str, segment: Segment) -> tuple[int, int, Layout] | None:
         """
@@ -144,11 +145,11 @@ class Encoder:
         prompt = template.format(name)
         if segment.template is None:
             own, ids = self.token_ids(name, segment), self.token_ids(prompt, segment)
-            first, end = _find(own, ids), segment.before + len(ids)
+            first = _find(own, ids)
             if first is None:
                 return None
             start = segment.before + first
-            return start, start + len(own), Layout(segment.before, end, end + 1)
+            return start, start + len(own), self.layout(prompt, segment)
         # A language model's tokens depend on their surroundings, so look for the name's characters.
         begin = len(template.split("{}")[0])
         tokens = segment.tokens(self.pipe, prompt)
@@ -188,9 +189,9 @@ class Encoder:
             pads = segment.pads_before(layout, length)
             for i, name in enumerate(names):
                 spans[segment.label + name] = Span("", offset + pads + i, offset + pads + i + 1)
-            start, stop = (0, pads) if segment.left else (layout.stop, segment.read_until(layout, length))
+            start, stop = segment.padding_at(layout, length)
             if start < stop:
-                spans[segment.label + EMPTY_PADDING] = Span("", offset + start, offset + stop)
+                spans[segment.label + EMPTY_PADDING] = Span("", offset + pads + start, offset + pads + stop)
         return spans
 
     def ordinary_spans(self, prompt: str) -> list[tuple[Span, Span]]:
@@ -202,9 +203,10 @@ class Encoder:
         for segment, offset, length in self.segments:
             layout = self.layout(prompt, segment)
             first = offset + segment.pads_before(layout, length)
-            read = segment.read_until(layout, length)
-            end = first + min(layout.stop, read)
-            spans.append((Span(prompt, first + layout.start, end), Span(prompt, end, first + read)))
+            end = min(layout.stop, segment.read_until(layout, length))
+            start, stop = segment.padding_at(layout, length) if segment.padding_varies else (end, end)
+            own = Span(prompt, first + layout.start, first + end)
+            spans.append((own, Span(prompt, first + start, first + stop)))
         return spans
 
     def prompts_of(self, names: Iterable[str]) -> dict[str, int]:
@@ -242,7 +244,10 @@ class Encoder:
             start, stop, layout = place
             if layout.stop > length:  # the prompt would be cut off
                 continue
-            first, last = _positions(kind, start, stop, layout, segment.read_until(layout, length))
+            if kind == "padding":
+                first, last = segment.padding_at(layout, length)
+            else:
+                first, last = _positions(kind, start, stop, layout, segment.read_until(layout, length))
             if first < last:
                 shift = offset + segment.pads_before(layout, length)
                 spans.append(Span(template.format(name), shift + first, shift + last))
@@ -277,7 +282,6 @@ def _positions(kind: str, start: int, stop: int, layout: Layout, last: int) -> t
         "bare last": (stop - 1, stop),
         "after": (stop, layout.end),
         "end": (layout.end, layout.end + 1),
-        "padding": (layout.stop, last),
         "end+padding": (layout.end, last),
     }[kind]
 

@@ -27,6 +27,7 @@ from .text import (
     FLUX_2,
     HUNYUAN_IMAGE,
     KANDINSKY_5,
+    KOLORS,
     LUMINA_2,
     QWEN_IMAGE,
     SANA,
@@ -124,6 +125,17 @@ def _find_sdxl(unet: nn.Module) -> dict[str, Reader]:
     """As `_find_unet`, and the columns of `add_embedding.linear_1` before those that read the time ids."""
     pooled = Reader(unet.add_embedding.linear_1, "pooled", _pooled_width(unet))
     return {**_find_unet(unet), "add_embedding.linear_1": pooled}
+
+
+def _find_kolors(unet: nn.Module) -> dict[str, Reader]:
+    """The projection in front of all attention, and the columns of `add_embedding` as in `_find_sdxl`."""
+    if getattr(unet, "text_encoder_hid_proj", None) is not None:
+        raise SiteNotFoundError(
+            "An IP-Adapter has moved the layer of Kolors that reads text, and what is saved with it does not "
+            "load without it. Call `pipe.unload_ip_adapter()`, erase, and load it again."
+        )
+    pooled = Reader(unet.add_embedding.linear_1, "pooled", _pooled_width(unet))
+    return {"encoder_hid_proj": Reader(unet.encoder_hid_proj), "add_embedding.linear_1": pooled}
 
 
 def _pooled_width(unet: nn.Module) -> int:
@@ -397,11 +409,14 @@ def _call_kandinsky(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     ).sample
 
 
-# the denoiser's class and its `addition_embed_type` -> its family
+# the denoiser's class and a UNet's conditions (see `_conditions`) -> its family
 FAMILIES = {
     ("UNet2DConditionModel", None): Family("Stable Diffusion 1.x and 2.x", _find_unet, _call_unet),
     ("UNet2DConditionModel", "text_time"): Family(
         "Stable Diffusion XL", _find_sdxl, _call_unet, ("added_cond_kwargs", "text_embeds")
+    ),
+    ("UNet2DConditionModel", "text_time, text_proj"): Family(
+        "Kolors", _find_kolors, _call_unet, ("added_cond_kwargs", "text_embeds"), text=KOLORS
     ),
     ("SD3Transformer2DModel", None): Family(
         "Stable Diffusion 3", _find_sd3_or_flux, _call_sd3, ("pooled_projections",)
@@ -495,8 +510,18 @@ def find_denoiser_name(pipeline: str, parts: Mapping[str, str]) -> str:
 
 def family_of(module: nn.Module) -> Family | None:
     """The family of a denoiser, `None` for any other module."""
+    return FAMILIES.get((type(module).__name__, _conditions(module)))
+
+
+def _conditions(module: nn.Module) -> str | None:
+    """What a UNet adds to its time embedding; and, if one projection reads the text for all layers, that."""
     config = getattr(module, "config", None)
-    return FAMILIES.get((type(module).__name__, getattr(config, "addition_embed_type", None)))
+    addition = getattr(config, "addition_embed_type", None)
+    projected = getattr(config, "encoder_hid_dim_type", None) == "text_proj"
+    # An IP-Adapter takes the projection's place, and keeps it under this name.
+    if addition and (projected or getattr(module, "text_encoder_hid_proj", None)):
+        return f"{addition}, text_proj"
+    return addition
 
 
 def register_family(denoiser: str, family: Family, text: Text | None = None) -> None:

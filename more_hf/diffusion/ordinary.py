@@ -27,6 +27,7 @@ from ..core.request import ConceptRequest
 from .encoder import fit_prototypes
 from .prompts import everyday_prompts, names_in
 from .sites import Denoiser, text_of
+from .text import tokenizer_in
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def _key(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) ->
         facts += [] if segment.template is None else segment.template(pipe)
     for name, part in pipe.components.items():
         if name.startswith("tokenizer"):
-            part = getattr(part, "tokenizer", part)  # of a processor
+            part = tokenizer_in(part)
             facts += [name, part.model_max_length, sorted(part.get_vocab().items())]
         elif name.startswith("text_encoder"):
             modules[name] = unwrap_module(part)

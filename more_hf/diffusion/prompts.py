@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 
+from .text import tokenizer_in
+
 
 # sentences around a name, for styles and for things
 TEMPLATES = (
@@ -46,7 +48,7 @@ def everyday_prompts(tokenizer: Callable) -> tuple[str, ...]:
     The list whose words the tokenizer splits into fewer pieces is used, since an encoder knows the words that
     its tokenizer keeps whole.
     """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its tokenizer
+    tokenizer = tokenizer_in(tokenizer)
 
     def pieces_per_word(prompts: tuple[str, ...]) -> float:
         pieces = tokenizer(list(prompts), verbose=False).input_ids

@@ -16,9 +16,14 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..core.errors import SiteNotFoundError
+
+
+def tokenizer_in(part: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """A pipeline's tokenizer, or the one in its processor."""
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
 class Template(NamedTuple):
@@ -65,11 +70,16 @@ class Segment:
         template (`Callable`, *optional*):
             `pipe -> Template`, for a language model: its tokens that are not dropped stand where CLIP has its
             begin and end token. The model is causal.
+        begins (`int`, *optional*):
+            How many special tokens are in front of the prompt, where there is no template: by default CLIP's
+            one, and none of T5.
         ends (`int`, *optional*, defaults to 1):
             How many tokens follow the prompt; with a template, `fitted` counts them.
         left (`bool`, *optional*, defaults to `False`):
             Whether padding that is read is in front of everything, where a causal model has seen nothing of
             the prompt; with a template, `fitted` asks the tokenizer.
+        attends (`bool`, *optional*, defaults to `False`):
+            Whether such padding attends to the whole prompt all the same, as ChatGLM's does.
     """
 
     tokenizer: str = "tokenizer"
@@ -77,18 +87,25 @@ class Segment:
     padding: bool = True
     label: str = ""
     template: Callable[[DiffusionPipeline], Template] | None = None
+    begins: int | None = None
     ends: int = 1
     left: bool = False
+    attends: bool = False
 
     @property
     def before(self) -> int:
         """How many special tokens are in front of the prompt, where there is no template."""
-        return int(self.clip)
+        return int(self.clip) if self.begins is None else self.begins
 
     @property
     def causal(self) -> bool:
-        """Whether a token's feature does not depend on what follows it."""
-        return self.clip or self.template is not None
+        """Whether a token's feature does not depend on what follows it; only T5's does."""
+        return self.before > 0 or self.template is not None
+
+    @property
+    def padding_varies(self) -> bool:
+        """Whether the denoiser reads padding, and it is not the same for all prompts of a length."""
+        return self.padding and (self.attends or not self.left)
 
     def length(self, pipe: DiffusionPipeline) -> int:
         """How many positions it lays out, at most if there is a template."""
@@ -105,6 +122,12 @@ class Segment:
         """How many positions of padding, of so many positions, are in front of the prompt."""
         return max(length - layout.stop, 0) if self.left else 0
 
+    def padding_at(self, layout: Layout, length: int) -> tuple[int, int]:
+        """The positions `[start, stop)` of the padding that is read, counted as those of the layout are."""
+        if self.left:
+            return -self.pads_before(layout, length), 0
+        return layout.stop, self.read_until(layout, length)
+
     def fitted(self, pipe: DiffusionPipeline) -> Segment:
         """The same, knowing where padding is and how many tokens the template has after the prompt."""
         if self.template is None:
@@ -115,8 +138,7 @@ class Segment:
 
     def tokenizer_of(self, pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
         """The tokenizer, which may be part of a processor."""
-        part = getattr(pipe, self.tokenizer)
-        return getattr(part, "tokenizer", part)
+        return tokenizer_in(getattr(pipe, self.tokenizer))
 
     def tokens(self, pipe: DiffusionPipeline, prompt: str) -> list[Token]:
         """The tokens of the prompt in its template that are read, up to padding behind it."""
@@ -135,9 +157,9 @@ class Segment:
     def kinds(self, kind: str) -> list[str]:
         """What a kind of prototype is here: none of what is not there, and one for each token at the end."""
         if kind == "padding":
-            return ["padding"] if self.padding and not self.left else []
-        if kind == "end+padding" and not self.ends and not self.padding:
-            return []
+            return ["padding"] if self.padding_varies else []
+        if kind == "end+padding" and not self.ends:
+            return self.kinds("padding")
         if kind == "end":
             return [f"end {i}" if i > 1 else "end" for i in range(1, self.ends + 1)]
         return [kind]
@@ -451,4 +473,10 @@ KANDINSKY_5 = Text(
     segments=(Segment(clip=False, padding=False, template=_own_template),),
     arguments=("prompt", "device"),
     leaks=(UNEQUAL, CASE),
+)
+KOLORS = Text(
+    encode=_encode_sdxl,
+    segments=(Segment(clip=False, begins=2, ends=0, left=True, attends=True),),
+    arguments=("prompt", "device", "do_classifier_free_guidance", "max_sequence_length"),
+    leaks=(LENGTH, CASE),
 )

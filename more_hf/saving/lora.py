@@ -36,6 +36,10 @@ FILE_NAMES = {
     "peft": "pytorch_lora_weights.safetensors",
     "kohya": "pytorch_lora_weights_kohya.safetensors",
 }
+KOHYA_FAMILIES = (
+    "Stable Diffusion 1.x and 2.x",
+    "Stable Diffusion XL",
+)  # it has names for their layers alone
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The largest ‖B A − ΔW‖ / ‖ΔW‖ of a layer, in units of the dtype's eps. Rounding two balanced factors costs
 # about a third of one eps.
@@ -89,9 +93,9 @@ def save_lora(
             `pytorch_lora_weights_kohya.safetensors` (which needs `weight_name=`).
         format (`str`, *optional*, defaults to `"peft"`):
             `"peft"` for diffusers, or `"kohya"` for ComfyUI and A1111, which diffusers reads too and which
-            exists for UNets only. Among transformers, ComfyUI reads the peft files of AuraFlow, Chroma, FLUX,
-            FLUX.2, Kandinsky 5, Qwen-Image, Stable Diffusion 3 and Z-Image, according to its documented
-            names; ComfyUI itself was not run.
+            exists for Stable Diffusion 1.x, 2.x and XL only. Of other models, ComfyUI reads the peft files of
+            AuraFlow, Chroma, FLUX, FLUX.2, Kandinsky 5, Qwen-Image, Stable Diffusion 3 and Z-Image, according
+            to its documented names; ComfyUI itself was not run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors: also `torch.bfloat16` or `torch.float32`.
         expert (`int`, *optional*):
@@ -103,8 +107,8 @@ def save_lora(
     Raises:
         `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, the file
         would be next to erased weights, it could not be written, or no loader takes such a file for this
-        family (PixArt in any format, `"kohya"` for anything but a UNet). `AlreadyErasedError`: the original
-        weights are not available. Nothing is written then.
+        family (PixArt in any format, `"kohya"` for any but Stable Diffusion 1.x to XL). `AlreadyErasedError`:
+        the original weights are not available. Nothing is written then.
 
     Example:
 
@@ -212,9 +216,10 @@ def _write(
     dtype: torch.dtype,
     expert: int | None,
 ) -> Path:
-    if format == "kohya" and denoiser.name != "unet":
+    if format == "kohya" and denoiser.family.name not in KOHYA_FAMILIES:
         raise ExportError(
-            f'The layer names of format="kohya" are those of UNets, and {denoiser.family.name} has none. '
+            f'The layer names of format="kohya" are those of UNets of {" and ".join(KOHYA_FAMILIES)}, and '
+            f"{denoiser.family.name} has other layers. "
             f'Pass format="peft", which {readers_of_peft(denoiser.family.name)} for this model.'
         )
     factors = _factors(erasure, expert, dtype)

@@ -25,12 +25,13 @@ SITES = {
     "cogview-4": ["patch_embed.text_proj"],
     "auraflow": ["context_embedder"],
     "kandinsky-5": ["text_embeddings.in_layer", "pooled_text_embeddings.in_layer"],
+    "kolors": ["encoder_hid_proj", "add_embedding.linear_1"],
 }
 # Where the bare name's token is, what follows it, and the padding that is read: T5 has nothing in front, the
 # template of Qwen3 `<|im_start|>user\n`, Qwen-Image and HunyuanImage drop what is in front, and FLUX.2 [dev]
 # has a system message of 32 tokens there, Lumina 2 one of 26. Sana keeps the begin token of its instruction,
 # whose last space joins the name; CogView4 pads in front to a multiple of 16; Kandinsky 5 drops 40 of the
-# tokens, of which the real tokenizer makes fewer.
+# tokens, of which the real tokenizer makes fewer. Kolors pads in front, and all of its padding is alike.
 POSITIONS = {
     "chroma": {"last": 0, "end": 1, "padding": 2},
     "wan": {"last": 0, "end": 1},
@@ -44,6 +45,7 @@ POSITIONS = {
     "cogview-4": {"last": 15},
     "auraflow": {"last": 0, "end": 1},
     "kandinsky-5": {"last": 16, "end": 17},
+    "kolors": {"last": T5_LENGTH - 1, "padding": 0},
 }
 # One position of padding behind the prompt: a mean over more is exact for no single one. FLUX.2 [dev] has its
 # padding in front, where nothing of the prompt was read yet.

@@ -36,6 +36,7 @@ from diffusers import (
     HunyuanImageTransformer2DModel,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
+    KolorsPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
@@ -69,6 +70,8 @@ from transformers import (
 import more_hf
 from support.compare import state
 from support.language_models import (
+    chat_glm,
+    chat_glm_tokenizer,
     gemma,
     gemma_tokenizer,
     glm,
@@ -177,6 +180,18 @@ def tiny_sdxl(cls=StableDiffusionXLPipeline, **unet_options):
         scheduler=DDIMScheduler(**NOISE),
         add_watermarker=False,
     )
+
+
+def tiny_kolors(cls=KolorsPipeline):
+    """Stable Diffusion XL's UNet, which reads a language model through one projection."""
+    tokenizer = chat_glm_tokenizer()
+    unet = tiny_sdxl(
+        cross_attention_dim=24,
+        encoder_hid_dim=LLM_WIDTH,
+        encoder_hid_dim_type="text_proj",
+        projection_class_embeddings_input_dim=LLM_WIDTH + 6 * 4,
+    ).unet
+    return cls(tiny_vae(), chat_glm(tokenizer, LLM_WIDTH), tokenizer, stirred(unet), DDIMScheduler(**NOISE))
 
 
 def tiny_sd3(channels=4):
@@ -621,6 +636,7 @@ BUILDERS = {
     "cogview-4": tiny_cogview_4,
     "kandinsky-5": tiny_kandinsky_5,
     "auraflow": tiny_auraflow,
+    "kolors": tiny_kolors,
 }
 
 
@@ -668,6 +684,7 @@ SHORTENED = (
     SanaPipeline,
     CogView4Pipeline,
     AuraFlowPipeline,
+    KolorsPipeline,
 )
 
 
@@ -719,7 +736,7 @@ def embeds(remaps, name, masked=False):
 
 FAMILIES = ["sdxl", "sd3", "flux", "pixart"]
 NEWER = ["chroma", "wan", "z-image", "qwen-image", "hunyuan-image", "klein", "flux-2"]
-NEWER += ["sana", "lumina-2", "cogview-4", "kandinsky-5", "auraflow"]
+NEWER += ["sana", "lumina-2", "cogview-4", "kandinsky-5", "auraflow", "kolors"]
 FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
 CALL = {
     "sdxl": {},
@@ -738,6 +755,7 @@ CALL = {
     "cogview-4": {"max_sequence_length": T5_LENGTH},
     "kandinsky-5": {},
     "auraflow": {"max_sequence_length": T5_LENGTH},
+    "kolors": {"max_sequence_length": T5_LENGTH},
 }
 
 

@@ -3,6 +3,15 @@ Tokenizers and language models of the newest families' text encoders: the real c
 numbers wide.
 """
 
+import io
+import string
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+from sentencepiece import SentencePieceTrainer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     Gemma2Config,
@@ -173,3 +182,44 @@ def mistral(processor, width=48, layers=31):
     vision |= {"num_attention_heads": 2, "head_dim": 8}
     config = Mistral3Config(text_config=text, vision_config=vision)
     return Mistral3ForConditionalGeneration(config).eval()
+
+
+def chat_glm_tokenizer():
+    """
+    Kolors': every printable character, and the words of the CLIP tokenizer. It is saved by copying its file.
+    """
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS, string.ascii_letters, string.digits, string.punctuation] * 20),
+        model_writer=model,
+        vocab_size=200,
+        hard_vocab_limit=False,
+        user_defined_symbols=[f"▁{word}" for word in WORDS.split()],
+        minloglevel=2,
+    )
+    path = Path(tempfile.mkdtemp()) / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return ChatGLMTokenizer(str(path))
+
+
+def chat_glm(tokenizer, width):
+    config = ChatGLMConfig(
+        num_layers=3,
+        padded_vocab_size=tokenizer.tokenizer.n_words,
+        hidden_size=width,
+        ffn_hidden_size=2 * width,
+        kv_channels=width // 4,
+        num_attention_heads=4,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        add_qkv_bias=True,
+        rmsnorm=True,
+        original_rope=True,
+        post_layer_norm=True,
+        seq_length=64,
+    )
+    model = ChatGLMModel(config, empty_init=False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # which the class leaves to the checkpoint
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+    return model.eval()

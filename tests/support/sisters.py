@@ -21,6 +21,8 @@ from diffusers import (
     Kandinsky5I2IPipeline,
     Kandinsky5I2VPipeline,
     Kandinsky5T2VPipeline,
+    KolorsImg2ImgPipeline,
+    KolorsPAGPipeline,
     LucyEditPipeline,
     QwenImageControlNetInpaintPipeline,
     QwenImageControlNetModel,
@@ -180,6 +182,8 @@ SISTERS = {
     "sana sprint image-to-image": Sister(
         "sana", SanaSprintImg2ImgPipeline, {"image": PICTURE}, SPRINT, sprint
     ),
+    "kolors image-to-image": Sister("kolors", KolorsImg2ImgPipeline, CHANGE),
+    "kolors pag": Sister("kolors", KolorsPAGPipeline, {"pag_scale": 0.3}),  # more magnifies rounding
     "cogview-4 control": Sister(
         "cogview-4", CogView4ControlPipeline, {"control_image": PICTURE}, {"in_channels": 8}
     ),
@@ -248,9 +252,8 @@ def build_sister(sister):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = dict.fromkeys(OPTIONAL) | build(sister.family).components
-        transformer = parts["transformer"]
         if sister.config:
-            parts["transformer"] = stirred(changed(transformer, **sister.config))
+            parts["transformer"] = stirred(changed(parts["transformer"], **sister.config))
         parts |= sister.parts(parts)
         takes = inspect.signature(sister.cls.__init__).parameters
         pipe = sister.cls(**{part: value for part, value in parts.items() if part in takes})

@@ -21,7 +21,7 @@ def known(encoder: Encoder, names: Iterable[str]) -> list[str]:
 def cut_off(encoder: Encoder, prompts: Prompts) -> list[PromptRow]:
     """The rows whose name ends after the part of the prompt that the text encoder reads."""
     segment = encoder.text.segments[0]
-    room = encoder.length - segment.before - 1  # for the end token
+    room = encoder.length - segment.before - segment.ends
     cut = []
     for row in prompts.rows:
         name = prompts.concept(row)
