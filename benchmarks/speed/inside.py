@@ -22,7 +22,7 @@ from more_hf.diffusion import erase
 from more_hf.diffusion.plan import Solution
 
 
-PIXELS, STEPS, PICTURES = 64, 2, 16
+PIXELS, STEPS, PICTURES = 64, 2, 4
 
 
 class Clock:
