@@ -189,7 +189,7 @@ def recovery_figure(summary: Sequence[Row]) -> Figure | None:
         axis.set_xticks(x, [f"{budget:g}" for budget in x])
         axis.minorticks_off()
         axis.set_ylim(-3, 103)
-        axis.set_title(f"{attack}: {variant}", fontsize=9)
+        axis.set_title(f"{attack}: {variant}" if variant else attack, fontsize=9)
         axis.set_xlabel(unit, fontsize=9)
     handles = {}
     for axis in axes:
