@@ -14,6 +14,8 @@ core.
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,14 +32,16 @@ MIN_ARTISTS = 8  # a thing that few artists drew would tell the judge that the a
 
 
 @torch.no_grad()
-def describe(data: EmojiData, rows: torch.Tensor) -> torch.Tensor:
-    """(2, n, 3456) features of the images, and of what is left of them after the VAE."""
-    lpips_model, vae = load_lpips(), load_emoji_sd().vae
+def describe(
+    data: EmojiData, rows: torch.Tensor, pooled: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """(2, n, d) features of the images, by `pooled`, and of what is left of them after the VAE."""
+    vae = load_emoji_sd().vae
     features = []
     for batch in rows.split(128):
         x = data.pixels(batch)
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-        features.append(torch.stack([pooled_features(lpips_model, x), pooled_features(lpips_model, y)]))
+        features.append(torch.stack([pooled(x), pooled(y)]))
         print(f"\rfeatures of {sum(f.shape[1] for f in features)} of {len(rows)} images", end="", flush=True)
     print()
     return torch.cat(features, dim=1)
@@ -133,7 +137,7 @@ def main() -> None:
     data = load_dataset(args.data)
     common = torch.bincount(data.name)[data.name] >= min(MIN_ARTISTS, len(data.artists))
     rows = (data.chosen | common).nonzero().flatten()
-    features = describe(data, rows)
+    features = describe(data, rows, partial(pooled_features, load_lpips()))
     mean, deviation = features.mean((0, 1)), features.std((0, 1)).clamp(min=1e-6)
     z = (features - mean) / deviation
 
