@@ -6,8 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# the feature spaces of a pipeline that come from the prompt; all others are activations inside the denoiser
-TEXT_SPACES = ("tokens", "pooled")
+def kind_of(space: str) -> str:
+    """
+    The kind of a pipeline's space of features. From the prompt come `"tokens"`, `"pooled"` and `"layers"`,
+    the tokens after single layers of a language model; all others are activations inside the `"denoiser"`.
+    """
+    if space in ("tokens", "pooled"):
+        return space
+    return "layers" if space.startswith("tokens of ") else "denoiser"
+
+
+def is_text(space: str) -> bool:
+    """Whether a pipeline's space of features comes from the prompt."""
+    return kind_of(space) != "denoiser"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import AlreadyErasedError, IncompatibleBaseError, MoreError, PrototypeError
-from .facts import TEXT_SPACES, ClassFacts, ConceptFacts
+from .facts import ClassFacts, ConceptFacts, is_text
 from .request import ClassRequest, ConceptRequest
 from .site import Site, fingerprint
 
@@ -157,8 +157,7 @@ class Record:
     def _check_pipeline(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*(\+[A-Za-z]\w*)*", self.denoiser):
             raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
-        inside = set(self.facts.spaces.values()).difference(TEXT_SPACES)
-        if self.request.reach == "denoiser" and not inside:
+        if self.request.reach == "denoiser" and all(map(is_text, self.facts.spaces.values())):
             raise ValueError("`reach` is 'denoiser', but no layer inside it is in `spaces`")
 
 

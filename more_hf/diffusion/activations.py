@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.errors import SiteNotFoundError
-from ..core.facts import TEXT_SPACES, ConceptFacts
+from ..core.facts import ConceptFacts, is_text
 from ..core.interrupts import unwound
 from ..core.moment import Moment
 from ..core.prototypes import PrototypeFitter, Prototypes
@@ -447,5 +447,5 @@ def edited_sites(
     pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, facts: ConceptFacts
 ) -> dict[str, Site]:
     """The layers that an erasure edited. Raises the same errors as `find_sites`."""
-    inner = {name: space for name, space in facts.spaces.items() if space not in TEXT_SPACES}
+    inner = {name: space for name, space in facts.spaces.items() if not is_text(space)}
     return find_sites(pipe, denoiser, pooled=request.pooled) | find_activation_sites(denoiser, inner)

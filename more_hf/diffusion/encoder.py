@@ -92,19 +92,25 @@ class Encoder:
         self.text = text_of(pipe, denoiser)
         norms = denoiser.family.norms
         self.norms = {space: denoiser.module.get_submodule(name) for space, name in norms.items()}
-        self.ids: dict[tuple[str, str], list[int]] = {}  # label of a segment, prompt -> its token ids
-        self.segments: list[PlacedSegment] = []
-        offset = 0
+        self.ids: dict[tuple[str, str], list[int]] = {}  # tokenizer of a segment, prompt -> its token ids
+        self.segments: dict[str, list[PlacedSegment]] = {}  # of each space of tokens
         for segment in self.text.segments:
-            length = segment.length(pipe)
-            self.segments.append(PlacedSegment(segment, offset, length))
-            offset += length
-        self.num_positions = offset
-        self.length = self.segments[0].length
+            for space in segment.spaces:
+                before = self.segments.setdefault(space, [])
+                offset = sum(placed.length for placed in before)
+                before.append(PlacedSegment(segment, offset, segment.length(pipe)))
+        self.spaces = [*self.segments, *(["pooled"] if self.text.pooled else [])]
+        self.num_positions = sum(segment.length(pipe) for segment in self.text.segments)
+        self.length = self.text.segments[0].length(pipe)
         # A CLIP encoder of which only token features are read need not compute positions nobody wants.
         self.causal = not self.text.pooled and all(segment.clip for segment in self.text.segments)
         self.sparing = self.causal and self.length > LONG
         self.padded = self.templates[len(self.templates) // 2]  # the same for a name and its target
+
+    @property
+    def causal_segment(self) -> Segment | None:
+        """The first segment of a causal encoder, if there is one."""
+        return next((segment for segment in self.text.segments if segment.causal), None)
 
     def token_ids(self, prompt: str, segment: Segment | None = None) -> list[int]:
         """
@@ -113,7 +119,7 @@ class Encoder:
         """
         segment = segment or self.text.segments[0]
         # Cached, because every kind of prototype asks for the same prompts.
-        key = segment.label, prompt
+        key = segment.tokenizer, prompt
         if key not in self.ids:
             self.ids[key] = self._tokenize(prompt, segment)
         return self.ids[key]
@@ -160,15 +166,16 @@ class Encoder:
     @torch.no_grad()
     def features(self, prompts: Sequence[str], wanted: Sequence[int] | None = None) -> dict[str, Tensor]:
         """
-        The features that the denoiser's layers read: `"tokens"` `(len(prompts), tokens, d)`, and `"pooled"`
-        `(len(prompts), d')` if there is one. With `wanted`, the positions of each prompt beyond that number
-        may be left at zero.
+        The features that the denoiser's layers read: `"tokens"`, and other spaces of tokens if there are any,
+        `(len(prompts), tokens, d)`, and `"pooled"` `(len(prompts), d')` if there is one. With `wanted`, the
+        positions of each prompt beyond that number may be left at zero.
         """
         pipe = self.pipe
         if wanted is not None and self.causal:
             pipe = copy.copy(pipe)
             pipe.register_modules(text_encoder=PrefixEncoder(pipe.text_encoder, wanted))
-        features = self.text.encode(pipe, list(prompts))
+        found = self.text.encode(pipe, list(prompts))
+        features = {space: found[space] for space in self.spaces}
         for space, norm in self.norms.items():
             dtype = next(norm.parameters()).dtype
             z = features[space].to(get_module_execution_device(norm), dtype)
@@ -179,10 +186,10 @@ class Encoder:
         """The token features, `(len(prompts), tokens, d)`."""
         return self.features(prompts)["tokens"]
 
-    def constant_spans(self) -> dict[str, Span]:
+    def constant_spans(self, space: str = "tokens") -> dict[str, Span]:
         """The prototypes that always stay, by name: begin tokens and the parts of the empty prompt."""
         spans = {}
-        for segment, offset, length in self.segments:
+        for segment, offset, length in self.segments[space]:
             layout = self.layout("", segment)
             names = [BEGIN if i == 1 else f"{BEGIN} {i}" for i in range(1, layout.start + 1)]
             names += [f"empty prompt, {kind}" for kind in segment.kinds("end")]
@@ -194,13 +201,13 @@ class Encoder:
                 spans[segment.label + EMPTY_PADDING] = Span("", offset + pads + start, offset + pads + stop)
         return spans
 
-    def ordinary_spans(self, prompt: str) -> list[tuple[Span, Span]]:
+    def ordinary_spans(self, prompt: str, space: str = "tokens") -> list[tuple[Span, Span]]:
         """
         For each segment, the prompt's own positions without begin tokens, and the padding that the denoiser
         reads.
         """
         spans = []
-        for segment, offset, length in self.segments:
+        for segment, offset, length in self.segments[space]:
             layout = self.layout(prompt, segment)
             first = offset + segment.pads_before(layout, length)
             end = min(layout.stop, segment.read_until(layout, length))
@@ -218,7 +225,7 @@ class Encoder:
                 prompts[template.format(name)] = stands_for if self.sparing else 1
         return prompts
 
-    def name_spans(self, name: str, kind: str) -> list[Span]:
+    def name_spans(self, name: str, kind: str, space: str = "tokens") -> list[Span]:
         """
         The positions that one kind of prototype of a name averages, in every prompt that holds the name.
 
@@ -226,7 +233,7 @@ class Encoder:
             `PrototypeError`: the name has no tokens, or too many for a prompt around it.
         """
         # A kind starts with its segment's label; the last segment that matches has the longest label.
-        labelled = [placed for placed in self.segments if kind.startswith(placed.segment.label)]
+        labelled = [placed for placed in self.segments[space] if kind.startswith(placed.segment.label)]
         segment, offset, length = labelled[-1]
         kind = kind.removeprefix(segment.label)
         ids = self.token_ids(name, segment)
@@ -288,11 +295,17 @@ def _positions(kind: str, start: int, stop: int, layout: Layout, last: int) -> t
 
 def kinds_of(text: Text, tokens: str, *, pooled: bool = True) -> dict[str, list[str]]:
     """The kinds of prototype that a name has in each space, for a key `tokens` of `TOKENS`."""
-    kinds = []
+    kinds: dict[str, list[str]] = {}
     for segment in text.segments:
+        own: dict[str, None] = {}
         for kind in TOKENS[tokens]:
-            kinds += [segment.label + part for part in segment.kinds(kind)]
-    return {"tokens": kinds, "pooled": [POOLED]} if text.pooled and pooled else {"tokens": kinds}
+            parts = segment.kinds(kind)
+            if kind == "end" and not parts:  # with no end token, the padding says what the whole prompt says
+                parts = segment.kinds("padding")
+            own |= dict.fromkeys(segment.label + part for part in parts)
+        for space in segment.spaces:
+            kinds[space] = [*kinds.get(space, []), *own]
+    return {**kinds, "pooled": [POOLED]} if text.pooled and pooled else kinds
 
 
 class _Plan:
@@ -338,26 +351,28 @@ def _plan(
     sigma_prompts: Mapping[str, int],
 ) -> dict[str, _Plan]:
     """The plan of each space. A pooled feature is at position 0 of its prompt."""
-    tokens = _Plan()
-    for name, span in encoder.constant_spans().items():
-        tokens.prototype(name, [span])
-    for name in names:
-        for kind in kinds["tokens"]:
-            tokens.prototype(column(name, kind), encoder.name_spans(name, kind))
-    for prompt, stands_for in sigma_prompts.items():
-        for own, padding in encoder.ordinary_spans(prompt):
-            tokens.ordinary([own])
-            tokens.ordinary([padding], stands_for)
+    plans = {space: _Plan() for space in kinds}
+    for space in encoder.segments:
+        tokens = plans[space]
+        for name, span in encoder.constant_spans(space).items():
+            tokens.prototype(name, [span])
+        for name in names:
+            for kind in kinds[space]:
+                tokens.prototype(column(name, kind), encoder.name_spans(name, kind, space))
+        for prompt, stands_for in sigma_prompts.items():
+            for own, padding in encoder.ordinary_spans(prompt, space):
+                tokens.ordinary([own])
+                tokens.ordinary([padding], stands_for)
     if "pooled" not in kinds:
-        return {"tokens": tokens}
+        return plans
 
-    pooled = _Plan()
+    pooled = plans["pooled"]
     pooled.prototype(EMPTY_POOLED, [Span("", 0, 1)])
     for name in names:
         pooled.prototype(column(name, POOLED), [Span(text.format(name), 0, 1) for text in encoder.templates])
     for prompt in sigma_prompts:
         pooled.ordinary([Span(prompt, 0, 1)])
-    return {"tokens": tokens, "pooled": pooled}
+    return plans
 
 
 def fit_prototypes(
@@ -389,9 +404,9 @@ def fit_prototypes(
             The denoiser that reads the features, if the pipeline was loaded without it.
 
     Returns:
-        `dict[str, Prototypes]`: for `"tokens"`, and `"pooled"` if there is one, the columns of begin tokens
-        and the empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype is the mean
-        over the name's prompts.
+        `dict[str, Prototypes]`: for each space of tokens, and `"pooled"` if there is one, the columns of
+        begin tokens and the empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype
+        is the mean over the name's prompts.
     """
     # 1. Plan which positions of which prompts count for which prototype, in each space.
     encoder = Encoder(pipe, templates, denoiser)
@@ -418,8 +433,10 @@ def fit_prototypes(
     prototypes = {space: fitter.prototypes for space, fitter in fitters.items()}
 
     # 3. Some encoders leave the empty prompt's padding at zero, which is no prototype: no edit moves it.
-    zeros = [name for name in encoder.constant_spans() if not prototypes["tokens"][name].any()]
-    return {**prototypes, "tokens": prototypes["tokens"].without(zeros)}
+    for space in encoder.segments:
+        zeros = [name for name in encoder.constant_spans(space) if not prototypes[space][name].any()]
+        prototypes[space] = prototypes[space].without(zeros)
+    return prototypes
 
 
 def _feed(fitter: PrototypeFitter, features: Tensor, entries: Tensor) -> None:
@@ -443,12 +460,13 @@ def shared_first_tokens(encoder: Encoder, name: str, others: Iterable[str]) -> M
 
     In a causal encoder these tokens have the same vectors, so whatever moves one moves the other.
     """
-    if not encoder.text.segments[0].causal:
+    segment = encoder.causal_segment
+    if segment is None:
         return {}
-    shared = {}
+    own_ids, shared = encoder.token_ids(name, segment), {}
     for other in others:
         count = 0
-        for own_id, other_id in zip(encoder.token_ids(name), encoder.token_ids(other), strict=False):
+        for own_id, other_id in zip(own_ids, encoder.token_ids(other, segment), strict=False):
             if own_id != other_id:
                 break
             count += 1

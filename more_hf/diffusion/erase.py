@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from ..core.errors import MoreError, SiteNotFoundError
-from ..core.facts import ConceptFacts
+from ..core.facts import ConceptFacts, kind_of
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.record import refuse_erased_source
 from ..core.registry import find_erasure, locked, require_editable
@@ -314,16 +314,15 @@ def erasure_of_layers(pipe: DiffusionPipeline, denoiser: Denoiser, request: Conc
 
 def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
     """
-    The measurements of `Remap.verify`; those of the pooled feature have a prefix, and of all activation
-    spaces only the worst is given.
+    The measurements of `Remap.verify`; those of other spaces than `"tokens"` have their kind as a prefix, and
+    of several spaces of one kind only the worst is given.
     """
     guarantees = remaps["tokens"].verify()
     for space, remap in remaps.items():
-        if space == "pooled":
-            guarantees |= {f"pooled_{key}": value for key, value in remap.verify().items()}
-        elif space != "tokens":
-            for key, value in remap.verify(mean_only=True).items():
-                name = f"denoiser_{key}"
+        kind = kind_of(space)
+        if kind != "tokens":
+            for key, value in remap.verify(mean_only=kind == "denoiser").items():
+                name = f"{kind}_{key}"
                 guarantees[name] = max(value, guarantees.get(name, value))
     return guarantees
 
@@ -345,7 +344,7 @@ def _facts(
         rank=max(remap.rank for remap in remaps.values()),
         num_experts=tokens.num_experts,
         condition_number=max(remap.condition_number for remap in remaps.values()),
-        leaks=_leaks(pipe, request, tokens, denoiser),
+        leaks=_leaks(pipe, request, remaps, denoiser),
         base=current.facts.base if current else str(pipe.config.get("_name_or_path") or ""),
         pipeline=type(pipe).__name__,
         fingerprint=fingerprint(originals),
@@ -354,7 +353,9 @@ def _facts(
     )
 
 
-def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoiser: Denoiser) -> list[str]:
+def _leaks(
+    pipe: DiffusionPipeline, request: ConceptRequest, remaps: Mapping[str, Remap], denoiser: Denoiser
+) -> list[str]:
     """What the edit does not cover, in words and numbers."""
     leaks = list(text_of(pipe, denoiser).leaks)
     readers = denoiser.find()
@@ -368,8 +369,11 @@ def _leaks(pipe: DiffusionPipeline, request: ConceptRequest, remap: Remap, denoi
     kept = dict.fromkeys([*request.retain, *request.targets])
     for surface in request.surfaces:
         for other, count in shared_first_tokens(encoder, surface, kept).items():
-            start = encoder.layout(other).start
-            moved = remap.moved(encoder.encode([other])[0, start : start + count])
+            segment, features = encoder.causal_segment, encoder.features([other])
+            start = encoder.layout(other, segment).start
+            moved = max(
+                remaps[space].moved(features[space][0, start : start + count]) for space in segment.spaces
+            )
             leaks.append(
                 f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same "
                 f"vectors there; they move by {100 * moved:.1f} %"

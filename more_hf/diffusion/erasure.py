@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..core.erasure import Erasure, measured_rows
-from ..core.facts import TEXT_SPACES, ConceptFacts
+from ..core.facts import ConceptFacts, is_text
 from ..core.request import ConceptRequest
 
 
@@ -32,7 +32,7 @@ class ConceptErasure(Erasure):
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"
         if request.reach == "denoiser":
-            inside = [space for space in facts.spaces.values() if space not in TEXT_SPACES]
+            inside = [space for space in facts.spaces.values() if not is_text(space)]
             sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
             pictures = f"{request.pictures} pictures of each name" + (f" ({sampling})" if sampling else "")
             yield (

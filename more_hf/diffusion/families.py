@@ -25,6 +25,7 @@ from .text import (
     CHROMA,
     COGVIEW_4,
     FLUX_2,
+    HIDREAM,
     HUNYUAN_IMAGE,
     KANDINSKY_5,
     KOLORS,
@@ -34,6 +35,7 @@ from .text import (
     Z_IMAGE,
     ZEROS,
     Text,
+    layer_space,
 )
 
 
@@ -51,6 +53,14 @@ CONDITIONS = {
 }
 TIME_IDS = 6  # sizes and crop of Stable Diffusion XL, embedded after the pooled text
 WAN_LENGTH = 512  # positions of a prompt in Wan
+
+
+Place = tuple[str | int, ...]  # among the arguments of `forward`: a name, and a key or an index in it
+
+
+def _one_space(denoiser: nn.Module) -> dict[str, Place]:
+    """All tokens are one argument, as in most denoisers."""
+    return {"tokens": ("encoder_hidden_states",)}
 
 
 class Reader(NamedTuple):
@@ -74,8 +84,8 @@ class Family:
         call (`Callable`):
             `(denoiser, {space: features}) -> output` `(batch, ...)`: one forward pass on a fixed input.
             Without `"pooled"` that feature is zero.
-        pooled (`tuple[str, ...]`, *optional*):
-            Where the pooled feature is among the arguments of `forward`: a name, and a key in it.
+        pooled (`Place`, *optional*):
+            Where the pooled feature is among the arguments of `forward`.
         norms (`Mapping[str, str]`, *optional*):
             Space -> the module that its features go through between `encode_prompt` and the layers that read
             them. Prototypes are means of what comes out of it: E and a norm do not commute.
@@ -83,15 +93,19 @@ class Family:
             Whether the norm sees the prompts of a batch joined, as Z-Image's does.
         text (`Text`, *optional*):
             How its pipelines encode prompts; by default as `TEXTS` says for their text encoders.
+        places (`Callable`, *optional*):
+            `denoiser -> {space: Place}`: where each space of tokens is among the arguments of `forward`,
+            `"tokens"` first; by default `encoder_hidden_states` holds all.
     """
 
     name: str
     find: Callable[[nn.Module], dict[str, Reader]]
     call: Callable[[nn.Module, dict[str, Tensor]], Tensor]
-    pooled: tuple[str, ...] = ()
+    pooled: Place = ()
     norms: Mapping[str, str] = field(default_factory=dict)
     joined: bool = False
     text: Text | None = None
+    places: Callable[[nn.Module], dict[str, Place]] = _one_space
 
 
 def _find_unet(unet: nn.Module) -> dict[str, Reader]:
@@ -161,6 +175,22 @@ def _find_kandinsky(transformer: nn.Module) -> dict[str, Reader]:
         "text_embeddings.in_layer": Reader(transformer.text_embeddings.in_layer),
         "pooled_text_embeddings.in_layer": Reader(transformer.pooled_text_embeddings.in_layer, "pooled"),
     }
+
+
+def _find_hidream(transformer: nn.Module) -> dict[str, Reader]:
+    """Every block reads one layer of Llama, each through a projection of its own; the last one reads T5."""
+    llama_layers = transformer.config.llama_layers
+    spaces = {f"caption_projection.{len(llama_layers)}.linear": "tokens"}
+    for i, layer in enumerate(llama_layers):
+        spaces[f"caption_projection.{i}.linear"] = layer_space(layer)
+    spaces["p_embedder.pooled_embedder.linear_1"] = "pooled"
+    return {name: Reader(transformer.get_submodule(name), space) for name, space in spaces.items()}
+
+
+def _places_in_hidream(transformer: nn.Module) -> dict[str, Place]:
+    layers = dict.fromkeys(transformer.config.llama_layers)
+    places = {layer_space(i): ("encoder_hidden_states_llama3", i) for i in layers}
+    return {"tokens": ("encoder_hidden_states_t5",), **places}
 
 
 def _find_z_image(transformer: nn.Module) -> dict[str, Reader]:
@@ -409,6 +439,22 @@ def _call_kandinsky(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     ).sample
 
 
+def _call_hidream(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+    config, batch = transformer.config, len(text["tokens"])
+    side = 2 * config.patch_size
+    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
+    return transformer(
+        latent,
+        timesteps=latent.new_full((batch,), 500.0),
+        encoder_hidden_states_t5=text["tokens"].to(latent),
+        encoder_hidden_states_llama3=[
+            text[layer_space(i)].to(latent) if i in config.llama_layers else None
+            for i in range(max(config.llama_layers) + 1)
+        ],
+        pooled_embeds=_pooled_or_zero(text, config.text_emb_dim, latent),
+    ).sample
+
+
 # the denoiser's class and a UNet's conditions (see `_conditions`) -> its family
 FAMILIES = {
     ("UNet2DConditionModel", None): Family("Stable Diffusion 1.x and 2.x", _find_unet, _call_unet),
@@ -462,6 +508,14 @@ FAMILIES = {
     ("Kandinsky5Transformer3DModel", None): Family(
         "Kandinsky 5", _find_kandinsky, _call_kandinsky, ("pooled_projections",), text=KANDINSKY_5
     ),
+    ("HiDreamImageTransformer2DModel", None): Family(
+        "HiDream-I1",
+        _find_hidream,
+        _call_hidream,
+        ("pooled_embeds",),
+        text=HIDREAM,
+        places=_places_in_hidream,
+    ),
 }
 
 
@@ -473,8 +527,6 @@ REFUSED = {
     "written, not as features of the prompt",
     "OmniGenTransformer2DModel": "it is a language model itself, in which only the table of token embeddings "
     "reads text alone",
-    "HiDreamImageTransformer2DModel": "it reads T5, and every layer of a language model with a layer of its "
-    "own: dozens of spaces of token features, laid out by two tokenizers, of which this package knows one",
 }
 # keys of `FAMILIES` that `register_family` added, and may replace
 _REGISTERED: set[tuple[str, None]] = set()

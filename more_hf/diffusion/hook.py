@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from torch.utils.hooks import RemovableHandle
 from ..core.erasure import Erasure
 from ..core.hook import RoutingHook
 from ..core.remap import Remap
+from .families import Place
 from .sites import Denoiser
 
 
 class PromptHook(RoutingHook):
     """
-    The pre-hook of a denoiser: `encoder_hidden_states` `(batch, tokens, d)` becomes E_e z.
+    The pre-hook of a denoiser: the tokens `(batch, tokens, d)` become E_e z.
 
-    A pooled feature `(batch, d')`, at the place `where` among the arguments, goes through the same expert of
-    its own space. `arguments` are the names of `forward`'s parameters, for those that are given by position.
-    What comes first is what `RoutingHook` takes.
+    The features of the `others`, space -> remap, go through the same expert of their own space: those of
+    other spaces of tokens, and a pooled one `(batch, d')`. `places` says where each space is among the
+    arguments, `arguments` the names of `forward`'s parameters, for those that are given by position. What
+    comes first is what `RoutingHook` takes.
     """
 
     with_kwargs = True
@@ -33,23 +36,26 @@ class PromptHook(RoutingHook):
     def __init__(
         self,
         *factors: Any,
-        pooled: Remap | None = None,
-        where: tuple[str, ...] = (),
+        others: Mapping[str, Remap] | None = None,
+        places: Mapping[str, Place] | None = None,
         arguments: tuple[str, ...] = (),
     ):
         super().__init__(*factors)
         self.arguments = arguments
-        self.pooled = None if pooled is None else RoutingHook(pooled, *factors[1:])
-        self.where = where
+        self.places = places
+        # Their experts are given, so their router is never asked; the random one needs no memory.
+        self.others = {
+            space: RoutingHook(remap, "random", *factors[2:]) for space, remap in (others or {}).items()
+        }
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self.acts:
             return None
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        experts = self.experts(kwargs["encoder_hidden_states"])
-        kwargs["encoder_hidden_states"] = self.route(kwargs["encoder_hidden_states"], experts)
-        if self.pooled is not None:
-            kwargs = _replaced(kwargs, self.where, lambda z: self.pooled.route(z, experts))
+        (name,) = self.places["tokens"]
+        experts = self.experts(kwargs[name])
+        for space, hook in {"tokens": self, **self.others}.items():
+            kwargs = _replaced(kwargs, self.places[space], partial(hook.route, experts=experts))
         return (), kwargs
 
 
@@ -96,13 +102,15 @@ class SampleHook(RoutingHook):
         self.lengths = [len(text) for text in texts]
 
 
-def _replaced(
-    values: Mapping[str, Any], where: tuple[str, ...], change: Callable[[Tensor], Tensor]
-) -> dict[str, Any]:
-    """The mapping with the value at one place changed; mappings on the way are copied, not written to."""
-    name, *inner = where
-    value = _replaced(values[name], tuple(inner), change) if inner else change(values[name])
-    return {**values, name: value}
+def _replaced(values: Any, place: Place, change: Callable[[Tensor], Tensor]) -> dict[str, Any] | list[Tensor]:
+    """
+    The mapping, or the list of a tensor's rows, with the value at one place changed; what is on the way is
+    copied, not written to.
+    """
+    name, *inner = place
+    values = dict(values) if isinstance(values, Mapping) else list(values)
+    values[name] = _replaced(values[name], tuple(inner), change) if inner else change(values[name])
+    return values
 
 
 def make_hooks(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> tuple[RoutingHook, ...]:
@@ -117,8 +125,11 @@ def make_hooks(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> tu
         return (NormHook(*factors),)
     cls = type(next(iter(denoiser.parts.values())))
     arguments = tuple(inspect.signature(cls.forward).parameters)[1:]
-    pooled, where = erasure.remaps.get("pooled"), denoiser.family.pooled
-    hooks = [PromptHook(*factors, pooled=pooled, where=where, arguments=arguments) for _ in denoiser.parts]
+    places = {**denoiser.places, "pooled": denoiser.family.pooled}
+    others = {
+        space: remap for space, remap in erasure.remaps.items() if space in places and space != "tokens"
+    }
+    hooks = [PromptHook(*factors, others=others, places=places, arguments=arguments) for _ in denoiser.parts]
     for hook in hooks:  # denoisers that take turns draw from one stream of experts
         hook.router = hooks[0].router
     return tuple(hooks)

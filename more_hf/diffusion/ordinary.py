@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 CACHE = Path(constants.HF_HOME) / "more_hf"
 SAMPLED = 4096  # values of each tensor that tell one text encoder from another
 HELD = "mean"  # what the files hold; earlier ones held sums
-LARGEST = 2**27  # values of a moment that is kept: a file of a gigabyte
+LARGEST = 2**27  # values of moments that are kept: a file of a gigabyte
 
 
 def with_ordinary_moment(
@@ -81,7 +81,7 @@ def everyday_moments(
         logger.info("Everyday prompts go through the text encoder, once: %s is not there yet", path)
     moments = compute_moments(pipe, prompts, denoiser)
     tensors = {space: moment.matrix for space, moment in moments.items()}
-    if max(map(Tensor.numel, tensors.values())) <= LARGEST:
+    if sum(map(Tensor.numel, tensors.values())) <= LARGEST:
         try:
             with replacing(path) as draft:
                 save_file(tensors, draft, {space: str(moment.count) for space, moment in moments.items()})
@@ -107,6 +107,7 @@ def _key(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) ->
     modules = {space: denoiser.module.get_submodule(name) for space, name in denoiser.family.norms.items()}
     for segment in text_of(pipe, denoiser).segments:
         facts += [] if segment.template is None else segment.template(pipe)
+        facts += segment.spaces if segment.layers else []
     for name, part in pipe.components.items():
         if name.startswith("tokenizer"):
             part = tokenizer_in(part)

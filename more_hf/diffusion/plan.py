@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from ..core.errors import PrototypeError
 from ..core.experts import draw_experts
+from ..core.facts import kind_of
 from ..core.options import EXACT_SOLVERS
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap
@@ -291,7 +292,13 @@ def _solution(
             moved[name] = max(moved.get(name, 0.0), remaps[space].moved(features))
     first, *others = reasons
     parts = [f"{why}, {reasons[first]}", *passed_over]
-    parts += [f"{space}: {remaps[space].solver}, {reasons[space]}" for space in others]
+    # There can be dozens of layers: the dearest stands for them all.
+    layers = [space for space in others if kind_of(space) == "layers"]
+    dearest = max(layers, key=lambda space: remaps[space].ordinary_moved, default=None)
+    for space in others:
+        if space == dearest or space not in layers:
+            label = f"{space}, the dearest of {len(layers)}" if space == dearest else space
+            parts.append(f"{label}: {remaps[space].solver}, {reasons[space]}")
     return Solution(remaps, tokens, "; ".join(parts), moved, problems["tokens"].targets)
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from ..core.erasure import Erasure
 from ..core.errors import SiteNotFoundError
-from ..core.facts import TEXT_SPACES
+from ..core.facts import is_text, kind_of
 from ..core.install import PROOF_TOLERANCE
 from ..core.interrupts import afterwards, unwound
 from ..core.proof import proof_by_run
@@ -40,16 +40,19 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
     compares.
 
     The text is a prototype that stays, followed by every forget prototype or by what each is sent to. If the
-    model reads a pooled feature, texts with each pooled forget prototype or its target follow, so that each
-    way of the prompt into the model is compared in its own units. On these texts, the edited model must give
-    what the original gives on the texts as the remap moves them. The mean expert is tried without the routing
-    hook, since the weights alone must hold it; then up to eight experts are tried with it. A LoRA is switched
-    off, because it reads the text next to the edited layers. Two denoisers are both run, each compared in its
-    own units.
+    model reads layers of a language model, a text that holds those of all layers follows; if it reads a
+    pooled feature, texts with each pooled forget prototype or its target, so that each way of the prompt into
+    the model is compared in its own units. On these texts, the edited model must give what the original gives
+    on the texts as the remap moves them. The mean expert is tried without the routing hook, since the weights
+    alone must hold it; then up to eight experts are tried with it. A LoRA is switched off, because it reads
+    the text next to the edited layers. Two denoisers are both run, each compared in its own units.
+
+    One layer of a language model among dozens moves the output by little more than half precision rounds it.
+    So the layers that read them are asked one by one as well, like layers inside the denoiser.
     """
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
     text_remaps = _text_remaps(erasure)
-    inner = [name for name, site in erasure.sites.items() if site.space not in TEXT_SPACES]
+    inner = [name for name, site in erasure.sites.items() if not is_text(site.space)]
 
     @torch.no_grad()
     def run(before: bool) -> list[Tensor]:
@@ -77,9 +80,10 @@ def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Cal
         "pipeline is unchanged. Remove custom attention processors and offloading "
         "(`unet.set_default_attn_processor()`), erase, and put them back.",
     )
-    if not inner:
+    asked = [name for name, site in erasure.sites.items() if kind_of(site.space) in ("layers", "denoiser")]
+    if not asked:
         return prove
-    return lambda: {**prove(), **_prove_layers(denoiser, erasure, inner)}
+    return lambda: {**prove(), **_prove_layers(denoiser, erasure, asked)}
 
 
 def _outputs(denoiser: Denoiser, module: nn.Module, texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
@@ -163,8 +167,8 @@ def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> lis
     moved targets]`, moved as the expert does.
 
     A text is a batch of rows: one with all forget prototypes (or their targets) among its tokens
-    `(rows, 1 + f, d)`, then one for each pooled one `(rows, d')`. The other feature of a row is its space's
-    first prototype, which always stays.
+    `(rows, 1 + f, d)`, one with those of all layers of a language model, then one for each pooled one
+    `(rows, d')`. The other features of a row are their space's first prototype, which always stays.
     """
     sources, targets, stays = {}, {}, {}
     for space, remap in remaps.items():
@@ -183,18 +187,24 @@ def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> lis
 
 def _text_remaps(erasure: Erasure) -> dict[str, Remap]:
     """The remaps of the spaces that come from the prompt."""
-    return {space: remap for space, remap in erasure.remaps.items() if space in TEXT_SPACES}
+    return {space: remap for space, remap in erasure.remaps.items() if is_text(space)}
 
 
 def _rows(features: Text, stays: Text) -> Text:
-    tokens = torch.cat([stays["tokens"][None], features["tokens"]])[None]
-    if "pooled" not in features:
-        return {"tokens": tokens}
-    plain = stays["tokens"].expand(len(features["pooled"]), tokens.shape[1], -1)
-    return {
-        "tokens": torch.cat([tokens, plain]),
-        "pooled": torch.cat([stays["pooled"][None], features["pooled"]]),
-    }
+    own: Text = {}  # the rows in which a space has more than what stays
+    first: dict[str, int] = {}  # where they begin; all layers share one row
+    total = 0
+    for space, z in features.items():
+        own[space] = z if space == "pooled" else torch.cat([stays[space][None], z])[None]
+        if kind_of(space) not in first:
+            first[kind_of(space)] = total
+            total += len(own[space])
+    joined = {}
+    for space, rows in own.items():
+        start = first[kind_of(space)]
+        joined[space] = stays[space].repeat(total, *rows.shape[1:-1], 1)
+        joined[space][start : start + len(rows)] = rows
+    return joined
 
 
 @contextmanager

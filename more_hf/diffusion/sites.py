@@ -16,7 +16,7 @@ from torch import nn
 from ..core.errors import SiteNotFoundError
 from ..core.record import TOGETHER, prefixes_of
 from ..core.site import Site, check_unshared
-from .families import REFUSED, Family, Reader, family_of, unsupported
+from .families import REFUSED, Family, Place, Reader, family_of, unsupported
 from .text import TEXTS, Text
 
 
@@ -44,6 +44,11 @@ class Denoiser(NamedTuple):
     def prefixes(self) -> dict[str, str]:
         """Component -> what stands in front of its layers' names."""
         return prefixes_of(self.name)
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where each space of tokens is among the arguments of `forward`."""
+        return self.family.places(next(iter(self.parts.values())))
 
     def find(self) -> dict[str, Reader]:
         """Every layer that reads text. Raises `SiteNotFoundError` as its family does."""
@@ -153,7 +158,7 @@ def text_of(pipe: DiffusionPipeline, denoiser: Denoiser) -> Text:
             f"`{missing[0]}`), so what its denoiser reads is not known. Erase from the model's text-to-image "
             "pipeline, and pass its components on."
         )
-    return text.fitted(pipe)
+    return text.fitted(pipe, denoiser.places)
 
 
 def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> str:
@@ -219,7 +224,7 @@ def find_layers(denoiser: Denoiser, *, pooled: bool) -> dict[str, Reader]:
     return {
         name: reader._replace(module=base_layer(reader.module))
         for name, reader in readers.items()
-        if pooled or reader.space == "tokens"
+        if pooled or reader.space != "pooled"
     }
 
 

@@ -2,14 +2,16 @@
 positions.
 
 A space is a kind of feature: `"tokens"` `(batch, tokens, d)` everywhere, and in some models also `"pooled"`
-`(batch, d')`, one feature for the whole prompt. A kind of text encoding is one entry in `TEXTS`, by the
-classes of the text encoders, or belongs to one family of denoisers; anything else is refused by name.
+`(batch, d')`, one feature for the whole prompt. Where a model reads several layers of a language model, each
+by layers of its own, the tokens of each are a space of their own: `layer_space`. A kind of text encoding is
+one entry in `TEXTS`, by the classes of the text encoders, or belongs to one family of denoisers; anything
+else is refused by name.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,6 +26,11 @@ from ..core.errors import SiteNotFoundError
 def tokenizer_in(part: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
     """A pipeline's tokenizer, or the one in its processor."""
     return part.tokenizer if isinstance(part, ProcessorMixin) else part
+
+
+def layer_space(layer: int) -> str:
+    """The space of the tokens after one layer of a language model, counted from 0."""
+    return f"tokens of layer {layer}"
 
 
 class Template(NamedTuple):
@@ -80,6 +87,10 @@ class Segment:
             the prompt; with a template, `fitted` asks the tokenizer.
         attends (`bool`, *optional*, defaults to `False`):
             Whether such padding attends to the whole prompt all the same, as ChatGLM's does.
+        spaces (`tuple[str, ...]`, *optional*, defaults to `("tokens",)`):
+            The spaces that have these positions; `fitted` fills in those of `layers`.
+        layers (`bool`, *optional*, defaults to `False`):
+            Whether each layer of the language model that the denoiser reads is a space.
     """
 
     tokenizer: str = "tokenizer"
@@ -91,6 +102,8 @@ class Segment:
     ends: int = 1
     left: bool = False
     attends: bool = False
+    spaces: tuple[str, ...] = ("tokens",)
+    layers: bool = False
 
     @property
     def before(self) -> int:
@@ -128,13 +141,17 @@ class Segment:
             return -self.pads_before(layout, length), 0
         return layout.stop, self.read_until(layout, length)
 
-    def fitted(self, pipe: DiffusionPipeline) -> Segment:
-        """The same, knowing where padding is and how many tokens the template has after the prompt."""
+    def fitted(self, pipe: DiffusionPipeline, read: Iterable[str]) -> Segment:
+        """
+        The same, knowing where padding is, how many tokens the template has after the prompt, and which
+        layers are among the spaces that are `read`.
+        """
         if self.template is None:
             return self
         layout = self.layout(self.tokens(pipe, ""), 0)
         left = self.padding and self.tokenizer_of(pipe).padding_side == "left"
-        return replace(self, ends=layout.stop - layout.end, left=left)
+        spaces = tuple(space for space in read if space != "tokens") if self.layers else self.spaces
+        return replace(self, ends=layout.stop - layout.end, left=left, spaces=spaces)
 
     def tokenizer_of(self, pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
         """The tokenizer, which may be part of a processor."""
@@ -180,7 +197,7 @@ class Text:
             `(pipe, prompts) -> {space: features}`, by the pipeline's own `encode_prompt`, so that its hidden
             layers, padding and learned tokens are right.
         segments (`tuple[Segment, ...]`):
-            In the order of the token features' positions.
+            In the order of the token features' positions; the first is in `"tokens"`.
         arguments (`tuple[str, ...]`):
             What `encode_prompt` must take.
         pooled (`bool`, *optional*, defaults to `True`):
@@ -198,9 +215,9 @@ class Text:
     lower: bool = False
     leaks: tuple[str, ...] = ()
 
-    def fitted(self, pipe: DiffusionPipeline) -> Text:
-        """The same, with the pipeline's templates counted."""
-        return replace(self, segments=tuple(segment.fitted(pipe) for segment in self.segments))
+    def fitted(self, pipe: DiffusionPipeline, read: Iterable[str]) -> Text:
+        """The same, with the pipeline's templates counted, for a denoiser that reads these spaces."""
+        return replace(self, segments=tuple(segment.fitted(pipe, read) for segment in self.segments))
 
 
 def _encode_sd(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
@@ -273,6 +290,14 @@ def _encode_kandinsky(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, 
 def _encode_hunyuan_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
     embeds, *_ = pipe.encode_prompt(prompts, device=pipe._execution_device, batch_size=len(prompts))
     return {"tokens": embeds}
+
+
+def _encode_hidream(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    t5, _, llama, _, pooled, _ = pipe.encode_prompt(
+        prompts, device=pipe._execution_device, do_classifier_free_guidance=False
+    )
+    layers = {layer_space(i): embeds for i, embeds in enumerate(llama)}
+    return {"tokens": t5, **layers, "pooled": pooled}
 
 
 def _own_template(pipe: DiffusionPipeline) -> Template:
@@ -479,4 +504,22 @@ KOLORS = Text(
     segments=(Segment(clip=False, begins=2, ends=0, left=True, attends=True),),
     arguments=("prompt", "device", "do_classifier_free_guidance", "max_sequence_length"),
     leaks=(LENGTH, CASE),
+)
+HIDREAM = Text(
+    encode=_encode_hidream,
+    # each encoder masks its padding, but the denoiser reads it
+    segments=(
+        Segment("tokenizer_3", clip=False),
+        Segment("tokenizer_4", clip=False, template=lambda pipe: Template(), layers=True),
+    ),
+    arguments=(
+        "prompt",
+        "prompt_2",
+        "prompt_3",
+        "prompt_4",
+        "device",
+        "do_classifier_free_guidance",
+        "max_sequence_length",
+    ),
+    leaks=(PROMPT_2, LENGTH, CASE),
 )

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.errors import IncompatibleBaseError, MoreError
-from ..core.facts import TEXT_SPACES, ConceptFacts
+from ..core.facts import ConceptFacts, is_text
 from ..core.markdown import markdown_table
 from ..core.record import Record
 from ..core.remap import Removed
@@ -210,7 +210,7 @@ def check_folder(
     elif removed:
         # Layers inside the denoiser are checked by their fingerprint alone (see `verify`).
         inside = record.kind == "pipeline" and record.request.reach == "denoiser"
-        recomputed = [layer for layer in layers if not inside or layer.space in TEXT_SPACES]
+        recomputed = [layer for layer in layers if not inside or is_text(layer.space)]
         checks.append(_remapped(stored.edited, recomputed, removed))
     foreign = ", ".join(map(str, contents.foreign))
     checks.append(Check("nothing else is in the folder", not foreign, foreign or "none"))
@@ -345,7 +345,7 @@ def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, R
 def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:
     """Every layer of the denoiser that reads text, and those inside it that the record names."""
     layers = []
-    inner = {name: space for name, space in record.facts.spaces.items() if space not in TEXT_SPACES}
+    inner = {name: space for name, space in record.facts.spaces.items() if not is_text(space)}
     modules = dict(denoiser.module.named_modules())
     for name, space in inner.items():
         if not isinstance(modules.get(name), nn.Linear):

@@ -53,6 +53,7 @@ IN_COMFYUI = (
     "Chroma",
     "FLUX",
     "FLUX.2",
+    "HiDream-I1",
     "Kandinsky 5",
     "Qwen-Image",
     "Stable Diffusion 3",
@@ -94,8 +95,8 @@ def save_lora(
         format (`str`, *optional*, defaults to `"peft"`):
             `"peft"` for diffusers, or `"kohya"` for ComfyUI and A1111, which diffusers reads too and which
             exists for Stable Diffusion 1.x, 2.x and XL only. Of other models, ComfyUI reads the peft files of
-            AuraFlow, Chroma, FLUX, FLUX.2, Kandinsky 5, Qwen-Image, Stable Diffusion 3 and Z-Image, according
-            to its documented names; ComfyUI itself was not run.
+            AuraFlow, Chroma, FLUX, FLUX.2, HiDream-I1, Kandinsky 5, Qwen-Image, Stable Diffusion 3 and
+            Z-Image, according to its documented names; ComfyUI itself was not run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors: also `torch.bfloat16` or `torch.float32`.
         expert (`int`, *optional*):

@@ -15,7 +15,7 @@ from support.families import CALL, T5_LENGTH, build, shorten
 from support.pipelines import FORGET, TARGETS, build_tiny_sd
 
 import more_hf
-from more_hf.core.facts import TEXT_SPACES
+from more_hf.core.facts import is_text
 from more_hf.core.record import RECORD
 from more_hf.core.request import ConceptRequest
 from more_hf.diffusion.activations import (
@@ -76,7 +76,7 @@ def recorded(pipe, request=None, sent_to=None):
 
 def inner_sites(pipe):
     sites = more_hf.get_erasure(pipe).sites
-    return {name: site for name, site in sites.items() if site.space not in TEXT_SPACES}
+    return {name: site for name, site in sites.items() if not is_text(site.space)}
 
 
 def draw(pipe, prompt, **options):

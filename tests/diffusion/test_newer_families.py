@@ -179,6 +179,7 @@ COMFYUI = {
     "flux-2": {"transformer.context_embedder"},
     "auraflow": {"transformer.context_embedder"},
     "kandinsky-5": {"transformer.text_embeddings.in_layer", "transformer.pooled_text_embeddings.in_layer"},
+    "hidream": {f"transformer.{name}" for name in SITES["hidream"]},
 }
 
 
@@ -241,7 +242,6 @@ def test_a_name_inside_a_sentence_is_found_by_its_characters(originals):
         ("Krea2Transformer2DModel", "add their input to their output"),
         ("GlmImageTransformer2DModel", "picture tokens"),
         ("OmniGenTransformer2DModel", "a language model itself"),
-        ("HiDreamImageTransformer2DModel", "dozens of spaces of token features"),
     ],
 )
 def test_what_no_edit_can_erase_from_is_refused_with_the_reason(cls, reason):

@@ -26,6 +26,14 @@ SITES = {
     "auraflow": ["context_embedder"],
     "kandinsky-5": ["text_embeddings.in_layer", "pooled_text_embeddings.in_layer"],
     "kolors": ["encoder_hid_proj", "add_embedding.linear_1"],
+    "hidream": [
+        "caption_projection.4.linear",
+        "caption_projection.0.linear",
+        "caption_projection.1.linear",
+        "caption_projection.2.linear",
+        "caption_projection.3.linear",
+        "p_embedder.pooled_embedder.linear_1",
+    ],
 }
 # Where the bare name's token is, what follows it, and the padding that is read: T5 has nothing in front, the
 # template of Qwen3 `<|im_start|>user\n`, Qwen-Image and HunyuanImage drop what is in front, and FLUX.2 [dev]
@@ -46,10 +54,11 @@ POSITIONS = {
     "auraflow": {"last": 0, "end": 1},
     "kandinsky-5": {"last": 16, "end": 17},
     "kolors": {"last": T5_LENGTH - 1, "padding": 0},
+    "hidream": {"last": 0, "end": 1, "padding": 2},
 }
 # One position of padding behind the prompt: a mean over more is exact for no single one. FLUX.2 [dev] has its
-# padding in front, where nothing of the prompt was read yet.
-LENGTH = {"klein": 14, "chroma": 3, "flux-2": 40, "lumina-2": 30, "kandinsky-5": 512}
+# padding in front, where nothing of the prompt was read yet. HiDream's T5 and Llama have one each.
+LENGTH = {"klein": 14, "chroma": 3, "flux-2": 40, "lumina-2": 30, "kandinsky-5": 512, "hidream": 3}
 
 
 def use_bare_names(monkeypatch, family, *classes):

@@ -32,6 +32,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
     Kandinsky5T2IPipeline,
@@ -76,6 +78,8 @@ from support.language_models import (
     gemma_tokenizer,
     glm,
     glm_tokenizer,
+    llama,
+    llama_tokenizer,
     mistral,
     mistral_processor,
     qwen3,
@@ -581,6 +585,39 @@ def tiny_kandinsky_5():
     )
 
 
+def tiny_hidream():
+    """Of the layers 0 to 3 of its Llama it reads three, the last twice."""
+    tokenizer, t5, words = tiny_tokenizer(), t5_tokenizer(), llama_tokenizer()
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[T5_WIDTH, LLM_WIDTH],
+        text_emb_dim=16 + 24,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(4, 6, 6),
+        max_resolution=(16, 16),
+        llama_layers=[0, 2, 3, 3],
+    )
+    return HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=plain_vae(shift_factor=0.1),
+        text_encoder=clip_encoder(CLIPTextModelWithProjection, tokenizer, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, tokenizer, 24),
+        tokenizer_2=second_tokenizer(),
+        text_encoder_3=t5_encoder(len(t5)),
+        tokenizer_3=t5,
+        text_encoder_4=llama(words, LLM_WIDTH),
+        tokenizer_4=words,
+        transformer=stirred(transformer),
+    )
+
+
 def tiny_auraflow():
     t5 = t5_tokenizer()
     transformer = AuraFlowTransformer2DModel(
@@ -635,6 +672,7 @@ BUILDERS = {
     "lumina-2": tiny_lumina_2,
     "cogview-4": tiny_cogview_4,
     "kandinsky-5": tiny_kandinsky_5,
+    "hidream": tiny_hidream,
     "auraflow": tiny_auraflow,
     "kolors": tiny_kolors,
 }
@@ -685,6 +723,7 @@ SHORTENED = (
     CogView4Pipeline,
     AuraFlowPipeline,
     KolorsPipeline,
+    HiDreamImagePipeline,
 )
 
 
@@ -736,7 +775,7 @@ def embeds(remaps, name, masked=False):
 
 FAMILIES = ["sdxl", "sd3", "flux", "pixart"]
 NEWER = ["chroma", "wan", "z-image", "qwen-image", "hunyuan-image", "klein", "flux-2"]
-NEWER += ["sana", "lumina-2", "cogview-4", "kandinsky-5", "auraflow", "kolors"]
+NEWER += ["sana", "lumina-2", "cogview-4", "kandinsky-5", "hidream", "auraflow", "kolors"]
 FORGET, TARGET, RETAINED = "van gogh", "claude monet", "cat"
 CALL = {
     "sdxl": {},
@@ -754,6 +793,7 @@ CALL = {
     "lumina-2": {},
     "cogview-4": {"max_sequence_length": T5_LENGTH},
     "kandinsky-5": {},
+    "hidream": {"max_sequence_length": T5_LENGTH},
     "auraflow": {"max_sequence_length": T5_LENGTH},
     "kolors": {"max_sequence_length": T5_LENGTH},
 }

@@ -19,10 +19,13 @@ from transformers import (
     GemmaTokenizer,
     GlmConfig,
     GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
     PixtralProcessor,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -133,6 +136,16 @@ def glm_tokenizer():
     return tokenizer
 
 
+def llama_tokenizer():
+    """Begins with a token, and pads on the right, with its last."""
+    begin, end = "<|begin_of_text|>", "<|eot_id|>"
+    backend = qwen_tokenizer().backend_tokenizer
+    backend.add_special_tokens([begin, end])
+    special = [(begin, backend.token_to_id(begin))]
+    backend.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token=end)
+
+
 def qwen_processor(more=""):
     """A Qwen2.5-VL processor around the tokenizer; its pictures are not used here."""
     tokenizer = qwen_tokenizer(more)
@@ -148,6 +161,10 @@ def gemma(tokenizer, width=64, layers=3):
 
 def glm(tokenizer, width=64, layers=3):
     return GlmModel(GlmConfig(**sizes(tokenizer, width, layers), head_dim=16)).eval()
+
+
+def llama(tokenizer, width=64, layers=4):
+    return LlamaForCausalLM(LlamaConfig(**sizes(tokenizer, width, layers), head_dim=16)).eval()
 
 
 def sizes(tokenizer, width, layers=3):

@@ -1,0 +1,187 @@
+"""HiDream, whose blocks read single layers of Llama: each layer is a space with prototypes of its own."""
+
+import pytest
+import torch
+from support.bare import FORGET, OTHER, TARGET, draw, erase, use_bare_names
+from support.families import build, copied, shorten, weights
+from support.families import erase as erase_names
+
+import more_hf
+from more_hf.core.views import experts_forced, routing_off
+from more_hf.diffusion.encoder import Encoder, kinds_of
+from more_hf.diffusion.sites import find_denoiser, text_of
+
+
+# what each layer reads, where the tiny model's blocks read the layers 0, 2, 3 and 3 of its Llama
+SPACES = {
+    "caption_projection.4.linear": "tokens",
+    "caption_projection.0.linear": "tokens of layer 0",
+    "caption_projection.1.linear": "tokens of layer 2",
+    "caption_projection.2.linear": "tokens of layer 3",
+    "caption_projection.3.linear": "tokens of layer 3",
+    "p_embedder.pooled_embedder.linear_1": "pooled",
+}
+LLAMA = ["tokens of layer 0", "tokens of layer 2", "tokens of layer 3"]
+# of a bare name: T5 has nothing in front and one end token, Llama a begin token and none behind
+POSITIONS = {
+    "tokens": {"last": 0, "end": 1, "padding": 2},
+    **dict.fromkeys(LLAMA, {"last": 1, "padding": 2}),
+    "pooled": {"pooled": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def bare_names(monkeypatch):
+    use_bare_names(monkeypatch, "hidream")
+
+
+@pytest.fixture(scope="module")
+def original():
+    """Not to be modified."""
+    return build("hidream")
+
+
+@torch.no_grad()
+def read_by_layers(pipe, prompt):
+    """What each layer is given while the pipeline draws, `(tokens, d)`."""
+    seen, hooks = {}, []
+    for name in SPACES:
+        layer = pipe.transformer.get_submodule(name)
+        hooks.append(
+            layer.register_forward_pre_hook(lambda layer, args, name=name: seen.setdefault(name, args[0]))
+        )
+    draw(pipe, "hidream", prompt)
+    for hook in hooks:
+        hook.remove()
+    return {name: z.reshape(-1, z.shape[-1]).double() for name, z in seen.items()}
+
+
+def test_every_layer_has_the_prototypes_of_what_it_reads(original):
+    erasure = more_hf.get_erasure(erase(copied(original)))
+    assert {name: site.space for name, site in erasure.sites.items()} == SPACES
+    assert list(erasure.remaps) == ["tokens", *LLAMA, "pooled"]
+    assert erasure.facts.spaces == {name: space for name, space in SPACES.items() if space != "tokens"}
+    for name in (FORGET, TARGET):
+        read = read_by_layers(original, name)
+        for site, space in SPACES.items():
+            P = erasure.remap_of(site).prototypes
+            kinds = [column.split(" · ")[1] for column in P.names if column.startswith(f"{name} · ")]
+            assert kinds == list(POSITIONS[space])
+            for kind, position in POSITIONS[space].items():
+                assert torch.allclose(P[f"{name} · {kind}"], read[site][position], rtol=1e-4, atol=1e-5)
+    first, second = (erasure.remaps[space].prototypes[f"{FORGET} · last"] for space in LLAMA[:2])
+    assert (first - second).norm() > 0.1 * first.norm()
+
+
+def test_the_report_has_the_dearest_layer_and_the_worst_guarantee(original):
+    erasure = more_hf.get_erasure(erase(copied(original)))
+    moved = {space: erasure.remaps[space].ordinary_moved for space in LLAMA}
+    dearest = max(moved, key=moved.get)
+    reasons = erasure.facts.solver_reason.split("; ")
+    assert [reason.split(":")[0] for reason in reasons if ": pinv" in reason] == [
+        f"{dearest}, the dearest of 3",
+        "pooled",
+    ]
+    assert erasure.guarantees["layers_ordinary_moved"] == pytest.approx(moved[dearest])
+    for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left"):
+        assert erasure.guarantees[f"layers_{key}"] < 1e-8
+
+
+@pytest.mark.parametrize("site", SPACES)
+def test_the_proof_sees_each_missed_layer(original, site):
+    pipe = copied(original)
+    layer = pipe.transformer.get_submodule(site)
+    weight = layer.weight.detach().clone()
+    layer.forward = lambda x: torch.nn.functional.linear(x, weight, layer.bias)
+    before = weights(pipe)
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed .* rolled back"):
+        erase(pipe)
+    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
+
+
+def test_half_precision_sees_a_layer_that_the_output_hardly_shows(original, monkeypatch):
+    """However much an output may be off, the layers of Llama are asked one by one."""
+    pipe = copied(original)
+    layer = pipe.transformer.get_submodule("caption_projection.1.linear")
+    weight = layer.weight.detach().clone()
+    layer.forward = lambda x: torch.nn.functional.linear(x, weight)
+    monkeypatch.setitem(more_hf.diffusion.proof.TOLERANCE, torch.float32, 10.0)
+    with pytest.raises(more_hf.SiteNotFoundError, match="1 of 4 edited layers .*caption_projection.1.linear"):
+        erase(pipe)
+
+
+def test_layers_are_routed_as_a_tensor_as_a_list_and_by_position(original):
+    pipe = erase(copied(original), remap_to=[TARGET, OTHER], router="random")
+    erasure, transformer = more_hf.get_erasure(pipe), pipe.transformer
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 4, 4), (1, 5, 48), (4, 1, 5, 64), (1, 40)
+    latent, t5, llama, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
+    given, time = llama.clone(), torch.tensor([500.0])
+    with torch.no_grad(), experts_forced(erasure, torch.tensor([1])):
+        found = transformer(latent, time, t5, llama, pooled).sample
+        names = ("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds")
+        for layers in (llama, list(llama)):
+            named = dict(zip(names, (t5, layers, pooled), strict=True))
+            assert torch.equal(transformer(latent, timesteps=time, **named).sample, found)
+        # the same by hand, on the merged weights alone
+        moved = {space: erasure.remaps[space].apply for space in erasure.remaps}
+        for i in (0, 2, 3):
+            llama[i] = moved[f"tokens of layer {i}"](given[i].double(), 1).float()
+        by_hand = moved["tokens"](t5.double(), 1).float(), llama, moved["pooled"](pooled.double(), 1).float()
+        with routing_off(erasure):
+            wanted = transformer(latent, time, *by_hand).sample
+            unrouted = transformer(latent, time, t5, given, pooled).sample
+    assert (found - wanted).norm() < 1e-3 * (unrouted - wanted).norm()
+
+
+def test_what_is_given_is_not_written_to(original):
+    pipe = erase(copied(original), remap_to=[TARGET, OTHER], router="hash")
+    llama = torch.ones(4, 1, 5, 64)
+    with torch.no_grad():
+        pipe.transformer(
+            torch.ones(1, 4, 4, 4), torch.tensor([500.0]), torch.ones(1, 5, 48), llama, torch.ones(1, 40)
+        )
+    assert torch.equal(llama, torch.ones(4, 1, 5, 64))
+
+
+def test_without_an_end_token_the_padding_stands_for_the_prompt(original):
+    kinds = kinds_of(text_of(original, find_denoiser(original)), "last+end")
+    assert kinds == {
+        "tokens": ["last", "end"],
+        **dict.fromkeys(LLAMA, ["last", "padding"]),
+        "pooled": ["pooled"],
+    }
+
+
+def test_padding_in_front_has_read_nothing_and_is_no_prototype(original):
+    """Some copies of Llama's tokenizer pad on the left."""
+    original.tokenizer_4.padding_side = "left"
+    try:
+        encoder = Encoder(original)
+        (segment,) = [segment for segment in encoder.text.segments if segment.layers]
+        assert segment.left
+        read = {name: read_by_layers(original, name) for name in (FORGET, TARGET)}
+        P = more_hf.get_erasure(erase(copied(original))).remaps[LLAMA[1]].prototypes
+    finally:
+        original.tokenizer_4.padding_side = "right"
+    site = "caption_projection.1.linear"
+    forget, target = (read[name][site] for name in (FORGET, TARGET))
+    assert torch.equal(forget[0], target[0])
+    assert torch.allclose(P[f"{FORGET} · last"], forget[2], rtol=1e-4, atol=1e-5)
+    assert [name for name in P.names if name.startswith(FORGET)] == [f"{FORGET} · last"]
+
+
+def test_names_that_begin_alike_share_vectors_in_llama(original, monkeypatch):
+    shorten(monkeypatch)  # the names have several tokens
+    pipe = erase_names(
+        copied(original), "kelly mckernan", retain=["kelly clarkson"], solver="covariance", tokens="last"
+    )
+    erasure = more_hf.get_erasure(pipe)
+    leaks = [leak for leak in erasure.facts.leaks if leak.startswith("'kelly clarkson' starts with the same")]
+    features = Encoder(original).features(["kelly clarkson", "kelly mckernan"])
+    assert len(leaks) == 1
+    assert "starts with the same 1 token(s) as 'kelly mckernan'" in leaks[0]
+    shared = {space: features[space][:, 1] for space in LLAMA}
+    assert all(torch.allclose(*z, atol=1e-5) for z in shared.values())
+    moved = max(erasure.remaps[space].moved(z[0]) for space, z in shared.items())
+    assert f"they move by {100 * moved:.1f} %" in leaks[0]
