@@ -110,13 +110,19 @@ def record_activations(
             Each concept's targets, whose mean it is sent to; `None` stands for ordinary pictures.
 
     Raises:
-        `SiteNotFoundError`: no layer tells the concepts from their targets, or there are two denoisers.
+        `SiteNotFoundError`: no layer tells the concepts from their targets, there are two denoisers, or some
+        layers inside cannot be recorded.
     """
     if len(denoiser.parts) > 1:
         raise SiteNotFoundError(
             f"{type(pipe).__name__} has {len(denoiser.parts)} denoisers, each of which sees only pictures of "
             "its own steps, and their layers' inputs cannot be recorded apart. Leave `reach` at 'name', "
             "which edits both."
+        )
+    if denoiser.family.unheard:
+        raise SiteNotFoundError(
+            f"{denoiser.family.name} has {denoiser.family.unheard}, whose inputs are not recorded yet, so "
+            "the concept would stay in them. Leave `reach` at 'name'."
         )
     prompts = _prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.

@@ -91,6 +91,9 @@ class Family:
             them. Prototypes are means of what comes out of it: E and a norm do not commute.
         joined (`bool`, *optional*, defaults to `False`):
             Whether the norm sees the prompts of a batch joined, as Z-Image's does.
+        unheard (`str`, *optional*):
+            Which layers inside have inputs that cannot be recorded, if any, so that `reach="denoiser"` would
+            leave them as they are.
         text (`Text`, *optional*):
             How its pipelines encode prompts; by default as `TEXTS` says for their text encoders.
         places (`Callable`, *optional*):
@@ -104,6 +107,7 @@ class Family:
     pooled: Place = ()
     norms: Mapping[str, str] = field(default_factory=dict)
     joined: bool = False
+    unheard: str = ""
     text: Text | None = None
     places: Callable[[nn.Module], dict[str, Place]] = _one_space
 
@@ -513,6 +517,7 @@ FAMILIES = {
         _find_hidream,
         _call_hidream,
         ("pooled_embeds",),
+        unheard="feed-forward experts, each of which reads the tokens that are chosen for it",
         text=HIDREAM,
         places=_places_in_hidream,
     ),

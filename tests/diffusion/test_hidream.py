@@ -185,3 +185,11 @@ def test_names_that_begin_alike_share_vectors_in_llama(original, monkeypatch):
     assert all(torch.allclose(*z, atol=1e-5) for z in shared.values())
     moved = max(erasure.remaps[space].moved(z[0]) for space, z in shared.items())
     assert f"they move by {100 * moved:.1f} %" in leaks[0]
+
+
+def test_inside_the_denoiser_its_experts_cannot_be_recorded(original):
+    pipe = copied(original)
+    before = weights(pipe)
+    with pytest.raises(more_hf.SiteNotFoundError, match="HiDream-I1 has feed-forward experts.*Leave `reach`"):
+        erase(pipe, reach="denoiser", sampling={"num_inference_steps": 2})
+    assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())

@@ -42,7 +42,7 @@ def test_the_padding_in_front_tells_the_prompt_and_the_begin_tokens_do_not(origi
     ("tokens", "kinds"),
     [
         ("positions", ["last", "after", "padding"]),
-        ("last+end", ["last"]),
+        ("last+end", ["last", "padding"]),
         ("subject+end", ["subject", "padding"]),
         ("end", ["padding"]),
     ],
