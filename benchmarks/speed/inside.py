@@ -22,7 +22,7 @@ from more_hf.diffusion import erase
 from more_hf.diffusion.plan import Solution
 
 
-PIXELS, STEPS, PICTURES = 64, 2, 4
+LATENTS, STEPS, PICTURES = 8, 2, 4
 
 
 class Clock:
@@ -55,19 +55,22 @@ def measure(unet: dict = speed.SD14, text: dict = speed.CLIP_L, pictures: int = 
     """One line per part of a call of `erase_concept`, and one for the whole."""
     pipe = speed.sd14(unet, text)
     pipe.set_progress_bar_config(disable=True)
+    side = LATENTS * pipe.vae_scale_factor
     request = ConceptRequest.of(
         speed.CONCEPT,
         remap_to=speed.TARGETS[:1],
         retain=speed.RETAIN,
         reach="denoiser",
         pictures=pictures,
-        sampling={"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS},
+        sampling={"num_inference_steps": STEPS, "height": side, "width": side},
     )
     clock = Clock()
     drawn = 5 * pictures  # of the concept, of its target, ordinary ones, and two of retained names for each
     with (
         clock.timed(erase, "solve", "prototypes of the prompts, and their remap"),
-        clock.timed(erase, "record_activations", f"draw {drawn} pictures of {PIXELS} pixels, and record"),
+        clock.timed(
+            erase, "record_activations", f"draw {drawn} pictures of {LATENTS} x {LATENTS} latents, and record"
+        ),
         clock.timed(Solution, "with_activations", "solve for every layer inside"),
     ):
         erase.erase(pipe, request)
