@@ -39,7 +39,7 @@ def victims(tmp_path_factory):
     data = load_kd_data("digits")
     functions = {name: CLASSIFICATION[name].load() for name in METHODS}
     functions["more-reloaded"] = functions["more"]
-    settings = settings_of(functions, {}, {})
+    settings = settings_of(functions, {}, {}, {})
     folder, recipe = tmp_path_factory.mktemp("models"), Recipe.of(data, 3)
     models = {MODEL: load_classifier(MODEL)}
     make = Victims(data, models, functions, settings, {FORGET: (CLASS,)}, None, recipe, folder)

@@ -361,7 +361,7 @@ def test_folder_names_are_short_and_differ():
 def test_settings_are_defaults_then_asked_then_tuned():
     functions = {name: CLASSIFICATION[name].load() for name in ("more", "remap", "retrain")}
     settings = kd.settings_of(
-        functions, {"num_experts": 4, "solver": "pinv"}, {"more": {"solver": "covariance"}}
+        functions, {"num_experts": 4, "solver": "pinv"}, {"more": {"solver": "covariance"}}, {}
     )
     assert settings["more"] == {
         "remap_to": "remain", "num_experts": 4, "router": "random", "solver": "covariance", "batch_size": 500
@@ -369,7 +369,7 @@ def test_settings_are_defaults_then_asked_then_tuned():
     # One expert is its definition; committed configurations record none, and are joined.
     assert settings["remap"]["num_experts"] is None
     committed = Path(__file__).parents[3] / "benchmarks" / "kd" / "fashion-mnist-allcnn"
-    assert ClassesConfig.read(committed).methods["remap"] == kd.settings_of(functions, {}, {})["remap"]
+    assert ClassesConfig.read(committed).methods["remap"] == kd.settings_of(functions, {}, {}, {})["remap"]
     assert "num_experts" not in kd.arguments(settings["remap"])
     assert kd.arguments(settings["more"])["num_experts"] == 4
     assert "fit" not in settings["retrain"]
@@ -379,7 +379,18 @@ def test_a_method_of_ones_own_may_take_anything():
     def own(model, splits, *, seed=0, strength=1.0, **kwargs):
         return model.eval()
 
-    assert kd.settings_of({"own": own}, {}, {"own": {"strength": 2.0}}) == {"own": {"strength": 2.0}}
+    assert kd.settings_of({"own": own}, {}, {"own": {"strength": 2.0}}, {}) == {"own": {"strength": 2.0}}
+
+
+def test_a_setting_that_a_folder_does_not_know_is_left_out_at_its_default():
+    functions = {"more": CLASSIFICATION["more"].load()}
+    whole = kd.settings_of(functions, {}, {}, {})["more"]
+    older = {name: value for name, value in whole.items() if name != "router"}
+    assert kd.settings_of(functions, {}, {}, {"more": older})["more"] == older
+    assert kd.settings_of(functions, {}, {"more": {"router": "hash"}}, {"more": older})["more"] == {
+        **older,
+        "router": "hash",
+    }
 
 
 def test_cells_keep_their_names():
