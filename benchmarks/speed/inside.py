@@ -55,7 +55,7 @@ def measure(unet: dict = speed.SD14, text: dict = speed.CLIP_L, pictures: int = 
     """One line per part of a call of `erase_concept`, and one for the whole."""
     pipe = speed.sd14(unet, text)
     pipe.set_progress_bar_config(disable=True)
-    side = LATENTS * pipe.vae_scale_factor
+    side, latents = LATENTS * pipe.vae_scale_factor, f"{LATENTS}x{LATENTS}"
     request = ConceptRequest.of(
         speed.CONCEPT,
         remap_to=speed.TARGETS[:1],
@@ -68,9 +68,7 @@ def measure(unet: dict = speed.SD14, text: dict = speed.CLIP_L, pictures: int = 
     drawn = 5 * pictures  # of the concept, of its target, ordinary ones, and two of retained names for each
     with (
         clock.timed(erase, "solve", "prototypes of the prompts, and their remap"),
-        clock.timed(
-            erase, "record_activations", f"draw {drawn} pictures of {LATENTS} x {LATENTS} latents, and record"
-        ),
+        clock.timed(erase, "record_activations", f"draw {drawn} pictures of {latents} latents, record"),
         clock.timed(Solution, "with_activations", "solve for every layer inside"),
     ):
         erase.erase(pipe, request)

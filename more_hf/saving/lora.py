@@ -36,10 +36,8 @@ FILE_NAMES = {
     "peft": "pytorch_lora_weights.safetensors",
     "kohya": "pytorch_lora_weights_kohya.safetensors",
 }
-KOHYA_FAMILIES = (
-    "Stable Diffusion 1.x and 2.x",
-    "Stable Diffusion XL",
-)  # it has names for their layers alone
+# kohya's format has names for the layers of these families alone
+KOHYA_FAMILIES = ("Stable Diffusion 1.x and 2.x", "Stable Diffusion XL")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The largest ‖B A − ΔW‖ / ‖ΔW‖ of a layer, in units of the dtype's eps. Rounding two balanced factors costs
 # about a third of one eps.
