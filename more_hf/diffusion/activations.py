@@ -29,7 +29,7 @@ from ..core.interrupts import unwound
 from ..core.moment import Moment
 from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.request import ConceptRequest
-from ..core.site import Site, check_unshared
+from ..core.site import Site, check_unshared, is_linear
 from ..core.views import running_eagerly
 from .encoder import column
 from .prompts import TEMPLATES, everyday_prompts, names_in
@@ -323,7 +323,7 @@ class _Recorder:
         self.calls += 1
 
     def read(self, layer: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Record a layer's input `(batch, ..., d)`."""
+        """Record a layer's input `(batch, ..., d)`, or a convolution's `(batch, d, height, width)`."""
         z = args[0]
         if z.ndim < 3:  # a feature of the whole picture, such as its timestep
             return
@@ -331,7 +331,8 @@ class _Recorder:
         space, last = self.last
         if last is not z:
             space = layer
-            self._add(space, z.flatten(1, -2))
+            features = z.movedim(1, -1) if isinstance(module, nn.Conv2d) else z
+            self._add(space, features.flatten(1, -2))
             self.last = space, z
         self.spaces.setdefault(layer, space)
 
@@ -414,18 +415,21 @@ def _pairs(means: Prototypes, sent_to: Mapping[str, Sequence[str | None]]) -> di
 
 def find_listeners(denoiser: Denoiser) -> dict[str, nn.Module]:
     """
-    The linear layers of the denoiser's repeated blocks, except those that read the prompt; for a layer with a
-    LoRA, its base layer.
+    The linear layers and 1×1 convolutions of the denoiser's repeated blocks, except those that read the
+    prompt; for a layer with a LoRA, its base layer.
+
+    A UNet's convolutional shortcuts are left out: they lead around larger convolutions, which stay.
     """
     text = denoiser.find()
     modules = dict(denoiser.module.named_modules())
     adapted = tuple(f"{name}." for name, module in modules.items() if is_lora(module))
     layers = {}
     for name, module in modules.items():
-        in_block = any(part.isdecimal() for part in name.split("."))
+        path = name.split(".")
+        in_block = any(part.isdecimal() for part in path) and path[-1] != "conv_shortcut"
         if in_block and name not in text and not name.startswith(adapted):
             layers[name] = base_layer(module)
-    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    return {name: layer for name, layer in layers.items() if is_linear(layer)}
 
 
 def find_activation_sites(denoiser: Denoiser, spaces: Mapping[str, str]) -> dict[str, Site]:

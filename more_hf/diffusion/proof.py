@@ -128,7 +128,10 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) ->
         # 1. Ask for the directions that the edit reads, at a prototype's length, and for what it must keep.
         rows = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
         rows = torch.cat([rows, remap.remain.T]).to(z)
-        answer = module(rows[None])[0].double()
+        if isinstance(module, nn.Conv2d):  # the rows are positions of a picture that is one pixel wide
+            answer = module(rows.T[None, :, :, None])[0, :, :, 0].T.double()
+        else:
+            answer = module(rows[None])[0].double()
         # 2. Compute the same from the original weight and the remap.
         original = erasure.originals[name].to(z.device)
         bias = erasure.sites[name].read_bias()

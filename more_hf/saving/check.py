@@ -22,7 +22,7 @@ from ..core.markdown import markdown_table
 from ..core.record import Record
 from ..core.remap import Removed
 from ..core.request import ConceptRequest
-from ..core.site import fingerprint, matrix_of
+from ..core.site import fingerprint, is_linear, matrix_of
 from ..diffusion.families import denoiser_names
 from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.sites import Denoiser, find_layers, together
@@ -348,12 +348,12 @@ def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:
     inner = {name: space for name, space in record.facts.spaces.items() if not is_text(space)}
     modules = dict(denoiser.module.named_modules())
     for name, space in inner.items():
-        if not isinstance(modules.get(name), nn.Linear):
+        if not is_linear(modules.get(name)):
             raise IncompatibleBaseError(
                 f"The record names an edited layer `{name}`, which is not a linear layer of this model. Save "
                 "the erased model again."
             )
-        layers.append(Layer(name, space, list(modules[name].weight.shape)))
+        layers.append(Layer(name, space, list(matrix_of(modules[name].weight).shape)))
     for name, reader in find_layers(denoiser, pooled=record.request.pooled).items():
         rows, width = reader.module.weight.shape
         columns = width if reader.columns is None else reader.columns

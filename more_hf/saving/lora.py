@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .. import __version__
@@ -346,7 +346,10 @@ def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
 
 
 def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> `lora_A` `(rank, in_features)` and `lora_B` `(out_features, rank)` in `dtype`, on the CPU."""
+    """
+    Layer -> `lora_A` `(rank, in_features)` and `lora_B` `(out_features, rank)` in `dtype`, on the CPU; for a
+    1×1 convolution, both with two more axes of 1.
+    """
     if dtype not in DTYPES:
         raise ExportError(
             f"A LoRA cannot be written in {dtype}. Choose one of {', '.join(map(str, DTYPES))}."
@@ -360,7 +363,8 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
     for name, weight in erasure.originals.items():
         # 1. The edit's own factors, with zeros for columns that do not read text.
         lora_A, lora_B = erasure.remap_of(name).delta(weight, expert)
-        lora_A = pad(lora_A, (0, erasure.sites[name].module.in_features - weight.shape[1]))
+        module = erasure.sites[name].module
+        lora_A = pad(lora_A, (0, module.weight.shape[1] - weight.shape[1]))
         # 2. Balanced, they can be rounded.
         rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B, erasure.rank))
         # 3. Check the product of the rounded factors.
@@ -377,6 +381,8 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
                 f"The change of `{name}`, of size {size:.1e}, does not fit {dtype}: it would be wrong by "
                 f"{error:.1e}, more than {limit:.1e} of it. {remedy}."
             )
+        if isinstance(module, nn.Conv2d):
+            rounded_A, rounded_B = rounded_A[..., None, None], rounded_B[..., None, None]
         factors[name] = rounded_A, rounded_B
     return factors
 

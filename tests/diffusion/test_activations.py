@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -10,9 +11,11 @@ from functools import partial
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 from support.compare import state
 from support.families import CALL, T5_LENGTH, build, shorten
 from support.pipelines import FORGET, TARGETS, build_tiny_sd
+from torch import nn
 
 import more_hf
 from more_hf.core.facts import is_text
@@ -38,6 +41,11 @@ STEPS, PICTURES = 6, 3
 SAMPLING = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
 TARGET = TARGETS[0]
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+CONVOLUTION = "down_blocks.0.attentions.0.proj_out"  # 1×1, as in Stable Diffusion 1.x
+LORA_A = {  # its first factor
+    "peft": f"unet.{CONVOLUTION}.lora_A.weight",
+    "kohya": f"lora_unet_{CONVOLUTION.replace('.', '_')}.lora_down.weight",
+}
 
 
 def request_for(*concepts, remap_to=TARGET, **options):
@@ -84,7 +92,12 @@ def draw(pipe, prompt, **options):
     return pipe(prompt, **options).images
 
 
-def heard(pipe, prompts):
+def positions_before_features(layer, z):
+    """What a layer reads as `(batch, positions, d)`; a convolution reads `(batch, d, height, width)`."""
+    return z.flatten(2).mT if isinstance(layer, nn.Conv2d) else z
+
+
+def heard(pipe, prompts, name=LAYER):
     """
     What a layer reads of pictures, each noised to six levels, without and with the prompt:
     `(pictures, 6, 2, positions, d)`.
@@ -96,8 +109,9 @@ def heard(pipe, prompts):
         finished = draw(pipe, prompt, generator=torch.Generator().manual_seed(i))
         features = torch.cat(pipe.encode_prompt(prompt, "cpu", 1, True)[::-1])
         noise = torch.randn(finished.shape, generator=torch.Generator().manual_seed(i))
-        layer = pipe.unet.get_submodule(LAYER)
-        handle = layer.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        handle = pipe.unet.get_submodule(name).register_forward_pre_hook(
+            lambda layer, args: found.append(positions_before_features(layer, args[0]))
+        )
         for t in scheduler.timesteps[1:]:
             pipe.unet(scheduler.add_noise(finished, noise, t[None]).repeat(2, 1, 1, 1), t, features)
         handle.remove()
@@ -108,12 +122,13 @@ def sentences(name):
     return [TEMPLATES[i].format(name) for i in range(PICTURES)]
 
 
+@pytest.mark.parametrize("layer", [LAYER, CONVOLUTION])
 @torch.no_grad()
-def test_prototypes_and_moments_are_those_that_an_independent_hook_finds(original):
+def test_prototypes_and_moments_are_those_that_an_independent_hook_finds(original, layer):
     request = request_for(everyday=("a red house", "two dogs", "the sea at night"))
     activations = recorded(original, request)
-    own = activations.prototypes[LAYER]
-    forgotten, target = (heard(original, sentences(name)) for name in (FORGET, TARGET))
+    own = activations.prototypes[layer]
+    forgotten, target = (heard(original, sentences(name), layer) for name in (FORGET, TARGET))
     for i, part in enumerate(PART_NAMES):
         for name, features in ((column(FORGET, part), forgotten), (target_of(column(FORGET, part)), target)):
             mean = features[:, 2 * i : 2 * i + 2, 1, ::4].mean((0, 1, 2))  # 64 of 256 positions
@@ -121,8 +136,8 @@ def test_prototypes_and_moments_are_those_that_an_independent_hook_finds(origina
     z, other = own[column(FORGET, PART_NAMES[0])], own[target_of(column(FORGET, PART_NAMES[0]))]
     assert (z - other).norm() > 1e-3 * z.norm()
     for moment, features in (
-        (own.moment, heard(original, request.everyday)[:, :, :, ::4]),
-        (activations.own[LAYER], forgotten[:, :, 1, ::4]),
+        (own.moment, heard(original, request.everyday, layer)[:, :, :, ::4]),
+        (activations.own[layer], forgotten[:, :, 1, ::4]),
     ):
         rows = features.flatten(0, -2)
         expected = rows.T @ rows / len(rows)
@@ -155,7 +170,14 @@ def test_layers_that_read_the_same_share_a_space(original):
     )  # which also knows the timestep's layers
     inside = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"}
     inside |= {"ff.net.0.proj", "ff.net.2"}
-    assert {name.partition("transformer_blocks.0.")[2] for name in spaces} == inside
+    around = {"proj_in", "proj_out"}
+    assert {
+        re.split(r"transformer_blocks\.0\.|attentions\.\d\.", name)[-1] for name in spaces
+    } == inside | around
+    # A shortcut is a 1×1 convolution as well, but leads around larger ones.
+    shortcuts = [name for name, _ in original.unet.named_modules() if name.endswith("conv_shortcut")]
+    assert shortcuts
+    assert not spaces.keys() & set(shortcuts)
 
 
 @torch.no_grad()
@@ -168,11 +190,11 @@ def test_every_inner_layer_is_edited_by_the_regression(original, erased):
         metric = activations.own[space].dense + own.moment.dense
         metric += 1e-3 * metric.trace() / len(metric) * torch.eye(len(metric))
         readers = torch.linalg.solve(metric, torch.stack([own[part] for part in forget], 1)).T / 3
-        weight = modules[name].weight.double()
+        weight = modules[name].weight.double().flatten(1)
         torch.testing.assert_close(
             site.read().double(), weight + weight @ steps @ readers, rtol=1e-5, atol=1e-6
         )
-        assert (site.read() - modules[name].weight).norm() > 1e-4 * weight.norm()
+        assert (site.read() - weight).norm() > 1e-4 * weight.norm()
     text = more_hf.get_erasure(erased).remaps["tokens"]
     assert text.verify()["forget_to_target"] < 1e-9  # the name's own edit is there, too
 
@@ -290,8 +312,11 @@ def test_a_record_that_names_no_inner_layer_is_refused(erased, tmp_path):
 
 
 @pytest.mark.slow
-def test_as_a_lora_it_is_the_same_edit(original, erased, tmp_path):
-    file = more_hf.save_lora(erased, tmp_path / "lora.safetensors", dtype=torch.float32)
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_as_a_lora_it_is_the_same_edit(original, erased, tmp_path, format):
+    path = tmp_path / "lora.safetensors"
+    file = more_hf.save_lora(erased, path, format=format, dtype=torch.float32)
+    assert len(load_file(file)[LORA_A[format]].shape) == 4  # as the convolution's weight
     pipe = copied(original)
     pipe.load_lora_weights(file.parent, weight_name=file.name)
     prompt = f"a house by {FORGET}"
@@ -301,11 +326,11 @@ def test_as_a_lora_it_is_the_same_edit(original, erased, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_proof_finds_an_inner_layer_that_reads_another_weight(original):
+@pytest.mark.parametrize("name", [LAYER, CONVOLUTION])
+def test_the_proof_finds_an_inner_layer_that_reads_another_weight(original, name):
     pipe = copied(original)
-    layer = pipe.unet.get_submodule(LAYER)
-    weight = layer.weight.detach().clone()
-    layer.forward = lambda z: torch.nn.functional.linear(z, weight, layer.bias)
+    layer, old = pipe.unet.get_submodule(name), original.unet.get_submodule(name)
+    layer.forward = old.forward
     before = {name: value.clone() for name, value in state(pipe.unet).items()}
     with pytest.raises(more_hf.SiteNotFoundError, match="inside the denoiser"):
         erase(pipe, request_for())
@@ -400,7 +425,7 @@ def test_prototypes_are_of_the_half_with_the_prompt(family, monkeypatch):
 
     def read(name, module, args):
         if args[0].ndim > 2:
-            z = args[0].flatten(1, -2).double()
+            z = positions_before_features(module, args[0]).flatten(1, -2).double()
             calls[-1][1][name].append(z[:, :: -(-z.shape[1] // 64)].mean(1))
 
     denoiser.module.register_forward_pre_hook(given, with_kwargs=True)
