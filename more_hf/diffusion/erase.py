@@ -104,10 +104,10 @@ def erase_concept(
         reach (`str`, *optional*, defaults to `"name"`):
             `"name"` edits the layers that read the prompt: the name no longer says anything, and whoever
             learns another word for the concept from pictures finds it again. `"denoiser"` also edits every
-            linear layer of the denoiser's blocks, by what these read of pictures that the original draws: of
-            the concept, of its targets, of retained names and of ordinary prompts. That is a regression,
-            exact in nothing, and dearer for other pictures: what a learned word still finds, and what it
-            costs, is in `benchmarks/attacks/pictures/reach`.
+            other linear layer and 1×1 convolution of the denoiser's blocks, by what these read of pictures
+            that the original draws: of the concept, of its targets, of retained names and of ordinary
+            prompts. That is a regression, exact in nothing, and dearer for other pictures: what a learned
+            word still finds, and what it costs, is in `benchmarks/attacks/pictures/reach`.
         softness (`float`, *optional*, defaults to 1.0):
             Of `"soft"` and inside the denoiser: how much leaving ordinary features alone weighs against
             moving forgotten ones. Smaller forgets more, larger spares more.
