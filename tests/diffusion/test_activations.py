@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from support.compare import state
@@ -362,6 +363,23 @@ def test_under_a_lora_the_base_is_edited(original, tmp_path):
     pipe.unload_lora_weights()
     assert more_hf.restore(pipe) is pipe
     assert state_equal(pipe.unet, original.unet)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_under_sequential_offload(original, erased):
+    pipe = copied(original)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    held = {name: pipe.unet.get_submodule(name)._hf_hook.weights_map for name in (LAYER, CONVOLUTION)}
+    erase(pipe, request_for())
+    for name, weights in held.items():
+        assert pipe.unet.get_submodule(name).weight.is_meta
+        before, wanted = (each.unet.get_submodule(name).weight for each in (original, erased))
+        torch.testing.assert_close(weights["weight"], wanted, rtol=1e-4, atol=1e-6)
+        assert (weights["weight"] - before).norm() > 1e-4 * before.norm()
+    more_hf.restore(pipe)
+    for name, weights in held.items():
+        assert torch.equal(weights["weight"], original.unet.get_submodule(name).weight)
 
 
 @pytest.mark.slow
