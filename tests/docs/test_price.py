@@ -21,17 +21,28 @@ def test_a_line_is_what_both_have(monkeypatch):
     price = importlib.import_module("price")
     costs = [cost("more-denoiser", "Noto", "0.0384"), cost("more", "Noto", "0.0014")]
     costs.append(cost("more", "Fluent", "0"))  # which was not attacked
+    costs[1]["lpips_none"] = ""  # no prompt without a name was drawn
     attacks = [attack("more", "15", "55.0"), attack("more", "150", "70.0")]
     attacks.append(attack("more", "150", "99.0", variant="never forgotten"))
-    attacks += [attack("more-denoiser", "15", "0.0"), attack("more-denoiser", "150", "25.0")]
+    attacks += [attack("more-denoiser", "15", "0.0"), attack("more-denoiser", "15", "0.0")]
+    attacks += [attack("more-denoiser", "150", "20.0"), attack("more-denoiser", "150", "30.0")]  # two runs
     lines = price.prices(costs, attacks)
-    others = {"lpips_none": 0.1, "content_r": 95.5}
     first, second = lines
-    assert first == {"method": "more", "forget": "Noto", "lpips_r": 0.001, **others} | {
+    assert first == {
+        "method": "more",
+        "forget": "Noto",
+        "lpips_r": 0.001,
+        "lpips_none": None,
+        "content_r": 95.5,
         "after 15 steps": 55.0,
         "after 150 steps": 70.0,
     }
-    assert second == {"method": "more-denoiser", "forget": "Noto", "lpips_r": 0.038, **others} | {
+    assert second == {
+        "method": "more-denoiser",
+        "forget": "Noto",
+        "lpips_r": 0.038,
+        "lpips_none": 0.1,
+        "content_r": 95.5,
         "after 15 steps": 0.0,
         "after 150 steps": 25.0,
     }

@@ -2,12 +2,15 @@
 
     python benchmarks/attacks/pictures/price.py    # reach/price.csv, price.md, price.png
 
-Reads what two benchmarks measured: the pictures of the others in `benchmarks/artists/reach`, and the words
-learned from pictures in `reach/softness`. A line is one method and one style.
+Reads what two benchmarks measured: the pictures of the others in `benchmarks/artists/reach` and
+`reach-things`, and the words learned from pictures in `reach/softness` and `reach/things`. A line is one
+method and one style or thing, the mean over runs of the attack.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 from more_hf.bench.columns import read_cells, write_rows
 from more_hf.bench.figures import panels, write_figure
@@ -16,41 +19,47 @@ from more_hf.core.markdown import markdown_table
 
 
 HERE = Path(__file__).parent
-COSTS = HERE.parents[1] / "artists" / "reach"
+ARTISTS = HERE.parents[1] / "artists"
+MEASURED = {  # what the others pay -> what comes back
+    ARTISTS / "reach": HERE / "reach" / "softness",
+    ARTISTS / "reach-things": HERE / "reach" / "things",
+}
 METHODS = ("original", "more", "more-denoiser-soft", "more-denoiser", "more-denoiser-hard")
 VARIANT = "1 token"
 
 
 def prices(costs: list[dict[str, str]], attacks: list[dict[str, str]]) -> list[dict[str, str | float]]:
     """
-    One line per method and style that both files have.
+    One line per style or thing and method that both files have.
 
     Args:
         costs (`list[dict[str, str]]`): lines of the artists' `summary.csv`.
         attacks (`list[dict[str, str]]`): lines of the attacks' `rows.csv`.
     """
-    found = {
-        (row["method"], row["forget"], row["budget"]): float(row["recovered"])
-        for row in attacks
-        if row["attack"] == "inversion" and row["variant"] == VARIANT
-    }
+    found = defaultdict(list)
+    for row in attacks:
+        if row["attack"] == "inversion" and row["variant"] == VARIANT:
+            found[row["forget"], row["method"], row["budget"]].append(float(row["recovered"]))
     budgets = list(dict.fromkeys(budget for *_, budget in found))
+    paid = {(row["forget"], row["method"]): row for row in costs}
     lines = []
-    for method in METHODS:
-        for row in costs:
-            key = method, row["forget"]
-            if row["method"] != method or (*key, budgets[0]) not in found:
+    for forget in dict.fromkeys(forget for forget, *_ in found):
+        for method in METHODS:
+            if (forget, method) not in paid or (forget, method, budgets[0]) not in found:
                 continue
-            line = {"method": method, "forget": row["forget"]}
-            line |= {column: round(float(row[column]), 3) for column in ("lpips_r", "lpips_none")}
+            row = paid[forget, method]
+            line = {"method": method, "forget": forget}
+            for column in ("lpips_r", "lpips_none"):
+                line[column] = round(float(row[column]), 3) if row[column] else None
             line["content_r"] = round(float(row["content_r"]), 1)
-            line |= {f"after {budget} steps": found[*key, budget] for budget in budgets}
+            for budget in budgets:
+                line[f"after {budget} steps"] = round(fmean(found[forget, method, budget]), 1)
             lines.append(line)
     return lines
 
 
 def price_figure(lines: list[dict[str, str | float]]):
-    """One panel a style: what is found after the most steps, over how far the others' pictures moved."""
+    """One panel a name: what is found after the most steps, over how far the others' pictures moved."""
     styles = list(dict.fromkeys(line["forget"] for line in lines))
     figure, axes = panels(len(styles), width=3.3, height=2.8, sharey=True)
     for style, panel in zip(styles, axes, strict=True):
@@ -63,7 +72,7 @@ def price_figure(lines: list[dict[str, str | float]]):
         panel.set_ylim(0, 105)
         panel.margins(x=0.25)  # room for the names
     figure.supxlabel("how far the others' pictures moved (lpips_r)", fontsize=9)
-    figure.supylabel("% of the style recognised", fontsize=9)
+    figure.supylabel("% recognised", fontsize=9)
     return figure
 
 
@@ -71,8 +80,9 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    attacks = read_cells(HERE / "reach" / "softness" / "rows.csv")
-    lines = prices(read_cells(COSTS / "summary.csv"), attacks)
+    lines = []
+    for cost, attacks in MEASURED.items():
+        lines += prices(read_cells(cost / "summary.csv"), read_cells(attacks / "rows.csv"))
     write_rows(HERE / "reach" / "price.csv", lines)
     table = markdown_table(lines)
     write_text(HERE / "reach" / "price.md", table + "\n")
