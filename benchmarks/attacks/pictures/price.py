@@ -61,16 +61,18 @@ def prices(costs: list[dict[str, str]], attacks: list[dict[str, str]]) -> list[d
 def price_figure(lines: list[dict[str, str | float]]):
     """One panel a name: what is found after the most steps, over how far the others' pictures moved."""
     styles = list(dict.fromkeys(line["forget"] for line in lines))
-    figure, axes = panels(len(styles), width=3.3, height=2.8, sharey=True)
+    figure, axes = panels(len(styles), width=2.8, height=2.4, legend=0.5, sharex=True, sharey=True)
     for style, panel in zip(styles, axes, strict=True):
         own = [line for line in lines if line["forget"] == style]
         found = [list(line.values())[-1] for line in own]
-        panel.plot([line["lpips_r"] for line in own], found, marker="o", linewidth=1)
+        panel.plot([line["lpips_r"] for line in own], found, color="lightgrey", zorder=1)
         for line, recognised in zip(own, found, strict=True):
-            panel.annotate(line["method"], (line["lpips_r"], recognised), fontsize=6, rotation=15)
+            color = f"C{METHODS.index(line['method'])}"
+            panel.scatter(line["lpips_r"], recognised, color=color, label=line["method"])
         panel.set_title(style, fontsize=9)
-        panel.set_ylim(0, 105)
-        panel.margins(x=0.25)  # room for the names
+        panel.set_ylim(-5, 105)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(METHODS), fontsize=9)
     figure.supxlabel("how far the others' pictures moved (lpips_r)", fontsize=9)
     figure.supylabel("% recognised", fontsize=9)
     return figure
