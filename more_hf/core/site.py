@@ -31,6 +31,11 @@ def matrix_of(weight: Tensor) -> Tensor:
     return weight.flatten(1) if weight.ndim == 4 else weight
 
 
+def feature_dim(module: nn.Module) -> int:
+    """The dimension of a layer's input and output that holds features: of a convolution its channels."""
+    return 1 if isinstance(module, nn.Conv2d) else -1
+
+
 class Site:
     """A linear layer that reads the features, and where its weight really lives.
 

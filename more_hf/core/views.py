@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from .erasure import Erasure
 from .errors import MoreError
 from .interrupts import afterwards, held, unwound
-from .site import EDITABLE, Site
+from .site import EDITABLE, Site, feature_dim
 
 
 @dataclass(eq=False)
@@ -165,8 +165,7 @@ class OriginalOutput:
         bias = self.site.read_bias()
         if bias is not None:
             bias = bias.to(*place)
-        # A 1×1 convolution reads a map whose channels are the features.
-        dim = 1 if isinstance(module, nn.Conv2d) else -1
+        dim = feature_dim(module)
         z = args[0].to(output.device).movedim(dim, -1)
         return linear(z, self.weights[place], bias).movedim(-1, dim)
 

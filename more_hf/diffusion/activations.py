@@ -29,7 +29,7 @@ from ..core.interrupts import unwound
 from ..core.moment import Moment
 from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.request import ConceptRequest
-from ..core.site import Site, check_unshared, is_linear
+from ..core.site import Site, check_unshared, feature_dim, is_linear
 from ..core.views import running_eagerly
 from .encoder import column
 from .prompts import TEMPLATES, everyday_prompts, names_in
@@ -331,8 +331,7 @@ class _Recorder:
         space, last = self.last
         if last is not z:
             space = layer
-            features = z.movedim(1, -1) if isinstance(module, nn.Conv2d) else z
-            self._add(space, features.flatten(1, -2))
+            self._add(space, z.movedim(feature_dim(module), -1).flatten(1, -2))
             self.last = space, z
         self.spaces.setdefault(layer, space)
 

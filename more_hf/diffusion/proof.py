@@ -19,6 +19,7 @@ from ..core.install import PROOF_TOLERANCE
 from ..core.interrupts import afterwards, unwound
 from ..core.proof import proof_by_run
 from ..core.remap import Remap
+from ..core.site import feature_dim
 from ..core.views import experts_forced, original_layers_shown, routing_off, running_eagerly
 from .sites import Denoiser, lora_branches
 
@@ -128,10 +129,9 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) ->
         # 1. Ask for the directions that the edit reads, at a prototype's length, and for what it must keep.
         rows = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
         rows = torch.cat([rows, remap.remain.T]).to(z)
-        if isinstance(module, nn.Conv2d):  # the rows are positions of a picture that is one pixel wide
-            answer = module(rows.T[None, :, :, None])[0, :, :, 0].T.double()
-        else:
-            answer = module(rows[None])[0].double()
+        dim = feature_dim(module)
+        column = rows[None, :, None].movedim(-1, dim)  # a picture that is one pixel wide
+        answer = module(column).movedim(dim, -1)[0, :, 0].double()
         # 2. Compute the same from the original weight and the remap.
         original = erasure.originals[name].to(z.device)
         bias = erasure.sites[name].read_bias()
