@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForImageClassification
 
 import more_hf
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.similarity import class_means, prototype_cosines
-from more_hf.bench.classes.training import predict
 from more_hf.classification.features import collect_prototypes, features_of
 from more_hf.core.markdown import markdown_table
 from more_hf.data import CLASSIFIERS, load_classifier
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.similarity import class_means, prototype_cosines
+from more_hf_bench.classes.training import predict
 
 
 def class_accuracies(model, data):

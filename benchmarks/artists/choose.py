@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 import more_hf
-from more_hf.bench.artists.generate import generate
-from more_hf.bench.artists.judges import EmojiJudges
-from more_hf.bench.artists.lpips import lpips_distance
-from more_hf.bench.artists.prompts import PromptRow, read_prompts, read_targets
-from more_hf.bench.columns import append_row, read_cells
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.core.request import ConceptRequest
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.erase import erase
 from more_hf.diffusion.prompts import TEMPLATES, everyday_prompts, packaged_prompts
+from more_hf_bench.artists.generate import generate
+from more_hf_bench.artists.judges import EmojiJudges
+from more_hf_bench.artists.lpips import lpips_distance
+from more_hf_bench.artists.prompts import PromptRow, read_prompts, read_targets
+from more_hf_bench.columns import append_row, read_cells
 
 
 HERE = Path(__file__).parent

@@ -20,11 +20,11 @@ from dataclasses import asdict
 
 from choose import HERE, STYLES, THINGS, Bench, Measurements
 
-from more_hf.bench.artists.config import Erasure
-from more_hf.bench.artists.prompts import read_prompts, read_targets
-from more_hf.bench.columns import append_row, read_cells
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.files import write_json
+from more_hf_bench.artists.config import Erasure
+from more_hf_bench.artists.prompts import read_prompts, read_targets
+from more_hf_bench.columns import append_row, read_cells
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 def grid(**values) -> list[dict]:

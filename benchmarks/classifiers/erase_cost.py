@@ -20,14 +20,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import more_hf
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.columns import write_rows
-from more_hf.bench.machine import hardware, peak_memory, processes
-from more_hf.bench.splits import ImageSet
 from more_hf.classification.heads import evaluating
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import CLASSIFIERS, load_classifier
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.columns import write_rows
+from more_hf_bench.machine import hardware, peak_memory, processes
+from more_hf_bench.splits import ImageSet
 
 
 HERE = Path(__file__).parent

@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import more_hf
-from more_hf.bench.columns import write_rows
-from more_hf.bench.machine import hardware, peak_memory, processes
 from more_hf.classification.features import features_of
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
+from more_hf_bench.columns import write_rows
+from more_hf_bench.machine import hardware, peak_memory, processes
 
 
 HERE = Path(__file__).parent

@@ -19,13 +19,13 @@ from accelerate.utils import tqdm
 from transformers import AutoModelForImageClassification
 
 import more_hf
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.training import accuracy
-from more_hf.bench.columns import write_rows
 from more_hf.classification.features import collect_prototypes, features_of
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import CLASSIFIERS, load_classifier
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.training import accuracy
+from more_hf_bench.columns import write_rows
 
 
 HERE = Path(__file__).parent

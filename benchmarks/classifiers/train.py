@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.models import MODELS, build_classifier, load_pretrained, pretrained_inputs
-from more_hf.bench.classes.training import Recipe, accuracy, predict, train_classifier
-from more_hf.bench.columns import read_cells, write_rows
-from more_hf.bench.machine import hardware, processes
-from more_hf.bench.splits import ImageSet, KDData
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import load_classifier
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.models import MODELS, build_classifier, load_pretrained, pretrained_inputs
+from more_hf_bench.classes.training import Recipe, accuracy, predict, train_classifier
+from more_hf_bench.columns import read_cells, write_rows
+from more_hf_bench.machine import hardware, processes
+from more_hf_bench.splits import ImageSet, KDData
 
 
 HERE = Path(__file__).parent

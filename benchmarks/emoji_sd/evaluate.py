@@ -27,11 +27,11 @@ from diffusers import StableDiffusionPipeline
 from grids import GRID_THINGS, draw_grid
 from judges import Judges
 
-from more_hf.bench.bootstrap import draw_means, interval
-from more_hf.bench.columns import write_rows
-from more_hf.bench.machine import weights_sha256
 from more_hf.core.files import write_json, write_text
 from more_hf.data import FOLDER, load_lpips
+from more_hf_bench.bootstrap import draw_means, interval
+from more_hf_bench.columns import write_rows
+from more_hf_bench.machine import weights_sha256
 
 
 PROMPT = "a {thing} in the style of {artist}"

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from train_judges import MIN_ARTISTS, THING_FOLDS, describe, held_out, percent
 
-from more_hf.bench.artists.judges import pooled_features
-from more_hf.bench.columns import write_rows
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import load_lpips
+from more_hf_bench.artists.judges import pooled_features
+from more_hf_bench.columns import write_rows
 
 
 HERE = Path(__file__).parent

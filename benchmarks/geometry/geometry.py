@@ -19,16 +19,16 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from more_hf.bench.columns import write_rows
-from more_hf.bench.machine import hardware, peak_memory
-from more_hf.bench.methods.diffusion import cure, oce, rece, speed, uce
-from more_hf.bench.methods.diffusion.without_po import without_orthogonalisation
 from more_hf.core.errors import PrototypeError
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
 from more_hf.diffusion.prompts import TEMPLATES
+from more_hf_bench.columns import write_rows
+from more_hf_bench.machine import hardware, peak_memory
+from more_hf_bench.methods.diffusion import cure, oce, rece, speed, uce
+from more_hf_bench.methods.diffusion.without_po import without_orthogonalisation
 
 
 matplotlib.use("Agg")

@@ -20,15 +20,15 @@ from typing import Any
 
 from torch import nn
 
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.metrics import harmonic_mean
-from more_hf.bench.classes.training import Recipe, Trainer, accuracy, predict
-from more_hf.bench.columns import read_cells, write_rows
-from more_hf.bench.methods.registry import CLASSIFICATION
-from more_hf.bench.splits import Splits, split_by_class
 from more_hf.core.errors import IncompatibleBaseError
 from more_hf.core.files import write_json
 from more_hf.core.markdown import markdown_table
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.metrics import harmonic_mean
+from more_hf_bench.classes.training import Recipe, Trainer, accuracy, predict
+from more_hf_bench.columns import read_cells, write_rows
+from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.splits import Splits, split_by_class
 
 
 # Chosen for one CPU core: the sources train for 3 to 10 epochs and try more rates. A method that reads all of
@@ -55,7 +55,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--model", required=True, help="a name of more_hf.bench.classes.models.MODELS")
+    parser.add_argument("--model", required=True, help="a name of more_hf_bench.classes.models.MODELS")
     parser.add_argument("--forget", required=True, help="the class to choose on")
     parser.add_argument("--methods", default=",".join(GRIDS))
     parser.add_argument(

@@ -27,15 +27,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, unfold
 from transformers import ViTForImageClassification
 
-from more_hf.bench.attacks.classes.run import random_weights
-from more_hf.bench.attacks.classes.similarity import similarity
-from more_hf.bench.attacks.classes.victim import Seen, Victim
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.features import cache, reloaded
-from more_hf.bench.classes.probes import converged_probe
-from more_hf.bench.classes.training import Recipe, accuracy, train_classifier, without
-from more_hf.bench.columns import read_cells, write_rows
-from more_hf.bench.splits import ImageSet, KDData, some_of_each, split_by_class
 from more_hf.classification.erase import erase_classes
 from more_hf.classification.heads import evaluating, find_heads
 from more_hf.core.files import write_text
@@ -44,6 +35,15 @@ from more_hf.core.moment import Moment
 from more_hf.core.prototypes import PrototypeFitter, Prototypes
 from more_hf.core.remap import Remap
 from more_hf.data import load_classifier
+from more_hf_bench.attacks.classes.run import random_weights
+from more_hf_bench.attacks.classes.similarity import similarity
+from more_hf_bench.attacks.classes.victim import Seen, Victim
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.features import cache, reloaded
+from more_hf_bench.classes.probes import converged_probe
+from more_hf_bench.classes.training import Recipe, accuracy, train_classifier, without
+from more_hf_bench.columns import read_cells, write_rows
+from more_hf_bench.splits import ImageSet, KDData, some_of_each, split_by_class
 
 
 HERE = Path(__file__).parent

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.features import cache, inputs_of
-from more_hf.bench.classes.models import build_classifier
-from more_hf.bench.classes.probes import LEARNING_RATES, new_heads, sgd_probes
-from more_hf.bench.columns import read_cells, write_rows
-from more_hf.bench.machine import hardware
-from more_hf.bench.splits import ImageSet
 from more_hf.classification.heads import evaluating
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.features import cache, inputs_of
+from more_hf_bench.classes.models import build_classifier
+from more_hf_bench.classes.probes import LEARNING_RATES, new_heads, sgd_probes
+from more_hf_bench.columns import read_cells, write_rows
+from more_hf_bench.machine import hardware
+from more_hf_bench.splits import ImageSet
 
 
 SEEDS, EPOCHS, BATCH = (0, 1, 2, 3, 4), 10, 64

@@ -23,15 +23,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.measure import Shared
-from more_hf.bench.classes.run import run_kd
-from more_hf.bench.classes.tables import RELOADED
-from more_hf.bench.columns import write_rows
-from more_hf.bench.splits import KDData, split_by_class
-from more_hf.classification.router_training import COMBINATIONS
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.measure import Shared
+from more_hf_bench.classes.run import run_kd
+from more_hf_bench.classes.tables import RELOADED
+from more_hf_bench.columns import write_rows
+from more_hf_bench.methods.classification.router_training import COMBINATIONS
+from more_hf_bench.splits import KDData, split_by_class
 
 
 SHOWN = ("hm_t", "kr_hm_t", "kr_converged_hm_t")

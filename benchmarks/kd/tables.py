@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from more_hf.bench.classes import samples as kd_samples
-from more_hf.bench.classes.tables import REFERENCES, ROW_COLUMNS, summarise
-from more_hf.bench.columns import Column, read_rows
-from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
+from more_hf_bench.classes import samples as kd_samples
+from more_hf_bench.classes.tables import REFERENCES, ROW_COLUMNS, summarise
+from more_hf_bench.columns import Column, read_rows
+from more_hf_bench.methods.registry import CLASSIFICATION
 
 
 HERE = Path(__file__).parent

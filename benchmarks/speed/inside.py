@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-import speed
 from wide import peak
 
 import more_hf
+import speed
 from more_hf.core.request import ConceptRequest
 from more_hf.diffusion import erase
 from more_hf.diffusion.plan import Solution

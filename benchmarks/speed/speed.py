@@ -25,15 +25,15 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import more_hf
-from more_hf.bench.columns import write_rows
-from more_hf.bench.machine import hardware, versions
-from more_hf.bench.methods.diffusion.uce import uce
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.diffusion import ordinary
 from more_hf.diffusion.encoder import fit_prototypes
 from more_hf.diffusion.proof import prover
 from more_hf.diffusion.sites import find_denoiser
+from more_hf_bench.columns import write_rows
+from more_hf_bench.machine import hardware, versions
+from more_hf_bench.methods.diffusion.uce import uce
 
 
 HERE = Path(__file__).parent

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from more_hf.bench.columns import write_rows
-from more_hf.bench.machine import hardware, versions
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.core.moment import Moment
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
+from more_hf_bench.columns import write_rows
+from more_hf_bench.machine import hardware, versions
 
 
 HERE = Path(__file__).parent

@@ -19,7 +19,6 @@ from .options import DTYPES, EMOJI_SD
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import PartialState
     from diffusers import DiffusionPipeline
 
 
@@ -212,15 +211,6 @@ def find_device(name: str | None, offload: str) -> torch.device:
     if offload != "none" and device.type == "cpu":
         raise ValueError(f"`--offload {offload}` spares a device's memory, but the device is the CPU.")
     return device
-
-
-def start_processes(device: str | None) -> PartialState:
-    """accelerate's state of this process, on the device that `--device` names; says what it runs in."""
-    from more_hf.bench.machine import describe, processes
-
-    state = processes(None if device is None else find_device(device, "none"))
-    logger.info("%s", describe(state))
-    return state
 
 
 def place(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:

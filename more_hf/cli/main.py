@@ -3,16 +3,18 @@
 import argparse
 import os
 import sys
+from importlib.metadata import entry_points
 
 from more_hf import __version__
 from more_hf.core.errors import MoreError
 
-from . import bench, compare, demo, erase, erase_classes, lora, push, verify
+from . import compare, erase, erase_classes, lora, push, verify
 from .options import show_examples
 from .progress import stages_shown
 
 
-COMMANDS = (demo, erase, erase_classes, compare, lora, verify, push, bench)
+COMMANDS = (erase, erase_classes, compare, lora, verify, push)
+OTHERS = "more_hf.commands"  # entry points of modules with a command: the benchmarks' `demo` and `bench`
 BENCH = ("concept_erasure", "matplotlib", "sklearn")  # the packages of the extra `bench`
 
 
@@ -82,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"more-hf {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for module in COMMANDS:
+    for module in (*COMMANDS, *(point.load() for point in entry_points(group=OTHERS))):
         module.add_to(commands)
     return parser.parse_args([_with_underscores(argument) for argument in argv])
 

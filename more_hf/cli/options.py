@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -139,16 +138,6 @@ def read_remap_to(names: list[str]) -> list[str] | None:
     if none and len(names) > 1:
         raise ValueError(f"`--remap_to` has {none[0]!r} beside other names. Pass names, or none alone.")
     return None if none else names
-
-
-def read_settings(file: Path | None) -> dict[str, dict[str, Any]] | None:
-    """Read the JSON file of `--settings`: method -> its arguments."""
-    if file is None:
-        return None
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
 
 
 def refuse_lost_router(args: argparse.Namespace) -> None:

@@ -20,16 +20,19 @@ class _AboveBars(logging.Handler):
 
 @contextmanager
 def stages_shown() -> Iterator[None]:
-    """Show what the package logs; of several processes, only the first one reports its stages."""
-    package, handler = logging.getLogger("more_hf"), _AboveBars()
+    """Show what the library and the benchmarks log; of several processes, only the first reports stages."""
+    handler = _AboveBars()
     is_first = os.environ.get("RANK", "0") == "0"
-    level, propagate = package.level, package.propagate
-    package.addHandler(handler)
-    package.setLevel(logging.INFO if is_first else logging.WARNING)
-    package.propagate = False
+    packages = [logging.getLogger(name) for name in ("more_hf", "more_hf_bench")]
+    before = [(package.level, package.propagate) for package in packages]
+    for package in packages:
+        package.addHandler(handler)
+        package.setLevel(logging.INFO if is_first else logging.WARNING)
+        package.propagate = False
     try:
         yield
     finally:
-        package.removeHandler(handler)
-        package.setLevel(level)
-        package.propagate = propagate
+        for package, (level, propagate) in zip(packages, before, strict=True):
+            package.removeHandler(handler)
+            package.setLevel(level)
+            package.propagate = propagate

@@ -113,7 +113,7 @@ def load_classifier(name: str):
 
     Returns:
         [`~transformers.PreTrainedModel`]: float32 (the files hold half precision), on the CPU, in evaluation
-        mode. It reads `pixel_values` in [-1, 1] as `more_hf.bench.classes.data.load_kd_data` gives them.
+        mode. It reads `pixel_values` in [-1, 1] as `more_hf_bench.classes.data.load_kd_data` gives them.
 
     Raises:
         ValueError: for a name that is none of `CLASSIFIERS`.

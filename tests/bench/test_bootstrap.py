@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
-from more_hf.bench.bootstrap import ClusterBootstrap, draw_accuracies, draw_counts, draw_means, interval
+from more_hf_bench.bootstrap import ClusterBootstrap, draw_accuracies, draw_counts, draw_means, interval
 
 
 def test_a_mean_and_a_paired_difference():

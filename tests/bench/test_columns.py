@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from more_hf.bench.columns import Column, append_row, read_cells, read_rows, write_rows
+from more_hf_bench.columns import Column, append_row, read_cells, read_rows, write_rows
 
 
 def test_rows_come_back(tmp_path):

@@ -3,9 +3,9 @@ import re
 import pytest
 from PIL import Image
 
-from more_hf.bench.page import Pair, Section, write_page
-from more_hf.bench.tables import Cell
 from more_hf.core.markdown import markdown_table, number
+from more_hf_bench.page import Pair, Section, write_page
+from more_hf_bench.tables import Cell
 
 
 def test_markdown_table():

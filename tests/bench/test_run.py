@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from more_hf.bench.artists.run import GIVEN
-from more_hf.bench.classes.run import NOT_SETTINGS
-from more_hf.bench.machine import processes
-from more_hf.bench.methods.registry import find_classification_method, find_diffusion_method
-from more_hf.bench.run import (
+from more_hf_bench.artists.run import GIVEN
+from more_hf_bench.classes.run import NOT_SETTINGS
+from more_hf_bench.machine import processes
+from more_hf_bench.methods.registry import find_classification_method, find_diffusion_method
+from more_hf_bench.run import (
     BenchmarkConfig,
     BenchmarkError,
     held_settings,

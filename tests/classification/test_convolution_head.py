@@ -10,9 +10,9 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 import more_hf
 from more_hf.classification.features import features_of
-from more_hf.classification.forget_samples import forget_samples
 from more_hf.classification.heads import find_heads
 from more_hf.core.errors import SiteNotFoundError
+from more_hf_bench.methods.classification.forget_samples import forget_samples
 
 
 LABELS = torch.arange(60) % 5

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from support.processes import launched
 
-from more_hf.bench.artists.rows import read_rows
 from more_hf.cli.main import main
 from more_hf.data import EMOJI_ARTISTS
+from more_hf_bench.artists.rows import read_rows
 
 
 HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"
@@ -22,7 +22,7 @@ PROMPTS = HEADER + "".join(
     for j, thing in enumerate(THINGS)
 )
 ROWS = 12 + 4  # the forgotten artist has a second seed
-HEAVY = ["more_hf.cli", "more_hf.bench.artists.run", "transformers.models.clip.modeling_clip", "lpips"]
+HEAVY = ["more_hf.cli", "more_hf_bench.artists.run", "transformers.models.clip.modeling_clip", "lpips"]
 HEAVY += ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
 
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from more_hf import __version__
-from more_hf.bench.classes import DATASETS
-from more_hf.bench.classes.sources import SOURCES
 from more_hf.cli.main import main, parse
 from more_hf.cli.options import read_model, refuse_missing_model
 from more_hf.core import options
 from more_hf.core.errors import MoreError
 from more_hf.core.routers import ROUTERS
 from more_hf.diffusion.encoder import TOKENS
+from more_hf_bench.classes import DATASETS
+from more_hf_bench.classes.sources import SOURCES
 
 
 COMMANDS = ["", "demo", "erase", "erase-classes", "compare", "lora", "verify", "push"]
@@ -130,9 +130,9 @@ def interrupt(*args, **options):
 
 def test_interrupted(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("more_hf.cli.demo.emoji_artist", interrupt)
+    monkeypatch.setattr("more_hf_bench.cli.demo.emoji_artist", interrupt)
     monkeypatch.setattr("more_hf.cli.verify.refuse_missing_folder", interrupt)
-    monkeypatch.setattr("more_hf.cli.bench_classes.read_settings", interrupt)
+    monkeypatch.setattr("more_hf_bench.cli.classes.read_settings", interrupt)
     for command in ("demo --output missing", "verify missing"):
         assert main(command.split()) == 130
         assert capsys.readouterr().err == "Interrupted. Nothing was written.\n"
@@ -146,7 +146,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["bench", "kd", "--dataset", "digits", "--forget", "3", "--output", str(tmp_path)]) == 2
     assert "pip install 'more_hf[bench]'" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "more_hf.bench.artists.demo", None)
+    monkeypatch.setitem(sys.modules, "more_hf_bench.artists.demo", None)
     with pytest.raises(ModuleNotFoundError):  # a bug of ours, whose traceback is wanted
         main(["demo", "--output", str(tmp_path)])
 
@@ -187,7 +187,7 @@ def test_a_class_that_a_folder_does_not_name_is_refused_before_anything_heavy(tm
 def test_a_folder_called_like_a_data_set_is_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
-    monkeypatch.setattr("more_hf.bench.machine.processes", interrupt)
+    monkeypatch.setattr("more_hf_bench.machine.processes", interrupt)
     words = ["bench", "kd", "--forget", "3", "--output", "out", "--dataset"]
     assert main([*words, "digits"]) == 130
     assert "write ./digits" in capsys.readouterr().err
@@ -197,8 +197,8 @@ def test_a_folder_called_like_a_data_set_is_noticed(tmp_path, monkeypatch, capsy
 
 def test_the_other_processes_of_a_benchmark_make_no_table(monkeypatch, capsys):
     state = SimpleNamespace(num_processes=2, is_main_process=False, device=SimpleNamespace(type="cpu"))
-    monkeypatch.setattr("more_hf.bench.machine.processes", lambda device=None: state)
-    monkeypatch.setattr("more_hf.bench.classes.run.run_kd", lambda *args, **options: [])
+    monkeypatch.setattr("more_hf_bench.machine.processes", lambda device=None: state)
+    monkeypatch.setattr("more_hf_bench.classes.run.run_kd", lambda *args, **options: [])
     assert main("bench kd --forget 3 --output out".split()) == 0
     out, err = capsys.readouterr()
     assert out == ""

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 import more_hf
-from more_hf.bench.artists.demo import demo_rows
 from more_hf.cli.main import main, parse
 from more_hf.cli.request import read_concepts, read_request
 from more_hf.data import EMOJI_ARTISTS
+from more_hf_bench.artists.demo import demo_rows
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import more_hf
-from more_hf.bench.artists.prompts import read_prompts
 from more_hf.data import EMOJI_ARTISTS, FOLDER, load_emoji_sd, load_lpips
 from more_hf.diffusion.prompts import everyday_prompts
+from more_hf_bench.artists.prompts import read_prompts
 
 
 ROOT = Path(__file__).parents[2]
@@ -106,18 +106,18 @@ def test_the_wheel_has_the_data_and_works_from_elsewhere(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    own = [name for name in names if name.startswith("more_hf/")]
-    assert all(name.startswith("more_hf-") for name in names - set(own))
-    tables = {f"more_hf/prompts/{path.name}" for path in (ROOT / "prompts").glob("*.csv")}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"more_hf", "more_hf_bench"}
+    tables = {f"more_hf_bench/prompts/{path.name}" for path in (ROOT / "prompts").glob("*.csv")}
     assert tables
     assert tables | {"more_hf/py.typed"} <= names
-    package = [path for path in (ROOT / "more_hf").rglob("*") if path.is_file()]
-    assert {path.relative_to(ROOT).as_posix() for path in package if path.suffix != ".pyc"} <= names
+    for folder in (ROOT / "more_hf", ROOT / "benchmarks" / "more_hf_bench"):
+        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        assert {path.relative_to(folder.parent).as_posix() for path in files} <= names
     licences = {name.partition("/licenses/")[2] for name in names if "/licenses/" in name}
     assert licences == set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license-files"])
 
     code = (
-        "import more_hf, more_hf.data; print(more_hf.__file__); "
+        "import more_hf, more_hf.data; print(more_hf.__file__); import more_hf_bench.cli.bench; "
         "more_hf.load_emoji_sd(); more_hf.data.load_lpips(); print('loaded')"
     )
     # First on the path, so that an editable installation of the checkout does not answer.

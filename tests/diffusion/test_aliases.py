@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import more_hf
-from more_hf.bench.methods.diffusion.ours import more_described, trained_descriptions
 from more_hf.core.errors import PrototypeError
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.encoder import column, fit_prototypes
+from more_hf_bench.methods.diffusion.ours import more_described, trained_descriptions
 
 
 OTHERS = ["Noto", "Fluent", "Twemoji"]

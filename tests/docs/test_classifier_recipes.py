@@ -16,10 +16,10 @@ from safetensors import safe_open
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 import more_hf.data
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.training import RECIPES, Recipe, accuracy, predict
 from more_hf.classification.features import collect_prototypes
 from more_hf.data import CLASSIFIERS, load_classifier
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.training import RECIPES, Recipe, accuracy, predict
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import more_hf
-from more_hf.bench.artists.judges import EmojiJudges
+from more_hf_bench.artists.judges import EmojiJudges
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

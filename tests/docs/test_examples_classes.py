@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.training import accuracy, predict
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.training import accuracy, predict
 
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import more_hf
+import more_hf_bench
 
 
-PACKAGE = Path(more_hf.__file__).parent
+PACKAGES = [Path(package.__file__).parent for package in (more_hf, more_hf_bench)]
 # What a sentence, or a part of one, begins with when it says what to do.
 STEPS = set(
     "add ask build call charge check choose collect copy correct delete describe drop erase feed "
@@ -56,7 +57,8 @@ def says_what_to_do(text):
 
 def raises():
     """`(place, text)` of every project error; the name of the place tells which one to mend."""
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    paths = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in paths}
     errors = errors_of(trees)
     for path, tree in trees.items():
         assigned = {}
@@ -67,7 +69,7 @@ def raises():
             if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
                 continue
             if ast.unparse(node.exc.func).split(".")[-1] in errors:
-                place = f"{path.relative_to(PACKAGE)}:{node.lineno}"
+                place = f"{path}:{node.lineno}"
                 for text in texts_of(node.exc.args[0], assigned):
                     yield place, text
 

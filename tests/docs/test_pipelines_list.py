@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import more_hf
-from more_hf.bench.machine import weights_sha256
+from more_hf_bench.machine import weights_sha256
 
 
 ROOT = Path(__file__).parents[2] / "benchmarks"

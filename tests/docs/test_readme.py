@@ -11,9 +11,9 @@ from support.families import BUILDERS, build, denoiser_of
 from transformers import ViTImageProcessor
 
 import more_hf
-from more_hf.bench.methods.registry import find_diffusion_method
 from more_hf.cli.main import parse
 from more_hf.diffusion.families import FAMILIES, family_of
+from more_hf_bench.methods.registry import find_diffusion_method
 
 
 ROOT = Path(__file__).parents[2]

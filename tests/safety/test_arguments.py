@@ -17,9 +17,9 @@ from support.pipelines import build_tiny_sd
 from torch import nn
 
 import more_hf
-from more_hf.bench.artists.prompts import read_prompts, read_targets
 from more_hf.core.prototypes import PrototypeFitter
 from more_hf.core.remap import Remap
+from more_hf_bench.artists.prompts import read_prompts, read_targets
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

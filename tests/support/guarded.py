@@ -2,7 +2,7 @@
 
 import torch
 
-from more_hf.bench.methods.registry import DIFFUSION
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 CONCEPT = "van gogh"

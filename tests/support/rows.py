@@ -1,6 +1,6 @@
 """Rows of a benchmark of artists, of which a test says only what matters to it."""
 
-from more_hf.bench.artists.rows import Row
+from more_hf_bench.artists.rows import Row
 
 
 UNSAID = {

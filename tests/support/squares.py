@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from more_hf.bench.splits import ImageSet, KDData, split_by_class
+from more_hf_bench.splits import ImageSet, KDData, split_by_class
 
 
 K, WIDTH, FORGET = 4, 70, 2  # 1.5 % of 70 is one direction

@@ -3,7 +3,7 @@
 import torch
 
 import more_hf
-from more_hf.bench.artists.prompts import PromptRow
+from more_hf_bench.artists.prompts import PromptRow
 
 
 ARTISTS, THINGS = ("van gogh", "claude monet", "pablo picasso"), ("cat", "dog", "house", "tree")

@@ -13,13 +13,13 @@ from pathlib import Path
 import tune
 
 import more_hf
-from more_hf.bench.artists.judges import EmojiJudges
-from more_hf.bench.artists.kinds import THINGS
-from more_hf.bench.artists.run import EMOJI, run_artists
-from more_hf.bench.columns import write_rows
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
+from more_hf_bench.artists.judges import EmojiJudges
+from more_hf_bench.artists.kinds import THINGS
+from more_hf_bench.artists.run import EMOJI, run_artists
+from more_hf_bench.columns import write_rows
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 HERE = Path(__file__).parent

@@ -12,10 +12,10 @@ import io
 import random
 from pathlib import Path
 
-from more_hf.bench.artists.judges import EmojiJudges
-from more_hf.bench.artists.prompts import read_prompts
 from more_hf.core.files import write_text
 from more_hf.diffusion.prompts import packaged_prompts
+from more_hf_bench.artists.judges import EmojiJudges
+from more_hf_bench.artists.prompts import read_prompts
 
 
 ROOT = Path(__file__).parents[3]

@@ -12,10 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from more_hf.bench.columns import read_cells, write_rows
-from more_hf.bench.figures import panels, write_figure
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
+from more_hf_bench.columns import read_cells, write_rows
+from more_hf_bench.figures import panels, write_figure
 
 
 HERE = Path(__file__).parent

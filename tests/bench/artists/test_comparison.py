@@ -13,14 +13,14 @@ from support.compare import same
 from support.rows import row
 
 import more_hf
-from more_hf.bench.artists import grid
-from more_hf.bench.artists.prompts import read_targets
-from more_hf.bench.artists.rows import read_rows
-from more_hf.bench.artists.run import run_artists
-from more_hf.bench.artists.summary import summarise
-from more_hf.bench.errors import BenchmarkError
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.cli.main import main
+from more_hf_bench.artists import grid
+from more_hf_bench.artists.prompts import read_targets
+from more_hf_bench.artists.rows import read_rows
+from more_hf_bench.artists.run import run_artists
+from more_hf_bench.artists.summary import summarise
+from more_hf_bench.errors import BenchmarkError
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"
@@ -207,9 +207,9 @@ def test_the_command_reads_settings_and_joint_names(monkeypatch, tmp_path, emoji
         called.update(options, methods=methods, forget=forget)
         return summarise([])
 
-    monkeypatch.setattr("more_hf.bench.artists.run.run_artists", fake)
+    monkeypatch.setattr("more_hf_bench.artists.run.run_artists", fake)
     monkeypatch.setattr("more_hf.load_emoji_sd", lambda dtype: copy.copy(emoji_sd))
-    monkeypatch.setattr("more_hf.bench.artists.tables.short_markdown", lambda summary, kind: "")
+    monkeypatch.setattr("more_hf_bench.artists.tables.short_markdown", lambda summary, kind: "")
     (tmp_path / "settings.json").write_text('{"uce": {"lamb": 20}}')
     words = [
         "bench",

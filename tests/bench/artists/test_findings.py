@@ -1,7 +1,7 @@
 import pytest
 
-from more_hf.bench.artists.findings import Finding, finding
-from more_hf.bench.tables import share
+from more_hf_bench.artists.findings import Finding, finding
+from more_hf_bench.tables import share
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from more_hf.bench.artists.gallery import _judged
+from more_hf_bench.artists.gallery import _judged
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import more_hf
-from more_hf.bench.artists.generate import generate
+from more_hf_bench.artists.generate import generate
 
 
 PROMPTS = ["a cat", "a dog", "a house in the style of Monet"]

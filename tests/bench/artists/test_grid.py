@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from more_hf.bench.artists.grid import _target_of
+from more_hf_bench.artists.grid import _target_of
 
 
 def test_the_target_is_drawn_with_the_same_thing():

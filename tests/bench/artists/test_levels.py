@@ -14,19 +14,19 @@ from support.pipelines import random_ip_adapter
 from support.rows import row
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from more_hf.bench.artists.config import ArtistsConfig
-from more_hf.bench.artists.generate import generate
-from more_hf.bench.artists.grid import read_image
-from more_hf.bench.artists.judges import EmojiJudges, sentence_of
-from more_hf.bench.artists.kinds import THINGS
-from more_hf.bench.artists.levels import left_table, level_lines, lost_table
-from more_hf.bench.artists.prompts import PromptFileError, PromptRow, read_prompts
-from more_hf.bench.artists.rows import read_rows
-from more_hf.bench.artists.run import run_artists
-from more_hf.bench.artists.tables import rebuild
-from more_hf.bench.errors import BenchmarkError
 from more_hf.cli.main import main
 from more_hf.data import EMOJI_ARTISTS, FOLDER
+from more_hf_bench.artists.config import ArtistsConfig
+from more_hf_bench.artists.generate import generate
+from more_hf_bench.artists.grid import read_image
+from more_hf_bench.artists.judges import EmojiJudges, sentence_of
+from more_hf_bench.artists.kinds import THINGS
+from more_hf_bench.artists.levels import left_table, level_lines, lost_table
+from more_hf_bench.artists.prompts import PromptFileError, PromptRow, read_prompts
+from more_hf_bench.artists.rows import read_rows
+from more_hf_bench.artists.run import run_artists
+from more_hf_bench.artists.tables import rebuild
+from more_hf_bench.errors import BenchmarkError
 
 
 LEVELS = [

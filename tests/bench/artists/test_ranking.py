@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from support.rows import row
 
-from more_hf.bench.artists.ranking import rank, winner
+from more_hf_bench.artists.ranking import rank, winner
 
 
 def rows_of(method, far, near, *, styles=1, content=10, prompts=10, forget="A"):

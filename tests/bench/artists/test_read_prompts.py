@@ -1,8 +1,8 @@
 import pytest
 
 import more_hf
-from more_hf.bench.artists.prompts import PromptFileError, read_prompts, read_targets
-from more_hf.bench.artists.run import run_artists
+from more_hf_bench.artists.prompts import PromptFileError, read_prompts, read_targets
+from more_hf_bench.artists.run import run_artists
 
 
 HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from more_hf.bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, read_targets
-from more_hf.bench.artists.reading import cut_off, known
-from more_hf.bench.artists.run import run_artists
-from more_hf.bench.errors import BenchmarkError
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.encoder import Encoder
+from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, read_targets
+from more_hf_bench.artists.reading import cut_off, known
+from more_hf_bench.artists.run import run_artists
+from more_hf_bench.errors import BenchmarkError
 
 
 LONG = "a long sentence about a house and a dog and a cat and a fish and " + "a bus and a key and " * 4 + "by"

@@ -13,13 +13,13 @@ from PIL import Image
 from support.compare import same, state
 
 import more_hf
-from more_hf.bench.artists.gallery import FIRST
-from more_hf.bench.artists.grid import read_image
-from more_hf.bench.artists.rows import read_rows
-from more_hf.bench.artists.run import run_artists
-from more_hf.bench.artists.tables import rebuild
-from more_hf.bench.errors import BenchmarkError
-from more_hf.bench.methods.registry import find_diffusion_method
+from more_hf_bench.artists.gallery import FIRST
+from more_hf_bench.artists.grid import read_image
+from more_hf_bench.artists.rows import read_rows
+from more_hf_bench.artists.run import run_artists
+from more_hf_bench.artists.tables import rebuild
+from more_hf_bench.errors import BenchmarkError
+from more_hf_bench.methods.registry import find_diffusion_method
 
 
 HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"

@@ -6,17 +6,17 @@ import pytest
 import torch
 from support.rows import row
 
-from more_hf.bench.artists.cells import Cell
-from more_hf.bench.artists.config import ArtistsConfig, Erasure
-from more_hf.bench.artists.kinds import THINGS
-from more_hf.bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, sets_of, spread
-from more_hf.bench.artists.ranking import rank, winner
-from more_hf.bench.artists.rows import read_rows
-from more_hf.bench.artists.run import _erasure, run_artists
-from more_hf.bench.artists.sizes import rank_sizes
-from more_hf.bench.artists.summary import summarise
-from more_hf.bench.artists.tables import rebuild
-from more_hf.bench.errors import BenchmarkError
+from more_hf_bench.artists.cells import Cell
+from more_hf_bench.artists.config import ArtistsConfig, Erasure
+from more_hf_bench.artists.kinds import THINGS
+from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, sets_of, spread
+from more_hf_bench.artists.ranking import rank, winner
+from more_hf_bench.artists.rows import read_rows
+from more_hf_bench.artists.run import _erasure, run_artists
+from more_hf_bench.artists.sizes import rank_sizes
+from more_hf_bench.artists.summary import summarise
+from more_hf_bench.artists.tables import rebuild
+from more_hf_bench.errors import BenchmarkError
 
 
 COMMITTED = sorted((Path(__file__).parents[3] / "benchmarks" / "artists").glob("*/config.json"))

@@ -3,7 +3,7 @@ import csv
 import pytest
 from support.rows import row
 
-from more_hf.bench.artists.summary import summarise
+from more_hf_bench.artists.summary import summarise
 
 
 TEN_ROWS = """

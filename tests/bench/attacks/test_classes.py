@@ -6,25 +6,25 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from more_hf.bench.attacks.classes.layers import block_features, layers, ridge
-from more_hf.bench.attacks.classes.membership import likelihood_ratio, log_odds, membership
-from more_hf.bench.attacks.classes.probes import probes
-from more_hf.bench.attacks.classes.queries import jitter, queries
-from more_hf.bench.attacks.classes.run import Victims, random_weights
-from more_hf.bench.attacks.classes.shots import few_shot_rows, fine_tuning, shots
-from more_hf.bench.attacks.classes.similarity import similarity
-from more_hf.bench.attacks.classes.victim import AUC_TARGET, REMAINING, Seen
-from more_hf.bench.attacks.result import AUC, RECOGNISED
-from more_hf.bench.attacks.store import Case
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.features import cache, invert_two_queries
-from more_hf.bench.classes.heads import fit_perceptron, linear_head
-from more_hf.bench.classes.metrics import auc
-from more_hf.bench.classes.run import settings_of
-from more_hf.bench.classes.training import Recipe, train_classifier
-from more_hf.bench.methods.registry import CLASSIFICATION
-from more_hf.bench.splits import some_of_each
 from more_hf.data import load_classifier
+from more_hf_bench.attacks.classes.layers import block_features, layers, ridge
+from more_hf_bench.attacks.classes.membership import likelihood_ratio, log_odds, membership
+from more_hf_bench.attacks.classes.probes import probes
+from more_hf_bench.attacks.classes.queries import jitter, queries
+from more_hf_bench.attacks.classes.run import Victims, random_weights
+from more_hf_bench.attacks.classes.shots import few_shot_rows, fine_tuning, shots
+from more_hf_bench.attacks.classes.similarity import similarity
+from more_hf_bench.attacks.classes.victim import AUC_TARGET, REMAINING, Seen
+from more_hf_bench.attacks.result import AUC, RECOGNISED
+from more_hf_bench.attacks.store import Case
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.features import cache, invert_two_queries
+from more_hf_bench.classes.heads import fit_perceptron, linear_head
+from more_hf_bench.classes.metrics import auc
+from more_hf_bench.classes.run import settings_of
+from more_hf_bench.classes.training import Recipe, train_classifier
+from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.splits import some_of_each
 
 
 pytestmark = pytest.mark.slow

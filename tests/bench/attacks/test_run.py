@@ -5,11 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from more_hf.bench.attacks.registry import ATTACKS
-from more_hf.bench.attacks.result import Result, mean_of
-from more_hf.bench.attacks.tables import ROW_COLUMNS, summarise
-from more_hf.bench.columns import read_cells, read_rows
 from more_hf.cli.main import main
+from more_hf_bench.attacks.registry import ATTACKS
+from more_hf_bench.attacks.result import Result, mean_of
+from more_hf_bench.attacks.tables import ROW_COLUMNS, summarise
+from more_hf_bench.columns import read_cells, read_rows
 
 
 COMMAND = (
@@ -70,7 +70,7 @@ def test_nothing_is_measured_twice(folder, monkeypatch, tmp_path, capsys):
     asked = []
     run = type(ATTACKS["ridge"]).run
     monkeypatch.setattr(
-        "more_hf.bench.attacks.registry.Attack.run",
+        "more_hf_bench.attacks.registry.Attack.run",
         lambda attack, victim, **settings: asked.append(attack.name) or run(attack, victim, **settings),
     )
     assert main([*COMMAND.split(), "--output", str(folder)]) == 0
@@ -105,8 +105,8 @@ def test_what_trains_many_models_is_run_on_request_only(monkeypatch, tmp_path):
         asked.append(attacks)
         return []
 
-    monkeypatch.setattr("more_hf.bench.attacks.classes.run.run_class_attacks", run)
-    monkeypatch.setattr("more_hf.bench.attacks.tables.short_markdown", lambda summary: "")
+    monkeypatch.setattr("more_hf_bench.attacks.classes.run.run_class_attacks", run)
+    monkeypatch.setattr("more_hf_bench.attacks.tables.short_markdown", lambda summary: "")
     command = ["bench", "attacks", "--model", "digits-vit", "--forget", "3", "--output", str(tmp_path)]
     assert main(command) == 0
     assert main([*command, "--attacks", "membership"]) == 0

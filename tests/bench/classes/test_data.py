@@ -11,9 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
 from sklearn.datasets import load_digits
 
-from more_hf.bench.classes import sources as kd_sources
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.splits import DatasetError, split_by_class, split_by_sample
+from more_hf_bench.classes import sources as kd_sources
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.splits import DatasetError, split_by_class, split_by_sample
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,6 @@ def test_digits_are_scikit_learns(digits):
         sorted((*np.round(row[:-1], 2), row[-1]) for row in found), expected, atol=0.011
     )
     assert digits.class_names == tuple("0123456789")
-
-
-def test_the_former_place_of_load_kd_data():
-    from more_hf.evaluation import kd_data
-
-    assert kd_data.load_kd_data is load_kd_data
 
 
 def test_parts_are_disjoint_stratified_and_seeded(digits):

@@ -9,16 +9,16 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.models import (
+from more_hf.data import CLASSIFIERS, load_classifier
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.models import (
     MODELS,
     ClassifierError,
     build_classifier,
     load_pretrained,
     pretrained_inputs,
 )
-from more_hf.bench.classes.training import accuracy, predict
-from more_hf.data import CLASSIFIERS, load_classifier
+from more_hf_bench.classes.training import accuracy, predict
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from more_hf.api import get_erasure
-from more_hf.bench.classes import run as kd
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.features import cache, head_only, splits_of_features
-from more_hf.bench.classes.probes import GATHER_STEPS, batches
-from more_hf.bench.classes.tables import ROW_COLUMNS
-from more_hf.bench.columns import read_rows
-from more_hf.bench.methods.registry import CLASSIFICATION, methods_that_forget
-from more_hf.bench.splits import split_by_class
 from more_hf.data import load_classifier
+from more_hf_bench.classes import run as kd
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.features import cache, head_only, splits_of_features
+from more_hf_bench.classes.probes import GATHER_STEPS, batches
+from more_hf_bench.classes.tables import ROW_COLUMNS
+from more_hf_bench.columns import read_rows
+from more_hf_bench.methods.registry import CLASSIFICATION, methods_that_forget
+from more_hf_bench.splits import split_by_class
 
 
 pytestmark = pytest.mark.slow

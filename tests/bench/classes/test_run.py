@@ -22,23 +22,23 @@ from sklearn.metrics import roc_auc_score
 from support.compare import same
 
 from more_hf.api import get_erasure
-from more_hf.bench.classes import measure as measuring
-from more_hf.bench.classes import run as kd
-from more_hf.bench.classes import training
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.features import cache, same_backbone
-from more_hf.bench.classes.probes import sgd_probes
-from more_hf.bench.classes.similarity import class_means
-from more_hf.bench.classes.store import ClassesConfig
-from more_hf.bench.classes.tables import OTHER_HEADS, PROBE_COLUMNS, ROW_COLUMNS, rebuild, summarise
-from more_hf.bench.classes.training import accuracy, predict
-from more_hf.bench.columns import read_rows
-from more_hf.bench.errors import BenchmarkError
-from more_hf.bench.methods.registry import CLASSIFICATION
-from more_hf.bench.splits import split_by_class
 from more_hf.cli.main import main
 from more_hf.data import FOLDER, load_classifier
 from more_hf.data.models import AllCNNForImageClassification
+from more_hf_bench.classes import measure as measuring
+from more_hf_bench.classes import run as kd
+from more_hf_bench.classes import training
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.features import cache, same_backbone
+from more_hf_bench.classes.probes import sgd_probes
+from more_hf_bench.classes.similarity import class_means
+from more_hf_bench.classes.store import ClassesConfig
+from more_hf_bench.classes.tables import OTHER_HEADS, PROBE_COLUMNS, ROW_COLUMNS, rebuild, summarise
+from more_hf_bench.classes.training import accuracy, predict
+from more_hf_bench.columns import read_rows
+from more_hf_bench.errors import BenchmarkError
+from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.splits import split_by_class
 
 
 pytestmark = pytest.mark.slow
@@ -278,7 +278,7 @@ def test_killed_and_run_again(tmp_path, folder):
     methods = METHODS[:4]
     settings = {"output": str(output), "models": str(folder / "models"), **SMALL}
     arguments = f"'digits', 'allcnn-narrow', {methods!r}, ['3'], **{settings!r}"
-    script = f"from more_hf.bench.classes import run; run.run_kd({arguments})"
+    script = f"from more_hf_bench.classes import run; run.run_kd({arguments})"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -501,7 +501,7 @@ def test_what_is_shared_is_not_found_again(folder, tmp_path, monkeypatch):
 
 def test_chunks_change_nothing(edited, monkeypatch):
     whole = edited[1].features("test", passes=2, draw=3)
-    monkeypatch.setattr("more_hf.bench.classes.features.CHUNK", 100)
+    monkeypatch.setattr("more_hf_bench.classes.features.CHUNK", 100)
     assert torch.allclose(edited[1].features("test", passes=2, draw=3), whole, atol=1e-5)
 
 

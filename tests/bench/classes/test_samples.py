@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_hf.bench.classes import samples as kd_samples
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.training import predict
-from more_hf.bench.columns import read_rows
-from more_hf.bench.errors import BenchmarkError
-from more_hf.bench.methods.registry import CLASSIFICATION
-from more_hf.bench.splits import split_by_class, split_by_sample
 from more_hf.classification.erase import erase_classes
 from more_hf.cli.main import main
 from more_hf.data.models import AllCNNForImageClassification
+from more_hf_bench.classes import samples as kd_samples
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.training import predict
+from more_hf_bench.columns import read_rows
+from more_hf_bench.errors import BenchmarkError
+from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.splits import split_by_class, split_by_sample
 
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from more_hf.bench.classes.tables import ROW_COLUMNS, summarise
+from more_hf_bench.classes.tables import ROW_COLUMNS, summarise
 
 
 KD = Path(__file__).parents[3] / "benchmarks" / "kd"

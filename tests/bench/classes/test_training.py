@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from support.compare import same, state
 from support.processes import launched
 
-from more_hf.bench.classes.data import load_kd_data
-from more_hf.bench.classes.models import build_classifier
-from more_hf.bench.classes.training import (
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.models import build_classifier
+from more_hf_bench.classes.training import (
     Batches,
     Recipe,
     TrainingError,
@@ -38,7 +38,7 @@ SCRIPT = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from more_hf.bench.classes import training as kd_training
+from more_hf_bench.classes import training as kd_training
 sys.path[:0] = {tests!r}
 from test_training import RECIPE, images, train
 steps = 0

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from more_hf.bench.errors import BenchmarkError
-from more_hf.bench.methods.registry import (
+from more_hf_bench.errors import BenchmarkError
+from more_hf_bench.methods.registry import (
     CLASSIFICATION,
     DIFFUSION,
     UNREGISTERED,
@@ -20,7 +20,7 @@ from more_hf.bench.methods.registry import (
 
 
 def test_importing_the_registry_imports_nothing_heavy():
-    light = "import sys, more_hf.bench.methods.registry; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    light = "import sys, more_hf_bench.methods.registry; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", light], check=True)
 
 

@@ -6,10 +6,10 @@ import pytest
 from support.victims import StubJudges, prompt_rows
 
 import more_hf
-from more_hf.bench.artists.judges import EmojiJudges
-from more_hf.bench.artists.prompts import read_prompts
-from more_hf.bench.attacks.pictures.studio import Studio
-from more_hf.bench.attacks.pictures.victim import Victim
+from more_hf_bench.artists.judges import EmojiJudges
+from more_hf_bench.artists.prompts import read_prompts
+from more_hf_bench.attacks.pictures.studio import Studio
+from more_hf_bench.attacks.pictures.victim import Victim
 
 
 @pytest.fixture

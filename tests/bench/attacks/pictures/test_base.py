@@ -3,14 +3,14 @@
 import torch
 from support.victims import erase, outputs
 
-from more_hf.bench.attacks.pictures.base import (
+from more_hf_bench.attacks.pictures.base import (
     base,
     earlier_features,
     rank_of_name,
     with_base,
     with_noisy_encoder,
 )
-from more_hf.bench.attacks.pictures.training import encode
+from more_hf_bench.attacks.pictures.training import encode
 
 
 PROMPTS = ["a cat by van gogh", "a dog by monet"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from support.victims import erase
 
-from more_hf.bench.attacks.pictures.closed_form import angle_to_range, closed_form, probe, stacked
 from more_hf.diffusion.encoder import Encoder
+from more_hf_bench.attacks.pictures.closed_form import angle_to_range, closed_form, probe, stacked
 
 
 def found(victim):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from support.victims import outputs
 
-from more_hf.bench.attacks.pictures.inversion import inversion, learn_tokens
-from more_hf.bench.attacks.pictures.name import name
-from more_hf.bench.attacks.pictures.training import embedded, encode, with_new_tokens
+from more_hf_bench.attacks.pictures.inversion import inversion, learn_tokens
+from more_hf_bench.attacks.pictures.name import name
+from more_hf_bench.attacks.pictures.training import embedded, encode, with_new_tokens
 
 
 def test_a_new_token_reads_as_the_vector_that_it_is_given(tiny_sd):

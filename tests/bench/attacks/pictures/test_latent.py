@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.victims import erase
 
-from more_hf.bench.attacks.pictures.latent import latent, reproduce
-from more_hf.bench.attacks.pictures.studio import Pictures
+from more_hf_bench.attacks.pictures.latent import latent, reproduce
+from more_hf_bench.attacks.pictures.studio import Pictures
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 from support.victims import StubJudges, erase
 
-from more_hf.bench.attacks.pictures.noise import NoisyDDIM, noise
+from more_hf_bench.attacks.pictures.noise import NoisyDDIM, noise
 
 
 @pytest.mark.parametrize("version", ["1", "2"])

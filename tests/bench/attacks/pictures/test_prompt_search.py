@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.victims import erase
 
-from more_hf.bench.attacks.pictures.name import name
-from more_hf.bench.attacks.pictures.prompt_search import SEARCHES, onto_simplex, prompt_search
+from more_hf_bench.attacks.pictures.name import name
+from more_hf_bench.attacks.pictures.prompt_search import SEARCHES, onto_simplex, prompt_search
 
 
 def test_the_nearest_point_of_the_simplex():

@@ -5,8 +5,8 @@ import torch
 from support.compare import state
 from support.victims import erase, outputs
 
-from more_hf.bench.attacks.pictures.relearning import fine_tune, low_rank
-from more_hf.bench.attacks.pictures.training import Noise, encode
+from more_hf_bench.attacks.pictures.relearning import fine_tune, low_rank
+from more_hf_bench.attacks.pictures.training import Noise, encode
 
 
 OPTIONS = {"batch_size": 2, "learning_rate": 1e-2, "rank": 2, "seed": 0}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from more_hf.bench.attacks.pictures.ring_a_bell import ring_a_bell, search
-from more_hf.bench.attacks.pictures.training import encode
+from more_hf_bench.attacks.pictures.ring_a_bell import ring_a_bell, search
+from more_hf_bench.attacks.pictures.training import encode
 
 
 def test_breeding_comes_nearer_to_a_goal(tiny_sd):

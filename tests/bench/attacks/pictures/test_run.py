@@ -6,11 +6,11 @@ import pytest
 import torch
 from support.victims import StubJudges, prompt_rows
 
-from more_hf.bench.artists.prompts import Prompts
-from more_hf.bench.attacks.pictures.run import run_picture_attacks
-from more_hf.bench.attacks.registry import attacks_of
-from more_hf.bench.columns import read_cells
-from more_hf.bench.errors import BenchmarkError
+from more_hf_bench.artists.prompts import Prompts
+from more_hf_bench.attacks.pictures.run import run_picture_attacks
+from more_hf_bench.attacks.registry import attacks_of
+from more_hf_bench.columns import read_cells
+from more_hf_bench.errors import BenchmarkError
 
 
 TINY = {
@@ -76,7 +76,7 @@ def test_nothing_is_measured_twice(run, tmp_path, monkeypatch):
     run(["name"])
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     assert len(cells) == 2
-    monkeypatch.setattr("more_hf.bench.attacks.pictures.run._erased", None)  # which would be called
+    monkeypatch.setattr("more_hf_bench.attacks.pictures.run._erased", None)  # which would be called
     run(["name"])
     assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     monkeypatch.undo()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from support.squares import head_inputs, pixels, remaining
 
-from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.core.errors import MoreError
+from more_hf_bench.methods.registry import CLASSIFICATION
 
 
 def prototypes(model, splits):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from more_hf.bench.methods.classification import boundary_shrink
+from more_hf_bench.methods.classification import boundary_shrink
 
 
 def test_boundary_shrink_attacks_along_the_gradient(splits):

@@ -7,9 +7,9 @@ import torch
 from support.squares import head_inputs, pixels
 from torch.nn.functional import cross_entropy
 
-from more_hf.bench.methods.classification import esc_t
-from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.core.errors import MoreError
+from more_hf_bench.methods.classification import esc_t
+from more_hf_bench.methods.registry import CLASSIFICATION
 
 
 def test_esc_is_the_projection_of_a_full_svd(model, splits):

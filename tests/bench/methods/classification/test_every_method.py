@@ -9,7 +9,7 @@ from support.squares import accuracy, all_of
 from torch import nn
 
 from more_hf.api import get_erasure
-from more_hf.bench.methods.registry import CLASSIFICATION, methods_that_forget
+from more_hf_bench.methods.registry import CLASSIFICATION, methods_that_forget
 
 
 DRAWN = {name for name, method in CLASSIFICATION.items() if method.trained}

@@ -7,9 +7,9 @@ from support.compare import state
 from support.squares import FORGET, pixels
 from torch import nn
 
-from more_hf.bench.methods.classification.fisher import fisher_information
-from more_hf.bench.methods.registry import CLASSIFICATION
-from more_hf.bench.splits import ImageSet
+from more_hf_bench.methods.classification.fisher import fisher_information
+from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.splits import ImageSet
 
 
 def test_fisher_information_of_a_linear_softmax():

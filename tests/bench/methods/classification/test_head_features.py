@@ -4,7 +4,7 @@ import torch
 from support.squares import K, head_inputs
 from torch.nn.functional import one_hot
 
-from more_hf.bench.methods.classification.head_features import features, find_head
+from more_hf_bench.methods.classification.head_features import features, find_head
 
 
 def test_features_come_from_the_input_of_the_head(model, splits):

@@ -4,8 +4,8 @@ from support.compare import changed, state
 from support.squares import head_inputs
 from torch.nn.functional import cross_entropy
 
-from more_hf.bench.methods.classification import lau
-from more_hf.bench.methods.registry import CLASSIFICATION
+from more_hf_bench.methods.classification import lau
+from more_hf_bench.methods.registry import CLASSIFICATION
 
 
 def test_lau_attack_stays_in_its_box_and_raises_the_loss(model, splits):

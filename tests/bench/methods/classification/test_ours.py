@@ -8,10 +8,10 @@ from support.compare import same, state
 from support.squares import FORGET, K, all_of, head_inputs, pixels
 
 from more_hf.api import get_erasure
-from more_hf.bench.methods.registry import CLASSIFICATION
-from more_hf.bench.splits import ImageSet, KDData, split_by_sample
 from more_hf.classification.erase import erase_classes
-from more_hf.classification.router_training import train_router
+from more_hf_bench.methods.classification.router_training import train_router
+from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.splits import ImageSet, KDData, split_by_sample
 
 
 @pytest.mark.parametrize("name", ["remap", "more", "more-hash", "more-prototype", "erase"])

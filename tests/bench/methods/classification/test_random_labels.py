@@ -8,8 +8,8 @@ from support.squares import K, pixels
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from more_hf.bench.methods.classification import salun
-from more_hf.bench.methods.classification.random_labels import relabelled
+from more_hf_bench.methods.classification import salun
+from more_hf_bench.methods.classification.random_labels import relabelled
 
 
 def test_random_labels_are_uniform_and_own_labels_on_what_remains(model, splits):

@@ -6,9 +6,9 @@ import torch
 from support.squares import pixels
 from torch.nn.functional import kl_div
 
-from more_hf.bench.methods.classification import scrub
-from more_hf.bench.methods.classification.training import reinitialised
-from more_hf.bench.methods.registry import CLASSIFICATION
+from more_hf_bench.methods.classification import scrub
+from more_hf_bench.methods.classification.training import reinitialised
+from more_hf_bench.methods.registry import CLASSIFICATION
 
 
 def test_softened_kl_against_its_definition():

@@ -8,9 +8,9 @@ from support.squares import WIDTH, K, all_of, pixels
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from more_hf.bench.methods.classification.training import reinitialised, train
-from more_hf.bench.methods.registry import CLASSIFICATION
 from more_hf.core.errors import IncompatibleBaseError
+from more_hf_bench.methods.classification.training import reinitialised, train
+from more_hf_bench.methods.registry import CLASSIFICATION
 
 
 @pytest.mark.parametrize("name", ["finetune", "neggrad", "neggrad-plus", "l1-sparse"])

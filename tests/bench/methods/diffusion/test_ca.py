@@ -7,8 +7,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from support.texts import features
 
-from more_hf.bench.methods.diffusion.ca import ablation_loss, anchor_texts, ca, detach_begin_token
 from more_hf.core.errors import MoreError
+from more_hf_bench.methods.diffusion.ca import ablation_loss, anchor_texts, ca, detach_begin_token
 
 
 CONCEPT = "van gogh"

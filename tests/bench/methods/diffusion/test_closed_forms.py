@@ -7,8 +7,8 @@ from support.closed_forms import CONCEPT, MANY, RETAIN, TARGET, run
 from support.compare import changed, same, state
 from support.texts import text_layers
 
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import PrototypeError
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 CLOSED = ["uce", "rece", "cure", "speed", "oce", "more-without-po"]

@@ -4,7 +4,7 @@ import torch
 from support.guarded import CONCEPT, NAMED, OTHER, draw, make
 from support.texts import encode
 
-from more_hf.bench.methods.diffusion.controls import noise_like
+from more_hf_bench.methods.diffusion.controls import noise_like
 
 
 def test_original_is_the_pipeline_itself(tiny_sd):

@@ -5,7 +5,7 @@ import torch
 from support.closed_forms import CONCEPT, RETAIN, TARGET, run
 from support.texts import text_layers, tokens
 
-from more_hf.bench.methods.diffusion.cure import eraser
+from more_hf_bench.methods.diffusion.cure import eraser
 
 
 def test_cure_projects_orthogonal_embeddings_out_and_spares_shared_ones():

@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler
 from support.texts import features
 
-from more_hf.bench.methods.diffusion import esd as esd_module
-from more_hf.bench.methods.diffusion import training
-from more_hf.bench.methods.diffusion.esd import esd, sample_until, target
 from more_hf.core.errors import MoreError
+from more_hf_bench.methods.diffusion import esd as esd_module
+from more_hf_bench.methods.diffusion import training
+from more_hf_bench.methods.diffusion.esd import esd, sample_until, target
 
 
 CONCEPT = "van gogh"

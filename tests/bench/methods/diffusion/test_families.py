@@ -6,8 +6,8 @@ from support.compare import changed, state
 from support.families import FAMILIES, build, images
 
 import more_hf
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import SiteNotFoundError
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -30,7 +30,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def few_ordinary_prompts(monkeypatch):
     monkeypatch.setattr(
-        "more_hf.bench.methods.diffusion.roles.everyday_prompts",
+        "more_hf_bench.methods.diffusion.roles.everyday_prompts",
         lambda tokenizer: ("a dog and a tree", "a house", "a car"),
     )
 

@@ -9,9 +9,9 @@ import torch
 from support.compare import same, state
 from support.guarded import NAMED, OTHER, draw, make
 
-from more_hf.bench.methods.diffusion.inference import alpha_bar, noise_per_output
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import MoreError, SiteNotFoundError
+from more_hf_bench.methods.diffusion.inference import alpha_bar, noise_per_output
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 METHODS = ["noise", "negative_prompt", "sld-weak", "sld-medium", "sld-strong", "sld-max", "safree"]

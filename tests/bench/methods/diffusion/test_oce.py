@@ -7,7 +7,7 @@ import torch
 from support.closed_forms import run
 from support.texts import text_layers
 
-from more_hf.bench.methods.diffusion.oce import erasing_term, rotation
+from more_hf_bench.methods.diffusion.oce import erasing_term, rotation
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from support.closed_forms import CONCEPT, RETAIN, TARGET, paper_sequences, run, uce_layer
 from support.texts import text_layers, tokens
 
-from more_hf.bench.methods.diffusion.rece import adversarial_embeddings
+from more_hf_bench.methods.diffusion.rece import adversarial_embeddings
 
 
 def test_rece_embedding_has_no_gradient_left():

@@ -9,8 +9,8 @@ import torch
 from support.guarded import CONCEPT, NAMED, OTHER, draw, make
 from support.texts import encode
 
-from more_hf.bench.methods.diffusion import safree as safree_module
-from more_hf.bench.methods.diffusion.safree import attenuate, filter_steps, projector, triggers
+from more_hf_bench.methods.diffusion import safree as safree_module
+from more_hf_bench.methods.diffusion.safree import attenuate, filter_steps, projector, triggers
 
 
 def test_safree_projector_triggers_and_filter_by_hand():

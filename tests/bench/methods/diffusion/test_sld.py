@@ -6,9 +6,9 @@ import torch
 from support.guarded import CONCEPT, NAMED, draw, make
 from support.texts import encode
 
-from more_hf.bench.methods.diffusion.sld import PRESETS, safety_guidance
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import MoreError
+from more_hf_bench.methods.diffusion.sld import PRESETS, safety_guidance
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 def test_sld_presets_are_the_published_ones():

@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from support.closed_forms import CONCEPT, RETAIN, TARGET, run
 from support.texts import last, text_layers, tokens
 
-from more_hf.bench.methods.diffusion.speed import centroids, null_space, refined_prior, update
+from more_hf_bench.methods.diffusion.speed import centroids, null_space, refined_prior, update
 
 
 def test_update_on_two_axes():

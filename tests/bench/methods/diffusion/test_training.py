@@ -4,10 +4,10 @@ import pytest
 import torch
 from support.compare import changed, same, state
 
-from more_hf.bench.methods.diffusion.ca import ca
-from more_hf.bench.methods.diffusion.esd import esd
-from more_hf.bench.methods.diffusion.training import Checkpoint
 from more_hf.core.errors import IncompatibleBaseError
+from more_hf_bench.methods.diffusion.ca import ca
+from more_hf_bench.methods.diffusion.esd import esd
+from more_hf_bench.methods.diffusion.training import Checkpoint
 
 
 CONCEPT = "van gogh"

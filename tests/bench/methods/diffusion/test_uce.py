@@ -5,11 +5,11 @@ import torch
 from support.closed_forms import CONCEPT, MANY, RETAIN, TARGET, paper_sequences, run, uce_layer
 from support.texts import last, text_layers, tokens
 
-from more_hf.bench.methods.diffusion.uce import edit_matrix
-from more_hf.bench.methods.registry import DIFFUSION
 from more_hf.core.errors import MoreError
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
+from more_hf_bench.methods.diffusion.uce import edit_matrix
+from more_hf_bench.methods.registry import DIFFUSION
 
 
 def test_uce_matrix_on_two_axes():

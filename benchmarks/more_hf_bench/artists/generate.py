@@ -1,0 +1,120 @@
+"""Generate images for a list of prompts, reproducibly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import tqdm
+from diffusers.models.embeddings import ImageProjection
+from PIL import Image
+from torch import Tensor
+
+import more_hf
+
+from ..methods.diffusion.progress import progress_bar_config
+
+
+def generate(
+    pipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    batch_size: int = 16,
+    pictures: Sequence[str] | None = None,
+    desc: str | None = None,
+) -> torch.Tensor:
+    """
+    Generate one image per prompt. Its noise, and the experts that a router draws for it, depend only on its
+    own seed, not on the batch size, the other images or the device.
+
+    Args:
+        pipe ([`~diffusers.DiffusionPipeline`]):
+            A text-to-image pipeline. Not modified.
+        prompts (`Sequence[str]`):
+            One prompt per image.
+        seeds (`Sequence[int]`):
+            One seed per image.
+        steps (`int`):
+            Number of denoising steps.
+        guidance (`float`):
+            Scale of classifier-free guidance; 1 switches it off.
+        batch_size (`int`, *optional*, defaults to 16):
+            Images per call of the pipeline.
+        pictures (`Sequence[str]`, *optional*):
+            For a pipeline with an IP-Adapter, one picture file per prompt, or an empty name for a prompt
+            alone, for which the adapter gets its unconditional input. Defaults to prompts alone.
+        desc (`str`, *optional*):
+            Text in front of the progress bar, which is shown unless the pipeline's own bar is disabled.
+
+    Returns:
+        `torch.Tensor`: uint8 of shape `(n, 3, H, W)`, on the CPU.
+
+    Raises:
+        ValueError: there are no prompts, or not as many seeds as prompts.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(
+            f"Got {len(prompts)} prompts and {len(seeds)} seeds. Pass one seed per prompt, at least one."
+        )
+    erasure = more_hf.get_erasure(pipe)
+    is_routed = erasure is not None and erasure.router is not None
+    has_adapter, picture = takes_pictures(pipe), {}
+    if has_adapter:
+        batch_size = 1  # diffusers would give all prompts of a batch the same pictures
+
+    images = []
+    with _no_inner_bar(pipe) as hidden:
+        bar = tqdm(total=len(prompts), desc=desc, unit="image", disable=hidden)
+        for start in range(0, len(prompts), batch_size):
+            batch_seeds = list(seeds[start : start + batch_size])
+            if has_adapter:
+                picture = _read_picture(pipe, pictures[start] if pictures else "", guidance)
+            with more_hf.routing(pipe, seeds=batch_seeds) if is_routed else contextlib.nullcontext():
+                batch = pipe(
+                    prompt=list(prompts[start : start + batch_size]),
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch_seeds],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    output_type="pt",
+                    **picture,
+                ).images
+            images.append((batch.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8))
+            bar.update(len(batch_seeds))
+        bar.close()
+    return torch.cat(images)
+
+
+def takes_pictures(pipe) -> bool:
+    """Whether the pipeline has an IP-Adapter, which needs a picture with every prompt."""
+    unet = getattr(pipe, "unet", None)
+    return unet is not None and getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+
+
+@torch.no_grad()
+def _read_picture(pipe, file: str, guidance: float) -> dict[str, list[Tensor]]:
+    """Each adapter's embedding of a picture, `(2, 1, …)`: the unconditional half of guidance comes first."""
+    picture = Image.open(file).convert("RGB") if file else Image.new("RGB", (8, 8))
+    embeddings = []
+    for adapter in pipe.unet.encoder_hid_proj.image_projection_layers:
+        hidden = not isinstance(adapter, ImageProjection)
+        read, nothing = pipe.encode_image(picture, pipe._execution_device, 1, hidden)
+        read = read if file else nothing
+        embeddings.append(torch.stack([nothing, read] if guidance > 1 else [read]))
+    return {"ip_adapter_image_embeds": embeddings}
+
+
+@contextlib.contextmanager
+def _no_inner_bar(pipe):
+    """
+    Disable the pipeline's bar over steps inside the block; yield whether its user had disabled it.
+    """
+    config = progress_bar_config(pipe)
+    pipe.set_progress_bar_config(**{**config, "disable": True})
+    try:
+        yield config.get("disable", False)
+    finally:
+        pipe.set_progress_bar_config(**config)

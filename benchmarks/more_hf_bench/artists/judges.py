@@ -1,0 +1,267 @@
+"""
+Judge what a picture shows: is the style still recognised, is the thing still there? LPIPS cannot tell: noise
+would score best.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+from more_hf.core.errors import MoreError
+from more_hf.data import FOLDER, load_lpips
+
+from .prompts import PromptRow
+
+
+JUDGES_FILE = FOLDER / "judges.safetensors"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, which most models use
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class JudgeError(MoreError, ValueError):
+    """A judge does not know a name it is asked about, or its model cannot be loaded."""
+
+
+class Judges(Protocol):
+    """
+    The interface of judges.
+
+    Attributes:
+        name (`str`):
+            The judges' name, for the configuration.
+        facts (`dict[str, Any]`):
+            Facts about how well they judge; may be empty.
+    """
+
+    name: str
+    facts: dict[str, Any]
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """Raises `JudgeError` if a row cannot be judged."""
+
+    def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
+        """
+        Judge images.
+
+        Args:
+            images (`torch.Tensor`):
+                uint8 of shape `(n, 3, H, W)`.
+            rows (`Sequence[PromptRow]`):
+                Their prompts.
+
+        Returns:
+            `tuple[list[str], list[int | None]]`: the artist that each image is taken for, and whether (1, 0)
+            its row's thing is recognised; `None` if the row has none.
+        """
+
+
+@torch.no_grad()
+def pooled_features(lpips_model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+    """
+    Describe images `(n, 3, H, W)` in [-1, 1] by the mean, deviation and maximum of AlexNet's five layers:
+    `(n, 3456)`.
+    """
+    rows = []
+    for batch in images.split(batch_size):
+        # AlexNet's first stride would lose the thin lines of smaller images.
+        x = interpolate(batch, size=(128, 128), mode="bilinear", align_corners=False)
+        pooled = []
+        for h in lpips_model.net(lpips_model.scaling_layer(x)):
+            pooled += [h.mean((2, 3)), h.std((2, 3)), h.amax((2, 3))]
+        rows.append(torch.cat(pooled, dim=1))
+    return torch.cat(rows)
+
+
+class EmojiJudges:
+    """
+    The embedded pipeline's judges: linear classifiers of artist and thing over pooled AlexNet features,
+    fitted on real images only.
+
+    Args:
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where to judge.
+        path (`str` or `Path`, *optional*):
+            The file with their weights. Defaults to the packaged one.
+
+    Attributes:
+        artists, things (`list[str]`):
+            The names they know.
+        facts (`dict[str, Any]`):
+            Measured on held-out real images, in percent and by artist: `artist_accuracy`, `thing_accuracy`,
+            the same after the pipeline's VAE (`_vae`), and `confusion`: {artist: {artist that it is taken
+            for: percent}}.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", path: str | Path = JUDGES_FILE):
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            metadata = json.loads(file.metadata()["more_hf"])
+            names = file.keys()
+            self.weights = {name: file.get_tensor(name).float().to(device) for name in names}
+        self.device = torch.device(device)
+        self.artists: list[str] = metadata["artists"]
+        self.things: list[str] = metadata["things"]
+        self.facts: dict[str, Any] = metadata["facts"]
+        self.name = f"emoji judges, sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+        self.lpips = load_lpips().to(self.device)
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """Raises `JudgeError` if a row has an artist or a thing that the judges do not know."""
+        known = {"artist": ["", *self.artists], "thing": ["", *self.things]}
+        for row, word in itertools.product(rows, known):
+            name = getattr(row, word)
+            if name not in known[word]:
+                raise JudgeError(
+                    f"Case {row.case_number} has the {word} {name!r}, which the embedded pipeline's judges "
+                    "do not know. Leave the row out, or judge with CLIP (`--judges clip`)."
+                )
+
+    def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
+        """Judge images; see `Judges.judge`."""
+        z = pooled_features(self.lpips, images.to(self.device).float() / 127.5 - 1)
+        z = (z - self.weights["mean"]) / self.weights["deviation"]
+        artist = (z @ self.weights["artist.weight"].T + self.weights["artist.bias"]).argmax(1).tolist()
+        thing = (z @ self.weights["thing.weight"].T + self.weights["thing.bias"]).argmax(1).tolist()
+        content: list[int | None] = []
+        for seen, row in zip(thing, rows, strict=True):
+            content.append(int(self.things[seen] == row.thing) if row.thing else None)
+        return [self.artists[seen] for seen in artist], content
+
+
+class ClipJudges:
+    """
+    Judges for other pipelines: an open_clip model, zero-shot.
+
+    Style is the artist whose sentence "a picture in the style of ..." is nearest to the image, among all
+    artists of the prompts. Content is whether the row's own prompt, with "the artist" in place of the name,
+    is nearer to the image than every other prompt of the same artist (equal sentences count as one). With 20
+    prompts an artist, chance is 5 %. If prompts have levels, the thing is used instead of the prompt.
+
+    Args:
+        model (`torch.nn.Module`):
+            A model with `encode_image`, `encode_text` and `visual.image_size`, like open_clip's.
+        tokenizer (`Callable[[list[str]], torch.Tensor]`):
+            The model's tokenizer.
+        rows (`Sequence[PromptRow]`):
+            Every row that will be judged.
+        mean, deviation (`Sequence[float]`, *optional*):
+            Mean and deviation of the pixels that the model was trained on. Default to OpenAI's.
+        name (`str`, *optional*, defaults to `"CLIP"`):
+            The judges' name, for the configuration.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where to judge.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        rows: Sequence[PromptRow],
+        *,
+        mean: Sequence[float] = CLIP_MEAN,
+        deviation: Sequence[float] = CLIP_DEVIATION,
+        name: str = "CLIP",
+        device: torch.device | str = "cpu",
+    ):
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self.deviation = torch.tensor(deviation, device=device).view(3, 1, 1)
+        self.tokenizer, self.device, self.name = tokenizer, torch.device(device), name
+        self.artists = list(dict.fromkeys(row.artist for row in rows if row.artist))
+        self.facts: dict[str, Any] = {}
+        self.styles = self._encode([f"a picture in the style of {artist}" for artist in self.artists])
+        self.sentences: dict[str, list[str]] = {}
+        for row in rows:
+            sentences = self.sentences.setdefault(row.artist, [])
+            if sentence_of(row) not in sentences:
+                sentences.append(sentence_of(row))
+        self.contents = {artist: self._encode(sentences) for artist, sentences in self.sentences.items()}
+
+    @classmethod
+    def load(
+        cls, rows: Sequence[PromptRow], *, model: str, pretrained: str, device: torch.device | str = "cpu"
+    ) -> ClipJudges:
+        """
+        Build from open_clip's names for an architecture and its weights, which are downloaded unless cached.
+
+        Raises:
+            JudgeError: open_clip does not know the model or cannot get its weights.
+        """
+        import open_clip
+
+        try:
+            clip = open_clip.create_model(model, pretrained=pretrained)
+        except (RuntimeError, OSError) as error:
+            raise JudgeError(
+                f"No CLIP judge {model} {pretrained}: {error} "
+                "Name another model, or run without judges (`--judges none`)."
+            ) from error
+        return cls(
+            clip,
+            open_clip.get_tokenizer(model),
+            rows,
+            mean=clip.visual.image_mean,
+            deviation=clip.visual.image_std,
+            name=f"CLIP {model} {pretrained}",
+            device=device,
+        )
+
+    @torch.no_grad()
+    def _encode(self, sentences: Sequence[str]) -> Tensor:
+        return normalize(
+            self.model.encode_text(self.tokenizer(list(sentences)).to(self.device)).float(), dim=1
+        )
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """Raises `JudgeError` if the judges were not built for a row."""
+        for row in rows:
+            if sentence_of(row) not in self.sentences.get(row.artist, ()):
+                raise JudgeError(
+                    f"Case {row.case_number} is not among the prompts that the CLIP judges were built for. "
+                    "Build them from all rows."
+                )
+
+    @torch.no_grad()
+    def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
+        """Judge images; see `Judges.judge`."""
+        side = self.model.visual.image_size
+        size = (side, side) if isinstance(side, int) else tuple(side)
+        x = images.to(self.device).float() / 255
+        x = interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        z = normalize(self.model.encode_image((x - self.mean) / self.deviation).float(), dim=1)
+        style = [self.artists[i] for i in (z @ self.styles.T).argmax(1).tolist()]
+        content: list[int | None] = []
+        for image, row in zip(z, rows, strict=True):
+            best = int((self.contents[row.artist] @ image).argmax())
+            content.append(int(self.sentences[row.artist][best] == sentence_of(row)))
+        return style, content
+
+
+def sentence_of(row: PromptRow) -> str:
+    """What a row asks for besides its artist; its thing if levels say the same in other words."""
+    return f"a picture of {row.thing}" if row.level else without_artist(row.prompt, row.artist)
+
+
+def without_artist(prompt: str, artist: str) -> str:
+    """
+    Replace the artist in a prompt by "the artist": the full name, the part before a colon, or the surname.
+
+    "A wheat field in Van Gogh's style" gives "A wheat field in the artist's style".
+    """
+    if not artist:
+        return prompt
+    names = sorted({artist, artist.split(":")[0], artist.split()[-1]}, key=len, reverse=True)
+    return re.sub(
+        rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)", "the artist", prompt, flags=re.IGNORECASE
+    )

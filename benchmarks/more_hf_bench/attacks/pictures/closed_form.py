@@ -1,0 +1,113 @@
+"""Closed forms: how near any input comes to the concept, and what a linear probe reads, without training."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from more_hf.diffusion.encoder import Encoder
+from more_hf.diffusion.sites import find_denoiser, find_sites
+
+from ...classes.metrics import auc
+from ..result import Result
+from .victim import Victim
+
+
+UNREACHABLE = 1e-3  # a direction of E this much weaker than its strongest counts as outside its range
+
+
+def closed_form(victim: Victim, *, rho: float = 1e-6) -> Iterator[Result]:
+    """
+    Look for the concept in the edited weights W', compared with the original's W, all layers together.
+
+    Yields:
+        the judges' result for pictures of RECE's adversarial embedding c' of each test prompt;
+        `residual`, ‖W c − W' c'‖ / ‖W c‖ over the test prompts' own tokens, which no prompt and no learned
+        token can go below as ρ → 0; and, as variant "by name", the same for c itself;
+        `angle`, in degrees, between the concept's feature p_f and the range of E in W' = W E;
+        `auc` of linear probes on edited keys and values that tell the concept's name from the others'.
+
+    Source: RECE (Gong et al., ECCV 2024), its closed form for the adversarial embedding.
+
+    Args:
+        victim (`Victim`):
+            The pipeline under attack.
+        rho (`float`):
+            The ridge of the adversarial embedding; RECE erases with 1e-3.
+    """
+    studio = victim.studio
+    W, edited = stacked(studio.original), stacked(victim.pipe)
+    # c: the test prompts' features, compared at their own tokens.
+    encoder = Encoder(studio.original)
+    prompts = victim.prompts(victim.concept)
+    c = encoder.encode(prompts).double().cpu()
+    own = torch.zeros(c.shape[:2], dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        for words, padding in encoder.ordinary_spans(prompt):
+            own[row, words.start : padding.stop] = True
+    wanted = c[own] @ W.T
+    yield Result(relative(c[own] @ edited.T, wanted), variant="by name", measure="residual")
+
+    # RECE's embedding is the ridge solution of W' c' = W c over all layers together.
+    left = rho * torch.eye(W.shape[1], dtype=W.dtype) + edited.T @ edited
+    adversarial = c @ torch.linalg.solve(left, edited.T @ W).T
+    yield victim.drawn(victim.pipe, adversarial.float(), "closed-form", variant="embedding")
+    reached = relative(adversarial[own] @ edited.T, wanted)
+    yield Result(reached, variant="embedding", measure="residual")
+
+    # E is the least-squares solution of W E = W'.
+    E = torch.linalg.lstsq(W, edited).solution
+    p_f = encoder.encode([victim.concept])[0, len(encoder.token_ids(victim.concept))].double().cpu()
+    yield Result(angle_to_range(E, p_f), measure="angle")
+    for layer, weight in (("keys", "to_k"), ("values", "to_v")):
+        area = probe(victim, stacked(victim.pipe, weight), encoder)
+        yield Result(area, variant=f"probe of {layer}", measure="auc")
+
+
+def stacked(pipe: StableDiffusionPipeline, ending: str = "") -> Tensor:
+    """The weights of the layers that read text, stacked: float64 `(sum of widths, d)`."""
+    sites = find_sites(pipe, find_denoiser(pipe))
+    return torch.cat([site.read().double().cpu() for name, site in sites.items() if name.endswith(ending)])
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def angle_to_range(E: Tensor, p: Tensor) -> float:
+    """The angle in degrees between a vector `(d,)` and the range of a matrix `(d, d)`."""
+    U, s, _ = torch.linalg.svd(E)
+    inside = U[:, s > UNREACHABLE * s[0]].T @ p
+    return math.degrees(math.acos(min(1.0, float(inside.norm() / p.norm()))))
+
+
+def probe(victim: Victim, weight: Tensor, encoder: Encoder, ridge: float = 1e-2) -> float:
+    """
+    The area under the curve, in percent, of a linear probe that tells the concept's name from all others.
+
+    The probe is a ridge regression on `weight` `(width, d)` times the end token of every second test prompt,
+    with every name filled in, and is measured on the other prompts.
+    """
+    names = victim.studio.names(victim.studio.kind(victim.concept))
+    rows: list[list[Tensor]] = []  # for each prompt, a row for each name
+    for prompt in dict.fromkeys(victim.prompts("{}")):
+        texts = [prompt.replace("{}", name) for name in names]
+        ends = [len(encoder.token_ids(text)) + 1 for text in texts]
+        features = encoder.encode(texts).double().cpu()
+        rows.append([z[end] @ weight.T for z, end in zip(features, ends, strict=True)])
+    is_concept = torch.tensor([name == victim.concept for name in names]).double()
+    x, unseen = (torch.stack(list(itertools.chain.from_iterable(half))) for half in (rows[::2], rows[1::2]))
+    y, truth = is_concept.repeat(len(rows[::2])), is_concept.repeat(len(rows[1::2]))
+    mean = x.mean(0)
+    x, unseen = x - mean, unseen - mean
+    # Solve in the dual, because there are fewer rows than columns.
+    gram = x @ x.T
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    scores = unseen @ x.T @ torch.linalg.pinv(gram, hermitian=True) @ (y - y.mean())
+    return auc(scores[truth > 0], scores[truth == 0])

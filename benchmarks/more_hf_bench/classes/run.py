@@ -1,0 +1,441 @@
+"""The knowledge-deletion benchmark: every method forgets classes in turn, and the result is measured."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import tqdm
+from torch import nn
+
+from more_hf import __version__
+from more_hf.api import get_erasure
+from more_hf.classification.heads import find_heads
+from more_hf.core.errors import IncompatibleBaseError
+from more_hf.core.files import replacing
+
+from ..columns import rounded
+from ..errors import BenchmarkError
+from ..machine import peak_memory, processes, this_run
+from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
+from ..run import held_settings, method_settings, refuse_unused_settings
+from ..splits import KDData, Splits, some_of_each, split_by_class
+from .data import load_kd_data
+from .features import (
+    Cached,
+    cache,
+    head_only,
+    invert_two_queries,
+    reloaded,
+    same_backbone,
+    splits_of_features,
+)
+from .information import Features, block_features, information
+from .measure import LABELLED, PARTS, Informed, Places, Shared, head_information, measure
+from .models import MODELS, pretrained_inputs
+from .similarity import class_means
+from .store import ClassesConfig, KDCell, KDConfig, Training
+from .tables import INVERTED, RELOADED, write_outputs
+from .training import Recipe, Trainer
+
+
+logger = logging.getLogger(__name__)
+
+JOINT = "+"  # between classes that are forgotten together
+PLOTTED = 1000  # test samples whose features are kept for the plots
+NOT_SETTINGS = ("model", "splits", "seed", "fit")  # parameters of a method that a benchmark fills in
+
+Methods = Mapping[str, Callable[..., nn.Module]]
+
+
+def run_kd(
+    dataset: str,
+    model: str,
+    methods: Sequence[str],
+    forget: str | Sequence[str],
+    *,
+    output: str | Path,
+    seeds: int = 1,
+    path: str | Path | None = None,
+    models: str | Path | None = None,
+    epochs: int | None = None,
+    probe_seeds: int = 5,
+    passes: Sequence[int] = (16,),
+    settings: Mapping[str, Any] | None = None,
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
+    shared: Shared | None = None,
+) -> list[dict[str, Any]]:
+    """Train a classifier, let each method forget each entry of `forget`, and measure what is left.
+
+    Under `accelerate launch` trainings are shared by all processes and the cells (method, forget, seed) are
+    split over them. A killed run continues with the same call; nothing is trained or measured twice. If a
+    baseline diverges, its cell is skipped with a warning, and the same call retries it.
+
+    Args:
+        dataset (`str`): a name of `load_kd_data`, or a folder of images.
+        model (`str`): a name of `models.MODELS`, trained from random weights, or a pretrained classifier's
+            folder or Hub id.
+        methods (`Sequence[str]`): names from `more_hf_bench.methods.registry.CLASSIFICATION`, or
+            `"module:function"`. Ours get one more row, `-reloaded`: saved with `save_pretrained` and loaded
+            without the erasure's hook.
+        forget (`str` or `Sequence[str]`): classes to forget, one after the other, by name or number; `"a+b"`
+            forgets both together; `"all"` is every class in turn.
+        output (`str` or `Path`): the folder for cells, rows, tables and plots. It may hold a part of the same
+            benchmark.
+        seeds (`int`, defaults to 1): trainings and runs of each method: seeds 0, 1, ...
+        path (*optional*): where the data lie, if not in their usual place.
+        models (*optional*): the folder of trained classifiers; by default `models` in `output`.
+        epochs (`int`, *optional*): of every training; by default the recipe's.
+        probe_seeds (`int`, defaults to 5): new heads per learning rate.
+        passes (`Sequence[int]`, defaults to `(16,)`): for each, methods with random routing get one more row,
+            `-xK`: an attacker who asks K times and takes the mean. `-inverted` is one who asks twice, knows
+            the experts, and takes the feature that explains both answers.
+        settings (`Mapping`, *optional*): arguments for every method that takes them.
+        tuned (`Mapping`, *optional*): method to its own arguments.
+        shared (`Shared`, *optional*): results of earlier calls on the same data and trained classifiers; this
+            call's are added.
+
+    Returns:
+        `list[dict]`: the lines of `summary.csv`.
+
+    Raises:
+        `BenchmarkError`, `DatasetError`: before anything is trained, if the arguments do not go together or
+        `output` holds
+            another benchmark.
+    """
+    state, output = processes(), Path(output)
+    if seeds < 1 or probe_seeds < 1:
+        raise BenchmarkError(f"Needs at least one seed and one probe seed, got {seeds} and {probe_seeds}.")
+    functions = {name: find_classification_method(name, forgets="classes") for name in methods}
+    data = load_data(dataset, path, model)
+    if forget == "all":
+        entries = data.class_names
+    else:
+        entries = [forget] if isinstance(forget, str) else forget
+    classes = {entry: classes_of(entry, data) for entry in entries}
+    trainer = start_trainer(data, model, functions, epochs, Path(models or output / "models"))
+    config = ClassesConfig(
+        benchmark="kd",
+        more_hf=__version__,
+        training=training_facts(trainer),
+        evaluation={"probe_seeds": probe_seeds, "passes": list(passes)},
+        class_names=list(data.class_names),
+        seeds=seeds,
+        methods=settings_of(functions, settings or {}, tuned or {}, held_settings(output)),
+        forget={entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
+        runs=[this_run(state)],
+    )
+    config = join_folder(config, output, state)
+    shared = Shared() if shared is None else shared
+
+    cells = [cell for cell in config.cells(output) if cell.method in functions and cell.forget in classes]
+    missing = [cell for cell in cells if not cell.is_done]
+    for seed in sorted({cell.seed for cell in missing}):
+        of_seed = [cell for cell in missing if cell.seed == seed]
+        original = trainer.original(seed)
+        if "retrain" in functions:
+            for entry in dict.fromkeys(cell.forget for cell in of_seed):
+                trainer.retrained(split_by_class(data, classes[entry]).r, entry, seed)
+        mine = of_seed[state.process_index :: state.num_processes]
+        if mine:
+            _Seed(trainer, seed, original, config, functions, classes, shared, state.device).run(mine)
+    state.wait_for_everyone()
+    summary = write_outputs(output, config) if state.is_main_process else []
+    state.wait_for_everyone()
+    return summary
+
+
+def load_data(dataset: str, path: str | Path | None, model: str) -> KDData:
+    """Load a data set as a classifier reads it."""
+    inputs = {} if model in MODELS else pretrained_inputs(model)
+    return load_kd_data(dataset, path=path, **inputs)
+
+
+def start_trainer(data: KDData, model: str, functions: Methods, epochs: int | None, folder: Path) -> Trainer:
+    """Return the trainer of a run, unless nothing would be trained that has to be."""
+    recipe = Recipe.of(data, epochs)
+    if recipe.epochs == 0 and (model in MODELS or "retrain" in functions):
+        reason = f"{model} starts from random weights" if model in MODELS else "retrain trains a classifier"
+        raise BenchmarkError(
+            f"Nothing is trained in 0 epochs, and {reason}. "
+            "Name a trained classifier's folder, or leave retrain out."
+        )
+    return Trainer(model, data, recipe, folder)
+
+
+def training_facts(trainer: Trainer) -> Training:
+    """The configuration of a trainer."""
+    data = trainer.data
+    return Training(data.name, trainer.model, len(data.train), data.image_size, trainer.recipe)
+
+
+def settings_of(
+    functions: Methods,
+    settings: Mapping[str, Any],
+    tuned: Mapping[str, Mapping[str, Any]],
+    held: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Collect the settings of every method with their values: tuned, else given for all, else its default.
+
+    What `held`, the settings of a folder's methods, does not know is left out at its default.
+
+    Raises:
+        `BenchmarkError`: for a setting that no method takes, or a tuned one that its method does not.
+    """
+    refuse_unused_settings(functions, settings, tuned, without=NOT_SETTINGS)
+    collected = {}
+    for name, function in functions.items():
+        given = dict(settings)
+        if method_settings(function, without=NOT_SETTINGS).get("router", "") is None:
+            # A method that routes nowhere has its own number of experts, which no configuration records.
+            given["num_experts"] = None
+        own = tuned.get(name, {})
+        collected[name] = method_settings(function, given, own, without=NOT_SETTINGS, held=held.get(name))
+    return collected
+
+
+def join_folder(config: KDConfig, output: Path, state: PartialState) -> KDConfig:
+    """Join the configuration with the one in `output`, and write it there."""
+    config = config.joined_with(output)
+    state.wait_for_everyone()  # no process writes before all have read
+    if state.is_main_process:
+        config.write(output)
+    return config
+
+
+def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a method is called with: a number of experts that is not recorded is its default."""
+    return {name: value for name, value in settings.items() if (name, value) != ("num_experts", None)}
+
+
+@contextmanager
+def skipping_divergence(cell: KDCell) -> Iterator[None]:
+    """If a baseline diverges, skip its cell with a warning; the next run retries it."""
+    try:
+        yield
+    except IncompatibleBaseError as error:
+        logger.warning("%s without %s, seed %d, is left out. %s", cell.method, cell.forget, cell.seed, error)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a method, in the columns of a row; empty where it was not measured."""
+
+    seconds: float | None = None
+    peak_memory: float | None = None
+
+
+def apply_method(
+    function: Callable[..., nn.Module],
+    model: nn.Module,
+    splits: Splits,
+    settings: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
+) -> tuple[nn.Module, Cost]:
+    """Let a method forget, and measure its time and memory."""
+    with peak_memory(device) as peak:
+        start = time.perf_counter()
+        edited = function(model, splits, seed=seed, **settings)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    mebibytes = None if peak.mebibytes is None else round(peak.mebibytes, 1)
+    return edited, Cost(round(seconds, 4), mebibytes)
+
+
+class _Seed:
+    """One trained classifier, and everything that its cells have in common."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        seed: int,
+        original: nn.Module,
+        config: ClassesConfig,
+        functions: Methods,
+        classes: Mapping[str, Sequence[int]],
+        shared: Shared,
+        device: torch.device,
+    ):
+        self.trainer, self.seed, self.config, self.functions = trainer, seed, config, functions
+        self.classes, self.shared, self.device = classes, shared, device
+        self.data, self.original = trainer.data, original.to(device)
+        sample = self.data.test[torch.arange(2)]["pixel_values"].to(device)
+        self.head_name = next(iter(find_heads(self.original, sample)))
+        self.has_shared_inputs = seed in shared.inputs
+        if self.has_shared_inputs:
+            head = self.original.get_submodule(self.head_name)
+            self.cached = Cached(shared.inputs[seed], self.original, head)
+        else:
+            self.cached = self._cache(self.original)
+            shared.inputs[seed] = self.cached.inputs
+        labels = self.data.train.labels
+        self.means = class_means(self.cached.features("train"), labels, len(self.data.class_names))
+        some = some_of_each(labels, LABELLED)
+        self.labelled = {"train": self.data.train.subset(some), "test": self.data.test}
+        self.blocks: list[Features] = []  # of the original, once somebody asks
+
+    def run(self, cells: Sequence[KDCell]) -> None:
+        description = f"{self.data.name}, seed {self.seed}"
+        bar = tqdm(total=len(cells), desc=description, unit="cell", main_process_only=False)
+        for entry in dict.fromkeys(cell.forget for cell in cells):
+            splits = split_by_class(self.data, self.classes[entry])
+            retrained = informed = None
+            if "retrain" in self.functions:
+                retrained = self._cache(self.trainer.retrained(splits.r, entry, self.seed))
+                informed = self._informed(retrained, splits)
+            for cell in cells:
+                if cell.forget == entry:
+                    bar.set_postfix_str(f"{cell.method} without {entry}")
+                    with skipping_divergence(cell):
+                        self._measure(cell, splits, retrained, informed)
+                    bar.update()
+        bar.close()
+
+    def _cache(self, model: nn.Module) -> Cached:
+        """The inputs of a model's head; those of the original where the backbone is the original's."""
+        model = model.to(self.device)
+        head = model.get_submodule(self.head_name)
+        if model is not self.original and same_backbone(model, self.original, self.head_name):
+            return Cached(self.cached.inputs, model, head)
+        return cache(model, head, {"train": self.data.train, "test": self.data.test})
+
+    def _informed(self, retrained: Cached, splits: Splits) -> Informed:
+        """What the index of information of the original's backbone needs."""
+        places, both = Places.of(self.data, splits), []
+        for cached in (self.cached, retrained):
+            blocks = self._block_information(cached.model, places)
+            features = {part: cached.features(part) for part in PARTS}
+            both.append([*blocks, head_information(features, places)])
+        original, theirs = both
+        return Informed(original[:-1], original, theirs)
+
+    def _block_information(self, model: nn.Module, places: Places) -> list[float]:
+        """The information in every block of a model, by labelled images."""
+        if model is self.original:
+            self.blocks = self.blocks or block_features(model, self.labelled)
+            blocks = self.blocks
+        else:
+            blocks = block_features(model, self.labelled)
+        forget = self.labelled["train"].labels[:, None] == places.labels["train"][places.mask["f"]].unique()
+        forgotten = {"train": forget.any(1), "test": places.mask["ft"]}
+        return [information(z, forgotten) for z in blocks]
+
+    def _measure(
+        self, cell: KDCell, splits: Splits, retrained: Cached | None, informed: Informed | None
+    ) -> None:
+        """Measure one cell: the method, its rows, and last the file that makes it done."""
+        edited, cost = self._forget(cell, splits)
+        places, forget = Places.of(self.data, splits), self.classes[cell.forget]
+        settings = self.config.methods[cell.method]
+        targets = targets_of(edited, settings, forget, self.data.class_names)
+        rows, probes = [], []
+        arrays = {"labels": self.data.test.labels[:PLOTTED].numpy()}
+        if informed is not None and not same_backbone(edited, self.original, self.head_name):
+            informed = replace(informed, blocks=self._block_information(edited, places))
+        for name, cached, passes in self._variants(cell.method, edited):
+            measured = measure(
+                cached,
+                places,
+                forget=forget,
+                targets=targets,
+                original=self.cached,
+                retrained=retrained,
+                original_means=self.means,
+                probe_seeds=range(self.config.evaluation["probe_seeds"]),
+                informed=informed,
+                passes=passes,
+                shared=self.shared,
+            )
+            key = {"method": name, "forget": cell.forget, "seed": self.seed}
+            sent_to = ", ".join(self.data.class_names[c] for c in targets)
+            rows.append(rounded({**key, "sent_to": sent_to, **measured.row, **vars(cost)}))
+            probes += [rounded({**key, **probe}) for probe in measured.probes]
+            arrays[f"{name}/means"] = measured.means.float().numpy()
+            arrays[f"{name}/features"] = measured.test_features[:PLOTTED].numpy()
+        if self.seed == 0:
+            with replacing(cell.path.with_suffix(".npz")) as draft, draft.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+        cell.write({"rows": rows, "probes": probes})
+
+    def _forget(self, cell: KDCell, splits: Splits) -> tuple[nn.Module, Cost]:
+        """Apply the cell's method to a copy of the original.
+
+        A closed form needs nothing of the backbone but the features that are cached already. Only its first
+        cell gets the images, and so a cost, unless an earlier run had collected the features.
+        """
+        function, settings = self.functions[cell.method], arguments(self.config.methods[cell.method])
+        model = copy.deepcopy(self.original)
+        is_first = cell.forget == next(iter(self.config.forget)) and cell.seed == 0
+        is_closed_form = CLASSIFICATION.get(cell.method, UNREGISTERED).closed_form
+        if is_closed_form and (self.has_shared_inputs or not is_first):
+            with head_only(model, model.get_submodule(self.head_name)):
+                features = splits_of_features(splits, self.data.train, self.cached.inputs["train"])
+                return function(model, features, seed=self.seed, **settings), Cost()
+        if cell.method == "retrain":
+            return retrain(function, model, splits, self.trainer, cell.forget, self.seed)
+        return apply_method(function, model, splits, settings, self.seed, self.device)
+
+    def _variants(self, method: str, edited: nn.Module) -> Iterator[tuple[str, Cached, int]]:
+        """The edited model; ours also after loading, and asked several times where its router draws."""
+        cached = self._cache(edited)
+        yield method, cached, 1
+        if get_erasure(edited) is not None:
+            with reloaded(edited) as plain:
+                loaded = self._cache(plain)
+                yield method + RELOADED, loaded, 1
+                if cached.is_random:
+                    inverted = {part: invert_two_queries(cached, part) for part in PARTS}
+                    yield method + INVERTED, replace(loaded, inputs=inverted), 1
+        if cached.is_random:
+            for passes in self.config.evaluation["passes"]:
+                yield f"{method}-x{passes}", cached, passes
+
+
+def targets_of(
+    edited: nn.Module, settings: Mapping[str, Any], forget: Sequence[int], class_names: Sequence[str]
+) -> list[int]:
+    """The classes that the forgotten ones were sent to, or that the method made them alike."""
+    erasure = get_erasure(edited)
+    if erasure is not None:
+        names = [name for targets in erasure.facts.sent_to.values() for name in targets]
+        return [class_names.index(name) for name in dict.fromkeys(names)]
+    if "target" not in settings or settings.get("against") == "rest":
+        return []
+    if settings["target"] is not None:
+        return [settings["target"]]
+    # By default these methods take the first remaining class.
+    return [next(c for c in range(len(class_names)) if c not in forget)]
+
+
+def retrain(
+    function: Callable[..., nn.Module],
+    model: nn.Module,
+    splits: Splits,
+    trainer: Trainer,
+    forget: str,
+    seed: int,
+) -> tuple[nn.Module, Cost]:
+    """Let Retrain take its classifier from the trainer; it costs the time of that training."""
+    edited = function(
+        model, splits, seed=seed, fit=lambda images, seed: trainer.retrained(images, forget, seed)
+    )
+    return edited, Cost(trainer.seconds(forget, seed))
+
+
+def classes_of(entry: str, data: KDData) -> tuple[int, ...]:
+    """Class ids of an entry of `forget`: names or numbers, joined by `+`, unless it is a name itself."""
+    parts = [entry] if entry in data.class_names else entry.split(JOINT)
+    return data.class_ids(
+        [int(part) if part.isdigit() and part not in data.class_names else part for part in parts]
+    )

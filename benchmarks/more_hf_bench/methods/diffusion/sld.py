@@ -1,0 +1,134 @@
+"""SLD: Safe Latent Diffusion (Schramowski et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from more_hf.core.errors import MoreError
+
+from .inference import AtInference, intercepted, noise_per_output
+from .roles import Concepts, name_roles
+
+
+PRESETS = {
+    "weak": {"warmup": 15, "scale": 200.0, "threshold": 0.0, "momentum_scale": 0.0, "momentum_beta": 0.0},
+    "medium": {"warmup": 10, "scale": 1000.0, "threshold": 0.01, "momentum_scale": 0.3, "momentum_beta": 0.4},
+    "strong": {"warmup": 7, "scale": 2000.0, "threshold": 0.025, "momentum_scale": 0.5, "momentum_beta": 0.7},
+    "max": {"warmup": 0, "scale": 5000.0, "threshold": 1.0, "momentum_scale": 0.5, "momentum_beta": 0.7},
+}
+
+
+def sld(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: str | Sequence[str] | None,
+    retain: Sequence[str] | None,
+    preset: str = "medium",
+    warmup: float | None = None,
+    scale: float | None = None,
+    threshold: float | None = None,
+    momentum_scale: float | None = None,
+    momentum_beta: float | None = None,
+) -> AtInference:
+    """Return a pipeline that is guided away from the concepts while it runs; `pipe` is not modified and no
+    weight changes.
+
+    Source: SLD, its guidance with warm-up and momentum; for artists the safety concept is the name, as
+    RECE's comparison has it. The threshold is in units of noise: a pipeline that predicts v is converted at
+    each step. `remap_to` and `retain` play no part; without classifier-free guidance the method does
+    nothing.
+
+    Args:
+        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`.
+        preset (`str`, defaults to `"medium"`): `"weak"`, `"medium"`, `"strong"` or `"max"`. What follows
+            overrides it one by one.
+        warmup (`float`, *optional*): steps of 50 before it acts; the same share of a shorter run.
+        scale, threshold, momentum_scale, momentum_beta (`float`, *optional*): s_S, λ, s_m, β_m.
+
+    Raises:
+        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does. `MoreError`: for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise MoreError(f"Unknown preset {preset!r}. Choose one of {', '.join(map(repr, PRESETS))}.")
+    overrides = {
+        "warmup": warmup,
+        "scale": scale,
+        "threshold": threshold,
+        "momentum_scale": momentum_scale,
+        "momentum_beta": momentum_beta,
+    }
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    forget = name_roles(concepts, remap_to, retain).forget
+    return SLDPipeline.around(pipe, forget=forget, settings={**PRESETS[preset], **overrides})
+
+
+sld_weak = partial(sld, preset="weak")
+sld_medium = partial(sld, preset="medium")
+sld_strong = partial(sld, preset="strong")
+sld_max = partial(sld, preset="max")
+
+
+def safety_guidance(
+    uncond: Tensor,
+    text: Tensor,
+    safety: Tensor,
+    momentum: Tensor,
+    *,
+    scale: float,
+    threshold: float,
+    momentum_scale: float,
+) -> Tensor:
+    """γ, what is taken from the guidance: γ = μ ⊙ (ε_s − ε_∅) + s_m ν, with μ = min(1, s_S |ε_p − ε_s|)
+    wherever ε_p − ε_s < λ, else 0.
+
+    `uncond`, `text` and `safety` are the noise predictions ε_∅, ε_p and ε_s for the empty prompt, the prompt
+    and the safety concept, `momentum` is ν; all of one shape."""
+    difference = text - safety
+    weight = torch.where(difference < threshold, (difference.abs() * scale).clamp(max=1), 0)
+    return weight * (safety - uncond) + momentum_scale * momentum
+
+
+class SLDPipeline(AtInference):
+    """See `sld`: each call of the denoiser has a third branch, the safety concept, and hands back ε_p − γ in
+    place of ε_p."""
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        concept, clip_skip = ", ".join(self.forget), kwargs.get("clip_skip")
+        safety, _ = self.encode_prompt([concept], self._execution_device, 1, False, clip_skip=clip_skip)
+        limits = {name: self.settings[name] for name in ("scale", "threshold", "momentum_scale")}
+        beta = self.settings["momentum_beta"]
+        calls, momentum = 0, torch.zeros(())
+
+        def add_branch(args, kwargs):
+            if not self.do_classifier_free_guidance:
+                return args, kwargs
+            (x, *rest), prompt = args, kwargs["encoder_hidden_states"]
+            rows = len(x) // 2
+            branches = torch.cat([prompt, safety.to(prompt).expand(rows, -1, -1)])
+            return (torch.cat([x, x[:rows]]), *rest), {**kwargs, "encoder_hidden_states": branches}
+
+        def guide(args, kwargs, output):
+            nonlocal calls, momentum
+            if not self.do_classifier_free_guidance:
+                return output
+            predicted, ratio = output[0], noise_per_output(self.scheduler, args[1])
+            # Every term of γ is a difference of two predictions at the same x_t, which the ratio converts.
+            noise = predicted.float() * ratio
+            gamma = safety_guidance(*noise.chunk(3), momentum.to(noise), **limits)
+            momentum = beta * momentum.to(noise) + (1 - beta) * gamma
+            is_warm = self.share_of_run(calls) >= self.settings["warmup"]
+            calls += 1
+            uncond, text, _ = predicted.chunk(3)
+            if is_warm and ratio > 0:  # at ratio 0 x_t is pure noise, and nothing is predicted of it
+                text = text - (gamma / ratio).to(text)
+            return (torch.cat([uncond, text]), *output[1:])
+
+        with intercepted(self.unet, add_branch, guide):
+            return super().__call__(*args, **kwargs)

@@ -1,0 +1,196 @@
+"""The common start of all benchmarks: the configuration of a folder, and the settings of methods."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from more_hf.core.files import write_json
+
+from .errors import BenchmarkError
+
+
+class BenchmarkConfig:
+    """
+    Base of the dataclasses of a benchmark's `config.json`; their fields are its keys.
+
+    Attributes:
+        FIXED (`tuple[str, ...]`):
+            Fields that must be the same for everything in one folder.
+        JOINED (`tuple[str, ...]`):
+            Fields that are mappings, to which each run adds its entries.
+        more_hf (`str`):
+            The version that made the first run.
+        benchmark (`str`):
+            The kind of benchmark.
+        methods (`Mapping[str, Mapping[str, Any]]`):
+            Method -> its settings.
+        forget (`Mapping[str, Any]`):
+            Everything that is forgotten in turn -> its definition.
+        runs (`list[dict[str, Any]]`):
+            The time, command and machine of each run, from [`~more_hf_bench.machine.this_run`].
+    """
+
+    FIXED: ClassVar[tuple[str, ...]]
+    JOINED: ClassVar[tuple[str, ...]] = ("methods", "forget")
+
+    more_hf: str
+    benchmark: str
+    methods: Mapping[str, Mapping[str, Any]]
+    forget: Mapping[str, Any]
+    runs: list[dict[str, Any]]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in JSON's types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self | None:
+        """
+        Read the configuration of a folder; `None` if it has none yet.
+
+        Raises:
+            BenchmarkError: it is the configuration of another kind of benchmark.
+        """
+        data = read_config(folder)
+        if data is None:
+            return None
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if not required <= data.keys() <= {field.name for field in fields(cls)}:
+            raise BenchmarkError(f"{folder} holds another kind of benchmark. Choose another `--output`.")
+        return cls.from_dict(data)
+
+    def write(self, folder: str | Path) -> None:
+        """Write `config.json`, atomically."""
+        write_json(Path(folder) / "config.json", self.to_dict())
+
+    def joined_with(self, folder: str | Path) -> Self:
+        """
+        Join this run's configuration with the one in `folder`: all fields in `JOINED`, and the runs.
+
+        Raises:
+            BenchmarkError: the two contradict each other. The message says where.
+        """
+        old = type(self).read(folder)
+        if old is None:
+            return self
+        if old.benchmark != self.benchmark:
+            raise BenchmarkError(f"{folder} holds another kind of benchmark. Choose another `--output`.")
+        there, here = old.to_dict(), self.to_dict()
+        differences = [text for key in self.FIXED for text in _differences(key, there[key], here[key])]
+        for key in self.JOINED:
+            for name in there[key]:
+                if name in here[key]:
+                    differences += _differences(f"{key}: {name}", there[key][name], here[key][name])
+        if differences:
+            raise BenchmarkError(
+                f"{folder} holds results of another configuration ({'; '.join(differences)}). "
+                "Choose another `--output`."
+            )
+        joined = {key: {**getattr(old, key), **getattr(self, key)} for key in self.JOINED}
+        return replace(old, **joined, runs=[*old.runs, *self.runs])
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of all runs, each once."""
+        return list(dict.fromkeys(run["command"] for run in self.runs))
+
+
+def read_config(folder: str | Path) -> dict[str, Any] | None:
+    """Read `config.json` of a benchmark of any kind; `None` if the folder has none."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def held_settings(folder: str | Path) -> Mapping[str, Mapping[str, Any]]:
+    """Read the settings of each method that a folder has results of; empty if it has none."""
+    return (read_config(folder) or {}).get("methods", {})
+
+
+def short_hash(value: object) -> str:
+    """The name of a cell's folder or file: a hash of the JSON of everything that determines its content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def method_settings(
+    function: Callable,
+    *given: Mapping[str, Any],
+    without: Collection[str],
+    held: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """
+    Collect a method's settings with the values that it will be called with.
+
+    Args:
+        function (`Callable`):
+            The method. Its first two parameters are the model and what to forget; the settings are among the
+            others.
+        given (`Mapping[str, Any]`):
+            Values that replace defaults; later mappings take precedence. Names that the method does not take
+            are ignored.
+        without (`Collection[str]`):
+            Further parameters that are not settings.
+        held (`Mapping[str, Any]`, *optional*):
+            The settings with which the folder has results of this method. One that it lacks is newer than
+            these results and is left out at its default, at which the method does what it did before.
+
+    Returns:
+        `dict[str, Any]`: a value for every setting that is given or has a default.
+    """
+    values = {name: value for mapping in given for name, value in mapping.items()}
+    settings = {}
+    for name, parameter in _parameters(function, without).items():
+        value = values.get(name, parameter.default)
+        newer = held is not None and name not in held and value == parameter.default
+        if value is not inspect.Parameter.empty and not newer:
+            settings[name] = value
+    return settings
+
+
+def refuse_unused_settings(
+    functions: Mapping[str, Callable],
+    settings: Mapping[str, Any],
+    tuned: Mapping[str, Mapping[str, Any]],
+    *,
+    without: Collection[str],
+) -> None:
+    """
+    Check that each of `settings` is taken by some method, and that each method takes its own in `tuned`.
+
+    Raises:
+        BenchmarkError: a setting is not taken. The message names the first one.
+    """
+    taken = {name: _parameters(function, without) for name, function in functions.items()}
+    for key in settings:
+        if not any(key in names for names in taken.values()):
+            raise BenchmarkError(f"No method among {', '.join(functions)} takes `{key}`.")
+    for name, names in taken.items():
+        for key in tuned.get(name, {}):
+            if key not in names:
+                raise BenchmarkError(
+                    f"{name} takes no `{key}`. It takes {', '.join(names) or 'no settings'}."
+                )
+
+
+def _parameters(function: Callable, without: Collection[str]) -> dict[str, inspect.Parameter]:
+    """The parameters of a method that are settings."""
+    _, _, *others = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter for parameter in others if parameter.name not in without}
+
+
+def _differences(what: str, there: Any, here: Any) -> list[str]:
+    """Describe how two values differ, key by key if both are mappings; empty if they are equal."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        return [f"{what}: {key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]
+    return [] if there == here else [f"{what} is {there!r} there, {here!r} here"]

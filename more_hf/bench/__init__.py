@@ -1,1 +1,0 @@
-"""The benchmarks: artists and classes, every method on the same harness."""

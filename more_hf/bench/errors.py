@@ -1,9 +1,0 @@
-"""The benchmarks' error."""
-
-from __future__ import annotations
-
-from ..core.errors import MoreError
-
-
-class BenchmarkError(MoreError, ValueError):
-    """The benchmark cannot be run with these arguments, or the folder holds another one."""

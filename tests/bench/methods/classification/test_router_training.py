@@ -1,0 +1,252 @@
+import math
+
+import pytest
+import torch
+from support.classifiers import token_classifier
+from support.compare import same, state
+from torch import nn
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+import more_hf
+from more_hf.classification.features import collect_prototypes, features_of
+from more_hf.core.errors import MoreError, SiteNotFoundError
+from more_hf.core.remap import Remap
+from more_hf.core.routers import PrototypeRouter
+from more_hf.data import load_classifier
+from more_hf_bench.classes.data import load_kd_data
+from more_hf_bench.classes.training import accuracy, predict
+from more_hf_bench.methods.classification.router_training import (
+    COMBINATIONS,
+    LOSSES,
+    balance_loss,
+    fit_router,
+    train_router,
+)
+
+
+FORGET = "3"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_kd_data("digits")
+
+
+@pytest.fixture(scope="module")
+def cached(digits):
+    """
+    Features, labels and head of the digits AllCNN, and a remap of class 3 with eight experts, one target
+    each.
+    """
+    model = load_classifier("digits-allcnn")
+    features, labels = (
+        torch.cat(parts) for parts in zip(*features_of(model, digits.train.loader(500)), strict=True)
+    )
+    prototypes = collect_prototypes(model, digits.train.loader(500))
+    remap = Remap.fit(prototypes, [FORGET], [[name] for name in "01245678"])
+    return (
+        remap,
+        (model.classifier.weight.detach(), model.classifier.bias.detach()),
+        features,
+        labels,
+        labels == int(FORGET),
+    )
+
+
+def fit(cached, weight=None, **options):
+    weight = PrototypeRouter.initial(cached[0]) if weight is None else weight
+    return fit_router(*cached, weight, **options)
+
+
+def reference_losses(remap, head, features, labels, forgotten, weight):
+    """
+    L_R, L_F and L_FLB of appendix D.2 sample by sample, with materialised experts: top-1's value, the
+    mixture's gradient.
+    """
+    weight = weight.clone().requires_grad_()
+    eye = torch.eye(len(remap.prototypes.matrix), dtype=torch.float64)
+    experts = [eye + remap.shift(e) @ remap.D_F for e in range(remap.num_experts)]
+    entropies, gates, chosen = [], [], []
+    for z, y in zip(features.double(), labels, strict=True):
+        p = torch.softmax(weight @ z, 0)
+        e = int(p.argmax())
+        mixture = sum(p[i] * (experts[i] @ z) for i in range(len(p)))
+        routed = experts[e] @ z + mixture - mixture.detach()
+        entropies.append(-torch.log_softmax(head[0].double() @ routed + head[1].double(), 0)[y])
+        gates.append(p)
+        chosen.append(e)
+    entropies = torch.stack(entropies)
+    out = forgotten.nonzero()[:, 0].tolist()
+    balance = 0.0
+    for e in range(weight.shape[0]):
+        importance = sum(gates[i][e] for i in out) / len(out)
+        balance = balance + importance * sum(chosen[i] == e for i in out) / len(out)
+    parts = {
+        "remain": entropies[~forgotten].mean(),
+        "forget": -entropies[forgotten].mean(),
+        "balance": remap.num_experts * balance,
+    }
+    return parts, weight
+
+
+@pytest.mark.parametrize("losses", COMBINATIONS)
+def test_one_step_is_adams_on_the_written_out_loss(cached, losses):
+    """
+    One batch of 60: the logged losses are the reference's, and W moves by Adam's first step, −lr g / (|g| +
+    eps).
+    """
+    remap, head, features, labels, forgotten = cached
+    index = torch.cat([forgotten.nonzero()[:20, 0], (~forgotten).nonzero()[:40, 0]])
+    batch = (remap, head, features[index], labels[index], forgotten[index])
+    start = PrototypeRouter.initial(remap)
+    parts, weight = reference_losses(*batch, start)
+    total = sum({"remain": 1, "forget": 0.001, "balance": 1}[name] * parts[name] for name in losses)
+    total.backward()
+    training = fit(batch, start, losses=losses, epochs=1, batch_size=60, learning_rate=1e-3)
+    for name in LOSSES:
+        assert training.log[0][f"loss_{name}"] == pytest.approx(parts[name].item(), rel=1e-3)
+    assert training.log[0]["loss"] == pytest.approx(total.item(), rel=1e-3)
+    gradient = weight.grad
+    clear = gradient.abs() > 1e-4 * gradient.abs().max()  # of the others, float32 does not know the sign
+    clear &= gradient.abs() > 1e-5
+    moved = (training.weight.double() - start)[clear]
+    assert clear.sum() > 50
+    torch.testing.assert_close(moved, -1e-3 * gradient[clear].sign(), rtol=2e-2, atol=1e-5)
+
+
+def test_the_balance_loss_evens_out_the_forgotten(cached):
+    """
+    From a random start, with a learning rate that shows it in ten epochs; without a learning rate nothing
+    moves.
+    """
+    start = 0.1 * torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
+    still = fit(cached, start, losses=["balance"], learning_rate=0.0)
+    trained = fit(cached, start, losses=["balance"], learning_rate=1e-2)
+    assert still.weight.equal(start)
+    before, after = (t.load_forget.double() for t in (still, trained))
+    assert after.std() < 0.6 * before.std()  # of as many samples
+    assert trained.log[-1]["loss_balance"] < trained.log[0]["loss_balance"]
+    assert int(trained.load.sum()) == len(cached[2])
+    assert int(trained.load_forget.sum()) == int(cached[4].sum())
+
+
+@pytest.mark.parametrize("loss", ["remain", "forget"])
+def test_each_loss_alone_falls(cached, loss):
+    """L_R and L_F from a random start, with a learning rate that shows it in ten epochs."""
+    start = 0.1 * torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
+    log = fit(cached, start, losses=[loss], learning_rate=1e-2).log
+    assert log[-1][f"loss_{loss}"] < log[0][f"loss_{loss}"]
+
+
+def test_same_seed_same_router_and_papers_settings(cached):
+    one, same, other = fit(cached), fit(cached), fit(cached, seed=1)
+    assert one.weight.equal(same.weight)
+    assert not one.weight.equal(other.weight)
+    assert len(one.log) == 10
+    steps = 10 * math.ceil(len(cached[2]) / 512)
+    assert (
+        0 < (one.weight.double() - PrototypeRouter.initial(cached[0])).abs().max() <= 1e-5 * steps * 1.01
+    )  # Adam's largest step is lr
+
+
+def test_more_experts_than_remain_classes(cached):
+    """
+    Algorithm 4 takes the first N_E rows of P_R⁺, which has nine: experts 9 to 11 have none and stay idle.
+    """
+    remap, *rest = cached
+    wide = Remap.fit(remap.prototypes, [FORGET], [[name] for name in "012456789012"])
+    start = PrototypeRouter.initial(wide)
+    assert start.shape == (9, 32)
+    training = fit((wide, *rest), learning_rate=1e-2)
+    assert training.num_experts == len(training.load) == 12
+    assert training.weight.shape == (9, 32)
+    assert training.load[9:].tolist() == [0, 0, 0]
+    assert (training.load[:9] > 0).sum() > 3
+
+
+def test_batches_without_one_side(cached):
+    """
+    A batch may hold forgotten samples only, or none: the losses that need the other side are left out of it.
+    """
+    remap, head, features, labels, forgotten = cached
+    only = fit((remap, head, features[forgotten], labels[forgotten], forgotten[forgotten]), epochs=1)
+    none = fit((remap, head, features[~forgotten], labels[~forgotten], forgotten[~forgotten]), epochs=1)
+    assert only.log[0]["loss_remain"] == 0.0
+    assert none.log[0]["loss_forget"] == none.log[0]["loss_balance"] == 0.0
+    nothing = fit(
+        (remap, head, features[~forgotten], labels[~forgotten], forgotten[~forgotten]),
+        losses=["balance"],
+        epochs=1,
+    )
+    assert nothing.weight.equal(PrototypeRouter.initial(remap).float())
+
+
+def test_balance_loss_at_its_ends():
+    even, one = torch.full((4, 4), 0.25), torch.eye(4)[[2, 2, 2, 2]]
+    assert balance_loss(even, torch.arange(4), 4) == pytest.approx(1)
+    assert balance_loss(one, torch.tensor([2, 2, 2, 2]), 4) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("losses", [[], ["remain", "balanced"]])
+def test_unknown_losses(cached, losses):
+    with pytest.raises(MoreError, match="some of remain, forget, balance"):
+        fit(cached, losses=losses)
+
+
+@pytest.mark.parametrize("router", ["prototype", "prototype_random"])
+def test_a_models_router_is_trained_in_place(digits, cached, router):
+    model = load_classifier("digits-allcnn")
+    more_hf.erase_classes(
+        model, digits.train.loader(500), [FORGET], num_experts=8, router=router, solver="pinv"
+    )
+    erasure = more_hf.get_erasure(model)
+    weights = state(model)
+    start = erasure.hook.router.weight.clone()
+    training = train_router(model, digits.train.loader(500), learning_rate=1e-2, epochs=2)
+    assert same(model, weights)
+    assert not start.equal(training.weight)
+    # the same from cached features of the original model and its original head
+    again = fit((erasure.remap, *cached[1:]), start, learning_rate=1e-2, epochs=2)
+    torch.testing.assert_close(again.weight, training.weight, rtol=1e-3, atol=1e-4)
+    experts = erasure.hook.router(cached[2])
+    assert experts.equal((cached[2] @ training.weight.T).argmax(1))
+    assert torch.bincount(experts, minlength=8).equal(training.load)
+    # and the model uses it
+    taken = {}
+    erasure.hook.router.weight[:] = 0
+    erasure.hook.router.weight[5] = features_of_class(cached, 0)
+    handle = model.classifier.register_forward_pre_hook(lambda module, args: taken.update(z=args[0]))
+    with torch.no_grad():
+        model(digits.test[torch.arange(4)]["pixel_values"])
+    handle.remove()
+    assert taken["z"].shape == (4, 32)
+    remaining = digits.test.subset(digits.test.labels != int(FORGET))
+    assert accuracy(predict(model, remaining), remaining.labels) > 95
+
+
+def features_of_class(cached, label):
+    return cached[2][cached[3] == label].mean(0)
+
+
+def test_what_has_no_router_to_train(digits):
+    model = load_classifier("digits-allcnn")
+    with pytest.raises(MoreError, match="Only a prototype router"):
+        train_router(model, digits.train.loader(500))
+    more_hf.erase_classes(model, digits.train.loader(500), [FORGET], router="hash")
+    with pytest.raises(MoreError, match="Only a prototype router"):
+        train_router(model, digits.train.loader(500))
+
+
+def test_without_a_single_head(digits):
+    inner = load_classifier("digits-allcnn")
+    more_hf.erase_classes(inner, digits.train.loader(500), [FORGET], router="prototype", at="features.7")
+    with pytest.raises(SiteNotFoundError, match="0 edited heads .it was erased at an inner module"):
+        train_router(inner, digits.train.loader(500))
+    two = token_classifier(DeiTForImageClassificationWithTeacher, DeiTConfig)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nn.init.normal_(two.distillation_classifier.weight)
+        nn.init.normal_(two.cls_classifier.weight)
+    more_hf.erase_classes(two, digits.train.loader(500), [FORGET], router="prototype", solver="covariance")
+    with pytest.raises(SiteNotFoundError, match="2 edited heads"):
+        train_router(two, digits.train.loader(500))
