@@ -15,7 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 READMES = [file for file in sorted(ROOT.glob("**/README.md")) if "<!-- table:" in file.read_text("utf-8")]
 FAMILIES_MARKER = re.compile(r"(<!-- table: families -->\n\n)((?:\|.*\n)*)")
-NO_LORA = ("PixArt", "HunyuanImage 2.1")  # diffusers has no `load_lora_weights` for their pipelines
 HEAD = """\
 | family | merge | router | LoRA, peft | LoRA, kohya | push, load |
 |---|:-:|:-:|:-:|:-:|:-:|
@@ -27,11 +26,10 @@ MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))
 def families_table() -> str:
     """The families in the registry's order; those that LoRA files support alike share a row."""
     from more_hf.diffusion.families import FAMILIES
-    from more_hf.saving.lora import KOHYA_FAMILIES
 
     rows: dict[str, list[str]] = {}
     for family in FAMILIES.values():
-        reads = family.name not in NO_LORA, family.name in KOHYA_FAMILIES
+        reads = family.lora, family.kohya is not None
         marks = " | ".join("✓" if read else "refused" for read in reads)
         rows.setdefault(f"✓ | ✓ | {marks} | ✓ |", []).append(family.name)
     lines = [f"| {', '.join(names)} | {marks}\n" for marks, names in rows.items()]

@@ -79,7 +79,7 @@ def _lora(args: argparse.Namespace) -> int:
         erasure = more_hf.erase_to_lora(path=args.output, format=args.format, dtype=dtype, **given)
         return _report(erasure, lora_path(args.output, args.format), len(denoisers))
     # The picture's size in a kohya file's metadata is the latent's by the VAE, and so is what is drawn.
-    with_vae = args.format == "kohya" or args.reach == "denoiser"
+    with_vae = args.format == "kohya" or request.edits_denoiser
     without = NOT_NEEDED[:-1] if with_vae else NOT_NEEDED
     pipe = erased_pipeline(request, dtype=None, device=args.device, offload=args.offload, without=without)
     logger.info("Writing the LoRA")

@@ -54,6 +54,11 @@ class Request:
     concepts: dict[str, list[str]]
     options: dict[str, Any]
 
+    @property
+    def edits_denoiser(self) -> bool:
+        """Whether layers inside the denoiser are edited, too."""
+        return self.options["reach"] == "denoiser"
+
 
 def add_request(parser: argparse.ArgumentParser) -> None:
     """Add the model and what to erase from it."""
@@ -156,7 +161,7 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
     """
     if args.offload != "none":
         raise ValueError("`--offload` moves a denoiser, and `--layers_only` loads none. Leave one out.")
-    if args.reach == "denoiser":
+    if request.edits_denoiser:
         raise ValueError(
             "`--reach denoiser` draws pictures, and `--layers_only` loads no denoiser. Leave one out."
         )

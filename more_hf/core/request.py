@@ -218,6 +218,11 @@ class ConceptRequest(Request):
         )
 
     @property
+    def edits_denoiser(self) -> bool:
+        """Whether layers inside the denoiser are edited, too."""
+        return self.reach == "denoiser"
+
+    @property
     def surfaces(self) -> list[str]:
         """Every forgotten form: each concept's name, followed by its aliases."""
         forms = []

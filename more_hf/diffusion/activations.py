@@ -119,10 +119,10 @@ def record_activations(
             "its own steps, and their layers' inputs cannot be recorded apart. Leave `reach` at 'name', "
             "which edits both."
         )
-    if denoiser.family.unheard:
+    if denoiser.family.unrecorded_layers:
         raise SiteNotFoundError(
-            f"{denoiser.family.name} has {denoiser.family.unheard}, whose inputs are not recorded yet, so "
-            "the concept would stay in them. Leave `reach` at 'name'."
+            f"{denoiser.family.name} has {denoiser.family.unrecorded_layers}, whose inputs are not recorded "
+            "yet, so the concept would stay in them. Leave `reach` at 'name'."
         )
     prompts = _prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.

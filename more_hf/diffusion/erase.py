@@ -263,7 +263,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(pipe, request)
     # 2. Inside the denoiser, pictures by the original give the features.
-    if request.reach == "denoiser":
+    if request.edits_denoiser:
         with nullcontext() if current is None else original_shown(current):
             activations = record_activations(pipe, denoiser, request, solution.sent_to(request))
         solution = solution.with_activations(activations, request.softness)

@@ -31,7 +31,7 @@ class ConceptErasure(Erasure):
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"
-        if request.reach == "denoiser":
+        if request.edits_denoiser:
             inside = [space for space in facts.spaces.values() if not is_text(space)]
             sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
             pictures = f"{request.pictures} pictures of each name" + (f" ({sampling})" if sampling else "")

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.configuration_utils import FrozenDict as Config
 from diffusers.models.attention_processor import (
     Attention,
     CustomDiffusionAttnProcessor,
@@ -24,14 +25,19 @@ from ..core.errors import SiteNotFoundError
 from .text import (
     CHROMA,
     COGVIEW_4,
+    FLUX,
     FLUX_2,
     HIDREAM,
     HUNYUAN_IMAGE,
     KANDINSKY_5,
     KOLORS,
     LUMINA_2,
+    PIXART,
     QWEN_IMAGE,
     SANA,
+    SD3,
+    SDXL,
+    STABLE_DIFFUSION,
     Z_IMAGE,
     ZEROS,
     Text,
@@ -53,7 +59,7 @@ CONDITIONS = {
 }
 TIME_IDS = 6  # sizes and crop of Stable Diffusion XL, embedded after the pooled text
 WAN_LENGTH = 512  # positions of a prompt in Wan
-
+GUIDANCE = 3.5  # of distilled models, which read it like the timestep
 
 Place = tuple[str | int, ...]  # among the arguments of `forward`: a name, and a key or an index in it
 
@@ -74,7 +80,7 @@ class Reader(NamedTuple):
 @dataclass(frozen=True)
 class Family:
     """
-    One kind of denoiser.
+    One kind of denoiser: all that the package knows about it.
 
     Args:
         name (`str`):
@@ -82,34 +88,43 @@ class Family:
         find (`Callable`):
             `denoiser -> {name: Reader}`: every layer that reads text.
         call (`Callable`):
-            `(denoiser, {space: features}) -> output` `(batch, ...)`: one forward pass on a fixed input.
-            Without `"pooled"` that feature is zero.
+            `(denoiser, {space: features}) -> output` `(batch, ...)`: one forward pass on a fixed input; a
+            `Call` or a function. Without `"pooled"` that feature is zero.
+        text (`Text`, *optional*):
+            How its pipelines encode prompts; by default as another family with the same text encoders does.
         pooled (`Place`, *optional*):
             Where the pooled feature is among the arguments of `forward`.
+        places (`Callable`, *optional*):
+            `denoiser -> {space: Place}`: where each space of tokens is among the arguments of `forward`,
+            `"tokens"` first; by default `encoder_hidden_states` holds all.
         norms (`Mapping[str, str]`, *optional*):
             Space -> the module that its features go through between `encode_prompt` and the layers that read
             them. Prototypes are means of what comes out of it: E and a norm do not commute.
         joined (`bool`, *optional*, defaults to `False`):
             Whether the norm sees the prompts of a batch joined, as Z-Image's does.
-        unheard (`str`, *optional*):
+        unrecorded_layers (`str`, *optional*):
             Which layers inside have inputs that cannot be recorded, if any, so that `reach="denoiser"` would
             leave them as they are.
-        text (`Text`, *optional*):
-            How its pipelines encode prompts; by default as `TEXTS` says for their text encoders.
-        places (`Callable`, *optional*):
-            `denoiser -> {space: Place}`: where each space of tokens is among the arguments of `forward`,
-            `"tokens"` first; by default `encoder_hidden_states` holds all.
+        lora (`bool`, *optional*, defaults to `True`):
+            Whether diffusers loads a LoRA into its pipelines.
+        comfyui (`bool`, *optional*, defaults to `False`):
+            Whether ComfyUI's `comfy/lora.py` knows the edited layers under their diffusers names.
+        kohya (`Mapping[str, str]`, *optional*):
+            Layer -> its name in kohya's format, where that differs; `None` if the format has no such layers.
     """
 
     name: str
     find: Callable[[nn.Module], dict[str, Reader]]
     call: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    text: Text | None = None
     pooled: Place = ()
+    places: Callable[[nn.Module], dict[str, Place]] = _one_space
     norms: Mapping[str, str] = field(default_factory=dict)
     joined: bool = False
-    unheard: str = ""
-    text: Text | None = None
-    places: Callable[[nn.Module], dict[str, Place]] = _one_space
+    unrecorded_layers: str = ""
+    lora: bool = True
+    comfyui: bool = False
+    kohya: Mapping[str, str] | None = None
 
 
 def _find_unet(unet: nn.Module) -> dict[str, Reader]:
@@ -212,9 +227,136 @@ def _fixed_latent(model: nn.Module, *shape: int, batch: int) -> Tensor:
     return noise.to(get_module_execution_device(model), model.dtype)
 
 
-def _pooled_or_zero(text: dict[str, Tensor], width: int, latent: Tensor) -> Tensor:
+def _image(config: Config) -> tuple[int, ...]:
+    """2 × 2 patches of a picture."""
+    side = 2 * config.patch_size
+    return config.in_channels, side, side
+
+
+def _sequence(config: Config) -> tuple[int, ...]:
+    """The same, already cut into patches."""
+    return 4, config.in_channels
+
+
+def _sizes(config: Config) -> tuple[int, ...]:
+    """2 × 2 patches where these have a size for each axis; of a video, one step in time."""
+    *time, height, width = config.patch_size
+    return config.in_channels, *time, 2 * height, 2 * width
+
+
+def _kandinsky_video(config: Config) -> tuple[int, ...]:
+    """2 × 2 patches of one step in time; with pictures as conditions, these and their mask are channels."""
+    frames, height, width = config.patch_size
+    channels = 2 * config.in_visual_dim + 1 if config.visual_cond else config.in_visual_dim
+    return frames, 2 * height, 2 * width, channels
+
+
+@dataclass(frozen=True)
+class Call:
+    """
+    One forward pass of a transformer on fixed noise and the given text.
+
+    Args:
+        latent (`Callable`):
+            `config -> shape` of one sample's latent.
+        time (`float`):
+            The timestep, in the units of the denoiser.
+        more (`Callable`, *optional*):
+            `(config, text, latent) -> arguments` of `forward` besides latent, timestep, tokens and guidance.
+    """
+
+    latent: Callable[[Config], tuple[int, ...]]
+    time: float
+    more: Callable[[Config, dict[str, Tensor], Tensor], dict[str, Any]] | None = None
+
+    def __call__(self, transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
+        config, batch = transformer.config, len(text["tokens"])
+        latent = _fixed_latent(transformer, *self.latent(config), batch=batch)
+        arguments = {
+            "timestep": latent.new_full((batch,), self.time),
+            "encoder_hidden_states": text["tokens"].to(latent),
+        }
+        if self.more is not None:
+            arguments |= self.more(config, text, latent)
+        if getattr(config, "guidance_embeds", False):
+            arguments["guidance"] = latent.new_full((batch,), GUIDANCE)
+        return transformer(latent, **arguments).sample
+
+
+def _pooled(text: dict[str, Tensor], width: int, latent: Tensor) -> Tensor:
     """The pooled feature, zero if there is none, on the latent's device and in its dtype."""
     return text.get("pooled", torch.zeros(len(latent), width)).to(latent)
+
+
+def _sd3_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    return {"pooled_projections": _pooled(text, config.pooled_projection_dim, latent)}
+
+
+def _position_ids(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    """Positions of 2 × 2 patches, whose rows and columns the second and third axis count, and of the text."""
+    axes, num_tokens = len(config.axes_dims_rope), text["tokens"].shape[1]
+    image_ids = latent.new_zeros(4, axes)
+    image_ids[2:, 1] = 1
+    image_ids[1::2, 2] = 1
+    text_ids = latent.new_zeros(num_tokens, axes)
+    if axes == 4:  # FLUX.2 counts its tokens
+        text_ids[:, 3] = torch.arange(num_tokens)
+    return {"img_ids": image_ids, "txt_ids": text_ids}
+
+
+def _flux_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    return _sd3_arguments(config, text, latent) | _position_ids(config, text, latent)
+
+
+def _pixart_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    size = latent.new_full((len(latent), 2), 1024.0)  # read by models that draw at 1024 pixels
+    return {"added_cond_kwargs": {"resolution": size, "aspect_ratio": size[:, :1] / 1024}}
+
+
+def _qwen_image_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"img_shapes": [[(1, 2, 2)]] * len(latent)}
+    if config.use_additional_t_cond:  # the kind of picture, in Qwen-Image-Layered
+        arguments["additional_t_cond"] = torch.zeros(len(latent), dtype=torch.int64, device=latent.device)
+    return arguments
+
+
+def _hunyuan_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    arguments = {"encoder_attention_mask": latent.new_ones(text["tokens"].shape[:2])}
+    if config.use_meanflow:
+        arguments["timestep_r"] = latent.new_full((len(latent),), 500.0)
+    return arguments
+
+
+def _lumina_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    return {"encoder_attention_mask": latent.new_ones(text["tokens"].shape[:2], dtype=torch.bool)}
+
+
+def _cogview_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    size = latent.new_full((len(latent), 2), 1024.0)
+    return {"original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
+
+
+def _kandinsky_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    return {
+        "pooled_projections": _pooled(text, config.in_text_dim2, latent),
+        "visual_rope_pos": [torch.arange(count, device=latent.device) for count in (1, 2, 2)],
+        "text_rope_pos": torch.arange(text["tokens"].shape[1], device=latent.device),
+    }
+
+
+def _wan_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> dict[str, Any]:
+    if config.image_dim is None:
+        return {}
+    # Image-to-video of Wan 2.1 counts the prompt's positions from behind.
+    tokens = text["tokens"].to(latent)
+    pictures = latent.new_zeros(len(latent), 1, config.image_dim)
+    positions = config.pos_embed_seq_len  # of a first and a last picture together
+    if positions is not None:
+        pictures = latent.new_zeros(2 * len(latent), positions // 2, config.image_dim)
+    return {
+        "encoder_hidden_states": pad(tokens, (0, 0, 0, WAN_LENGTH - tokens.shape[1])),
+        "encoder_hidden_states_image": pictures,
+    }
 
 
 def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
@@ -230,7 +372,7 @@ def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
         conditions["image_embeds"] = [_no_image(projection, latent) for projection in projections]
     if config.addition_embed_type == "text_time":
         conditions["time_ids"] = latent.new_zeros(batch, TIME_IDS)
-        conditions["text_embeds"] = _pooled_or_zero(text, _pooled_width(unet), latent)
+        conditions["text_embeds"] = _pooled(text, _pooled_width(unet), latent)
     return unet(
         latent,
         torch.tensor(500, device=latent.device),
@@ -247,279 +389,142 @@ def _no_image(projection: nn.Module, latent: Tensor) -> Tensor:
     return latent.new_zeros(len(latent), *positions, width)
 
 
-def _call_sd3(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    side = 2 * config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
-    return transformer(
-        hidden_states=latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        pooled_projections=_pooled_or_zero(text, config.pooled_projection_dim, latent),
-        timestep=latent.new_full((batch,), 500.0),
-    ).sample
-
-
-def _call_flux(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
-    latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
-    return transformer(
-        hidden_states=latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        pooled_projections=_pooled_or_zero(text, config.pooled_projection_dim, latent),
-        timestep=latent.new_full((batch,), 0.5),
-        img_ids=latent.new_tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]),  # four patches, 2 x 2
-        txt_ids=latent.new_zeros(num_tokens, 3),
-        guidance=latent.new_full((batch,), 3.5) if config.guidance_embeds else None,
-    ).sample
-
-
-def _call_pixart(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    side = 2 * config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
-    conditions = {"resolution": None, "aspect_ratio": None}
-    if transformer.use_additional_conditions:
-        conditions = {
-            "resolution": latent.new_full((batch, 2), 1024.0),
-            "aspect_ratio": latent.new_ones(batch, 1),
-        }
-    return transformer(
-        latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        timestep=latent.new_full((batch,), 500.0),
-        added_cond_kwargs=conditions,
-    ).sample
-
-
 def _call_z_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    side = 2 * config.all_patch_size[0]
-    latent = _fixed_latent(transformer, config.in_channels, 1, side, side, batch=batch)
-    times = latent.new_full((batch,), 0.5)
+    """It takes and returns lists, with an entry for each sample."""
+    side = 2 * transformer.config.all_patch_size[0]
+    shape = transformer.config.in_channels, 1, side, side
+    latent = _fixed_latent(transformer, *shape, batch=len(text["tokens"]))
+    times = latent.new_full((len(latent),), 0.5)
     return torch.stack(transformer(list(latent), times, list(text["tokens"].to(latent))).sample)
-
-
-def _call_qwen_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
-    kind = torch.zeros(batch, dtype=torch.int64, device=latent.device)  # of picture, in Qwen-Image-Layered
-    return transformer(
-        latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        timestep=latent.new_full((batch,), 0.5),
-        img_shapes=[[(1, 2, 2)]] * batch,
-        guidance=latent.new_full((batch,), 1.0) if config.guidance_embeds else None,
-        additional_t_cond=kind if config.use_additional_t_cond else None,
-    ).sample
-
-
-def _grid_ids(latent: Tensor, axes: int) -> Tensor:
-    """Positions of four patches, 2 x 2: the second and third of the axes count rows and columns."""
-    ids = latent.new_zeros(4, axes)
-    ids[2:, 1], ids[1::2, 2] = 1, 1
-    return ids
-
-
-def _call_flux_2(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
-    latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
-    text_ids = latent.new_zeros(num_tokens, 4)
-    text_ids[:, 3] = torch.arange(num_tokens)
-    return transformer(
-        hidden_states=latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        timestep=latent.new_full((batch,), 0.5),
-        img_ids=_grid_ids(latent, 4),
-        txt_ids=text_ids,
-        guidance=latent.new_full((batch,), 3.5) if config.guidance_embeds else None,
-    ).sample
-
-
-def _call_chroma(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
-    latent = _fixed_latent(transformer, 4, config.in_channels, batch=batch)
-    return transformer(
-        hidden_states=latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        timestep=latent.new_full((batch,), 0.5),
-        img_ids=_grid_ids(latent, 3),
-        txt_ids=latent.new_zeros(num_tokens, 3),
-    ).sample
-
-
-def _call_wan(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    frames, height, width = config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, frames, 2 * height, 2 * width, batch=batch)
-    tokens, picture = text["tokens"].to(latent), None
-    if config.image_dim is not None:  # image-to-video of Wan 2.1 counts the prompt's positions from behind
-        tokens = pad(tokens, (0, 0, 0, WAN_LENGTH - tokens.shape[1]))
-        positions = config.pos_embed_seq_len  # of a first and a last picture together
-        picture = latent.new_zeros(batch, 1, config.image_dim)
-        if positions is not None:
-            picture = latent.new_zeros(2 * batch, positions // 2, config.image_dim)
-    return transformer(
-        latent,
-        timestep=latent.new_full((batch,), 500.0),
-        encoder_hidden_states=tokens,
-        encoder_hidden_states_image=picture,
-    ).sample
-
-
-def _call_hunyuan_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
-    sizes = [2 * size for size in config.patch_size]
-    latent = _fixed_latent(transformer, config.in_channels, *sizes, batch=batch)
-    times = latent.new_full((batch,), 500.0)
-    return transformer(
-        latent,
-        timestep=times,
-        timestep_r=times if config.use_meanflow else None,
-        encoder_hidden_states=text["tokens"].to(latent),
-        encoder_attention_mask=latent.new_ones(batch, num_tokens),
-        guidance=latent.new_full((batch,), 3500.0) if config.guidance_embeds else None,
-    ).sample
-
-
-def _call_auraflow(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    side = 2 * config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
-    times = latent.new_full((batch,), 0.5)
-    return transformer(latent, encoder_hidden_states=text["tokens"].to(latent), timestep=times).sample
-
-
-def _call_sana(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    side = 2 * config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
-    return transformer(
-        latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        timestep=latent.new_full((batch,), 500.0),
-        guidance=latent.new_full((batch,), 4.5) if config.guidance_embeds else None,
-    ).sample
-
-
-def _call_lumina_2(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
-    side = 2 * config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
-    return transformer(
-        latent,
-        timestep=latent.new_full((batch,), 0.5),
-        encoder_hidden_states=text["tokens"].to(latent),
-        encoder_attention_mask=latent.new_ones(batch, num_tokens, dtype=torch.bool),
-    ).sample
-
-
-def _call_cogview_4(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, batch = transformer.config, len(text["tokens"])
-    side = 2 * config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
-    size, corner = latent.new_full((batch, 2), 1024.0), latent.new_zeros(batch, 2)
-    return transformer(
-        latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        timestep=latent.new_full((batch,), 500.0),
-        original_size=size,
-        target_size=size,
-        crop_coords=corner,
-    ).sample
-
-
-def _call_kandinsky(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    config, (batch, num_tokens, _) = transformer.config, text["tokens"].shape
-    frames, height, width = config.patch_size
-    channels = (2 * config.in_visual_dim + 1) if config.visual_cond else config.in_visual_dim
-    latent = _fixed_latent(transformer, frames, 2 * height, 2 * width, channels, batch=batch)
-    return transformer(
-        hidden_states=latent,
-        encoder_hidden_states=text["tokens"].to(latent),
-        pooled_projections=_pooled_or_zero(text, config.in_text_dim2, latent),
-        timestep=latent.new_full((batch,), 500.0),
-        visual_rope_pos=[torch.arange(count, device=latent.device) for count in (1, 2, 2)],
-        text_rope_pos=torch.arange(num_tokens, device=latent.device),
-    ).sample
 
 
 def _call_hidream(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = transformer.config, len(text["tokens"])
-    side = 2 * config.patch_size
-    latent = _fixed_latent(transformer, config.in_channels, side, side, batch=batch)
+    latent = _fixed_latent(transformer, *_image(config), batch=batch)
+    layers: list[Tensor | None] = [None] * (max(config.llama_layers) + 1)
+    for i in config.llama_layers:
+        layers[i] = text[layer_space(i)].to(latent)
     return transformer(
         latent,
         timesteps=latent.new_full((batch,), 500.0),
         encoder_hidden_states_t5=text["tokens"].to(latent),
-        encoder_hidden_states_llama3=[
-            text[layer_space(i)].to(latent) if i in config.llama_layers else None
-            for i in range(max(config.llama_layers) + 1)
-        ],
-        pooled_embeds=_pooled_or_zero(text, config.text_emb_dim, latent),
+        encoder_hidden_states_llama3=layers,
+        pooled_embeds=_pooled(text, config.text_emb_dim, latent),
     ).sample
 
 
 # the denoiser's class and a UNet's conditions (see `_conditions`) -> its family
 FAMILIES = {
-    ("UNet2DConditionModel", None): Family("Stable Diffusion 1.x and 2.x", _find_unet, _call_unet),
+    ("UNet2DConditionModel", None): Family(
+        "Stable Diffusion 1.x and 2.x", _find_unet, _call_unet, STABLE_DIFFUSION, kohya={}
+    ),
     ("UNet2DConditionModel", "text_time"): Family(
-        "Stable Diffusion XL", _find_sdxl, _call_unet, ("added_cond_kwargs", "text_embeds")
+        "Stable Diffusion XL",
+        _find_sdxl,
+        _call_unet,
+        SDXL,
+        pooled=("added_cond_kwargs", "text_embeds"),
+        # the layer's name in the original checkpoint, which diffusers maps back (tested)
+        kohya={"add_embedding.linear_1": "label_emb.0.0"},
     ),
     ("UNet2DConditionModel", "text_time, text_proj"): Family(
-        "Kolors", _find_kolors, _call_unet, ("added_cond_kwargs", "text_embeds"), text=KOLORS
+        "Kolors", _find_kolors, _call_unet, KOLORS, pooled=("added_cond_kwargs", "text_embeds")
     ),
     ("SD3Transformer2DModel", None): Family(
-        "Stable Diffusion 3", _find_sd3_or_flux, _call_sd3, ("pooled_projections",)
+        "Stable Diffusion 3",
+        _find_sd3_or_flux,
+        Call(_image, 500.0, _sd3_arguments),
+        SD3,
+        pooled=("pooled_projections",),
+        comfyui=True,
     ),
-    ("FluxTransformer2DModel", None): Family("FLUX", _find_sd3_or_flux, _call_flux, ("pooled_projections",)),
-    ("PixArtTransformer2DModel", None): Family("PixArt", _find("caption_projection.linear_1"), _call_pixart),
+    ("FluxTransformer2DModel", None): Family(
+        "FLUX",
+        _find_sd3_or_flux,
+        Call(_sequence, 0.5, _flux_arguments),
+        FLUX,
+        pooled=("pooled_projections",),
+        comfyui=True,
+    ),
+    ("PixArtTransformer2DModel", None): Family(
+        "PixArt",
+        _find("caption_projection.linear_1"),
+        Call(_image, 500.0, _pixart_arguments),
+        PIXART,
+        lora=False,
+    ),
     ("ZImageTransformer2DModel", None): Family(
-        "Z-Image", _find_z_image, _call_z_image, norms={"tokens": "cap_embedder.0"}, joined=True, text=Z_IMAGE
+        "Z-Image",
+        _find_z_image,
+        _call_z_image,
+        Z_IMAGE,
+        norms={"tokens": "cap_embedder.0"},
+        joined=True,
+        comfyui=True,
     ),
     ("QwenImageTransformer2DModel", None): Family(
-        "Qwen-Image", _find("txt_in"), _call_qwen_image, norms={"tokens": "txt_norm"}, text=QWEN_IMAGE
+        "Qwen-Image",
+        _find("txt_in"),
+        Call(_sequence, 0.5, _qwen_image_arguments),
+        QWEN_IMAGE,
+        norms={"tokens": "txt_norm"},
+        comfyui=True,
     ),
-    ("Flux2Transformer2DModel", None): Family("FLUX.2", _find("context_embedder"), _call_flux_2, text=FLUX_2),
+    ("Flux2Transformer2DModel", None): Family(
+        "FLUX.2", _find("context_embedder"), Call(_sequence, 0.5, _position_ids), FLUX_2, comfyui=True
+    ),
+    # ComfyUI knows only `diffusion_model.text_embedding.0`
     ("WanTransformer3DModel", None): Family(
-        "Wan 2.1 and 2.2", _find("condition_embedder.text_embedder.linear_1"), _call_wan, text=ZEROS
+        "Wan 2.1 and 2.2",
+        _find("condition_embedder.text_embedder.linear_1"),
+        Call(_sizes, 500.0, _wan_arguments),
+        ZEROS,
     ),
     ("ChromaTransformer2DModel", None): Family(
-        "Chroma", _find("context_embedder"), _call_chroma, text=CHROMA
+        "Chroma", _find("context_embedder"), Call(_sequence, 0.5, _position_ids), CHROMA, comfyui=True
     ),
     # the second layer reads the mean of the tokens, with which E commutes
     ("HunyuanImageTransformer2DModel", None): Family(
         "HunyuanImage 2.1",
         _find("context_embedder.proj_in", "context_embedder.time_text_embed.text_embedder.linear_1"),
-        _call_hunyuan_image,
-        text=HUNYUAN_IMAGE,
+        Call(_sizes, 500.0, _hunyuan_arguments),
+        HUNYUAN_IMAGE,
+        lora=False,
     ),
     ("AuraFlowTransformer2DModel", None): Family(
-        "AuraFlow", _find("context_embedder"), _call_auraflow, text=ZEROS
+        "AuraFlow", _find("context_embedder"), Call(_image, 0.5), ZEROS, comfyui=True
     ),
     ("SanaTransformer2DModel", None): Family(
-        "Sana", _find("caption_projection.linear_1"), _call_sana, text=SANA
+        "Sana", _find("caption_projection.linear_1"), Call(_image, 500.0), SANA
     ),
+    # ComfyUI knows only `diffusion_model.cap_embedder.1`
     ("Lumina2Transformer2DModel", None): Family(
         "Lumina 2",
         _find("time_caption_embed.caption_embedder.1"),
-        _call_lumina_2,
+        Call(_image, 0.5, _lumina_arguments),
+        LUMINA_2,
         norms={"tokens": "time_caption_embed.caption_embedder.0"},
-        text=LUMINA_2,
     ),
     ("CogView4Transformer2DModel", None): Family(
-        "CogView4", _find("patch_embed.text_proj"), _call_cogview_4, text=COGVIEW_4
+        "CogView4", _find("patch_embed.text_proj"), Call(_image, 500.0, _cogview_arguments), COGVIEW_4
     ),
     ("Kandinsky5Transformer3DModel", None): Family(
-        "Kandinsky 5", _find_kandinsky, _call_kandinsky, ("pooled_projections",), text=KANDINSKY_5
+        "Kandinsky 5",
+        _find_kandinsky,
+        Call(_kandinsky_video, 500.0, _kandinsky_arguments),
+        KANDINSKY_5,
+        pooled=("pooled_projections",),
+        comfyui=True,
     ),
     ("HiDreamImageTransformer2DModel", None): Family(
         "HiDream-I1",
         _find_hidream,
         _call_hidream,
-        ("pooled_embeds",),
-        unheard="feed-forward experts, each of which reads the tokens that are chosen for it",
-        text=HIDREAM,
+        HIDREAM,
+        pooled=("pooled_embeds",),
         places=_places_in_hidream,
+        unrecorded_layers="feed-forward experts, each of which reads the tokens that are chosen for it",
+        comfyui=True,
     ),
 }
 

@@ -16,8 +16,8 @@ from torch import nn
 from ..core.errors import SiteNotFoundError
 from ..core.record import TOGETHER, prefixes_of
 from ..core.site import Site, check_unshared
-from .families import REFUSED, Family, Place, Reader, family_of, unsupported
-from .text import TEXTS, Text
+from .families import FAMILIES, REFUSED, Family, Place, Reader, family_of, unsupported
+from .text import Text
 
 
 LISTED = 12  # how many layers the refusal of an unknown family names
@@ -143,13 +143,14 @@ def text_of(pipe: DiffusionPipeline, denoiser: Denoiser) -> Text:
             "encoders."
         )
     classes = tuple(type(unwrap_module(encoders[name])).__name__ for name in sorted(encoders))
-    text = denoiser.family.text or TEXTS.get(classes)
-    if text is None:
-        known = "; ".join(" + ".join(names) for names in TEXTS)
+    texts = [family.text for family in FAMILIES.values() if family.text is not None]
+    known = {text.encoders: text for text in texts if text.encoders}
+    text = denoiser.family.text or known.get(classes)
+    if text is None or text.encoders not in ((), classes):
         raise SiteNotFoundError(
             f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}, which is "
-            f"not supported yet. Supported are {known}. To add it, describe how its prompts are encoded in "
-            "a call of `more_hf.register_family`."
+            f"not supported yet. Supported are {'; '.join(map(' + '.join, known))}. To add it, describe how "
+            "its prompts are encoded in a call of `more_hf.register_family`."
         )
     parameters = inspect.signature(pipe.encode_prompt).parameters if hasattr(pipe, "encode_prompt") else {}
     if missing := [argument for argument in text.arguments if argument not in parameters]:

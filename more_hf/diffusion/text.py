@@ -3,9 +3,8 @@ positions.
 
 A space is a kind of feature: `"tokens"` `(batch, tokens, d)` everywhere, and in some models also `"pooled"`
 `(batch, d')`, one feature for the whole prompt. Where a model reads several layers of a language model, each
-by layers of its own, the tokens of each are a space of their own: `layer_space`. A kind of text encoding is
-one entry in `TEXTS`, by the classes of the text encoders, or belongs to one family of denoisers; anything
-else is refused by name.
+by layers of its own, the tokens of each are a space of their own: `layer_space`. A family of denoisers names
+its kind of text encoding, one of the constants below; any other is refused by name.
 """
 
 from __future__ import annotations
@@ -200,6 +199,8 @@ class Text:
             In the order of the token features' positions; the first is in `"tokens"`.
         arguments (`tuple[str, ...]`):
             What `encode_prompt` must take.
+        encoders (`tuple[str, ...]`, *optional*):
+            The classes of the text encoders that it is for, in order; any by default.
         pooled (`bool`, *optional*, defaults to `True`):
             Whether there is a pooled feature.
         lower (`bool`, *optional*, defaults to `False`):
@@ -211,6 +212,7 @@ class Text:
     encode: Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]
     segments: tuple[Segment, ...]
     arguments: tuple[str, ...]
+    encoders: tuple[str, ...] = ()
     pooled: bool = True
     lower: bool = False
     leaks: tuple[str, ...] = ()
@@ -383,48 +385,51 @@ CASE = (
     "the name in another case moves only as far as its features are like the fitted ones"
 )
 
-# classes of the text encoders, in order -> how they are used
-TEXTS = {
-    ("CLIPTextModel",): Text(
-        encode=_encode_sd,
-        segments=(Segment(),),
-        arguments=("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"),
-        pooled=False,
-        leaks=(CLIP_SKIP,),
+# the encodings that depend on the text encoders alone
+STABLE_DIFFUSION = Text(
+    encode=_encode_sd,
+    segments=(Segment(),),
+    arguments=("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"),
+    encoders=("CLIPTextModel",),
+    pooled=False,
+    leaks=(CLIP_SKIP,),
+)
+SDXL = Text(
+    encode=_encode_sdxl,
+    segments=(Segment(),),  # the two encoders' features of one position are one feature
+    arguments=("prompt", "prompt_2", "device", "do_classifier_free_guidance"),
+    encoders=("CLIPTextModel", "CLIPTextModelWithProjection"),
+    leaks=(CLIP_SKIP, PROMPT_2),
+)
+SD3 = Text(
+    encode=_encode_sd3,
+    segments=(Segment(), Segment("tokenizer_3", clip=False, label="T5 ")),
+    arguments=(
+        "prompt",
+        "prompt_2",
+        "prompt_3",
+        "device",
+        "do_classifier_free_guidance",
+        "max_sequence_length",
     ),
-    ("CLIPTextModel", "CLIPTextModelWithProjection"): Text(
-        encode=_encode_sdxl,
-        segments=(Segment(),),  # the two encoders' features of one position are one feature
-        arguments=("prompt", "prompt_2", "device", "do_classifier_free_guidance"),
-        leaks=(CLIP_SKIP, PROMPT_2),
-    ),
-    ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"): Text(
-        encode=_encode_sd3,
-        segments=(Segment(), Segment("tokenizer_3", clip=False, label="T5 ")),
-        arguments=(
-            "prompt",
-            "prompt_2",
-            "prompt_3",
-            "device",
-            "do_classifier_free_guidance",
-            "max_sequence_length",
-        ),
-        leaks=(CLIP_SKIP, PROMPT_2, LENGTH, CASE),
-    ),
-    ("CLIPTextModel", "T5EncoderModel"): Text(
-        encode=_encode_flux,
-        segments=(Segment("tokenizer_2", clip=False),),
-        arguments=("prompt", "prompt_2", "device", "max_sequence_length"),
-        leaks=(LENGTH, CASE),
-    ),
-    ("T5EncoderModel",): Text(
-        encode=_encode_tokens,
-        segments=(Segment(clip=False, padding=False),),
-        arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
-        pooled=False,
-        lower=True,
-    ),
-}
+    encoders=("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),
+    leaks=(CLIP_SKIP, PROMPT_2, LENGTH, CASE),
+)
+FLUX = Text(
+    encode=_encode_flux,
+    segments=(Segment("tokenizer_2", clip=False),),
+    arguments=("prompt", "prompt_2", "device", "max_sequence_length"),
+    encoders=("CLIPTextModel", "T5EncoderModel"),
+    leaks=(LENGTH, CASE),
+)
+PIXART = Text(
+    encode=_encode_tokens,
+    segments=(Segment(clip=False, padding=False),),
+    arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
+    encoders=("T5EncoderModel",),
+    pooled=False,
+    lower=True,
+)
 
 # the encodings of families whose text encoders others use differently
 Z_IMAGE = Text(

@@ -24,6 +24,7 @@ from ..core.registry import require_editable
 from ..core.request import ConceptRequest
 from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
+from ..diffusion.families import FAMILIES
 from ..diffusion.plan import check_names
 from ..diffusion.sites import Denoiser, find_denoiser
 from .files import path_of, reading, writing
@@ -36,29 +37,11 @@ FILE_NAMES = {
     "peft": "pytorch_lora_weights.safetensors",
     "kohya": "pytorch_lora_weights_kohya.safetensors",
 }
-# kohya's format has names for the layers of these families alone
-KOHYA_FAMILIES = ("Stable Diffusion 1.x and 2.x", "Stable Diffusion XL")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The largest ‖B A − ΔW‖ / ‖ΔW‖ of a layer, in units of the dtype's eps. Rounding two balanced factors costs
 # about a third of one eps.
 TOLERANCE = 4
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# Families whose edited layers ComfyUI's `comfy/lora.py` knows under their diffusers names. In Wan it knows
-# only `diffusion_model.text_embedding.0`, in Lumina 2 only `diffusion_model.cap_embedder.1`, and in Sana and
-# CogView4 no edited layer.
-IN_COMFYUI = (
-    "AuraFlow",
-    "Chroma",
-    "FLUX",
-    "FLUX.2",
-    "HiDream-I1",
-    "Kandinsky 5",
-    "Qwen-Image",
-    "Stable Diffusion 3",
-    "Z-Image",
-)
-# the layer's name in the original checkpoint, which diffusers maps back (tested)
-KOHYA_NAMES = {"add_embedding.linear_1": "label_emb.0.0"}
 
 
 def save_lora(
@@ -92,9 +75,9 @@ def save_lora(
             `pytorch_lora_weights_kohya.safetensors` (which needs `weight_name=`).
         format (`str`, *optional*, defaults to `"peft"`):
             `"peft"` for diffusers, or `"kohya"` for ComfyUI and A1111, which diffusers reads too and which
-            exists for Stable Diffusion 1.x, 2.x and XL only. Of other models, ComfyUI reads the peft files of
-            AuraFlow, Chroma, FLUX, FLUX.2, HiDream-I1, Kandinsky 5, Qwen-Image, Stable Diffusion 3 and
-            Z-Image, according to its documented names; ComfyUI itself was not run.
+            exists for Stable Diffusion 1.x, 2.x and XL only. Of other families, ComfyUI reads the peft files
+            of those with `Family.comfyui`, such as FLUX and Stable Diffusion 3, according to its documented
+            names; ComfyUI itself was not run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors: also `torch.bfloat16` or `torch.float32`.
         expert (`int`, *optional*):
@@ -215,20 +198,21 @@ def _write(
     dtype: torch.dtype,
     expert: int | None,
 ) -> Path:
-    if format == "kohya" and denoiser.family.name not in KOHYA_FAMILIES:
+    family = denoiser.family
+    if format == "kohya" and family.kohya is None:
+        named = [other.name for other in FAMILIES.values() if other.kohya is not None]
+        readers = "diffusers and ComfyUI read" if family.comfyui else "diffusers reads, and ComfyUI does not,"
         raise ExportError(
-            f'The layer names of format="kohya" are those of UNets of {" and ".join(KOHYA_FAMILIES)}, and '
-            f"{denoiser.family.name} has other layers. "
-            f'Pass format="peft", which {readers_of_peft(denoiser.family.name)} for this model.'
+            f'The layer names of format="kohya" are those of UNets of {" and ".join(named)}, and '
+            f'{family.name} has other layers. Pass format="peft", which {readers} for this model.'
         )
     factors = _factors(erasure, expert, dtype)
     metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure, expert))}
     first = next(iter(denoiser.parts))  # loaders expect the first denoiser's name in either file
-    to_tensors = _peft if format == "peft" else _kohya
     files = {}
     for file, prefix in zip(lora_files(path, len(denoiser.parts)), denoiser.prefixes.values(), strict=True):
         own = {name.removeprefix(prefix): pair for name, pair in factors.items() if name.startswith(prefix)}
-        files[file] = to_tensors(own, first)
+        files[file] = _peft(own, first) if format == "peft" else _kohya(own, first, family.kohya)
     if format == "kohya":
         metadata |= _kohya_metadata(pipe, denoiser, erasure)
     with writing(path), ExitStack() as stack:
@@ -242,11 +226,6 @@ def _write(
 def lora_files(path: Path, denoisers: int) -> list[Path]:
     """The file of each denoiser."""
     return [path, *(path.with_stem(f"{path.stem}_{i}") for i in range(2, denoisers + 1))]
-
-
-def readers_of_peft(family: str) -> str:
-    """The tools that read a peft file of a transformer family, with their verb."""
-    return "diffusers and ComfyUI read" if family in IN_COMFYUI else "diffusers reads, and ComfyUI does not,"
 
 
 def to_adapters(
@@ -412,8 +391,10 @@ def _peft(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str
     return tensors
 
 
-def _kohya(factors: dict[str, tuple[Tensor, Tensor]], component: str) -> dict[str, Tensor]:
-    renamed = {KOHYA_NAMES.get(name, name): pair for name, pair in factors.items()}
+def _kohya(
+    factors: dict[str, tuple[Tensor, Tensor]], component: str, names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    renamed = {names.get(name, name): pair for name, pair in factors.items()}
     tensors = convert_state_dict_to_kohya(_peft(renamed, component))
     # diffusers writes the alphas as integers, but tools expect floats, as kohya's trainer writes them.
     return {name: tensor.float() if name.endswith(".alpha") else tensor for name, tensor in tensors.items()}
