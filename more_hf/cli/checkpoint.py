@@ -169,12 +169,12 @@ def stored_dtype(folder: Path) -> str:
     """
     from safetensors import safe_open
 
-    from more_hf.saving.layers import WEIGHTS
+    from more_hf.saving.contents import variant_of
 
     sizes: Counter[str] = Counter()
     files = list(folder.glob("diffusion_pytorch_model*.safetensors"))
     # A folder can hold a variant (fp16) next to the weights that are loaded, or instead of them.
-    for file in [file for file in files if WEIGHTS.fullmatch(file.name)] or files:
+    for file in [file for file in files if variant_of(file.name) == ""] or files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (it is no mapping)
                 stored = weights.get_slice(name)

@@ -27,6 +27,7 @@ CLASSIFIER = "."  # the folder of a classifier's weights; a pipeline's denoiser 
 TOGETHER = "+"  # joins the names of denoisers that were edited as one
 VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 HASH, COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+FILE = re.compile(r"[^./\\:\0][^/\\:\0]*(/[^./\\:\0][^/\\:\0]*)*")  # a path inside the folder
 LARGEST = 2**24  # bytes; a real record takes a few kilobytes
 
 
@@ -60,6 +61,8 @@ class Record:
             sha256 of the names and shapes of the component's tensors, which are the same as the base's.
         edited (`str`):
             Fingerprint of the edited weights as saved.
+        files (`dict[str, str]`):
+            The sha256 of every file that `save` wrote next to the record.
     """
 
     more_hf: str
@@ -73,6 +76,7 @@ class Record:
     variant: str | None
     layout: str
     edited: str
+    files: dict[str, str]
 
     @property
     def kind(self) -> Literal["pipeline", "classifier"]:
@@ -144,8 +148,10 @@ class Record:
             raise ValueError(f"`head` is {list(self.request.head)}, but `sites` are {list(self.sites)}")
         if self.variant is not None and not VARIANT.fullmatch(self.variant):
             raise ValueError(f"`variant` is {self.variant!r}, which is no part of a file's name")
-        if not HASH.fullmatch(self.layout) or not HASH.fullmatch(self.edited):
-            raise ValueError("`layout` or `edited` is no sha256")
+        if not all(map(HASH.fullmatch, [self.layout, self.edited, *self.files.values()])):
+            raise ValueError("`layout`, `edited` or a value of `files` is no sha256")
+        if outside := [name for name in self.files if not FILE.fullmatch(name)]:
+            raise ValueError(f"`files` has {outside[0]!r}, which is no file in the folder")
         if self.facts.base_revision is not None and not COMMIT.fullmatch(self.facts.base_revision):
             raise ValueError(f"`base_revision` is {self.facts.base_revision!r}, which is no commit")
         if not self.sites:

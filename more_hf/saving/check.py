@@ -26,10 +26,10 @@ from ..core.site import fingerprint, is_linear, matrix_of
 from ..diffusion.families import denoiser_names
 from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.sites import Denoiser, find_layers, together
-from .contents import Contents, survey
+from .contents import INDEX, changed_files, survey, variant_of, weight_files
 from .delta import read_delta
 from .files import path_of, reading
-from .layers import pipeline_class, read_denoiser
+from .layers import pipeline_class, read_denoiser, read_index
 
 
 # How much of ‖W (p_f − p̄_t)‖ may be left, relative to a weight that does not know the direction. Rounding of
@@ -115,13 +115,13 @@ def verify(folder: str | os.PathLike) -> Verification:
     """
     Check a saved folder against its record, from the files alone: are these weights the edited ones?
 
-    The edited layers must have the fingerprint that they were saved with. The prototypes are also computed
-    again with the folder's text encoder, and every layer that reads text must send each forgotten prototype
-    where its target goes. Layers inside the denoiser (`reach="denoiser"`) are checked by their fingerprint
-    alone, since only the original can show what they read from the concept's pictures. A classifier's
-    prototypes cannot be computed again, only read from the factors of `include_delta=True`. Names and shapes
-    must be the base's, and the folder may hold nothing else except texts, pictures and git's files. The check
-    runs no code from the folder and opens no pickle.
+    Every file must be as `save` wrote it, and no other file may be one that could load as weights. Whatever
+    the record says, names and shapes must be the base's, the prototypes are computed again with the folder's
+    text encoder, and every layer that reads text must send each forgotten prototype where its target goes.
+    Layers inside the denoiser (`reach="denoiser"`) are checked by their fingerprint alone, since only the
+    original can show what they read from the concept's pictures. A classifier's prototypes cannot be computed
+    again, only read from the factors of `include_delta=True`. The check runs no code from the folder and
+    opens no pickle.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -131,7 +131,7 @@ def verify(folder: str | os.PathLike) -> Verification:
         [`Verification`]: true if every check passed; `print` shows the checks and their findings.
 
     Raises:
-        `MoreError`: the folder has no record. `IncompatibleBaseError`: the record or an index is malformed.
+        `MoreError`: the folder has no record. `IncompatibleBaseError`: the record is malformed.
 
     Example:
 
@@ -144,47 +144,45 @@ def verify(folder: str | os.PathLike) -> Verification:
     """
     folder = path_of("folder", folder)
     record = Record.read(folder)
-    contents = survey(folder, record)
     layers = [Layer(name, name, shape) for name, shape in record.sites.items()]
     try:
         if record.kind == "classifier":
             removed = {space: Removed(remap.shift(), 0.0) for space, remap in read_delta(folder).items()}
         else:
-            denoiser = _read_denoisers(folder, record, contents)
+            denoiser = _read_denoisers(folder, record)
             layers = _layers_of(denoiser, record)
             removed = _removed_by(folder, record, denoiser)
     except MoreError as error:
         removed = error  # reported among the other checks
-    return check_folder(folder, record, contents, layers, removed)
+    changed = changed_files(folder, record.files)
+    finding = ", ".join(changed) or f"{len(record.files)} files"
+    unchanged = Check("every file is the one that was saved", not changed, finding)
+    return Verification((unchanged, *check_folder(folder, record, layers, removed).checks))
 
 
 def check_folder(
-    folder: Path,
-    record: Record,
-    contents: Contents,
-    layers: Iterable[Layer],
-    removed: Mapping[str, Removed] | MoreError,
+    folder: Path, record: Record, layers: Iterable[Layer], removed: Mapping[str, Removed] | MoreError
 ) -> Verification:
     """
-    Check a folder's files.
+    Check a folder's weights.
 
     Args:
         folder (`Path`):
             The folder.
         record (`Record`):
             Its record.
-        contents (`Contents`):
-            Its files.
         layers (`Iterable[Layer]`):
             Every layer that must be edited.
         removed (`Mapping[str, Removed]` or `MoreError`):
             The directions that the edit removes from each space; empty if they cannot be known, or the error
             that prevented computing them.
     """
+    foreign = ", ".join(map(str, survey(folder, record).foreign))
+    alone = Check("no other weights are in the folder", not foreign, foreign or "none")
     try:
-        stored = read_weights(folder, record, contents)
+        stored = read_weights(folder, record)
     except IncompatibleBaseError as error:
-        return Verification((Check("the weights can be read", False, str(error)),))
+        return Verification((Check("the weights can be read", False, str(error)), alone))
     expected = {layer.name: layer.shape for layer in layers}
     found = {name: list(weight.shape) for name, weight in stored.edited.items()}
     saved_as = fingerprint(stored.edited)
@@ -212,23 +210,26 @@ def check_folder(
         inside = record.kind == "pipeline" and record.request.edits_denoiser
         recomputed = [layer for layer in layers if not inside or is_text(layer.space)]
         checks.append(_remapped(stored.edited, recomputed, removed))
-    foreign = ", ".join(map(str, contents.foreign))
-    checks.append(Check("nothing else is in the folder", not foreign, foreign or "none"))
-    return Verification(tuple(checks))
+    return Verification((*checks, alone))
 
 
-def read_weights(folder: Path, record: Record, contents: Contents) -> StoredWeights:
+def read_weights(folder: Path, record: Record) -> StoredWeights:
     """
     Read the edited component's files.
 
     Raises:
-        `IncompatibleBaseError`: a file cannot be read.
+        `IncompatibleBaseError`: a file cannot be read, or two have the same tensor.
     """
     stored = StoredWeights({}, {})
     for component, prefix in record.prefixes.items():
-        for path in contents.weights[component]:
+        for path in weight_files(record, component):
             with reading(folder / path), safe_open(folder / path, "pt") as file:
                 for key in file.keys():
+                    if prefix + key in stored.shapes:
+                        raise IncompatibleBaseError(
+                            f"{folder / component} has `{key}` twice, and the library decides which is read. "
+                            "Save the erased model again."
+                        )
                     stored.shapes[prefix + key] = list(file.get_slice(key).get_shape())
                     layer = (prefix + key).removesuffix(".weight")
                     if key.endswith(".weight") and layer in record.sites:
@@ -240,9 +241,21 @@ def read_weights(folder: Path, record: Record, contents: Contents) -> StoredWeig
 
 def require_saved_weights(folder: Path, record: Record) -> None:
     """
-    Raises `IncompatibleBaseError` if the edited layers in the files are not those of the record.
+    Raises `IncompatibleBaseError` if the edited layers in the files are not those of the record, or if the
+    library may have read other files.
     """
-    actual = fingerprint(read_weights(folder, record, survey(folder, record)).edited)
+    foreign = [path for path in survey(folder, record).foreign if str(path.parent) in record.prefixes]
+    others = [path for path in foreign if variant_of(path.name) == (record.variant or "")]
+    indices = {}
+    for path in map(Path, record.files):
+        if str(path.parent) in record.prefixes and INDEX.fullmatch(path.name):
+            indices[path.as_posix()] = record.files[path.as_posix()]
+    if others := others + changed_files(folder, indices):
+        raise IncompatibleBaseError(
+            f"{folder} has {', '.join(map(str, others))}, which `save` did not write and which may have been "
+            "loaded. Remove it, or save the erased model again."
+        )
+    actual = fingerprint(read_weights(folder, record).edited)
     if actual != record.edited:
         raise IncompatibleBaseError(
             f"The edited layers of `{record.denoiser}` in {folder} have the fingerprint {actual}, but the "
@@ -306,7 +319,7 @@ def removed_from(
     return {space: problem.fit("pinv", tokens).removed() for space, problem in problems.items()}
 
 
-def _read_denoisers(folder: Path, record: Record, contents: Contents) -> Denoiser:
+def _read_denoisers(folder: Path, record: Record) -> Denoiser:
     """
     The record's denoisers, on the meta device.
 
@@ -315,12 +328,9 @@ def _read_denoisers(folder: Path, record: Record, contents: Contents) -> Denoise
     """
     denoisers = []
     for component in record.prefixes:
-        files = [folder / path for path in contents.weights[component]]
+        files = [folder / path for path in weight_files(record, component)]
         denoisers.append(read_denoiser(folder, component, files, layers=False))
-    with reading(folder):
-        config = DiffusionPipeline.load_config(folder)
-        parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
-        names = denoiser_names(config["_class_name"], parts)
+    names = denoiser_names(*read_index(folder))
     if others := set(names).difference(record.prefixes):
         raise IncompatibleBaseError(
             f"{folder} also has the denoiser `{others.pop()}`, which the record, of `{record.denoiser}`, "
@@ -331,11 +341,11 @@ def _read_denoisers(folder: Path, record: Record, contents: Contents) -> Denoise
 
 def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Removed]:
     with reading(folder):
-        parts = DiffusionPipeline.load_config(folder)
+        cls, parts = read_index(folder)
         unused = {name: None for name in ("vae", "safety_checker") if name in parts}
         # Some pipelines look at their denoiser on creation.
         unused |= denoiser.parts
-        pipe = pipeline_class(parts["_class_name"]).from_pretrained(
+        pipe = pipeline_class(cls).from_pretrained(
             folder, variant=record.variant, use_safetensors=True, **unused
         )
         pipe.register_modules(**dict.fromkeys(denoiser.parts))

@@ -1,15 +1,14 @@
-"""The files that a folder of `save` may hold, by component and class; anything else is foreign."""
+"""The files of a saved folder: those that the record lists because `save` wrote them, and all others."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import IncompatibleBaseError
 from ..core.record import RECORD, Record
 from .files import reading
 
@@ -18,40 +17,15 @@ MODEL_INDEX = "model_index.json"
 DELTA = "more_hf_delta.safetensors"
 CARD = "README.md"
 
-# The files that diffusers and transformers write for a component besides weights.
-CONFIGS = frozenset(
-    (
-        "config.json",
-        "generation_config.json",
-        "scheduler_config.json",
-        "guider_config.json",
-        # processors
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-        # tokenizers
-        "tokenizer_config.json",
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "vocab.txt",
-        "spiece.model",
-        "tokenizer.model",
-        "sentencepiece.bpe.model",
-        "chat_template.jinja",
-    )
+# Whatever has one of these in its name could be loaded as weights: `x.bin`, `x.bin.index.json`, `x.pth.tar`.
+LOADABLE = frozenset(
+    (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf")
 )
-NAME = re.compile(r"[A-Za-z]\w*")  # a component's name, which is also its folder's
-# The class names of components without weights match this.
-WEIGHTLESS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler$|Guidance$")
-
-# Files that people keep next to a model, and that no loader reads.
+# The names that `save_pretrained` gives to weights and to the index of their shards.
+WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(?P<variant>\.[\w-]+?)?(-\d{5}-of-\d{5})?\.safetensors")
+INDEX = re.compile(r"(diffusion_pytorch_)?model\.safetensors\.index(?P<variant>\.[\w-]+)?\.json")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-TEXTS = (".md", ".txt")
-NAMES = ("LICENSE", "LICENCE", "NOTICE")
-HIDDEN = (".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store")
+HIDDEN = (".git", ".cache")  # folders of git and of the Hub's client
 
 
 @dataclass(frozen=True)
@@ -60,56 +34,30 @@ class Contents:
     The files of a folder, sorted by purpose; all paths are relative to it.
 
     Args:
-        weights (`dict[str, list[Path]]`):
-            For each component with weights, the files that `from_pretrained` reads.
-        parts (`list[Path]`):
-            Everything else that `save` writes.
+        saved (`list[Path]`):
+            The record, and the files that it lists.
         aside (`list[Path]`):
-            The user's texts, pictures, git files and spare configurations.
+            The user's own files, such as a model card and pictures.
         foreign (`list[Path]`):
-            Everything else, such as other weights and links to folders.
+            What could be loaded as weights although `save` did not write it, and links to folders.
     """
 
-    weights: dict[str, list[Path]]
-    parts: list[Path]
+    saved: list[Path]
     aside: list[Path]
     foreign: list[Path]
 
-    @property
-    def saved(self) -> list[Path]:
-        """Everything that `save` writes."""
-        return self.parts + [path for paths in self.weights.values() for path in paths]
-
 
 def survey(folder: Path, record: Record) -> Contents:
-    """
-    Sort a folder's files.
-
-    Raises:
-        `IncompatibleBaseError`: the folder's index cannot be read, or does not name the record's component.
-    """
-    with reading(folder):
-        classes = _component_classes(folder, record)
-    parts = {Path(name) for name in (RECORD, DELTA, MODEL_INDEX)}
-    parts |= {Path(component, config) for component in classes for config in CONFIGS}
-    weights = {}
-    for component, (library, cls) in classes.items():
-        if not WEIGHTLESS.search(cls):
-            stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
-            with reading(folder / component):
-                weights[component], index = _weight_files(folder, component, stem, record.variant)
-            parts |= index
-    known = {path for paths in weights.values() for path in paths}
-    contents = Contents(weights, [], [], [])
+    """Sort a folder's files."""
+    contents = Contents([], [], [])
     for path in entries(folder):
-        if path in known:
-            continue
-        if path in parts:
-            contents.parts.append(path)
-        elif is_aside(folder, path):
-            contents.aside.append(path)
-        else:
+        listed = path.as_posix() in record.files and _is_written_by_save(path)
+        if listed or path == Path(RECORD):
+            contents.saved.append(path)
+        elif is_foreign(folder, path):
             contents.foreign.append(path)
+        else:
+            contents.aside.append(path)
     return contents
 
 
@@ -124,52 +72,49 @@ def entries(folder: Path) -> Iterator[Path]:
             yield Path(place, name).relative_to(folder)
 
 
-def is_aside(folder: Path, path: Path) -> bool:
-    """Whether an entry that is not part of the model may be next to it."""
-    return may_stay(path) and ((folder / path).is_file() or path.name in HIDDEN)
+def is_foreign(folder: Path, path: Path) -> bool:
+    """Whether an entry that `save` did not write must not be in its folder."""
+    link = (folder / path).is_dir() and path.name not in HIDDEN
+    return link or is_loadable(path)
 
 
-def may_stay(path: Path) -> bool:
+def is_loadable(path: Path) -> bool:
+    """Whether some loader could read weights from a file of this name."""
+    return not LOADABLE.isdisjoint(suffix.lower() for suffix in path.suffixes)
+
+
+def hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """Path -> the sha256 of the file's content, for `Record.files`."""
+    found = {}
+    for path in paths:
+        with (folder / path).open("rb") as file:
+            found[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     """
-    Whether a name belongs to a text, a picture, a configuration or git, from which no loader reads weights.
+    Those of the files (as in `Record.files`) that are missing or have another content; only the factors may
+    have been taken away.
     """
-    names = (*CONFIGS, *NAMES, *HIDDEN)
-    return path.name in names or path.suffix.lower() in (*PICTURES, *TEXTS)
+    with reading(folder):
+        found = hashes(folder, [Path(name) for name in files if (folder / name).is_file()])
+    changed = [name for name, digest in files.items() if found.get(name) != digest]
+    return [name for name in changed if name != DELTA or name in found]
 
 
-def _component_classes(folder: Path, record: Record) -> dict[str, tuple[str, str]]:
-    """Component -> its library and class."""
-    if record.kind == "classifier":
-        return {record.denoiser: ("transformers", "PreTrainedModel")}
-    index = json.loads((folder / MODEL_INDEX).read_text("utf-8"))
-    pairs = {name: value for name, value in index.items() if isinstance(value, list)}
-    classes = {
-        name: (library, cls) for name, (library, cls) in pairs.items() if library and NAME.fullmatch(name)
-    }
-    if not classes.keys() >= record.prefixes.keys():
-        raise IncompatibleBaseError(
-            f"The record in {folder} describes `{record.denoiser}`, which {MODEL_INDEX} does not name. "
-            "Save the erased model again."
-        )
-    return classes
+def variant_of(name: str) -> str | None:
+    """The variant in the name of weights or their index: "fp16", "" without one, `None` for other names."""
+    match = WEIGHTS.fullmatch(name) or INDEX.fullmatch(name)
+    return match and (match["variant"] or "").removeprefix(".")
 
 
-def _weight_files(
-    folder: Path, component: str, stem: str, variant: str | None
-) -> tuple[list[Path], set[Path]]:
-    """
-    The weight files of a component, and the index of its shards if it has one.
+def weight_files(record: Record, component: str) -> list[Path]:
+    """A component's weight files, as the record lists them."""
+    paths = [Path(name) for name in record.files]
+    return [path for path in paths if str(path.parent) == component and WEIGHTS.fullmatch(path.name)]
 
-    If there are both a single file and shards, the library decides which of them is read, so neither counts.
-    """
-    suffix = f".{variant}" if variant else ""
-    single = Path(component, f"{stem}{suffix}.safetensors")
-    index = Path(component, f"{stem}.safetensors.index{suffix}.json")
-    if (folder / single).is_file() == (folder / index).is_file():
-        return [], set()
-    if (folder / single).is_file():
-        return [single], set()
-    shard = re.compile(rf"{re.escape(stem + suffix)}-\d{{5}}-of-\d{{5}}\.safetensors")
-    named = set(json.loads((folder / index).read_text("utf-8"))["weight_map"].values())
-    files = [Path(component, name) for name in sorted(named) if shard.fullmatch(name)]
-    return [path for path in files if (folder / path).is_file()], {index}
+
+def _is_written_by_save(path: Path) -> bool:
+    """Whether `save` writes files of this name, whatever a record lists: no weights but safetensors."""
+    return path == Path(DELTA) or variant_of(path.name) is not None or not is_loadable(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +41,7 @@ from .check import (
     shapes_of,
 )
 from .classifier import load_classifier, savable_classifier
-from .contents import DELTA, entries, is_aside, survey
+from .contents import CARD, DELTA, entries, hashes, is_foreign
 from .delta import read_delta, write_delta
 from .files import path_of, reading, replace_folder, writing
 
@@ -91,8 +90,8 @@ def save(
     Save an erased model: `save_pretrained` plus `more_hf.json`, the record of the erasure. The model is not
     changed.
 
-    An existing folder is replaced as a whole: at any moment, it is the old one or the new one. Texts
-    (`README.md`), pictures, configurations and git's files in it are kept.
+    An existing folder is replaced as a whole: at any moment, it is the old one or the new one. The user's own
+    files in it are kept, unless they could be loaded as weights.
 
     Args:
         pipe (`DiffusionPipeline` or `nn.Module`):
@@ -134,11 +133,7 @@ def save(
 
         def write(draft: Path) -> None:
             savable.whole.save_pretrained(draft, variant=variant, **options)
-            record = make_record(savable, erasure, draft, variant)
-            write_text(draft / RECORD, record.to_json())
-            if include_delta:
-                write_delta(erasure, draft)
-            check_draft(draft, record, erasure, savable.removed)
+            finish_draft(savable, erasure, draft, variant=variant, include_delta=include_delta)
             refuse_leftovers(folder, draft)
 
         replace_folder(folder, write)
@@ -183,8 +178,30 @@ def _require_plain(name: str, part: nn.Module) -> None:
         )
 
 
+def finish_draft(
+    savable: Savable, erasure: Erasure, draft: Path, *, variant: str | None, include_delta: bool
+) -> None:
+    """
+    Write the factors if wanted, and the record, next to the saved weights.
+
+    Raises:
+        `ExportError`: `verify` would not accept the files.
+    """
+    if include_delta:
+        write_delta(erasure, draft)
+    record = make_record(savable, erasure, draft, variant)
+    layers = [Layer(name, site.space, list(site.read().shape)) for name, site in erasure.sites.items()]
+    verification = check_folder(draft, record, layers, savable.removed)
+    if not verification:
+        raise ExportError(
+            f"The model to be saved is not the erased model ({verification.failures}). Was a LoRA fused, or "
+            "the model or its text encoder changed since? Undo that, then save."
+        )
+    write_text(draft / RECORD, record.to_json())
+
+
 def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | None) -> Record:
-    """Make the record of an erasure; its sites must hold the edited weights."""
+    """Make the record of an erasure whose files are in `draft`; its sites must hold the edited weights."""
     sites = {name: site.read() for name, site in erasure.sites.items()}
     record = Record(
         more_hf=__version__,
@@ -198,29 +215,18 @@ def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | 
         variant=variant,
         layout=layout_of(shapes_of(savable.module)),
         edited=fingerprint(sites),
+        files=hashes(draft, [path for path in entries(draft) if path != Path(CARD)]),
     )
     if record.kind == "classifier":
         # Transformers writes some models under the names of earlier versions, so read them back.
-        written = read_weights(draft, record, survey(draft, record))
-        record = replace(record, layout=layout_of(written.shapes))
+        record = replace(record, layout=layout_of(read_weights(draft, record).shapes))
     return record
-
-
-def check_draft(draft: Path, record: Record, erasure: Erasure, removed: Mapping[str, Removed]) -> None:
-    """Raises `ExportError` unless `verify` will accept the files."""
-    layers = [Layer(name, site.space, list(site.read().shape)) for name, site in erasure.sites.items()]
-    verification = check_folder(draft, record, survey(draft, record), layers, removed)
-    if not verification:
-        raise ExportError(
-            f"The model to be saved is not the erased model ({verification.failures}). Was a LoRA fused, or "
-            "the model or its text encoder changed since? Undo that, then save."
-        )
 
 
 def refuse_leftovers(folder: Path, draft: Path) -> None:
     """Raises `ExportError` if the folder to be replaced holds files that must be neither lost nor kept."""
     written = set(entries(draft))
-    others = [path for path in entries(folder) if path not in written and not is_aside(folder, path)]
+    others = [path for path in entries(folder) if path not in written and is_foreign(folder, path)]
     if others:
         raise ExportError(
             f"{folder} already holds {', '.join(map(str, others[:5]))}, which this save does not replace and "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,10 +15,6 @@ from ..core.errors import SiteNotFoundError
 from ..diffusion.families import family_of
 from ..diffusion.sites import Denoiser
 from .files import reading
-
-
-# weight files without a variant, single or sharded
-WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 
 
 def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: bool) -> Denoiser:
@@ -44,7 +39,7 @@ def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: boo
     """
     place = folder / name
     with reading(place):
-        cls = getattr(diffusers, DiffusionPipeline.load_config(folder)[name][1])
+        cls = getattr(diffusers, read_index(folder)[1][name])
         with init_empty_weights():
             module = cls.from_config(cls.load_config(place))
         family = family_of(module)
@@ -56,6 +51,15 @@ def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: boo
         for part in [*family.norms.values(), *(family.find(module) if layers else ())]:
             module.get_submodule(part).load_state_dict(_tensors_of(files, f"{part}."), assign=True)
     return Denoiser(name, module, family)
+
+
+def read_index(folder: Path) -> tuple[str, dict[str, str]]:
+    """A saved pipeline's class, and the class of each of its components, by name."""
+    with reading(folder):
+        config = DiffusionPipeline.load_config(folder)
+        pairs = {name: value for name, value in config.items() if isinstance(value, list) and value[1]}
+        # A component's name is also its folder's, so it may not lead elsewhere.
+        return config["_class_name"], {name: cls for name, (_, cls) in pairs.items() if name.isidentifier()}
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:

@@ -24,7 +24,7 @@ from ..core.record import RECORD, Record, check_type
 from ..data import FOLDER
 from .card import HUB_ID, make_card
 from .check import verify
-from .contents import CARD, DELTA, MODEL_INDEX, PICTURES, may_stay, survey
+from .contents import CARD, DELTA, MODEL_INDEX, PICTURES, hashes, is_loadable, survey
 from .files import path_of, reading, replace_folder, writing
 from .folder import save
 
@@ -63,8 +63,8 @@ def push_to_hub(
         pipe_or_model (`DiffusionPipeline`, `nn.Module`, `str` or `os.PathLike`):
             An erased pipeline, an erased classifier of Transformers, or a folder that `save` wrote.
         repo_id (`str`):
-            `"name/repository"`, created if needed. A repository with files other than texts and pictures is
-            refused unless this push replaces them, because its users could load the original from them.
+            `"name/repository"`, created if needed. A repository with other files that could be loaded as
+            weights is refused, because they could be the original's.
         private (`bool`, *optional*):
             Whether a new repository is private; by default as the account's settings say.
         token (`str`, *optional*):
@@ -92,7 +92,7 @@ def push_to_hub(
 
     Raises:
         `ExportError`: nothing was erased, the files are not the erased model, or the folder or repository
-        holds something else; nothing is pushed then. Also whatever the client raises about the network.
+        holds other weights; nothing is pushed then. Also whatever the client raises about the network.
 
     Example:
 
@@ -117,9 +117,8 @@ def push_to_hub(
         _refuse_stale(repo_id, present, folder)
         # 2. Take out the paths of this machine, and add the results, the picture and the card.
         base_card = _base_card(record, api) if card else None
-        record = _public(record, rows)
+        record = _public(record, rows, folder)
         write_text(folder / RECORD, record.to_json())
-        _clean_configs(folder)
         picture = None if grid is None else _copy_grid(path_of("grid", grid), folder)
         if card:
             existing = _existing_card(api, repo_id, branch, folder, in_repository=CARD in present)
@@ -159,19 +158,22 @@ def _copy_checked(
     source = path_of("pipe_or_model", pipe_or_model)
     record = Record.read(source)
     contents = survey(source, record)
-    links = [path for path in contents.saved + contents.aside if (source / path).is_symlink()]
+    named = _named_by_card(source, contents.aside)
+    links = [path for path in contents.saved + named if (source / path).is_symlink()]
     if others := contents.foreign + links:
         raise ExportError(
-            f"{source} holds something that is no part of the saved model: "
-            f"{', '.join(map(str, others[:5]))}. It could be the original, or restore it (a LoRA of the "
-            "erasure). Remove it, or replace links by files, then push."
+            f"{source} holds weights or links that are no part of the saved model: "
+            f"{', '.join(map(str, others[:5]))}. They could be the original, or restore it (a LoRA of the "
+            "erasure). Remove them, or replace links by files, then push."
         )
-    if include_delta and Path(DELTA) not in contents.parts:
+    if behind := [str(path) for path in contents.aside if path not in named]:
+        logger.warning("Not pushed, because `save` did not write it: %s.", ", ".join(behind))
+    if include_delta and Path(DELTA) not in contents.saved:
         raise ExportError(
             f"{source} has no {DELTA}. Save with include_delta=True first, or push without the factors."
         )
     with writing(folder):
-        for path in contents.saved + _named_by_card(source, contents.aside):
+        for path in contents.saved + named:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, folder / path)
     verification = verify(folder)
@@ -220,20 +222,20 @@ def _present(api: HfApi, repo_id: str, revision: str | None) -> tuple[list[str],
 
 def _refuse_stale(repo_id: str, present: Sequence[str], folder: Path) -> None:
     """
-    Raises `ExportError` if the repository holds files that this push does not replace, other than texts and
-    pictures.
+    Raises `ExportError` if the repository holds files that could be loaded as weights and that this push does
+    not replace.
     """
-    stale = [name for name in present if not (folder / name).is_file() and not may_stay(Path(name))]
+    stale = [name for name in present if is_loadable(Path(name)) and not (folder / name).is_file()]
     if stale:
         raise ExportError(
-            f"{repo_id} holds files that this push does not replace: {', '.join(stale[:5])}. They could be "
+            f"{repo_id} holds weights that this push does not replace: {', '.join(stale[:5])}. They could be "
             "the original under another name. Push to a new repository, or delete them with "
             f"`HfApi().delete_files({repo_id!r}, {stale[:5]})` first; git history keeps old files."
         )
 
 
 def _warn_about_history(repo_id: str, present: Sequence[str]) -> None:
-    if RECORD not in present and any(not may_stay(Path(name)) for name in present):
+    if RECORD not in present and any(is_loadable(Path(name)) for name in present):
         logger.warning(
             "%s already held weights, which this commit replaces, but git history keeps old files: an "
             "earlier revision still has them. A new repository has no history.",
@@ -272,8 +274,14 @@ def _base_card(record: Record, api: HfApi) -> ModelCard | None:
     return None
 
 
-def _public(record: Record, rows: Sequence[Mapping[str, Any]] | None) -> Record:
-    """The record without a path of this machine, and with the benchmark's results."""
+def _public(record: Record, rows: Sequence[Mapping[str, Any]] | None, folder: Path) -> Record:
+    """
+    The record of the files that go up, with the benchmark's results. Paths of this machine are taken out of
+    it and of the configurations.
+    """
+    files = [name for name in record.files if (folder / name).is_file()]  # the factors may stay here
+    cleaned = hashes(folder, _clean_configs(folder))
+    record = replace(record, files={name: cleaned.get(name, record.files[name]) for name in files})
     facts = record.facts
     if Path(facts.base).is_absolute() or Path(facts.base).is_dir():
         facts = replace(facts, base=Path(facts.base).name)
@@ -288,8 +296,12 @@ def _public(record: Record, rows: Sequence[Mapping[str, Any]] | None) -> Record:
     return replace(record, facts=facts)
 
 
-def _clean_configs(folder: Path) -> None:
-    """Remove the place that a component was loaded from, if it is a path of this machine."""
+def _clean_configs(folder: Path) -> list[Path]:
+    """
+    Remove the place that a component was loaded from, if it is a path of this machine, and return the files
+    that had one.
+    """
+    cleaned = []
     for path in [*folder.rglob("config.json"), folder / MODEL_INDEX]:
         if not path.is_file():
             continue
@@ -298,3 +310,5 @@ def _clean_configs(folder: Path) -> None:
             if Path(config.get("_name_or_path") or "").is_absolute():
                 del config["_name_or_path"]
                 write_json(path, config)
+                cleaned.append(path.relative_to(folder))
+    return cleaned

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..core.errors import IncompatibleBaseError
-from ..core.files import write_text
 from ..core.install import edited_weights
-from ..core.record import RECORD, refuse_erased_source
+from ..core.record import refuse_erased_source
 from ..core.request import ConceptRequest
 from ..core.site import write_weights
 from ..diffusion.erase import erasure_of_layers
@@ -28,15 +28,17 @@ from ..diffusion.families import denoiser_names
 from ..diffusion.plan import check_names
 from ..diffusion.sites import Denoiser, find_denoiser, find_sites
 from .check import removed_from
-from .contents import survey
-from .delta import write_delta
+from .contents import INDEX, MODEL_INDEX, entries, is_loadable, variant_of
 from .files import path_of, reading, replace_folder, writing
-from .folder import Savable, check_draft, make_record, refuse_leftovers
-from .layers import WEIGHTS, pipeline_class, read_denoiser
+from .folder import Savable, finish_draft, refuse_leftovers
+from .layers import pipeline_class, read_denoiser, read_index
 
 
 # components that an edit does not need
 UNUSED = ("safety_checker", "image_encoder", "feature_extractor")
+# The class names of components without weights match this.
+WEIGHTLESS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler$|Guidance$")
+CONFIGS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what else a component's folder holds
 LENGTH = 8  # a safetensors file starts with the length of its header, in this many bytes
 
 
@@ -77,14 +79,12 @@ def open_without_denoiser(
         saved erased. `IncompatibleBaseError`: it cannot be read.
     """
     folder = folder_of(source)
-    with reading(source):
-        config = DiffusionPipeline.load_config(folder)
-    parts = {name: value[1] for name, value in config.items() if isinstance(value, list) and value[1]}
+    cls, parts = read_index(folder)
 
     # 1. Build the denoisers with no weights except those of the layers that read text.
     denoisers = {}
-    for name in denoiser_names(config["_class_name"], parts):
-        files = [file for file in sorted((folder / name).iterdir()) if WEIGHTS.fullmatch(file.name)]
+    for name in denoiser_names(cls, parts):
+        files = [folder / path for path in _weights_of(folder, name)]
         denoisers[name] = read_denoiser(folder, name, files, layers=True).module
 
     # 2. Load the rest. Some pipelines look at their denoiser on creation, but none can be moved with it.
@@ -93,7 +93,7 @@ def open_without_denoiser(
         left_out["requires_safety_checker"] = False
     stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
     with reading(source):
-        pipe = pipeline_class(config["_class_name"]).from_pretrained(
+        pipe = pipeline_class(cls).from_pretrained(
             folder, dtype=stored, use_safetensors=True, **left_out, **denoisers
         )
     pipe.register_modules(**dict.fromkeys(denoisers))
@@ -188,14 +188,7 @@ def erase_to_folder(
     savable = Savable(pipe, denoiser.parts, denoiser.name, denoiser.module, removed, revision=None)
 
     def write(draft: Path) -> None:
-        record = make_record(savable, erasure, draft, variant=None)
-        contents = survey(opened.folder, record)
-        if missing := [name for name, files in contents.weights.items() if not files]:
-            raise IncompatibleBaseError(
-                f"{opened.folder / missing[0]} has no safetensors files, or both a single file and shards. "
-                "Save the original again with `save_pretrained`, which writes one kind."
-            )
-        for path in contents.saved:
+        for path in _files_of(opened.folder):
             (draft / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(opened.folder / path, draft / path)
         for component, prefix in denoiser.prefixes.items():
@@ -203,17 +196,44 @@ def erase_to_folder(
             for name, site in erasure.sites.items():
                 if name.startswith(prefix):
                     edited[f"{name.removeprefix(prefix)}.weight"] = site.module.weight.detach()
-            for path in contents.weights[component]:
+            for path in _weights_of(draft, component):
                 overwrite_tensors(draft / path, edited)
-        write_text(draft / RECORD, record.to_json())
-        if include_delta:
-            write_delta(erasure, draft)
-        check_draft(draft, record, erasure, removed)
+        finish_draft(savable, erasure, draft, variant=None, include_delta=include_delta)
         refuse_leftovers(folder, draft)
 
     with writing(folder):
         replace_folder(folder, write)
     return erasure
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """
+    The files of a pipeline that its copy needs: each component's weights without a variant, and its texts.
+
+    Raises:
+        `IncompatibleBaseError`: a component's weights are missing, or are both a single file and shards.
+    """
+    files = [Path(MODEL_INDEX)]
+    for component, cls in read_index(folder)[1].items():
+        weights = _weights_of(folder, component)
+        shards = [path for path in weights if "-of-" in path.name]
+        if len(shards) not in (0, len(weights)) or not (weights or WEIGHTLESS.search(cls)):
+            raise IncompatibleBaseError(
+                f"{folder / component} has no safetensors files, or both a single file and shards. "
+                "Save the original again with `save_pretrained`, which writes one kind."
+            )
+        files += weights
+        for path in entries(folder / component):
+            index = bool(shards) and INDEX.fullmatch(path.name)
+            if index or path.suffix in CONFIGS and not is_loadable(path):
+                files.append(component / path)
+    return files
+
+
+def _weights_of(folder: Path, component: str) -> list[Path]:
+    """A component's weight files without a variant, relative to the folder."""
+    files = [path for path in entries(folder / component) if path.suffix == ".safetensors"]
+    return [component / path for path in files if variant_of(str(path)) == ""]
 
 
 def overwrite_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -230,12 +230,12 @@ def test_verify_finds_the_originals_head(model, digit_classifier, prototypes, tm
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     failed = [check for check, passed, _ in more_hf.verify(folder).checks if not passed]
-    assert (
-        failed
-        == ["the edited layers are those that were saved", "each sends p_f where p_t goes"][
-            : 1 + include_delta
-        ]
-    )
+    expected = [
+        "every file is the one that was saved",
+        "the edited layers are those that were saved",
+        "each sends p_f where p_t goes",
+    ]
+    assert failed == expected[: 2 + include_delta]
     with pytest.raises(IncompatibleBaseError, match="replaced or trained since"):
         more_hf.load(folder)
 
@@ -246,7 +246,7 @@ def test_verify_and_save_find_other_weights(model, digit_classifier, prototypes,
     folder = more_hf.save(model, tmp_path / "erased")
     save_file(digit_classifier.state_dict(), folder / name)
     assert [check for check, passed, _ in more_hf.verify(folder).checks if not passed] == [
-        "nothing else is in the folder"
+        "no other weights are in the folder"
     ]
     with pytest.raises(ExportError, match=f"already holds {name}"):
         more_hf.save(model, folder)

@@ -22,6 +22,7 @@ from more_hf.core.record import Record
 from more_hf.core.registry import find_erasure, locked
 from more_hf.core.views import experts_forced
 from more_hf.diffusion.sites import find_denoiser
+from more_hf.saving.contents import entries, hashes
 
 
 PARTS = ["transformer", "transformer_2"]
@@ -232,7 +233,11 @@ def test_verify_sees_that_one_is_the_original(original, pipe, tmp_path, part):
     file = folder / part / "diffusion_pytorch_model.safetensors"
     save_file({**load_file(file), f"{LAYER}.weight": state(layer_of(original, part))["weight"]}, file)
     failed = [check.name for check in more_hf.verify(folder).checks if not check.passed]
-    assert failed == ["the edited layers are those that were saved", "each sends p_f where p_t goes"]
+    assert failed == [
+        "every file is the one that was saved",
+        "the edited layers are those that were saved",
+        "each sends p_f where p_t goes",
+    ]
     with pytest.raises(more_hf.IncompatibleBaseError, match="`transformer.transformer_2`.*trained since"):
         more_hf.load(folder)
     # nor is it saved with a record that claims these weights
@@ -249,6 +254,9 @@ def test_a_record_of_one_of_them_does_not_pass(pipe, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     index["transformer_2"] = index["transformer"]
     (folder / "model_index.json").write_text(json.dumps(index))
+    record = json.loads((folder / "more_hf.json").read_text())
+    record["files"] = hashes(folder, [path for path in entries(folder) if path.name != "more_hf.json"])
+    (folder / "more_hf.json").write_text(json.dumps(record))
     (check,) = [check for check in more_hf.verify(folder).checks if not check.passed]
     assert "also has the denoiser `transformer_2`" in check.finding
     with pytest.raises(more_hf.IncompatibleBaseError, match="model with other layers"):

@@ -1,7 +1,10 @@
-"""What may be in a saved folder, and what may go up: a list of what is allowed, whatever else is there."""
+"""What goes up is what `save` wrote; what else is in the folder stays behind, and must not be weights."""
 
+import json
+import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from support.hub import erase
@@ -9,8 +12,7 @@ from support.hub import erase
 import more_hf
 
 
-FOREIGN = [
-    "unet/diffusion_pytorch_model.bak",
+LOADABLE = [
     "unet/diffusion_pytorch_model.SAFETENSORS",
     "unet/diffusion_pytorch_model.Bin",
     "unet/diffusion_pytorch_model.sft",
@@ -19,20 +21,19 @@ FOREIGN = [
     "scheduler/diffusion_pytorch_model.safetensors",  # a class without weights
     "text_encoder/model.fp16.safetensors",
     "other/diffusion_pytorch_model.safetensors",  # no component
-    "weights.zip",
-    "weights.npz",
-    "weights.npy",
-    "weights.pkl",
-    "weights.pickle",
-    "weights.tar",
+    "flax_model.msgpack",
+    "model.onnx",
+    "model-Q4_K.gguf",
+    "tf_model.h5",
+    "pytorch_model.bin.index.json",
     "weights.pth.tar",
-    "weights.onnx_data",
-    "weights.ptl",
-    "weights.keras",
-    "weights.mar",
-    "weights",
+    "weights.pkl",
     "vae/more_hf_delta.safetensors",
 ]
+# What no loader reads as weights may be there, and stays behind.
+ASIDE = ["weights.bak", "weights.zip", "weights", "unet/notes.json", "LICENSE", ".gitattributes", "dog.png"]
+# What the next release of transformers may write next to what it writes today.
+NEWER = {"tokenizer/foo_template.jinja": "{{ x }}", "video_preprocessor_config.json": "{}"}
 
 
 def put(folder, name):
@@ -40,8 +41,8 @@ def put(folder, name):
     (folder / name).write_bytes(b"weights of the original")
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_files_neither_go_up_nor_pass_nor_stay(saved, hub, name):
+@pytest.mark.parametrize("name", LOADABLE)
+def test_other_weights_neither_go_up_nor_pass_nor_stay(saved, hub, name):
     put(saved, name)
     verification = more_hf.verify(saved)
     assert not verification
@@ -55,7 +56,7 @@ def test_foreign_files_neither_go_up_nor_pass_nor_stay(saved, hub, name):
 def test_save_refuses_what_it_neither_replaces_nor_may_keep(tiny_sd, saved):
     pipe = erase(tiny_sd())
     (saved / "more_hf_delta.safetensors").unlink()
-    for name in FOREIGN:
+    for name in LOADABLE:
         put(saved, name)
         with pytest.raises(more_hf.ExportError, match=name.split("/")[-1]):
             more_hf.save(pipe, saved)
@@ -78,28 +79,57 @@ def test_links_do_not_go_up(saved, tmp_path, hub, kind):
     assert bool(more_hf.verify(saved)) == (
         kind == "file"
     )  # as in the Hub's cache, where every file is a link
-    with pytest.raises(more_hf.ExportError, match="links"):
+    with pytest.raises(more_hf.ExportError, match="replace links"):
         more_hf.push_to_hub(saved, "me/erased", api=hub)
     assert hub.writes == []
 
 
-def test_texts_and_pictures_may_lie_there_and_only_what_the_card_names_goes_up(saved, hub):
+def test_only_what_save_wrote_and_what_the_card_names_goes_up(saved, hub, caplog):
     (saved / "README.md").write_text("---\nlicense: mit\n---\n![a cat](images/cat.PNG)\n")
     (saved / "images").mkdir()
-    for name in ("images/cat.PNG", "images/dog.png", "notes.txt", "LICENSE", ".gitattributes"):
-        (saved / name).write_bytes(b"mine")
+    for name in ("images/cat.PNG", *ASIDE):
+        put(saved, name)
     (saved / ".git").mkdir()
     (saved / ".git" / "index").write_bytes(b"git's")
     assert more_hf.verify(saved)
-    more_hf.push_to_hub(saved, "me/erased", api=hub)
-    pushed = set(hub.repos["me/erased"]["main"])
-    assert {"README.md", "images/cat.PNG"} <= pushed
-    assert pushed.isdisjoint({"images/dog.png", "notes.txt", "LICENSE", ".gitattributes", ".git/index"})
+    with caplog.at_level(logging.WARNING, logger="more_hf"):
+        more_hf.push_to_hub(saved, "me/erased", api=hub)
+    expected = {*json.loads((saved / "more_hf.json").read_text())["files"], "more_hf.json"}
+    expected.remove("more_hf_delta.safetensors")
+    assert set(hub.repos["me/erased"]["main"]) == expected | {"README.md", "images/cat.PNG"}
+    assert "images/cat.PNG" not in caplog.text
+    for name in (*ASIDE, ".git"):
+        assert name in caplog.text
+
+
+def test_files_of_a_newer_transformers(tiny_sd, tmp_path, hub, monkeypatch):
+    pipe = erase(tiny_sd())
+    write = type(pipe.tokenizer).save_pretrained
+
+    def save_pretrained(self, folder, **options):
+        write(self, folder, **options)
+        for name, text in NEWER.items():
+            Path(folder).parent.joinpath(name).write_text(text)
+
+    monkeypatch.setattr(type(pipe.tokenizer), "save_pretrained", save_pretrained)
+    folder = more_hf.save(pipe, tmp_path / "erased")
+    assert more_hf.verify(folder)
+    more_hf.push_to_hub(folder, "me/erased", api=hub)
+    pushed = hub.repos["me/erased"]["main"]
+    assert {name: pushed[name].decode() for name in NEWER} == NEWER
+    assert more_hf.verify(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
+
+    (folder / "tokenizer" / "foo_template.jinja").write_text("{{ y }}")
+    verification = more_hf.verify(folder)
+    assert not verification
+    assert "tokenizer/foo_template.jinja" in verification.failures
+    with pytest.raises(more_hf.ExportError, match="every file is the one that was saved: no"):
+        more_hf.push_to_hub(folder, "me/erased", api=hub)
 
 
 @pytest.mark.slow
 def test_a_repository_with_weights_under_any_name_is_refused(saved, hub):
-    for name in FOREIGN:
+    for name in LOADABLE:
         hub.repos["me/erased"] = {"main": {name: b"weights", "README.md": b"---\nlicense: mit\n---\n"}}
         with pytest.raises(more_hf.ExportError, match="delete_files"):
             more_hf.push_to_hub(saved, "me/erased", api=hub)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.hub import erase
 import more_hf
 from more_hf.core.record import RECORD, Record
 from more_hf.core.site import fingerprint
+from more_hf.saving.contents import hashes
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -134,10 +136,23 @@ def test_a_denoiser_elsewhere(saved, denoiser):
         assert not found or isinstance(found, more_hf.MoreError)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../other/x.json", "/etc/x.json", "a/../../x", "", ".", "a//b", "a\\b", "C:x", "a\0b", ".git/config"],
+)
+def test_a_file_outside_the_folder(saved, name):
+    record = read_record(saved)
+    write_record(saved, {**record, "files": {**record["files"], name: "0" * 64}})
+    for read in (more_hf.load, more_hf.verify):
+        with pytest.raises(more_hf.IncompatibleBaseError, match="is no file in the folder"):
+            read(saved)
+
+
 def forge(folder, original, layers):
     """The original's weights, with a record that is consistent with them as far as fingerprints go."""
     save_file(original, folder / WEIGHTS)
     record = read_record(folder)
+    record["files"] |= hashes(folder, [Path(WEIGHTS)])
     record["sites"] = {name: record["sites"][name] for name in layers}
     record["edited"] = fingerprint({name: original[f"{name}.weight"] for name in layers})
     record["facts"]["separation"] = dict.fromkeys(layers, 1e30)
@@ -186,6 +201,9 @@ def test_a_text_encoder_of_another_model(saved):
         path,
         {"format": "pt"},
     )
+    record = read_record(saved)
+    record["files"] |= hashes(saved, [path.relative_to(saved)])
+    write_record(saved, record)
     assert [check.name for check in more_hf.verify(saved).checks if not check.passed] == [
         "each sends p_f where p_t goes"
     ]
@@ -235,6 +253,8 @@ def test_truncated_files(saved, name, size):
     if name in (WEIGHTS, "text_encoder/model.safetensors"):  # what verify reads
         assert not verification
         assert "cannot be read (SafetensorError" in str(verification)
+    elif not isinstance(verification, more_hf.MoreError):
+        assert name in verification.failures
     assert isinstance(only_our_errors(lambda: more_hf.load(saved)), more_hf.IncompatibleBaseError)
 
 

@@ -1,5 +1,6 @@
 """The record beside the weights: save, load and verify, and what each refuses."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -23,7 +24,8 @@ LAYOUT = "names and shapes are the base's"
 PRESENT = "every edited layer is there"
 SAVED = "the edited layers are those that were saved"
 EDITED = "each sends p_f where p_t goes"
-STRAYS = "nothing else is in the folder"
+STRAYS = "no other weights are in the folder"
+FILES = "every file is the one that was saved"
 
 
 def failed(folder):
@@ -80,6 +82,9 @@ def test_record(tiny_sd, tmp_path):
     assert record["facts"]["rank"] == 8
     assert record["facts"]["fingerprint"] == erasure.facts.fingerprint
     assert record["denoiser"] == "unet"
+    written = {name: hashlib.sha256(data).hexdigest() for name, data in content(folder).items()}
+    del written[RECORD]
+    assert record["files"] == written
     assert record["proof"]["forget_vs_target"] < 1e-3
     assert not (folder / DELTA).exists()
     assert list(tmp_path.iterdir()) == [folder]
@@ -330,28 +335,28 @@ def empty_denoiser(folder, original):
 
 
 CONTROLS = {
-    put_back_one_layer: {SAVED, EDITED},
-    put_back_everything: {SAVED, EDITED},
-    drop_a_layer: {LAYOUT, PRESENT, SAVED, EDITED},
-    drop_another_tensor: {LAYOUT},
-    reshape_a_layer: {LAYOUT, PRESENT, SAVED},
-    reshape_another_tensor: {LAYOUT},
-    not_finite: {SAVED, EDITED},
-    scale_a_layer: {SAVED},
-    empty_a_layer: {SAVED, EDITED},
+    put_back_one_layer: {FILES, SAVED, EDITED},
+    put_back_everything: {FILES, SAVED, EDITED},
+    drop_a_layer: {FILES, LAYOUT, PRESENT, SAVED, EDITED},
+    drop_another_tensor: {FILES, LAYOUT},
+    reshape_a_layer: {FILES, LAYOUT, PRESENT, SAVED},
+    reshape_another_tensor: {FILES, LAYOUT},
+    not_finite: {FILES, SAVED, EDITED},
+    scale_a_layer: {FILES, SAVED},
+    empty_a_layer: {FILES, SAVED, EDITED},
     add_a_variant: {STRAYS},
     add_a_bin: {STRAYS},
     add_a_checkpoint: {STRAYS},
     add_a_single_file: {STRAYS},
-    empty_denoiser: {LAYOUT, PRESENT, EDITED},
+    empty_denoiser: {FILES, "the weights can be read"},
 }
 
 
 def test_verify_accepts_what_was_saved(saved):
     verification = more_hf.verify(saved)
     assert verification.ok
-    assert [check for check, _, _ in verification.checks] == [LAYOUT, PRESENT, SAVED, EDITED, STRAYS]
-    assert verification.to_markdown().count("| yes ") == 5
+    assert [check for check, _, _ in verification.checks] == [FILES, LAYOUT, PRESENT, SAVED, EDITED, STRAYS]
+    assert verification.to_markdown().count("| yes ") == 6
 
 
 @pytest.mark.parametrize("tamper", CONTROLS, ids=lambda tamper: tamper.__name__)
@@ -361,6 +366,13 @@ def test_verify_fails(saved, original, tamper):
     verification = more_hf.verify(saved)
     assert not verification.ok
     assert "| NO " in verification.to_markdown()
+
+
+def test_the_factors_may_be_taken_away(saved):
+    (saved / DELTA).unlink()
+    assert more_hf.verify(saved)
+    (saved / DELTA).write_bytes(b"other factors")
+    assert failed(saved) == {FILES}
 
 
 def test_verify_names_the_layer_that_was_put_back(saved, original):
