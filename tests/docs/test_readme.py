@@ -21,6 +21,11 @@ README = (ROOT / "README.md").read_text("utf-8")
 EXAMPLES = (ROOT / "examples" / "README.md").read_text("utf-8")
 
 
+BENCHMARK_PAGES = [*sorted((ROOT / "benchmarks").rglob("README.md")), ROOT / "benchmarks" / "kd" / "paper.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md"]
+PAGES += [page.relative_to(ROOT).as_posix() for page in BENCHMARK_PAGES]
+
+
 def blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
@@ -76,9 +81,7 @@ def test_a_method_of_ones_own(tiny_sd, tmp_path, monkeypatch):
 
 
 def test_every_command_is_one_that_the_command_line_knows():
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
-    files += [ROOT / "benchmarks" / "README.md", *(ROOT / "benchmarks").glob("*/README.md")]
-    files += [ROOT / "benchmarks" / "kd" / "paper.md", ROOT / "examples" / "real_weights.md"]
+    files = [ROOT / name for name in [*PAGES, "examples/real_weights.md"]]
     text = "\n".join(file.read_text("utf-8") for file in files).replace("\\\n", " ")
     commands = re.findall(r"^(?: {4})?(?:.* && )?more-hf (.*)$", text, re.MULTILINE)
     assert len(commands) > 20
@@ -103,16 +106,22 @@ def test_the_tables_are_the_committed_ones():
         assert script["filled"](edited) == README != edited
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md"]
-
-
 @pytest.mark.parametrize("name", PAGES)
 def test_links_and_pictures_exist(name):
     file = ROOT / name
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text("utf-8"))
-    assert links
-    for link in links:
-        assert link.startswith("http") or (file.parent / link).exists(), link
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", file.read_text("utf-8"))
+    for link, anchor in links:
+        if link.startswith("http"):
+            continue
+        target = file.parent / link if link else file
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), (link, anchor)
+
+
+def anchors(text):
+    """The anchors that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_the_table_of_families_is_the_registry():
@@ -128,6 +137,10 @@ def test_the_table_of_families_is_the_registry():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 140
+
+
+def test_the_pages_of_the_benchmarks_are_short():
+    assert sum(len(page.read_text("utf-8").split()) for page in BENCHMARK_PAGES) <= 20_000
 
 
 def test_the_tests_that_contributing_names_exist():
