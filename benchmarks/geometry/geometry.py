@@ -27,8 +27,17 @@ from more_hf.core.remap import Remap
 from more_hf.diffusion.prompts import TEMPLATES
 from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import hardware, peak_memory
-from more_hf_bench.methods.diffusion import cure, oce, rece, speed, uce
-from more_hf_bench.methods.diffusion.without_po import without_orthogonalisation
+from more_hf_bench.methods.diffusion.closed_form import (
+    adversarial_embeddings,
+    cure_eraser,
+    edit_matrix,
+    erasing_term,
+    null_space,
+    refined_prior,
+    rotation,
+    speed_update,
+)
+from more_hf_bench.methods.diffusion.ours import without_orthogonalisation
 
 
 matplotlib.use("Agg")
@@ -123,20 +132,20 @@ def more_without_po(problem: Problem) -> list[Tensor]:
 
 
 def run_uce(problem: Problem) -> list[Tensor]:
-    A = uce.edit_matrix(problem.C, problem.G, problem.R, lamb=0.5, erase_scale=1.0, preserve_scale=1.0)
+    A = edit_matrix(problem.C, problem.G, problem.R, lamb=0.5, erase_scale=1.0, preserve_scale=1.0)
     return [W @ A for W in problem.layers]
 
 
 def run_rece(problem: Problem) -> list[Tensor]:
     scales = {"erase_scale": 1.0, "preserve_scale": 0.1}
-    A = uce.edit_matrix(problem.C, problem.G, problem.R, lamb=0.5, **scales)
-    adversarial = rece.adversarial_embeddings(sum(W.T @ W for W in problem.layers), A, problem.C, 1e-3)
-    A = A @ uce.edit_matrix(adversarial, problem.G, problem.R, lamb=0.1, **scales)
+    A = edit_matrix(problem.C, problem.G, problem.R, lamb=0.5, **scales)
+    adversarial = adversarial_embeddings(sum(W.T @ W for W in problem.layers), A, problem.C, 1e-3)
+    A = A @ edit_matrix(adversarial, problem.G, problem.R, lamb=0.1, **scales)
     return [W @ A for W in problem.layers]
 
 
 def run_cure(problem: Problem) -> list[Tensor]:
-    A = cure.eraser(problem.C, problem.R, 2.0)
+    A = cure_eraser(problem.C, problem.R, 2.0)
     return [W @ A for W in problem.layers]
 
 
@@ -146,8 +155,8 @@ def run_speed(problem: Problem) -> list[Tensor]:
     threshold = 1e-1 if n <= 10 else 1e-4  # as published for few and for many concepts
     invariant = problem.unseen.new_zeros(WIDTH, 0)  # the begin token and the padding have no counterpart here
     for W in problem.layers:
-        prior = speed.refined_prior(W, A, B, problem.R, 10, generator)
-        edited.append(W + W @ speed.update(A, B, speed.null_space(prior, threshold), invariant, 1.0, 0.0))
+        prior = refined_prior(W, A, B, problem.R, 10, generator)
+        edited.append(W + W @ speed_update(A, B, null_space(prior, threshold), invariant, 1.0, 0.0))
     return edited
 
 
@@ -156,8 +165,7 @@ def run_oce(problem: Problem) -> list[Tensor]:
     erase, spread = (500.0, 10.0) if len(problem.C) < 100 else (800.0, 70.0)
     kept = problem.R.T @ problem.R + spread * problem.moment + 10.0 * torch.eye(WIDTH, dtype=torch.float64)
     return [
-        oce.rotation(oce.erasing_term(W, problem.C, problem.G, erase) + W @ kept @ W.T) @ W
-        for W in problem.layers
+        rotation(erasing_term(W, problem.C, problem.G, erase) + W @ kept @ W.T) @ W for W in problem.layers
     ]
 
 

@@ -33,7 +33,7 @@ from more_hf.diffusion.proof import prover
 from more_hf.diffusion.sites import find_denoiser
 from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import hardware, versions
-from more_hf_bench.methods.diffusion.uce import uce
+from more_hf_bench.methods.diffusion.closed_form import uce
 
 
 HERE = Path(__file__).parent

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from more_hf_bench.methods.diffusion.rece import adversarial_embeddings
-from more_hf_bench.methods.diffusion.uce import edit_matrix
+from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, edit_matrix
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

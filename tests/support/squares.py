@@ -1,9 +1,12 @@
 """A small classifier with BatchNorm, and four classes of noisy 5×5 images, one of them to be forgotten."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from more_hf_bench.methods.registry import CLASSIFICATION
 from more_hf_bench.splits import ImageSet, KDData, split_by_class
 
 
@@ -65,3 +68,8 @@ def head_inputs(model, part):
 
 def remaining(splits, label):
     return splits.r.subset(splits.r.labels == label)
+
+
+def unlearn(name, model, splits, **settings):
+    """A copy of the model after a method of the registry."""
+    return CLASSIFICATION[name].load()(copy.deepcopy(model), splits, **settings)

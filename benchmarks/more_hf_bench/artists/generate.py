@@ -13,7 +13,7 @@ from torch import Tensor
 
 import more_hf
 
-from ..methods.diffusion.progress import progress_bar_config
+from ..methods.diffusion.pipelines import progress_bar_config
 
 
 def generate(

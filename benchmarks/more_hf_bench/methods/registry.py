@@ -1,4 +1,4 @@
-"""All methods of the benchmarks, one line each, and the search for a method by name.
+"""All methods of the benchmarks in the order of their tables, and the search for a method by name.
 
 Importing this module imports neither torch nor diffusers; `Method.load` imports the method's own module.
 """
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from ..errors import BenchmarkError
@@ -22,8 +22,8 @@ class Method:
     """One method of a benchmark.
 
     Attributes:
-        name (`str`): what the command line and the tables call it.
-        place (`str`): `"module:function"`; a leading dot means a module of this package.
+        place (`str`): `"module:function"` as `pkgutil.resolve_name` takes it; a leading dot means a module
+            beside this one.
         role (`str`): `"main"` for the main table, `"control"` for a line of it that cannot win, `"appendix"`
             for a variant of a method of the main table.
         trained (`bool`): whether it takes gradient steps. The other methods are training-free.
@@ -34,7 +34,6 @@ class Method:
         forgets (`str`): what a benchmark of classes can let it forget: `"classes"`, `"samples"` or `"both"`.
     """
 
-    name: str
     place: str
     role: Literal["main", "control", "appendix"] = "main"
     trained: bool = False
@@ -44,130 +43,105 @@ class Method:
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
-        module, function = self.place.split(":")
-        return getattr(import_module(module, __package__), function)
+        return resolve_name(__package__ + self.place if self.place.startswith(".") else self.place)
 
 
-UNREGISTERED = Method("", "")
+UNREGISTERED = Method("")
 """The facts of a method that is in no registry: `DIFFUSION.get(name, UNREGISTERED).targets`."""
 
-_OURS = "more_hf.diffusion.erase:erase_concept"
+_ERASE = "more_hf.diffusion.erase:erase_concept"
 
-_DIFFUSION = (
-    Method("original", ".diffusion.controls:original", role="control"),
-    Method("noise", ".diffusion.controls:noise", role="control"),
-    Method("negative_prompt", ".diffusion.controls:negative_prompt", role="control"),
-    Method("more", _OURS),
-    Method("more-reloaded", ".diffusion.ours:more_reloaded"),
-    Method("more-erase", _OURS, targets="none"),
-    Method("more-mean", _OURS, targets="several"),
-    Method("more-random", ".diffusion.ours:more_random", targets="several"),
-    Method("more-hash", ".diffusion.ours:more_hash", targets="several"),
-    Method("more-without-po", ".diffusion.without_po:more_without_po"),
-    Method("more-erase-without-po", ".diffusion.without_po:more_without_po", targets="none"),
-    Method("uce", ".diffusion.uce:uce"),
-    Method("rece", ".diffusion.rece:rece"),
-    Method("cure", ".diffusion.cure:cure"),
-    Method("speed", ".diffusion.speed:speed"),
-    Method("oce", ".diffusion.oce:oce"),
-    Method("sld-medium", ".diffusion.sld:sld_medium"),
-    Method("safree", ".diffusion.safree:safree"),
-    Method("esd", ".diffusion.esd:esd", trained=True),
-    Method("ca", ".diffusion.ca:ca", trained=True),
-    Method("more-denoiser", ".diffusion.ours:more_denoiser", role="appendix"),
-    Method("more-denoiser-soft", ".diffusion.ours:more_denoiser_soft", role="appendix"),
-    Method("more-denoiser-hard", ".diffusion.ours:more_denoiser_hard", role="appendix"),
-    Method("more-described", ".diffusion.ours:more_described", role="appendix"),
-    Method("uce-paper", ".diffusion.uce:uce_paper", role="appendix"),
-    Method("sld-weak", ".diffusion.sld:sld_weak", role="appendix"),
-    Method("sld-strong", ".diffusion.sld:sld_strong", role="appendix"),
-    Method("sld-max", ".diffusion.sld:sld_max", role="appendix"),
-    Method("safree-re-attention", ".diffusion.safree:safree_re_attention", role="appendix"),
-    Method("esd-repo", ".diffusion.esd:esd_repo", role="appendix", trained=True),
-)
+DIFFUSION: dict[str, Method] = {
+    "original": Method(".diffusion.inference:original", role="control"),
+    "noise": Method(".diffusion.inference:noise", role="control"),
+    "negative_prompt": Method(".diffusion.inference:negative_prompt", role="control"),
+    "more": Method(_ERASE),
+    "more-reloaded": Method(".diffusion.ours:more_reloaded"),
+    "more-erase": Method(_ERASE, targets="none"),
+    "more-mean": Method(_ERASE, targets="several"),
+    "more-random": Method(".diffusion.ours:more_random", targets="several"),
+    "more-hash": Method(".diffusion.ours:more_hash", targets="several"),
+    "more-without-po": Method(".diffusion.ours:more_without_po"),
+    "more-erase-without-po": Method(".diffusion.ours:more_without_po", targets="none"),
+    "uce": Method(".diffusion.closed_form:uce"),
+    "rece": Method(".diffusion.closed_form:rece"),
+    "cure": Method(".diffusion.closed_form:cure"),
+    "speed": Method(".diffusion.closed_form:speed"),
+    "oce": Method(".diffusion.closed_form:oce"),
+    "sld-medium": Method(".diffusion.inference:sld_medium"),
+    "safree": Method(".diffusion.safree:safree"),
+    "esd": Method(".diffusion.esd:esd", trained=True),
+    "ca": Method(".diffusion.ca:ca", trained=True),
+    "more-denoiser": Method(".diffusion.ours:more_denoiser", role="appendix"),
+    "more-denoiser-soft": Method(".diffusion.ours:more_denoiser_soft", role="appendix"),
+    "more-denoiser-hard": Method(".diffusion.ours:more_denoiser_hard", role="appendix"),
+    "more-described": Method(".diffusion.ours:more_described", role="appendix"),
+    "uce-paper": Method(".diffusion.closed_form:uce_paper", role="appendix"),
+    "sld-weak": Method(".diffusion.inference:sld_weak", role="appendix"),
+    "sld-strong": Method(".diffusion.inference:sld_strong", role="appendix"),
+    "sld-max": Method(".diffusion.inference:sld_max", role="appendix"),
+    "safree-re-attention": Method(".diffusion.safree:safree_re_attention", role="appendix"),
+    "esd-repo": Method(".diffusion.esd:esd_repo", role="appendix", trained=True),
+}
+"""Methods for pipelines, called as `more_hf_bench.methods.diffusion` says; ours are `more*`."""
 
-DIFFUSION: dict[str, Method] = {method.name: method for method in _DIFFUSION}
-"""Methods for pipelines, `method(pipe, concepts, *, remap_to, retain, **settings) -> pipe`, in the order of
-the tables. A method may edit the denoiser, which is a copy of its own; ours are `more*`."""
+_OF_CLASSES = {"closed_form": True, "forgets": "classes"}
+_OF_SAMPLES = {"closed_form": True, "forgets": "samples"}
+_ABLATION = {"role": "appendix", "forgets": "classes"}
 
-_CLASSIFICATION = (
-    Method("original", ".classification.original:original", role="control"),
-    Method("retrain", ".classification.retrain:retrain", trained=True),
-    Method("finetune", ".classification.finetune:finetune", trained=True),
-    Method("neggrad", ".classification.neggrad:neggrad", trained=True),
-    Method("neggrad-plus", ".classification.neggrad_plus:neggrad_plus", trained=True),
-    Method("random-labels", ".classification.random_labels:random_labels", trained=True),
-    Method("salun", ".classification.salun:salun", trained=True),
-    Method("l1-sparse", ".classification.l1_sparse:l1_sparse", trained=True),
-    Method("fisher", ".classification.fisher:fisher"),
-    Method("boundary-shrink", ".classification.boundary_shrink:boundary_shrink", trained=True),
-    Method("scrub", ".classification.scrub:scrub", trained=True),
-    Method("bad-teacher", ".classification.bad_teacher:bad_teacher", trained=True),
-    Method("lau", ".classification.lau:lau", trained=True),
-    Method("esc", ".classification.esc:esc", closed_form=True),
-    Method("esc-as-released", ".classification.esc:esc_as_released"),
-    Method("esc-t", ".classification.esc_t:esc_t", trained=True),
-    Method("esc-t-as-released", ".classification.esc_t:esc_t_as_released", trained=True),
-    Method("leace-rest", ".classification.leace:leace_rest", closed_form=True, forgets="classes"),
-    Method("leace-target", ".classification.leace:leace_target", closed_form=True, forgets="classes"),
-    Method(
-        "erase-without-po", ".classification.without_po:erase_without_po", closed_form=True, forgets="classes"
-    ),
-    Method(
-        "remap-without-po", ".classification.without_po:remap_without_po", closed_form=True, forgets="classes"
-    ),
-    Method(
-        "erase-without-complement",
-        ".classification.without_complement:erase_without_complement",
-        role="appendix",
-        forgets="classes",
-    ),
-    Method(
-        "remap-without-complement",
-        ".classification.without_complement:remap_without_complement",
-        role="appendix",
-        forgets="classes",
-    ),
-    Method("erase", ".classification.ours:erase", closed_form=True, forgets="classes"),
-    Method("remap", ".classification.ours:remap", closed_form=True, forgets="classes"),
-    Method("more", ".classification.ours:more", closed_form=True, forgets="classes"),
-    Method("more-hash", ".classification.ours:more_hash", closed_form=True, forgets="classes"),
-    Method("more-prototype", ".classification.ours:more_prototype", forgets="classes"),
-    Method(
-        "more-trained", ".classification.ours:more_trained", role="appendix", trained=True, forgets="classes"
-    ),
-    Method("more-inner", ".classification.ours:more_inner", role="appendix", forgets="classes"),
-    Method("remap-samples", ".classification.ours:remap_samples", closed_form=True, forgets="samples"),
-    Method(
-        "remap-samples-as-printed",
-        ".classification.ours:remap_samples_as_printed",
-        closed_form=True,
-        forgets="samples",
-    ),
-)
-
-CLASSIFICATION: dict[str, Method] = {method.name: method for method in _CLASSIFICATION}
-"""Methods for classifiers, `method(model, splits, *, seed=0, **settings) -> model`, in the order of the
-tables. A method may edit the model, which is a copy of its own, and returns it in evaluation mode. It reads
-`f` and `r` of `splits`, a `more_hf_bench.splits.Splits`. Its settings have the defaults of its source."""
+CLASSIFICATION: dict[str, Method] = {
+    "original": Method(".classification.references:original", role="control"),
+    "retrain": Method(".classification.references:retrain", trained=True),
+    "finetune": Method(".classification.gradients:finetune", trained=True),
+    "neggrad": Method(".classification.gradients:neggrad", trained=True),
+    "neggrad-plus": Method(".classification.gradients:neggrad_plus", trained=True),
+    "random-labels": Method(".classification.gradients:random_labels", trained=True),
+    "salun": Method(".classification.gradients:salun", trained=True),
+    "l1-sparse": Method(".classification.gradients:l1_sparse", trained=True),
+    "fisher": Method(".classification.gradients:fisher"),
+    "boundary-shrink": Method(".classification.teachers:boundary_shrink", trained=True),
+    "scrub": Method(".classification.teachers:scrub", trained=True),
+    "bad-teacher": Method(".classification.teachers:bad_teacher", trained=True),
+    "lau": Method(".classification.teachers:lau", trained=True),
+    "esc": Method(".classification.subspaces:esc", closed_form=True),
+    "esc-as-released": Method(".classification.subspaces:esc_as_released"),
+    "esc-t": Method(".classification.subspaces:esc_t", trained=True),
+    "esc-t-as-released": Method(".classification.subspaces:esc_t_as_released", trained=True),
+    "leace-rest": Method(".classification.subspaces:leace_rest", **_OF_CLASSES),
+    "leace-target": Method(".classification.subspaces:leace_target", **_OF_CLASSES),
+    "erase-without-po": Method(".classification.ours:erase_without_po", **_OF_CLASSES),
+    "remap-without-po": Method(".classification.ours:remap_without_po", **_OF_CLASSES),
+    "erase-without-complement": Method(".classification.ours:erase_without_complement", **_ABLATION),
+    "remap-without-complement": Method(".classification.ours:remap_without_complement", **_ABLATION),
+    "erase": Method(".classification.ours:erase", **_OF_CLASSES),
+    "remap": Method(".classification.ours:remap", **_OF_CLASSES),
+    "more": Method(".classification.ours:more", **_OF_CLASSES),
+    "more-hash": Method(".classification.ours:more_hash", **_OF_CLASSES),
+    "more-prototype": Method(".classification.ours:more_prototype", forgets="classes"),
+    "more-trained": Method(".classification.ours:more_trained", trained=True, **_ABLATION),
+    "more-inner": Method(".classification.ours:more_inner", **_ABLATION),
+    "remap-samples": Method(".classification.ours:remap_samples", **_OF_SAMPLES),
+    "remap-samples-as-printed": Method(".classification.ours:remap_samples_as_printed", **_OF_SAMPLES),
+}
+"""Methods for classifiers, called as `more_hf_bench.methods.classification` says."""
 
 
 def diffusion_groups() -> dict[str, list[str]]:
     """Words that mean several methods of `DIFFUSION` at once."""
-    methods = DIFFUSION.values()
+    main = {name: method for name, method in DIFFUSION.items() if method.role != "appendix"}
     return {
-        "all": [m.name for m in methods if m.role != "appendix"],
-        "training-free": [m.name for m in methods if m.role != "appendix" and not m.trained],
-        "appendix": [m.name for m in methods if m.role == "appendix"],
+        "all": list(main),
+        "training-free": [name for name, method in main.items() if not method.trained],
+        "appendix": [name for name in DIFFUSION if name not in main],
     }
 
 
 def classification_groups(forgets: Literal["classes", "samples"]) -> dict[str, list[str]]:
     """Words that mean several methods of `CLASSIFICATION` at once, for forgetting classes or samples."""
-    methods = methods_that_forget(forgets).values()
+    methods = methods_that_forget(forgets)
     return {
-        "closed-form": [m.name for m in methods if m.role == "control" or m.closed_form],
-        "all": [m.name for m in methods if m.role != "appendix"],
+        "closed-form": [name for name, m in methods.items() if m.role == "control" or m.closed_form],
+        "all": [name for name, m in methods.items() if m.role != "appendix"],
     }
 
 
@@ -202,43 +176,27 @@ def _find(name: str, methods: Mapping[str, Method], kind: str, keywords: Sequenc
     """Look a name up in `methods`, or import it; a benchmark passes two arguments and these keywords."""
     if name in methods:
         return methods[name].load()
-    module_name, _, function_name = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
+    if ":" not in name:
+        close = difflib.get_close_matches(name, methods, n=3)
+        meant = f" Did you mean {' or '.join(close)}?" if close else ""
         raise BenchmarkError(
-            f"There is no method {name!r} {kind}.{_did_you_mean(name, methods)} There are: "
-            f"{', '.join(methods)}. Choose one of them, or name a function of your own as my_module:my_erase."
+            f"There is no method {name!r} {kind}.{meant} There are: {', '.join(methods)}. "
+            "Choose one of them, or name a function of your own as my_module:my_erase."
         )
-    function = _own_function(module_name, function_name)
+    # A console script, unlike `python -m`, does not look for modules in the working directory.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
+        function = resolve_name(name)
         inspect.signature(function).bind(None, None, **dict.fromkeys(keywords))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BenchmarkError(
+            f"{name} cannot be imported: {error}. Name a function as my_module:my_erase, and start the "
+            "command in the folder of my_module.py or install the package that it belongs to."
+        ) from error
     except TypeError as error:
         raise BenchmarkError(
             f"{name} does not take the arguments of a method {kind}: {error}. "
             f"Give it two positional parameters and the keywords {', '.join(keywords)}."
         ) from error
     return function
-
-
-def _own_function(module_name: str, function_name: str) -> Callable[..., Any]:
-    # A console script, unlike `python -m`, does not look for modules in the working directory.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise BenchmarkError(
-            f"The module {module_name} cannot be imported: {error}. "
-            f"Start the command in the folder of {module_name}.py, or install the package that it belongs to."
-        ) from error
-    functions = {name: value for name, value in vars(module).items() if callable(value)}
-    if function_name not in functions:
-        raise BenchmarkError(
-            f"{module_name} has no function {function_name!r}.{_did_you_mean(function_name, functions)} "
-            f"Write my_module:my_erase, with a function that {module.__file__} defines."
-        )
-    return functions[function_name]
-
-
-def _did_you_mean(name: str, names: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, names, n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""

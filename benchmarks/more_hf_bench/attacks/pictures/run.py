@@ -18,7 +18,7 @@ from ...artists.prompts import Prompts
 from ...artists.run import GIVEN, quiet_copy
 from ...errors import BenchmarkError
 from ...machine import processes, this_run, weights_sha256
-from ...methods.diffusion.roles import require_stable_diffusion
+from ...methods.diffusion.pipelines import require_stable_diffusion
 from ...methods.registry import find_diffusion_method
 from ...run import held_settings, method_settings
 from ..run import attack_settings, run_attacks

@@ -1,4 +1,4 @@
-"""`erase_classes` and `forget_samples` under the names of the tables."""
+"""Ours: `erase_classes` and `forget_samples` under the names of the tables, and the paper's ablations."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from more_hf.classification.erase import erase_classes
 
 from ...splits import Splits
 from .forget_samples import forget_samples
+from .head_features import attach, class_means, find_head, remaining_class
 from .router_training import train_router
 from .training import Batch, batches
 
@@ -136,3 +138,59 @@ def _erase(model: nn.Module, splits: Splits, batch_size: int, **settings: Any) -
 def _all_batches(model: nn.Module, splits: Splits, batch_size: int) -> Iterator[Batch]:
     for part in (splits.f, splits.r):
         yield from batches(part.loader(batch_size), model)
+
+
+def erase_without_po(model: nn.Module, splits: Splits, *, seed: int = 0, batch_size: int = 500) -> nn.Module:
+    """z becomes (I − P_F P_F⁺) z, P_F the class means of D_f: MoRE's ablation "Erase without PO" (Table 3).
+    D_r is not read."""
+    _, head = find_head(model, splits.f)
+    P_F = class_means(model, splits.f, batch_size)
+    return attach(model, head, torch.eye(len(P_F)).to(P_F) - P_F @ torch.linalg.pinv(P_F))
+
+
+def remap_without_po(
+    model: nn.Module, splits: Splits, *, seed: int = 0, target: int | None = None, batch_size: int = 500
+) -> nn.Module:
+    """z becomes (I + (P_t − P_F) P_F⁺) z: every forgotten class goes to one remaining class, the others are
+    not spared.
+
+    Args:
+        target (`int`, *optional*): the remaining class; the first if not given.
+    """
+    target = remaining_class(splits, target)
+    _, head = find_head(model, splits.f)
+    P_F = class_means(model, splits.f, batch_size)
+    P_t = class_means(model, splits.r.subset(splits.r.labels == target), batch_size)
+    return attach(model, head, torch.eye(len(P_F)).to(P_F) + (P_t - P_F) @ torch.linalg.pinv(P_F))
+
+
+def erase_without_complement(
+    model: nn.Module, splits: Splits, *, seed: int = 0, batch_size: int = 500
+) -> nn.Module:
+    """z becomes P (D − diag(s) D) z, with P all class means, D = P⁺ and s the forgotten ones: MoRE, Eq. 3."""
+    _, head = find_head(model, splits.f)
+    P_F, P_R = (class_means(model, part, batch_size) for part in (splits.f, splits.r))
+    return attach(model, head, inside_prototypes(P_F, P_R, torch.zeros_like(P_F)))
+
+
+def remap_without_complement(
+    model: nn.Module, splits: Splits, *, seed: int = 0, target: int | None = None, batch_size: int = 500
+) -> nn.Module:
+    """z becomes P (D − diag(s) D) z + P_t diag(s) D z: the same, and every forgotten class goes to one
+    remaining class.
+
+    Args:
+        target (`int`, *optional*): the remaining class; the first if not given.
+    """
+    target = remaining_class(splits, target)
+    _, head = find_head(model, splits.f)
+    P_F, P_R = (class_means(model, part, batch_size) for part in (splits.f, splits.r))
+    P_t = P_R[:, splits.r.labels.unique() == target]
+    return attach(model, head, inside_prototypes(P_F, P_R, P_t.expand_as(P_F)))
+
+
+def inside_prototypes(P_F: Tensor, P_R: Tensor, P_t: Tensor) -> Tensor:
+    """The map `(d, d)` that keeps remaining coordinates, moves forgotten ones to the columns of P_t, and
+    leaves nothing beside the prototypes."""
+    D = torch.linalg.pinv(torch.cat([P_F, P_R], dim=1))
+    return torch.cat([P_t, P_R], dim=1) @ D

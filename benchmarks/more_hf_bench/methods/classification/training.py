@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from more_hf.classification.heads import logits_of
 from more_hf.core.errors import IncompatibleBaseError
@@ -31,6 +32,11 @@ def batches(loader: Iterable[dict[str, Tensor]], model: nn.Module) -> Iterator[B
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Logits `(batch, num_classes)` for images."""
     return logits_of(model(images))
+
+
+def entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of a batch."""
+    return cross_entropy(predict(model, images), labels)
 
 
 def sgd(parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 5e-4) -> torch.optim.SGD:

@@ -14,8 +14,8 @@ from more_hf.core.errors import MoreError
 from more_hf.diffusion.encoder import Encoder
 from more_hf.diffusion.sites import find_denoiser, find_sites
 
-from .progress import is_quiet
-from .roles import Concepts, Roles, name_roles, ordinary_prompts, require_stable_diffusion
+from .pipelines import is_quiet, require_stable_diffusion
+from .texts import Concepts, Retained, Roles, Targets, name_roles, ordinary_prompts
 from .training import Checkpoint, base_facts, float_copy, train, trainable_names, with_gradients
 
 
@@ -27,8 +27,8 @@ def ca(
     pipe: DiffusionPipeline,
     concepts: Concepts,
     *,
-    remap_to: str | Sequence[str] | None,
-    retain: Sequence[str] | None,
+    remap_to: Targets,
+    retain: Retained,
     images: int = 1000,
     prompts: Sequence[str] | None = None,
     iterations: int = 200,
@@ -40,19 +40,16 @@ def ca(
     checkpoint: str | None = None,
     save_every: int = 25,
 ) -> DiffusionPipeline:
-    """Erase styles by training with CA: edits the pipeline's keys and values in place, at the end, and
-    returns the pipeline.
+    """Train with Ablating Concepts (Kumari et al., ICCV 2023), for styles in Stable Diffusion: the output for
+    a caption with the concept learns to be the output for its anchor, on noised pictures of anchors that the
+    pipeline itself draws first.
 
-    The output for a caption with the concept learns to be the output for its anchor, on noised pictures of
-    anchors that the pipeline itself draws first. Source: CA, its model-based loss; the begin token's keys
-    and values get no gradient, pictures are flipped at random, AdamW. The loss is on the denoiser's own
-    output, noise or v. `retain` plays no part.
+    Source: its model-based loss; the begin token's keys and values get no gradient, pictures are flipped at
+    random, AdamW. The loss is on the denoiser's own output, noise or v. The captions say "style". `retain`
+    plays no part. Of several names, each caption takes one at random, and of several targets each anchor;
+    without targets the anchors are the plain prompts, as published.
 
     Args:
-        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`, and styles, for the captions say
-            so. Of several names, each caption takes one at random.
-        remap_to (`str` or `Sequence[str]`, *optional*): anchors: the prompts in the style of one of these, at
-            random. Without: the plain prompts, as published.
         images (`int`, defaults to 1000): anchor pictures.
         prompts (`Sequence[str]`, *optional*): what they show; by default the package's everyday prompts that
             name no concept and leave room for a name (published: 200 prompts about paintings).
@@ -61,14 +58,10 @@ def ca(
         learning_rate (`float`, *optional*): by default 2e-6 times the batch size, as published.
         sampling_steps (`int`, defaults to 25), guidance (`float`, defaults to 6): how anchors are drawn, with
             DPM-Solver.
-        seed (`int`, defaults to 0): of everything random here; no global random state is touched.
+        seed (`int`, defaults to 0): of everything random here.
         checkpoint (`str`, *optional*): a folder; the same run that was stopped goes on from there, and runs
             that differ only in their training share their anchors. Written every `save_every` iterations and
             with every batch of anchors.
-
-    Raises:
-        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does.
-        `IncompatibleBaseError`: if training diverged; the pipeline is unchanged then.
     """
     roles = name_roles(concepts, remap_to, retain)
     require_stable_diffusion(pipe)

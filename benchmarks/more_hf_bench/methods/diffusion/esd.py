@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from more_hf.core.errors import MoreError
 from more_hf.diffusion.encoder import Encoder
 
-from .roles import Concepts, name_roles, require_stable_diffusion
+from .pipelines import require_stable_diffusion
+from .texts import Concepts, Retained, Targets, name_roles
 from .training import Checkpoint, base_facts, float_copy, train, trainable_names, with_gradients
 
 
@@ -26,8 +26,8 @@ def esd(
     pipe: DiffusionPipeline,
     concepts: Concepts,
     *,
-    remap_to: str | Sequence[str] | None,
-    retain: Sequence[str] | None,
+    remap_to: Targets,
+    retain: Retained,
     variant: str = "paper",
     iterations: int | None = None,
     learning_rate: float | None = None,
@@ -40,17 +40,15 @@ def esd(
     checkpoint: str | None = None,
     save_every: int = 25,
 ) -> DiffusionPipeline:
-    """Erase concepts by training with ESD: edits the pipeline's denoiser in place, at the end, and returns
-    the pipeline.
+    """Train with Erasing Concepts from Diffusion Models (Gandikota et al., ICCV 2023), for Stable Diffusion:
+    the output for the concept learns to be what guidance away from the concept gives.
 
-    The output for the concept learns to be what guidance away from the concept gives. Source: ESD, its loss,
-    in the form of the paper (negative guidance around the empty prompt) and of the current repository
-    (around the concept itself). The weights of a target add to one, so that noise and v prediction are
-    trained alike. It has no target and keeps no list: `remap_to` and `retain` play no part.
+    Source: its loss, in the form of the paper (negative guidance around the empty prompt) and of the current
+    repository (around the concept itself). The weights of a target add to one, so that noise and v prediction
+    are trained alike. It has no target and keeps no list: `remap_to` and `retain` play no part. Of several
+    names, each iteration takes one at random.
 
     Args:
-        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`. Of several names, each iteration
-            takes one at random.
         variant (`str`, defaults to `"paper"`): `"paper"`: start points sampled with the model in training;
             1000 iterations, learning rate 1e-5, η 1. `"repo"`: start points sampled with the original; 200
             iterations, 5e-5, η 2.
@@ -61,13 +59,9 @@ def esd(
             one.
         start_guidance (`float`, defaults to 3): guidance of that run.
         batch_size (`int`, defaults to 1): start points per iteration; they share the step.
-        seed (`int`, defaults to 0): of everything random here; no global random state is touched.
+        seed (`int`, defaults to 0): of everything random here.
         checkpoint (`str`, *optional*): a folder; the same run that was stopped goes on from there. Written
             every `save_every` iterations.
-
-    Raises:
-        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does.
-        `IncompatibleBaseError`: if training diverged; the pipeline is unchanged then.
     """
     if variant not in VARIANTS:
         raise MoreError(f"Unknown variant {variant!r}. Choose 'paper' or 'repo'.")

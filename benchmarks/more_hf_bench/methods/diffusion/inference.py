@@ -1,103 +1,214 @@
-"""What methods share that act while the pipeline runs and change no weight: the pipeline object, the calls
-of the denoiser, ᾱ."""
+"""Methods that act while the pipeline runs and change no weight: the controls of every table, and SLD."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import hashlib
+from collections.abc import Sequence
+from functools import partial
 
-from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
-from torch import Tensor, nn
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from more_hf.core.errors import MoreError
+from more_hf.diffusion.prompts import names_in
 
-from .progress import progress_bar_config
-from .roles import require_stable_diffusion
-
-
-PUBLISHED_STEPS = 50
-"""Published settings in steps are for runs of this length; here they are shares of a run, the same numbers
-at 50 steps."""
+from .pipelines import AtInference, intercepted, noise_per_output
+from .texts import Concepts, Retained, Targets, name_roles
 
 
-class AtInference(StableDiffusionPipeline):
-    """A Stable Diffusion pipeline that acts on its own calls, and shares every component with the one that
-    it was made from.
+def original(
+    pipe: DiffusionPipeline, concepts: Concepts, *, remap_to: Targets, retain: Retained
+) -> DiffusionPipeline:
+    """Do nothing: return the pipeline as it is. Every other line is compared with this one."""
+    return pipe
 
-    Nothing is erased at rest: what `save_pretrained` writes from it is the original model.
 
-    Attributes:
-        forget (`Sequence[str]`): the names to act on.
-        settings (`Mapping`): of the method.
+def noise(pipe: DiffusionPipeline, concepts: Concepts, *, remap_to: Targets, retain: Retained) -> AtInference:
+    """Give noise in place of every prompt that names a concept; each position keeps the length of its
+    feature, and the noise is a function of the prompt.
+
+    What a measure says about it is what the measure says about destruction: a large change and nothing of
+    what was asked for. `remap_to` and `retain` play no part.
     """
-
-    forget: Sequence[str]
-    settings: Mapping[str, Any]
-
-    @classmethod
-    def around(
-        cls, pipe: DiffusionPipeline, *, forget: Sequence[str], settings: Mapping[str, Any] | None = None
-    ) -> AtInference:
-        """A pipeline of this class over the components of `pipe`, which is not modified.
-
-        Raises `SiteNotFoundError` for another class of pipeline.
-        """
-        require_stable_diffusion(pipe)
-        made = cls(**pipe.components, requires_safety_checker=pipe.config.requires_safety_checker)
-        made.register_to_config(_name_or_path=pipe.config.get("_name_or_path"))
-        made.set_progress_bar_config(**progress_bar_config(pipe))
-        made.forget, made.settings = forget, settings or {}
-        return made
-
-    def share_of_run(self, call: int) -> float:
-        """The index of a denoiser call, in steps of a run of `PUBLISHED_STEPS`."""
-        return call * PUBLISHED_STEPS / (self.scheduler.num_inference_steps or self.num_timesteps)
+    return NoisePipeline.around(pipe, forget=name_roles(concepts, remap_to, retain).forget)
 
 
-@contextmanager
-def intercepted(denoiser: nn.Module, before: Callable, after: Callable) -> Iterator[None]:
-    """Call `before(args, kwargs) -> (args, kwargs)` and `after(args, kwargs, output) -> output` around every
-    call of the denoiser inside the block."""
+def negative_prompt(
+    pipe: DiffusionPipeline, concepts: Concepts, *, remap_to: Targets, retain: Retained
+) -> AtInference:
+    """Name the concepts in the negative prompt, after the caller's own if there is one.
 
-    def before_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        return before(args, kwargs)
-
-    def after_call(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
-        return after(args, kwargs, output)
-
-    handles = [
-        denoiser.register_forward_pre_hook(before_call, with_kwargs=True),
-        denoiser.register_forward_hook(after_call, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    Without guidance it does nothing. `remap_to` and `retain` play no part.
+    """
+    return NegativePromptPipeline.around(pipe, forget=name_roles(concepts, remap_to, retain).forget)
 
 
-def alpha_bar(scheduler: SchedulerMixin, timestep: float | Tensor) -> float:
-    """ᾱ_t of the noise schedule, linear between two entries where a sampler asks for a timestep in
-    between."""
-    at, last = float(timestep), len(scheduler.alphas_cumprod) - 1
-    low = min(int(at), last)
-    high = min(low + 1, last)
-    a, b = float(scheduler.alphas_cumprod[low]), float(scheduler.alphas_cumprod[high])
-    return a + (at - low) * (b - a)
+class NoisePipeline(AtInference):
+    """See `noise`."""
+
+    def encode_prompt(self, prompt, device, num_images_per_prompt, *args, **kwargs):
+        embeds, negative = super().encode_prompt(prompt, device, num_images_per_prompt, *args, **kwargs)
+        embeds = embeds.clone()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        for i, text in enumerate(prompts):
+            if any(names_in(text, name) for name in self.forget):
+                for row in range(i * num_images_per_prompt, (i + 1) * num_images_per_prompt):
+                    embeds[row] = noise_like(embeds[row], text)
+        return embeds, negative
 
 
-def noise_per_output(scheduler: SchedulerMixin, timestep: float | Tensor) -> float:
-    """How much a difference of two predicted noises is, per difference of two denoiser outputs at the same
-    x_t.
+class NegativePromptPipeline(AtInference):
+    """See `negative_prompt`."""
 
-    1 for noise prediction; for v = √ᾱ ε − √(1−ᾱ) x₀, ε = √ᾱ v + √(1−ᾱ) x_t, so √ᾱ. Raises `MoreError` for
-    other predictions."""
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return 1.0
-    if kind == "v_prediction":
-        return alpha_bar(scheduler, timestep) ** 0.5
-    raise MoreError(
-        f"This method needs a pipeline that predicts noise or v; this scheduler predicts {kind!r}."
-    )
+    def encode_prompt(
+        self,
+        prompt,
+        device,
+        num_images_per_prompt,
+        do_classifier_free_guidance,
+        negative_prompt=None,
+        **kwargs,
+    ):
+        if prompt is None:
+            raise MoreError(
+                "The concepts are added to a negative prompt in words: pass `prompt`, not `prompt_embeds`."
+            )
+        negative_prompt = with_names(prompt, negative_prompt, self.forget)
+        return super().encode_prompt(
+            prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, **kwargs
+        )
+
+
+def noise_like(embeds: Tensor, prompt: str) -> Tensor:
+    """Gaussian directions for features `(tokens, d)`, a function of the prompt alone, each with the length
+    of the feature in its place."""
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
+    directions = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(seed)).to(embeds)
+    return directions * embeds.norm(dim=-1, keepdim=True) / directions.norm(dim=-1, keepdim=True)
+
+
+def with_names(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, names: Sequence[str]
+) -> str | list[str]:
+    """The caller's negative prompt or prompts with the names added, as many as there are prompts."""
+    added = ", ".join(names)
+    if isinstance(prompt, str):
+        return f"{negative_prompt}, {added}" if negative_prompt else added
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negative_prompt = [negative_prompt or ""] * len(prompt)
+    return [f"{text}, {added}" if text else added for text in negative_prompt]
+
+
+PRESETS = {
+    "weak": {"warmup": 15, "scale": 200.0, "threshold": 0.0, "momentum_scale": 0.0, "momentum_beta": 0.0},
+    "medium": {"warmup": 10, "scale": 1000.0, "threshold": 0.01, "momentum_scale": 0.3, "momentum_beta": 0.4},
+    "strong": {"warmup": 7, "scale": 2000.0, "threshold": 0.025, "momentum_scale": 0.5, "momentum_beta": 0.7},
+    "max": {"warmup": 0, "scale": 5000.0, "threshold": 1.0, "momentum_scale": 0.5, "momentum_beta": 0.7},
+}
+
+
+def sld(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: Targets,
+    retain: Retained,
+    preset: str = "medium",
+    warmup: float | None = None,
+    scale: float | None = None,
+    threshold: float | None = None,
+    momentum_scale: float | None = None,
+    momentum_beta: float | None = None,
+) -> AtInference:
+    """Guide away from the concepts with Safe Latent Diffusion (Schramowski et al., CVPR 2023), for Stable
+    Diffusion.
+
+    Source: its guidance with warm-up and momentum; for artists the safety concept is the name, as RECE's
+    comparison has it. The threshold is in units of noise: a pipeline that predicts v is converted at each
+    step. `remap_to` and `retain` play no part; without classifier-free guidance the method does nothing.
+
+    Args:
+        preset (`str`, defaults to `"medium"`): `"weak"`, `"medium"`, `"strong"` or `"max"`. What follows
+            overrides it one by one.
+        warmup (`float`, *optional*): steps of 50 before it acts; the same share of a shorter run.
+        scale, threshold, momentum_scale, momentum_beta (`float`, *optional*): s_S, λ, s_m, β_m.
+    """
+    if preset not in PRESETS:
+        raise MoreError(f"Unknown preset {preset!r}. Choose one of {', '.join(map(repr, PRESETS))}.")
+    overrides = {
+        "warmup": warmup,
+        "scale": scale,
+        "threshold": threshold,
+        "momentum_scale": momentum_scale,
+        "momentum_beta": momentum_beta,
+    }
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    forget = name_roles(concepts, remap_to, retain).forget
+    return SLDPipeline.around(pipe, forget=forget, settings={**PRESETS[preset], **overrides})
+
+
+sld_weak = partial(sld, preset="weak")
+sld_medium = partial(sld, preset="medium")
+sld_strong = partial(sld, preset="strong")
+sld_max = partial(sld, preset="max")
+
+
+def safety_guidance(
+    uncond: Tensor,
+    text: Tensor,
+    safety: Tensor,
+    momentum: Tensor,
+    *,
+    scale: float,
+    threshold: float,
+    momentum_scale: float,
+) -> Tensor:
+    """γ, what is taken from the guidance: γ = μ ⊙ (ε_s − ε_∅) + s_m ν, with μ = min(1, s_S |ε_p − ε_s|)
+    wherever ε_p − ε_s < λ, else 0.
+
+    `uncond`, `text` and `safety` are the noise predictions ε_∅, ε_p and ε_s for the empty prompt, the prompt
+    and the safety concept, `momentum` is ν; all of one shape."""
+    difference = text - safety
+    weight = torch.where(difference < threshold, (difference.abs() * scale).clamp(max=1), 0)
+    return weight * (safety - uncond) + momentum_scale * momentum
+
+
+class SLDPipeline(AtInference):
+    """See `sld`: each call of the denoiser has a third branch, the safety concept, and hands back ε_p − γ in
+    place of ε_p."""
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        concept, clip_skip = ", ".join(self.forget), kwargs.get("clip_skip")
+        safety, _ = self.encode_prompt([concept], self._execution_device, 1, False, clip_skip=clip_skip)
+        limits = {name: self.settings[name] for name in ("scale", "threshold", "momentum_scale")}
+        beta = self.settings["momentum_beta"]
+        calls, momentum = 0, torch.zeros(())
+
+        def add_branch(args, kwargs):
+            if not self.do_classifier_free_guidance:
+                return args, kwargs
+            (x, *rest), prompt = args, kwargs["encoder_hidden_states"]
+            rows = len(x) // 2
+            branches = torch.cat([prompt, safety.to(prompt).expand(rows, -1, -1)])
+            return (torch.cat([x, x[:rows]]), *rest), {**kwargs, "encoder_hidden_states": branches}
+
+        def guide(args, kwargs, output):
+            nonlocal calls, momentum
+            if not self.do_classifier_free_guidance:
+                return output
+            predicted, ratio = output[0], noise_per_output(self.scheduler, args[1])
+            # Every term of γ is a difference of two predictions at the same x_t, which the ratio converts.
+            noise = predicted.float() * ratio
+            gamma = safety_guidance(*noise.chunk(3), momentum.to(noise), **limits)
+            momentum = beta * momentum.to(noise) + (1 - beta) * gamma
+            is_warm = self.share_of_run(calls) >= self.settings["warmup"]
+            calls += 1
+            uncond, text, _ = predicted.chunk(3)
+            if is_warm and ratio > 0:  # at ratio 0 x_t is pure noise, and nothing is predicted of it
+                text = text - (gamma / ratio).to(text)
+            return (torch.cat([uncond, text]), *output[1:])
+
+        with intercepted(self.unet, add_branch, guide):
+            return super().__call__(*args, **kwargs)

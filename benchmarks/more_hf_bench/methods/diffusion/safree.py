@@ -13,9 +13,9 @@ from torch import Tensor
 
 from more_hf.core.errors import MoreError
 
-from .controls import with_names
-from .inference import AtInference, intercepted
-from .roles import Concepts, name_roles
+from .inference import with_names
+from .pipelines import AtInference, intercepted
+from .texts import Concepts, Retained, Targets, name_roles
 
 
 SKIP_SCALES = (0.9, 0.2)  # s1 and s2, for the first two up blocks; b1 = b2 = 1 change nothing
@@ -26,23 +26,21 @@ def safree(
     pipe: DiffusionPipeline,
     concepts: Concepts,
     *,
-    remap_to: str | Sequence[str] | None,
-    retain: Sequence[str] | None,
+    remap_to: Targets,
+    retain: Retained,
     re_attention: bool = False,
     alpha: float = 0.01,
     midpoint: float = 5.5,
     slope: float = 3.5,
     negative: bool = True,
 ) -> AtInference:
-    """Return a pipeline that projects the tokens that trigger a concept while it runs; `pipe` is not
-    modified, no weight changes.
+    """Project the tokens that trigger a concept with SAFREE (Yoon et al., ICLR 2025), for Stable Diffusion.
 
-    Source: SAFREE, token projection, self-validating filter, optional latent re-attention, settings for
-    artists. Every prompt is treated by itself, in batches of any size (the published code takes one prompt
-    at a time). `remap_to` and `retain` play no part.
+    Source: token projection, self-validating filter, optional latent re-attention, settings for artists.
+    Every prompt is treated by itself, in batches of any size (the published code takes one prompt at a time).
+    `remap_to` and `retain` play no part.
 
     Args:
-        pipe, concepts: as in `erase_concept`; a `StableDiffusionPipeline`.
         re_attention (`bool`, defaults to `False`): also attenuate low frequencies of the skip features where
             the projected prompt has more of them than the original one; a third branch, half as slow again.
         alpha (`float`, defaults to 0.01): how much further than the other tokens' mean makes a token a
@@ -52,9 +50,6 @@ def safree(
             used.
         negative (`bool`, defaults to `True`): the concepts are the negative prompt too, as in the published
             code.
-
-    Raises:
-        `PrototypeError`, `SiteNotFoundError`: as `erase_concept` does.
     """
     settings = {
         "re_attention": re_attention,

@@ -1,15 +1,60 @@
-"""CLIP's features of names and prompts, which the closed-form methods edit with."""
+"""The names of one erasure in their roles, and CLIP's features of them, which the closed forms edit with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from more_hf.core.errors import SiteNotFoundError
+from more_hf.core.request import ConceptRequest
 from more_hf.diffusion.encoder import BATCH, Encoder
+from more_hf.diffusion.plan import check_names
+from more_hf.diffusion.prompts import everyday_prompts, names_in
+
+
+Concepts = str | Sequence[str] | Mapping[str, Sequence[str]]
+Targets = str | Sequence[str] | None
+Retained = Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names in their roles.
+
+    Attributes:
+        forget (`list[str]`): concepts and their aliases.
+        targets (`list[str]`): what they are sent to.
+        keep (`list[str]`): what must stay: the targets, then the retained names.
+    """
+
+    forget: list[str]
+    targets: list[str]
+    keep: list[str]
+
+
+def name_roles(concepts: Concepts, remap_to: Targets, retain: Retained) -> Roles:
+    """Check the arguments exactly as `erase_concept` does. Raises `PrototypeError`."""
+    request = ConceptRequest.of(concepts, remap_to=remap_to, retain=retain)
+    check_names(request)
+    keep = list(dict.fromkeys([*request.targets, *request.retain]))
+    return Roles(request.surfaces, request.targets, keep)
+
+
+def guides(roles: Roles, guide: str | None) -> list[str]:
+    """What the concepts become: `guide` if it is given, else the targets, else `"art"`, as published."""
+    if guide is not None:
+        return [guide]
+    return roles.targets or ["art"]
+
+
+def ordinary_prompts(pipe: DiffusionPipeline, forget: Sequence[str]) -> list[str]:
+    """The package's everyday prompts that name nothing of what is forgotten."""
+    prompts = everyday_prompts(pipe.tokenizer)
+    return [prompt for prompt in prompts if not any(names_in(prompt, name) for name in forget)]
 
 
 EXPANSIONS = {

@@ -21,7 +21,7 @@ from more_hf.core.files import replacing
 from more_hf.core.site import fingerprint
 from more_hf.diffusion.sites import find_denoiser, find_sites
 
-from .progress import is_quiet
+from .pipelines import is_quiet
 from .weights import Trained, write_weights
 
 

@@ -1,11 +1,9 @@
 """What holds for every method for classifiers, and how much each one forgets."""
 
-import copy
-
 import pytest
 import torch
 from support.compare import state
-from support.squares import accuracy, all_of
+from support.squares import accuracy, all_of, unlearn
 from torch import nn
 
 from more_hf.api import get_erasure
@@ -28,7 +26,7 @@ def test_same_seed_same_model_and_caller_untouched(name, model, splits):
     # At its own rate a few steps of ESC-T move no entry below the threshold.
     settings = {"lr": 10.0} if name == "esc-t" else {}
     for seed in (0, 0, 1):
-        edited = CLASSIFICATION[name].load()(copy.deepcopy(model), splits, seed=seed, **settings)
+        edited = unlearn(name, model, splits, seed=seed, **settings)
         assert not edited.training
         if name in ("more", "more-inner"):
             # The router draws anew in every process.
@@ -61,14 +59,14 @@ def test_same_seed_same_model_and_caller_untouched(name, model, splits):
     ],
 )
 def test_forgets_more_than_it_loses(name, settings, model, splits):
-    edited = CLASSIFICATION[name].load()(model, splits, **settings)
+    edited = unlearn(name, model, splits, **settings)
     assert accuracy(edited, splits.f) < accuracy(edited, splits.r) - 0.2
 
 
 @pytest.mark.parametrize("name", MAPPED)
 def test_maps_leave_the_weights_alone(name, model, splits):
     before = state(model)
-    edited = CLASSIFICATION[name].load()(model, splits)
+    edited = unlearn(name, model, splits)
     assert all(torch.equal(p, before[key]) for key, p in edited.named_parameters())
 
 
@@ -80,5 +78,5 @@ def test_retrain_fits_what_remains_alone(model, splits):
         asked.append((images, seed))
         return fresh
 
-    assert CLASSIFICATION["retrain"].load()(model, splits, seed=3, fit=fit) is fresh
+    assert unlearn("retrain", model, splits, seed=3, fit=fit) is fresh
     assert asked == [(splits.r, 3)]

@@ -1,16 +1,16 @@
-"""Ours under the names of the tables."""
+"""Ours under the names of the tables, without prototype orthogonalization and without the complement term."""
 
 import copy
 
 import pytest
 import torch
 from support.compare import same, state
-from support.squares import FORGET, K, all_of, head_inputs, pixels
+from support.squares import FORGET, K, all_of, head_inputs, pixels, remaining, unlearn
 
 from more_hf.api import get_erasure
 from more_hf.classification.erase import erase_classes
+from more_hf.core.errors import MoreError
 from more_hf_bench.methods.classification.router_training import train_router
-from more_hf_bench.methods.registry import CLASSIFICATION
 from more_hf_bench.splits import ImageSet, KDData, split_by_sample
 
 
@@ -28,7 +28,7 @@ def test_ours_are_erase_classes(name, model, splits):
     images, labels = all_of(splits)
     erase_classes(reference, [(images, labels)], [FORGET], seed=2, **options[name])
     erase_classes(other, [(images, labels)], [FORGET], remap_to=[1])
-    edited = CLASSIFICATION[name].load()(model, splits, seed=2)
+    edited = unlearn(name, model, splits, seed=2)
     assert torch.allclose(edited[-1].weight, reference[-1].weight, atol=1e-6)
     assert not torch.allclose(edited[-1].weight, other[-1].weight, atol=1e-4)
     assert get_erasure(edited).router == options[name].get("router")
@@ -36,8 +36,8 @@ def test_ours_are_erase_classes(name, model, splits):
 
 def test_a_trained_router_starts_as_the_untrained_one_and_moves(model, splits):
     settings = {"num_experts": 3, "losses": "forget+balance", "epochs": 2, "learning_rate": 0.1}
-    start = CLASSIFICATION["more-prototype"].load()(copy.deepcopy(model), splits, num_experts=3)
-    edited = CLASSIFICATION["more-trained"].load()(copy.deepcopy(model), splits, **settings)
+    start = unlearn("more-prototype", model, splits, num_experts=3)
+    edited = unlearn("more-trained", model, splits, **settings)
     by_hand = copy.deepcopy(model)
     erase_classes(by_hand, [all_of(splits)], [FORGET], num_experts=3, router="prototype")
     training = train_router(
@@ -52,8 +52,8 @@ def test_a_trained_router_starts_as_the_untrained_one_and_moves(model, splits):
 def test_at_an_inner_module_the_weights_stay(model, splits):
     reference, before = copy.deepcopy(model), state(model)
     erase_classes(reference, [all_of(splits)], [FORGET], remap_to=None, at="3")
-    at_head = CLASSIFICATION["more-inner"].load()(copy.deepcopy(model), splits)
-    edited = CLASSIFICATION["more-inner"].load()(model, splits, at="3", remap_to=None, router=None)
+    at_head = unlearn("more-inner", model, splits)
+    edited = unlearn("more-inner", model, splits, at="3", remap_to=None, router=None)
     with torch.no_grad():
         assert torch.allclose(edited(pixels(splits.f)), reference(pixels(splits.f)), atol=1e-4)
     assert same(edited, before)
@@ -69,9 +69,9 @@ def test_samples_go_where_the_others_of_their_class_are(model, splits):
     ]
     expected = means[1] @ model[-1].weight.double().T
     assert (means[0] @ model[-1].weight.double().T - expected).abs().max() > 1e-2
-    edited = CLASSIFICATION["remap-samples"].load()(copy.deepcopy(model), drawn)
+    edited = unlearn("remap-samples", model, drawn)
     assert torch.allclose(means[0] @ edited[-1].weight.double().T, expected, atol=1e-4)
-    printed = CLASSIFICATION["remap-samples-as-printed"].load()(copy.deepcopy(model), drawn)
+    printed = unlearn("remap-samples-as-printed", model, drawn)
     assert not torch.allclose(means[0] @ printed[-1].weight.double().T, expected, atol=1e-3)
 
 
@@ -82,3 +82,44 @@ def everything(splits):
 
 def one(images, label):
     return images.subset(images.labels == label)
+
+
+def prototypes(model, splits):
+    """Means of the forgotten class and of classes 0, 1 and 3, as rows."""
+    parts = [splits.f, *(remaining(splits, c) for c in (0, 1, 3))]
+    return torch.stack([head_inputs(model, part).mean(0) for part in parts])
+
+
+def test_without_po_moves_means_where_it_says(model, splits):
+    P = prototypes(model, splits)
+    erased = unlearn("erase-without-po", model, splits)
+    mean = head_inputs(erased, splits.f).mean(0)
+    assert mean.norm() < 1e-5 * P[0].norm()
+    remapped = unlearn("remap-without-po", model, splits, target=1)
+    assert torch.allclose(head_inputs(remapped, splits.f).mean(0), P[2], atol=1e-4)
+    moved = head_inputs(remapped, remaining(splits, 3)).mean(0) - P[3]
+    expected = (P[2] - P[0]) * (P[0] @ P[3]) / (P[0] @ P[0])  # what orthogonalisation would prevent
+    assert torch.allclose(moved, expected, atol=1e-4)
+    assert expected.norm() > 0.05 * P[3].norm()
+    with pytest.raises(MoreError, match="Class 9 is not among the remaining classes"):
+        unlearn("remap-without-po", model, splits, target=9)
+
+
+def test_without_complement_nothing_is_left_beside_the_prototypes(model, splits):
+    P = prototypes(model, splits).T
+    whole = model[:-1](pixels(splits.r)).double()
+    for name, settings, forget_to in (("erase", {}, 0 * P[:, 0]), ("remap", {"target": 1}, P[:, 2])):
+        edited = unlearn(f"{name}-without-complement", model, splits, **settings)
+        assert torch.allclose(head_inputs(edited, splits.f).mean(0), forget_to, atol=1e-4)
+        for i, c in enumerate((0, 1, 3), 1):
+            mean = head_inputs(edited, remaining(splits, c)).mean(0)
+            assert torch.allclose(mean, P[:, i], atol=1e-4)  # PO spares the others
+        # coordinates of remaining samples, by least squares instead of a pseudo-inverse
+        coordinates = torch.linalg.lstsq(P, whole.T).solution
+        coordinates[0], forgotten = 0, coordinates[0].clone()
+        expected = P @ coordinates + forget_to[:, None] * forgotten
+        assert torch.allclose(head_inputs(edited, splits.r), expected.T, atol=1e-4)
+        assert torch.linalg.matrix_rank(head_inputs(edited, splits.r), rtol=1e-4) == 3
+    assert torch.linalg.matrix_rank(whole, rtol=1e-4) > 3
+    with pytest.raises(MoreError, match="Class 2 is not among the remaining classes"):
+        unlearn("remap-without-complement", model, splits, target=2)

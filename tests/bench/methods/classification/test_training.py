@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from support.squares import WIDTH, K, all_of, pixels
+from support.squares import WIDTH, K, all_of, pixels, unlearn
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from more_hf.core.errors import IncompatibleBaseError
 from more_hf_bench.methods.classification.training import reinitialised, train
-from more_hf_bench.methods.registry import CLASSIFICATION
 
 
 @pytest.mark.parametrize("name", ["finetune", "neggrad", "neggrad-plus", "l1-sparse"])
@@ -26,23 +25,22 @@ def test_one_step_is_the_formula(name, model, splits):
     decay = 0 if name == "neggrad-plus" else 5e-4
     gradients = torch.autograd.grad(losses[name], list(reference.parameters()))
     expected = [p - 0.1 * (g + decay * p) for p, g in zip(reference.parameters(), gradients, strict=True)]
-    CLASSIFICATION[name].load()(model, splits, lr=0.1, epochs=1, batch_size=len(splits.r))
+    model = unlearn(name, model, splits, lr=0.1, epochs=1, batch_size=len(splits.r))
     for new, old, wanted in zip(model.parameters(), reference.parameters(), expected, strict=True):
         assert torch.allclose(new, wanted, atol=1e-6)
         assert not torch.equal(new, old)
 
 
 def test_l1_makes_weights_smaller(model, splits):
-    plain, sparse = copy.deepcopy(model), copy.deepcopy(model)
-    CLASSIFICATION["finetune"].load()(plain, splits, batch_size=10)
-    CLASSIFICATION["l1-sparse"].load()(sparse, splits, alpha=0.01, batch_size=10)
+    plain = unlearn("finetune", model, splits, batch_size=10)
+    sparse = unlearn("l1-sparse", model, splits, alpha=0.01, batch_size=10)
     norms = [sum(p.abs().sum() for p in m.parameters()) for m in (plain, sparse)]
     assert norms[1] < 0.9 * norms[0]
 
 
 def test_train_refuses_what_is_not_finite(model, splits):
     with pytest.raises(IncompatibleBaseError, match="neggrad, `.*` is not finite"):
-        CLASSIFICATION["neggrad"].load()(model, splits, lr=1e30)
+        unlearn("neggrad", model, splits, lr=1e30)
 
 
 def test_dropout_draws_from_the_seed(splits):

@@ -1,13 +1,30 @@
-"""What holds for every closed form: UCE, RECE, CURE, SPEED, OCE and ours without PO."""
+"""The closed forms: what holds for every one of them, and each against its formula or cases by hand."""
+
+import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
-from support.closed_forms import CONCEPT, MANY, RETAIN, TARGET, run
+from sklearn.cluster import KMeans
+from support.closed_forms import CONCEPT, MANY, RETAIN, TARGET, paper_sequences, run, uce_layer
 from support.compare import changed, same, state
-from support.texts import text_layers
+from support.texts import last, text_layers, tokens
 
-from more_hf.core.errors import PrototypeError
+from more_hf.core.errors import MoreError, PrototypeError
+from more_hf.core.prototypes import Prototypes
+from more_hf.core.remap import Remap
+from more_hf_bench.methods.diffusion.closed_form import (
+    adversarial_embeddings,
+    centroids,
+    cure_eraser,
+    edit_matrix,
+    erasing_term,
+    null_space,
+    refined_prior,
+    rotation,
+    speed_update,
+)
 from more_hf_bench.methods.registry import DIFFUSION
 
 
@@ -60,3 +77,297 @@ def test_several_concepts_with_aliases(tiny_sd, name):
     before = text_layers(pipe, ("to_v",))
     DIFFUSION[name].load()(pipe, MANY, remap_to=[TARGET, "johannes vermeer"], retain=RETAIN)
     assert all((W - before[key]).norm() > 1e-4 for key, W in text_layers(pipe, ("to_v",)).items())
+
+
+def test_uce_matrix_on_two_axes():
+    c, g = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[0.0, 1.0]]).double()
+    A = edit_matrix(c, g, c[:0], lamb=1.0, erase_scale=1.0, preserve_scale=1.0)
+    assert torch.allclose(A, torch.tensor([[0.5, 0.0], [0.5, 1.0]]).double())
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_uce_is_the_formula_layer_by_layer(tiny_sd, version):
+    pipe = tiny_sd(version)
+    before = text_layers(pipe)
+    kept = [last(pipe, name) for name in (TARGET, *RETAIN)]
+    run("uce", pipe)
+    for name, W in text_layers(pipe).items():
+        expected = uce_layer(before[name], [last(pipe, CONCEPT)], [last(pipe, TARGET)], kept, 0.5, 1.0, 1.0)
+        assert torch.allclose(W, expected, atol=1e-6)
+        assert not torch.allclose(W, before[name], atol=1e-3)
+
+
+def test_uce_takes_art_as_guide_without_a_target_and_expands_prompts(tiny_sd):
+    pipe = tiny_sd("1")
+    before = text_layers(pipe)
+    run("uce", pipe, remap_to=None, retain=None, expand="art")
+    forms = ["{}", "painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}"]
+    old, new = ([last(pipe, form.format(name)) for form in forms] for name in (CONCEPT, "art"))
+    for name, W in text_layers(pipe).items():
+        assert torch.allclose(W, uce_layer(before[name], old, new, [], 0.5, 1.0, 1.0), atol=1e-6)
+
+
+def test_uce_of_several_concepts_sends_each_to_the_mean_of_the_targets(tiny_sd):
+    pipe, targets = tiny_sd("1"), [TARGET, "johannes vermeer"]
+    before = text_layers(pipe)
+    DIFFUSION["uce"].load()(pipe, MANY, remap_to=targets, retain=RETAIN)
+    old = [last(pipe, name) for name in (CONCEPT, "vincent", "kelly mckernan")]
+    new, kept = (
+        sum(last(pipe, name) for name in targets) / 2,
+        [last(pipe, name) for name in (*targets, *RETAIN)],
+    )
+    for name, W in text_layers(pipe).items():
+        assert torch.allclose(W, uce_layer(before[name], old, [new] * 3, kept, 0.5, 1.0, 1.0), atol=1e-6)
+
+
+def test_uce_of_the_paper_edits_sequences(tiny_sd):
+    pipe = tiny_sd("1")
+    before = text_layers(pipe)
+    old, new = paper_sequences(pipe, CONCEPT, TARGET)
+    assert len(old) == len(new) < len(tokens(pipe, CONCEPT)[0]) - 1
+    kept = torch.cat([tokens(pipe, name)[0] for name in ("", TARGET, *RETAIN)])
+    run("uce", pipe, variant="paper")
+    for name, W in text_layers(pipe).items():
+        expected = uce_layer(before[name], old, new, kept, 0.5, 1.0, 0.25)  # one over four prompts
+        assert torch.allclose(W, expected, atol=1e-6)
+    with pytest.raises(MoreError, match="variant"):
+        run("uce", pipe, variant="2025")
+
+
+def test_uce_for_small_lambda_is_remap_with_one_expert(tiny_sd):
+    pipe = tiny_sd("2")
+    before = text_layers(pipe)
+    names = (CONCEPT, TARGET, *RETAIN)
+    P = Prototypes(torch.stack([last(pipe, name) for name in names], dim=1), names, torch.ones(len(names)))
+    remap = Remap.fit(P, forget=[CONCEPT], targets=[[TARGET]])
+    distances = []
+    for lamb in (1e-9, 1.0):
+        edited = tiny_sd("2")
+        run("uce", edited, lamb=lamb)
+        pairs = [(W, remap.merged(before[name])) for name, W in text_layers(edited).items()]
+        distances.append(
+            max(
+                float((a - b).norm() / (b - before[name]).norm())
+                for name, (a, b) in zip(before, pairs, strict=True)
+            )
+        )
+    assert distances[0] < 1e-4
+    assert distances[1] > 1e-3
+
+
+def test_rece_embedding_has_no_gradient_left():
+    torch.manual_seed(0)
+    W = torch.randn(3, 6, 5, dtype=torch.float64)  # three layers
+    A, C = torch.randn(5, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    found = adversarial_embeddings(torch.einsum("lod,loe->de", W, W), A, C, rho=0.3).requires_grad_()
+    loss = ((found @ (W @ A).transpose(1, 2) - C @ W.transpose(1, 2)) ** 2).sum() + 0.3 * (found**2).sum()
+    assert torch.autograd.grad(loss, found)[0].abs().max() < 1e-9
+    assert loss < ((C @ (W @ A).transpose(1, 2) - C @ W.transpose(1, 2)) ** 2).sum() + 0.3 * (C**2).sum()
+
+
+def test_rece_is_its_two_steps_layer_by_layer(tiny_sd):
+    pipe = tiny_sd("1")
+    original = text_layers(pipe)
+    kept = torch.cat([tokens(pipe, name)[0] for name in ("", TARGET, *RETAIN)])
+    old, new = paper_sequences(pipe, CONCEPT, TARGET)
+    first = {name: uce_layer(W, old, new, kept, 0.5, 1.0, 0.1) for name, W in original.items()}
+    c, g = tokens(pipe, CONCEPT)[0], tokens(pipe, TARGET)[0]
+    left = 1e-3 * torch.eye(c.shape[1]).double() + sum(first[name].T @ first[name] for name in first)
+    adversarial = (torch.inverse(left) @ sum(first[name].T @ original[name] for name in first) @ c.T).T
+    run("rece", pipe)
+    for name, W in text_layers(pipe).items():
+        assert torch.allclose(W, uce_layer(first[name], adversarial, g, kept, 0.1, 1.0, 0.1), atol=1e-5)
+        assert not torch.allclose(W, first[name], atol=1e-4)
+
+
+def test_rece_without_epochs_is_the_paper_variant_of_uce(tiny_sd):
+    a, b = tiny_sd("1"), tiny_sd("1")
+    run("rece", a, epochs=0)
+    run("uce", b, variant="paper", preserve_scale=0.1)
+    assert all(
+        torch.equal(x, y) for x, y in zip(text_layers(a).values(), text_layers(b).values(), strict=True)
+    )
+
+
+def test_cure_projects_orthogonal_embeddings_out_and_spares_shared_ones():
+    e = torch.eye(3).double()
+    assert torch.allclose(cure_eraser(e[:1], e[1:2], 2.0), torch.diag(torch.tensor([0.0, 1, 1]).double()))
+    assert torch.allclose(cure_eraser(e[:1], 5 * e[:1], 2.0), e)
+    # two directions with half of the energy each: λ = 2 · ½ / (½ + 1)
+    assert torch.allclose(
+        cure_eraser(e[:2], e[:0], 2.0), torch.diag(torch.tensor([1 / 3, 1 / 3, 1]).double())
+    )
+    # P_f P_r with a retained direction at 45 degrees
+    both = cure_eraser(e[:1], (e[:1] + e[1:2]), 2.0)
+    assert torch.allclose(both, torch.tensor([[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]).double())
+
+
+def test_cure_is_the_formula_on_content_tokens(tiny_sd):
+    pipe = tiny_sd("2")
+    before = text_layers(pipe)
+
+    def projector(names):
+        rows = np.concatenate(
+            [features[1 : used - 1].numpy() for features, used in (tokens(pipe, name) for name in names)]
+        )
+        values, vectors = np.linalg.eigh(rows.T @ rows)  # squares of the singular values
+        share = values.clip(0) / values.sum()
+        return vectors @ np.diag(2 * share / (share + 1)) @ vectors.T
+
+    P_f, P_r = projector([CONCEPT]), projector([TARGET, *RETAIN])
+    run("cure", pipe)
+    for name, W in text_layers(pipe).items():
+        assert np.allclose(W.numpy(), before[name].numpy() @ (np.eye(32) - (P_f - P_f @ P_r)), atol=1e-6)
+
+
+def test_speed_update_on_two_axes():
+    c, g, eye = torch.tensor([[1.0, 0]]).double(), torch.tensor([[0.0, 1]]).double(), torch.eye(2).double()
+    change = speed_update(c.T @ c, g.T @ c, eye, eye[:, :0], 1.0, 0.0)
+    assert torch.allclose(change, torch.tensor([[-0.5, 0], [0.5, 0]]).double())
+
+
+def test_speed_update_is_the_constrained_least_squares_solution():
+    torch.manual_seed(0)
+    d = 8
+    c, g, K = torch.randn(d).double(), torch.randn(d).double(), torch.randn(d, 2).double()
+    R = torch.randn(3, d).double()
+    P = null_space(R, 1e-9)
+    change = speed_update(torch.outer(c, c), torch.outer(g, c), P, K, 0.7, 0.0)
+    # Rows of ΔW are in the range of P and orthogonal to P K: ridge regression on g − c in a basis of that.
+    basis = torch.linalg.svd(torch.cat([R, (P @ K).T])).Vh[5:].T
+    z = basis.T @ c
+    ridge = torch.inverse(torch.outer(z, z) + 0.7 * torch.eye(3).double())
+    assert torch.allclose(change, torch.outer(g - c, z) @ ridge @ basis.T, atol=1e-10)
+    assert (change @ K).abs().max() < 1e-10
+    assert (change @ R.T).abs().max() < 1e-10
+    assert (change @ c).norm() > 0.1
+
+
+def test_speed_prior_keeps_what_the_edit_would_hurt():
+    e = torch.eye(4).double()
+    W = torch.diag(torch.tensor([1.0, 1, 1, 0.01]).double())
+    A, B = torch.outer(e[0], e[0]), torch.outer(e[1], e[0])
+    # Only the second has a part along c, the only direction that the edit moves.
+    R = torch.stack([e[2], e[0] + e[2], e[3]])
+    prior = refined_prior(W, A, B, R, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(prior[:1], R[1:2])
+    assert len(prior) == 4
+    # The copies differ along W's weakest direction.
+    assert torch.allclose(prior[1:, :3], R[1:2, :3].expand(3, -1))
+    assert (prior[1:, 3] - R[1, 3]).abs().min() > 0
+
+
+def test_speed_noise_is_along_the_weakest_direction_that_the_layer_sees():
+    """W has fewer rows than columns: what it maps to zero is no direction to add noise along."""
+    rng = np.random.default_rng(0)
+    W, c, g, R = rng.normal(size=(3, 6)), rng.normal(size=6), rng.normal(size=6), rng.normal(size=(1, 6))
+    A, B = np.outer(c, c), np.outer(g, c)
+    arguments = (torch.from_numpy(x) for x in (W, A, B, R))
+    prior = refined_prior(*arguments, 20, torch.Generator().manual_seed(0)).numpy()
+    differences = prior[1:] - R
+    values, vectors = np.linalg.eigh(W.T @ W)  # ascending: three zeros, then the squares of σ
+    weakest = vectors[:, 3]
+    assert len(differences) > 0
+    assert np.allclose(differences, np.outer(differences @ weakest, weakest))
+    lengths = np.linalg.norm(differences @ W.T, axis=1) / np.linalg.norm(differences, axis=1)
+    assert np.allclose(lengths, np.sqrt(values[3]))
+    assert lengths.min() > 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 9])
+def test_speed_centroids_are_the_best_of_all_partitions(seed):
+    """Started at the first and then the farthest ones of these points, k-means ends in a worse optimum."""
+    points = np.random.default_rng(seed).normal(size=(8, 2))
+    costs = []
+    for labels in itertools.product(range(3), repeat=8):
+        groups = [points[np.array(labels) == i] for i in range(3)]
+        if all(len(group) for group in groups):
+            costs.append(sum(((group - group.mean(0)) ** 2).sum() for group in groups))
+    centres = centroids(torch.from_numpy(points), 3, 0).numpy()
+    cost = ((points[:, None] - centres) ** 2).sum(-1).min(1).sum()
+    assert cost == pytest.approx(min(costs))
+
+
+def test_speed_centroids_of_few_points_are_the_points():
+    points = torch.tensor([[0.0], [0.1], [5.0], [5.2], [9.0]]).double()
+    assert sorted(centroids(points, 3, 0).flatten().tolist()) == pytest.approx([0.05, 5.1, 9.0])
+    assert sorted(centroids(points[:2], 3, 0).flatten().tolist()) == pytest.approx([0.0, 0.1])
+
+
+def speed_layer(W, c, g, R, K, threshold):
+    """SPEED's closed form for one layer, with ρ = 1 and λ = 0, without augmentation; K has columns."""
+    I, A, B = np.eye(len(c)), np.outer(c, c), np.outer(g, c)  # noqa: E741
+    plain = W @ (B - A) @ np.linalg.inv(I + A)
+    influence = np.linalg.norm(plain @ R.T, axis=0)
+    R = R[influence >= influence.mean()]
+    U, values, _ = np.linalg.svd(R.T @ R / len(R))
+    P = U[:, values < threshold] @ U[:, values < threshold].T
+    M = np.linalg.inv(A @ P + I)
+    return W + W @ (B - A) @ P @ (I - M @ K @ np.linalg.inv(K.T @ P @ M @ K) @ K.T @ P) @ M
+
+
+def test_speed_is_the_formula_layer_by_layer(tiny_sd):
+    pipe = tiny_sd("1")
+    before = text_layers(pipe, ("to_v",))
+    c, g = (last(pipe, name).numpy() for name in (CONCEPT, TARGET))
+    R = np.stack([last(pipe, name).numpy() for name in (TARGET, *RETAIN)])
+    empty = tokens(pipe, "")[0].numpy()
+    centres = KMeans(3, n_init=10, random_state=0).fit(empty[1:]).cluster_centers_
+    K = np.concatenate([empty[:1], centres]).T
+    run("speed", pipe, augmentations=0, threshold=0.1)
+    for name, W in text_layers(pipe, ("to_v",)).items():
+        expected = speed_layer(before[name].numpy(), c, g, R, K, 0.1)
+        assert np.allclose(W.numpy(), expected, atol=1e-5)
+        assert not np.allclose(W.numpy(), before[name].numpy(), atol=1e-3)
+
+
+def test_speed_leaves_begin_token_and_retained_names_exactly(tiny_sd):
+    pipe = tiny_sd("1")
+    before = text_layers(pipe)
+    run("speed", pipe, threshold=1e-9, prior_filter=False)
+    stays = [tokens(pipe, "")[0][0], *(last(pipe, name) for name in (TARGET, *RETAIN))]
+    for name, W in text_layers(pipe, ("to_v",)).items():
+        change = W - before[name]
+        assert all((change @ z).norm() < 1e-5 * (before[name] @ z).norm() for z in stays)
+        assert (change @ last(pipe, CONCEPT)).norm() > 1e-2 * (before[name] @ last(pipe, CONCEPT)).norm()
+
+
+@pytest.mark.parametrize(
+    "M", [[[2.0, 1.0], [-0.5, 1.0]], [[-3.0, 0.2], [0.1, 1.0]]], ids=["positive", "negative determinant"]
+)
+def test_oce_rotation_is_the_best_of_all_angles(M):
+    M = torch.tensor(M).double()
+    Q = rotation(M)
+    angles = 2 * math.pi * torch.arange(20000) / 20000
+    # tr(Rᵀ M) for the rotation R by each angle
+    traces = angles.cos() * (M[0, 0] + M[1, 1]) + angles.sin() * (M[1, 0] - M[0, 1])
+    best = float(traces.max())
+    assert float((Q * M).sum()) == pytest.approx(best, abs=1e-6)
+    assert float(torch.linalg.det(Q)) == pytest.approx(1)
+
+
+def test_oce_erasing_term_by_hand():
+    eye = torch.eye(3).double()
+    C, G = torch.tensor([[2.0, 0, 0]]).double(), torch.tensor([[1.0, 1, 0]]).double()
+    # e1 e1ᵀ (I − h hᵀ), with h = (e1 + e2) / √2
+    expected = -5 * torch.tensor([[0.5, -0.5, 0], [0, 0, 0], [0, 0, 0]]).double()
+    assert torch.allclose(erasing_term(eye, C, G, 5.0), expected)
+    assert torch.allclose(erasing_term(eye, C, 3 * C, 5.0), 0 * eye, atol=1e-12)
+
+
+def test_oce_rotates_each_value_layer(tiny_sd):
+    pipe = tiny_sd("2")
+    before = text_layers(pipe)
+    run("oce", pipe)
+    for name, W in text_layers(pipe, ("to_v",)).items():
+        Q = W @ torch.linalg.pinv(before[name])  # the tiny layers have full row rank
+        assert torch.allclose(Q @ Q.T, torch.eye(len(Q)).double(), atol=1e-5)
+        assert float(torch.linalg.det(Q)) == pytest.approx(1, abs=1e-5)
+        assert (Q - torch.eye(len(Q)).double()).norm() > 0.1
+
+
+def test_oce_that_erases_nothing_changes_nothing(tiny_sd):
+    pipe = tiny_sd("2")
+    before = text_layers(pipe)
+    run("oce", pipe, erase_scale=0.0)
+    assert all(torch.allclose(W, before[name], atol=1e-6) for name, W in text_layers(pipe).items())

@@ -30,7 +30,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def few_ordinary_prompts(monkeypatch):
     monkeypatch.setattr(
-        "more_hf_bench.methods.diffusion.roles.everyday_prompts",
+        "more_hf_bench.methods.diffusion.texts.everyday_prompts",
         lambda tokenizer: ("a dog and a tree", "a house", "a car"),
     )
 

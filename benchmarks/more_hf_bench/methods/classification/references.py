@@ -1,4 +1,4 @@
-"""The model that never saw what is forgotten: the field's gold standard, at the price of a training."""
+"""The lines that every other is compared with: nothing done, and a training that never saw D_f."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from torch import nn
 
 from ...splits import ImageSet, Splits
+
+
+def original(model: nn.Module, splits: Splits, *, seed: int = 0) -> nn.Module:
+    """Return the model as it is, in evaluation mode."""
+    return model.eval()
 
 
 def retrain(
