@@ -16,7 +16,7 @@ from ..core.prototypes import Prototypes
 from ..core.record import refuse_erased_source
 from ..core.registry import find_erasure, locked, require_editable
 from ..core.remap import Remap
-from ..core.request import ClassRequest, check_number
+from ..core.request import ClassRequest
 from ..core.site import Site, check_unshared, copy_weights, fingerprint
 from .erasure import ClassErasure
 from .features import collect, plain_model
@@ -128,7 +128,8 @@ def erase_classes(
         {'0': ['1']}
     """
     plain = plain_model(model)
-    check_number("most_lost", most_lost, 100)
+    if not 0 <= most_lost <= 100:
+        raise PrototypeError(f"`most_lost` must be from 0 to 100 percentage points, got {most_lost}.")
     with locked(plain):
         current = require_editable(plain)
         refuse_inside_block(current)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
-from ..core.errors import PrototypeError, SiteNotFoundError, shown
+from ..core.errors import PrototypeError, SiteNotFoundError
 from ..core.interrupts import unwound
 from ..core.prototypes import PrototypeFitter, Prototypes, is_integer
 from ..core.registry import find_erasure, locked
@@ -255,29 +255,17 @@ def _as_tensors(batch: Any) -> tuple[Tensor, Tensor]:
     """A batch's images and labels. Raises `PrototypeError` if it has none."""
     pixels = labels = None
     if isinstance(batch, Mapping):
-        pixels, labels = (
-            batch.get("pixel_values", batch.get("image")),
-            batch.get("labels", batch.get("label")),
-        )
+        pixels = batch.get("pixel_values", batch.get("image"))
+        labels = batch.get("labels", batch.get("label"))
     elif isinstance(batch, Sequence) and len(batch) == 2:
         pixels, labels = batch
     if pixels is None or labels is None:
-        kind = (
-            f"a mapping with {shown(list(batch))}"
-            if isinstance(batch, Mapping)
-            else f"a {type(batch).__name__}"
-        )
+        found = f"a mapping with {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise PrototypeError(
-            f"The data has no labels: a batch is {kind}. Pass (images, labels), or a mapping with "
+            f"The data has no labels: a batch is {found}. Pass (images, labels), or a mapping with "
             "`pixel_values` and `labels`."
         )
-    try:
-        return torch.as_tensor(pixels), torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise PrototypeError(
-            f"A batch's images or labels are no tensors, and cannot be made into some: {error} Give every "
-            "batch as tensors."
-        ) from error
+    return torch.as_tensor(pixels), torch.as_tensor(labels)
 
 
 @contextmanager
@@ -287,8 +275,6 @@ def _every_sample_once(loader: Iterable[Any]) -> Iterator[tuple[Iterable[Any], b
 
     An uneven end is not filled up with the first samples.
     """
-    if not isinstance(loader, Iterable):
-        raise PrototypeError(f"The data must be batches of images and labels, got {shown(loader)}.")
     if PartialState().num_processes == 1 or not isinstance(loader, DataLoader):
         yield loader, False
         return

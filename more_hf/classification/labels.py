@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from ..core.errors import PrototypeError, shown
@@ -26,26 +24,20 @@ def class_names(model: nn.Module, num_classes: int) -> tuple[str, ...]:
 
 def read_classes(argument: str, value: Any) -> list[str | int]:
     """
-    One class, several, or `None` for none, as a list of names and numbers; tensors and arrays of numbers are
-    lists, too.
+    One class, several (a tensor, too), or `None` for none, as a list of names and numbers.
 
     Raises:
-        `PrototypeError`: something is neither text nor a whole number: a mask, for instance, which names no
-        classes.
+        `PrototypeError`: something is neither text nor a whole number: a mask, for instance.
     """
-    if isinstance(value, Tensor | np.ndarray):
-        value = value.reshape(-1).tolist()
     if value is None:
         return []
-    if isinstance(value, str | Integral):
-        value = [value]
-    if not isinstance(value, Sequence | Set) or isinstance(value, bytes | bytearray):
-        raise PrototypeError(f"`{argument}` must be a class or a list of classes, got {shown(value)}.")
-    classes = [wanted.tolist() if isinstance(wanted, Tensor | np.generic) else wanted for wanted in value]
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    classes = [value] if isinstance(value, str | Integral) else list(value)
     for wanted in classes:
         if not isinstance(wanted, str | Integral) or isinstance(wanted, bool):
             raise PrototypeError(
                 f"`{argument}` must hold names or whole numbers of classes, got {shown(wanted)}. Of a mask "
-                "pass `mask.nonzero()`, of floats `.long()`."
+                "pass `mask.nonzero()`."
             )
     return classes

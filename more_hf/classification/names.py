@@ -33,8 +33,7 @@ def find_class(names: Sequence[str], wanted: str | int) -> str:
         return names[wanted]
     if wanted in names:
         return wanted
-    # No class has a longer number, and Python reads none of 5,000 digits.
-    if wanted.isdecimal() and len(wanted) < 20:
+    if wanted.isdecimal():
         return find_class(names, int(wanted))
 
     # by its label without the number, or by one of the synonyms in it

@@ -35,8 +35,5 @@ class ExportError(MoreError, ValueError):
 
 def shown(value: Any) -> str:
     """A value's repr for a message, shortened if it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        return f"a very long {type(value).__name__}"
+    text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import PrototypeError, shown
 from .moment import Moment
-from .request import read_integer, read_names
+from .request import read_names
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,6 @@ class PrototypeFitter:
         thin: bool = False,
     ):
         self.names, self.thin = read_names("names", names), thin
-        num_features = read_integer("num_features", num_features, range(1, 2**31))
         if len(set(self.names)) != len(self.names):
             raise PrototypeError(
                 f"Prototype names must be unique, got {list(self.names)}. Rename the repeated ones."

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import AlreadyErasedError, IncompatibleBaseError, MoreError, PrototypeError
+from .errors import AlreadyErasedError, IncompatibleBaseError, MoreError
 from .facts import ClassFacts, ConceptFacts, is_text
 from .request import ClassRequest, ConceptRequest
 from .site import Site, fingerprint
@@ -28,7 +28,6 @@ TOGETHER = "+"  # joins the names of denoisers that were edited as one
 VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 HASH, COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 FILE = re.compile(r"[^./\\:\0][^/\\:\0]*(/[^./\\:\0][^/\\:\0]*)*")  # a path inside the folder
-LARGEST = 2**24  # bytes; a real record takes a few kilobytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +107,8 @@ class Record:
                 "erased. Save the erased model again."
             )
         try:
-            if path.stat().st_size > LARGEST:
-                raise ValueError(f"it has {path.stat().st_size} bytes")
-            data = json.loads(path.read_text("utf-8-sig"))
-            json.dumps(data, ensure_ascii=False).encode()  # raises for a lone surrogate
-            return cls._from_dict(data, path)
-        except (ValueError, TypeError, OSError, OverflowError, RecursionError, PrototypeError) as error:
+            return cls._from_dict(json.loads(path.read_text("utf-8-sig")), path)
+        except (ValueError, TypeError, OSError, ArithmeticError, RecursionError) as error:
             raise IncompatibleBaseError(
                 f"{path} is not a record: {error}. Save the erased model again."
             ) from error

@@ -25,7 +25,7 @@ from .errors import PrototypeError, shown
 from .moment import Moment
 from .options import EXACT_SOLVERS, SOLVERS
 from .prototypes import Prototypes
-from .request import check_choice, check_shrinkage, read_names
+from .request import check_choice, check_number, read_names
 
 
 EXACT = 1e-6  # an edit counts as exact while D_F P is this close to [I, 0], in units of one coordinate
@@ -117,7 +117,7 @@ class Remap:
             tensor([[0., 6., 7.]])
         """
         check_choice("solver", solver, SOLVERS)
-        check_shrinkage(shrinkage)
+        check_number("shrinkage", shrinkage)
         forget = read_names("forget", forget)
         _check_targets(forget, targets)
 
@@ -193,7 +193,7 @@ class Remap:
             >>> remap.apply(torch.tensor([[5.0, 0.0, 7.0]])).round()
             tensor([[0., 5., 7.]])
         """
-        check_shrinkage(shrinkage)
+        check_number("shrinkage", shrinkage)
         forget = read_names("forget", forget)
         _check_targets(forget, targets)
         columns = [prototypes.index(name) for name in forget]

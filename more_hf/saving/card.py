@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,8 @@ URL = re.compile(r"https?://[\w.~/%#?=&+:@-]+", re.ASCII)
 LIBRARY = {"pipeline": "diffusers", "classifier": "transformers"}
 TASK = {"pipeline": "text-to-image", "classifier": "image-classification"}
 
-# Characters with a meaning in Markdown: emphasis, code, links, mathematics, mentions, cells, and addresses
-# that become links by themselves.
+# Characters with a meaning in Markdown: emphasis, code and links.
 SPECIAL = re.compile(r"[\\`*\[\]~]|(?<!\w)_|_(?!\w)")
-ENTITIES = re.compile(r"[|@$]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def make_card(
@@ -92,9 +89,8 @@ def escape(value: object) -> object:
     """
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    visible = "".join(c for c in re.sub(r"\s+", " ", value) if not unicodedata.category(c).startswith("C"))
-    text = SPECIAL.sub(r"\\\g<0>", html.escape(visible, quote=False))
-    return Markup(ENTITIES.sub(lambda match: f"&#{ord(match[0])};", text))
+    line = html.escape(" ".join(value.split()), quote=False)
+    return Markup(SPECIAL.sub(r"\\\g<0>", line))
 
 
 def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record) -> None:

@@ -28,7 +28,7 @@ from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.sites import Denoiser, find_layers, together
 from .contents import INDEX, changed_files, survey, variant_of, weight_files
 from .delta import read_delta
-from .files import path_of, reading
+from .files import reading
 from .layers import pipeline_class, read_denoiser, read_index
 
 
@@ -142,7 +142,7 @@ def verify(folder: str | os.PathLike) -> Verification:
     >>> assert more_hf.verify(more_hf.save(pipe, "without-blobmoji"))
     ```
     """
-    folder = path_of("folder", folder)
+    folder = Path(folder)
     record = Record.read(folder)
     layers = [Layer(name, name, shape) for name, shape in record.sites.items()]
     try:

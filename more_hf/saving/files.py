@@ -1,5 +1,5 @@
 """
-Check users' paths, translate the errors of libraries that read and write, and replace a folder as a whole.
+Translate the errors of libraries that read and write, and replace a folder as a whole.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # whichever HTTP client it uses
@@ -26,18 +25,6 @@ PASSED_ON = (
     MemoryError,
     torch.OutOfMemoryError,
 )
-
-
-def path_of(argument: str, value: Any) -> Path:
-    """A path from a user's argument. Raises `ExportError` if no file system could have it."""
-    try:
-        path = Path(value)
-        path.lstat()  # raises for a null byte, half of a surrogate pair and names that are too long
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return path
-    except (TypeError, ValueError, OSError) as error:
-        raise ExportError(f"`{argument}` must be a path, got {value!r} ({error}).") from error
-    return path
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from .check import (
 from .classifier import load_classifier, savable_classifier
 from .contents import CARD, DELTA, entries, hashes, is_foreign
 from .delta import read_delta, write_delta
-from .files import path_of, reading, replace_folder, writing
+from .files import reading, replace_folder, writing
 
 
 # arguments of `from_pretrained` that could run code or open a pickle
@@ -116,7 +116,7 @@ def save(
         erasure; the folder holds something that this save does not replace and must not keep (other weights,
         which could be the original's); or it could not be written. The folder is then unchanged.
     """
-    folder = path_of("folder", folder)
+    folder = Path(folder)
     if variant is not None and not (isinstance(variant, str) and VARIANT.fullmatch(variant)):
         raise ExportError(f"`variant` must be letters, digits, - and _, such as 'fp16', got {variant!r}.")
     erasure = get_erasure(pipe)
@@ -274,7 +274,7 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
             f"`load` does not take `{unsafe[0]}`: it runs no code from a repository and opens no pickle. If "
             f"you trust {source}, use `DiffusionPipeline.from_pretrained`."
         )
-    folder = path_of("source", source)
+    folder = Path(source)
     if not folder.is_dir():
         hub = {key: kwargs[key] for key in FOR_THE_HUB if key in kwargs}
         with reading(source):

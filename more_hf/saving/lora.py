@@ -27,7 +27,7 @@ from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import FAMILIES
 from ..diffusion.plan import check_names
 from ..diffusion.sites import Denoiser, find_denoiser
-from .files import path_of, reading, writing
+from .files import reading, writing
 from .folder import refuse_saved_folder
 from .layers import pipeline_class
 from .shards import folder_of, open_without_denoiser
@@ -285,7 +285,7 @@ def lora_path(path: str | os.PathLike, format: str) -> Path:
     """
     if not isinstance(format, str) or format not in FILE_NAMES:
         raise ExportError(f"Unknown format {format!r}. Choose one of {', '.join(map(repr, FILE_NAMES))}.")
-    path = path_of("path", path)
+    path = Path(path)
     if path.suffix in PICKLES:
         raise ExportError(f"{path} would be a pickle. Give a name that ends in .safetensors, or a folder.")
     if path.suffix != ".safetensors":

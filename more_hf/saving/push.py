@@ -25,7 +25,7 @@ from ..data import FOLDER
 from .card import HUB_ID, make_card
 from .check import verify
 from .contents import CARD, DELTA, MODEL_INDEX, PICTURES, hashes, is_loadable, survey
-from .files import path_of, reading, replace_folder, writing
+from .files import reading, replace_folder, writing
 from .folder import save
 
 
@@ -105,7 +105,7 @@ def push_to_hub(
     """
     if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
         raise ExportError(f"`repo_id` must be 'name/repository', got {repo_id!r}.")
-    target = None if dry_run is None else path_of("dry_run", dry_run)
+    target = None if dry_run is None else Path(dry_run)
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} is not empty. Choose another folder for the dry run.")
     api = api or HfApi(token=token, library_name="more_hf", library_version=__version__)
@@ -119,7 +119,7 @@ def push_to_hub(
         base_card = _base_card(record, api) if card else None
         record = _public(record, rows, folder)
         write_text(folder / RECORD, record.to_json())
-        picture = None if grid is None else _copy_grid(path_of("grid", grid), folder)
+        picture = None if grid is None else _copy_grid(Path(grid), folder)
         if card:
             existing = _existing_card(api, repo_id, branch, folder, in_repository=CARD in present)
             text = make_card(
@@ -155,7 +155,7 @@ def _copy_checked(
     if not isinstance(pipe_or_model, str | os.PathLike):
         save(pipe_or_model, folder, include_delta=include_delta)  # checks what it writes
         return Record.read(folder)
-    source = path_of("pipe_or_model", pipe_or_model)
+    source = Path(pipe_or_model)
     record = Record.read(source)
     contents = survey(source, record)
     named = _named_by_card(source, contents.aside)

@@ -29,7 +29,7 @@ from ..diffusion.plan import check_names
 from ..diffusion.sites import Denoiser, find_denoiser, find_sites
 from .check import removed_from
 from .contents import INDEX, MODEL_INDEX, entries, is_loadable, variant_of
-from .files import path_of, reading, replace_folder, writing
+from .files import reading, replace_folder, writing
 from .folder import Savable, finish_draft, refuse_leftovers
 from .layers import pipeline_class, read_denoiser, read_index
 
@@ -105,7 +105,7 @@ def open_without_denoiser(
 
 def folder_of(source: str | os.PathLike) -> Path:
     """The folder itself, or the folder to which a Hub id is downloaded."""
-    folder = path_of("source", source)
+    folder = Path(source)
     with reading(source):
         return folder if folder.is_dir() else Path(DiffusionPipeline.download(str(source)))
 
@@ -166,7 +166,7 @@ def erase_to_folder(
         >>> report = more_hf.erase_to_folder(FOLDER / "emoji_sd", "erased", "Blobmoji", remap_to="Fluent")
         >>> assert more_hf.verify("erased")
     """
-    folder = path_of("folder", folder)
+    folder = Path(folder)
     request = ConceptRequest.of(
         concepts,
         remap_to=remap_to,

@@ -20,7 +20,7 @@ from ..core.site import EDITABLE
 from ..diffusion.erase import get_erasure
 from ..diffusion.sites import find_denoiser
 from .check import left_over, most_left, removed_from
-from .files import path_of, writing
+from .files import writing
 from .folder import refuse_saved_folder
 
 
@@ -215,7 +215,7 @@ def save_checkpoint(
     >>> file = more_hf.save_checkpoint(pipe, "emoji-sd-without-blobmoji.safetensors")
     ```
     """
-    file = path_of("file", file)
+    file = Path(file)
     if file.suffix != ".safetensors":
         raise ExportError(
             f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code. "

@@ -51,7 +51,7 @@ def everything(images, labels):
         (
             everything,
             {"forget": 4, "num_experts": 0},
-            "`num_experts` must be a whole number from 1 to 4096, got 0",
+            "`num_experts` must be at least 1, got 0",
         ),
         (everything, {"forget": 4, "router": "best"}, "Unknown router 'best'"),
         (everything, {"forget": 4, "solver": "lsq"}, "Unknown solver 'lsq'"),

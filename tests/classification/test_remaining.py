@@ -97,7 +97,7 @@ def test_of_the_forgotten_class_alone_nothing_is_known(digit_classifier, prototy
     assert "remaining classes recognised" not in more_hf.get_erasure(model).to_markdown()
 
 
-@pytest.mark.parametrize("odd", [True, -1, 101, float("nan"), "20", None], ids=str)
+@pytest.mark.parametrize("odd", [-1, 101, float("nan")], ids=str)
 def test_odd_bounds(digit_classifier, prototypes, odd):
-    with pytest.raises(PrototypeError, match="`most_lost` must be a number from 0 to 100"):
+    with pytest.raises(PrototypeError, match="`most_lost` must be from 0 to 100"):
         more_hf.erase_classes(digit_classifier, prototypes, 4, most_lost=odd)

@@ -1,10 +1,8 @@
 """Records and files of a stranger: only what the files bear out is believed, and every error is ours."""
 
 import copy
-import json
 import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.hub import erase
+from support.records import list_files_again, read_record, write_record
 
 import more_hf
 from more_hf.core.record import RECORD, Record
 from more_hf.core.site import fingerprint
-from more_hf.saving.contents import hashes
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -30,8 +28,6 @@ ODD = [
     True,
     0,
     -1,
-    10**400,
-    1e308,
     float("nan"),
     float("inf"),
     "",
@@ -40,22 +36,12 @@ ODD = [
     "../other/unet",
     "/etc",
     "a/b",
-    "x\x00y",
-    "\ud800",
     [],
     [None],
     {},
     {"a": None},
     [[1]],
 ]
-
-
-def read_record(folder):
-    return json.loads((folder / RECORD).read_text("utf-8"))
-
-
-def write_record(folder, record):
-    (folder / RECORD).write_text(json.dumps(record), "utf-8")
 
 
 def places(value, path=()):
@@ -151,8 +137,8 @@ def test_a_file_outside_the_folder(saved, name):
 def forge(folder, original, layers):
     """The original's weights, with a record that is consistent with them as far as fingerprints go."""
     save_file(original, folder / WEIGHTS)
+    list_files_again(folder)
     record = read_record(folder)
-    record["files"] |= hashes(folder, [Path(WEIGHTS)])
     record["sites"] = {name: record["sites"][name] for name in layers}
     record["edited"] = fingerprint({name: original[f"{name}.weight"] for name in layers})
     record["facts"]["separation"] = dict.fromkeys(layers, 1e30)
@@ -201,9 +187,7 @@ def test_a_text_encoder_of_another_model(saved):
         path,
         {"format": "pt"},
     )
-    record = read_record(saved)
-    record["files"] |= hashes(saved, [path.relative_to(saved)])
-    write_record(saved, record)
+    list_files_again(saved)
     assert [check.name for check in more_hf.verify(saved).checks if not check.passed] == [
         "each sends p_f where p_t goes"
     ]
