@@ -239,8 +239,9 @@ def _measure(unet: dict, text: dict, latent: int, names: tuple, prompts: tuple) 
     line("more, the whole call, later: Σ of everyday prompts from the cache", whole["later"])
     merge()
     denoiser = find_denoiser(pipe)
-    proof = [seconds_of(lambda: prover(denoiser, erasure, erasure)())]
-    line("of it the proof by run, twice through the UNet", proof)
+    edited = {name: site.read() for name, site in erasure.sites.items()}
+    proof = [seconds_of(lambda: prover(denoiser, erasure, erasure)(edited))]
+    line("of it the proof by run, three times through the UNet", proof)
     line(f"UCE, the whole function, prompts included: 1 concept, {len(RETAIN)} retained names", whole["UCE"])
 
     sample, prompt, t = draw(2, unet["in_channels"], latent, latent), draw(2, positions, d), torch.tensor(500)

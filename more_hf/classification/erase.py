@@ -283,7 +283,7 @@ def _fit(
         if right is not None:
             _weigh_cost(erasure, most_lost)
     erasure.hooks = make_hooks(erasure, modules, next(model.parameters()).device)
-    prove = prover(model, modules, erasure, current)
+    prove = prover(model, modules, erasure)
     install(model, erasure, list(modules.values()), prove, keep_originals=keep_originals)
     if request.at is not None:
         logger.warning(

@@ -1,89 +1,64 @@
-"""The proof by run: call the real head on forget and target prototypes before and after the edit."""
+"""The proof by run of a classifier: its heads and routing hooks are asked one by one, on the edited model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from ..core.erasure import Erasure
-from ..core.install import PROOF_TOLERANCE
 from ..core.interrupts import unwound
-from ..core.proof import proof_by_run
+from ..core.proof import TRIED_EXPERTS, Measurements
 from ..core.views import experts_forced, routing_off
-from .heads import evaluating, head_outputs
-
-
-TRIED_EXPERTS = 8
-
-
-class Trial(NamedTuple):
-    """An expert, `None` for the mean, and whether the hook is on, which then takes it."""
-
-    expert: int | None
-    routed: bool
+from .heads import evaluating
 
 
 def prover(
-    model: nn.Module, modules: Mapping[str, nn.Module], erasure: Erasure, current: Erasure | None
-) -> Callable[[], dict[str, float]]:
+    model: nn.Module, modules: Mapping[str, nn.Module], erasure: Erasure
+) -> Callable[[Mapping[str, Tensor]], dict[str, float]]:
     """
-    Run the real heads on forget and target prototypes now, and return a function that runs them again and
-    compares.
+    Return a function that takes the edited weights and asks each head, without its hook, whether it computes
+    with its own; then each hook for what up to eight experts make of the forgotten prototypes.
 
-    The edited heads must make of both what the original makes of them after the remap. The mean expert is
-    tried without the hook, since the weights alone must hold it, then up to eight experts with it. An inner
-    module cannot be called on a prototype, so there its pre-hooks are called, and what they hand on is
-    compared.
+    The function returns the measurements of `Measurements.require_edited`, and raises as it does.
     """
-    trials = [Trial(None, routed=True)]
-    if erasure.router is not None:
-        trials = [
-            Trial(expert, routed=True) for expert in range(min(erasure.remap.num_experts, TRIED_EXPERTS))
-        ]
-    if erasure.sites:
-        trials = [Trial(None, routed=False), *trials]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    device, dtype = "cpu" if parameter.is_meta else parameter.device, parameter.dtype
+    like = torch.empty(0, dtype=parameter.dtype, device="cpu" if parameter.is_meta else parameter.device)
+    experts: list[int | None] = [None]
+    if erasure.router is not None:
+        experts = [*range(min(erasure.remap.num_experts, TRIED_EXPERTS))]
 
-    def outputs(trial: Trial, before: bool) -> Tensor:
-        """The modules' outputs `(kinds, ...)` for each kind of feature that `proof_by_run` compares."""
-        parts = []
-        for name, module in modules.items():
-            remap = erasure.remaps[name]
-            forget = remap.prototypes.matrix[:, list(remap.forget)]
-            source, target = forget.T, (forget + remap.shift(trial.expert)).T
-            moved = [remap.apply(z, trial.expert) for z in (source, target)]
-            kinds = [source, *moved] if before else [source, target]
-            z = torch.cat(kinds).to(device, dtype)
-            taken = torch.full((len(z),), trial.expert or 0)
-            with experts_forced(erasure, taken) if trial.routed else routing_off(erasure):
-                parts.append(head_outputs(module, z).cpu().double().reshape(len(kinds), -1))
-        return torch.cat(parts, 1)
+    def prove(edited: Mapping[str, Tensor]) -> dict[str, float]:
+        measured = Measurements()
+        with evaluating(model):
+            with routing_off(erasure):
+                for name, site in erasure.sites.items():
+                    remap, original = erasure.remap_of(name), erasure.originals[name]
+                    measured.ask_layer(site, remap, edited[name], original, like)
+            for expert in experts:
+                for name, module in modules.items():  # in order: the first one's hook picks the expert
+                    remap = erasure.remaps[name]
+                    z = remap.prototypes.matrix[:, list(remap.forget)].T.to(like)
+                    with experts_forced(erasure, torch.full((len(z),), expert or 0)):
+                        routed = _routed(module, z, is_head=bool(erasure.sites))
+                    measured.compare_routed(f"expert {expert} of `{name}`", routed, z, remap, expert)
+        return measured.require_edited(erasure.sites)
 
-    def run(before: bool) -> tuple[Tensor, ...]:
-        """Outputs `(trials, ...)` of each kind."""
-        with evaluating(model), nullcontext() if erasure.sites else _passing_on(modules):
-            return torch.stack([outputs(trial, before) for trial in trials]).unbind(1)
-
-    return proof_by_run(
-        run,
-        current,
-        PROOF_TOLERANCE[dtype],
-        f"something other than the weight and the hook decides what `{next(iter(modules))}` does. The edit "
-        "was rolled back; the model is as it was. Take adapters, hooks and wrappers off the head, erase, "
-        "and put them back.",
-    )
+    return prove
 
 
-@contextmanager
-def _passing_on(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The module returns what its pre-hooks hand to it."""
-    (module,) = modules.values()
+def _routed(module: nn.Module, z: Tensor, *, is_head: bool) -> Tensor:
+    """Features `(n, d)` as the module reads them behind its pre-hooks."""
+    read: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read.append(args[0])
+
     with unwound() as stack:
-        stack.enter_context(patch.object(module, "forward", lambda z, *args, **kwargs: z))
-        yield
+        stack.callback(module.register_forward_pre_hook(keep).remove)
+        if not is_head:  # a block may need more than a feature to run
+            stack.enter_context(patch.object(module, "forward", lambda z, *args, **kwargs: z))
+        module(z[..., None, None] if isinstance(module, nn.Conv2d) else z)
+    return read[0].flatten(1)

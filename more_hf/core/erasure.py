@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import AlreadyErasedError, IncompatibleBaseError
 from .facts import Facts
 from .markdown import aligned_text, bare_table
+from .proof import SLACK
 from .remap import EXACT, Remap
 from .request import Request
 from .site import Site
@@ -20,8 +21,6 @@ from .site import Site
 
 # The measurements of `Remap.verify` that must be 0 up to rounding; the others say what an edit costs.
 GUARANTEES = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
-# the measurements of a proof by run that are shown but not compared with its tolerance
-UNBOUNDED = ("forget_changed", "denoiser_off", "denoiser_changed")
 
 
 @dataclass(eq=False)
@@ -149,20 +148,32 @@ class Erasure(ABC):
 
 
 def measured_rows(guarantees: Mapping[str, float], proof: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """
-    Yield the report's rows about measurements; guarantees and the proof are shown with their bounds.
-    """
+    """Yield the report's rows about measurements: guarantees with their bounds, then the proof by run."""
     for key, value in guarantees.items():
         if key.endswith(GUARANTEES):
             yield f"guarantee `{key}`", _compared(value, EXACT)
         elif not key.endswith("rank"):
             yield f"measured `{key}`", f"{value:.1e}"
-    tolerance = proof.get("tolerance")  # records of version 0.1 have none
-    for key, value in proof.items():
-        if key in UNBOUNDED or tolerance is None:
-            yield f"proof by run `{key}`", f"{value:.1e}"
-        elif key != "tolerance":
-            yield f"proof by run `{key}`", _compared(value, tolerance)
+    if "other_ways" in proof:
+        found = "exact: no other layer reads the prompt"
+        if proof["other_ways"] > 0:  # on a GPU
+            found = (
+                f"no other layer reads the prompt: another prompt moves the output by "
+                f"{proof['other_ways']:.1e}, the same one again by {proof['spread']:.1e}"
+            )
+        yield "proof by run, other ways", found
+    if "layer_changed" in proof:
+        yield (
+            "proof by run, edited layers",
+            f"each computes with its edited weight, to {proof['layer_error']:.1f} times the rounding of one "
+            f"layer (limit {SLACK}; with its old weight, at least {proof['layer_changed']:.0f})",
+        )
+    if "expert_error" in proof:
+        yield (
+            "proof by run, routing hooks",
+            f"each expert is right to {proof['expert_error']:.1f} times the rounding of its features "
+            f"(limit {SLACK})",
+        )
 
 
 def _compared(value: float, bound: float) -> str:

@@ -7,7 +7,7 @@ and record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,11 @@ from .site import Site, copy_weights, write_weights
 from .views import is_shown
 
 
-# The error that a proof by run accepts as rounding, in units of the output difference between forget and
-# target before the edit. A single missed layer shows as 0.05 or more.
-PROOF_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
-
-
 def install(
     model: nn.Module,
     erasure: Erasure,
     modules: Sequence[nn.Module],
-    prove: Callable[[], dict[str, float]],
+    prove: Callable[[Mapping[str, Tensor]], dict[str, float]],
     *,
     keep_originals: bool,
 ) -> None:
@@ -45,7 +40,8 @@ def install(
         modules (`Sequence[nn.Module]`):
             The module of each hook, whether there are hooks or not.
         prove (`Callable`):
-            Runs the edited model and returns its measurements; raises if the edit does not hold.
+            Takes the edited weights, runs the edited model and returns its measurements; raises if the edit
+            does not hold.
         keep_originals (`bool`):
             Whether to keep the originals in memory afterwards.
 
@@ -71,7 +67,7 @@ def install(
         if current is not None:
             detach_hooks(current.hooks)
         attach_hooks(erasure.hooks, modules)
-        erasure.proof = prove()
+        erasure.proof = prove(edited)
         if not keep_originals:
             erasure.originals = None
 

@@ -116,6 +116,11 @@ class Site:
         """
         return self._part(self._whole())
 
+    @property
+    def width(self) -> int:
+        """How many features the layer reads, those behind its edited columns included."""
+        return self._whole().shape[1]
+
     def read_bias(self) -> Tensor | None:
         """The bias, `(out_features,)`, if the layer has one."""
         return None if self.module.bias is None else self._whole("bias")

@@ -17,14 +17,12 @@ from functools import partial
 from threading import RLock
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .erasure import Erasure
-from .errors import MoreError
 from .interrupts import afterwards, held, unwound
-from .site import EDITABLE, Site, feature_dim
+from .site import Site, feature_dim
 
 
 @dataclass(eq=False)
@@ -155,35 +153,17 @@ class OriginalOutput:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not self.block.open or self.block not in _blocks.get():
             return None
-        _refuse_checkpoint()
-        # Compute where the layer just did: the parameter itself may be back on the CPU (offloading), and the
-        # model may have been cast. A layer that is only stored in fp8 computes in its output's dtype.
-        dtype = module.weight.dtype if module.weight.dtype in EDITABLE else output.dtype
-        place = output.device, dtype
+        # Compute where and as the layer just did: the parameter itself may be back on the CPU (offloading) or
+        # in the dtype in which it is only stored (layerwise casting).
+        place = output.device, output.dtype
         if place not in self.weights:
             self.weights[place] = self.original.to(*place)
         bias = self.site.read_bias()
         if bias is not None:
             bias = bias.to(*place)
         dim = feature_dim(module)
-        z = args[0].to(output.device).movedim(dim, -1)
+        z = args[0].to(*place).movedim(dim, -1)
         return linear(z, self.weights[place], bias).movedim(-1, dim)
-
-
-def _refuse_checkpoint() -> None:
-    """
-    Raises `MoreError` if gradient checkpointing will compute this layer a second time.
-
-    Only one of the two computations would be inside the block, and the gradients would belong to neither
-    model.
-    """
-    saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if saving is not None and saving[0].__module__ == torch.utils.checkpoint.__name__:
-        raise MoreError(
-            "Gradient checkpointing computes a layer again in the backward pass, possibly outside "
-            "`more_hf.disabled`, so its gradients would mix two models. "
-            "Use `torch.no_grad()`, or disable checkpointing."
-        )
 
 
 class _Eager:

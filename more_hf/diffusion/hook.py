@@ -113,6 +113,18 @@ def _replaced(values: Any, place: Place, change: Callable[[Tensor], Tensor]) -> 
     return values
 
 
+def at_place(values: Any, place: Place) -> Tensor:
+    """The value at a place of nested mappings and lists."""
+    for name in place:
+        values = values[name]
+    return values
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's arguments, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
 def make_hooks(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> tuple[RoutingHook, ...]:
     """The hooks of `hooked_modules`, if the erasure has a router and factors; the first one routes."""
     if erasure.router is None or not erasure.remaps:
@@ -123,9 +135,8 @@ def make_hooks(denoiser: Denoiser, erasure: Erasure, device: torch.device) -> tu
         return NormHook(*factors, samples=samples), samples
     if denoiser.family.norms:
         return (NormHook(*factors),)
-    cls = type(next(iter(denoiser.parts.values())))
-    arguments = tuple(inspect.signature(cls.forward).parameters)[1:]
-    places = {**denoiser.places, "pooled": denoiser.family.pooled}
+    arguments = arguments_of(next(iter(denoiser.parts.values())))
+    places = denoiser.routed_places
     others = {
         space: remap for space, remap in erasure.remaps.items() if space in places and space != "tokens"
     }

@@ -1,191 +1,251 @@
 """
-The proof by run: call the real model on forget and target prototypes, before and after the edit, and compare.
+The proof by run of a pipeline, in two parts: nothing but the edited layers reads the prompt, and each of them
+computes with its edited weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..core.erasure import Erasure
 from ..core.errors import SiteNotFoundError
-from ..core.facts import is_text, kind_of
-from ..core.install import PROOF_TOLERANCE
+from ..core.facts import is_text
 from ..core.interrupts import afterwards, unwound
-from ..core.proof import proof_by_run
+from ..core.proof import TRIED_EXPERTS, Measurements
 from ..core.remap import Remap
-from ..core.site import feature_dim
-from ..core.views import experts_forced, original_layers_shown, routing_off, running_eagerly
-from .sites import Denoiser, lora_branches
+from ..core.views import experts_forced, routing_off, running_eagerly
+from .hook import arguments_of, at_place
+from .sites import Denoiser
 
 
-# An exact E sends p_t + c (p_f − p_t) to p_t for every c; with a c above 1 the difference stands out from the
-# rounding of half precision.
-SPREAD = 4
-TOLERANCE = {**PROOF_TOLERANCE, torch.bfloat16: 2e-1}  # thanks to SPREAD, less is needed for rounding here
-# the relative error accepted from one linear layer: rounding of its inputs, weights and sums
-LAYER_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-TRIED_EXPERTS = 8
+LENGTH = 4  # tokens of a text
 
 Text = dict[str, Tensor]  # space -> features of a batch
 
 
-def prover(denoiser: Denoiser, erasure: Erasure, current: Erasure | None) -> Callable[[], dict[str, float]]:
+def prover(
+    denoiser: Denoiser, erasure: Erasure, current: Erasure | None
+) -> Callable[[Mapping[str, Tensor]], dict[str, float]]:
     """
-    Run the real model on forget and target prototypes now, and return a function that runs it again and
-    compares.
+    Prove now, before a weight is changed, that nothing but the layers to be edited reads the prompt; and
+    return a function that proves, on the edited model, that each of them computes with its edited weight.
 
-    The text is a prototype that stays, followed by every forget prototype or by what each is sent to. If the
-    model reads layers of a language model, a text that holds those of all layers follows; if it reads a
-    pooled feature, texts with each pooled forget prototype or its target, so that each way of the prompt into
-    the model is compared in its own units. On these texts, the edited model must give what the original gives
-    on the texts as the remap moves them. The mean expert is tried without the routing hook, since the weights
-    alone must hold it; then up to eight experts are tried with it. A LoRA is switched off, because it reads
-    the text next to the edited layers. Two denoisers are both run, each compared in its own units.
+    The returned function takes the edited weights and returns `other_ways` and `spread` (see
+    `prove_no_other_way`), and the measurements of `Measurements.require_edited`.
 
-    One layer of a language model among dozens moves the output by little more than half precision rounds it.
-    So the layers that read them are asked one by one as well, like layers inside the denoiser.
+    Raises:
+        `SiteNotFoundError`: something else reads the prompt.
     """
-    experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else ()
-    text_remaps = _text_remaps(erasure)
-    inner = [name for name, site in erasure.sites.items() if not is_text(site.space)]
-
-    @torch.no_grad()
-    def run(before: bool) -> list[Tensor]:
-        """Outputs of all rows, `(rows, ...)`, for each kind of text that `proof_by_run` compares."""
-        mean_texts = _texts(text_remaps, None, before)
-        expert_texts = [_texts(text_remaps, expert, before) for expert in experts]
-        modules = denoiser.parts.values()
-        with _plain(denoiser), original_layers_shown(erasure, inner):
-            # The weights alone must hold the mean expert ...
-            with routing_off(erasure):
-                outputs = [_outputs(denoiser, module, [mean_texts]) for module in modules]
-            # ... and with the hook every sample must get its own.
-            if expert_texts:
-                rows = len(mean_texts[0]["tokens"])
-                sample_experts = torch.tensor(experts).repeat_interleave(rows).repeat(len(mean_texts))
-                with experts_forced(erasure, sample_experts):
-                    outputs += [_outputs(denoiser, module, expert_texts) for module in modules]
-        return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-
-    prove = proof_by_run(
-        run,
-        current,
-        TOLERANCE[next(iter(erasure.sites.values())).read().dtype],
-        "the prompt reaches the model by other ways than the edited layers. The edit was rolled back; the "
-        "pipeline is unchanged. Remove custom attention processors and offloading "
-        "(`unet.set_default_attn_processor()`), erase, and put them back.",
-    )
-    asked = [name for name, site in erasure.sites.items() if kind_of(site.space) in ("layers", "denoiser")]
-    if not asked:
-        return prove
-    return lambda: {**prove(), **_prove_layers(denoiser, erasure, asked)}
-
-
-def _outputs(denoiser: Denoiser, module: nn.Module, texts: Sequence[Sequence[Text]]) -> tuple[Tensor, ...]:
-    """
-    The flattened outputs of one call on all texts, in one chunk `(rows, ...)` for each kind.
-
-    `texts[e]` are expert e's texts, one of each kind; the batch holds all texts of the first kind, then all
-    of the next.
-    """
-    kinds = len(texts[0])
-    batch = []
-    for kind in range(kinds):
-        batch += [expert_texts[kind] for expert_texts in texts]
-    joined = {space: torch.cat([text[space] for text in batch]) for space in batch[0]}
-    with _fed_behind_norms(denoiser, joined):
-        return denoiser.family.call(module, joined).double().flatten(1).chunk(kinds)
+    with nullcontext() if current is None else routing_off(current):
+        ways = prove_no_other_way(denoiser, _text_remaps(erasure))
+    return lambda edited: {**ways, **_prove_layers(denoiser, erasure, edited)}
 
 
 @torch.no_grad()
-def _prove_layers(denoiser: Denoiser, erasure: Erasure, names: Sequence[str]) -> dict[str, float]:
+def prove_no_other_way(denoiser: Denoiser, remaps: Mapping[str, Remap]) -> dict[str, float]:
     """
-    Run the edited denoiser once, and inside that pass ask each of these layers a second time for W′ z + b.
+    Run the denoiser on one text and keep what each layer that reads text answers. Run it on another text,
+    each of these layers answering as before. If nothing else reads the prompt, the two outputs are the same
+    bit for bit, whatever the precision. The edit plays no part in it.
 
-    A whole pass cannot be fed with chosen activations, since each layer's come from the layers before it. But
-    a layer's answer inside the pass, with everything attached to it, shows whether its edited weight is used.
+    A GPU may sum up in another order each time. There the first text runs twice, and the difference between
+    the texts must not exceed the spread between the two runs. On the CPU the spread is zero.
+
+    Args:
+        denoiser (`Denoiser`):
+            The denoiser; not changed.
+        remaps (`Mapping[str, Remap]`):
+            The factors of each space of text features that is edited.
 
     Returns:
-        `dict[str, float]`: `denoiser_off`, the largest ‖answer − (W′ z + b)‖ / ‖W′ z + b‖, and
-        `denoiser_changed`, the smallest share by which the answer differs from the original's.
+        `dict[str, float]`: `other_ways`, the largest difference between the outputs, and its `spread`.
 
     Raises:
-        `SiteNotFoundError`: an answer is off by more than rounding.
+        `SiteNotFoundError`: the outputs differ; the message names the first layer whose output moved.
     """
-    off: dict[str, float] = {}
-    changed: dict[str, float] = {}
+    ways, spreads = [], []
+    with _plain(denoiser):
+        for component, module in denoiser.parts.items():
+            found = denoiser.family.find(module)
+            layers = {name: reader.module for name, reader in found.items() if reader.space in remaps}
+            texts = [_random_text(remaps, seed) for seed in (0, 1)]
+            run = partial(_run_replayed, denoiser, module, layers)
+            answers: dict[str, list[Tensor]] = {name: [] for name in layers}
+            with _answers_recorded(layers, answers):
+                first = denoiser.family.call(module, texts[0])
+            if not first.isfinite().all():
+                raise SiteNotFoundError(
+                    f"`{component}` gives NaN or infinity in {first.dtype} for a text of ordinary size, so "
+                    "nothing can be proved by running it. Load it in a wider dtype. Nothing was changed."
+                )
+            again = first if first.device.type == "cpu" else run(texts[0], answers)
+            other = run(texts[1], answers)
+            ways.append(float((first - other).abs().max()))
+            spreads.append(float((first - again).abs().max()))
+            if not ways[-1] <= spreads[-1]:
+                moved = _first_moved(module, [partial(run, text, answers) for text in texts])
+                raise SiteNotFoundError(
+                    f"The proof by run failed: the prompt reaches `{component}` by other ways than the "
+                    f"{len(layers)} layers to be edited. With each of these answering as before, another "
+                    f"prompt moved the output by {ways[-1]:.2g}; the first layer whose output moved is "
+                    f"`{moved}`. Nothing was changed. Remove custom attention processors "
+                    "(`set_default_attn_processor()`) and adapters, erase, and put them back."
+                )
+    return {"other_ways": max(ways), "spread": max(spreads)}
+
+
+def _random_text(remaps: Mapping[str, Remap], seed: int) -> Text:
+    """Random features as long as the prototypes that stay: tokens `(1, n, d)`, pooled `(1, d)`."""
+    generator = torch.Generator().manual_seed(seed)
+    text = {}
+    for space, remap in remaps.items():
+        positions = () if space == "pooled" else (LENGTH,)
+        features = torch.randn(1, *positions, len(remap.remain), generator=generator)
+        text[space] = features * float(remap.remain.square().mean().sqrt())
+    return text
+
+
+@contextmanager
+def _answers_recorded(layers: Mapping[str, nn.Module], answers: Mapping[str, list[Tensor]]) -> Iterator[None]:
+    """Inside the block, what each layer answers is added to its list."""
+
+    def keep(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        answers[name].append(output)
+
+    with _hooked(layers, keep):
+        yield
+
+
+def _run_replayed(
+    denoiser: Denoiser,
+    module: nn.Module,
+    layers: Mapping[str, nn.Module],
+    text: Text,
+    answers: Mapping[str, list[Tensor]],
+) -> Tensor:
+    """The output for a text, each layer answering from its list."""
+    left = {name: iter(outputs) for name, outputs in answers.items()}
+
+    def replay(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return next(left[name], output)
+
+    with _hooked(layers, replay):
+        return denoiser.family.call(module, text)
+
+
+def _first_moved(module: nn.Module, runs: list[Callable[[], Tensor]]) -> str:
+    """The first layer whose output differs between two runs."""
+    leaves = {name: layer for name, layer in module.named_modules() if not list(layer.children())}
+    calls: list[list[tuple[str, Tensor]]] = []
+
+    def keep(name: str, layer: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, Tensor):
+            calls[-1].append((name, output))
+
+    for run in runs:
+        calls.append([])
+        with _hooked(leaves, keep):
+            run()
+    for (name, output), (_, other) in zip(*calls, strict=False):
+        if not torch.equal(output, other):
+            return name
+    return "the last one"
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, nn.Module], act: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Inside the block, `act` is a forward hook of each layer, with the layer's name in front."""
+    with unwound() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(act, name)).remove)
+        yield
+
+
+@torch.no_grad()
+def _prove_layers(denoiser: Denoiser, erasure: Erasure, edited: Mapping[str, Tensor]) -> dict[str, float]:
+    """
+    Run the edited denoiser once. Inside that pass, ask each edited layer for what its edit reads and keeps,
+    and compare what the routing hooks hand on for up to eight experts.
+
+    Raises:
+        `SiteNotFoundError`: see `Measurements.require_edited`.
+    """
+    measured = Measurements()
 
     def ask(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if name in off:  # the call below, or a later one of the pass
+        if name in asked:  # the call below, or a later one of the pass
             return
-        off[name] = 0.0
-        remap, z = erasure.remap_of(name), args[0]
-        # 1. Ask for the directions that the edit reads, at a prototype's length, and for what it must keep.
-        rows = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
-        rows = torch.cat([rows, remap.remain.T]).to(z)
-        dim = feature_dim(module)
-        column = rows[None, :, None].movedim(-1, dim)  # a picture that is one pixel wide
-        answer = module(column).movedim(dim, -1)[0, :, 0].double()
-        # 2. Compute the same from the original weight and the remap.
-        original = erasure.originals[name].to(z.device)
-        bias = erasure.sites[name].read_bias()
-        if bias is not None:
-            bias = bias.to(z.device).double()
-        expected = linear(rows.double(), remap.merged(original).double(), bias)
-        before = linear(rows.double(), original.double(), bias)
-        off[name] = float((answer - expected).norm() / expected.norm())
-        changed[name] = float((expected - before).norm() / before.norm())
-
-    # The prompt of the pass is the first prototype of each space, which always stays.
-    text = {}
-    for space, remap in _text_remaps(erasure).items():
-        stays = remap.prototypes.matrix[:, 0]
-        text[space] = stays[None] if space == "pooled" else stays[None, None]
-    with _plain(denoiser), routing_off(erasure), unwound() as hooks:
-        for name in names:
-            module = erasure.sites[name].module
-            hooks.callback(module.register_forward_hook(partial(ask, name)).remove)
-        denoiser.family.call(denoiser.module, text)
-    tolerance = LAYER_TOLERANCE[erasure.sites[names[0]].read().dtype]
-    wrong = [name for name in names if not off.get(name, torch.inf) < tolerance]  # a NaN counts as wrong
-    if wrong:
-        raise SiteNotFoundError(
-            f"The proof by run failed: {len(wrong)} of {len(names)} edited layers inside the denoiser do not "
-            f"compute with their weight (first: `{wrong[0]}`, off by {off.get(wrong[0], torch.inf):.2g}). "
-            "The edit was rolled back; the pipeline is unchanged. Remove adapters and offloading, erase, and "
-            "put them back."
+        asked.add(name)
+        measured.ask_layer(
+            erasure.sites[name], erasure.remap_of(name), edited[name], erasure.originals[name], args[0]
         )
-    return {"denoiser_off": max(off.values()), "denoiser_changed": min(changed.values())}
 
-
-def _texts(remaps: Mapping[str, Remap], expert: int | None, before: bool) -> list[Text]:
-    """
-    The texts to run, one of each kind: `[sources, targets]`, or `before` the edit `[sources, moved sources,
-    moved targets]`, moved as the expert does.
-
-    A text is a batch of rows: one with all forget prototypes (or their targets) among its tokens
-    `(rows, 1 + f, d)`, one with those of all layers of a language model, then one for each pooled one
-    `(rows, d')`. The other features of a row are their space's first prototype, which always stays.
-    """
-    sources, targets, stays = {}, {}, {}
+    asked: set[str] = set()
+    remaps = _text_remaps(erasure)
+    experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else [None]
+    # A row for each expert, with the prototypes that it forgets behind one that stays.
+    text = {}
     for space, remap in remaps.items():
-        shift = remap.shift(expert).T
-        targets[space] = remap.prototypes.matrix[:, list(remap.forget)].T + shift
-        sources[space] = targets[space] - SPREAD * shift
-        stays[space] = remap.prototypes.matrix[:, 0]
-    sides = [sources, targets]
-    if before:
-        moved = []
-        for side in sides:
-            moved.append({space: remaps[space].apply(z, expert) for space, z in side.items()})
-        sides = [sources, *moved]
-    return [_rows(side, stays) for side in sides]
+        forgotten = remap.prototypes.matrix[:, list(remap.forget)].T
+        stays = remap.prototypes.matrix[:, 0]
+        rows = forgotten[:1] if space == "pooled" else torch.cat([stays[None], forgotten])[None]
+        text[space] = rows.repeat(len(experts), *[1] * (rows.ndim - 1))
+    modules = {name: site.module for name, site in erasure.sites.items()}
+    forced = experts_forced(erasure, torch.tensor(experts)) if erasure.hooks else nullcontext()
+    with _plain(denoiser), forced, _hooked(modules, ask):
+        for component, module in denoiser.parts.items():
+            with _features_heard(denoiser, component, text if erasure.hooks else {}) as heard:
+                denoiser.family.call(module, text)
+            for space, routed in heard.items():
+                for i, expert in enumerate(experts):
+                    name = f"expert {expert} of {space} in `{component}`"
+                    z = text[space][i].to(routed.dtype)
+                    measured.compare_routed(name, routed[i][: len(z)], z, remaps[space], expert)
+    return measured.require_edited(erasure.sites)
+
+
+@contextmanager
+def _features_heard(denoiser: Denoiser, component: str, text: Text) -> Iterator[Text]:
+    """
+    Inside the block, the mapping receives the features of each space as they are behind the routing hooks.
+
+    A norm in front of the edited layer outputs the given text, since no input of it would give a prototype.
+    """
+    heard: Text = {}
+    module = denoiser.parts[component]
+
+    def keep_arguments(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = {**dict(zip(arguments_of(module), args, strict=False)), **kwargs}
+        for space, place in denoiser.routed_places.items():
+            if space in text:
+                heard[space] = at_place(given, place)
+
+    def replace_output(space: str, norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        z = text[space]
+        samples = output.reshape(len(z), -1, output.shape[-1]).clone()  # may be joined and padded
+        samples[:, : z.shape[1]] = z.to(samples)
+        return samples.reshape(output.shape)
+
+    def keep_output(space: str, norm: nn.Module, args: tuple, output: Tensor) -> None:
+        z = text[space]
+        heard[space] = output.reshape(len(z), -1, output.shape[-1])[:, : z.shape[1]]
+
+    with unwound() as hooks:
+        if text and denoiser.family.norms:
+            for space, name in denoiser.family.norms.items():
+                norm = module.get_submodule(name)
+                first = norm.register_forward_hook(partial(replace_output, space), prepend=True)
+                hooks.callback(first.remove)
+                hooks.callback(norm.register_forward_hook(partial(keep_output, space)).remove)
+        elif text:
+            hooks.callback(module.register_forward_pre_hook(keep_arguments, with_kwargs=True).remove)
+        yield heard
 
 
 def _text_remaps(erasure: Erasure) -> dict[str, Remap]:
@@ -193,58 +253,18 @@ def _text_remaps(erasure: Erasure) -> dict[str, Remap]:
     return {space: remap for space, remap in erasure.remaps.items() if is_text(space)}
 
 
-def _rows(features: Text, stays: Text) -> Text:
-    own: Text = {}  # the rows in which a space has more than what stays
-    first: dict[str, int] = {}  # where they begin; all layers share one row
-    total = 0
-    for space, z in features.items():
-        own[space] = z if space == "pooled" else torch.cat([stays[space][None], z])[None]
-        if kind_of(space) not in first:
-            first[kind_of(space)] = total
-            total += len(own[space])
-    joined = {}
-    for space, rows in own.items():
-        start = first[kind_of(space)]
-        joined[space] = stays[space].repeat(total, *rows.shape[1:-1], 1)
-        joined[space][start : start + len(rows)] = rows
-    return joined
-
-
-@contextmanager
-def _fed_behind_norms(denoiser: Denoiser, text: Text) -> Iterator[None]:
-    """Inside the block, each norm outputs the given text, since no input of a norm would give a prototype."""
-    with unwound() as hooks:
-        for space, name in denoiser.family.norms.items():
-            hook = partial(_as_output, text[space])
-            norm = denoiser.module.get_submodule(name)
-            hooks.callback(norm.register_forward_hook(hook, prepend=True).remove)
-        yield
-
-
-def _as_output(z: Tensor, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """Features `(batch, tokens, d)` in place of a norm's output, which may be joined and padded."""
-    samples = output.reshape(len(z), -1, output.shape[-1]).clone()
-    samples[:, : z.shape[1]] = z.to(samples)
-    return samples.reshape(output.shape)
-
-
 @contextmanager
 def _plain(denoiser: Denoiser) -> Iterator[None]:
     """
-    Inside the block there is no dropout, no LoRA and no compilation (the proof's shapes must not make the
-    user's model recompile). Afterwards, everything is as before.
+    Inside the block there is no dropout and no compilation (the proof's shapes must not make the user's model
+    recompile). Afterwards, everything is as before.
     """
     training = [module for module in denoiser.module.modules() if module.training]
-    loras = [(layer, layer.disable_adapters) for layer in lora_branches(denoiser)]
 
     def undo() -> None:
-        for layer, disabled in loras:
-            layer._disable_adapters = disabled
         for module in training:
             module.training = True
 
     with afterwards(undo), running_eagerly():
         denoiser.module.eval()
-        for layer, _ in loras:
-            layer._disable_adapters = True  # `enable_adapters(False)` would change requires_grad
         yield

@@ -50,6 +50,11 @@ class Denoiser(NamedTuple):
         """Where each space of tokens is among the arguments of `forward`."""
         return self.family.places(next(iter(self.parts.values())))
 
+    @property
+    def routed_places(self) -> dict[str, Place]:
+        """Where each space that a routing hook changes is among the arguments of `forward`."""
+        return {**self.places, "pooled": self.family.pooled}
+
     def find(self) -> dict[str, Reader]:
         """Every layer that reads text. Raises `SiteNotFoundError` as its family does."""
         readers = {}
@@ -111,6 +116,11 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
     if not denoisers:
         raise SiteNotFoundError(_unsupported(pipe, modules))
     denoiser = together(denoisers, type(pipe).__name__)
+    if _is_offloaded_to_disk(denoiser.module):
+        raise SiteNotFoundError(
+            "The denoiser is group-offloaded to disk, where its weights can be neither read nor edited. Load "
+            "the pipeline without it, erase (or restore, or save), then enable offloading to disk."
+        )
     if denoiser.family.pooled and not text_of(pipe, denoiser).pooled:
         raise SiteNotFoundError(
             f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt "
@@ -242,11 +252,6 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
         raise SiteNotFoundError(
             f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse "
             "again."
-        )
-    if _is_offloaded_to_disk(denoiser.module):
-        raise SiteNotFoundError(
-            "The denoiser is group-offloaded to disk, where an edit would not reach it. "
-            "Erase first, then enable offloading to disk."
         )
     for name, reader in denoiser.find().items():
         if is_lora(reader.module) and reader.module.merged:

@@ -129,9 +129,9 @@ def test_the_proof_by_run_rolls_back(model, prototypes):
     assert more_hf.get_erasure(model) is None
     assert not model.classifier[1]._forward_pre_hooks
     handle.remove()
-    assert (
-        more_hf.get_erasure(more_hf.erase_classes(model, prototypes, "four")).proof["forget_vs_target"] < 1e-5
-    )
+    proof = more_hf.get_erasure(more_hf.erase_classes(model, prototypes, "four")).proof
+    assert proof["layer_error"] < 4 < proof["layer_changed"]
+    assert proof["expert_error"] < 4
 
 
 # Undoing and adding

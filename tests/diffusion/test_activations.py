@@ -391,8 +391,8 @@ def test_in_half_precision(original, dtype):
     erase(pipe, request_for())
     assert inner_sites(pipe)[LAYER].read().dtype is dtype
     proof = more_hf.get_erasure(pipe).proof
-    assert 0 < proof["denoiser_off"] < 0.08
-    assert proof["denoiser_changed"] > 0
+    assert 0 < proof["layer_error"] < 4
+    assert proof["layer_changed"] > 0
 
 
 @pytest.mark.slow
@@ -404,7 +404,7 @@ def test_other_families(family):
     erase(pipe, request_for(sampling=sampling))
     erasure = more_hf.get_erasure(pipe)
     assert inner_sites(pipe)
-    assert erasure.proof["denoiser_off"] < 1e-5
+    assert erasure.proof["layer_error"] < 4
     assert erasure.guarantees["denoiser_way_left"] < 1
     more_hf.restore(pipe)
     assert all(torch.equal(v, before[k]) for k, v in state(find_denoiser(pipe).module).items())

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from accelerate import cpu_offload
+from support.compare import assert_proved
 from support.families import (
     FAMILIES,
     FORGET,
@@ -180,9 +181,7 @@ def test_guarantees_and_proof_cover_every_space(erased_families, family):
     keys = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
     for prefix in ("", "pooled_") if family in POOLED_SITE else ("",):
         assert all(erasure.guarantees[prefix + key] < 1e-8 for key in keys)
-    assert erasure.proof["forget_vs_target"] < 1e-3
-    assert erasure.proof["target_changed"] < 1e-3
-    assert erasure.proof["forget_changed"] > 0.9
+    assert_proved(erasure)
     assert any("`clip_skip`" in leak for leak in erasure.facts.leaks) == (family in ("sdxl", "sd3"))
     assert any("upper from lower case" in leak for leak in erasure.facts.leaks) == (family in ("sd3", "flux"))
     assert not any("pooled" in leak for leak in erasure.facts.leaks)
@@ -211,7 +210,7 @@ def test_the_proof_sees_a_missed_layer_on_either_path(families, family, site, ro
     weight = layer.weight.detach().clone()
     layer.forward = lambda x: torch.nn.functional.linear(x, weight, layer.bias)
     before = weights(pipe)
-    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed .* rolled back"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
         erase(pipe, router=router)
     after = weights(pipe)
     assert all(torch.equal(after[name], before[name]) for name in before)

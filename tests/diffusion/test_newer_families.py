@@ -11,6 +11,7 @@ import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file
 from support.bare import FORGET, OTHER, POSITIONS, SITES, TARGET, draw, erase, read_by_layer, use_bare_names
+from support.compare import assert_proved
 from support.families import NEWER, build, copied, denoiser_of, weights
 from support.language_models import qwen_tokenizer
 
@@ -49,9 +50,7 @@ def test_edits_exactly_the_layers_that_read_text(originals, family):
     assert list(erasure.sites) == SITES[family]
     for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left"):
         assert erasure.guarantees[key] < 1e-8
-    assert erasure.proof["forget_vs_target"] < 1e-3
-    assert erasure.proof["target_changed"] < 1e-3
-    assert erasure.proof["forget_changed"] > 0.9
+    assert_proved(erasure)
 
 
 @pytest.mark.parametrize("family", NEWER)
@@ -134,7 +133,7 @@ def test_the_proof_sees_a_missed_layer(originals, family, router):
     weight = layer.weight.detach().clone()
     layer.forward = lambda x: torch.nn.functional.linear(x, weight, layer.bias)
     before = weights(pipe)
-    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed .* rolled back"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
         erase(pipe, router=router)
     assert all(torch.equal(value, before[name]) for name, value in weights(pipe).items())
     assert not any(module._forward_hooks for module in denoiser_of(pipe).modules())

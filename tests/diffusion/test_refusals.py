@@ -171,8 +171,8 @@ PREPARED = {
     quantized_tensor: [SITE, "PackedTensor", "Erase from the full-precision model"],
     float8_layer_casting: ["attn2.to_k", "float8_e4m3fn", "Erase from the full-precision model"],
     offloaded_to_disk: ["attn2.to_k", "offloaded to disk", "Load the model without an offload folder"],
-    group_offloaded_to_disk: ["denoiser", "group-offloaded to disk", "Erase first"],
-    group_offloaded_to_disk_by_block: ["denoiser", "group-offloaded to disk", "Erase first"],
+    group_offloaded_to_disk: ["denoiser", "group-offloaded to disk", "without it"],
+    group_offloaded_to_disk_by_block: ["denoiser", "group-offloaded to disk", "without it"],
     not_loaded: ["attn2.to_k", "meta", "not loaded", "Erase from"],
     custom_diffusion: ["attn2", "Custom Diffusion", "set_default_attn_processor()"],
     shared_weight: [SITE, "shared", "its own copy"],
@@ -302,34 +302,18 @@ def test_proof_by_run_rolls_back(tiny_sd, sabotage, router):
     pipe = tiny_sd()
     sabotage(pipe.unet)
     before = snapshot(pipe)
-    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed .* rolled back"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
         erase(pipe, router=router)
     assert changed(pipe, before) == []
     assert more_hf.get_erasure(pipe) is None
     assert not pipe.unet._forward_pre_hooks
 
 
-# One of this model's layers moves its output by a fifth, and an edit may be off by as much in bfloat16. So
-# the layer is made to matter more there.
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1), (torch.bfloat16, 2)])
-@pytest.mark.parametrize("sabotage", SABOTAGE[:2], ids=lambda sabotage: sabotage.__name__)
-def test_proof_by_run_sees_one_missed_layer_in_half_precision(tiny_sd, sabotage, dtype, scale):
-    pipe = tiny_sd().to(dtype)
-    pipe.unet.get_submodule(SITE).weight.data *= scale
-    more_hf.restore(erase(pipe))  # with every layer in place the proof passes
-    sabotage(pipe.unet)
-    before = snapshot(pipe)
-    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
-        erase(pipe)
-    assert changed(pipe, before) == []
-
-
 def test_proof_by_run_sees_text_that_bypasses_the_layers(tiny_sd):
     pipe = tiny_sd()
     features_that_bypass_sites(pipe.unet)
     before = snapshot(pipe)
-    with pytest.raises(more_hf.SiteNotFoundError, match="by other ways than the edited layers"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="by other ways than the 8 layers"):
         erase(pipe)
     assert changed(pipe, before) == []
 

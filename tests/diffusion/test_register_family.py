@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.compare import assert_proved
 from support.families import T5_LENGTH
 
 import more_hf
@@ -65,7 +66,7 @@ def test_registered_it_is_erased_saved_and_restored(cogview_3, tmp_path):
     pipe = more_hf.erase_concept(cogview_3, "van gogh", remap_to="claude monet")
     erasure = more_hf.get_erasure(pipe)
     assert list(erasure.sites) == [SITE]
-    assert erasure.proof["forget_vs_target"] < 1e-3
+    assert_proved(erasure)
     # the name's last token now gives what the target's gave; the original tells them apart
     P = erasure.remap.prototypes
     forget, target = (P[f"{name} · last"].float() for name in ("van gogh", "claude monet"))

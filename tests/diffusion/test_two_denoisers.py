@@ -10,7 +10,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
 from support.bare import FORGET, OTHER, TARGET, draw, erase, use_bare_names
-from support.compare import same, state
+from support.compare import assert_proved, same, state
 from support.families import build
 from support.records import list_files_again
 from support.sisters import FILM, PICTURE
@@ -80,8 +80,7 @@ def test_one_call_edits_both(original, pipe):
         expected = (W + W @ erasure.remap.shift() @ erasure.remap.D_F).float()
         assert torch.equal(after[part][f"{LAYER}.weight"], expected)
     assert list(erasure.remaps) == ["tokens"]
-    assert erasure.proof["forget_vs_target"] < 1e-3
-    assert erasure.proof["forget_changed"] > 0.9
+    assert_proved(erasure)
 
     assert left(original, original) == 1
     assert left(pipe, original) < 1e-3
@@ -110,7 +109,7 @@ def test_the_proof_sees_that_one_was_missed(pipe, part, router):
     layer, before = layer_of(pipe, part), states(pipe)
     weight = layer.weight.detach().clone()
     layer.forward = lambda x: linear(x, weight, layer.bias)
-    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed .* rolled back"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
         erase(pipe, router=router)
     assert all(same(getattr(pipe, name), before[name]) for name in PARTS)
     assert more_hf.get_erasure(pipe) is None

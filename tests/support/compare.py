@@ -33,5 +33,14 @@ def changed(model, before):
     return {name for name, value in tensors(model).items() if not torch.equal(value, before[name])}
 
 
+def assert_proved(erasure):
+    """Nothing else reads the prompt, and every layer computes with the edited weight, far from the old."""
+    proof = erasure.proof
+    assert proof["other_ways"] == proof["spread"] == 0.0
+    assert proof["layer_error"] < 4 < proof["layer_changed"]
+    assert ("expert_error" in proof) == bool(erasure.hooks)
+    assert proof.get("expert_error", 0.0) < 4
+
+
 def same(model, before):
     return tensors(model).keys() == before.keys() and not changed(model, before)

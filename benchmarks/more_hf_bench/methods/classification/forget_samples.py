@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from more_hf.classification.features import collect, plain_model
 from more_hf.classification.heads import evaluating, head_outputs
 from more_hf.core.errors import AlreadyErasedError, PrototypeError, SiteNotFoundError
-from more_hf.core.install import PROOF_TOLERANCE
 from more_hf.core.interrupts import unless_completed
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.registry import find_erasure
 from more_hf.core.site import Site, check_unshared
+
+
+# How much of the way from the forgotten means to the others may drown in the rounding of the head's weight.
+DROWNED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def forget_samples(
             site.write((original.to(weight.device).double() + change).to(weight.dtype))
             error = (_outputs(module, P_f.matrix, weight) - target).norm() / (source - target).norm()
             missed = float(error)
-            if not missed < PROOF_TOLERANCE[weight.dtype]:
+            if not missed < DROWNED[weight.dtype]:
                 raise SiteNotFoundError(
                     f"`{name}` does not treat the forgotten means as the others after the edit (off by "
                     f"{missed:.2g} of their difference): the change, {facts['weight_changed']:.1e} of the "
