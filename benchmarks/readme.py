@@ -2,7 +2,8 @@
 
 `<!-- table: FILE N -->` is followed by the N-th table of that Markdown file,
 `<!-- table: FILE N only A, B -->` by its rows A and B, in this order, and
-`<!-- table: FILE N columns x, y -->` by the columns x and y beside the first; both may stand, in this order.
+`<!-- table: FILE N columns x, y -->` by its first column and the columns x and y;
+both may be given, in this order.
 `<!-- table: families -->` is followed by the families of denoisers that the package knows.
 
     python benchmarks/readme.py
@@ -20,7 +21,7 @@ HEAD = """\
 |---|:-:|:-:|:-:|:-:|:-:|
 """
 CLASSIFIERS = "| image classifiers of transformers (timm models: not saved) | ✓ | ✓ | | | ✓ |\n"
-MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))? -->\n\n)((?:\|.*\n)*)")
+MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))? -->\n\n)((?:\|.*\n)*)\n?")
 
 
 def families_table() -> str:
@@ -37,7 +38,7 @@ def families_table() -> str:
 
 
 def filled(text: str) -> str:
-    """The text with every marked table as it stands in its file."""
+    """The text with every marked table as its file has it."""
 
     def table(match: re.Match) -> str:
         marker, file, number, names, columns, _ = match.groups()
@@ -52,7 +53,7 @@ def filled(text: str) -> str:
             heads = [cell.strip() for cell in cells[0]]
             kept = [0, *(heads.index(name) for name in columns.split(", "))]
             lines = ["|".join(["", *(row[i] for i in kept), ""]) for row in cells]
-        return marker + "\n".join(lines) + "\n"
+        return marker + "\n".join(lines) + "\n\n"
 
     text = FAMILIES_MARKER.sub(lambda match: match.group(1) + families_table(), text)
     return MARKER.sub(table, text)

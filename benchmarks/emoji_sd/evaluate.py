@@ -4,7 +4,7 @@ images.
     python evaluate.py --data DATA --model emoji_sd --output EVALUATION
 
 Writes rows.csv (one line an image), summary.csv (one line a group and artist), table.md, config.json,
-grid.png, held_out.png and real.png; words.csv and words.md say what is recognised when a misspelling or a
+grid.webp, held_out.webp and real.webp; words.csv and words.md say what is recognised when a misspelling or a
 description stands for the name, apart for those that training saw and those that were held out. Several
 values of --steps or --guidance are compared on --limit pairs in settings.csv, and nothing else is written.
 """
@@ -385,17 +385,17 @@ def main() -> None:
     if args.smoke:
         asked = [(a, t) for a in range(len(data.artists)) for t in range(2)]
     images = draw(pair_jobs(data, asked))
-    draw_grid(args.output / "grid.png", data, asked, images, groups)
+    draw_grid(args.output / "grid.webp", data, asked, images, groups)
     real = torch.stack(
         [data.pixels(torch.tensor([number[p]]))[0] if p in number else torch.ones(3, 64, 64) for p in asked]
     )
-    draw_grid(args.output / "real.png", data, asked, real, groups)
+    draw_grid(args.output / "real.webp", data, asked, real, groups)
     held = groups["held_out"]
     held = [[p for p in held if p[0] == a][:10] for a in range(len(data.artists))]
     flat = [p for row in held for p in row]
     if flat:
         images = draw(pair_jobs(data, flat))
-        draw_grid(args.output / "held_out.png", data, flat, images, groups)
+        draw_grid(args.output / "held_out.webp", data, flat, images, groups)
     print((args.output / "table.md").read_text())
 
 

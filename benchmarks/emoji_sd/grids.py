@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from more_hf_bench.figures import write_picture
+
 
 GRID_THINGS = (
     "rocket", "pizza", "cat face", "red heart", "sunflower", "guitar", "bicycle", "crab", "mushroom", "house",
@@ -31,4 +33,4 @@ def draw_grid(path: Path, data, pairs: list[tuple[int, int]], images: torch.Tens
             draw.text((LEFT + x * CELL + 2, top + 2), (mark + data.things[thing])[:12], fill="black")
             pixels = ((image.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
             canvas.paste(Image.fromarray(pixels), (LEFT + x * CELL + 2, top + TOP + 2))
-    canvas.save(path, optimize=True)
+    write_picture(path, canvas)

@@ -26,6 +26,7 @@ from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
 from more_hf.diffusion.prompts import TEMPLATES
 from more_hf_bench.columns import write_rows
+from more_hf_bench.figures import write_figure
 from more_hf_bench.machine import hardware, peak_memory
 from more_hf_bench.methods.diffusion.closed_form import (
     adversarial_embeddings,
@@ -245,7 +246,7 @@ def plot(lines: list[dict]) -> None:
         ax.set(xscale="log", yscale="log", xlabel="concepts erased together", title=title)
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(HERE / "geometry.png", dpi=110)
+    write_figure(HERE / "geometry.png", figure)
 
 
 def main() -> None:

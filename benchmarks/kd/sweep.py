@@ -30,6 +30,7 @@ from more_hf_bench.classes.measure import Shared
 from more_hf_bench.classes.run import run_kd
 from more_hf_bench.classes.tables import RELOADED
 from more_hf_bench.columns import write_rows
+from more_hf_bench.figures import write_figure
 from more_hf_bench.methods.classification.router_training import COMBINATIONS
 from more_hf_bench.splits import KDData, split_by_class
 
@@ -142,7 +143,7 @@ def main() -> None:
         lines += labelled
         own += [line for line in labelled if line["method"] == variant.method]
         write_rows(args.output / "sweep.csv", lines)
-    draw(args.factor, own).savefig(args.output / "sweep.png", dpi=110)
+    write_figure(args.output / "sweep.png", draw(args.factor, own))
     shown = [line for line in lines if not line["method"].endswith(RELOADED)]
     table = markdown_table(shown, [args.factor, "method", *COLUMNS])
     note = "Percent; saved and loaded again: in sweep.csv."

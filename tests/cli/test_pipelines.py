@@ -47,7 +47,7 @@ def test_demo(tmp_path, capsys, remap_to):
     assert "is recognised in" in out
     assert "Open " in out.splitlines()[-2]
     assert sorted(path.name for path in output.iterdir()) == [
-        "before_after.png",
+        "before_after.webp",
         "report.html",
         "rows.csv",
         "table.md",
@@ -65,7 +65,7 @@ def test_demo(tmp_path, capsys, remap_to):
         float(row["lpips"]) > 0 for row in rows[:2]
     )  # the edit changed the forgotten artist's pictures
     assert ("distance to Fluent" in (output / "table.md").read_text()) == (remap_to != "none")
-    Image.open(output / "before_after.png").verify()
+    Image.open(output / "before_after.webp").verify()
     assert (output / "report.html").read_text(encoding="utf-8").count("<figure") == 6
 
 
@@ -78,7 +78,7 @@ def test_demo_of_two_artists_fills_its_picture(tmp_path):
     assert "Twemoji" in text  # Fluent is no target where it is erased
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
         assert [row["artist"] for row in csv.DictReader(file)][:2] == ["Noto", "Fluent"]
-    picture = Image.open(tmp_path / "before_after.png")
+    picture = Image.open(tmp_path / "before_after.webp")
     assert picture.width < 500  # two columns of 128 pixels, or the title
 
 

@@ -135,7 +135,7 @@ def test_exported_folder_opens_in_plain_diffusers_and_is_measured(chain):
         lines = list(csv.DictReader(file))
     assert {"training", "held_out"} == {line["group"] for line in lines}
     assert all(0 <= float(line["artist_acc"]) <= 100 for line in lines)
-    assert (chain / "evaluation" / "grid.png").stat().st_size > 0
+    assert (chain / "evaluation" / "grid.webp").stat().st_size > 0
     with open(chain / "evaluation" / "words.csv") as file:
         words = list(csv.DictReader(file))
     of_all = {(line["level"], line["split"]): line["n"] for line in words if line["artist"] == "all"}

@@ -21,6 +21,7 @@ from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
 from more_hf.diffusion.grid import draw_grid, stack
 
 from ..columns import write_rows
+from ..figures import write_picture
 from ..page import Pair, Section, image_uri, write_page
 from .config import JOINT
 from .findings import Finding, spelt
@@ -181,7 +182,7 @@ def run_demo(
     output: Path,
 ) -> None:
     """
-    Run the demo: generate, erase, generate again, print a table, and write `before_after.png`, `rows.csv`,
+    Run the demo: generate, erase, generate again, print a table, and write `before_after.webp`, `rows.csv`,
     `table.md` and `report.html` into `output`, which is created if needed. The other arguments are those of
     [`Settings`].
     """
@@ -189,7 +190,7 @@ def run_demo(
     result = measure(settings)
     text = write_outputs(settings, result, output)
     print(f"\n{text}\n\n{result.erasure}\n")
-    print(f"Open {output / 'before_after.png'} and {output / 'report.html'}.")
+    print(f"Open {output / 'before_after.webp'} and {output / 'report.html'}.")
     print(f"The numbers are in {output / 'rows.csv'}.")
 
 
@@ -274,7 +275,8 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
     parts = [text, f"Made with {made_with}.", *details, "</details>"]
     write_text(output / "table.md", "\n\n".join(parts) + "\n")
     write_rows(output / "rows.csv", _csv_rows(settings, result))
-    _picture(settings, result, strips=2).save(output / "before_after.png")
+    picture = _picture(settings, result)
+    write_picture(output / "before_after.webp", picture)
 
     pairs = [
         Pair(to_pil(before), to_pil(after), row.prompt, lpips)
@@ -288,7 +290,7 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
         title=f"{spelt(settings.forgotten)} erased",
         finding=str(finding),
         sections=[
-            Section("Before and after", pictures={drawn: image_uri(_picture(settings, result, strips=1))}),
+            Section("Before and after", pictures={drawn: image_uri(picture)}),
             Section("Did it work?", explanation, table=table),
             Section(
                 "What was done, and the guarantees",
@@ -336,33 +338,20 @@ def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
     ]
 
 
-def _picture(settings: Settings, result: Result, *, strips: int) -> Image.Image:
-    """
-    Draw some strips per group: before above after, and below them the original's pictures of the target.
-    """
-    columns = min(COLUMNS, settings.limit)
+def _picture(settings: Settings, result: Result) -> Image.Image:
+    """Draw a strip per group: before above after, and below them the original's pictures of the target."""
     sheets = []
     for i, (group, name) in enumerate(GROUPS.items()):
         title = name.format(forgotten=spelt(settings.forgotten))
+        first = i * settings.limit
+        strip = slice(first, first + min(COLUMNS, settings.limit))
+        pictures = {"before": result.before[strip], "after": result.after[strip]}
         if group == "forget" and result.target is not None:
             title += f"; the target is {settings.targets[0]}"
-        first = i * settings.limit
+            pictures["target"] = result.target[strip]
         # The labels need not repeat that there is no artist, or the artist in the title.
         same_artist = group == "no artist" or group == "forget" and len(settings.concepts) == 1
-        for start in range(first, first + min(settings.limit, strips * columns), columns):
-            end = min(start + columns, first + settings.limit)
-            pictures = {"before": result.before[start:end], "after": result.after[start:end]}
-            if group == "forget" and result.target is not None:
-                pictures["target"] = result.target[start:end]
-            rows = result.rows[start:end]
-            # A short last strip is filled up, so that the columns of all strips are aligned.
-            blank = [None] * (columns - len(rows))
-            sheets.append(
-                draw_grid(
-                    {label: [*map(to_pil, images), *blank] for label, images in pictures.items()},
-                    column_labels=[row.thing if same_artist else f"{row.thing} {row.artist}" for row in rows],
-                    scale=2,
-                    title=title if start == first else "",
-                )
-            )
+        labels = [row.thing if same_artist else f"{row.thing} {row.artist}" for row in result.rows[strip]]
+        drawn = {label: [to_pil(image) for image in images] for label, images in pictures.items()}
+        sheets.append(draw_grid(drawn, column_labels=labels, scale=2, title=title))
     return stack(sheets)

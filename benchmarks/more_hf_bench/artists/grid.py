@@ -1,4 +1,4 @@
-"""The benchmark's `grid.png`, `methods.png` and `words.png`."""
+"""The benchmark's `grid.webp`, `methods.webp` and `words.webp`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from more_hf.core.files import replacing
 from more_hf.diffusion.grid import draw_grid, stack
 
+from ..figures import write_picture
 from .rows import ORIGINAL, Row
 
 
-# `grid.png`: pictures in a strip, and their side in pixels
+# `grid.webp`: pictures in a strip, and their side in pixels
 GRID_COLUMNS, GRID_SIDE = 10, 128
-# `methods.png`: pictures in a strip, their side in pixels, and the most pictures in all
+# `methods.webp`: pictures in a strip, their side in pixels, and the most pictures in all
 METHODS_COLUMNS, METHODS_SIDE, METHODS_MOST = 8, 160, 64
 
 
@@ -138,5 +138,4 @@ def _thumbnails(images: Path, names: Sequence[str | None], side: int) -> list[Im
 
 def _save(sheets: Sequence[Image.Image], path: Path) -> None:
     if sheets:
-        with replacing(path) as draft:
-            stack(sheets).save(draft, "png")
+        write_picture(path, stack(sheets))

@@ -154,9 +154,9 @@ def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> l
             finding=finding(summary, ranking, kind),
             tables=_page_tables(summary, ranking, kind),
         )
-        write_grid(output / "grid.png", images, rows)
-        write_methods(output / "methods.png", images, rows)
-        write_words(output / "words.png", images, rows)
+        write_grid(output / "grid.webp", images, rows)
+        write_methods(output / "methods.webp", images, rows)
+        write_words(output / "words.webp", images, rows)
     return summary
 
 

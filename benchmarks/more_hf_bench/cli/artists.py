@@ -211,7 +211,7 @@ def _bench_artists(args: argparse.Namespace) -> int:
         tuned_by_size=by_size,
     )
     if state.is_main_process:
-        pages = f"{args.output / 'report.html'} and {args.output / 'grid.png'}"
+        pages = f"{args.output / 'report.html'} and {args.output / 'grid.webp'}"
         print(short_markdown(summary, kind))
         print(f"\nOpen {pages}; the tables are in {args.output / 'table.md'}.")
     return 0

@@ -251,7 +251,7 @@ def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
     )
     first = next(row for row in read_rows(output / "rows.csv") if row.method == "shaken")
     assert first.prompt == "a cat in the style of Van Gogh"
-    sheet = Image.open(output / "methods.png").convert("RGB")
+    sheet = Image.open(output / "methods.webp").convert("RGB")
 
     def shown(column):
         x = 4 + column * 164
@@ -277,8 +277,8 @@ def test_many_methods_and_erasures_are_not_all_side_by_side(tmp_path, monkeypatc
 
     def height(most):
         monkeypatch.setattr(grid, "METHODS_MOST", most)
-        grid.write_methods(tmp_path / "methods.png", tmp_path, rows)
-        return Image.open(tmp_path / "methods.png").height
+        grid.write_methods(tmp_path / "methods.webp", tmp_path, rows)
+        return Image.open(tmp_path / "methods.webp").height
 
     assert height(9) == height(64) == pytest.approx(3 * height(1), abs=30)
     assert height(8) == pytest.approx(2 * height(1), abs=30)

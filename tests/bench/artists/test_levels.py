@@ -289,7 +289,7 @@ def test_a_run_by_level(tiny_sd, few, tmp_path):
     assert "**Asked in other words: what is left** of the forgotten artists" in table
     assert (output / "levels.png").stat().st_size > 10_000
     # a column for each level that asks for what is forgotten, before above both methods
-    with Image.open(output / "words.png") as words:
+    with Image.open(output / "words.webp") as words:
         assert words.width > 2 * 128
         assert 3 * 128 < words.height < 4 * 128
 

@@ -254,8 +254,8 @@ def test_the_outputs(tiny_sd, prompts, tmp_path):
         {"original": find_diffusion_method("original"), "more": more_hf.erase_concept, "gentle": gentle},
     )
     assert {path.name for path in output.iterdir()} == {
-        "config.json", "rows.csv", "summary.csv", "table.md", "report.html", "grid.png",
-        "methods.png", "images",
+        "config.json", "rows.csv", "summary.csv", "table.md", "report.html", "grid.webp",
+        "methods.webp", "images",
     }  # fmt: skip
     table = (output / "table.md").read_text(encoding="utf-8")
     assert "Van Gogh lpips_64_rece_f ↑" in table  # the field's resize, since these are not 64 pixels wide
@@ -265,7 +265,7 @@ def test_the_outputs(tiny_sd, prompts, tmp_path):
     assert f"**{summary[1]['lpips_64_rece_f']:.3f}** [" in more
     assert "**0.000** [0.000, 0.000]" in gentle  # the best of what stays
     assert "**" not in next(line for line in table.splitlines() if line.startswith("| original"))
-    for name in ("grid.png", "methods.png"):
+    for name in ("grid.webp", "methods.webp"):
         Image.open(output / name).verify()
 
     page = (output / "report.html").read_text(encoding="utf-8")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from more_hf.core.files import replacing
 from more_hf.diffusion.grid import draw_grid, stack
 
+from ...figures import write_picture
 from ..store import AttackConfig
 
 
@@ -32,8 +32,7 @@ def write_grids(output: Path) -> None:
             rows = {method: _pictures(found[form]) for method, found in drawn.items() if form in found}
             blocks.append(draw_grid(rows, title=form.replace("_", ": ", 1).replace("_", " ")))
         if blocks:
-            with replacing(output / f"{concept.lower().replace(' ', '-')}.png") as draft:
-                stack(blocks).quantize(256).save(draft, "png")  # an eighth of the bytes
+            write_picture(output / f"{concept.lower().replace(' ', '-')}.webp", stack(blocks))
 
 
 def _last_of_each(folder: Path) -> dict[str, Path]:

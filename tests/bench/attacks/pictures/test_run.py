@@ -68,8 +68,8 @@ def test_every_attack_on_an_artist_and_a_thing(run, tmp_path):
     assert {line["method"] for line in summary} == {"original", "more"}
     rows = read_cells(tmp_path / "rows.csv")
     assert {row["forget"] for row in rows} == {"van gogh", "cat"}
-    assert (tmp_path / "van-gogh.png").is_file()
-    assert (tmp_path / "cat.png").is_file()
+    assert (tmp_path / "van-gogh.webp").is_file()
+    assert (tmp_path / "cat.webp").is_file()
 
 
 def test_nothing_is_measured_twice(run, tmp_path, monkeypatch):
