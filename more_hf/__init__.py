@@ -20,7 +20,6 @@ _EXPORTS = {
     "Prototypes": "core.prototypes",
     "Remap": "core.remap",
     "SiteNotFoundError": "core.errors",
-    "TargetNotFoundError": "core.errors",  # the first name of SiteNotFoundError
     "collect_prototypes": "classification.features",
     "compare": "api",
     "disabled": "api",

@@ -102,10 +102,13 @@ def tiny_sd():
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, monkeypatch):
+    """A Hub in memory, which `push_to_hub` takes for the real one."""
     from support.hub import Hub
 
-    return Hub(tmp_path)
+    hub = Hub(tmp_path)
+    monkeypatch.setattr("more_hf.saving.push.HfApi", lambda **options: hub)
+    return hub
 
 
 @pytest.fixture(scope="session")

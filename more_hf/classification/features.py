@@ -286,7 +286,7 @@ def _every_sample_once(loader: Iterable[Any]) -> Iterator[tuple[Iterable[Any], b
     if not isinstance(shard, BatchSamplerShard):
         raise PrototypeError(
             "An iterable dataset cannot be sharded without counting samples twice. Use a dataset with a "
-            "length, or collect the prototypes of each part and join them with `Prototypes.merge`."
+            "length, or collect the prototypes in one process."
         )
     with unwound() as changes:
         changes.callback(setattr, shard, "even_batches", shard.even_batches)

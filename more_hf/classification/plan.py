@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import PrototypeError
-from ..core.experts import draw_experts
 from ..core.prototypes import Prototypes
-from ..core.remap import Remap
+from ..core.remap import Remap, draw_experts
 from ..core.request import REMAIN, ClassRequest, is_remain
 from .labels import read_classes
 from .names import find_class

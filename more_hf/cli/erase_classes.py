@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from more_hf.classification.names import find_class, unique_names
-from more_hf.core.options import EXACT_SOLVERS
+from more_hf.core.request import EXACT_SOLVERS
 
 from .options import (
     SEVERAL_PROCESSES,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from more_hf.core.options import ROUTERS, SOLVERS
+from more_hf.core.request import ROUTERS, SOLVERS
 from more_hf.data import EMOJI_ARTISTS
 
 

@@ -1,13 +1,12 @@
 """`more-hf push`: publish a saved model."""
 
 import argparse
-import csv
 from pathlib import Path
 
 from .options import add_command, refuse_missing_folder
 
 
-PASSED_ON = ("private", "revision", "commit_message", "include_delta", "card", "grid", "dry_run")
+PASSED_ON = ("private", "revision", "include_delta", "card", "grid", "dry_run")
 
 
 def add_to(commands) -> None:
@@ -34,7 +33,6 @@ def add_to(commands) -> None:
         help="if the repository is created (the account's setting)",
     )
     add("--revision", metavar="BRANCH", help="created if need be (main)")
-    add("--commit_message", metavar="TEXT", help="(names what was erased)")
     add(
         "--include_delta",
         action="store_true",
@@ -42,40 +40,18 @@ def add_to(commands) -> None:
     )
     add("--no_card", dest="card", action="store_false", help="leave the README.md as it is")
     add("--grid", metavar="FILE", type=Path, help="a picture of before and after, for the card")
-    add(
-        "--rows",
-        metavar="FILE",
-        type=Path,
-        help="a CSV file of results, such as a benchmark's summary.csv, for the card",
-    )
     add("--dry_run", metavar="DIR", type=Path, help="write there what would be pushed, and push nothing")
 
 
 def _push(args: argparse.Namespace) -> int:
     refuse_missing_folder(args.folder, "`push` reads what `more-hf erase` or `more_hf.save` wrote.")
-    rows = None if args.rows is None else _read_rows(args.rows)
 
     import more_hf
 
     options = {name: getattr(args, name) for name in PASSED_ON}
-    done = more_hf.push_to_hub(args.folder, args.repo_id, rows=rows, **options)
+    done = more_hf.push_to_hub(args.folder, args.repo_id, **options)
     if args.dry_run is None:
         print(f"Pushed to https://huggingface.co/{args.repo_id}")
     else:
         print(f"Nothing was pushed; look at {done}.")
     return 0
-
-
-def _read_rows(file: Path) -> list[dict[str, str | float]]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    if not rows:
-        raise ValueError(f"{file} has no rows.")
-    return [{column: _value(cell) for column, cell in row.items()} for row in rows]
-
-
-def _value(cell: str) -> str | float:
-    try:
-        return int(cell) if cell.isdecimal() else float(cell)
-    except ValueError:
-        return cell

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from more_hf.core.options import REACHES, TOKENS
+from more_hf.core.request import REACHES, TOKENS
 from more_hf.data import FOLDER
 
 from .checkpoint import Checkpoint, add_placement, find_device, load_pipeline, read_checkpoint

@@ -14,9 +14,6 @@ class SiteNotFoundError(MoreError, ValueError):
     """The model has no layer to edit, or stores it in a form that cannot be edited safely."""
 
 
-TargetNotFoundError = SiteNotFoundError  # its former name; elsewhere a target is a concept
-
-
 class PrototypeError(MoreError, ValueError):
     """No exact edit exists for the prototypes, or an argument is wrong."""
 

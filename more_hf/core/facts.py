@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 def kind_of(space: str) -> str:
@@ -44,8 +43,6 @@ class Facts:
             The space that each edited layer reads, for layers that do not read the prompt's tokens.
         base_revision (`str`, *optional*):
             The commit that the original was loaded from.
-        benchmark (`list`, *optional*):
-            Rows of a benchmark that were published with the model.
     """
 
     solver: str
@@ -57,7 +54,6 @@ class Facts:
     fingerprint: str
     spaces: dict[str, str]
     base_revision: str | None = None
-    benchmark: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,10 +40,8 @@ class Prototypes:
 
         >>> import torch
         >>> from more_hf.core.prototypes import Prototypes
-        >>> here = Prototypes(torch.eye(2, dtype=torch.float64), ("cat", "dog"), torch.tensor([1, 1]))
-        >>> there = Prototypes(torch.tensor([[4.0], [0.0]]).double(), ("cat",), torch.tensor([2]))
-        >>> here.merge(there)["cat"]
-        tensor([3., 0.], dtype=torch.float64)
+        >>> Prototypes(torch.eye(2, dtype=torch.float64), ("cat", "dog"), torch.tensor([1, 1]))["cat"]
+        tensor([1., 0.], dtype=torch.float64)
     """
 
     matrix: Tensor
@@ -95,26 +93,6 @@ class Prototypes:
             counts=self.counts[kept],
         )
 
-    def merge(self, other: Prototypes) -> Prototypes:
-        """
-        Combine the prototypes of two samples: the names of both, with means weighted by their counts.
-
-        Raises:
-            `PrototypeError`: the widths differ, or only one of the two has a second moment.
-        """
-        moments = [part.second_moment is not None for part in (self, other)]
-        if len(other.matrix) != len(self.matrix) or moments[0] != moments[1]:
-            raise PrototypeError(
-                f"These prototypes come from different features: widths {len(self.matrix)} and "
-                f"{len(other.matrix)}, second moment {moments[0]} and {moments[1]}. Collect both at the same "
-                "layer, both with a second moment or both without."
-            )
-        names = [*dict.fromkeys(self.names + other.names)]
-        fitter = PrototypeFitter(len(self.matrix), names, thin=True)
-        for part in (self, other):
-            fitter.add(part)
-        return fitter.prototypes
-
     def save(self, path: str | os.PathLike) -> None:
         """
         Write a safetensors file. It gives its reader a template of every class, including forgotten ones.
@@ -148,8 +126,8 @@ class Totals(NamedTuple):
 
 class PrototypeFitter:
     """
-    Collects the means of features, batch by batch, in float64. `update`, `update_moment` and `add` change it
-    in place.
+    Collects the means of features, batch by batch, in float64. `update` and `update_moment` change it in
+    place.
 
     The totals are additive: any batch size, order and sharding gives the same prototypes up to float64
     rounding.
@@ -231,17 +209,6 @@ class PrototypeFitter:
         features = times**0.5 * self._rows(features)
         few = self.thin and len(features) < features.shape[1]
         self._add_moment(features if few else features.T @ features, times * len(features))
-        return self
-
-    def add(self, prototypes: Prototypes) -> PrototypeFitter:
-        """Add the features of these prototypes, whose names must be among the fitter's."""
-        columns = [self.names.index(name) for name in prototypes.names]
-        self.totals.sums[columns] += (prototypes.matrix * prototypes.counts).T
-        self.totals.counts[columns] += prototypes.counts
-        if prototypes.second_moment is not None:
-            count = prototypes.moment_count
-            scale = count**0.5 if prototypes.moment.is_thin else count
-            self._add_moment(prototypes.second_moment * scale, count)
         return self
 
     @property

@@ -8,11 +8,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import index
-from typing import Any, ClassVar, Literal, Self, SupportsIndex
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, get_args
 
 from .errors import PrototypeError, shown
-from .options import EXACT_SOLVERS, REACHES, ROUTERS, SOLVERS, TOKENS
 
+
+Solver = Literal["pinv", "covariance", "soft"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+EXACT_SOLVERS: tuple[Solver, ...] = ("pinv", "covariance")
+
+RouterName = Literal["random", "hash", "prototype", "prototype_random"]
+ROUTERS: tuple[RouterName, ...] = get_args(RouterName)
+
+Tokens = Literal["positions", "last+end", "subject", "end", "subject+end", "last"]
+TOKENS: tuple[Tokens, ...] = get_args(Tokens)
+
+Reach = Literal["name", "denoiser"]
+REACHES: tuple[Reach, ...] = get_args(Reach)
 
 REMAIN: Literal["remain"] = "remain"
 

@@ -11,12 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..core.errors import PrototypeError
-from ..core.experts import draw_experts
 from ..core.facts import kind_of
-from ..core.options import EXACT_SOLVERS
 from ..core.prototypes import Prototypes
-from ..core.remap import Remap
-from ..core.request import ConceptRequest
+from ..core.remap import Remap, draw_experts
+from ..core.request import EXACT_SOLVERS, ConceptRequest
 from .activations import Activations, target_of
 from .encoder import Encoder, column, fit_prototypes, kinds_of
 from .ordinary import with_ordinary_moment

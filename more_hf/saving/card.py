@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
@@ -14,7 +12,7 @@ from markupsafe import Markup
 
 from ..classification.erasure import ClassErasure
 from ..core.facts import Facts
-from ..core.markdown import bare_table, markdown_table
+from ..core.markdown import bare_table
 from ..core.record import Record
 from ..diffusion.erasure import ConceptErasure
 
@@ -131,7 +129,6 @@ def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | N
         router=request.router,
         licence=_licence(data),
         report=_report(record),
-        results=_results(facts.benchmark) if facts.benchmark else None,
     )
 
 
@@ -157,17 +154,3 @@ def _report(record: Record) -> str:
     # The report needs only the number of layers, so the record's shapes can stand for them.
     erasure = kind(record.request, record.facts, record.sites, {}, None, record.guarantees, record.proof)
     return Markup(bare_table((escape(name), escape(finding)) for name, finding in erasure.rows()))
-
-
-def _results(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of results without the ends of intervals, which are in the record."""
-    columns = [column for column in rows[0] if not column.endswith(("_low", "_high"))]
-    return Markup(markdown_table([_cells(row, columns) for row in rows]))
-
-
-def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    cells = {}
-    for column in columns:
-        value = row.get(column)
-        cells[escape(column)] = value if isinstance(value, int | float | None) else escape(str(value))
-    return cells

@@ -7,10 +7,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi, ModelCard
@@ -20,7 +19,7 @@ from torch import nn
 from .. import __version__
 from ..core.errors import ExportError
 from ..core.files import write_json, write_text
-from ..core.record import RECORD, Record, check_type
+from ..core.record import RECORD, Record
 from ..data import FOLDER
 from .card import HUB_ID, make_card
 from .check import verify
@@ -41,13 +40,10 @@ def push_to_hub(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
-    commit_message: str | None = None,
     include_delta: bool = False,
     card: bool = True,
     grid: str | os.PathLike | None = None,
-    rows: Sequence[Mapping[str, Any]] | None = None,
     dry_run: str | os.PathLike | None = None,
-    api: HfApi | None = None,
 ) -> CommitInfo | Path:
     """
     Publish an erased pipeline or classifier with its record and a model card, in one commit. The model is not
@@ -71,8 +67,6 @@ def push_to_hub(
             The access token; by default the one from `hf auth login`.
         revision (`str`, *optional*):
             A branch, created if needed.
-        commit_message (`str`, *optional*):
-            By default, it names what was erased.
         include_delta (`bool`, *optional*, defaults to `False`):
             Also publish the thin factors, which `load` needs for a router and for a classifier's features.
             Whoever has them and the edited weights can compute the original weights, and so the concept.
@@ -80,12 +74,8 @@ def push_to_hub(
             Write the model card; `False` leaves a `README.md` as it is.
         grid (`str` or `os.PathLike`, *optional*):
             A picture of before and after, for the card.
-        rows (`Sequence[Mapping]`, *optional*):
-            Benchmark results, for the card and the record.
         dry_run (`str` or `os.PathLike`, *optional*):
             An empty or new folder. The commit's files are written there, and nothing is pushed.
-        api (`HfApi`, *optional*):
-            The client to use instead of one with `token`.
 
     Returns:
         `CommitInfo` or `Path`: the commit, or the folder of a dry run.
@@ -108,16 +98,16 @@ def push_to_hub(
     target = None if dry_run is None else Path(dry_run)
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} is not empty. Choose another folder for the dry run.")
-    api = api or HfApi(token=token, library_name="more_hf", library_version=__version__)
+    api = HfApi(token=token, library_name="more_hf", library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary:
         # 1. Collect the files, and check them against the record and the repository.
         folder = Path(temporary) / "model"
         record = _copy_checked(pipe_or_model, folder, include_delta)
         present, branch = ([], None) if target is not None else _present(api, repo_id, revision)
         _refuse_stale(repo_id, present, folder)
-        # 2. Take out the paths of this machine, and add the results, the picture and the card.
+        # 2. Take out the paths of this machine, and add the picture and the card.
         base_card = _base_card(record, api) if card else None
-        record = _public(record, rows, folder)
+        record = _public(record, folder)
         write_text(folder / RECORD, record.to_json())
         picture = None if grid is None else _copy_grid(Path(grid), folder)
         if card:
@@ -138,7 +128,7 @@ def push_to_hub(
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            commit_message=commit_message or f"Upload the model without {', '.join(record.request.concepts)}",
+            commit_message=f"Upload the model without {', '.join(record.request.concepts)}",
             revision=revision,
         )
 
@@ -274,10 +264,9 @@ def _base_card(record: Record, api: HfApi) -> ModelCard | None:
     return None
 
 
-def _public(record: Record, rows: Sequence[Mapping[str, Any]] | None, folder: Path) -> Record:
+def _public(record: Record, folder: Path) -> Record:
     """
-    The record of the files that go up, with the benchmark's results. Paths of this machine are taken out of
-    it and of the configurations.
+    The record of the files that go up. Paths of this machine are taken out of it and of the configurations.
     """
     files = [name for name in record.files if (folder / name).is_file()]  # the factors may stay here
     cleaned = hashes(folder, _clean_configs(folder))
@@ -285,14 +274,6 @@ def _public(record: Record, rows: Sequence[Mapping[str, Any]] | None, folder: Pa
     facts = record.facts
     if Path(facts.base).is_absolute() or Path(facts.base).is_dir():
         facts = replace(facts, base=Path(facts.base).name)
-    if rows:
-        try:
-            benchmark = [dict(row) for row in rows]
-            check_type("rows", benchmark, list[dict[str, Any]])
-            json.dumps(benchmark)
-        except (TypeError, ValueError) as error:
-            raise ExportError(f"`rows` must be a list of dictionaries for JSON: {error}.") from error
-        facts = replace(facts, benchmark=benchmark)
     return replace(record, facts=facts)
 
 

@@ -84,21 +84,6 @@ def test_same_features_in_other_batches_give_the_same_to_rounding(data):
     assert one.names == tuple("0123456789")
 
 
-def test_a_copy_of_the_data_merges_to_the_same(model, data, tmp_path):
-    images, labels = data.tensors
-    parts = [
-        more_hf.collect_prototypes(model, [(images[rows], labels[rows])])
-        for rows in (slice(0, 90), slice(90, 200))
-    ]
-    parts[0].save(tmp_path / "part.safetensors")
-    merged = more_hf.Prototypes.load(tmp_path / "part.safetensors").merge(parts[1])
-    whole = more_hf.collect_prototypes(model, [(images, labels)])
-
-    torch.testing.assert_close(merged.matrix, whole.matrix, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(merged.second_moment, whole.second_moment, rtol=1e-5, atol=1e-6)
-    assert torch.equal(merged.counts, whole.counts)
-
-
 def test_tuples_and_mappings(model, data):
     images, labels = data.tensors
     forms = [

@@ -12,7 +12,7 @@ import pytest
 from more_hf import __version__
 from more_hf.cli.main import main, parse
 from more_hf.cli.options import read_model, refuse_missing_model
-from more_hf.core import options
+from more_hf.core import request as options
 from more_hf.core.errors import MoreError
 from more_hf.core.routers import ROUTERS
 from more_hf.diffusion.encoder import TOKENS

@@ -128,15 +128,6 @@ def test_moment_and_means_are_separate():
     )
 
 
-def test_merge_changes_neither_part():
-    features, labels = data()
-    first, second = fit((features[:20], labels[:20])).prototypes, fit((features[20:], labels[20:])).prototypes
-    before = [part.matrix.clone() for part in (first, second)]
-
-    assert not torch.equal(first.merge(second).matrix, first.matrix)
-    assert all(torch.equal(part.matrix, matrix) for part, matrix in zip((first, second), before, strict=True))
-
-
 def test_prototypes_do_not_follow_the_fitter():
     features, labels = data()
     fitter = fit((features, labels))
@@ -184,43 +175,6 @@ def test_inputs_and_random_state_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert features.requires_grad
     assert not prototypes.matrix.requires_grad
-
-
-# Prototypes of parts
-
-
-def test_merge_is_the_fit_of_all(tmp_path):
-    features, labels = data(60)
-    parts = [fit((features[rows], labels[rows])).prototypes for rows in (slice(0, 11), slice(11, 60))]
-    merged, whole = parts[0].merge(parts[1]), fit((features, labels)).prototypes
-
-    torch.testing.assert_close(merged.matrix, whole.matrix, **ROUNDING)
-    torch.testing.assert_close(merged.second_moment, whole.second_moment, **ROUNDING)
-    assert torch.equal(merged.counts, whole.counts)
-    assert merged.moment_count == whole.moment_count == 60
-    unweighted = (parts[0].matrix + parts[1].matrix) / 2
-    assert (unweighted - whole.matrix).abs().max() > 1e-3
-
-
-def test_merge_of_other_names_has_both():
-    features, labels = data(30)
-    cats, rest = features[labels == 0], features[labels > 0]
-    one = PrototypeFitter(5, ["cat"]).update(cats, torch.zeros(len(cats), dtype=torch.int64)).prototypes
-    two = PrototypeFitter(5, ["fox", "dog"]).update(rest, 2 - labels[labels > 0]).prototypes
-    merged = one.merge(two)
-
-    assert merged.names == ("cat", "fox", "dog")
-    for i, name in enumerate(NAMES):
-        torch.testing.assert_close(merged[name], means(features, labels)[:, i], **ROUNDING)
-
-
-def test_merge_refuses_what_does_not_fit():
-    features, labels = data()
-    whole = fit((features, labels)).prototypes
-    with pytest.raises(PrototypeError, match="widths 5 and 4"):
-        whole.merge(PrototypeFitter(4, NAMES).update(features[:, :4], labels).prototypes)
-    with pytest.raises(PrototypeError, match="second moment True and False"):
-        whole.merge(PrototypeFitter(5, NAMES).update(features, labels).prototypes)
 
 
 @pytest.mark.parametrize("moment", [False, True])

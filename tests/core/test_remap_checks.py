@@ -9,9 +9,8 @@ from hypothesis import given
 from support.remaps import EXAMPLES, SOLVERS, close, make_prototypes, make_remap, randn, remaps, tolerance
 
 from more_hf.core.errors import PrototypeError
-from more_hf.core.experts import draw_experts
 from more_hf.core.prototypes import Prototypes
-from more_hf.core.remap import Remap
+from more_hf.core.remap import Remap, draw_experts
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # small matrices: threads only wait for each other

@@ -24,7 +24,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 def test_card_carries_licence_and_tags(saved, tmp_path, hub):
     grid = tmp_path / "grid.jpg"
     grid.write_bytes(b"a picture")
-    more_hf.push_to_hub(saved, "me/erased", grid=grid, api=hub)
+    more_hf.push_to_hub(saved, "me/erased", grid=grid)
     data = card_of(hub).data.to_dict()
     assert data == {
         "library_name": "diffusers",
@@ -51,7 +51,7 @@ def test_card_carries_licence_and_tags(saved, tmp_path, hub):
 
 
 def test_the_cards_three_lines_load_it(saved, tmp_path, hub, monkeypatch):
-    more_hf.push_to_hub(saved, "me/erased", api=hub)
+    more_hf.push_to_hub(saved, "me/erased")
     hub.to_folder("me/erased", tmp_path / "me" / "erased")
     monkeypatch.chdir(tmp_path)  # where the block would read the Hub, it reads this folder
     (block,) = re.findall(r"```python\n(.*?)```", card_of(hub).text, re.DOTALL)
@@ -63,16 +63,14 @@ def test_the_cards_three_lines_load_it(saved, tmp_path, hub, monkeypatch):
 
 
 def test_card_names_the_variant(tiny_sd, tmp_path, hub):
-    more_hf.push_to_hub(
-        more_hf.save(erase(tiny_sd()), tmp_path / "erased", variant="fp16"), "me/erased", api=hub
-    )
+    more_hf.push_to_hub(more_hf.save(erase(tiny_sd()), tmp_path / "erased", variant="fp16"), "me/erased")
     assert 'from_pretrained("me/erased", variant="fp16")' in card_of(hub).text
 
 
 def test_an_existing_card_is_kept_and_its_section_replaced(saved, hub):
     own = "---\nlicense: mit\ntags:\n- mine\nbase_model: me/base\n---\n\n# Mine\n\nWords above.\n"
     hub.repos["me/erased"] = {"main": {"README.md": own.encode()}}
-    more_hf.push_to_hub(saved, "me/erased", rows=[{"lpips_f": 0.25}], api=hub)
+    more_hf.push_to_hub(saved, "me/erased")
     first = card_of(hub)
     assert (first.data.license, first.data.base_model) == ("mit", "me/base")
     assert set(first.data.tags) == {
@@ -83,33 +81,32 @@ def test_an_existing_card_is_kept_and_its_section_replaced(saved, hub):
         "machine-unlearning",
     }
     assert "# Mine\n\nWords above." in first.text
-    assert "0.250" in first.text
 
     readme = hub.repos["me/erased"]["main"]["README.md"].decode() + "\nWords below.\n"
-    hub.repos["me/erased"]["main"]["README.md"] = readme.encode()
-    more_hf.push_to_hub(saved, "me/erased", rows=[{"lpips_f": 0.75}], api=hub)
+    hub.repos["me/erased"]["main"]["README.md"] = readme.replace("## How to load it", "## Old").encode()
+    more_hf.push_to_hub(saved, "me/erased")
     second = card_of(hub)
-    assert second.text == first.text.replace("0.250", "0.750") + "\nWords below.\n"
+    assert second.text == first.text + "\nWords below.\n"
     assert second.data.to_dict() == first.data.to_dict()
 
 
 def test_the_folders_card_comes_before_the_repositorys(saved, hub):
     hub.repos["me/erased"] = {"main": {"README.md": b"---\nlicense: mit\n---\n# On the Hub\n"}}
     (saved / "README.md").write_text("---\nlicense: mit\n---\n# In the folder\n")
-    more_hf.push_to_hub(saved, "me/erased", api=hub)
+    more_hf.push_to_hub(saved, "me/erased")
     assert "# In the folder" in card_of(hub).text
     assert "# On the Hub" not in card_of(hub).text
 
 
 def test_without_a_card_the_readme_stays(saved, hub):
     hub.repos["me/erased"] = {"main": {"README.md": b"mine"}}
-    more_hf.push_to_hub(saved, "me/erased", card=False, api=hub)
+    more_hf.push_to_hub(saved, "me/erased", card=False)
     assert hub.repos["me/erased"]["main"]["README.md"] == b"mine"
 
 
 def test_a_name_cannot_break_the_card(tiny_sd, hub):
     name = "van <!-- more_hf: end of the section --> *gogh* | [x](y)"
-    more_hf.push_to_hub(erase(tiny_sd(), name), "me/erased", api=hub)
+    more_hf.push_to_hub(erase(tiny_sd(), name), "me/erased")
     text = card_of(hub).text
     assert text.count("<!--") == 2
     assert r"\*gogh\*" in text
@@ -122,7 +119,7 @@ def test_a_licence_that_cannot_be_read_is_said(saved, hub, caplog, base):
     record["facts"]["base"] = base
     (saved / "more_hf.json").write_text(json.dumps(record))
     with caplog.at_level(logging.WARNING, logger="more_hf"):
-        more_hf.push_to_hub(saved, "me/erased", api=hub)
+        more_hf.push_to_hub(saved, "me/erased")
     assert "licence is not in this card" in caplog.text
     assert card_of(hub).data.license is None
     assert "licence" not in card_of(hub).text
@@ -151,7 +148,6 @@ def test_names_and_results_stay_plain_text(saved, hub, text):
     record["facts"]["solver_reason"] = record["facts"]["solver"] = record["more_hf"] = text
     record["facts"]["leaks"] = [text]
     record["guarantees"] = {text: 1.0}
-    record["facts"]["benchmark"] = [{text: text, "lpips_f": 0.25}]
     (saved / "more_hf.json").write_text(json.dumps(record), "utf-8")
     card = make_card(Record.read(saved), "me/erased")
 

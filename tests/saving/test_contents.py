@@ -48,7 +48,7 @@ def test_other_weights_neither_go_up_nor_pass_nor_stay(saved, hub, name):
     assert not verification
     assert name.split("/")[-1] in str(verification)
     with pytest.raises(more_hf.ExportError, match="no part of the saved model"):
-        more_hf.push_to_hub(saved, "me/erased", api=hub)
+        more_hf.push_to_hub(saved, "me/erased")
     assert hub.writes == []
 
 
@@ -80,7 +80,7 @@ def test_links_do_not_go_up(saved, tmp_path, hub, kind):
         kind == "file"
     )  # as in the Hub's cache, where every file is a link
     with pytest.raises(more_hf.ExportError, match="replace links"):
-        more_hf.push_to_hub(saved, "me/erased", api=hub)
+        more_hf.push_to_hub(saved, "me/erased")
     assert hub.writes == []
 
 
@@ -93,7 +93,7 @@ def test_only_what_save_wrote_and_what_the_card_names_goes_up(saved, hub, caplog
     (saved / ".git" / "index").write_bytes(b"git's")
     assert more_hf.verify(saved)
     with caplog.at_level(logging.WARNING, logger="more_hf"):
-        more_hf.push_to_hub(saved, "me/erased", api=hub)
+        more_hf.push_to_hub(saved, "me/erased")
     expected = {*json.loads((saved / "more_hf.json").read_text())["files"], "more_hf.json"}
     expected.remove("more_hf_delta.safetensors")
     assert set(hub.repos["me/erased"]["main"]) == expected | {"README.md", "images/cat.PNG"}
@@ -114,7 +114,7 @@ def test_files_of_a_newer_transformers(tiny_sd, tmp_path, hub, monkeypatch):
     monkeypatch.setattr(type(pipe.tokenizer), "save_pretrained", save_pretrained)
     folder = more_hf.save(pipe, tmp_path / "erased")
     assert more_hf.verify(folder)
-    more_hf.push_to_hub(folder, "me/erased", api=hub)
+    more_hf.push_to_hub(folder, "me/erased")
     pushed = hub.repos["me/erased"]["main"]
     assert {name: pushed[name].decode() for name in NEWER} == NEWER
     assert more_hf.verify(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
@@ -124,7 +124,7 @@ def test_files_of_a_newer_transformers(tiny_sd, tmp_path, hub, monkeypatch):
     assert not verification
     assert "tokenizer/foo_template.jinja" in verification.failures
     with pytest.raises(more_hf.ExportError, match="every file is the one that was saved: no"):
-        more_hf.push_to_hub(folder, "me/erased", api=hub)
+        more_hf.push_to_hub(folder, "me/erased")
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_repository_with_weights_under_any_name_is_refused(saved, hub):
     for name in LOADABLE:
         hub.repos["me/erased"] = {"main": {name: b"weights", "README.md": b"---\nlicense: mit\n---\n"}}
         with pytest.raises(more_hf.ExportError, match="delete_files"):
-            more_hf.push_to_hub(saved, "me/erased", api=hub)
+            more_hf.push_to_hub(saved, "me/erased")
     assert hub.writes == []
 
 

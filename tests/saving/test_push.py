@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 import more_hf
 from more_hf.cli.main import main
 from more_hf.diffusion.sites import find_denoiser
-from more_hf.saving import push as publish
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -40,7 +39,7 @@ DELTA = "more_hf_delta.safetensors"
 def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
     pipe = erase(tiny_sd(), {"van gogh": ["vincent"]})
     folder = more_hf.save(pipe, tmp_path / "erased", **options)
-    assert more_hf.push_to_hub(folder, "me/erased", private=True, api=hub) == "the commit"
+    assert more_hf.push_to_hub(folder, "me/erased", private=True) == "the commit"
 
     assert hub.writes == [("create_repo", True), ("upload_folder", "Upload the model without van gogh")]
     files = hub.repos["me/erased"]["main"]
@@ -58,9 +57,8 @@ def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
 def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
     pipe = erase(tiny_sd())
     before = state(pipe.unet)
-    more_hf.push_to_hub(more_hf.save(pipe, tmp_path / "erased"), "me/folder", api=hub)
-    more_hf.push_to_hub(pipe, "me/pipeline", api=hub, commit_message="Without a style")
-    assert hub.writes[-1] == ("upload_folder", "Without a style")
+    more_hf.push_to_hub(more_hf.save(pipe, tmp_path / "erased"), "me/folder")
+    more_hf.push_to_hub(pipe, "me/pipeline")
     folder, pushed = hub.repos["me/folder"]["main"], hub.repos["me/pipeline"]["main"]
     assert folder.pop("README.md").replace(b"me/folder", b"me/pipeline").replace(
         b"# folder", b"# pipeline"
@@ -69,18 +67,10 @@ def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
     assert same(pipe.unet, before)
 
 
-def test_record_has_base_revision_and_rows(saved, tmp_path, hub):
-    rows = [{"method": "more", "lpips_f": 0.31}, {"method": "uce", "lpips_f": 0.28}]
-    more_hf.push_to_hub(saved, "me/erased", rows=rows, api=hub)
+def test_record_has_the_base_and_its_revision(saved, hub):
+    more_hf.push_to_hub(saved, "me/erased")
     facts = json.loads(hub.repos["me/erased"]["main"]["more_hf.json"])["facts"]
-    assert (facts["base"], facts["base_revision"], facts["benchmark"]) == (BASE, REVISION, rows)
-    assert re.search(r"\| uce +\| +0\.280 \|", card_of(hub).text)
-    assert (
-        more_hf.get_erasure(
-            more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
-        ).facts.benchmark
-        == rows
-    )
+    assert (facts["base"], facts["base_revision"]) == (BASE, REVISION)
 
 
 def test_base_revision_outlives_a_second_save(saved, tmp_path):
@@ -101,7 +91,7 @@ def test_no_path_of_this_machine_goes_up(tiny_sd, tmp_path, hub):
         str(tmp_path) in (more_hf.save(pipe, tmp_path / "erased") / "more_hf.json").read_text()
     )  # as long as it stays here
 
-    more_hf.push_to_hub(pipe, "me/erased", api=hub)
+    more_hf.push_to_hub(pipe, "me/erased")
     assert not [
         name for name, content in hub.repos["me/erased"]["main"].items() if str(tmp_path).encode() in content
     ]
@@ -115,7 +105,7 @@ def test_a_branch(saved, hub):
     hub.repos["me/erased"] = {
         "main": {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "notes.txt": b"notes"}
     }
-    more_hf.push_to_hub(saved, "me/erased", revision="no-van-gogh", api=hub)
+    more_hf.push_to_hub(saved, "me/erased", revision="no-van-gogh")
     assert hub.writes[1] == ("create_branch", "no-van-gogh")
     assert set(hub.repos["me/erased"]["main"]) == {"README.md", "notes.txt"}
     assert WEIGHTS in hub.repos["me/erased"]["no-van-gogh"]
@@ -125,11 +115,11 @@ def test_a_branch(saved, hub):
 @pytest.mark.parametrize("source", ["folder", "pipeline"])
 def test_the_factors_stay_here_unless_asked_for(saved, tiny_sd, hub, source):
     model = saved if source == "folder" else erase(tiny_sd(), router="random")
-    more_hf.push_to_hub(model, "me/without", api=hub)
+    more_hf.push_to_hub(model, "me/without")
     assert DELTA not in hub.repos["me/without"]["main"]
     assert "`random` router, which picks one at run time, is not here" in card_of(hub, "me/without").text
 
-    more_hf.push_to_hub(model, "me/with", include_delta=True, api=hub)
+    more_hf.push_to_hub(model, "me/with", include_delta=True)
     assert DELTA in hub.repos["me/with"]["main"]
     assert "with both, the original can be computed" in card_of(hub, "me/with").text
     assert "is put back by `more_hf.load`" in card_of(hub, "me/with").text
@@ -140,9 +130,9 @@ def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
     (saved / ".cache" / "hidden.json").write_text("{}")
     grid = tmp_path / "grid.png"
     grid.write_bytes(b"a picture")
-    folder = more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "new" / "to_push", grid=grid, api=hub)
+    folder = more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "new" / "to_push", grid=grid)
     assert hub.writes == []
-    more_hf.push_to_hub(saved, "me/erased", grid=grid, api=hub)
+    more_hf.push_to_hub(saved, "me/erased", grid=grid)
     written = {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
@@ -150,9 +140,9 @@ def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
     assert written["before_after.png"] == b"a picture"
     assert not [name for name in written if "cache" in name]
     with pytest.raises(more_hf.ExportError, match="not empty"):
-        more_hf.push_to_hub(saved, "me/erased", dry_run=folder, api=hub)
+        more_hf.push_to_hub(saved, "me/erased", dry_run=folder)
     (tmp_path / "empty").mkdir()
-    assert more_hf.verify(more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "empty", api=hub)).ok
+    assert more_hf.verify(more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "empty")).ok
 
 
 # What is refused, with nothing pushed
@@ -164,7 +154,7 @@ def refused(hub, model, match, **kwargs):
         for repo_id, repo in hub.repos.items()
     }
     with pytest.raises(more_hf.ExportError, match=match):
-        more_hf.push_to_hub(model, "me/erased", api=hub, **kwargs)
+        more_hf.push_to_hub(model, "me/erased", **kwargs)
     assert hub.writes == []
     assert hub.repos == before
 
@@ -223,11 +213,11 @@ def test_a_repository_with_the_originals_weights(saved, hub, name, branch):
 def test_weights_under_the_same_names_are_replaced_and_history_told(saved, saved_once, hub, caplog):
     hub.repos["me/erased"] = {"main": {WEIGHTS: b"the original's"}}
     with caplog.at_level(logging.WARNING, logger="more_hf"):
-        more_hf.push_to_hub(saved, "me/erased", api=hub)
+        more_hf.push_to_hub(saved, "me/erased")
     assert "git history keeps old files" in caplog.text
     assert hub.repos["me/erased"]["main"][WEIGHTS] == (saved / WEIGHTS).read_bytes()
     caplog.clear()
-    more_hf.push_to_hub(saved, "me/erased", api=hub)  # what is replaced now was erased already
+    more_hf.push_to_hub(saved, "me/erased")  # what is replaced now was erased already
     assert "git history" not in caplog.text
 
 
@@ -267,31 +257,11 @@ def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
     assert changed == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
 
 
-def test_the_command(saved, tmp_path, hub, monkeypatch, capsys):
-    monkeypatch.setattr(publish, "HfApi", lambda **kwargs: hub)
-    (tmp_path / "summary.csv").write_text(
-        "method,n_f,lpips_f,lpips_f_low,lpips_f_high\nmore,100,0.312345,0.3,0.4\n"
-    )
-    flags = [
-        "--private",
-        "--revision",
-        "erased",
-        "--commit_message",
-        "Without",
-        "--rows",
-        str(tmp_path / "summary.csv"),
-    ]
-    assert main(["push", str(saved), "me/erased", *flags]) == 0
+def test_the_command(saved, tmp_path, hub, capsys):
+    assert main(["push", str(saved), "me/erased", "--private", "--revision", "erased"]) == 0
     assert "https://huggingface.co/me/erased" in capsys.readouterr().out
-    assert hub.writes == [("create_repo", True), ("create_branch", "erased"), ("upload_folder", "Without")]
-    assert re.search(
-        r"\| method +\| n_f \| lpips_f \|\n.*\n\| more +\| 100 \| +0\.312 \|",
-        card_of(hub, branch="erased").text,
-    )
-    record = json.loads(hub.repos["me/erased"]["erased"]["more_hf.json"])
-    assert record["facts"]["benchmark"] == [
-        {"method": "more", "n_f": 100, "lpips_f": 0.312345, "lpips_f_low": 0.3, "lpips_f_high": 0.4}
-    ]
+    assert hub.writes[:2] == [("create_repo", True), ("create_branch", "erased")]
+    assert "more_hf.json" in hub.repos["me/erased"]["erased"]
 
     assert (
         main(
@@ -311,9 +281,6 @@ def test_the_command(saved, tmp_path, hub, monkeypatch, capsys):
     assert (tmp_path / "dry" / DELTA).is_file()
     assert not (tmp_path / "dry" / "README.md").exists()
 
-    (tmp_path / "empty.csv").write_text("method,lpips_f\n")
-    assert main(["push", str(saved), "me/erased", "--rows", str(tmp_path / "empty.csv")]) == 2
-    assert "empty.csv has no rows" in capsys.readouterr().err
     (saved / "original.ckpt").write_bytes(b"weights")
     assert main(["push", str(saved), "me/erased"]) == 2
     assert "original.ckpt" in capsys.readouterr().err
@@ -336,7 +303,7 @@ def classifier(digits, digit_classifier):
 
 
 def test_a_classifier_goes_up(classifier, digits, tmp_path, hub, monkeypatch):
-    more_hf.push_to_hub(classifier, "me/digits", api=hub)
+    more_hf.push_to_hub(classifier, "me/digits")
     hub.to_folder("me/digits", tmp_path / "me" / "digits")
     assert more_hf.verify(tmp_path / "me" / "digits").ok
     card = card_of(hub, "me/digits")
@@ -371,7 +338,7 @@ def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_p
 def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
     shorten(monkeypatch)
     pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")
-    more_hf.push_to_hub(pipe, "me/erased", api=hub)
+    more_hf.push_to_hub(pipe, "me/erased")
     loaded = more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
     expected, original = (find_denoiser(each).module.state_dict() for each in (pipe, build(family)))
     found = find_denoiser(loaded).module.state_dict()

@@ -19,7 +19,7 @@ from more_hf.cli.options import (
     refuse_typo,
     refuse_unknown,
 )
-from more_hf.core.options import ROUTERS, TOKENS
+from more_hf.core.request import ROUTERS, TOKENS
 
 from ..artists.kinds import KINDS
 from ..methods.registry import DIFFUSION, diffusion_groups

@@ -15,7 +15,7 @@ from more_hf.cli.options import (
     refuse_missing_model,
     refuse_unknown,
 )
-from more_hf.core.options import EXACT_SOLVERS
+from more_hf.core.request import EXACT_SOLVERS
 
 from ..classes import DATASETS
 from ..methods.registry import CLASSIFICATION, classification_groups
