@@ -1,18 +1,53 @@
-"""The common start of all benchmarks: the configuration of a folder, and the settings of methods."""
+"""What all benchmarks have in common: a folder's configuration and cells, a run, the settings of methods."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, asdict, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from more_hf.core.files import write_json
 
 from .errors import BenchmarkError
+from .machine import processes
+
+
+Work = TypeVar("Work")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One result of a benchmark, which is measured once: it is done when its file exists.
+
+    Attributes:
+        method, forget, seed, model, attack:
+            What was measured; `model` and `attack` are empty where a benchmark has one model or no attack.
+        path (`Path`):
+            Its file, named by a hash of everything that determines the content.
+    """
+
+    method: str
+    forget: str
+    path: Path
+    seed: int = 0
+    model: str = ""
+    attack: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self.path.is_file()
+
+    def write(self, measured: Any) -> None:
+        """Write the file, atomically; from then on the cell is done."""
+        write_json(self.path, measured)
+
+    def read(self) -> Any:
+        return json.loads(self.path.read_text("utf-8"))
 
 
 class BenchmarkConfig:
@@ -32,6 +67,8 @@ class BenchmarkConfig:
             Method -> its settings.
         forget (`Mapping[str, Any]`):
             Everything that is forgotten in turn -> its definition.
+        seeds (`int`):
+            The number of runs of each method; the largest of all runs, unless it is `FIXED`.
         runs (`list[dict[str, Any]]`):
             The time, command and machine of each run, from [`~more_hf_bench.machine.this_run`].
     """
@@ -43,6 +80,7 @@ class BenchmarkConfig:
     benchmark: str
     methods: Mapping[str, Mapping[str, Any]]
     forget: Mapping[str, Any]
+    seeds: int
     runs: list[dict[str, Any]]
 
     @classmethod
@@ -98,12 +136,57 @@ class BenchmarkConfig:
                 "Choose another `--output`."
             )
         joined = {key: {**getattr(old, key), **getattr(self, key)} for key in self.JOINED}
-        return replace(old, **joined, runs=[*old.runs, *self.runs])
+        return replace(old, **joined, seeds=max(old.seeds, self.seeds), runs=[*old.runs, *self.runs])
 
     @property
     def commands(self) -> list[str]:
         """The commands of all runs, each once."""
         return list(dict.fromkeys(run["command"] for run in self.runs))
+
+
+class Run:
+    """
+    A benchmark's folder, and the processes that `accelerate launch` or `torchrun` started to work on it.
+
+    It can be killed at any point: the same call continues with what is missing.
+
+    Args:
+        config (`BenchmarkConfig`):
+            What this call runs. The attribute is this joined with what the folder holds.
+        output (`str` or `Path`):
+            The folder. It may already hold a part of the same benchmark.
+
+    Raises:
+        BenchmarkError: before anything is written, if the folder holds another benchmark.
+    """
+
+    def __init__(self, config: BenchmarkConfig, output: str | Path):
+        self.state = processes()
+        self.output = Path(output)
+        self.config = config.joined_with(self.output)
+        self.state.wait_for_everyone()  # no process writes before all have read
+        if self.state.is_main_process:
+            self.config.write(self.output)
+        self.state.wait_for_everyone()
+
+    def missing(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells to do, the same in every process: none writes while another is still looking."""
+        self.state.wait_for_everyone()
+        missing = [cell for cell in cells if not cell.is_done]
+        self.state.wait_for_everyone()
+        return missing
+
+    def share(self, work: Sequence[Work]) -> Sequence[Work]:
+        """This process's part of the work."""
+        # `split_between_processes` would give the last item to every process without one.
+        return work[self.state.process_index :: self.state.num_processes]
+
+    def finish(self, write_outputs: Callable[[Path, Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Write the tables when all processes are done; their summary, which only the first process has."""
+        self.state.wait_for_everyone()
+        summary = write_outputs(self.output, self.config) if self.state.is_main_process else []
+        self.state.wait_for_everyone()
+        return summary
 
 
 def read_config(folder: str | Path) -> dict[str, Any] | None:

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from more_hf.core.files import replacing, write_text
 
-from ..run import short_hash
+from ..run import Cell, short_hash
 from .config import ArtistsConfig
-from .grid import read_image, to_pil
+from .grid import to_pil
 from .prompts import PromptRow
 from .rows import ORIGINAL, SEPARATOR, Row
 
 
 SEED_STEP = 100_000  # between the seeds of a prompt's images
-PREPARED = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -47,65 +46,52 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The measurements of one picture: distances to the original's by name, and what the judges see."""
+class Picture(Cell):
+    """The picture of one case, a PNG file beside the cell's own."""
 
-    distances: Mapping[str, float]
-    style: str | None
-    content: int | None
-    seconds: float
+    case: Case = field(kw_only=True)
 
+    @property
+    def image(self) -> Path:
+        return self.path.with_suffix(".png")
 
-class Cell:
-    """
-    The folder of one method and erasure, named by a hash of everything that its pictures depend on.
-    """
-
-    def __init__(self, output: Path, config: ArtistsConfig, method: str, forget: str):
-        self.method, self.forget = method, forget
-        if method == ORIGINAL:
-            # The original's pictures do not depend on what is erased, so all erasures share them.
-            determining = [asdict(config.generation)]
-        else:
-            determining = config.determining(method, forget)
-        self.folder = output / "images" / short_hash(determining)
-
-    def picture(self, case_name: str) -> Path:
-        return self.folder / f"{case_name}.png"
-
-    def missing(self, cases: Iterable[Case]) -> list[Case]:
-        """The cases that have no measurements yet."""
-        return [case for case in cases if not (self.folder / f"{case.name}.json").is_file()]
-
-    def write(self, case: Case, image: Tensor, measured: Measured) -> None:
-        """Write a picture, then its measurements; from then on the case counts."""
-        with replacing(self.picture(case.name)) as draft:
+    def write(self, measured: Mapping[str, Any], image: Tensor) -> None:
+        """Write the picture, then its measurements."""
+        with replacing(self.image) as draft:
             to_pil(image).save(draft, "png")
-        facts = {
-            **asdict(case.row),
-            "evaluation_seed": case.seed,
-            "sample": case.sample,
-            **measured.distances,
-            "style": measured.style,
-            "content": measured.content,
-            "seconds": measured.seconds,
-        }
-        write_text(self.folder / f"{case.name}.json", json.dumps(facts))
+        case = self.case
+        facts = {**asdict(case.row), "evaluation_seed": case.seed, "sample": case.sample, **measured}
+        write_text(self.path, json.dumps(facts))
 
-    def read(self, cases: Iterable[Case]) -> Tensor:
-        """The pictures of cases, uint8 `(n, 3, H, W)`."""
-        return torch.stack([read_image(self.picture(case.name)) for case in cases])
 
-    def write_prepared(self, facts: Mapping[str, Any]) -> None:
-        """Write the cost of the erasure, unless it was written before."""
-        path = self.folder / PREPARED
-        if not path.is_file():
-            write_text(path, json.dumps(facts, indent=1))
+@dataclass(frozen=True)
+class Pictures:
+    """The folder of one method and erasure, named by a hash of everything that its pictures depend on."""
 
-    def prepared(self) -> dict[str, Any]:
-        """The cost of the erasure; empty if unknown."""
-        path = self.folder / PREPARED
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    output: Path
+    config: ArtistsConfig
+    method: str
+    forget: str
+
+    @cached_property
+    def folder(self) -> Path:
+        if self.method == ORIGINAL:
+            # The original's pictures do not depend on what is erased, so all erasures share them.
+            determining = [asdict(self.config.generation)]
+        else:
+            determining = self.config.determining(self.method, self.forget)
+        return self.output / "images" / short_hash(determining)
+
+    def of(self, cases: Iterable[Case]) -> list[Picture]:
+        """The cells of cases."""
+        return [
+            Picture(self.method, self.forget, self.folder / f"{case.name}.json", case=case) for case in cases
+        ]
+
+    @property
+    def cost(self) -> Cell:
+        """The cost of the erasure."""
+        return Cell(self.method, self.forget, self.folder / "cell.json")
 
     def measurements(self) -> dict[str, dict[str, Any]]:
         """The measurements by case name, in the order of case and sample."""
@@ -116,27 +102,28 @@ class Cell:
 
 def collect_rows(output: Path, config: ArtistsConfig) -> list[Row]:
     """Every completed row, one per image and method, from the JSON files."""
-    original = Cell(output, config, ORIGINAL, "")
+    original = Pictures(output, config, ORIGINAL, "")
     before = original.measurements()
     rows = []
     for method in config.methods:
         for forget in config.forget:
-            cell = Cell(output, config, method, forget)
+            cell = Pictures(output, config, method, forget)
             after = before if method == ORIGINAL else cell.measurements()
             rows += _rows_of(cell, config, original, before, after)
     return rows
 
 
 def _rows_of(
-    cell: Cell,
+    cell: Pictures,
     config: ArtistsConfig,
-    original: Cell,
+    original: Pictures,
     before: Mapping[str, Mapping[str, Any]],
     after: Mapping[str, Mapping[str, Any]],
 ) -> list[Row]:
     """The rows of one cell, from the measurements of the original's pictures and of its own, by case name."""
     erasure = config.forget[cell.forget]
-    arguments, prepared = config.arguments(cell.method, cell.forget), cell.prepared()
+    arguments = config.arguments(cell.method, cell.forget)
+    cost = cell.cost.read() if cell.cost.is_done else {}
     retain = SEPARATOR.join(arguments.retain)
     if erasure.names is not None:
         retain = f"{len(arguments.retain)} names"
@@ -168,8 +155,8 @@ def _rows_of(
                 content_before=before[name]["content"],
                 content_after=measured["content"],
                 seconds=measured["seconds"],
-                seconds_prepare=prepared.get("seconds_prepare"),
-                peak_memory=prepared.get("peak_memory"),
+                seconds_prepare=cost.get("seconds_prepare"),
+                peak_memory=cost.get("peak_memory"),
                 before=f"{original.folder.name}/{name}.png",
                 after=f"{cell.folder.name}/{name}.png",
                 level=measured.get("level", ""),  # missing in older cells

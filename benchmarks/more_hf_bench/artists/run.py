@@ -10,13 +10,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from accelerate import PartialState
 from accelerate.utils import tqdm
 from diffusers import DiffusionPipeline
 
@@ -28,11 +27,12 @@ from more_hf.diffusion.sites import find_denoiser
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run, weights_sha256
 from ..methods.registry import find_diffusion_method
-from ..run import held_settings, method_settings, refuse_unused_settings
+from ..run import Run, held_settings, method_settings, refuse_unused_settings
 from . import lpips
-from .cells import Case, Cell, Measured, collect_rows
+from .cells import Case, Picture, Pictures, collect_rows
 from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
 from .generate import generate, takes_pictures
+from .grid import read_image
 from .judges import Judges
 from .prompts import IMAGE, Prompts, read_prompts, spread
 from .reading import cut_off, known
@@ -185,71 +185,59 @@ def run_artists(
     )
     for name, entry in itertools.product(functions, sets):
         config.arguments(name, entry)  # raises if the method needs targets and there are none
-    config = config.joined_with(output)
-    state.wait_for_everyone()  # all processes read before one writes
-    if state.is_main_process:
-        config.write(output)
-    state.wait_for_everyone()
+    run = _Artists(config, output, pipe, judges, batch_size)
 
     # 4. Draw the original's pictures, then each method's of each erasure, as far as they are missing.
-    run = _Run(pipe, config, output, judges, batch_size, state)
     cases_of = {entry: _cases(prompts, seeds, erasures[entry], sets[entry]) for entry in sets}
     before = dict.fromkeys(case for cases in cases_of.values() for case in cases)
-    run.draw(pipe, run.original, list(before), desc="before")
+    run.draw(pipe, run.original.of(before), desc="before")
     for entry, cases in cases_of.items():
         for name, function in functions.items():
-            cell = Cell(output, config, name, entry)
-            if name != ORIGINAL and run.missing(cell, cases):
-                run.draw(run.prepared(function, cell), cell, cases, desc=f"{name} without {entry}")
-    state.wait_for_everyone()
-    summary = write_outputs(output, config, collect_rows(output, config)) if state.is_main_process else []
-    state.wait_for_everyone()
-    return summary
+            pictures = Pictures(output, run.config, name, entry)
+            missing = run.missing(pictures.of(cases))
+            if name != ORIGINAL and missing:
+                run.draw(run.erased(function, pictures), missing, desc=f"{name} without {entry}")
+    return run.finish(lambda output, config: write_outputs(output, config, collect_rows(output, config)))
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Everything that the cells of a run have in common."""
+class _Artists(Run):
+    """A run, with everything that its pictures have in common: the original pipeline and the judges."""
 
-    pipe: DiffusionPipeline
-    config: ArtistsConfig
-    output: Path
-    judges: Judges | None
-    batch_size: int
-    state: PartialState
+    def __init__(
+        self,
+        config: ArtistsConfig,
+        output: Path,
+        pipe: DiffusionPipeline,
+        judges: Judges | None,
+        batch_size: int,
+    ):
+        super().__init__(config, output)
+        self.pipe = pipe
+        self.judges = judges
+        self.batch_size = batch_size
+        self.original = Pictures(output, self.config, ORIGINAL, "")
 
-    @property
-    def original(self) -> Cell:
-        """The cell of the pictures before."""
-        return Cell(self.output, self.config, ORIGINAL, "")
-
-    def missing(self, cell: Cell, cases: Sequence[Case]) -> list[Case]:
-        """The missing cases, the same in every process: none writes while another is still looking."""
-        self.state.wait_for_everyone()
-        missing = cell.missing(cases)
-        self.state.wait_for_everyone()
-        return missing
-
-    def prepared(self, function: Method, cell: Cell) -> DiffusionPipeline:
+    def erased(self, function: Method, pictures: Pictures) -> DiffusionPipeline:
         """Let the method edit a pipeline with a denoiser of its own, and write down the cost."""
         edited, denoiser = copy.copy(self.pipe), find_denoiser(self.pipe)
         edited.register_modules(**copy.deepcopy(denoiser.parts))
-        arguments = self.config.arguments(cell.method, cell.forget)
-        settings = self.config.settings(cell.method, cell.forget)
-        forgotten = self.config.forget[cell.forget].forgotten(cell.forget)
+        method, forget = pictures.method, pictures.forget
+        arguments = asdict(self.config.arguments(method, forget))
+        settings = self.config.settings(method, forget)
+        forgotten = self.config.forget[forget].forgotten(forget)
         with peak_memory(self.state.device) as peak:
             start = time.perf_counter()
-            edited = function(edited, forgotten, **asdict(arguments), **settings)
+            edited = function(edited, forgotten, **arguments, **settings)
             if self.state.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
         edited.set_progress_bar_config(disable=True)
-        if self.state.is_main_process:
-            cell.write_prepared(
+        if self.state.is_main_process and not pictures.cost.is_done:
+            pictures.cost.write(
                 {
-                    "method": cell.method,
-                    "forget": cell.forget,
-                    **asdict(arguments),
+                    "method": method,
+                    "forget": forget,
+                    **arguments,
                     "settings": settings,
                     "seconds_prepare": round(seconds, 4),
                     "peak_memory": None if peak.mebibytes is None else round(peak.mebibytes, 1),
@@ -257,43 +245,46 @@ class _Run:
             )
         return edited
 
-    def draw(self, pipe: DiffusionPipeline, cell: Cell, cases: Sequence[Case], *, desc: str) -> None:
+    def draw(self, pipe: DiffusionPipeline, pictures: Sequence[Picture], *, desc: str) -> None:
         """
-        Generate and measure this process's share of the missing cases, and write each batch when it is done.
+        Generate and measure this process's share of the missing pictures; each batch is written when done.
         """
-        # `split_between_processes` would give the last case to every process without one.
-        share = self.missing(cell, cases)[self.state.process_index :: self.state.num_processes]
+        share = self.share(self.missing(pictures))
         bar = tqdm(total=len(share), desc=desc, unit="image", disable=not share)
         for start in range(0, len(share), self.batch_size):
             # another run may have drawn some meanwhile
-            batch = cell.missing(share[start : start + self.batch_size])
+            batch = [picture for picture in share[start : start + self.batch_size] if not picture.is_done]
             if batch:
-                self._draw_batch(pipe, cell, batch)
+                self._draw_batch(pipe, batch)
                 bar.update(len(batch))
         bar.close()
         self.state.wait_for_everyone()
 
-    def _draw_batch(self, pipe: DiffusionPipeline, cell: Cell, batch: Sequence[Case]) -> None:
-        rows = [case.row for case in batch]
+    def _draw_batch(self, pipe: DiffusionPipeline, batch: Sequence[Picture]) -> None:
+        cases = [picture.case for picture in batch]
+        rows = [case.row for case in cases]
         start = time.perf_counter()
         images = generate(
             pipe,
             [row.prompt for row in rows],
-            [case.seed for case in batch],
+            [case.seed for case in cases],
             steps=self.config.generation.steps,
             guidance=self.config.generation.guidance,
             batch_size=self.batch_size,
             pictures=[row.image for row in rows],
         )
-        seconds = (time.perf_counter() - start) / len(batch)
+        seconds = round((time.perf_counter() - start) / len(batch), 4)
         style, content = [None] * len(batch), [None] * len(batch)
         if self.judges is not None:
             style, content = self.judges.judge(images, rows)
-        before = images if cell.method == ORIGINAL else self.original.read(batch)
+        before = images
+        if batch[0].method != ORIGINAL:
+            before = torch.stack([read_image(picture.image) for picture in self.original.of(cases)])
         distances = lpips.all_distances(before, images, self.state.device)
-        for i, case in enumerate(batch):
-            rounded = {name: round(values[i].item(), 6) for name, values in distances.items()}
-            cell.write(case, images[i], Measured(rounded, style[i], content[i], round(seconds, 4)))
+        for i, picture in enumerate(batch):
+            measured = {name: round(values[i].item(), 6) for name, values in distances.items()}
+            measured |= {"style": style[i], "content": content[i], "seconds": seconds}
+            picture.write(measured, images[i])
 
 
 def _functions(methods: str | Sequence[str] | Mapping[str, Method]) -> dict[str, Method]:

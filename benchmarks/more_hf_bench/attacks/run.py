@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import tqdm
 
+from ..columns import rounded
 from ..errors import BenchmarkError
-from ..machine import processes
+from ..run import Cell, Run
 from .registry import ATTACKS, Kind, attacks_of
-from .store import AttackConfig, Case
+from .store import AttackConfig
 from .tables import write_outputs
 
 
@@ -38,17 +40,17 @@ def attack_settings(
 
 
 def run_attacks(
-    config: AttackConfig, build: Callable[[Case], Any], *, output: str | Path
+    config: AttackConfig, build: Callable[[Cell], Any], *, output: str | Path
 ) -> list[dict[str, Any]]:
     """Run what is missing of a folder of attacks, and write its tables and its picture.
 
-    Under `accelerate launch` the cases are split over the processes. A killed run continues with the same
+    Under `accelerate launch` the victims are split over the processes. A killed run continues with the same
     call: nothing is measured twice.
 
     Args:
         config (`AttackConfig`): what to run; it is joined with what `output` holds.
-        build (`Callable`): makes the victim of a case, which is what the attacks take. It is called once for
-            each case that has an attack left.
+        build (`Callable`): makes the victim of a cell, which is what the attacks take. It is called once for
+            all cells of one victim that are left.
         output (`str` or `Path`): the folder for cells, rows, tables and the picture.
 
     Returns:
@@ -57,23 +59,24 @@ def run_attacks(
     Raises:
         `BenchmarkError`: before anything is run, if `output` holds another benchmark.
     """
-    state, output = processes(), Path(output)
-    joined = config.joined_with(output)
-    state.wait_for_everyone()  # no process writes before all have read
-    if state.is_main_process:
-        joined.write(output)
+    run = Run(config, output)
     # Only what this call names is run, though the folder may have more that is unfinished.
-    named = {cell.path for cell in config.cells(output)}
-    missing = [cell for cell in joined.cells(output) if cell.path in named and not cell.is_done]
-    groups = [(case, list(cells)) for case, cells in groupby(missing, lambda cell: cell.case)]
-    mine = groups[state.process_index :: state.num_processes]
-    bar = tqdm(total=sum(len(cells) for _, cells in mine), unit="attack", main_process_only=False)
-    for case, cells in mine:
-        victim = build(case)
+    named = {cell.path for cell in config.cells(run.output)}
+    missing = run.missing([cell for cell in run.config.cells(run.output) if cell.path in named])
+    groups = [list(cells) for _, cells in groupby(missing, victim_of)]
+    mine = run.share(groups)
+    bar = tqdm(total=sum(map(len, mine)), unit="attack", main_process_only=False)
+    for cells in mine:
+        victim = build(cells[0])
         for cell in cells:
-            bar.set_postfix_str(f"{cell.attack}: {case.model}, {case.method} without {case.forget}")
-            cell.write(ATTACKS[cell.attack].run(victim, **joined.attacks[cell.attack]))
+            bar.set_postfix_str(f"{cell.attack}: {cell.model}, {cell.method} without {cell.forget}")
+            found = ATTACKS[cell.attack].run(victim, **run.config.attacks[cell.attack])
+            cell.write([rounded(asdict(result)) for result in found])
             bar.update()
     bar.close()
-    state.wait_for_everyone()
-    return write_outputs(output, joined) if state.is_main_process else []
+    return run.finish(write_outputs)
+
+
+def victim_of(cell: Cell) -> tuple[str, str, str, int]:
+    """What names one erased model: which model, by which method, without what, in which run."""
+    return cell.model, cell.method, cell.forget, cell.seed

@@ -1,18 +1,13 @@
-"""The folder of a benchmark of attacks: its configuration, and one file for each finished cell."""
+"""The configuration of a benchmark of attacks, and its cells."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from more_hf.core.files import write_json
-
-from ..columns import rounded
-from ..run import BenchmarkConfig, short_hash
-from .result import Result
+from ..run import BenchmarkConfig, Cell, short_hash
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,6 @@ class AttackConfig(BenchmarkConfig):
     seeds: int
     runs: list[dict[str, Any]]
 
-    def joined_with(self, folder: str | Path) -> Self:
-        joined = super().joined_with(folder)
-        return replace(joined, seeds=max(joined.seeds, self.seeds))
-
     def cells(self, output: Path) -> list[Cell]:
         """All cells, done or not; those of one victim follow each other."""
         facts, cells = self.to_dict(), []
@@ -53,40 +44,9 @@ class AttackConfig(BenchmarkConfig):
             for seed in range(self.seeds):
                 for forget, classes in facts["forget"].items():
                     for method, settings in facts["methods"].items():
-                        case = Case(model, method, forget, seed)
                         for attack, budget in facts["attacks"].items():
                             fixed = [facts["evaluation"], definition, classes, method, settings, seed]
                             name = short_hash([*fixed, attack, budget])
-                            cells.append(Cell(case, attack, output / "cells" / f"{name}.json"))
+                            path = output / "cells" / f"{name}.json"
+                            cells.append(Cell(method, forget, path, seed, model, attack))
         return cells
-
-
-@dataclass(frozen=True)
-class Case:
-    """The names of one erased model, a victim: which model, by which method, without what, in which run."""
-
-    model: str
-    method: str
-    forget: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One attack in one case. It is done when its file exists."""
-
-    case: Case
-    attack: str
-    path: Path
-
-    @property
-    def is_done(self) -> bool:
-        return self.path.is_file()
-
-    def write(self, found: list[Result]) -> None:
-        write_json(self.path, [rounded(asdict(result)) for result in found])
-
-    def read(self) -> list[dict[str, Any]]:
-        """The rows of its results."""
-        found = json.loads(self.path.read_text("utf-8"))
-        return [{"attack": self.attack, **asdict(self.case), **result} for result in found]

@@ -82,7 +82,11 @@ def write_outputs(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
     Raises:
         `BenchmarkError`: if no cell is done.
     """
-    rows = [row for cell in config.cells(output) if cell.is_done for row in cell.read()]
+    rows = []
+    for cell in config.cells(output):
+        if cell.is_done:
+            key = {column.name: getattr(cell, column.name) for column in KEYS}
+            rows += [{**key, **result} for result in cell.read()]
     if not rows:
         raise BenchmarkError(
             f"{output} has no completed cell yet. Run the same `bench attacks` command again."

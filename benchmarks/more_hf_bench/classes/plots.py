@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..figures import panels, write_figure
+from ..run import Cell
 from .similarity import prototype_cosines
-from .store import ClassesConfig, KDCell
+from .store import ClassesConfig
 
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ PANEL = {"width": 3.6, "height": 3.4}
 
 
 def write_plots(
-    folder: Path, config: ClassesConfig, cells: Sequence[KDCell], summary: Sequence[Mapping[str, Any]]
+    folder: Path, config: ClassesConfig, cells: Sequence[Cell], summary: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write `tsne.png` and `cosines.png` of the first entry of `forget`, with seed 0, and `cost.png`."""
     first = next(iter(config.forget))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import tqdm
 from torch import nn
 
@@ -27,7 +26,7 @@ from ..columns import rounded
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run
 from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
-from ..run import held_settings, method_settings, refuse_unused_settings
+from ..run import Cell, Run, held_settings, method_settings, refuse_unused_settings
 from ..splits import KDData, Splits, some_of_each, split_by_class
 from .data import load_kd_data
 from .features import (
@@ -43,7 +42,7 @@ from .information import Features, block_features, information
 from .measure import LABELLED, PARTS, Informed, Places, Shared, head_information, measure
 from .models import MODELS, pretrained_inputs
 from .similarity import class_means
-from .store import ClassesConfig, KDCell, KDConfig, Training
+from .store import ClassesConfig, Training
 from .tables import INVERTED, RELOADED, write_outputs
 from .training import Recipe, Trainer
 
@@ -112,7 +111,7 @@ def run_kd(
         `output` holds
             another benchmark.
     """
-    state, output = processes(), Path(output)
+    output = Path(output)
     if seeds < 1 or probe_seeds < 1:
         raise BenchmarkError(f"Needs at least one seed and one probe seed, got {seeds} and {probe_seeds}.")
     functions = {name: find_classification_method(name, forgets="classes") for name in methods}
@@ -132,26 +131,23 @@ def run_kd(
         seeds=seeds,
         methods=settings_of(functions, settings or {}, tuned or {}, held_settings(output)),
         forget={entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
-        runs=[this_run(state)],
+        runs=[this_run(processes())],
     )
-    config = join_folder(config, output, state)
+    run = Run(config, output)
     shared = Shared() if shared is None else shared
 
-    cells = [cell for cell in config.cells(output) if cell.method in functions and cell.forget in classes]
-    missing = [cell for cell in cells if not cell.is_done]
+    cells = [cell for cell in run.config.cells(output) if cell.method in functions and cell.forget in classes]
+    missing = run.missing(cells)
     for seed in sorted({cell.seed for cell in missing}):
         of_seed = [cell for cell in missing if cell.seed == seed]
         original = trainer.original(seed)
         if "retrain" in functions:
             for entry in dict.fromkeys(cell.forget for cell in of_seed):
                 trainer.retrained(split_by_class(data, classes[entry]).r, entry, seed)
-        mine = of_seed[state.process_index :: state.num_processes]
+        mine = run.share(of_seed)
         if mine:
-            _Seed(trainer, seed, original, config, functions, classes, shared, state.device).run(mine)
-    state.wait_for_everyone()
-    summary = write_outputs(output, config) if state.is_main_process else []
-    state.wait_for_everyone()
-    return summary
+            _Seed(trainer, seed, original, run.config, functions, classes, shared, run.state.device).run(mine)
+    return run.finish(write_outputs)
 
 
 def load_data(dataset: str, path: str | Path | None, model: str) -> KDData:
@@ -203,22 +199,13 @@ def settings_of(
     return collected
 
 
-def join_folder(config: KDConfig, output: Path, state: PartialState) -> KDConfig:
-    """Join the configuration with the one in `output`, and write it there."""
-    config = config.joined_with(output)
-    state.wait_for_everyone()  # no process writes before all have read
-    if state.is_main_process:
-        config.write(output)
-    return config
-
-
 def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a method is called with: a number of experts that is not recorded is its default."""
     return {name: value for name, value in settings.items() if (name, value) != ("num_experts", None)}
 
 
 @contextmanager
-def skipping_divergence(cell: KDCell) -> Iterator[None]:
+def skipping_divergence(cell: Cell) -> Iterator[None]:
     """If a baseline diverges, skip its cell with a warning; the next run retries it."""
     try:
         yield
@@ -285,7 +272,7 @@ class _Seed:
         self.labelled = {"train": self.data.train.subset(some), "test": self.data.test}
         self.blocks: list[Features] = []  # of the original, once somebody asks
 
-    def run(self, cells: Sequence[KDCell]) -> None:
+    def run(self, cells: Sequence[Cell]) -> None:
         description = f"{self.data.name}, seed {self.seed}"
         bar = tqdm(total=len(cells), desc=description, unit="cell", main_process_only=False)
         for entry in dict.fromkeys(cell.forget for cell in cells):
@@ -332,7 +319,7 @@ class _Seed:
         return [information(z, forgotten) for z in blocks]
 
     def _measure(
-        self, cell: KDCell, splits: Splits, retrained: Cached | None, informed: Informed | None
+        self, cell: Cell, splits: Splits, retrained: Cached | None, informed: Informed | None
     ) -> None:
         """Measure one cell: the method, its rows, and last the file that makes it done."""
         edited, cost = self._forget(cell, splits)
@@ -368,7 +355,7 @@ class _Seed:
                 np.savez_compressed(file, **arrays)
         cell.write({"rows": rows, "probes": probes})
 
-    def _forget(self, cell: KDCell, splits: Splits) -> tuple[nn.Module, Cost]:
+    def _forget(self, cell: Cell, splits: Splits) -> tuple[nn.Module, Cost]:
         """Apply the cell's method to a copy of the original.
 
         A closed form needs nothing of the backbone but the features that are cached already. Only its first

@@ -20,7 +20,7 @@ from ..columns import Column, read_rows, rounded, write_rows
 from ..machine import processes, this_run
 from ..methods.registry import find_classification_method
 from ..page import Section, write_page
-from ..run import held_settings
+from ..run import Cell, Run, held_settings
 from ..splits import Splits, split_by_sample
 from .features import cache
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
@@ -29,7 +29,6 @@ from .run import (
     Methods,
     apply_method,
     arguments,
-    join_folder,
     load_data,
     retrain,
     settings_of,
@@ -37,7 +36,7 @@ from .run import (
     start_trainer,
     training_facts,
 )
-from .store import KDCell, SamplesConfig
+from .store import SamplesConfig
 from .tables import COST, KEYS, LOSS_ATTACK, REFERENCES, config_facts, draw_row_accuracies, summary_line
 from .training import Trainer
 
@@ -101,7 +100,7 @@ def run_samples(
         `output` holds
             another benchmark.
     """
-    state, output = processes(), Path(output)
+    output = Path(output)
     functions = {name: find_classification_method(name, forgets="samples") for name in methods}
     data = load_data(dataset, path, model)
     trainer = start_trainer(data, model, functions, epochs, Path(models or output / "models"))
@@ -113,28 +112,25 @@ def run_samples(
         seeds=seeds,
         methods=settings_of(functions, settings or {}, tuned or {}, held_settings(output)),
         forget={f"{100 * fraction:g} % of samples": [f"{fraction}"]},
-        runs=[this_run(state)],
+        runs=[this_run(processes())],
     )
-    config = join_folder(config, output, state)
+    run = Run(config, output)
 
-    cells = [cell for cell in config.cells(output) if cell.method in functions and not cell.is_done]
+    cells = run.missing([cell for cell in run.config.cells(output) if cell.method in functions])
     for seed in sorted({cell.seed for cell in cells}):
         splits = split_by_sample(data, fraction, seed=seed)
-        original = trainer.original(seed).to(state.device)
+        original = trainer.original(seed).to(run.state.device)
         if "retrain" in functions:
             trainer.retrained(splits.r, f"{fraction}", seed)
-        mine = [cell for cell in cells if cell.seed == seed][state.process_index :: state.num_processes]
+        mine = run.share([cell for cell in cells if cell.seed == seed])
         for cell in tqdm(mine, desc=f"{data.name}, seed {seed}", unit="cell", main_process_only=False):
             with skipping_divergence(cell):
-                cell.write(_row(cell, trainer, original, splits, functions, config))
-    state.wait_for_everyone()
-    summary = write_outputs(output, config) if state.is_main_process else []
-    state.wait_for_everyone()
-    return summary
+                cell.write(_row(cell, trainer, original, splits, functions, run.config))
+    return run.finish(write_outputs)
 
 
 def _row(
-    cell: KDCell,
+    cell: Cell,
     trainer: Trainer,
     original: nn.Module,
     splits: Splits,

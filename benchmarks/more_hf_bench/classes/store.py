@@ -1,16 +1,13 @@
-"""The folder of a benchmark of classes or samples: its configuration, and one file for each finished cell."""
+"""The configuration of a benchmark of classes or samples, and its cells."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from more_hf.core.files import write_json
-
-from ..run import BenchmarkConfig, short_hash
+from ..run import BenchmarkConfig, Cell, short_hash
 from .training import Recipe
 
 
@@ -26,56 +23,36 @@ class Training:
 
 
 @dataclass(frozen=True)
-class KDCell:
-    """One method that forgets one entry in one classifier. It is done when its file exists."""
-
-    method: str
-    forget: str
-    seed: int
-    path: Path
-
-    @property
-    def is_done(self) -> bool:
-        return self.path.is_file()
-
-    def write(self, measured: object) -> None:
-        write_json(self.path, measured)
-
-    def read(self) -> Any:
-        return json.loads(self.path.read_text("utf-8"))
-
-
-class KDConfig(BenchmarkConfig):
-    """Base of the two configurations below.
+class SamplesConfig(BenchmarkConfig):
+    """The configuration of a benchmark that forgets random samples.
 
     Attributes:
         training (`Training`): the classifiers.
-        evaluation (`Mapping[str, Any]`): how each is measured.
+        evaluation (`Mapping[str, Any]`): how each is measured; here the `fraction` that is forgotten.
         seeds (`int`): the number of trainings, and of runs of each method.
         forget (`Mapping[str, list[str]]`): entry to the names of its classes.
+        benchmark, more_hf, methods, runs: as of `BenchmarkConfig`.
     """
 
     FIXED: ClassVar = ("training", "evaluation")
 
+    benchmark: str
+    more_hf: str
     training: Training
     evaluation: Mapping[str, Any]
     seeds: int
+    methods: Mapping[str, Mapping[str, Any]]
+    forget: Mapping[str, list[str]]
+    runs: list[dict[str, Any]]
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> KDConfig:
+    def from_dict(cls, data: Mapping[str, Any]) -> SamplesConfig:
         training = data["training"]
         recipe = Recipe(**training["recipe"])
         return cls(**{**data, "training": Training(**{**training, "recipe": recipe})})
 
-    def joined_with(self, folder: str | Path) -> KDConfig:
-        joined = super().joined_with(folder)
-        return replace(joined, seeds=max(joined.seeds, self.seeds))
-
-    def cells(self, output: Path) -> list[KDCell]:
-        """All cells, done or not: by seed, then entry of `forget`, then method.
-
-        The name of a cell's file is a hash of everything that determines its content.
-        """
+    def cells(self, output: Path) -> list[Cell]:
+        """All cells, done or not: by seed, then entry of `forget`, then method."""
         facts = self.to_dict()
         with_retrain = "retrain" in self.methods
         cells = []
@@ -84,34 +61,12 @@ class KDConfig(BenchmarkConfig):
                 for method, settings in facts["methods"].items():
                     fixed = [facts["training"], facts["evaluation"]]
                     name = short_hash([*fixed, method, settings, classes, seed, with_retrain])
-                    cells.append(KDCell(method, forget, seed, output / "cells" / f"{name}.json"))
+                    cells.append(Cell(method, forget, output / "cells" / f"{name}.json", seed))
         return cells
 
 
 @dataclass(frozen=True)
-class ClassesConfig(KDConfig):
+class ClassesConfig(SamplesConfig):
     """The configuration of a benchmark that forgets classes. `evaluation` has `probe_seeds` and `passes`."""
 
-    benchmark: str
-    more_hf: str
-    training: Training
-    evaluation: Mapping[str, Any]
     class_names: list[str]
-    seeds: int
-    methods: Mapping[str, Mapping[str, Any]]
-    forget: Mapping[str, list[str]]
-    runs: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class SamplesConfig(KDConfig):
-    """The configuration of a benchmark that forgets random samples. `evaluation` has `fraction`."""
-
-    benchmark: str
-    more_hf: str
-    training: Training
-    evaluation: Mapping[str, Any]
-    seeds: int
-    methods: Mapping[str, Mapping[str, Any]]
-    forget: Mapping[str, list[str]]
-    runs: list[dict[str, Any]]

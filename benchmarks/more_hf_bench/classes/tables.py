@@ -18,7 +18,7 @@ from ..errors import BenchmarkError
 from ..page import Section, png_uri, write_page
 from ..tables import compare, made_with, share
 from .plots import write_plots
-from .store import ClassesConfig, KDConfig
+from .store import ClassesConfig, SamplesConfig
 
 
 Row = Mapping[str, Any]
@@ -353,7 +353,7 @@ def short_markdown(summary: Sequence[Row]) -> str:
     return markdown_table(_compare(pooled or summary, SHORT))
 
 
-def config_facts(config: KDConfig) -> dict[str, Any]:
+def config_facts(config: SamplesConfig) -> dict[str, Any]:
     """The facts of a configuration, as a page lists them."""
     return {
         "training": asdict(config.training),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.rows import row
 
-from more_hf_bench.artists.cells import Cell
+from more_hf_bench.artists.cells import Pictures
 from more_hf_bench.artists.config import ArtistsConfig, Erasure
 from more_hf_bench.artists.kinds import THINGS
 from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, sets_of, spread
@@ -184,5 +184,5 @@ def test_committed_folders_keep_their_cells(config):
     held = ArtistsConfig.read(folder)
     rows = read_rows(folder / "rows.csv", held)
     named = {(row.method, row.forget): row.after.split("/")[0] for row in rows}
-    cells = [Cell(folder, held, method, forget).folder.name for method, forget in named]
+    cells = [Pictures(folder, held, method, forget).folder.name for method, forget in named]
     assert cells == list(named.values())

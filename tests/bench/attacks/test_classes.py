@@ -1,6 +1,7 @@
 """The attacks on classifiers: each succeeds on what it must break, and says so of what it does not."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from more_hf_bench.attacks.classes.shots import few_shot_rows, fine_tuning, shot
 from more_hf_bench.attacks.classes.similarity import similarity
 from more_hf_bench.attacks.classes.victim import AUC_TARGET, REMAINING, Seen
 from more_hf_bench.attacks.result import AUC, RECOGNISED
-from more_hf_bench.attacks.store import Case
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.features import cache, invert_two_queries
 from more_hf_bench.classes.heads import fit_perceptron, linear_head
@@ -24,6 +24,7 @@ from more_hf_bench.classes.metrics import auc
 from more_hf_bench.classes.run import settings_of
 from more_hf_bench.classes.training import Recipe, train_classifier
 from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.run import Cell
 from more_hf_bench.splits import some_of_each
 
 
@@ -47,7 +48,7 @@ def victims(tmp_path_factory):
 
     def victim(method):
         if method not in made:
-            made[method] = make(Case(MODEL, method, FORGET, 0))
+            made[method] = make(Cell(method, FORGET, Path(), model=MODEL))
         return made[method]
 
     return victim

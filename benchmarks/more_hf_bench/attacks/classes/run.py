@@ -25,10 +25,10 @@ from ...classes.tables import RELOADED
 from ...classes.training import Recipe, train_classifier, without
 from ...machine import processes, this_run
 from ...methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
-from ...run import held_settings
+from ...run import Cell, held_settings
 from ...splits import ImageSet, KDData, Splits, some_of_each, split_by_class
 from ..run import attack_settings, run_attacks
-from ..store import AttackConfig, Case
+from ..store import AttackConfig
 from .victim import Seen, Victim
 
 
@@ -146,30 +146,30 @@ class Victims:
         self.parts = {"train": data.train.subset(self.labelled), "test": data.test}
         self.made: dict[tuple[str, ...], Any] = {}
 
-    def __call__(self, case: Case) -> Victim:
-        original = self._once(case.model, make=lambda: self._original(self.models[case.model]))
-        forget, targets = self.classes[case.forget], []
+    def __call__(self, cell: Cell) -> Victim:
+        original = self._once(cell.model, make=lambda: self._original(self.models[cell.model]))
+        forget, targets = self.classes[cell.forget], []
         splits, retrained = split_by_class(self.data, forget), None
         if self.recipe.epochs:
-            key = RETRAIN, case.model, case.forget
-            retrained = self._once(*key, make=lambda: self._retrained(case, original, splits))
-        if case.method == ORIGINAL:
+            key = RETRAIN, cell.model, cell.forget
+            retrained = self._once(*key, make=lambda: self._retrained(cell, original, splits))
+        if cell.method == ORIGINAL:
             seen = original.seen
-        elif case.method == RETRAIN:
+        elif cell.method == RETRAIN:
             seen = retrained
-        elif case.method == RANDOM:
+        elif cell.method == RANDOM:
             start = original.seen.cached.model
-            seen = self._once(RANDOM, case.model, make=lambda: self._seen(random_weights(start, 0), original))
+            seen = self._once(RANDOM, cell.model, make=lambda: self._seen(random_weights(start, 0), original))
         else:
-            model = self._erased(case, original, splits)
-            targets = targets_of(model, self.methods[case.method], forget, self.data.class_names)
-            if case.method.endswith(RELOADED):
+            model = self._erased(cell, original, splits)
+            targets = targets_of(model, self.methods[cell.method], forget, self.data.class_names)
+            if cell.method.endswith(RELOADED):
                 with reloaded(model) as plain:
                     model = plain
             seen = self._seen(model, original)
-        train = partial(self._train, case.model) if self.recipe.epochs else None
+        train = partial(self._train, cell.model) if self.recipe.epochs else None
         return Victim(
-            seen, original.seen, retrained, original.head, self.parts, forget, targets, train, case.seed
+            seen, original.seen, retrained, original.head, self.parts, forget, targets, train, cell.seed
         )
 
     def _once(self, *key: str, make: Callable[[], Any]) -> Any:
@@ -193,19 +193,19 @@ class Victims:
             return Seen(Cached(before.cached.inputs, model, head), before.memory)
         return Seen(cache(model, head, self.parts))
 
-    def _erased(self, case: Case, original: Original, splits: Splits) -> nn.Module:
+    def _erased(self, cell: Cell, original: Original, splits: Splits) -> nn.Module:
         """Apply a method to a copy of the original; a closed form needs only the cached features."""
-        function, settings = self.functions[case.method], arguments(self.methods[case.method])
+        function, settings = self.functions[cell.method], arguments(self.methods[cell.method])
         model = copy.deepcopy(original.seen.cached.model)
-        method = CLASSIFICATION.get(case.method.removesuffix(RELOADED), UNREGISTERED)
+        method = CLASSIFICATION.get(cell.method.removesuffix(RELOADED), UNREGISTERED)
         if not method.closed_form:
-            return function(model, splits, seed=case.seed, **settings)
+            return function(model, splits, seed=cell.seed, **settings)
         with head_only(model, model.get_submodule(original.head)):
             features = splits_of_features(splits, self.data.train, original.train)
-            return function(model, features, seed=case.seed, **settings)
+            return function(model, features, seed=cell.seed, **settings)
 
-    def _retrained(self, case: Case, original: Original, splits: Splits) -> Seen:
-        return self._seen(self._train(case.model, splits.r, without(case.forget, 0), 0), original)
+    def _retrained(self, cell: Cell, original: Original, splits: Splits) -> Seen:
+        return self._seen(self._train(cell.model, splits.r, without(cell.forget, 0), 0), original)
 
     def _train(self, name: str, images: ImageSet, folder: str, seed: int) -> PreTrainedModel:
         """Train the architecture of a model from random weights, or take what an earlier call has trained."""

@@ -20,9 +20,9 @@ from ...errors import BenchmarkError
 from ...machine import processes, this_run, weights_sha256
 from ...methods.diffusion.pipelines import require_stable_diffusion
 from ...methods.registry import find_diffusion_method
-from ...run import held_settings, method_settings
+from ...run import Cell, held_settings, method_settings
 from ..run import attack_settings, run_attacks
-from ..store import AttackConfig, Case
+from ..store import AttackConfig
 from .grid import write_grids
 from .studio import Studio
 from .victim import Victim
@@ -136,11 +136,11 @@ def run_picture_attacks(
         runs=[this_run(state)],
     )
 
-    def build(case: Case) -> Victim:
-        erased = _erased(studio, functions[case.method], case, erasures[case.forget], settings, output)
-        other = config.forget[case.forget]["other"]
-        folder = output / "pictures" / case.forget / case.method
-        return Victim(erased, studio, case.forget, other, case.seed, folder)
+    def build(cell: Cell) -> Victim:
+        erased = _erased(studio, functions[cell.method], cell, erasures[cell.forget], settings, output)
+        other = config.forget[cell.forget]["other"]
+        folder = output / "pictures" / cell.forget / cell.method
+        return Victim(erased, studio, cell.forget, other, cell.seed, folder)
 
     summary = run_attacks(config, build, output=output)
     if state.is_main_process:
@@ -170,17 +170,17 @@ def _other(concept: str, erasure: Erasure, studio: Studio) -> str:
 def _erased(
     studio: Studio,
     function: Callable[..., DiffusionPipeline],
-    case: Case,
+    cell: Cell,
     erasure: Erasure,
     settings: Mapping[str, Mapping[str, Any]],
     output: Path,
 ) -> DiffusionPipeline:
     """Let a method erase from the original, with a denoiser of its own."""
-    edited, method_options = copy.copy(studio.original), dict(settings[case.method])
+    edited, method_options = copy.copy(studio.original), dict(settings[cell.method])
     edited.register_modules(unet=copy.deepcopy(studio.original.unet))
     if "checkpoint" in method_options:
         method_options["checkpoint"] = str(output / "models")  # so that training happens only once
-    names = asdict(erasure.arguments(case.method, case.forget))
-    edited = function(edited, [case.forget], **names, **method_options)
+    names = asdict(erasure.arguments(cell.method, cell.forget))
+    edited = function(edited, [cell.forget], **names, **method_options)
     edited.set_progress_bar_config(disable=True)
     return edited
