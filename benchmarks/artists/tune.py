@@ -6,7 +6,7 @@ Each has a small declared grid; the score is that of `choose.py`.
     benchmarks/artists/tune.py --methods uce rece   # a part; several processes may each do some methods
 
 Every cell is a line of tuning.csv, and one that is there is not measured again. `settings.json` gets the best
-cell of each method; it is what `more-hf bench artists --settings` reads. Every method is given the same
+cell of each method, for `tuned` in a file of `more-hf bench artists --config`. Every method is given the same
 target and the same names to keep as in the benchmark. Ours is listed with its defaults, which `choose.py`
 chose on the same prompts. The test prompts are not touched.
 """

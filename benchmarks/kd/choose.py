@@ -5,8 +5,8 @@ images, for one class.
         --models MODELS --output CHOSEN
 
 `CHOSEN/grid.csv` gets a row per grid point as it finishes; a run that was stopped goes on after the last one.
-`CHOSEN/settings.json` is what `more-hf bench kd --settings` reads. Choose on a class that the benchmark does
-not report.
+`CHOSEN/settings.json` is for `tuned` in a file of `more-hf bench kd --config`. Choose on a class that the
+benchmark does not report.
 """
 
 import argparse

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self, TypeVar
 from more_hf.core.files import write_json
 
 from .errors import BenchmarkError
-from .machine import processes
 
 
 Work = TypeVar("Work")
@@ -161,6 +160,8 @@ class Run:
     """
 
     def __init__(self, config: BenchmarkConfig, output: str | Path):
+        from .machine import processes  # imports torch, which reading a configuration does not need
+
         self.state = processes()
         self.output = Path(output)
         self.config = config.joined_with(self.output)

@@ -30,12 +30,11 @@ HEAVY += ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
 def bench(tmp_path):
     """The arguments of a small benchmark of the embedded pipeline, for an output folder and a batch size."""
     (tmp_path / "few.csv").write_text(PROMPTS)
+    (tmp_path / "few.toml").write_text('seeds = 2\nsteps = 5\n[settings]\nrouter = "random"\n')
 
     def argv(output, batch_size):
-        words = (
-            "bench artists --methods original,more --forget Blobmoji --remap_to Noto Fluent --router random"
-        )
-        words += f" --seeds 2 --steps 3 --batch_size {batch_size}"
+        words = "bench artists --methods original,more --forget Blobmoji --remap_to Noto Fluent"
+        words += f" --steps 3 --batch_size {batch_size} --config {tmp_path / 'few.toml'}"
         return [*words.split(), "--prompts", str(tmp_path / "few.csv"), "--output", str(output)]
 
     return argv

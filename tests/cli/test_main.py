@@ -78,7 +78,7 @@ def test_help_is_light(argv):
         ("bench artists --methods mroe --forget all --output out", "Did you mean 'more'?"),
         ("bench artists --forget all --prompts missing.csv --output out", "no table of that name"),
         ("bench artists --forget Blobmojy --output out", "Did you mean 'Blobmoji'?"),
-        ("bench artists --forget all --retain Notto --output out", "Did you mean 'Noto'?"),
+        ("bench artists --forget all --remap_to Notto --output out", "Did you mean 'Noto'?"),
         ("bench kd --methods esk --forget 3 --output out", "Did you mean 'esc'?"),
         ("bench kd --dataset cifar-10 --forget 3 --output out", "Did you mean 'cifar10'?"),
         ("bench report missing", "There is no folder 'missing'."),
@@ -132,7 +132,7 @@ def test_interrupted(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("more_hf_bench.cli.demo.emoji_artist", interrupt)
     monkeypatch.setattr("more_hf.cli.verify.refuse_missing_folder", interrupt)
-    monkeypatch.setattr("more_hf_bench.cli.classes.read_settings", interrupt)
+    monkeypatch.setattr("more_hf_bench.cli.classes.read_options", interrupt)
     for command in ("demo --output missing", "verify missing"):
         assert main(command.split()) == 130
         assert capsys.readouterr().err == "Interrupted. Nothing was written.\n"

@@ -4,7 +4,7 @@
 
 Every thing of the embedded pipeline has six prompts, one in each of six wordings of its training, of as many
 artists where that is possible: none is a prompt of another file or an everyday prompt behind Σ. Seeds are of
-no other file. Things are in a random order, and `--sizes` forgets the first of them.
+no other file. Things are in a random order, and `sizes` forgets the first of them.
 """
 
 import csv

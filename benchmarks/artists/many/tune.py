@@ -7,7 +7,7 @@ its own. Things are taken from the end of the order in which the table takes the
 seeds. The best cell is chosen among those in which what is forgotten is gone from seven of ten pictures
 (all, if there is none): of the cells within 0.02 of the largest lpips_d, the one with the smallest lpips_r.
 Writes tuning.csv, and the best cell of each method and size into settings-things.json and settings-
-artists.json, for `--settings`.
+artists.json, for `tuned` in a file of `--config`.
 """
 
 import argparse

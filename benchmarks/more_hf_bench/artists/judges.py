@@ -124,7 +124,7 @@ class EmojiJudges:
             if name not in known[word]:
                 raise JudgeError(
                     f"Case {row.case_number} has the {word} {name!r}, which the embedded pipeline's judges "
-                    "do not know. Leave the row out, or judge with CLIP (`--judges clip`)."
+                    "do not know. Leave the row out, or judge with CLIP (`judges`: clip)."
                 )
 
     def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
@@ -205,7 +205,7 @@ class ClipJudges:
         except (RuntimeError, OSError) as error:
             raise JudgeError(
                 f"No CLIP judge {model} {pretrained}: {error} "
-                "Name another model, or run without judges (`--judges none`)."
+                "Name another model, or run without judges (`judges`: none)."
             ) from error
         return cls(
             clip,

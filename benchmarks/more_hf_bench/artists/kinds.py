@@ -13,7 +13,7 @@ class Kind:
 
     Attributes:
         name (`str`):
-            Its name for `--kind`, in the plural.
+            Its name for `kind`, in the plural.
         one (`str`):
             The singular, which is also its column in prompts and rows.
         gone (`str`):

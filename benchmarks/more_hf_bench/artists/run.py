@@ -61,7 +61,7 @@ def run_artists(
     pipe: DiffusionPipeline,
     methods: str | Sequence[str] | Mapping[str, Method],
     prompts: str | Path | Prompts,
-    forget: str | Sequence[str] | Mapping[str, Sequence[str]],
+    forget: str | Sequence[str] | Mapping[str, Sequence[str] | Erasure],
     *,
     remap_to: str | Sequence[str] | Mapping[str, Sequence[str]] | None,
     output: str | Path,
@@ -95,10 +95,10 @@ def run_artists(
             function that is called like `erase_concept`; or a mapping of names to such functions.
         prompts (`str`, `Path` or `Prompts`):
             A CSV file, the name of a packaged one, or a result of `read_prompts`.
-        forget (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
+        forget (`str`, `Sequence[str]` or `Mapping[str, Sequence[str] | Erasure]`):
             The artists to erase, one after the other; `"all"` for every artist of the prompts, provided that
             the model knows at least one. `"A+B"` erases A and B in one call. A mapping gives each set of
-            artists a short name.
+            artists a short name, or says all of each erasure as the `config.json` of a folder does.
         remap_to (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`, *optional*):
             Targets of every erasure, or a mapping from each entry of `forget` to its targets. `None` erases
             without remapping.
@@ -156,6 +156,9 @@ def run_artists(
     # 2. Decide for each erasure its targets, the names to keep, the methods' own settings and its prompts.
     erasures = {}
     for entry, names in sets.items():
+        if isinstance(forget, Mapping) and isinstance(forget[entry], Erasure):
+            erasures[entry] = forget[entry]
+            continue
         erasures[entry] = replace(
             _erasure(entry, names, remap_to, several, retain, prompts),
             settings={name: _without(own, settings) for name, own in by_size.get(len(names), {}).items()},
@@ -329,11 +332,14 @@ def _check_reading(
 
 
 def _sets(
-    forget: str | Sequence[str] | Mapping[str, Sequence[str]], prompts: Prompts
+    forget: str | Sequence[str] | Mapping[str, Sequence[str] | Erasure], prompts: Prompts
 ) -> dict[str, list[str]]:
     """The entries of `forget` with their names, spelt as in the prompts."""
     if isinstance(forget, Mapping):
-        return {entry: _spelt(names, prompts) for entry, names in forget.items()}
+        sets = {}
+        for entry, names in forget.items():
+            sets[entry] = _spelt(names.forgotten(entry) if isinstance(names, Erasure) else names, prompts)
+        return sets
     entries = [forget] if isinstance(forget, str) else list(forget)
     if entries == ["all"]:
         entries = prompts.names

@@ -1,17 +1,15 @@
 """`more-hf bench artists`: the benchmark of text-to-image pipelines."""
 
 import argparse
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from more_hf.cli.checkpoint import add_device
 from more_hf.cli.options import (
     DTYPES,
     EMOJI_SD,
     SEVERAL_PROCESSES,
     add_command,
-    add_concepts,
-    add_remap_to,
-    add_solver,
     emoji_artist,
     positive,
     read_remap_to,
@@ -19,15 +17,72 @@ from more_hf.cli.options import (
     refuse_typo,
     refuse_unknown,
 )
-from more_hf.core.request import ROUTERS, TOKENS
 
 from ..artists.kinds import KINDS
 from ..methods.registry import DIFFUSION, diffusion_groups
-from .options import read_settings, start_processes
+from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
 
 
 CLIP = ("ViT-L-14", "openai")
-PASSED_ON = ("num_experts", "router", "solver", "tokens", "seed")  # to the methods that take them
+
+
+@dataclass(frozen=True)
+class ArtistsOptions:
+    """What a benchmark of artists is told, by flags or in a file."""
+
+    model: str = flag(EMOJI_SD, f"a folder, a Hub id, or {EMOJI_SD} ({EMOJI_SD})")
+    methods: str | list = flag(
+        "more",
+        "methods to compare, with commas, your own as MODULE:FUNCTION; "
+        f"or one of {', '.join(diffusion_groups())} (more)",
+        metavar="A,B",
+    )
+    forget: str | list | dict | None = flag(
+        None, "artists to erase in turn, or all; A+B erases two in one call", also="--concept", **NAMES
+    )
+    sizes: list | None = key(None, "in place of forget: sets of so many artists, and a curve over the sizes")
+    kind: str = key("artists", "what is erased: artists or things (artists)")
+    remap_to: list | None = flag(
+        None, "what every artist is sent to; none erases without remapping (from targets)", **NAMES
+    )
+    targets: str = key("targets", "table with the columns forget, remap_to (the packaged one)")
+    several: str = key("targets_several", "the same for methods that take several targets")
+    retain: list | None = key(None, "what the methods are asked to keep (the others of the artist's group)")
+    prompts: str | None = flag(
+        None,
+        f"CSV file or packaged name (of {EMOJI_SD} emoji10, emoji108 for things, emoji_levels for levels; "
+        "else artists10)",
+        metavar="FILE",
+    )
+    levels: str | None = key(
+        None,
+        f"ask in other words: levels of the prompts, with commas, or all (the prompts as they are); of "
+        f"{EMOJI_SD}\n    name, alias, near, variant, short, long, and the last three with -trained",
+    )
+    limit: int | None = flag(
+        None, "the first N rows of each artist at each level (all)", type=positive, metavar="N"
+    )
+    pictures: list | None = key(
+        None, "how many prompts of what is forgotten, and of the rest, for each size and level (all)"
+    )
+    seeds: int = key(1, "pictures per prompt of the forgotten artist (1)")
+    scheduler: str | None = key(None, f"own, lms, ddim, pndm or dpm (own for {EMOJI_SD}, else lms)")
+    steps: int | None = flag(None, f"denoising steps (10 for {EMOJI_SD}, else 50)", type=positive)
+    guidance: float | int | None = key(None, f"classifier-free guidance (4 for {EMOJI_SD}, else 7.5)")
+    batch_size: int = flag(16, "images per call; does not change them (16)", type=positive)
+    dtype: str = key("float32", f"of {', '.join(DTYPES)} (float32)")
+    judges: str | None = key(
+        None, f"of style and content: emoji, clip or none (emoji for {EMOJI_SD}, else clip)"
+    )
+    clip: list | tuple = key(CLIP, f"model and weights as open_clip names them ({' '.join(CLIP)})")
+    settings: dict | None = key(None, "arguments for all methods that take them: router, solver, ...")
+    tuned: dict | None = key(
+        None, "method -> its own arguments, under `sizes` for each size; or the name of a JSON file of them"
+    )
+
+    @property
+    def emoji(self) -> bool:
+        return self.model == EMOJI_SD
 
 
 def add_to(benches) -> None:
@@ -42,137 +97,38 @@ def add_to(benches) -> None:
         resumes=True,
         examples=(
             "more-hf bench artists --methods original,more --forget Blobmoji --limit 4 --output DIR",
-            "more-hf bench artists --kind things --sizes 1 10 --remap_to emoji --pictures 60 60 --output DIR",
+            "more-hf bench artists --config benchmarks/artists/whole/config.json --output DIR",
         ),
     )
-    add = parser.add_argument
-    add("--model", default=EMOJI_SD, help=f"a folder, a Hub id, or {EMOJI_SD} ({EMOJI_SD})")
-    add(
-        "--methods",
-        default="more",
-        metavar="A,B",
-        help="methods to compare, with commas, your own as MODULE:FUNCTION; "
-        f"or one of {', '.join(diffusion_groups())} (more)",
-    )
-    several = "artists to erase in turn, or all; A+B erases two in one call"
-    add_concepts(parser, "forget", several)
-    add(
-        "--sizes",
-        type=positive,
-        nargs="+",
-        metavar="N",
-        help="in place of --forget: sets of so many artists, and a curve over the sizes",
-    )
-    add("--kind", choices=tuple(KINDS), default="artists", help="what is erased (artists)")
-    add_remap_to(parser, note=", the same for every artist (from --targets)")
-    add(
-        "--targets",
-        default="targets",
-        metavar="FILE",
-        help="table with the columns forget, remap_to (the packaged one)",
-    )
-    add(
-        "--several",
-        default="targets_several",
-        metavar="FILE",
-        help="the same for methods that take several targets",
-    )
-    add(
-        "--settings",
-        type=Path,
-        metavar="FILE",
-        help="JSON file of the arguments of each method, under `sizes` for each size; the options below take "
-        "precedence",
-    )
-    add(
-        "--retain",
-        nargs="*",
-        metavar="NAME",
-        help="what the methods are asked to keep (the others of the artist's group)",
-    )
-    add(
-        "--prompts",
-        metavar="FILE",
-        help=f"CSV file or packaged name (of {EMOJI_SD} emoji10, emoji108 for things, emoji_levels for "
-        "levels; else artists10)",
-    )
-    add(
-        "--levels",
-        metavar="A,B",
-        help="ask in other words: levels of the prompts, with commas, or all (the prompts as they are); of "
-        f"{EMOJI_SD} name, alias, near, variant, short, long, and the last three with -trained",
-    )
-    add("--limit", type=positive, metavar="N", help="the first N rows of each artist at each level (all)")
-    add(
-        "--pictures",
-        type=positive,
-        nargs=2,
-        metavar=("F", "R"),
-        help="prompts of what is forgotten and of the rest, in all for each size and level (all)",
-    )
-    add(
-        "--seeds",
-        type=positive,
-        default=1,
-        metavar="K",
-        help="pictures per prompt of the forgotten artist (1)",
-    )
-    add("--scheduler", choices=("own", "lms", "ddim", "pndm", "dpm"), help=f"(own for {EMOJI_SD}, else lms)")
-    add("--steps", type=positive, help=f"denoising steps (10 for {EMOJI_SD}, else 50)")
-    add("--guidance", type=float, help=f"classifier-free guidance (4 for {EMOJI_SD}, else 7.5)")
-    add("--batch_size", type=positive, default=16, help="images per call; does not change them (16)")
-    add("--dtype", choices=DTYPES, default="float32", help="(float32)")
-    add_device(parser, "accelerate's choice")
-    add(
-        "--judges",
-        choices=("emoji", "clip", "none"),
-        help=f"of style and content (emoji for {EMOJI_SD}, else clip)",
-    )
-    add(
-        "--clip",
-        nargs=2,
-        default=CLIP,
-        metavar=("MODEL", "WEIGHTS"),
-        help=f"as open_clip names them ({' '.join(CLIP)})",
-    )
-    add(
-        "--num_experts",
-        type=positive,
-        metavar="N",
-        help="for methods that take it, as all below (the method's default)",
-    )
-    add("--router", choices=ROUTERS)
-    add_solver(parser)
-    add("--tokens", choices=TOKENS)
-    add("--seed", type=int)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for pictures, rows and tables")
+    add_options(parser, ArtistsOptions)
 
 
 def _bench_artists(args: argparse.Namespace) -> int:
     from ..artists.prompts import read_targets, sets_of
 
-    emoji = args.model == EMOJI_SD
-    refuse_missing_model(args.model)
-    groups = diffusion_groups()
-    methods = groups.get(args.methods) or args.methods.split(",")
-    registered = [name for name in methods if ":" not in name]
-    refuse_unknown(registered, DIFFUSION, what="method", also=f"; or one of {', '.join(groups)}")
-    if (args.forget is None) == (args.sizes is None):
-        raise ValueError("Say what to erase: `--forget NAME`, `--forget all`, or `--sizes N`; one of them.")
-    if emoji and args.kind == "artists":
-        for name in [*(args.remap_to or []), *(args.retain or [])]:
+    options = read_options(ArtistsOptions, args, _of_folder)
+    refuse_missing_model(options.model)
+    refuse_unknown([options.kind], KINDS, what="kind")
+    refuse_unknown([options.dtype], DTYPES, what="dtype")
+    methods = split_names(options.methods, diffusion_groups(), DIFFUSION, what="method")
+    if (options.forget is None) == (options.sizes is None):
+        raise ValueError("Say what to erase: `--forget NAME`, `--forget all`, or `sizes`; one of them.")
+    if options.emoji and options.kind == "artists":
+        for name in [*(options.remap_to or []), *(options.retain or [])]:
             refuse_typo(name)
-    tuned = read_settings(args.settings) or {}
+    tuned = dict(options.tuned or {})
     by_size = {int(size): settings for size, settings in tuned.pop("sizes", {}).items()}
-    kind, prompts = KINDS[args.kind], _prompts(args, emoji)
-    if args.sizes is None:
-        forget = _forget(args.forget, emoji and args.kind == "artists")
+    prompts = _prompts(options)
+    if options.sizes is None:
+        forget = _forget(options)
     else:
-        forget = {name: names for size in args.sizes for name, names in sets_of(prompts.names, size).items()}
-    if args.remap_to:
-        targets, several = read_remap_to(args.remap_to), None
+        forget = {}
+        for size in options.sizes:
+            forget |= sets_of(prompts.names, size)
+    if options.remap_to:
+        targets, several = read_remap_to(options.remap_to), None
     else:
-        targets, several = read_targets(args.targets), read_targets(args.several)
+        targets, several = read_targets(options.targets), read_targets(options.several)
 
     import torch
     from diffusers import DiffusionPipeline
@@ -183,12 +139,11 @@ def _bench_artists(args: argparse.Namespace) -> int:
     from ..artists.tables import short_markdown
 
     state = start_processes(args.device)
-    dtype = getattr(torch, args.dtype)
-    if emoji:
+    dtype = getattr(torch, options.dtype)
+    if options.emoji:
         pipe, protocol = more_hf.load_emoji_sd(dtype=dtype), EMOJI
     else:
-        pipe, protocol = DiffusionPipeline.from_pretrained(args.model, dtype=dtype), FIELD
-    settings = {name: getattr(args, name) for name in PASSED_ON}
+        pipe, protocol = DiffusionPipeline.from_pretrained(options.model, dtype=dtype), FIELD
     summary = run_artists(
         pipe,
         methods,
@@ -196,59 +151,91 @@ def _bench_artists(args: argparse.Namespace) -> int:
         forget,
         remap_to=targets,
         several=several,
-        retain=args.retain,
+        retain=options.retain,
         output=args.output,
-        judges=_judges(args, emoji, prompts, state.device),
-        seeds=args.seeds,
-        limit=args.limit,
-        pictures=args.pictures and tuple(args.pictures),
-        scheduler=args.scheduler or protocol["scheduler"],
-        steps=args.steps or protocol["steps"],
-        guidance=protocol["guidance"] if args.guidance is None else args.guidance,
-        batch_size=args.batch_size,
-        settings={name: value for name, value in settings.items() if value is not None},
+        judges=_judges(options, prompts, state.device),
+        seeds=options.seeds,
+        limit=options.limit,
+        pictures=options.pictures and tuple(options.pictures),
+        scheduler=options.scheduler or protocol["scheduler"],
+        steps=options.steps or protocol["steps"],
+        guidance=protocol["guidance"] if options.guidance is None else options.guidance,
+        batch_size=options.batch_size,
+        settings=options.settings,
         tuned=tuned,
         tuned_by_size=by_size,
     )
     if state.is_main_process:
         pages = f"{args.output / 'report.html'} and {args.output / 'grid.webp'}"
-        print(short_markdown(summary, kind))
+        print(short_markdown(summary, KINDS[options.kind]))
         print(f"\nOpen {pages}; the tables are in {args.output / 'table.md'}.")
     return 0
 
 
-def _prompts(args: argparse.Namespace, emoji: bool):
+def _of_folder(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that made a folder, from its `config.json`."""
+    from ..artists.config import ArtistsConfig
+    from ..artists.run import SCHEDULERS
+
+    config = ArtistsConfig.from_dict(data)
+    made = config.generation
+    names = {scheduler.__name__: name for name, scheduler in SCHEDULERS.items() if scheduler is not None}
+    if config.model == EMOJI_SD:
+        names = {}
+    judges, *clip = (config.judges or "none").split()
+    return {
+        "model": config.model,
+        "methods": list(config.methods),
+        "tuned": config.methods,
+        "forget": config.forget,
+        "kind": config.kind,
+        "prompts": made.prompts,
+        "limit": config.limit,
+        "seeds": config.seeds,
+        "scheduler": names.get(made.scheduler["class"], "own"),
+        "steps": made.steps,
+        "guidance": made.guidance,
+        "dtype": made.dtype,
+        "judges": judges.lower(),
+        "clip": clip,
+    }
+
+
+def _prompts(options: ArtistsOptions):
     from ..artists.prompts import IMAGE, read_prompts
 
-    if args.levels is not None:
+    if options.levels is not None:
         of_emoji = "emoji_levels"
     else:
-        of_emoji = "emoji10" if args.kind == "artists" else "emoji108"
-    levels = None if args.levels in (None, "all") else args.levels.split(",")
+        of_emoji = "emoji10" if options.kind == "artists" else "emoji108"
+    levels = None if options.levels in (None, "all") else options.levels.split(",")
     if levels is not None and IMAGE in levels:
         raise ValueError(
             f"This command loads no IP-Adapter, and {EMOJI_SD} has none, so that nobody can ask by a "
             f"picture. Leave the level {IMAGE} out."
         )
-    prompts = read_prompts(args.prompts or (of_emoji if emoji else "artists10"), KINDS[args.kind])
+    name = options.prompts or (of_emoji if options.emoji else "artists10")
+    prompts = read_prompts(name, KINDS[options.kind])
     return prompts if levels is None else prompts.at(levels)
 
 
-def _forget(entries: list[str], emoji: bool) -> list[str] | str:
-    if entries == ["all"]:
+def _forget(options: ArtistsOptions):
+    """What is erased; names of the embedded pipeline's artists in its own spelling."""
+    if options.forget in ("all", ["all"]):
         return "all"
-    if not emoji:
-        return entries
-    return ["+".join(map(emoji_artist, entry.split("+"))) for entry in entries]
+    if isinstance(options.forget, dict) or not options.emoji or options.kind != "artists":
+        return options.forget
+    return ["+".join(map(emoji_artist, entry.split("+"))) for entry in options.forget]
 
 
-def _judges(args: argparse.Namespace, emoji: bool, prompts, device):
+def _judges(options: ArtistsOptions, prompts, device):
     from ..artists.judges import ClipJudges, EmojiJudges
 
-    kind = args.judges or ("emoji" if emoji else "clip")
+    kind = options.judges or ("emoji" if options.emoji else "clip")
+    refuse_unknown([kind], ("emoji", "clip", "none"), what="kind of judges")
     if kind == "none":
         return None
     if kind == "emoji":
         return EmojiJudges(device)
-    model, weights = args.clip
+    model, weights = options.clip
     return ClipJudges.load(prompts.rows, model=model, pretrained=weights, device=device)

@@ -2,27 +2,64 @@
 
 import argparse
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from more_hf.cli.checkpoint import add_device
 from more_hf.cli.options import (
     SEVERAL_PROCESSES,
     add_command,
-    add_concepts,
-    add_solver,
     natural,
     positive,
     refuse_missing_model,
     refuse_unknown,
 )
-from more_hf.core.request import EXACT_SOLVERS
 
 from ..classes import DATASETS
-from ..methods.registry import CLASSIFICATION, classification_groups
-from .options import read_settings, start_processes
+from ..methods.registry import CLASSIFICATION, classification_groups, methods_that_forget
+from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KDOptions:
+    """What a benchmark of classes or samples is told, by flags or in a file."""
+
+    dataset: str = flag("digits", f"{', '.join(DATASETS)}, or a folder of images (digits)")
+    data: str | None = flag(None, "where the data lie, if not in their usual place", metavar="DIR")
+    model: str = flag(
+        "allcnn-narrow",
+        "allcnn, resnet18, vit-base, the same with -narrow (vit-narrow), or a pretrained classifier's folder "
+        "or Hub id (allcnn-narrow)",
+    )
+    methods: str | list = flag(
+        "closed-form",
+        f"of {', '.join(CLASSIFICATION)}, your own as MODULE:FUNCTION; or closed-form, all (closed-form)",
+        metavar="A,B",
+    )
+    forget: str | list | None = flag(
+        None,
+        "classes to forget in turn, by name or number, or all; A+B forgets two together; samples forgets a "
+        "random tenth of the images",
+        also="--concept",
+        **{**NAMES, "metavar": "CLASS"},
+    )
+    fraction: float = key(0.1, "of the images that samples forgets (0.1)")
+    seeds: int = flag(1, "trainings, and runs of each method (1)", type=positive, metavar="K")
+    epochs: int | None = flag(
+        None, "of a training (the recipe's); 0 takes a trained --model as it is", type=natural, metavar="N"
+    )
+    probe_seeds: int = key(5, "new heads for each learning rate (5)")
+    passes: list | tuple = key((16,), "how often an attacker asks a random router, a list ([16])")
+    num_experts: int | None = flag(
+        None, "for methods with a router (one for each remaining class)", type=positive, metavar="N"
+    )
+    models: str | None = flag(None, "folder of trained classifiers (models in --output)", metavar="DIR")
+    settings: dict | None = key(None, "arguments for all methods that take them: solver, ...")
+    tuned: dict | None = key(None, "method -> its own arguments, or the name of a JSON file of them")
 
 
 def add_to(benches) -> None:
@@ -41,92 +78,55 @@ def add_to(benches) -> None:
             "more-hf bench kd --dataset fashion-mnist --methods esc,more --forget all --output DIR",
         ),
     )
-    add = parser.add_argument
-    add("--dataset", default="digits", help=f"{', '.join(DATASETS)}, or a folder of images (digits)")
-    add("--data", type=Path, metavar="DIR", help="where the data lie, if not in their usual place")
-    add(
-        "--model",
-        default="allcnn-narrow",
-        help="allcnn, resnet18, vit-base, the same with -narrow (vit-narrow), or a pretrained classifier's "
-        "folder or Hub id (allcnn-narrow)",
-    )
-    add(
-        "--methods",
-        default="closed-form",
-        metavar="A,B",
-        help=f"of {', '.join(CLASSIFICATION)}, your own as MODULE:FUNCTION; "
-        "or closed-form, all (closed-form)",
-    )
-    classes = (
-        "classes to forget in turn, by name or number, or all; A+B forgets two together; "
-        "samples forgets a random tenth of the images"
-    )
-    add_concepts(parser, "forget", classes, required=True, metavar="CLASS")
-    add("--seeds", type=positive, default=1, metavar="K", help="trainings, and runs of each method (1)")
-    add(
-        "--epochs",
-        type=natural,
-        metavar="N",
-        help="of a training (the recipe's); 0 takes a trained --model as it is",
-    )
-    add("--probe_seeds", type=positive, default=5, metavar="K", help="new heads for each learning rate (5)")
-    add(
-        "--passes",
-        nargs="+",
-        type=positive,
-        default=[16],
-        metavar="K",
-        help="how often an attacker asks a random router (16)",
-    )
-    add(
-        "--num_experts",
-        type=positive,
-        metavar="N",
-        help="for methods with a router (one for each remaining class)",
-    )
-    add_solver(parser, EXACT_SOLVERS)
-    add("--settings", type=Path, metavar="FILE", help="JSON file of the arguments of each method")
-    add("--models", type=Path, metavar="DIR", help="folder of trained classifiers (models in --output)")
-    add_device(parser, "accelerate's choice")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and plots")
+    add_options(parser, KDOptions)
 
 
 def _bench_classes(args: argparse.Namespace) -> int:
-    samples = args.forget == ["samples"]
-    methods = _methods(args.methods, samples)
-    tuned = read_settings(args.settings)
-    refuse_missing_model(args.model)
-    if args.dataset in DATASETS and Path(args.dataset).is_dir():
+    options = read_options(KDOptions, args, _of_folder)
+    if options.forget is None:
+        raise ValueError("Say what to forget: `--forget CLASS`, `--forget all` or `--forget samples`.")
+    samples = options.forget in ("samples", ["samples"])
+    forgets = "samples" if samples else "classes"
+    methods = split_names(
+        options.methods, classification_groups(forgets), methods_that_forget(forgets), what="method"
+    )
+    refuse_missing_model(options.model)
+    dataset = options.dataset
+    if dataset in DATASETS and Path(dataset).is_dir():
         logger.warning(
             "`--dataset %s` is the built-in data set; for the folder of that name write ./%s.",
-            args.dataset,
-            args.dataset,
+            dataset,
+            dataset,
         )
-    if not Path(args.dataset).is_dir():
-        refuse_unknown([args.dataset], DATASETS, what="data set", also=", or a folder of images")
+    if not Path(dataset).is_dir():
+        refuse_unknown([dataset], DATASETS, what="data set", also=", or a folder of images")
 
     from ..classes import run as classes_run
     from ..classes import samples as samples_run
     from ..classes import tables
 
     state = start_processes(args.device)
-    settings = {"num_experts": args.num_experts, "solver": args.solver}
-    options = {
+    settings = dict(options.settings or {})
+    if options.num_experts is not None:
+        settings["num_experts"] = options.num_experts
+    common = {
         "output": args.output,
-        "seeds": args.seeds,
-        "path": args.data,
-        "models": args.models,
-        "epochs": args.epochs,
-        "settings": {name: value for name, value in settings.items() if value is not None},
-        "tuned": tuned,
+        "seeds": options.seeds,
+        "path": options.data,
+        "models": options.models,
+        "epochs": options.epochs,
+        "settings": settings,
+        "tuned": options.tuned,
     }
     if samples:
-        summary = samples_run.run_samples(args.dataset, args.model, methods, **options)
+        summary = samples_run.run_samples(
+            dataset, options.model, methods, fraction=options.fraction, **common
+        )
         short_markdown = samples_run.short_markdown
     else:
-        forget = "all" if args.forget == ["all"] else args.forget
-        options |= {"probe_seeds": args.probe_seeds, "passes": args.passes}
-        summary = classes_run.run_kd(args.dataset, args.model, methods, forget, **options)
+        forget = "all" if options.forget == ["all"] else options.forget
+        common |= {"probe_seeds": options.probe_seeds, "passes": options.passes}
+        summary = classes_run.run_kd(dataset, options.model, methods, forget, **common)
         short_markdown = tables.short_markdown
     # The other processes have no summary.
     if state.is_main_process:
@@ -135,10 +135,16 @@ def _bench_classes(args: argparse.Namespace) -> int:
     return 0
 
 
-def _methods(words: str, samples: bool) -> list[str]:
-    """The methods of `--methods`: a group that fits what is forgotten, or names with commas."""
-    groups = classification_groups("samples" if samples else "classes")
-    methods = groups.get(words) or words.split(",")
-    registered = [name for name in methods if ":" not in name]
-    refuse_unknown(registered, CLASSIFICATION, what="method", also=f"; or {', '.join(groups)}")
-    return methods
+def _of_folder(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that made a folder, from its `config.json`."""
+    training, samples = data["training"], data["benchmark"] == "kd-samples"
+    return {
+        "dataset": training["dataset"],
+        "model": training["model"],
+        "epochs": training["recipe"]["epochs"],
+        "methods": list(data["methods"]),
+        "tuned": data["methods"],
+        "forget": "samples" if samples else list(data["forget"]),
+        "seeds": data["seeds"],
+        **data["evaluation"],
+    }

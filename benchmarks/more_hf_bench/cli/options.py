@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from more_hf.cli.checkpoint import add_device
+from more_hf.cli.options import refuse_unknown
 
 
 if TYPE_CHECKING:
@@ -13,15 +20,97 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Options = TypeVar("Options")
 
-def read_settings(file: Path | None) -> dict[str, dict[str, Any]] | None:
-    """Read the JSON file of `--settings`: method -> its arguments."""
-    if file is None:
-        return None
+NAMES = {"nargs": "+", "action": "extend", "metavar": "NAME"}  # of a flag with one or several names
+
+
+def key(default: Any, help: str) -> Any:
+    """An option that a file of `--config` may have, as a field of a dataclass."""
+    return field(default=default, metadata={"help": help})
+
+
+def flag(default: Any, help: str, also: str = "", **argument: Any) -> Any:
+    """An option that is a flag, too, with what `add_argument` takes; `also` is another name of the flag."""
+    return field(default=default, metadata={"help": help, "flag": {"help": help, **argument}, "also": also})
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Add the flags of a dataclass of options, and of its file; the other options close the description."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML or JSON file of options, or the config.json of a folder, to run that again; flags take "
+        "precedence",
+    )
+    parser.description += "\n\nfurther options in the file of --config:"
+    for option in fields(kind):
+        facts = option.metadata
+        if "flag" in facts:
+            parser.add_argument(*filter(None, [f"--{option.name}", facts["also"]]), **facts["flag"])
+        else:
+            parser.description += f"\n  {option.name}: {facts['help']}"
+    add_device(parser, "accelerate's choice")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and pictures"
+    )
+
+
+def read_options(
+    kind: type[Options], args: argparse.Namespace, of_folder: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> Options:
+    """
+    Collect a benchmark's options: a flag's value, else that of `--config`, else the default.
+
+    Args:
+        kind (`type`):
+            The dataclass of the options. Its annotations, which are plain classes, are checked.
+        args (`argparse.Namespace`):
+            The flags; `None` if not given.
+        of_folder (`Callable`):
+            Makes options of the `config.json` of a benchmark's folder.
+
+    Raises:
+        ValueError: the file is no TOML or JSON, has an unknown option, or one of another type.
+    """
+    names = [field.name for field in fields(kind)]
+    held = {} if args.config is None else dict(_read_file(args.config))
+    if "runs" in held:
+        held = dict(of_folder(held))
+    refuse_unknown(held, names, what="option", also=f"; found in {args.config}")
+    if isinstance(held.get("tuned"), str):
+        held["tuned"] = _read_file(args.config.parent / held["tuned"])
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    options = kind(**{**held, **given})
+    for name, allowed in get_type_hints(kind).items():
+        if not isinstance(getattr(options, name), allowed):
+            raise ValueError(
+                f"`{name}` must be {str(allowed).replace('NoneType', 'left out')} in {args.config}, "
+                f"got {getattr(options, name)!r}."
+            )
+    return options
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Read a TOML or JSON file. Both readers' errors are `ValueError`s, without the file's name."""
     try:
-        return json.loads(file.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+        return (tomllib if path.suffix == ".toml" else json).loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def split_names(
+    names: str | list[str], groups: Mapping[str, list[str]], known: Iterable[str], *, what: str
+) -> list[str]:
+    """The names in a word like `A,B`, in a list, or in the group of that name; refuses an unknown one."""
+    if isinstance(names, str):
+        names = groups.get(names) or names.split(",")
+    # One's own is MODULE:FUNCTION.
+    registered = [name.removesuffix("-reloaded") for name in names if ":" not in name]
+    also = f"; or one of {', '.join(groups)}" if groups else ""
+    refuse_unknown(registered, known, what=what, also=also)
+    return list(names)
 
 
 def start_processes(device: str | None) -> PartialState:

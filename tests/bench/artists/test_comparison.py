@@ -200,7 +200,7 @@ def run_rows(pipe, methods, prompts, output):
     return read_rows(output / "rows.csv")
 
 
-def test_the_command_reads_settings_and_joint_names(monkeypatch, tmp_path, emoji_sd, capsys):
+def test_the_command_reads_its_file_and_joint_names(monkeypatch, tmp_path, emoji_sd, capsys):
     called = {}
 
     def fake(pipe, methods, prompts, forget, **options):
@@ -211,6 +211,8 @@ def test_the_command_reads_settings_and_joint_names(monkeypatch, tmp_path, emoji
     monkeypatch.setattr("more_hf.load_emoji_sd", lambda dtype: copy.copy(emoji_sd))
     monkeypatch.setattr("more_hf_bench.artists.tables.short_markdown", lambda summary, kind: "")
     (tmp_path / "settings.json").write_text('{"uce": {"lamb": 20}}')
+    file = tmp_path / "bench.toml"
+    file.write_text('tuned = "settings.json"\nlimit = 3\nseeds = 2\n')
     words = [
         "bench",
         "artists",
@@ -222,15 +224,22 @@ def test_the_command_reads_settings_and_joint_names(monkeypatch, tmp_path, emoji
         "--output",
         str(tmp_path / "out"),
     ]
-    assert main([*words, "--settings", str(tmp_path / "settings.json")]) == 0
+    words += ["--config", str(file)]
+    assert main([*words, "--limit", "5"]) == 0
+    assert (called["limit"], called["seeds"]) == (5, 2)  # a flag takes precedence
     assert called["forget"] == ["Twemoji+Noto", "Blobmoji"]
     assert called["tuned"] == {"uce": {"lamb": 20}}
     assert "uce" in called["methods"]
     assert "esd" not in called["methods"]
     assert called["several"]["Twemoji"][0] == called["remap_to"]["Twemoji"][0]
-    (tmp_path / "settings.json").write_text("{")
-    assert main([*words, "--settings", str(tmp_path / "settings.json")]) == 2
-    assert "Error:" in capsys.readouterr().err
+    for text, message in (
+        ("limit =", "bench.toml cannot be read"),
+        ('limit = "six"', "`limit` must be"),
+        ("lamb = 20", "no option 'lamb'"),
+    ):
+        file.write_text(text)
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
 
 
 # pictures

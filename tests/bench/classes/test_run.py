@@ -574,8 +574,8 @@ def test_tables_are_rebuilt_from_the_committed_files(folder, tmp_path, capsys):
 
 
 def test_command_line(folder, tmp_path, capsys):
-    tuned = tmp_path / "tuned.json"
-    tuned.write_text('{"esc": {"percent": 5}}')
+    file = tmp_path / "bench.json"
+    file.write_text('{"probe_seeds": 1, "tuned": {"esc": {"percent": 5}}}')
     output = tmp_path / "out"
     arguments = [
         "--dataset",
@@ -587,8 +587,6 @@ def test_command_line(folder, tmp_path, capsys):
         "5+6",
         "--epochs",
         "3",
-        "--probe_seeds",
-        "1",
     ]
     assert (
         main(
@@ -596,8 +594,8 @@ def test_command_line(folder, tmp_path, capsys):
                 "bench",
                 "kd",
                 *arguments,
-                "--settings",
-                str(tuned),
+                "--config",
+                str(file),
                 "--models",
                 str(folder / "models"),
                 "--output",
