@@ -4,8 +4,8 @@
     python benchmarks/artists/choose.py defaults    # one factor at a time from a centre, then crossed
 
 `targets` writes targets_validation.csv and prompts/targets*.csv, `defaults` writes defaults.csv and
-defaults.md. Run again to resume: a line that is there is not measured again. The test prompts are not
-touched.
+defaults.md; pictures go to tuning/. Run again to resume: a line that is there is not measured again. The
+test prompts are not touched.
 
 An erasure is scored on pictures of the forgotten artist, of the nine others and without an artist, by LPIPS
 and by the judges. `score` is what is maximised: style removed + content kept (forgotten artist) + style and
@@ -14,10 +14,11 @@ content kept (others), each in percent of what the original has, less 100 × lpi
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 import more_hf
 from more_hf.core.files import write_text
@@ -26,16 +27,18 @@ from more_hf.core.request import ConceptRequest
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.erase import erase
 from more_hf.diffusion.prompts import TEMPLATES, everyday_prompts, packaged_prompts
-from more_hf_bench.artists.generate import generate
+from more_hf_bench.artists.config import Erasure
 from more_hf_bench.artists.judges import EmojiJudges
-from more_hf_bench.artists.lpips import lpips_distance
-from more_hf_bench.artists.prompts import PromptRow, read_prompts, read_targets
-from more_hf_bench.columns import append_row, read_cells
+from more_hf_bench.artists.prompts import read_prompts, read_targets
+from more_hf_bench.artists.rows import Row, read_rows
+from more_hf_bench.artists.run import EMOJI, Method, run_artists
+from more_hf_bench.columns import read_cells
+from more_hf_bench.search import Point, search
 
 
 HERE = Path(__file__).parent
 STYLES = ("High Contrast", "Streamline", "Fluent", "Blobmoji")  # black and white, line drawing, 3D, flat
-STEPS, GUIDANCE = 10, 4.0
+PROMPTS = "emoji10_validation"
 VISIBLE = 0.15  # LPIPS between what two artists draw, below which a person hardly sees a difference
 NEAR = 5  # points of the score, less than one picture of ten
 SEVERAL = 3  # targets of the methods that take several
@@ -88,81 +91,58 @@ FACTORS = {
 }
 
 
-class Measurements:
-    """Measurements of single pictures, by column; pictures of several erasures can be pooled."""
-
-    def __init__(self):
-        self.values: dict[str, list[float]] = {}
-
-    def add(self, column: str, value: float) -> None:
-        self.values.setdefault(column, []).append(value)
-
-    def summary(self) -> dict[str, float]:
-        """The mean of each column, the score, and the number of pictures."""
-        line = {name: round(sum(values) / len(values), 4) for name, values in self.values.items()}
-        removed = 1 - line["style_f"] / max(line["style_f_before"], 10.0)
-        kept = sum(
-            min(1.0, line[name] / max(line[f"{name}_before"], 1e-9))
-            for name in ("content_f", "style_r", "content_r")
-        )
-        line["score"] = round(100 * (removed + kept) - 100 * line["lpips_r"], 3)
-        line["n"] = sum(len(self.values[f"lpips_{group}"]) for group in ("f", "r", "none"))
-        return line
+def erasure_of(forget: str, others: int, **names: list[str]) -> Erasure:
+    """
+    One artist, on the validation prompts: all of that artist, the first `others` of each other, and `others`
+    times three without one.
+    """
+    seen: Counter[str] = Counter()
+    cases = []
+    for row in read_prompts(PROMPTS).rows:
+        seen[row.artist] += 1
+        most = others if row.artist else 3 * others
+        if row.artist == forget or seen[row.artist] <= most:
+            cases.append(row.case_number)
+    return Erasure(**{"remap_to": None, "several": None, "retain": [], **names}, cases=cases)
 
 
-class Bench:
-    """The validation pictures of the original, and what an erasure makes of them."""
+def measure(functions: Mapping[str, Method], erasures: Mapping[str, Erasure], name: str) -> list[dict]:
+    """Draw what every function makes of the erasures; a line for each, over the pictures of all erasures."""
+    output = HERE / "tuning" / name
+    pipe, judges = more_hf.load_emoji_sd(), EmojiJudges()
+    options = {"remap_to": None, "output": output, "judges": judges, "batch_size": 32, **EMOJI}
+    run_artists(pipe, functions, PROMPTS, erasures, **options)
+    rows = [row for row in read_rows(output / "rows.csv") if row.forget in erasures]
+    return [summary([row for row in rows if row.method == function]) for function in functions]
 
-    def __init__(self):
-        self.pipe = more_hf.load_emoji_sd()
-        self.pipe.set_progress_bar_config(disable=True)
-        self.judges = EmojiJudges()
-        self.rows = read_prompts("emoji10_validation").rows
-        images = self.draw(self.pipe, self.rows)
-        self.before = {row.case_number: image for row, image in zip(self.rows, images, strict=True)}
 
-    def draw(self, pipe, rows: list[PromptRow]) -> Tensor:
-        return generate(
-            pipe,
-            [row.prompt for row in rows],
-            [row.evaluation_seed for row in rows],
-            steps=STEPS,
-            guidance=GUIDANCE,
-            batch_size=32,
-        )
-
-    def chosen(self, forget: str, others: int) -> list[PromptRow]:
-        """
-        All rows of the forgotten artist, the first `others` of each other, and `others` times three without
-        one.
-        """
-        seen: Counter[str] = Counter()
-        rows = []
-        for row in self.rows:
-            seen[row.artist] += 1
-            most = others if row.artist else 3 * others
-            if row.artist == forget or seen[row.artist] <= most:
-                rows.append(row)
-        return rows
-
-    def measure(self, forget: str, others: int, measurements: Measurements, pipe=None) -> None:
-        """Add what an erased pipeline (`self.pipe`, or another one) makes of the chosen rows."""
-        rows = self.chosen(forget, others)
-        before = torch.stack([self.before[row.case_number] for row in rows])
-        after = self.draw(pipe or self.pipe, rows)
-        distances = lpips_distance(before, after).tolist()
-        styles_before, contents_before = self.judges.judge(before, rows)
-        styles, contents = self.judges.judge(after, rows)
-        for i, row in enumerate(rows):
-            group = "none"
-            if row.artist:
-                group = "f" if row.artist == forget else "r"
-            measurements.add(f"lpips_{group}", distances[i])
-            measurements.add(f"content_{group}_before", 100.0 * contents_before[i])
-            measurements.add(f"content_{group}", 100.0 * contents[i])
-            if row.artist:
-                measurements.add(f"style_{group}_before", 100.0 * (styles_before[i] == row.artist))
-                measurements.add(f"style_{group}", 100.0 * (styles[i] == row.artist))
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """The mean of each column, the score, and the number of pictures."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        group = "none"
+        if row.artist:
+            group = "f" if row.artist == row.forget else "r"
+        measured = {
+            f"lpips_{group}": row.lpips,
+            f"content_{group}_before": 100.0 * row.content_before,
+            f"content_{group}": 100.0 * row.content_after,
+        }
+        if row.artist:
+            measured[f"style_{group}_before"] = 100.0 * (row.style_before == row.artist)
+            measured[f"style_{group}"] = 100.0 * (row.style_after == row.artist)
+        for column, value in measured.items():
+            values.setdefault(column, []).append(value)
+    line = {name: round(sum(column) / len(column), 4) for name, column in values.items()}
+    removed = 1 - line["style_f"] / max(line["style_f_before"], 10.0)
+    kept = sum(
+        min(1.0, line[name] / max(line[f"{name}_before"], 1e-9))
+        for name in ("content_f", "style_r", "content_r")
+    )
+    line["score"] = round(100 * (removed + kept) - 100 * line["lpips_r"], 3)
+    line["n"] = len(rows)
+    line["seconds_prepare"] = round(sum(row.seconds_prepare for row in rows) / len(rows), 2)
+    return line
 
 
 def best_targets(lines: list[dict[str, str]], forgotten: list[str]) -> list[str]:
@@ -190,23 +170,27 @@ def best_targets(lines: list[dict[str, str]], forgotten: list[str]) -> list[str]
 
 
 def choose_targets() -> None:
-    path = HERE / "targets_validation.csv"
-    measured = {(line["forget"], line["remap_to"]) for line in read_cells(path)}
-    bench = None
-    for forget in EMOJI_ARTISTS:
-        for target in EMOJI_ARTISTS:
-            if target == forget or (forget, target) in measured:
-                continue
-            bench = bench or Bench()
-            measurements = Measurements()
-            more_hf.erase_concept(bench.pipe, forget, remap_to=[target], solver="covariance")
-            bench.measure(forget, 1, measurements)
-            append_row(path, {"forget": forget, "remap_to": target, **measurements.summary()})
-            more_hf.restore(bench.pipe)
-    lines = read_cells(path)
+    points = [
+        {"forget": forget, "remap_to": target}
+        for forget in EMOJI_ARTISTS
+        for target in EMOJI_ARTISTS
+        if target != forget
+    ]
+    lines = search(HERE / "targets_validation.csv", points, measure_targets)
     best = {forget: best_targets(lines, forget.split("+")) for forget in (*EMOJI_ARTISTS, *JOINT)}
     write_table("targets", {forget: targets[:1] for forget, targets in best.items()})
     write_table("targets_several", best)
+
+
+def measure_targets(points: Sequence[Point]) -> Iterator[dict]:
+    """Send one artist after the other to its targets."""
+
+    def erase_to(target, pipe, concepts, *, remap_to, retain):
+        return more_hf.erase_concept(pipe, concepts, remap_to=[target], solver="covariance")
+
+    for forget, own in groupby(points, itemgetter("forget")):
+        functions = {f"to {point['remap_to']}": partial(erase_to, point["remap_to"]) for point in own}
+        yield from measure(functions, {forget: erasure_of(forget, 1)}, "targets")
 
 
 def write_table(name: str, best: dict[str, list[str]]) -> None:
@@ -245,30 +229,37 @@ def best_two(lines: list[dict[str, str]]) -> list[str]:
 
 def choose_defaults(cells: list[str]) -> None:
     path = HERE / "defaults.csv"
-    measured = {line["cell"] for line in read_cells(path)}
-    targets = {forget: names[0] for forget, names in read_targets("targets").items()}
-    order = sorted(read_cells(HERE / "targets_validation.csv"), key=lambda line: -float(line["score"]))
-    bench = None
-    for cell in cells or (*FACTORS, CROSSED):
-        parts = best_two(read_cells(path)) if cell == CROSSED else [cell]
-        name = " + ".join(parts)
-        if name in measured:
-            continue
-        bench = bench or Bench()
-        factors = {key: value for part in parts for key, value in FACTORS[part].items()}
-        measurements = Measurements()
-        for forget in STYLES:
-            scored = [line["remap_to"] for line in order if line["forget"] == forget]
-            ranked = list(dict.fromkeys([targets[forget], *scored]))
-            erase(bench.pipe, request_for(forget, ranked, factors, bench.pipe.tokenizer))
-            bench.measure(forget, 2, measurements)
-            more_hf.restore(bench.pipe)
-        append_row(path, {"cell": name, **measurements.summary()})
+    singles = [{"cell": cell} for cell in cells or FACTORS if cell != CROSSED]
+    if singles:
+        search(path, singles, measure_defaults)
+    if not cells or CROSSED in cells:
+        search(path, [{"cell": " + ".join(best_two(read_cells(path)))}], measure_defaults)
     lines = [
         {"cell": line["cell"], **{column: float(line[column]) for column in SHOWN}}
         for line in read_cells(path)
     ]
     write_text(HERE / "defaults.md", markdown_table(lines) + "\n")
+
+
+def measure_defaults(points: Sequence[Point]) -> list[dict]:
+    """Erase four styles with the factors of each cell; a crossed one has those of its parts."""
+    targets = {forget: names[0] for forget, names in read_targets("targets").items()}
+    order = sorted(read_cells(HERE / "targets_validation.csv"), key=lambda line: -float(line["score"]))
+
+    def erase_with(factors, pipe, concepts, *, remap_to, retain):
+        (forget,) = concepts
+        scored = [line["remap_to"] for line in order if line["forget"] == forget]
+        ranked = list(dict.fromkeys([targets[forget], *scored]))
+        erase(pipe, request_for(forget, ranked, factors, pipe.tokenizer))
+        return pipe
+
+    functions = {}
+    for point in points:
+        factors: dict = {}
+        for part in point["cell"].split(" + "):
+            factors |= FACTORS[part]
+        functions[point["cell"]] = partial(erase_with, factors)
+    return measure(functions, {forget: erasure_of(forget, 2) for forget in STYLES}, "defaults")
 
 
 def main() -> None:

@@ -11,8 +11,6 @@ benchmark does not report.
 
 import argparse
 import copy
-import itertools
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,27 +24,26 @@ from more_hf.core.markdown import markdown_table
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.metrics import harmonic_mean
 from more_hf_bench.classes.training import Recipe, Trainer, accuracy, predict
-from more_hf_bench.columns import read_cells, write_rows
 from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.search import best_settings, grid, points_of, search
 from more_hf_bench.splits import Splits, split_by_class
 
 
 # Chosen for one CPU core: the sources train for 3 to 10 epochs and try more rates. A method that reads all of
 # D_r gets one epoch and two points; one that reads D_f alone, or a part of D_r, gets three of each.
-WHOLE, FORGOTTEN = {"epochs": [1]}, {"epochs": [3]}
 GRIDS = {
-    "finetune": {"lr": [0.03, 0.1], **WHOLE},
-    "neggrad": {"lr": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3], **FORGOTTEN},
-    "neggrad-plus": {"lr": [0.003, 0.01], **WHOLE},
-    "random-labels": {"lr": [0.01, 0.03], **WHOLE},
-    "salun": {"lr": [0.013, 0.03], **WHOLE},
-    "l1-sparse": {"lr": [0.03], "alpha": [1e-5, 1e-4], **WHOLE},
-    "fisher": {"alpha": [1e-8, 1e-7, 1e-6, 1e-5, 1e-4]},
-    "boundary-shrink": {"lr": [3e-4, 1e-3, 3e-3], **FORGOTTEN},
-    "scrub": {"lr": [1e-4, 2e-4, 5e-4, 2e-3, 5e-3], **WHOLE},
-    "bad-teacher": {"lr": [3e-4, 1e-3, 3e-3]},
-    "lau": {"lr": [1e-3, 1e-2, 1e-1]},
-    "esc-t": {"lr": [1e-3, 1e-2, 1e-1]},
+    "finetune": grid(lr=[0.03, 0.1], epochs=1),
+    "neggrad": grid(lr=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3], epochs=3),
+    "neggrad-plus": grid(lr=[0.003, 0.01], epochs=1),
+    "random-labels": grid(lr=[0.01, 0.03], epochs=1),
+    "salun": grid(lr=[0.013, 0.03], epochs=1),
+    "l1-sparse": grid(lr=[0.03], alpha=[1e-5, 1e-4], epochs=1),
+    "fisher": grid(alpha=[1e-8, 1e-7, 1e-6, 1e-5, 1e-4]),
+    "boundary-shrink": grid(lr=[3e-4, 1e-3, 3e-3], epochs=3),
+    "scrub": grid(lr=[1e-4, 2e-4, 5e-4, 2e-3, 5e-3], epochs=1),
+    "bad-teacher": grid(lr=[3e-4, 1e-3, 3e-3]),
+    "lau": grid(lr=[1e-3, 1e-2, 1e-1]),
+    "esc-t": grid(lr=[1e-3, 1e-2, 1e-1]),
 }
 
 
@@ -68,20 +65,14 @@ def main() -> None:
     data = load_kd_data(args.dataset)
     original = Trainer(args.model, data, Recipe.of(data, args.epochs), args.models).original(0)
     splits = split_by_class(data, [args.forget])
-    path = args.output / "grid.csv"
-    rows = read_cells(path)
-    done = {(row["method"], row["settings"]) for row in rows}
-    for method in args.methods.split(","):
-        for values in itertools.product(*GRIDS[method].values()):
-            settings = dict(zip(GRIDS[method], values, strict=True))
-            if (method, json.dumps(settings)) not in done:
-                rows.append(try_out(method, settings, original, splits))
-                write_rows(path, rows)
-
-    chosen = {}
-    for row in sorted(rows, key=lambda row: float(row["hm_validation"])):
-        chosen[row["method"]] = json.loads(row["settings"])  # the last one is the best
-    write_json(args.output / "settings.json", chosen)
+    points = [point for point in points_of(GRIDS) if point["method"] in args.methods.split(",")]
+    rows = search(
+        args.output / "grid.csv",
+        points,
+        lambda missing: (try_out(point["method"], point["settings"], original, splits) for point in missing),
+    )
+    best = best_settings(rows[::-1], GRIDS, "hm_validation")  # of equals the last
+    write_json(args.output / "settings.json", best)
     print(markdown_table(rows))
 
 
@@ -95,8 +86,6 @@ def try_out(method: str, settings: Mapping[str, Any], original: nn.Module, split
     else:
         acc_f, acc_r = (accuracy(predict(model, part), part.labels) for part in (splits.fv, splits.rv))
     return {
-        "method": method,
-        "settings": json.dumps(settings),
         "acc_fv": round(acc_f, 3),
         "acc_rv": round(acc_r, 3),
         "hm_validation": round(harmonic_mean(acc_f, acc_r), 3),

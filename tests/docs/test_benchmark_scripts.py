@@ -1,7 +1,6 @@
 """The benchmark scripts: what is timed is the published closed form, choices are made as docstrings say."""
 
 import importlib
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,21 +200,6 @@ def test_the_best_two_factors_are_crossed(script):
         "tokens=last",
         "shrinkage=1e-3",
     ]
-
-
-def test_settings_are_the_best_cell_of_a_finished_grid(script):
-    tune = script("artists", "tune")
-    assert tune.grid(a=[1, 2], b=3, c=[4, 5]) == [{"a": a, "b": 3, "c": c} for a in (1, 2) for c in (4, 5)]
-    lines = [
-        {"method": method, "settings": json.dumps(cell), "score": str(300 + i)}
-        for method in ("more", "uce", "cure")
-        for i, cell in enumerate(tune.GRIDS[method])
-    ]
-    best = tune.best_settings(lines[:-1])
-    assert best == {
-        "uce": tune.GRIDS["uce"][-1]
-    }  # of `more` there is nothing to choose, and cure is not finished
-    assert tune.best_settings(lines)["cure"] == tune.GRIDS["cure"][-1]
 
 
 def test_folding_edits_all_that_is_added_to_the_residual_stream(script):

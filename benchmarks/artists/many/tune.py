@@ -24,6 +24,7 @@ from more_hf_bench.artists.prompts import Prompts, read_prompts
 from more_hf_bench.artists.run import EMOJI, run_artists
 from more_hf_bench.columns import write_rows
 from more_hf_bench.methods.registry import DIFFUSION
+from more_hf_bench.search import grid, points_of
 
 
 HERE = Path(__file__).parent
@@ -40,13 +41,13 @@ OCE = (
     {"erase_scale": 500.0, "retain_scale": 1.0, "global_scale": 100.0, "lamb": 10.0},
 )
 GRIDS = {
-    "uce": [{"lamb": lamb} for lamb in (5.0, 20.0, 100.0, 500.0)],
-    "rece": [{"lamb": 50.0, "start_lamb": lamb} for lamb in (50.0, 200.0, 1000.0)],
-    "speed": [{"threshold": threshold, "layers": "v"} for threshold in (1e-1, 1e-2, 1e-4)],
+    "uce": grid(lamb=[5.0, 20.0, 100.0, 500.0]),
+    "rece": grid(lamb=50.0, start_lamb=[50.0, 200.0, 1000.0]),
+    "speed": grid(threshold=[1e-1, 1e-2, 1e-4], layers="v"),
     "oce": [{**scales, "layers": "v"} for scales in OCE],
     # The more names, the smaller is each direction's share of the energy, and the more must be raised.
-    "cure": [{"alpha": alpha, "tokens": "content"} for alpha in (2.0, 20.0, 200.0, 2000.0)]
-    + [{"alpha": alpha, "tokens": "padded"} for alpha in (2.0, 20.0)],
+    "cure": grid(alpha=[2.0, 20.0, 200.0, 2000.0], tokens="content")
+    + grid(alpha=[2.0, 20.0], tokens="padded"),
 }
 
 
@@ -71,16 +72,12 @@ def best_of(lines: list[dict]) -> dict:
 
 
 def tune(kind: Kind, output: Path) -> list[dict]:
-    cells = {
-        f"{method} {json.dumps(settings)}": (method, settings)
-        for method, grid in GRIDS.items()
-        for settings in grid
-    }
+    points = {f"{point['method']} {json.dumps(point['settings'])}": point for point in points_of(GRIDS)}
     functions = {}
-    for name, (method, settings) in cells.items():
-        function = DIFFUSION[method].load()
-        expand = {"expand": "object"} if method == "oce" and kind is THINGS else {}
-        functions[name] = partial(function, **settings, **expand)
+    for name, point in points.items():
+        function = DIFFUSION[point["method"]].load()
+        expand = {"expand": "object"} if point["method"] == "oce" and kind is THINGS else {}
+        functions[name] = partial(function, **point["settings"], **expand)
     prompts = validation(kind)
     names = [name for name in prompts.names if name != TARGET[kind.name]]
     summary = run_artists(
@@ -95,26 +92,15 @@ def tune(kind: Kind, output: Path) -> list[dict]:
         batch_size=20,
         **EMOJI,
     )
+    columns = []
+    for judged in ("style_f", "content_f", "style_r", "content_r"):
+        columns += [f"{judged}_before", judged]
     lines = []
     for line in summary:
-        method, settings = cells[line["method"]]
-        size = int(line["forget"].split()[0])
-        judged = ("style_f", "content_f", "style_r", "content_r")
-        columns = [
-            *(f"{name}{end}" for name in judged for end in ("_before", "")),
-            "lpips_f",
-            "lpips_r",
-            "lpips_d",
-        ]
-        lines.append(
-            {
-                "kind": kind.name,
-                "size": size,
-                "method": method,
-                "settings": json.dumps(settings),
-                **{column: line[column] for column in columns},
-            }
-        )
+        point = points[line["method"]]
+        key = {"kind": kind.name, "size": int(line["forget"].split()[0]), "method": point["method"]}
+        key["settings"] = json.dumps(point["settings"])
+        lines.append({**key, **{name: line[name] for name in (*columns, "lpips_f", "lpips_r", "lpips_d")}})
     return lines
 
 

@@ -124,7 +124,7 @@ def script(name):
 
 def test_settings_are_chosen_on_validation_images(folder, tmp_path, monkeypatch):
     choose = script("choose")
-    monkeypatch.setattr(choose, "GRIDS", {"lau": {"lr": [1e-6, 0.3]}, "neggrad": {"lr": [1e30]}})
+    monkeypatch.setattr(choose, "GRIDS", {"lau": [{"lr": 1e-6}, {"lr": 0.3}], "neggrad": [{"lr": 1e30}]})
     arguments = ["--dataset", "digits", "--model", "allcnn-narrow", "--forget", "3", "--epochs", "3"]
     arguments += ["--models", str(folder / "models")]
     monkeypatch.setattr(sys, "argv", ["choose.py", *arguments, "--output", str(tmp_path)])
