@@ -6,7 +6,7 @@ experts).
 from importlib import import_module
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # name -> module that has it; resolved on first use, so that importing the package costs nothing
 _EXPORTS = {

@@ -107,7 +107,8 @@ def add_router(parser: argparse.ArgumentParser) -> None:
 
 
 def add_solver(parser: argparse.ArgumentParser, solvers: tuple[str, ...] = SOLVERS, **options: Any) -> None:
-    parser.add_argument("--solver", choices=("auto", *solvers), help="(auto)", **options)
+    note = "how to solve for the edit; auto picks one and says why (auto)"
+    parser.add_argument("--solver", choices=("auto", *solvers), help=note, **options)
 
 
 def natural(text: str) -> int:

@@ -79,7 +79,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help='"Van Gogh=Vincent van Gogh"; repeatable',
     )
     add_remap_to(parser, note="; NAME=TARGET is for that one alone", default=[])
-    add("--retain", nargs="+", action="extend", metavar="NAME", help="what else must stay as it is")
+    add("--retain", nargs="+", action="extend", metavar="NAME", help="names that must stay as they are")
     add("--num_experts", type=positive, metavar="N", help="remapping experts (one per target)")
     add_solver(parser, default="auto")
     add("--tokens", choices=TOKENS, help="which positions of a prompt give a concept's prototypes")
@@ -87,16 +87,16 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--reach",
         choices=REACHES,
         default="name",
-        help="only the layers that read the prompt (name), or also those inside the denoiser (denoiser), by "
-        "what they read while it draws pictures of the concept",
+        help="which layers to edit: those that read the prompt (name), or all linear layers of the denoiser "
+        "(denoiser) (name)",
     )
     add(
         "--softness",
         type=float,
         default=1.0,
         metavar="S",
-        help="of `--solver soft` and inside the denoiser: the smaller, the more is forgotten and the more "
-        "the rest moves (1)",
+        help="weight on leaving other prompts unchanged, for `--solver soft` and `--reach denoiser`; smaller "
+        "values forget more (1)",
     )
     add("--steps", type=positive, metavar="N", help="steps for these pictures (the pipeline's own)")
     add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")

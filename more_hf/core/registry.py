@@ -1,5 +1,5 @@
 """
-Which models are erased, kept outside the models so that pickling, copying or saving cannot carry it along.
+The registry of erased models. It lives outside them, so pickling, copying or saving never carries it along.
 
 Models that are edited as one come in an `nn.ModuleDict`, which may be a new object at every call; the erasure
 is therefore registered for each of them.

@@ -380,10 +380,7 @@ INSTRUCTION = (
     "on which nothing was fitted"
 )
 SYSTEM = "a call with another `system_prompt` gives features on which nothing was fitted"
-CASE = (
-    "the text encoder tells upper from lower case: "
-    "the name in another case moves only as far as its features are like the fitted ones"
-)
+CASE = "the text encoder is case-sensitive: the name in a different case is erased only partly"
 
 # the encodings that depend on the text encoders alone
 STABLE_DIFFUSION = Text(

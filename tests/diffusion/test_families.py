@@ -183,7 +183,7 @@ def test_guarantees_and_proof_cover_every_space(erased_families, family):
         assert all(erasure.guarantees[prefix + key] < 1e-8 for key in keys)
     assert_proved(erasure)
     assert any("`clip_skip`" in leak for leak in erasure.facts.leaks) == (family in ("sdxl", "sd3"))
-    assert any("upper from lower case" in leak for leak in erasure.facts.leaks) == (family in ("sd3", "flux"))
+    assert any("case-sensitive" in leak for leak in erasure.facts.leaks) == (family in ("sd3", "flux"))
     assert not any("pooled" in leak for leak in erasure.facts.leaks)
 
 
