@@ -38,7 +38,7 @@ from more_hf_bench.methods.diffusion.closed_form import (
     rotation,
     speed_update,
 )
-from more_hf_bench.methods.diffusion.ours import without_orthogonalisation
+from more_hf_bench.methods.diffusion.ours import without_orthogonalization
 
 
 matplotlib.use("Agg")
@@ -126,7 +126,7 @@ def more_erase(problem: Problem) -> list[Tensor]:
 
 
 def more_without_po(problem: Problem) -> list[Tensor]:
-    remap = without_orthogonalisation(
+    remap = without_orthogonalization(
         problem.prototypes(problem.C, problem.G), problem.names("c"), [problem.names("g")]
     )
     return [remap.merged(W) for W in problem.layers]

@@ -38,9 +38,7 @@ def logits(model, images):
         return model(images[torch.arange(len(images))]["pixel_values"]).logits
 
 
-@pytest.mark.parametrize(
-    "method", [n for n, m in methods_that_forget("classes").items() if m.closed_form]
-)
+@pytest.mark.parametrize("method", [n for n, m in methods_that_forget("classes").items() if m.closed_form])
 def test_a_closed_form_on_cached_features_is_the_one_on_images(method, original, data):
     splits, function = split_by_class(data, [3]), CLASSIFICATION[method].load()
     expected = function(copy.deepcopy(original), splits, seed=0)

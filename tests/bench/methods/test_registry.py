@@ -26,7 +26,8 @@ def test_importing_the_registry_imports_nothing_heavy():
 
 def test_groups_of_diffusion():
     ours = (
-        "more more-reloaded more-erase more-mean more-random more-hash more-without-po more-erase-without-po"
+        "more more-reloaded more-erase more-mean more-random more-hash more-paper "
+        "more-without-po more-erase-without-po"
     )
     published = "uce rece cure speed oce sld-medium safree esd ca"
     main = ["original", "noise", "negative_prompt", *ours.split(), *published.split()]
@@ -34,7 +35,8 @@ def test_groups_of_diffusion():
     assert list(DIFFUSION) == main + groups["appendix"]
     assert groups["all"] == main
     inside = "more-denoiser more-denoiser-soft more-denoiser-hard more-described"
-    appendix = f"{inside} uce-paper sld-weak sld-strong sld-max safree-re-attention esd-repo"
+    ablation = "more-pinv more-covariance more-without-po-covariance"
+    appendix = f"{inside} {ablation} uce-paper sld-weak sld-strong sld-max safree-re-attention esd-repo"
     assert groups["appendix"] == appendix.split()
     assert set(groups["all"]) - set(groups["training-free"]) == {"esd", "ca"}
 
@@ -44,7 +46,9 @@ def test_groups_of_classification():
     ablations = {"erase-without-complement", "remap-without-complement", "more-trained", "more-inner"}
     classes, samples = classification_groups("classes"), classification_groups("samples")
     assert set(CLASSIFICATION) - set(classes["all"]) == {*of_samples, *ablations}
-    closed_form = "esc leace-rest leace-target erase-without-po remap-without-po erase remap more more-hash"
+    closed_form = (
+        "esc leace-rest leace-target erase-without-po remap-without-po erase remap more more-hash more-paper"
+    )
     assert classes["closed-form"] == ["original", *closed_form.split()]
     assert samples["closed-form"] == ["original", "esc", *of_samples]
     trained = "finetune neggrad neggrad-plus random-labels salun l1-sparse fisher boundary-shrink scrub"

@@ -1,7 +1,7 @@
-"""Forget single samples of all classes (MoRE, section 4.3 and Algorithm 3).
+"""Forget single samples of all classes (MoRE, section 4.3).
 
 A class's mean over the forgotten samples is sent to its mean over the others, and the edit is absorbed into
-the head's weight.
+the head's weight. Algorithm 3, which has another last term, is `as_printed`.
 """
 
 from __future__ import annotations

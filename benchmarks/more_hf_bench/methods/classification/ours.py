@@ -1,4 +1,4 @@
-"""Ours: `erase_classes` and `forget_samples` under the names of the tables, and the paper's ablations."""
+"""`erase_classes` and `forget_samples` under the names of the tables, the paper's MoRE and its ablations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from more_hf.classification.erase import erase_classes
+from more_hf.classification.erase import erase_classes, get_erasure
 
 from ...splits import Splits
 from .forget_samples import forget_samples
@@ -49,6 +49,37 @@ remap = partial(more, router=None, num_experts=1)  # the paper's: one target
 erase = partial(more, router=None, remap_to=None)
 
 
+def more_paper(
+    model: nn.Module, splits: Splits, *, seed: int = 0, num_experts: int | None = None, batch_size: int = 500
+) -> nn.Module:
+    """MoRE as the paper prints it: D = P⁺, and a random router over experts with drawn targets.
+
+    Source: Algorithms 1 and 2. Each expert sends each forgotten class to a remaining one, drawn uniformly:
+    two experts may draw the same.
+
+    Args:
+        num_experts (`int`, *optional*): by default one for each remaining class (Table 12 has fewer, too).
+    """
+    remain = splits.r.labels.unique()
+    generator = torch.Generator().manual_seed(seed)
+    data: Any = _all_batches(model, splits, batch_size)
+    for forgotten in splits.f.labels.unique().tolist():  # classes with targets of their own, fitted jointly
+        choice = torch.randint(len(remain), (num_experts or len(remain),), generator=generator)
+        erase_classes(
+            model,
+            data,
+            forgotten,
+            remap_to=remain[choice].tolist(),
+            num_experts=len(choice),
+            router="random",
+            solver="pinv",
+            seed=seed,
+            most_lost=100,
+        )
+        data = get_erasure(model).prototypes
+    return model.eval()
+
+
 def more_trained(
     model: nn.Module,
     splits: Splits,
@@ -58,16 +89,20 @@ def more_trained(
     num_experts: int | None = None,
     router: str = "prototype",
     solver: str = "auto",
-    losses: str = "remain+forget+balance",
+    losses: str = "remain+balance",
     epochs: int = 10,
     learning_rate: float = 1e-5,
     batch_size: int = 500,
 ) -> nn.Module:
-    """MoRE-P-T-B, or with `router="prototype_random"` MoRE-R-T-B: the router is trained on all of D_f and D_r
-    (appendix D).
+    """MoRE-P-T-B, or with `router="prototype_random"` MoRE-R-T-B: the router is trained on all of D_f and
+    D_r.
 
-    `losses` is one or more of remain, forget and balance, joined by `+`; settings of the training as in
-    `train_router`.
+    Source: appendix D, where `-T` is the remain loss alone and `-T-B` adds the balance of forgotten samples.
+
+    Args:
+        losses (`str`, defaults to `"remain+balance"`): one or more of remain, forget and balance, joined by
+            `+`, as in Table 15.
+        epochs (`int`), learning_rate (`float`): as in `train_router`.
     """
     model = more(
         model,
@@ -120,7 +155,8 @@ def more_inner(
 def remap_samples(
     model: nn.Module, splits: Splits, *, seed: int = 0, as_printed: bool = False, batch_size: int = 500
 ) -> nn.Module:
-    """Ours for single samples instead of classes (Algorithm 3); settings as in `forget_samples`."""
+    """Send the mean of a class's forgotten samples to the mean of its others, P_r P_f⁺: what the text before
+    Algorithm 3 asks for. With `as_printed`, Algorithm 3 to the letter, P_r P_r⁺."""
     forget, remain = (batches(part.loader(batch_size), model) for part in (splits.f, splits.r))
     forget_samples(model, forget, remain, as_printed=as_printed)
     return model.eval()

@@ -11,8 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import more_hf
+from more_hf.core.errors import MoreError
 from more_hf.core.prototypes import Prototypes
-from more_hf.core.remap import Remap
+from more_hf.core.remap import NOWHERE, Remap
 from more_hf.core.request import ConceptRequest
 from more_hf.data import EMOJI_ARTISTS, FOLDER
 from more_hf.diffusion.aliases import find_aliases
@@ -112,7 +113,7 @@ def more_reloaded(
         return DiffusionPipeline.from_pretrained(folder, dtype=pipe.dtype).to(pipe.device)
 
 
-def more_without_po(
+def more_paper(
     pipe: DiffusionPipeline,
     concepts: Concepts,
     *,
@@ -122,53 +123,111 @@ def more_without_po(
     tokens: str = "positions",
     seed: int = 0,
 ) -> DiffusionPipeline:
-    """Erase as `erase_concept` does but with D_F = P_F⁺, the dual of the forget prototypes alone.
+    """Erase as the paper prints it: D = P⁺, and a random router over experts with drawn targets.
 
-    Source: MoRE's ablation "without PO", which the paper names but does not define. Retained prototypes are
-    not spared: `retain` plays no part. Forget prototypes still go exactly to the mean of their targets, or to
-    zero without any. Settings are as in `erase_concept`, without a router.
+    Source: MoRE, Algorithms 1 and 2. Every name to keep is in P, and each expert sends each concept to one of
+    them, target or retained name, drawn uniformly: two experts may draw the same. The paper says neither how
+    many experts its pictures have nor which tokens make prototypes; the begin token and the empty prompt are
+    in P, too, as in every edit of this package.
+
+    Args:
+        num_experts (`int`, *optional*): by default one for each name to keep.
+        tokens, seed: as in `erase_concept`.
+    """
+    roles = name_roles(concepts, remap_to, retain)
+    if not roles.keep:
+        raise MoreError("Targets are drawn among the names to keep, and there are none. Give some.")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for name in ConceptRequest.of(concepts, remap_to=None).concepts:
+        choice = torch.randint(len(roles.keep), (num_experts or len(roles.keep),), generator=generator)
+        drawn[name] = [roles.keep[i] for i in choice]
+    return erase_concept(
+        pipe,
+        concepts,
+        remap_to=drawn,
+        retain=roles.keep,
+        num_experts=num_experts or len(roles.keep),
+        router="random",
+        solver="pinv",
+        tokens=tokens,
+        seed=seed,
+    )
+
+
+more_pinv = partial(erase_concept, solver="pinv")
+more_covariance = partial(erase_concept, solver="covariance")
+
+
+def more_without_po(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: Targets,
+    retain: Retained,
+    num_experts: int | None = None,
+    tokens: str = "positions",
+    seed: int = 0,
+    solver: str = "pinv",
+) -> DiffusionPipeline:
+    """Erase as `erase_concept` does but with the dual of the forget prototypes alone.
+
+    Source: MoRE's ablation "without PO", which the paper names but does not define. Forget prototypes still
+    go exactly to the mean of their targets, or to zero without any; no other prototype is held. With the
+    metrics `"pinv"` (D_F = P_F⁺, where `retain` plays no part) and `"covariance"` (retained names are in Σ),
+    it is one half of a 2 × 2 whose other half is `more_pinv` and `more_covariance`.
+
+    Settings are as in `erase_concept`, without a router.
     """
     request = ConceptRequest.of(
         concepts,
         remap_to=remap_to,
         retain=retain,
         num_experts=num_experts,
-        solver="pinv",
+        solver=solver,
         tokens=tokens,
         seed=seed,
     )
     sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
-    remaps = {
-        space: without_orthogonalisation(
-            problem.prototypes,
-            problem.columns(problem.forget, tokens),
-            [problem.columns(names, tokens) for names in problem.targets],
-        )
-        for space, problem in prepare(pipe, request, ()).items()
-    }
+    remaps = {}
+    for space, problem in prepare(pipe, request).items():
+        forget = problem.columns(problem.forget, tokens)
+        targets = [problem.columns(names, tokens) for names in problem.targets]
+        remaps[space] = without_orthogonalization(problem.prototypes, forget, targets, solver=solver)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
-    edited = {name: remaps[site.space].merged(site.read().double()) for name, site in sites.items()}
-    write_weights(sites, edited)
+    write_weights(
+        sites, {name: remaps[site.space].merged(site.read().double()) for name, site in sites.items()}
+    )
     return pipe
 
 
-def without_orthogonalisation(
-    prototypes: Prototypes, forget: Sequence[str], targets: Sequence[Sequence[str | None]]
+more_without_po_covariance = partial(more_without_po, solver="covariance")
+
+
+def without_orthogonalization(
+    prototypes: Prototypes,
+    forget: Sequence[str],
+    targets: Sequence[Sequence[str | None]],
+    *,
+    solver: str = "pinv",
+    shrinkage: float = 1e-4,
 ) -> Remap:
-    """The remap with D_F = P_F⁺, rows of the other prototypes zero. Arguments as of `Remap.fit`."""
+    """The remap with D_F = (P_Fᵀ Σ⁻¹ P_F)⁻¹ P_Fᵀ Σ⁻¹, rows of the other prototypes zero. Arguments as of
+    `Remap.fit`."""
     columns = [prototypes.index(name) for name in forget]
     P_F = prototypes.matrix[:, columns]
     dual = torch.zeros_like(prototypes.matrix.T)
-    dual[columns] = torch.linalg.pinv(P_F)
-
-    def indices(names: Sequence[str | None]) -> list[int]:
-        return [-1 if name is None else prototypes.index(name) for name in names]
-
+    if solver == "pinv":
+        dual[columns] = torch.linalg.pinv(P_F)
+    else:
+        whiten = prototypes.moment.inverse_root(shrinkage)
+        dual[columns] = whiten(torch.linalg.pinv(whiten(P_F)).T).T
+    numbers = {name: column for column, name in enumerate(prototypes.names)} | {None: NOWHERE}
     return Remap(
         prototypes=prototypes,
         forget=tuple(columns),
-        targets=torch.tensor([indices(expert) for expert in targets]),
+        targets=torch.tensor([[numbers[name] for name in expert] for expert in targets]),
         dual=dual,
-        solver="without PO",
+        solver=f"{solver} without PO",
         condition_number=float(torch.linalg.cond(P_F / P_F.norm(dim=0))),
     )

@@ -11,7 +11,7 @@ from more_hf_bench.methods.registry import CLASSIFICATION, methods_that_forget
 
 
 DRAWN = {name for name, method in CLASSIFICATION.items() if method.trained}
-DRAWN |= {"fisher", "esc-as-released", "remap", "more", "more-hash", "more-inner"}
+DRAWN |= {"fisher", "esc-as-released", "remap", "more", "more-hash", "more-paper", "more-inner"}
 FEW_STEPS = {"esc-t", "lau", "more-prototype", "more-trained"}  # the order of batches may not show
 WITHOUT = ("erase-without-po", "remap-without-po", "erase-without-complement", "remap-without-complement")
 MAPPED = ("esc", "esc-as-released", "esc-t", "esc-t-as-released", "leace-rest", "leace-target", *WITHOUT)
@@ -28,7 +28,7 @@ def test_same_seed_same_model_and_caller_untouched(name, model, splits):
     for seed in (0, 0, 1):
         edited = unlearn(name, model, splits, seed=seed, **settings)
         assert not edited.training
-        if name in ("more", "more-inner"):
+        if name in ("more", "more-paper", "more-inner"):
             # The router draws anew in every process.
             get_erasure(edited).hook.router.reset(range(len(images)))
         with torch.no_grad():

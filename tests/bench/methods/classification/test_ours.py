@@ -11,7 +11,7 @@ from more_hf.api import get_erasure
 from more_hf.classification.erase import erase_classes
 from more_hf.core.errors import MoreError
 from more_hf_bench.methods.classification.router_training import train_router
-from more_hf_bench.splits import ImageSet, KDData, split_by_sample
+from more_hf_bench.splits import ImageSet, KDData, split_by_class, split_by_sample
 
 
 @pytest.mark.parametrize("name", ["remap", "more", "more-hash", "more-prototype", "erase"])
@@ -32,6 +32,39 @@ def test_ours_are_erase_classes(name, model, splits):
     assert torch.allclose(edited[-1].weight, reference[-1].weight, atol=1e-6)
     assert not torch.allclose(edited[-1].weight, other[-1].weight, atol=1e-4)
     assert get_erasure(edited).router == options[name].get("router")
+
+
+@pytest.mark.parametrize("num_experts", [None, 40])
+def test_the_papers_more_is_algorithm_1(num_experts, model, splits):
+    """Two classes forgotten, each with its own draws: the mean of E = I + (P_t − P_F) P⁺ is in the head."""
+    data = KDData("squares", tuple("abcd"), *[everything(splits)] * 3, channels=1, flip=False)
+    drawn = split_by_class(data, [1, FORGET])
+    images, labels = pixels(data.train), data.train.labels
+    P = torch.stack([model.eval()[:-1](images[labels == c]).double().mean(0) for c in range(K)], dim=1)
+    edited = unlearn("more-paper", model, drawn, seed=5, num_experts=num_experts)
+    erasure = get_erasure(edited)
+    (remap,) = erasure.remaps.values()
+    targets = [[int(remap.prototypes.names[i]) for i in expert] for expert in remap.targets.tolist()]
+    assert remap.prototypes.names == tuple("0123")
+    assert len(targets) == (num_experts or 2)
+    assert {target for expert in targets for target in expert} <= {0, 3}
+    D = torch.linalg.pinv(P)[[1, FORGET]]
+    shift = torch.stack([P[:, expert] for expert in targets]).mean(0) - P[:, [1, FORGET]]
+    W = model[-1].weight.double()
+    assert torch.allclose(edited[-1].weight.double(), W + W @ shift @ D, atol=1e-4)
+    assert not torch.allclose(edited[-1].weight.double(), W, atol=1e-2)
+    assert (erasure.router, erasure.facts.solver) == ("random", "pinv")
+    if num_experts == 40:  # of 40 pairs from two classes, drawn independently, all four come
+        assert len(set(map(tuple, targets))) == 4
+
+
+def test_the_papers_targets_are_drawn_with_repeats(model, splits):
+    """One class to three others in three experts: all three are different in 6 of 27 draws."""
+    distinct = 0
+    for seed in range(60):
+        (remap,) = get_erasure(unlearn("more-paper", model, splits, seed=seed)).remaps.values()
+        distinct += len(set(remap.targets.flatten().tolist())) == 3
+    assert abs(distinct - 60 * 6 / 27) < 4 * (60 * 6 / 27 * 21 / 27) ** 0.5
 
 
 def test_a_trained_router_starts_as_the_untrained_one_and_moves(model, splits):
