@@ -200,8 +200,10 @@ class ClipJudges:
         """
         import open_clip
 
+        # A name alone builds GELU, also where the weights (OpenAI's) were trained with QuickGELU.
+        quick = open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
         try:
-            clip = open_clip.create_model(model, pretrained=pretrained)
+            clip = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
         except (RuntimeError, OSError) as error:
             raise JudgeError(
                 f"No CLIP judge {model} {pretrained}: {error} "

@@ -23,7 +23,7 @@ from ..methods.registry import DIFFUSION, diffusion_groups
 from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
 
 
-CLIP = ("ViT-L-14", "openai")
+CLIP = ("ViT-L-14-quickgelu", "openai")
 
 
 @dataclass(frozen=True)

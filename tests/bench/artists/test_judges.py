@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -126,6 +128,31 @@ def test_clip_judges_against_a_plain_loop(tiny_clip):
         ClipJudges.load(CLIP_ROWS, model="nothing", pretrained="openai")
     with pytest.raises(JudgeError, match="Case 6"):
         judges.check([PromptRow(6, "a boat by Picasso", 1, "Pablo Picasso")])
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14", "ViT-L-14-quickgelu"])
+def test_openais_weights_get_the_network_that_they_were_trained_in(name, monkeypatch):
+    """At a tiny size and without weights; open_clip warns where the two differ, and builds GELU."""
+    import open_clip
+    from open_clip import factory
+
+    config = open_clip.get_model_config(name)
+    config["vision_cfg"] |= {"layers": 1, "width": 64}
+    config["text_cfg"] |= {"layers": 1, "width": 48}
+    monkeypatch.setitem(factory._MODEL_CONFIGS, name, config)
+    monkeypatch.setattr(factory, "download_pretrained", lambda *args, **kwargs: "weights")
+    monkeypatch.setattr(factory, "load_checkpoint", lambda *args, **kwargs: None)
+
+    def activations(model):
+        return {type(module) for module in model.modules() if "GELU" in type(module).__name__}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judges = ClipJudges.load(CLIP_ROWS, model=name, pretrained="openai")
+    assert activations(judges.model) == {open_clip.model.QuickGELU}
+    if name == "ViT-L-14":
+        with pytest.warns(UserWarning, match="QuickGELU mismatch"):
+            assert activations(open_clip.create_model(name, pretrained="openai")) == {torch.nn.GELU}
 
 
 @pytest.mark.parametrize(
