@@ -35,8 +35,8 @@ from more_hf.core.moment import Moment
 from more_hf.core.prototypes import PrototypeFitter, Prototypes
 from more_hf.core.remap import Remap
 from more_hf.data import load_classifier
+from more_hf_bench.attacks.classes.features import similarity
 from more_hf_bench.attacks.classes.run import random_weights
-from more_hf_bench.attacks.classes.similarity import similarity
 from more_hf_bench.attacks.classes.victim import Seen, Victim
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.features import cache, reloaded

@@ -1,4 +1,4 @@
-"""All attacks, one line each.
+"""All attacks, one line each, in the order of the tables.
 
 Importing this module imports neither torch nor diffusers; `Attack.load` imports the attack's own module.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
 
@@ -23,69 +23,50 @@ class Attack:
     """One attack.
 
     Attributes:
-        name (`str`): what the command line and the tables call it.
         place (`str`): `"module:function"` in this package. The function takes a victim, an erased model with
             what the attacker has beside it, and settings that all have defaults; it yields `Result`s.
-        of (`str`): the victims: classifiers, which forgot `"classes"`, or pipelines, which draw `"pictures"`.
         access (`str`): what the attacker needs, in the words of the tables.
         on_request (`bool`): whether it trains so much that it is run only where it is named.
     """
 
-    name: str
     place: str
-    of: Kind
     access: str
     on_request: bool = False
 
+    @property
+    def of(self) -> Kind:
+        """The victims: classifiers, which forgot classes, or pipelines, which draw pictures."""
+        return "classes" if self.place.startswith("classes.") else "pictures"
+
     def load(self) -> Callable[..., Iterator[Result]]:
         """Import the function."""
-        module, function = self.place.split(":")
-        return getattr(import_module(module, __package__), function)
+        return resolve_name(f"{__package__}.{self.place}")
 
     def run(self, victim: Any, **settings: Any) -> list[Result]:
         """Attack a victim."""
         return list(self.load()(victim, **settings))
 
 
-_PICTURES = (
-    Attack("name", ".pictures.name:name", of="pictures", access="prompts"),
-    Attack("noise", ".pictures.noise:noise", of="pictures", access="prompts, the sampler, a judge"),
-    Attack("closed-form", ".pictures.closed_form:closed_form", of="pictures", access="weights, the base's"),
-    Attack("base", ".pictures.base:base", of="pictures", access="weights, the base's"),
-    Attack("ring-a-bell", ".pictures.ring_a_bell:ring_a_bell", of="pictures", access="the text encoder"),
-    Attack("latent", ".pictures.latent:latent", of="pictures", access="weights, pictures"),
-    Attack("inversion", ".pictures.inversion:inversion", of="pictures", access="weights, pictures"),
-    Attack("relearning", ".pictures.relearning:relearning", of="pictures", access="weights, pictures"),
-    Attack(
-        "prompt-search",
-        ".pictures.prompt_search:prompt_search",
-        of="pictures",
-        access="weights, the base's, pictures",
-    ),
-)
-_ATTACKS = (
-    Attack("probes", ".classes.probes:probes", of="classes", access="features, labelled images"),
-    Attack("queries", ".classes.queries:queries", of="classes", access="several answers to one image"),
-    Attack("jitter", ".classes.queries:jitter", of="classes", access="answers to shifted images"),
-    Attack("shots", ".classes.shots:shots", of="classes", access="features, a few forgotten images"),
-    Attack(
-        "fine-tuning", ".classes.shots:fine_tuning", of="classes", access="weights, a few forgotten images"
-    ),
-    Attack("layers", ".classes.layers:layers", of="classes", access="weights, labelled images"),
-    Attack("ridge", ".classes.layers:ridge", of="classes", access="the original, remaining images"),
-    Attack("similarity", ".classes.similarity:similarity", of="classes", access="features, Retrain"),
-    Attack(
-        "membership",
-        ".classes.membership:membership",
-        of="classes",
-        access="logits, shadow models",
-        on_request=True,
-    ),
-    *_PICTURES,
-)
-
-ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ATTACKS}
-"""Name to attack, in the order of the tables."""
+ATTACKS: dict[str, Attack] = {
+    "probes": Attack("classes.features:probes", "features, labelled images"),
+    "queries": Attack("classes.queries:queries", "several answers to one image"),
+    "jitter": Attack("classes.queries:jitter", "answers to shifted images"),
+    "shots": Attack("classes.shots:shots", "features, a few forgotten images"),
+    "fine-tuning": Attack("classes.shots:fine_tuning", "weights, a few forgotten images"),
+    "layers": Attack("classes.features:layers", "weights, labelled images"),
+    "ridge": Attack("classes.features:ridge", "the original, remaining images"),
+    "similarity": Attack("classes.features:similarity", "features, Retrain"),
+    "membership": Attack("classes.membership:membership", "logits, shadow models", on_request=True),
+    "name": Attack("pictures.prompts:name", "prompts"),
+    "noise": Attack("pictures.sampling:noise", "prompts, the sampler, a judge"),
+    "closed-form": Attack("pictures.weights:closed_form", "weights, the base's"),
+    "base": Attack("pictures.weights:base", "weights, the base's"),
+    "ring-a-bell": Attack("pictures.prompts:ring_a_bell", "the text encoder"),
+    "latent": Attack("pictures.sampling:latent", "weights, pictures"),
+    "inversion": Attack("pictures.training:inversion", "weights, pictures"),
+    "relearning": Attack("pictures.training:relearning", "weights, pictures"),
+    "prompt-search": Attack("pictures.prompts:prompt_search", "weights, the base's, pictures"),
+}
 
 
 def attacks_of(kind: Kind) -> dict[str, Attack]:

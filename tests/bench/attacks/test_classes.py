@@ -8,13 +8,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from more_hf.data import load_classifier
-from more_hf_bench.attacks.classes.layers import block_features, layers, ridge
+from more_hf_bench.attacks.classes.features import block_features, layers, probes, ridge, similarity
 from more_hf_bench.attacks.classes.membership import likelihood_ratio, log_odds, membership
-from more_hf_bench.attacks.classes.probes import probes
 from more_hf_bench.attacks.classes.queries import jitter, queries
 from more_hf_bench.attacks.classes.run import Victims, random_weights
 from more_hf_bench.attacks.classes.shots import few_shot_rows, fine_tuning, shots
-from more_hf_bench.attacks.classes.similarity import similarity
 from more_hf_bench.attacks.classes.victim import AUC_TARGET, REMAINING, Seen
 from more_hf_bench.attacks.result import AUC, RECOGNISED
 from more_hf_bench.classes.data import load_kd_data

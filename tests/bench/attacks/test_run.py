@@ -71,10 +71,10 @@ def test_nothing_is_measured_twice(folder, monkeypatch, tmp_path, capsys):
     run = type(ATTACKS["ridge"]).run
     monkeypatch.setattr(
         "more_hf_bench.attacks.registry.Attack.run",
-        lambda attack, victim, **settings: asked.append(attack.name) or run(attack, victim, **settings),
+        lambda attack, victim, **settings: asked.append(attack.place) or run(attack, victim, **settings),
     )
     assert main([*COMMAND.split(), "--output", str(folder)]) == 0
-    assert asked == ["ridge"]
+    assert asked == [ATTACKS["ridge"].place]
     assert lost.read_text() == before
     assert all(path.stat().st_mtime_ns == time for path, time in cells.items() if path != lost)
     # Another attacker is another benchmark; tables are made again from the rows alone.

@@ -1,4 +1,4 @@
-"""The common parts of attacks that train: the denoiser's own loss, and new tokens."""
+"""Attacks that train: new tokens, or the denoiser on a few pictures; and the denoiser's own loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import NamedTuple
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...methods.diffusion.training import trainable_names, with_gradients
+from ..result import Result
+from .studio import Pictures
+from .victim import Victim
 
 
 class Noised(NamedTuple):
@@ -102,3 +108,192 @@ def embedded(pipe: StableDiffusionPipeline, vectors: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def inversion(
+    victim: Victim,
+    *,
+    tokens: Sequence[int] = (1, 4),
+    steps: Sequence[int] = (15, 50),
+    pictures: int = 25,
+    batch_size: int = 8,
+    learning_rate: float = 5e-3,
+    start: str = "art",
+) -> Iterator[Result]:
+    """
+    Train token embeddings on the original's pictures of the concept, with all weights frozen.
+
+    Source: Circumventing Concept Erasure (Pham et al., ICLR 2024): textual inversion of 25 pictures, learning
+    rate 5e-3, from the word "art"; the paper uses 5,000 steps with batches of 16. The variant "never
+    forgotten" attacks another concept that was not forgotten, and says how well the attack does without an
+    erasure.
+
+    Args:
+        tokens (`Sequence[int]`):
+            Numbers of new tokens; each is an attack of its own.
+        steps (`Sequence[int]`):
+            Numbers of steps after which the test pictures are drawn; training ends with the last.
+        pictures (`int`), batch_size (`int`), learning_rate (`float`), start (`str`):
+            As above.
+    """
+    studio = victim.studio
+    attacks = [(victim, count, "1 token" if count == 1 else f"{count} tokens") for count in tokens]
+    unforgotten = Victim(victim.pipe, studio, victim.other, victim.concept, victim.seed, victim.folder)
+    for attacker, count, variant in [*attacks, (unforgotten, 1, "never forgotten")]:
+        shown = studio.pictures(attacker.concept, pictures)
+        options = {"batch_size": batch_size, "learning_rate": learning_rate, "start": start}
+        learning = learn_tokens(victim.pipe, shown, count, steps, seed=victim.seed, **options)
+        for step, pipe, word in learning:
+            prompts = attacker.prompts(word)
+            yield attacker.drawn(pipe, prompts, "inversion", variant=variant, budget=step, unit="steps")
+
+
+def learn_tokens(
+    pipe: StableDiffusionPipeline,
+    pictures: Pictures,
+    count: int,
+    steps: Sequence[int],
+    *,
+    batch_size: int,
+    learning_rate: float,
+    start: str,
+    seed: int,
+) -> Iterator[tuple[int, StableDiffusionPipeline, str]]:
+    """
+    Yield the number of steps done, a pipeline that knows the new tokens, and these tokens as text. The
+    arguments are those of `inversion`.
+    """
+    pipe, word = with_new_tokens(pipe, count)
+    pipe.unet.requires_grad_(False)
+    noise = Noise(pipe, seed)
+    # All new tokens start near the mean token of a neutral word.
+    weight = pipe.text_encoder.get_input_embeddings().weight
+    ids = pipe.tokenizer(start, add_special_tokens=False).input_ids
+    apart = 1e-3 * torch.randn(count, weight.shape[1], generator=noise.generator)
+    vectors = nn.Parameter(weight[ids].float().mean(0) + apart.to(weight.device))
+    optimizer = torch.optim.AdamW([vectors], lr=learning_rate)
+    captions = pictures.texts(word)
+    for step in range(1, max(steps) + 1):
+        rows = noise.rows(len(captions), batch_size)
+        noised = noise(pictures.latents[rows].to(weight))
+        with torch.enable_grad(), embedded(pipe, vectors):
+            features = encode(pipe, [captions[i] for i in rows])
+            predicted = pipe.unet(noised.x, noised.t, features).sample
+            loss = nn.functional.mse_loss(predicted, noised.wanted)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        if step in steps:
+            with torch.no_grad():
+                weight[-count:] = vectors.to(weight)
+            yield step, pipe, word
+
+
+WORD = "sks"  # a word that names nothing
+
+
+def relearning(
+    victim: Victim,
+    *,
+    lessons: Sequence[str] = ("kv own 5", "lora own 25", "kv benign 25"),
+    steps: Sequence[int] = (5, 20, 50),
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    rank: int = 4,
+) -> Iterator[Result]:
+    """
+    Fine-tune the denoiser on a few of the original's pictures.
+
+    Sources: LoRA relearning as in MemoRa (rank 4, 10 to 500 steps; its learning rate of 1e-4 is for a network
+    a hundred times as large as the embedded one); benign fine-tuning as in Unstable Unlearning (Suriyakumar
+    et al., 2024).
+
+    Args:
+        lessons (`Sequence[str]`):
+            Each is an attack of its own, in three words. What to train: `kv` (all keys and values that read
+            text) or `lora` (added to every linear layer of the attentions that read text). Whose pictures:
+            the concept's under its `own` name or under an `other-word`, or other concepts' (`benign`). And
+            how many.
+        steps (`Sequence[int]`):
+            Numbers of steps after which the test pictures are drawn; training ends with the last.
+        batch_size (`int`), learning_rate (`float`), rank (`int`):
+            Settings of the training, and the LoRA's rank.
+    """
+    for lesson in lessons:
+        what, whose, count = lesson.split()
+        word = WORD if whose == "other-word" else victim.concept
+        # After benign pictures, which are of others, the concept is asked for by its own name.
+        collect = victim.studio.others if whose == "benign" else victim.studio.pictures
+        shown = collect(victim.concept, int(count))
+        options = {"batch_size": batch_size, "learning_rate": learning_rate, "seed": victim.seed}
+        learning = fine_tune(victim, what, shown.latents, shown.texts(word), steps, rank=rank, **options)
+        for step, pipe in learning:
+            facts = {"variant": lesson, "budget": step, "unit": "steps"}
+            yield victim.drawn(pipe, victim.prompts(word), "relearning", **facts)
+
+
+def fine_tune(
+    victim: Victim,
+    what: str,
+    latents: Tensor,
+    captions: Sequence[str],
+    steps: Sequence[int],
+    *,
+    batch_size: int,
+    learning_rate: float,
+    rank: int,
+    seed: int,
+) -> Iterator[tuple[int, StableDiffusionPipeline]]:
+    """
+    Yield the number of steps done and the pipeline, whose denoiser goes on learning. The arguments are those
+    of `relearning`, with the pictures' latents `(n, channels, h, w)` and captions.
+    """
+    pipe = victim.own_denoiser()
+    noise = Noise(pipe, seed)
+    unet = pipe.unet.requires_grad_(False)
+    parameters = low_rank(pipe, rank, noise.generator) if what == "lora" else keys_and_values(pipe)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
+    with torch.no_grad():
+        features = encode(pipe, captions)
+    for step in range(1, max(steps) + 1):
+        rows = noise.rows(len(captions), batch_size)
+        noised = noise(latents[rows].to(features))
+        with torch.enable_grad():
+            predicted = unet(noised.x, noised.t, features[rows]).sample
+            loss = nn.functional.mse_loss(predicted, noised.wanted)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        if step in steps:
+            yield step, pipe
+
+
+def keys_and_values(pipe: StableDiffusionPipeline) -> list[nn.Parameter]:
+    """The weights that read text, with gradients switched on."""
+    return with_gradients(pipe.unet, trainable_names(pipe, "x-strict"))
+
+
+def low_rank(pipe: StableDiffusionPipeline, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
+    """Add a LoRA to every linear layer of the attentions that read text, and return its factors."""
+    factors = []
+    for name in trainable_names(pipe, "x"):
+        layer = pipe.unet.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, nn.Linear) and name.endswith(".weight"):
+            added = LowRank(layer.weight, rank, generator)
+            parametrize.register_parametrization(layer, "weight", added)
+            factors += [added.down, added.up]
+    return factors
+
+
+class LowRank(nn.Module):
+    """W + U D, where U starts at zero and D uniform, as in LoRA (Hu et al., 2022) with a scale of 1."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+        super().__init__()
+        width, depth = weight.shape
+        down = (2 * torch.rand(rank, depth, generator=generator) - 1) / depth**0.5
+        self.down = nn.Parameter(down.to(weight))
+        self.up = nn.Parameter(weight.new_zeros(width, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
