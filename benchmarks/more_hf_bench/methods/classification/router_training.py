@@ -68,18 +68,7 @@ class RouterTraining:
     load_forget: Tensor
 
 
-def train_router(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    losses: Collection[str] = T_B,
-    lambda_forget: float = 0.001,
-    lambda_balance: float = 1.0,
-    epochs: int = 10,
-    batch_size: int = 512,
-    learning_rate: float = 1e-5,
-    seed: int = 0,
-) -> RouterTraining:
+def train_router(model: nn.Module, data: Iterable[Any], **options: Any) -> RouterTraining:
     """
     Train the router of a model that was erased with a prototype router, in place.
 
@@ -93,8 +82,8 @@ def train_router(
             An erased classifier with one head.
         data (`Iterable`):
             Batches as in `erase_classes`, the whole training set in the paper.
-        losses, lambda_forget, lambda_balance, epochs, batch_size, learning_rate, seed:
-            As in `fit_router`; the paper's by default.
+        options:
+            Keyword arguments of `fit_router`; the paper's by default.
 
     Raises:
         `MoreError`: the model is not erased, or has another router. `SiteNotFoundError`: it was erased at an
@@ -128,13 +117,7 @@ def train_router(
         labels,
         forgotten,
         router.weight.cpu(),
-        losses=losses,
-        lambda_forget=lambda_forget,
-        lambda_balance=lambda_balance,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
+        **options,
     )
     router.weight = training.weight.to(router.weight)
     reset_compiled()
