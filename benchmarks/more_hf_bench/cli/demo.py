@@ -28,7 +28,7 @@ def add_to(commands) -> None:
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (4)")
     add("--seed", type=int, default=0, help="of the first prompt; the others count up (0)")
     add("--batch_size", type=positive, default=16, help="images per call; does not change them (16)")
-    add("--output", type=Path, default=Path("more_hf_demo"), metavar="DIR", help="(more_hf_demo)")
+    add("--output", type=Path, default=Path("more_hf_demo"), metavar="DIR", help="folder (more_hf_demo)")
 
 
 def _demo(args: argparse.Namespace) -> int:
