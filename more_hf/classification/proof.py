@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.erasure import Erasure
 from ..core.interrupts import unwound
-from ..core.proof import TRIED_EXPERTS, Measurements
+from ..core.proof import TRIED_EXPERTS, Measurements, probes
 from ..core.views import experts_forced, routing_off
 from .heads import evaluating
 
@@ -35,8 +35,8 @@ def prover(
         with evaluating(model):
             with routing_off(erasure):
                 for name, site in erasure.sites.items():
-                    remap, original = erasure.remap_of(name), erasure.originals[name]
-                    measured.ask_layer(site, remap, edited[name], original, like)
+                    rows, original = probes(erasure.remap_of(name)), erasure.originals[name]
+                    measured.ask_layer(site, rows, edited[name], original, like)
             for expert in experts:
                 for name, module in modules.items():  # in order: the first one's hook picks the expert
                     remap = erasure.remaps[name]

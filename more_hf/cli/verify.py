@@ -15,10 +15,15 @@ def add_to(commands) -> None:
         details="Exits with 1 if a check fails.",
         examples=(
             "more-hf verify without_blobmoji",
-            "more-hf verify to_push && echo ready",
+            "more-hf verify to_push --run && echo ready",
         ),
     )
     parser.add_argument("folder", metavar="DIR", help="a folder that `more-hf erase` or `more_hf.save` wrote")
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="also load the denoiser and run it: nothing but the edited layers may read the prompt",
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -26,6 +31,6 @@ def _verify(args: argparse.Namespace) -> int:
 
     import more_hf
 
-    result = more_hf.verify(args.folder)
+    result = more_hf.verify(args.folder, run=args.run)
     print(result.to_markdown())
     return 0 if result.ok else 1

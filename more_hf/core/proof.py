@@ -44,6 +44,15 @@ def rounding(dtype: torch.dtype) -> tuple[float, float]:
     return torch.finfo(dtype).eps / 2, torch.finfo(sums).eps / 2
 
 
+def probes(remap: Remap) -> Tensor:
+    """
+    What an edited layer is asked, `(n, d)`: the directions that the edit reads, at a prototype's length, and
+    the prototypes that stay.
+    """
+    directions = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
+    return torch.cat([directions, remap.remain.T])
+
+
 @dataclass
 class Measurements:
     """
@@ -63,36 +72,34 @@ class Measurements:
     experts: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
-    def ask_layer(self, site: Site, remap: Remap, edited: Tensor, original: Tensor, like: Tensor) -> None:
+    def ask_layer(self, site: Site, rows: Tensor, edited: Tensor, original: Tensor, like: Tensor) -> None:
         """
-        Ask a layer for what the edit reads and for what it must keep, with everything that is attached to it.
+        Ask a layer for its answer, with everything that is attached to it.
 
         Args:
             site (`Site`):
                 The layer.
-            remap (`Remap`):
-                The factors of its space.
+            rows (`Tensor`):
+                What to ask, `(n, d)`, such as `probes`.
             edited, original (`Tensor`):
                 Its weight with the edit merged, in its dtype, and before the edit `(out_features, d)`.
             like (`Tensor`):
                 A tensor on the device and in the dtype of the features that the layer reads.
         """
-        # 1. The directions that the edit reads, at a prototype's length, and the prototypes that stay.
-        rows = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
-        rows = torch.cat([rows, remap.remain.T]).to(like)
-        # 2. The layer's answer. Columns behind the edited ones read something else: nothing here.
+        # 1. The layer's answer. Columns behind the edited ones read something else: nothing here.
+        rows = rows.to(like)
         others = site.width - rows.shape[1]
         dim = feature_dim(site.module)
         picture = nn.functional.pad(rows, (0, others))[None, :, None]  # one pixel wide, for a convolution
         answer = site.module(picture.movedim(-1, dim)).movedim(dim, -1)[0, :, 0]
         dtype = max(like.dtype, answer.dtype, key=lambda dtype: torch.finfo(dtype).eps)  # autocast may differ
         answer = answer.double()
-        # 3. What both weights give, in float64.
+        # 2. What both weights give, in float64.
         bias = site.read_bias()
         bias = None if bias is None else bias.to(answer)
         expected = linear(rows.double(), edited.to(answer), bias)
         before = linear(rows.double(), original.to(answer), bias)
-        # 4. Compare row by row, in units of what the layer rounds: its output and its sums. The edit may send
+        # 3. Compare row by row, in units of what the layer rounds: its output and its sums. The edit may send
         # a row to zero, so the larger of the two outputs gives the scale.
         of_output, of_sums = rounding(dtype)
         terms = linear(rows.double().abs(), torch.maximum(edited.abs(), original.to(edited).abs()).to(answer))

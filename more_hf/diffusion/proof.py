@@ -17,8 +17,9 @@ from ..core.erasure import Erasure
 from ..core.errors import SiteNotFoundError
 from ..core.facts import is_text
 from ..core.interrupts import afterwards, unwound
-from ..core.proof import TRIED_EXPERTS, Measurements
+from ..core.proof import TRIED_EXPERTS, Measurements, probes
 from ..core.remap import Remap
+from ..core.site import Site
 from ..core.views import experts_forced, routing_off, running_eagerly
 from .hook import arguments_of, at_place
 from .sites import Denoiser
@@ -42,13 +43,14 @@ def prover(
     Raises:
         `SiteNotFoundError`: something else reads the prompt.
     """
+    stays = {space: remap.remain for space, remap in _text_remaps(erasure).items()}
     with nullcontext() if current is None else routing_off(current):
-        ways = prove_no_other_way(denoiser, _text_remaps(erasure))
+        ways = prove_no_other_way(denoiser, stays)
     return lambda edited: {**ways, **_prove_layers(denoiser, erasure, edited)}
 
 
 @torch.no_grad()
-def prove_no_other_way(denoiser: Denoiser, remaps: Mapping[str, Remap]) -> dict[str, float]:
+def prove_no_other_way(denoiser: Denoiser, features: Text) -> dict[str, float]:
     """
     Run the denoiser on one text and keep what each layer that reads text answers. Run it on another text,
     each of these layers answering as before. If nothing else reads the prompt, the two outputs are the same
@@ -60,8 +62,8 @@ def prove_no_other_way(denoiser: Denoiser, remaps: Mapping[str, Remap]) -> dict[
     Args:
         denoiser (`Denoiser`):
             The denoiser; not changed.
-        remaps (`Mapping[str, Remap]`):
-            The factors of each space of text features that is edited.
+        features (`dict[str, Tensor]`):
+            Examples `(d, n)` of each space of text features that is edited, for their number and size.
 
     Returns:
         `dict[str, float]`: `other_ways`, the largest difference between the outputs, and its `spread`.
@@ -73,8 +75,8 @@ def prove_no_other_way(denoiser: Denoiser, remaps: Mapping[str, Remap]) -> dict[
     with _plain(denoiser):
         for component, module in denoiser.parts.items():
             found = denoiser.family.find(module)
-            layers = {name: reader.module for name, reader in found.items() if reader.space in remaps}
-            texts = [_random_text(remaps, seed) for seed in (0, 1)]
+            layers = {name: reader.module for name, reader in found.items() if reader.space in features}
+            texts = [_random_text(features, seed) for seed in (0, 1)]
             run = partial(_run_replayed, denoiser, module, layers)
             answers: dict[str, list[Tensor]] = {name: [] for name in layers}
             with _answers_recorded(layers, answers):
@@ -100,14 +102,14 @@ def prove_no_other_way(denoiser: Denoiser, remaps: Mapping[str, Remap]) -> dict[
     return {"other_ways": max(ways), "spread": max(spreads)}
 
 
-def _random_text(remaps: Mapping[str, Remap], seed: int) -> Text:
-    """Random features as long as the prototypes that stay: tokens `(1, n, d)`, pooled `(1, d)`."""
+def _random_text(features: Text, seed: int) -> Text:
+    """Random features as long as the examples `(d, n)`: tokens `(1, LENGTH, d)`, pooled `(1, d)`."""
     generator = torch.Generator().manual_seed(seed)
     text = {}
-    for space, remap in remaps.items():
+    for space, examples in features.items():
         positions = () if space == "pooled" else (LENGTH,)
-        features = torch.randn(1, *positions, len(remap.remain), generator=generator)
-        text[space] = features * float(remap.remain.square().mean().sqrt())
+        noise = torch.randn(1, *positions, len(examples), generator=generator)
+        text[space] = noise * float(examples.square().mean().sqrt())
     return text
 
 
@@ -168,6 +170,45 @@ def _hooked(layers: Mapping[str, nn.Module], act: Callable[..., Tensor | None]) 
 
 
 @torch.no_grad()
+def prove_weights(
+    denoiser: Denoiser, sites: Mapping[str, Site], rows: Text, weights: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """
+    Run the denoiser once, and inside that pass ask each site whether it computes with the given weight.
+
+    `rows` are what a site of each space is asked, `(n, d)`.
+
+    Raises:
+        `SiteNotFoundError`: see `Measurements.require_edited`.
+    """
+    measured = Measurements()
+
+    def ask(site: Site, like: Tensor) -> None:
+        weight = weights[site.name]
+        measured.ask_layer(site, rows[site.space], weight, weight, like)
+
+    text = _random_text({space: examples.T for space, examples in rows.items()}, seed=0)
+    with _plain(denoiser), _asked_inside(sites, ask):
+        for module in denoiser.parts.values():
+            denoiser.family.call(module, text)
+    return measured.require_edited(sites)
+
+
+@contextmanager
+def _asked_inside(sites: Mapping[str, Site], ask: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Inside the block, `ask` is called once a site, when it is first called, with what it read."""
+    asked: set[str] = set()
+
+    def once(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if name not in asked:  # to ask is to call it again
+            asked.add(name)
+            ask(sites[name], args[0])
+
+    with _hooked({name: site.module for name, site in sites.items()}, once):
+        yield
+
+
+@torch.no_grad()
 def _prove_layers(denoiser: Denoiser, erasure: Erasure, edited: Mapping[str, Tensor]) -> dict[str, float]:
     """
     Run the edited denoiser once. Inside that pass, ask each edited layer for what its edit reads and keeps,
@@ -177,16 +218,12 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, edited: Mapping[str, Ten
         `SiteNotFoundError`: see `Measurements.require_edited`.
     """
     measured = Measurements()
+    rows = {space: probes(remap) for space, remap in erasure.remaps.items()}
 
-    def ask(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if name in asked:  # the call below, or a later one of the pass
-            return
-        asked.add(name)
-        measured.ask_layer(
-            erasure.sites[name], erasure.remap_of(name), edited[name], erasure.originals[name], args[0]
-        )
+    def ask(site: Site, like: Tensor) -> None:
+        weights = edited[site.name], erasure.originals[site.name]
+        measured.ask_layer(site, rows[site.space], *weights, like)
 
-    asked: set[str] = set()
     remaps = _text_remaps(erasure)
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else [None]
     # A row for each expert, with the prototypes that it forgets behind one that stays.
@@ -194,11 +231,10 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, edited: Mapping[str, Ten
     for space, remap in remaps.items():
         forgotten = remap.prototypes.matrix[:, list(remap.forget)].T
         stays = remap.prototypes.matrix[:, 0]
-        rows = forgotten[:1] if space == "pooled" else torch.cat([stays[None], forgotten])[None]
-        text[space] = rows.repeat(len(experts), *[1] * (rows.ndim - 1))
-    modules = {name: site.module for name, site in erasure.sites.items()}
+        row = forgotten[:1] if space == "pooled" else torch.cat([stays[None], forgotten])[None]
+        text[space] = row.repeat(len(experts), *[1] * (row.ndim - 1))
     forced = experts_forced(erasure, torch.tensor(experts)) if erasure.hooks else nullcontext()
-    with _plain(denoiser), forced, _hooked(modules, ask):
+    with _plain(denoiser), forced, _asked_inside(erasure.sites, ask):
         for component, module in denoiser.parts.items():
             with _features_heard(denoiser, component, text if erasure.hooks else {}) as heard:
                 denoiser.family.call(module, text)

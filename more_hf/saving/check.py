@@ -16,15 +16,17 @@ from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..core.errors import IncompatibleBaseError, MoreError
+from ..core.errors import IncompatibleBaseError, MoreError, SiteNotFoundError
 from ..core.facts import ConceptFacts, is_text
 from ..core.markdown import markdown_table
+from ..core.proof import SLACK
 from ..core.record import Record
 from ..core.remap import Removed
 from ..core.request import ConceptRequest
-from ..core.site import fingerprint, is_linear, matrix_of
+from ..core.site import Site, fingerprint, is_linear, matrix_of
 from ..diffusion.families import denoiser_names
 from ..diffusion.plan import prepare, solve, token_choices
+from ..diffusion.proof import prove_no_other_way, prove_weights
 from ..diffusion.sites import Denoiser, find_layers, together
 from .contents import INDEX, changed_files, survey, variant_of, weight_files
 from .delta import read_delta
@@ -111,7 +113,7 @@ class StoredWeights:
     edited: dict[str, Tensor]
 
 
-def verify(folder: str | os.PathLike) -> Verification:
+def verify(folder: str | os.PathLike, *, run: bool = False) -> Verification:
     """
     Check a saved folder against its record, from the files alone: are these weights the edited ones?
 
@@ -126,6 +128,10 @@ def verify(folder: str | os.PathLike) -> Verification:
     Args:
         folder (`str` or `os.PathLike`):
             A folder that `save` wrote, or a downloaded one.
+        run (`bool`, *optional*, defaults to `False`):
+            Of a pipeline, also load the denoiser and run it: with the installed version of diffusers, no
+            other layer than the edited ones may read the prompt, and each must compute with its stored
+            weight.
 
     Returns:
         [`Verification`]: true if every check passed; `print` shows the checks and their findings.
@@ -157,7 +163,10 @@ def verify(folder: str | os.PathLike) -> Verification:
     changed = changed_files(folder, record.files)
     finding = ", ".join(changed) or f"{len(record.files)} files"
     unchanged = Check("every file is the one that was saved", not changed, finding)
-    return Verification((unchanged, *check_folder(folder, record, layers, removed).checks))
+    checks = [unchanged, *check_folder(folder, record, layers, removed).checks]
+    if run and record.kind == "pipeline" and not isinstance(removed, MoreError):
+        checks.append(_run(folder, record, denoiser, removed))
+    return Verification(tuple(checks))
 
 
 def check_folder(
@@ -317,6 +326,33 @@ def removed_from(
         )
     problems = prepare(pipe, replace(request, retain=()), denoiser, metric=False)
     return {space: problem.fit("pinv", tokens).removed() for space, problem in problems.items()}
+
+
+def _run(folder: Path, record: Record, denoiser: Denoiser, removed: Mapping[str, Removed]) -> Check:
+    """The proof by run of a folder's denoiser, which is on the meta device, with its weights loaded."""
+    stored = read_weights(folder, record).edited
+    dtype = next(iter(stored.values())).dtype
+    parts = []
+    for component, part in denoiser.parts.items():
+        module = type(part).from_pretrained(
+            folder / component, variant=record.variant, torch_dtype=dtype, use_safetensors=True
+        )
+        parts.append(Denoiser(component, module, denoiser.family))
+    loaded = together(parts, record.facts.pipeline)
+    sites = {
+        name: Site(name, reader.module, space=reader.space, columns=reader.columns)
+        for name, reader in find_layers(loaded, pooled=record.request.pooled).items()
+    }
+    directions = {space: gone.directions for space, gone in removed.items()}
+    name = "run, nothing else reads the prompt"
+    try:
+        prove_no_other_way(loaded, directions)
+        rows = {space: examples.T for space, examples in directions.items()}
+        measured = prove_weights(loaded, sites, rows, stored)
+    except SiteNotFoundError as error:
+        return Check(name, False, str(error))
+    error = measured["layer_error"]
+    return Check(name, True, f"each layer computes with its weight, to {error:.1f} roundings (limit {SLACK})")
 
 
 def _read_denoisers(folder: Path, record: Record) -> Denoiser:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from support.compare import same, state
 from support.pipelines import erase
@@ -373,6 +373,23 @@ def test_the_factors_may_be_taken_away(saved):
     assert more_hf.verify(saved)
     (saved / DELTA).write_bytes(b"other factors")
     assert failed(saved) == {FILES}
+
+
+def test_verify_by_a_run(saved, monkeypatch):
+    """A version of diffusers whose denoiser reads the prompt elsewhere, too, is seen only by a run."""
+    assert more_hf.verify(saved, run=True)
+    forward = UNet2DConditionModel.forward
+
+    def reads_elsewhere(unet, sample, timestep, encoder_hidden_states, **kwargs):
+        sample = sample + encoder_hidden_states.mean()
+        return forward(unet, sample, timestep, encoder_hidden_states, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", reads_elsewhere)
+    assert more_hf.verify(saved)
+    verification = more_hf.verify(saved, run=True)
+    assert [check.name for check in verification.checks if not check.passed] == [
+        "run, nothing else reads the prompt"
+    ]
 
 
 def test_verify_names_the_layer_that_was_put_back(saved, original):

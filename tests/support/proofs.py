@@ -88,7 +88,8 @@ def sees_left_out(denoiser, erasure, name):
         return {inner: reader for inner, reader in found.items() if prefix + inner != name}
 
     partly = denoiser._replace(family=replace(denoiser.family, find=find))
-    return refused(lambda: prove_no_other_way(partly, erasure.remaps))
+    features = {space: remap.remain for space, remap in erasure.remaps.items()}
+    return refused(lambda: prove_no_other_way(partly, features))
 
 
 def sees_old_weight(denoiser, erasure, name):

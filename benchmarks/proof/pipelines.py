@@ -1,0 +1,179 @@
+"""Erase from every pipeline that diffusers' own tests build, and say what was accepted, refused or broke.
+
+    pip install parameterized                          # which those tests import
+    python benchmarks/proof/pipelines.py FOLDER        # pipelines.csv; about ten minutes on a CPU
+
+FOLDER is a checkout of diffusers at the installed version. Its test classes build each pipeline from tiny
+components (`get_dummy_components`). Tokenizers and encoders that they would fetch from the Hub are replaced
+by ones of the same classes made here. Each accepted edit is restored and compared with the original bit for
+bit. Ends with status 1 if anything but a refusal was raised.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas
+import torch
+from diffusers import DiffusionPipeline
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    T5Config,
+)
+
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "tests"))
+
+from support import language_models as lm  # noqa: E402
+from support.compare import same, state  # noqa: E402
+from support.families import t5_tokenizer  # noqa: E402
+from support.pipelines import tiny_tokenizer  # noqa: E402
+
+import more_hf  # noqa: E402
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+T5 = {"vocab_size": 1103, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+# a word in the name of a repository -> what is made in its place
+TOKENIZERS = {
+    "clip": tiny_tokenizer,
+    "t5": t5_tokenizer,
+    "qwen": lm.qwen_tokenizer,
+    "gemma": lm.gemma_tokenizer,
+    "chatglm": lm.chat_glm_tokenizer,
+    "llama": lm.llama_tokenizer,
+}
+PROCESSORS = {"qwen": lm.qwen_processor}
+
+
+def made_for(table: dict[str, Any], repository: str) -> Any:
+    """What stands in for a repository. Raises `LookupError` for one that is not known here."""
+    for word, make in table.items():
+        if word in repository.lower():
+            return make()
+    raise LookupError(f"nothing is made here in place of {repository}")
+
+
+def tokenizer_of(cls: type, repository: str, *args: Any, **kwargs: Any) -> Any:
+    return made_for(TOKENIZERS, str(repository))
+
+
+def processor_of(cls: type, repository: str, *args: Any, **kwargs: Any) -> Any:
+    return made_for(PROCESSORS, str(repository))
+
+
+def config_of(cls: type, repository: str, *args: Any, **kwargs: Any) -> Any:
+    return made_for({"t5": lambda: T5Config(**T5, feed_forward_proj="gated-gelu")}, str(repository))
+
+
+def model_of(cls: type, repository: str, *args: Any, **kwargs: Any) -> Any:
+    return cls(cls.config_class(**T5)) if "t5" in str(repository) else made_for({}, str(repository))
+
+
+@contextmanager
+def without_the_hub() -> Iterator[None]:
+    """Inside the block, what the tests would fetch is made instead."""
+    with ExitStack() as stack:
+        for cls, make in (
+            (AutoTokenizer, tokenizer_of),
+            (PreTrainedTokenizerBase, tokenizer_of),
+            (AutoProcessor, processor_of),
+            (ProcessorMixin, processor_of),
+            (AutoConfig, config_of),
+            (PreTrainedModel, model_of),
+        ):
+            stack.enter_context(patch.object(cls, "from_pretrained", classmethod(make)))
+        yield
+
+
+def test_classes(folder: Path) -> Iterator[tuple[str, type]]:
+    """Every test class of diffusers' pipelines that builds one, with its file."""
+    sys.path.insert(0, str(folder))
+    seen = set()
+    for path in sorted((folder / "tests" / "pipelines").rglob("test_*.py")):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts)
+        if "get_dummy_components" not in path.read_text("utf-8"):
+            continue
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:  # an optional package of that test
+            print(f"{name}: not imported ({type(error).__name__}: {error})", file=sys.stderr)
+            continue
+        for cls in vars(module).values():
+            if not isinstance(cls, type) or cls.__module__ != name:
+                continue
+            if not hasattr(cls, "get_dummy_components"):
+                continue
+            # classes that test one thing more of the same pipeline share its components
+            built = cls.get_dummy_components, getattr(cls, "pipeline_class", None)
+            if isinstance(built[1], type) and built not in seen:
+                seen.add(built)
+                yield path.name, cls
+
+
+def outcome_of(pipe: DiffusionPipeline) -> tuple[str, str]:
+    """`accepted`, `refused` or `raised`, and in which words."""
+    before = state(pipe)
+    try:
+        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet")
+        proof = more_hf.get_erasure(pipe).proof
+        more_hf.restore(pipe)
+        assert same(pipe, before), "restore is not the original"
+        return "accepted", f"{proof['layer_error']:.2f} of 4 roundings, {proof['layer_changed']:.0f} if old"
+    except more_hf.MoreError as error:
+        assert same(pipe, before), "refused, but changed"
+        return "refused", str(error)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return "raised", f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkout of diffusers")
+    parser.add_argument("--only", default="", help="test classes whose name has this text")
+    parser.add_argument("--name", default="pipelines", help="of the files that are written (pipelines)")
+    args = parser.parse_args()
+    lines = []
+    with without_the_hub():
+        for file, cls in test_classes(args.folder.resolve()):
+            if args.only not in cls.__name__:
+                continue
+            line = {"file": file, "test": cls.__name__, "pipeline": cls.pipeline_class.__name__}
+            try:
+                torch.manual_seed(0)
+                components = cls().get_dummy_components()
+                pipe = cls.pipeline_class(**components)
+            except Exception as error:
+                lines.append({**line, "float32": "not built", "words": f"{type(error).__name__}: {error}"})
+                print(lines[-1], flush=True)
+                continue
+            pipe.set_progress_bar_config(disable=True)
+            for precision, dtype in PRECISIONS.items():
+                outcome, words = outcome_of(pipe.to(dtype))
+                line |= {precision: outcome, "words": words}
+            lines.append(line)
+            print(line, flush=True)
+    table = pandas.DataFrame(lines)
+    table["words"] = table["words"].str.slice(0, 300)
+    table.to_csv(HERE / f"{args.name}.csv", index=False)
+    print(table.groupby(["float32", "bfloat16"], dropna=False).size())
+    return int((table[list(PRECISIONS)] == "raised").any().any())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
