@@ -86,7 +86,5 @@ accuracies = more_hf.compare(model, load_image_folder(data / "test", names, proc
 print(f"\n{accuracies}\n")
 
 # 4. Save: `from_pretrained` opens it anywhere, and it has forgotten.
-folder = more_hf.save(model, args.output / "forgotten")
-processor.save_pretrained(folder)
-accuracies.plot().save(args.output / "accuracies.png")
-print(f"Open {args.output / 'accuracies.png'}; the classifier is in {folder}.")
+folder = more_hf.save(model, args.output / "forgotten", processor=processor)
+print(f"The classifier is in {folder}.")

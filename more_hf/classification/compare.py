@@ -1,4 +1,4 @@
-"""`compare` for classifiers: every class's accuracy before and after an erasure, as a table and as bars."""
+"""`compare` for classifiers: every class's accuracy before and after an erasure, as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..core.errors import PrototypeError
@@ -19,9 +18,7 @@ from .heads import evaluating, logits_of
 from .labels import class_names
 
 
-LISTED = 40  # classes that a table or a plot shows at most
-BAR, THICKNESS, MARGIN = 400, 10, 8  # pixels of the plot: a bar of 100 percent, its height, the space around
-COLOURS = {"before": "silver", "after": "steelblue"}
+LISTED = 40  # classes that a table shows at most
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Accuracies:
 
     @property
     def listed(self) -> tuple[ClassAccuracy, ...]:
-        """What a table or a plot shows: all, or of many those that are forgotten or moved farthest."""
+        """What a table shows: all, or of many those that are forgotten or moved farthest."""
         first = sorted(self.classes, key=lambda one: (not one.forgotten, -one.change))[:LISTED]
         return tuple(one for one in self.classes if one in first)
 
@@ -90,38 +87,6 @@ class Accuracies:
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
-
-    def plot(self) -> Image.Image:
-        """Draw two bars per class, before above after; the names of forgotten classes are red."""
-        font = ImageFont.load_default(15)
-        names = max(int(font.getlength(one.name)) for one in self.listed)
-        left, step = names + 2 * MARGIN, 2 * THICKNESS + MARGIN
-        numbers = int(font.getlength("100.0")) + 2 * MARGIN
-        top = step + MARGIN
-        size = left + BAR + numbers, top + step * len(self.listed) + MARGIN
-        sheet = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(sheet)
-
-        # 1. The legend, above the bars.
-        x = left
-        for label, colour in COLOURS.items():
-            draw.rectangle((x, MARGIN, x + THICKNESS, MARGIN + THICKNESS), colour)
-            x += THICKNESS + MARGIN
-            draw.text((x, MARGIN + THICKNESS // 2), f"{label}, percent right", "black", font, anchor="lm")
-            x += int(font.getlength(f"{label}, percent right")) + 3 * MARGIN
-
-        # 2. A name, its two bars and the number that the lower one stands for.
-        for number, one in enumerate(self.listed):
-            y = top + number * step
-            middle = y + THICKNESS
-            name_colour = "red" if one.forgotten else "black"
-            draw.text((left - MARGIN, middle), one.name, name_colour, font, anchor="rm")
-            for label, percent, bar_top in (("before", one.before, y), ("after", one.after, middle)):
-                if percent:
-                    bar = left, bar_top, left + percent * BAR / 100, bar_top + THICKNESS - 1
-                    draw.rectangle(bar, COLOURS[label])
-            draw.text((left + BAR + MARGIN, middle), f"{one.after:.1f}", "black", font, anchor="lm")
-        return sheet
 
 
 def compare(

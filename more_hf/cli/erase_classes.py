@@ -121,8 +121,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
     )
     if state.is_main_process:
         logger.info("Saving to %s", args.output)
-        folder = more_hf.save(model, args.output, include_delta=args.include_delta)
-        processor.save_pretrained(folder)
+        more_hf.save(model, args.output, include_delta=args.include_delta, processor=processor)
         print(more_hf.get_erasure(model))
         if args.test is not None:
             test = load_image_folder(args.test, names, processor, **settings)

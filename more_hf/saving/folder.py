@@ -13,7 +13,7 @@ from diffusers.utils.hub_utils import extract_commit_hash
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from .. import __version__
 from ..api import get_erasure
@@ -85,6 +85,7 @@ def save(
     include_delta: bool = False,
     variant: str | None = None,
     max_shard_size: int | str | None = None,
+    processor: ProcessorMixin | BaseImageProcessor | None = None,
 ) -> Path:
     """
     Save an erased model: `save_pretrained` plus `more_hf.json`, the record of the erasure. The model is not
@@ -106,6 +107,8 @@ def save(
             The variant in the files' names, such as `"fp16"`.
         max_shard_size (`int` or `str`, *optional*):
             The largest weight file, such as `"5GB"`; by default that of `save_pretrained`.
+        processor (`ProcessorMixin` or `BaseImageProcessor`, *optional*):
+            A classifier's image processor, to be saved and published with it.
 
     Returns:
         `Path`: the folder.
@@ -133,6 +136,8 @@ def save(
 
         def write(draft: Path) -> None:
             savable.whole.save_pretrained(draft, variant=variant, **options)
+            if processor is not None:
+                processor.save_pretrained(draft)
             finish_draft(savable, erasure, draft, variant=variant, include_delta=include_delta)
             refuse_leftovers(folder, draft)
 

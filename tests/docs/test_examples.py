@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import more_hf
@@ -142,7 +141,6 @@ def test_own_classifier(run, tmp_path):
     others = re.search(r"^\| the others, together +\| +\d+ \| +(\S+) \| +(\S+) \|$", printed, re.MULTILINE)
     assert float(forgotten[1]) > 80 > 5 > float(forgotten[2])
     assert float(others[2]) > float(others[1]) - 2 > 80
-    assert Image.open(tmp_path / "accuracies.png").width > 400
     assert more_hf.verify(tmp_path / "forgotten").ok
 
     again = ["--data", tmp_path / "images", "--model", tmp_path / "forgotten", "--forget", 5]

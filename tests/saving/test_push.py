@@ -15,6 +15,7 @@ from support.compare import same, state
 from support.families import BUILDERS, build, shorten
 from support.hub import BASE, REVISION, card_of, erase
 from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor
 
 import more_hf
 from more_hf.cli.main import main
@@ -303,7 +304,10 @@ def classifier(digits, digit_classifier):
 
 
 def test_a_classifier_goes_up(classifier, digits, tmp_path, hub, monkeypatch):
-    more_hf.push_to_hub(classifier, "me/digits")
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    folder = more_hf.save(classifier, tmp_path / "saved", processor=processor)
+    more_hf.push_to_hub(folder, "me/digits")
+    assert "preprocessor_config.json" in hub.repos["me/digits"]["main"]
     hub.to_folder("me/digits", tmp_path / "me" / "digits")
     assert more_hf.verify(tmp_path / "me" / "digits").ok
     card = card_of(hub, "me/digits")
