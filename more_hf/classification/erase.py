@@ -297,7 +297,7 @@ def _weigh_cost(erasure: ClassErasure, most_lost: float) -> None:
     """Warns of what the edit costs the remaining classes; raises `PrototypeError` beyond `most_lost`."""
     before, after = erasure.facts.remain_right["before"], erasure.facts.remain_right["after"]
     cost = (
-        f"Of the remaining classes' features, drawn around their means, the head recognises {before:.1f} % "
+        f"Of the remaining classes' features, drawn around their means, the head recognizes {before:.1f} % "
         f"before and {after:.1f} % after forgetting {len(erasure.concepts)} of {erasure.facts.num_classes} "
         f"classes ({erasure.facts.solver_reason})"
     )

@@ -40,7 +40,7 @@ class ClassErasure(Erasure):
         if facts.remain_right is not None:
             before, after = facts.remain_right["before"], facts.remain_right["after"]
             estimate = f"{before:.1f} % before, {after:.1f} % after, of features drawn around the class means"
-            yield "remaining classes recognised", estimate
+            yield "remaining classes recognized", estimate
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         heads = ", ".join(f"`{name}`" for name in request.head)
         edited = f"{heads}, in the weight and by a hook on its input"

@@ -34,7 +34,7 @@ def load_image_folder(
         processor (`Callable`):
             The model's image processor.
         channels (`int`, *optional*, defaults to 3):
-            1 for grey images.
+            1 for gray images.
         batch_size (`int`, *optional*, defaults to 32):
             Images in a batch.
 

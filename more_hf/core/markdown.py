@@ -18,7 +18,7 @@ def number(value: object) -> str:
 
 def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
     """
-    Format rows as a GitHub-flavoured Markdown table, aligned in plain text too, with numbers on the right.
+    Format rows as a GitHub-flavored Markdown table, aligned in plain text too, with numbers on the right.
 
     Args:
         rows (`Sequence[Mapping[str, object]]`):

@@ -1,5 +1,5 @@
 """
-Σ, the uncentred second moment of n features of width d; in O(n d) when n < d.
+Σ, the uncentered second moment of n features of width d; in O(n d) when n < d.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Prototypes:
         counts (`Tensor`):
             `(num_prototypes,)`, int64, the number of features behind each mean.
         second_moment (`Tensor`, *optional*):
-            The uncentred mean of z zᵀ over all features that the fitter saw with `update_moment`, float64:
+            The uncentered mean of z zᵀ over all features that the fitter saw with `update_moment`, float64:
             `(num_features, num_features)`, or thin as in [`Moment`].
         moment_count (`int`, *optional*, defaults to 0):
             The number of features behind that mean.

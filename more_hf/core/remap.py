@@ -97,7 +97,7 @@ class Remap:
                 The metric Σ of D = (Pᵀ Σ⁻¹ P)⁻¹ Pᵀ Σ⁻¹. `"pinv"`: the identity, so D = P⁺. `"covariance"`:
                 the second moment in `prototypes`; of all exact edits, this one moves the features behind Σ
                 least, in the mean square of their coordinates. `"soft"`: of all E that keep every other
-                prototype where it is, the minimiser of mean_f ‖E p_f − p_t‖² / ‖p_f‖² +
+                prototype where it is, the minimizer of mean_f ‖E p_f − p_t‖² / ‖p_f‖² +
                 softness · tr((E − I) Σ (E − I)ᵀ) / tr Σ.
             shrinkage (`float`, *optional*, defaults to 1e-4):
                 Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
@@ -161,7 +161,7 @@ class Remap:
         """
         Solve for the forgotten features themselves instead of their means alone.
 
-        Of all E, this is the minimiser of mean_f E‖E z − (z + p_t − p_f)‖² + s E‖E z' − z'‖², where z are
+        Of all E, this is the minimizer of mean_f E‖E z − (z + p_t − p_f)‖² + s E‖E z' − z'‖², where z are
         the features behind forget prototype f, z' are ordinary features and s is the softness. With weights
         w = 1/f,
 

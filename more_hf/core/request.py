@@ -80,7 +80,7 @@ class Request:
             )
 
     def _set(self, field: str, value: Any) -> None:
-        object.__setattr__(self, field, value)  # the way to normalise a field of a frozen dataclass
+        object.__setattr__(self, field, value)  # the way to normalize a field of a frozen dataclass
 
     def joined(self, later: Self) -> Self:
         """This request together with a later one, whose options take precedence."""

@@ -27,7 +27,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def mix(seeds: Tensor, call: Tensor) -> Tensor:
     """Pseudo-random non-negative integers from int64 seeds `(n,)` and an int64 call index `()`."""
     x = seeds * _MIX1 + (call + 1) * _GOLDEN
-    # splitmix64's finaliser
+    # splitmix64's finalizer
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
     return _shift_right(x ^ _shift_right(x, 31), 1)

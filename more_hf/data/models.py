@@ -38,7 +38,7 @@ class AllCNNConfig(PreTrainedConfig):
 class AllCNNForImageClassification(PreTrainedModel):
     """The all-convolutional network (Springenberg et al. 2015) in the layout of the unlearning literature.
 
-    Seven 3×3 convolutions, the third and the sixth with stride 2, and one 1×1, each with batch normalisation
+    Seven 3×3 convolutions, the third and the sixth with stride 2, and one 1×1, each with batch normalization
     and ReLU; then the mean over positions, which is the feature, and one linear layer.
     """
 

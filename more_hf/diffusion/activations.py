@@ -340,10 +340,10 @@ class _Recorder:
         if self.part is None:
             return
         z = z[:, :: math.ceil(z.shape[1] / POSITIONS)]
-        # Pictures that must stay count towards Σ, with both halves of guidance ...
+        # Pictures that must stay count toward Σ, with both halves of guidance ...
         if self.name in (ORDINARY, RETAINED):
             self._fitter(space, self.name, z).update_moment(z)
-        # ... and all towards their means, with the prompt's half alone.
+        # ... and all toward their means, with the prompt's half alone.
         if self.calls > 1:
             return
         prompted = z[: self.pictures] if self.negatives_last else z[-self.pictures :]

@@ -217,7 +217,7 @@ class Encoder:
         return spans
 
     def prompts_of(self, names: Iterable[str]) -> dict[str, int]:
-        """The prompts that hold names -> how often the padding of each counts towards Σ."""
+        """The prompts that hold names -> how often the padding of each counts toward Σ."""
         prompts = {}
         for name in names:
             for template in self.templates:
@@ -233,8 +233,8 @@ class Encoder:
             `PrototypeError`: the name has no tokens, or too many for a prompt around it.
         """
         # A kind starts with its segment's label; the last segment that matches has the longest label.
-        labelled = [placed for placed in self.segments[space] if kind.startswith(placed.segment.label)]
-        segment, offset, length = labelled[-1]
+        labeled = [placed for placed in self.segments[space] if kind.startswith(placed.segment.label)]
+        segment, offset, length = labeled[-1]
         kind = kind.removeprefix(segment.label)
         ids = self.token_ids(name, segment)
         if not ids:
@@ -316,7 +316,7 @@ class _Plan:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        # prompt -> (label, start, stop); a label −n counts n times towards Σ, and for no prototype
+        # prompt -> (label, start, stop); a label −n counts n times toward Σ, and for no prototype
         self.spans: dict[str, list[tuple[int, int, int]]] = {}
 
     def prototype(self, name: str, spans: Iterable[Span]) -> None:

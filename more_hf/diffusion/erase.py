@@ -128,7 +128,7 @@ def erase_concept(
         available. The pipeline is then unchanged, as it is after an interruption.
 
     The defaults were measured on the embedded pipeline, four styles erased in turn, 136 pictures a setting:
-    `"positions"` left 0 % of the pictures recognisable, every single kind of token 2 to 10 %; `"pinv"` moved
+    `"positions"` left 0 % of the pictures recognizable, every single kind of token 2 to 10 %; `"pinv"` moved
     other artists 2.7 times as far (LPIPS) as `"covariance"`; two or more targets left 2 to 8 % where one left
     none (`benchmarks/artists/defaults.csv`).
 

@@ -52,9 +52,9 @@ def draw_grid(
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP), title, "black", bold)
     for column, lines in enumerate(labels):
-        centre = left + column * (width + GAP) + width // 2
+        center = left + column * (width + GAP) + width // 2
         for i, text in enumerate(reversed(lines)):
-            draw.text((centre, top - 2 * GAP - i * line), text, "black", font, anchor="ms")
+            draw.text((center, top - 2 * GAP - i * line), text, "black", font, anchor="ms")
 
     # 3. The pictures, and each row's label in the middle of its height.
     for row, (label, pictures) in enumerate(rows.items()):

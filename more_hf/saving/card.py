@@ -1,4 +1,4 @@
-"""Write the model card: what was erased, what the edit does and does not do, how to load it, the licence."""
+"""Write the model card: what was erased, what the edit does and does not do, how to load it, the license."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_card(
         repo_id (`str`):
             The model's repository.
         base (`ModelCard`, *optional*):
-            The original model's card, whose licence, language and tags are carried over.
+            The original model's card, whose license, language and tags are carried over.
         existing (`ModelCard`, *optional*):
             The card to extend, which is modified.
         picture (`str`, *optional*):
@@ -127,7 +127,7 @@ def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | N
         rank=facts.rank,
         with_delta=with_delta,
         router=request.router,
-        licence=_licence(data),
+        license=_license(data),
         report=_report(record),
     )
 
@@ -140,7 +140,7 @@ def _model(facts: Facts) -> str:
     return Markup(f"[{facts.base}](https://huggingface.co/{facts.base}){revision}")
 
 
-def _licence(data: ModelCardData) -> str | None:
+def _license(data: ModelCardData) -> str | None:
     if data.license is None:
         return None
     name = escape(str(data.license_name or data.license))

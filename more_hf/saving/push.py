@@ -50,7 +50,7 @@ def push_to_hub(
     changed.
 
     The commit holds the files that `save` writes, the card, and the pictures that the card names; they are
-    checked first, as by `verify`. The card carries over the original's licence and tags, and says what the
+    checked first, as by `verify`. The card carries over the original's license and tags, and says what the
     edit does and does not do; an existing card is kept, and only its section on the edit is rewritten.
     Publishing hides nothing: the weights reveal what was erased, and whoever has the original model has the
     concept.
@@ -247,7 +247,7 @@ def _existing_card(
 
 
 def _base_card(record: Record, api: HfApi) -> ModelCard | None:
-    """The original model's card, for its licence and tags; a warning and `None` if it cannot be read."""
+    """The original model's card, for its license and tags; a warning and `None` if it cannot be read."""
     base = record.facts.base
     local = FOLDER / "emoji_sd" if base == "emoji-sd" else Path(base)
     try:
@@ -258,7 +258,7 @@ def _base_card(record: Record, api: HfApi) -> ModelCard | None:
     except (OSError, ValueError) as error:
         logger.debug("No card of %s: %s", base, error)
     logger.warning(
-        "The card of %s could not be read, so its licence is not in this card. Add it by hand.",
+        "The card of %s could not be read, so its license is not in this card. Add it by hand.",
         base or "the original model",
     )
     return None

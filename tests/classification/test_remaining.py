@@ -57,7 +57,7 @@ def test_too_dear_is_refused_and_done_on_demand(crowd, caplog):
     model, train, _ = copy.deepcopy(crowd[0]), *crowd[1:]
     before = state(model)
     with pytest.raises(
-        PrototypeError, match=r"recognises [\d.]+ % before and \d\.\d % after forgetting 15 of 40"
+        PrototypeError, match=r"recognizes [\d.]+ % before and \d\.\d % after forgetting 15 of 40"
     ):
         more_hf.erase_classes(model, [train], list(range(15)))
     assert same(model, before)
@@ -94,7 +94,7 @@ def test_of_the_forgotten_class_alone_nothing_is_known(digit_classifier, prototy
     alone = prototypes.without([name for name in prototypes.names if name != "four"])
     more_hf.erase_classes(model, alone, "four", remap_to=None)
     assert more_hf.get_erasure(model).facts.remain_right is None
-    assert "remaining classes recognised" not in more_hf.get_erasure(model).to_markdown()
+    assert "remaining classes recognized" not in more_hf.get_erasure(model).to_markdown()
 
 
 @pytest.mark.parametrize("odd", [-1, 101, float("nan")], ids=str)

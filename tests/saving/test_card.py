@@ -120,9 +120,9 @@ def test_a_licence_that_cannot_be_read_is_said(saved, hub, caplog, base):
     (saved / "more_hf.json").write_text(json.dumps(record))
     with caplog.at_level(logging.WARNING, logger="more_hf"):
         more_hf.push_to_hub(saved, "me/erased")
-    assert "licence is not in this card" in caplog.text
+    assert "license is not in this card" in caplog.text
     assert card_of(hub).data.license is None
-    assert "licence" not in card_of(hub).text
+    assert "license" not in card_of(hub).text
 
 
 INJECTIONS = [
