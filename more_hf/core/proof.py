@@ -26,10 +26,6 @@ TRIED_EXPERTS = 8
 # The unit roundoff of float32 matrix products, by `torch.set_float32_matmul_precision`.
 FLOAT32_ROUNDOFF = {"highest": 2**-24, "high": 2**-11, "medium": 2**-8}
 TINY = torch.finfo(torch.float64).tiny
-UNDONE = (
-    "The edit was rolled back; the model is as it was. Remove custom attention processors, adapters, hooks "
-    "and offloading, erase, and put them back."
-)
 
 
 def rounding(dtype: torch.dtype) -> tuple[float, float]:
@@ -132,7 +128,8 @@ class Measurements:
         if silent := [name for name in names if name not in self.layers]:
             raise SiteNotFoundError(
                 f"The proof by run failed: {len(silent)} of {len(names)} edited layers are not called when "
-                f"the model runs (first: `{silent[0]}`), so something else reads in their place. {UNDONE}"
+                f"the model runs (first: `{silent[0]}`), so something else reads in their place, or nothing "
+                "does. The edit was rolled back. Remove custom attention processors and adapters, and erase."
             )
         # every comparison is written so that a NaN fails
         wrong = {name: error for name, error in self.layers.items() if not error < SLACK}
@@ -141,13 +138,15 @@ class Measurements:
             raise SiteNotFoundError(
                 f"The proof by run failed: {len(wrong)} of {len(names)} edited layers do not compute with "
                 f"their edited weight (`{worst}` is off by {wrong[worst]:.2g} times the rounding of one "
-                f"layer; with its old weight it would be by {self.changed[worst]:.2g}). {UNDONE}"
+                f"layer; with its old weight it would be by {self.changed[worst]:.2g}). The edit was rolled "
+                "back. Remove adapters, hooks and offloading, erase, and put them back."
             )
         if wrong := {name: error for name, error in self.experts.items() if not error < SLACK}:
             worst = max(wrong, key=wrong.get)
             raise SiteNotFoundError(
                 f"The proof by run failed: behind the routing hook, {worst} is off by {wrong[worst]:.2g} "
-                f"times the rounding of its features. {UNDONE}"
+                "times the rounding of its features. The edit was rolled back. Remove hooks of your own from "
+                "the module, erase, and put them back."
             )
         measured = {"layer_error": max(self.layers.values(), default=0.0)}
         if self.changed:

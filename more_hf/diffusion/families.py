@@ -177,6 +177,11 @@ def _pooled_width(unet: nn.Module) -> int:
 
 def _find_sd3_or_flux(transformer: nn.Module) -> dict[str, Reader]:
     """These two read text once, before all blocks."""
+    if getattr(transformer, "encoder_hid_proj", None) is not None:
+        raise SiteNotFoundError(
+            "An IP-Adapter is loaded, without whose picture this transformer does not run. Call "
+            "`pipe.unload_ip_adapter()`, erase, and load it again."
+        )
     pooled = transformer.time_text_embed.text_embedder.linear_1
     return {
         "context_embedder": Reader(transformer.context_embedder),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
+from diffusers.hooks import ModelHook
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_peft_available
@@ -20,6 +21,14 @@ from .families import FAMILIES, REFUSED, Family, Place, Reader, family_of, unsup
 from .text import Text
 
 
+# hooks of diffusers that change where weights are, and not what is computed
+HARMLESS_HOOKS = {
+    "group_offloading",
+    "layer_execution_tracker",
+    "lazy_prefetch_group_offloading",
+    "layerwise_casting",
+    "peft_autocast_disable",
+}
 LISTED = 12  # how many layers the refusal of an unknown family names
 
 
@@ -145,6 +154,12 @@ def text_of(pipe: DiffusionPipeline, denoiser: Denoiser) -> Text:
     Raises:
         `SiteNotFoundError`: a text encoder is missing, or the way to encode prompts is not known.
     """
+    if pipe.config.get("requires_aesthetics_score"):
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} holds the refiner of Stable Diffusion XL, which reads prompts with one "
+            "text encoder and embeds five sizes instead of six. It is not supported yet. Erase from the base "
+            "pipeline, and refine without the concept's name."
+        )
     encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
     if missing := [name for name, part in encoders.items() if part is None]:
         raise SiteNotFoundError(
@@ -181,7 +196,8 @@ def _unsupported(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module]) -> s
     if any(type(part).__name__ in REFUSED for part in modules.values()):
         return message
     encoders = [part for name, part in modules.items() if name.startswith("text_encoder")]
-    widths = {encoder.config.hidden_size for encoder in encoders}
+    configs = [encoder.config.get_text_config() for encoder in encoders if hasattr(encoder, "config")]
+    widths = {config.hidden_size for config in configs if hasattr(config, "hidden_size")}
 
     # candidates: layers as wide as the text, in models of diffusers that do not turn latents into images
     layers = []
@@ -253,6 +269,11 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
             f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse "
             "again."
         )
+    if changing := sorted(_hooks_of(denoiser.module).keys() - HARMLESS_HOOKS):
+        raise SiteNotFoundError(
+            f"The denoiser has hooks of diffusers that decide which blocks run ({', '.join(changing)}), so "
+            "that a run proves nothing. Call `disable_cache()` on it, erase, and enable the cache again."
+        )
     for name, reader in denoiser.find().items():
         if is_lora(reader.module) and reader.module.merged:
             raise SiteNotFoundError(
@@ -266,10 +287,15 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
     return sites
 
 
-def _is_offloaded_to_disk(model: nn.Module) -> bool:
+def _hooks_of(model: nn.Module) -> dict[str, ModelHook]:
+    """Name -> a hook of diffusers of that name in the model."""
     registries = [module.__dict__.get("_diffusers_hook") for module in model.modules()]
-    hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
-    return any(hook is not None and hook.config.offload_to_disk_path is not None for hook in hooks)
+    return {name: hook for registry in registries if registry for name, hook in registry.hooks.items()}
+
+
+def _is_offloaded_to_disk(model: nn.Module) -> bool:
+    hook = _hooks_of(model).get("group_offloading")
+    return hook is not None and hook.config.offload_to_disk_path is not None
 
 
 def check_widths(sites: Mapping[str, Site], widths: Mapping[str, int]) -> None:

@@ -13,11 +13,18 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     DDPMPipeline,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    TaylorSeerCacheConfig,
     UNet2DModel,
 )
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionAttnProcessor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from support.families import build
+from support.language_models import mistral, mistral_processor
 from support.pipelines import erase
 from torch import nn
 
@@ -307,6 +314,49 @@ def test_proof_by_run_rolls_back(tiny_sd, sabotage, router):
     assert changed(pipe, before) == []
     assert more_hf.get_erasure(pipe) is None
     assert not pipe.unet._forward_pre_hooks
+
+
+def test_a_denoiser_that_ignores_its_prompt_is_refused(tiny_sd, monkeypatch):
+    pipe = tiny_sd()
+    monkeypatch.setattr(pipe.unet, "forward", lambda sample, *args, **kwargs: UNet2DConditionOutput(sample))
+    with pytest.raises(more_hf.SiteNotFoundError, match="8 of 8 edited layers are not called"):
+        erase(pipe)
+
+
+CACHES = [
+    FirstBlockCacheConfig(threshold=0.1),
+    TaylorSeerCacheConfig(),
+    PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 500),
+]
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: type(cache).__name__)
+def test_caches_are_refused_by_name(cache):
+    pipe = build("flux")
+    pipe.transformer.enable_cache(cache)
+    with pytest.raises(more_hf.SiteNotFoundError, match="disable_cache"):
+        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet")
+
+
+def test_an_ip_adapter_of_flux_is_refused_by_name():
+    pipe = build("flux")
+    pipe.transformer.encoder_hid_proj = nn.Linear(4, 4)
+    with pytest.raises(more_hf.SiteNotFoundError, match="unload_ip_adapter"):
+        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet")
+
+
+def test_the_refiner_of_xl_is_refused_for_what_it_is():
+    base = build("sdxl")
+    parts = {**base.components, "text_encoder": None, "tokenizer": None}
+    pipe = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True)
+    with pytest.raises(more_hf.SiteNotFoundError, match="refiner"):
+        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet")
+
+
+def test_an_unknown_family_whose_encoder_has_a_nested_configuration(cogview_3):
+    cogview_3.register_modules(text_encoder=mistral(mistral_processor()))
+    with pytest.raises(more_hf.SiteNotFoundError, match="CogView3PlusTransformer2DModel"):
+        more_hf.erase_concept(cogview_3, "van gogh", remap_to="claude monet")
 
 
 def test_proof_by_run_sees_text_that_bypasses_the_layers(tiny_sd):
