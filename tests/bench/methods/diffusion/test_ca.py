@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from support.methods import CONCEPT, NAMES
 from support.texts import features
 
 from more_hf.core.errors import MoreError
 from more_hf_bench.methods.diffusion.ca import ablation_loss, anchor_texts, ca, detach_begin_token
 
 
-CONCEPT = "van gogh"
-NAMES = {"remap_to": ["claude monet"], "retain": ["pablo picasso"]}
 CA = {
     **NAMES,
     "images": 4,

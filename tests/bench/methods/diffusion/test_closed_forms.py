@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from support.closed_forms import CONCEPT, MANY, RETAIN, TARGET, paper_sequences, run, uce_layer
 from support.compare import changed, same, state
+from support.methods import CONCEPT, MANY, RETAIN, TARGET, run
 from support.texts import last, text_layers, tokens
 
 from more_hf.core.errors import MoreError, PrototypeError
@@ -77,6 +77,23 @@ def test_several_concepts_with_aliases(tiny_sd, name):
     before = text_layers(pipe, ("to_v",))
     DIFFUSION[name].load()(pipe, MANY, remap_to=[TARGET, "johannes vermeer"], retain=RETAIN)
     assert all((W - before[key]).norm() > 1e-4 for key, W in text_layers(pipe, ("to_v",)).items())
+
+
+def uce_layer(W, old, new, kept, lamb, erase, preserve):
+    """The formula as a loop over embeddings, for one layer."""
+    left, right = lamb * W, lamb * torch.eye(W.shape[1], dtype=W.dtype)
+    for c, g in zip(old, new, strict=True):
+        left, right = left + erase * torch.outer(W @ g, c), right + erase * torch.outer(c, c)
+    for r in kept:
+        left, right = left + preserve * torch.outer(W @ r, r), right + preserve * torch.outer(r, r)
+    return left @ torch.inverse(right)
+
+
+def paper_sequences(pipe, concept, target):
+    (old, n_old), (new, n_new) = tokens(pipe, concept), tokens(pipe, target)
+    a, b = n_old - 2, n_new - 2
+    shift = max(a, b)
+    return old[a : len(old) - (shift - a)], new[b : len(new) - (shift - b)]
 
 
 def test_uce_matrix_on_two_axes():

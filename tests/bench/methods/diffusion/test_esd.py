@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from support.methods import CONCEPT, NAMES
 from support.texts import features
 
 from more_hf.core.errors import MoreError
@@ -13,8 +14,6 @@ from more_hf_bench.methods.diffusion import training
 from more_hf_bench.methods.diffusion.esd import esd, sample_until, target
 
 
-CONCEPT = "van gogh"
-NAMES = {"remap_to": ["claude monet"], "retain": ["pablo picasso"]}
 ESD = {**NAMES, "sampling_steps": 4, "iterations": 2, "learning_rate": 1e-3}
 
 

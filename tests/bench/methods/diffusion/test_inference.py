@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from support.compare import same, state
-from support.guarded import CONCEPT, NAMED, OTHER, draw, make
+from support.methods import CONCEPT, NAMED, OTHER, draw, run
 from support.texts import encode
 
 from more_hf.core.errors import MoreError, SiteNotFoundError
@@ -27,7 +27,7 @@ def test_moves_the_concept_row_by_row_and_leaves_the_pipeline_alone(tiny_sd, nam
     pipe = tiny_sd(version)
     before = state(pipe.unet)
     plain, torch_state = draw(pipe, [NAMED]), torch.get_rng_state()
-    guarded = make(name, pipe, **({"warmup": 0} if name.startswith("sld") else {}))
+    guarded = run(name, pipe, **({"warmup": 0} if name.startswith("sld") else {}))
     assert guarded.unet is pipe.unet
     single, both = draw(guarded, [NAMED]), draw(guarded, [OTHER, NAMED])
     assert torch.allclose(both[1], single[0], atol=1e-3)
@@ -41,7 +41,7 @@ def test_moves_the_concept_row_by_row_and_leaves_the_pipeline_alone(tiny_sd, nam
 
 @pytest.mark.parametrize("name", METHODS)
 def test_is_called_like_any_pipeline(tiny_sd, name):
-    pipe = make(name, tiny_sd("2"))
+    pipe = run(name, tiny_sd("2"))
     images = pipe(
         NAMED, num_inference_steps=1, guidance_scale=1.0, num_images_per_prompt=2, output_type="pt"
     ).images
@@ -54,7 +54,7 @@ def test_is_called_like_any_pipeline(tiny_sd, name):
 def test_other_pipelines_are_refused(tiny_sd):
     parts = tiny_sd("1").components
     with pytest.raises(SiteNotFoundError, match="StableDiffusionImg2ImgPipeline"):
-        make("noise", diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False))
+        run("noise", diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False))
 
 
 def test_prediction_conversion(tiny_sd):
@@ -71,12 +71,12 @@ def test_prediction_conversion(tiny_sd):
 
 def test_original_is_the_pipeline_itself(tiny_sd):
     pipe = tiny_sd("1")
-    assert make("original", pipe) is pipe
+    assert run("original", pipe) is pipe
 
 
 def test_noise_replaces_the_features_of_prompts_that_name_the_concept(tiny_sd):
     pipe = tiny_sd("1")
-    guarded = make("noise", pipe)
+    guarded = run("noise", pipe)
     embeds, _ = guarded.encode_prompt([OTHER, NAMED.title(), "a van goghs"], "cpu", 1, False)
     plain = torch.cat([encode(pipe, text)[0] for text in (OTHER, NAMED.title(), "a van goghs")])
     assert torch.equal(embeds[0], plain[0])
@@ -90,7 +90,7 @@ def test_noise_replaces_the_features_of_prompts_that_name_the_concept(tiny_sd):
 
 def test_negative_prompt_is_the_pipelines_own(tiny_sd):
     pipe = tiny_sd("2")
-    guarded = make("negative_prompt", pipe)
+    guarded = run("negative_prompt", pipe)
     assert torch.equal(draw(guarded, [NAMED]), draw(pipe, [NAMED], negative_prompt=[CONCEPT]))
     assert torch.equal(
         draw(guarded, [NAMED], negative_prompt="tree"),
@@ -121,9 +121,9 @@ def test_sld_guidance_by_hand():
 def test_sld_with_scale_zero_is_the_pipeline(tiny_sd, version):
     pipe = tiny_sd(version)
     plain = draw(pipe, [NAMED])
-    assert torch.allclose(draw(make("sld-max", pipe, scale=0.0), [NAMED]), plain, atol=1e-4)
-    assert torch.allclose(draw(make("sld-max", pipe, warmup=100), [NAMED]), plain, atol=1e-4)
-    assert not torch.allclose(draw(make("sld-max", pipe), [NAMED]), plain, atol=1e-2)
+    assert torch.allclose(draw(run("sld-max", pipe, scale=0.0), [NAMED]), plain, atol=1e-4)
+    assert torch.allclose(draw(run("sld-max", pipe, warmup=100), [NAMED]), plain, atol=1e-4)
+    assert not torch.allclose(draw(run("sld-max", pipe), [NAMED]), plain, atol=1e-2)
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_sld_is_its_loop_in_noise(tiny_sd, version):
         "momentum_scale": 0.3,
         "momentum_beta": 0.4,
     }
-    found = draw(make("sld-medium", pipe, **settings), [NAMED], steps=steps, latents=start)
+    found = draw(run("sld-medium", pipe, **settings), [NAMED], steps=steps, latents=start)
 
     x, nu = start.clone(), torch.zeros_like(start)
     scheduler.set_timesteps(steps)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from support.closed_forms import CONCEPT, MANY, RETAIN, TARGET, run
+from support.methods import CONCEPT, MANY, RETAIN, TARGET, run
 from support.texts import last, text_layers, tokens
 
 import more_hf

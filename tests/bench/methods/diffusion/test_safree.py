@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from support.guarded import CONCEPT, NAMED, OTHER, draw, make
+from support.methods import CONCEPT, NAMED, OTHER, draw, run
 from support.texts import encode
 
 from more_hf_bench.methods.diffusion import safree as safree_module
@@ -49,7 +49,7 @@ def test_safree_attenuates_low_frequencies_where_the_projected_prompt_has_more()
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_safree_projects_its_triggers(tiny_sd, version):
     pipe = tiny_sd(version)
-    guarded = make("safree", pipe)
+    guarded = run("safree", pipe)
     found, negative = guarded.encode_prompt([OTHER, NAMED], "cpu", 1, True)
     assert torch.equal(negative[0], encode(pipe, CONCEPT)[0][0])
     c = encode(pipe, CONCEPT).pooler_output[0].double().numpy()
@@ -87,7 +87,7 @@ def test_safree_uses_the_projected_prompt_for_the_first_steps(tiny_sd):
     plain = encode(pipe, NAMED)[0][0]
     # The filter says 10 and 0 of 50 steps; the steps of this run are 0, 10, 20, 30, 40.
     for midpoint, expected in ((-100.0, [True, True, False, False, False]), (100.0, [True] + 4 * [False])):
-        guarded = make("safree", pipe, midpoint=midpoint)
+        guarded = run("safree", pipe, midpoint=midpoint)
         reads.clear()
         draw(guarded, [NAMED], steps=5)
         assert [not torch.allclose(read[-1], plain, atol=1e-5) for read in reads] == expected
@@ -98,10 +98,10 @@ def test_safree_uses_the_projected_prompt_for_the_first_steps(tiny_sd):
 def test_safree_without_triggers_is_the_pipeline(tiny_sd, monkeypatch):
     pipe = tiny_sd("2")
     plain = draw(pipe, [NAMED])
-    assert torch.allclose(draw(make("safree", pipe, alpha=1e3, negative=False), [NAMED]), plain, atol=1e-5)
+    assert torch.allclose(draw(run("safree", pipe, alpha=1e3, negative=False), [NAMED]), plain, atol=1e-5)
     once, again = (
-        make("safree", pipe, negative=False),
-        make("safree", pipe, negative=False, re_attention=True),
+        run("safree", pipe, negative=False),
+        run("safree", pipe, negative=False, re_attention=True),
     )
     projected = draw(once, [NAMED])
     assert not torch.allclose(projected, plain, atol=1e-3)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.compare import changed, same, state
+from support.methods import CONCEPT, MANY, NAMES
 
 from more_hf.core.errors import IncompatibleBaseError
 from more_hf_bench.methods.diffusion.ca import ca
@@ -10,8 +11,6 @@ from more_hf_bench.methods.diffusion.esd import esd
 from more_hf_bench.methods.diffusion.training import Checkpoint
 
 
-CONCEPT = "van gogh"
-NAMES = {"remap_to": ["claude monet"], "retain": ["pablo picasso"]}
 ESD = {**NAMES, "sampling_steps": 4, "iterations": 2, "learning_rate": 1e-3}
 CA = {
     **NAMES,
@@ -92,7 +91,7 @@ def test_a_run_does_not_go_on_from_another_one(tiny_sd, name, tmp_path, monkeypa
     settings = {**settings, "checkpoint": str(tmp_path), "save_every": 1}
     method(tiny_sd("1"), CONCEPT, **settings)
     saves, files = Saves(monkeypatch), set(tmp_path.iterdir())
-    for pipe, concept in ((tiny_sd("1"), "andy warhol"), (tiny_sd("1", seed=1), CONCEPT)):
+    for pipe, concept in ((tiny_sd("1"), "kelly mckernan"), (tiny_sd("1", seed=1), CONCEPT)):
         saves.count = 0
         method(pipe, concept, **settings)
         assert saves.count == settings["iterations"]
@@ -106,7 +105,7 @@ def test_several_concepts_with_aliases(tiny_sd, name):
     method, settings = METHODS[name]
     pipe = tiny_sd("1")
     before = state(pipe.unet)
-    method(pipe, {CONCEPT: ["vincent"], "andy warhol": []}, **{**settings, "remap_to": None})
+    method(pipe, MANY, **{**settings, "remap_to": None})
     assert changed(pipe.unet, before)
 
 
