@@ -14,7 +14,7 @@ import more_hf
 from more_hf.core.errors import MoreError
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import NOWHERE, Remap
-from more_hf.core.request import ConceptRequest
+from more_hf.core.request import EXACT_SOLVERS, ConceptRequest, check_choice
 from more_hf.data import EMOJI_ARTISTS, FOLDER
 from more_hf.diffusion.aliases import find_aliases
 from more_hf.diffusion.erase import erase_concept
@@ -214,6 +214,7 @@ def without_orthogonalization(
 ) -> Remap:
     """The remap with D_F = (P_Fᵀ Σ⁻¹ P_F)⁻¹ P_Fᵀ Σ⁻¹, rows of the other prototypes zero. Arguments as of
     `Remap.fit`."""
+    check_choice("solver", solver, EXACT_SOLVERS)
     columns = [prototypes.index(name) for name in forget]
     P_F = prototypes.matrix[:, columns]
     dual = torch.zeros_like(prototypes.matrix.T)

@@ -9,7 +9,7 @@ from support.methods import CONCEPT, MANY, RETAIN, TARGET, run
 from support.texts import last, text_layers, tokens
 
 import more_hf
-from more_hf.core.errors import MoreError
+from more_hf.core.errors import MoreError, PrototypeError
 from more_hf.core.moment import Moment
 from more_hf.core.prototypes import Prototypes
 from more_hf_bench.methods.diffusion.ours import more_paper, without_orthogonalization
@@ -90,6 +90,8 @@ def test_without_po_is_the_least_change_that_sends_the_forgotten_alone(solver):
     assert np.allclose(E, expected, atol=1e-9)
     assert np.allclose(E @ P_F, P_t, atol=1e-9)
     assert np.linalg.norm(E @ P[:, 2] - P[:, 2]) > 1e-2  # the target itself moves
+    with pytest.raises(PrototypeError, match="soft"):
+        without_orthogonalization(prototypes, ["a"], [["c"]], solver="soft")
 
 
 ABLATION = {
