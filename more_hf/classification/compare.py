@@ -15,7 +15,7 @@ from ..core.markdown import markdown_table
 from .erase import get_erasure
 from .features import inputs_of, plain_model
 from .heads import evaluating, logits_of
-from .labels import class_names
+from .names import class_names
 
 
 LISTED = 40  # classes that a table shows at most

@@ -22,8 +22,7 @@ from .erasure import ClassErasure
 from .features import collect, plain_model
 from .heads import example_pixels, find_heads, find_module
 from .hook import make_hooks
-from .labels import class_names, read_classes
-from .names import find_class
+from .names import class_names, find_classes
 from .plan import check_request, make_request, solve
 from .proof import prover
 from .remaining import remaining_right
@@ -188,7 +187,7 @@ def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = 
         names = class_names(plain, erasure.facts.num_classes)
         dropped = erasure.concepts
         if classes is not None:
-            dropped = [find_class(names, name) for name in read_classes("classes", classes)]
+            dropped = find_classes(names, "classes", classes)
         if not dropped:
             raise MoreError(
                 "No class is named. Name those to give back, or leave them out to give back everything."

@@ -23,7 +23,7 @@ from ..core.views import routing_off
 from .erasure import ClassErasure
 from .heads import evaluating, find_heads, find_module
 from .hook import channel_dim
-from .labels import class_names
+from .names import class_names
 
 
 DELAY = 2  # seconds after which a progress bar shows

@@ -1,4 +1,7 @@
-"""Which class is meant by a name or a number; without torch, so that the command line can ask at once."""
+"""
+The names of a classifier's classes, and the class that a user means; without torch, so that the command
+line can ask at once.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,47 @@ import difflib
 from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import PrototypeError, shown
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def class_names(model: nn.Module, num_classes: int) -> tuple[str, ...]:
+    """The unique names of a model's classes: the labels in its configuration, or else numbers."""
+    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return unique_names([str(labels.get(i, i)) for i in range(num_classes)])
 
 
 def unique_names(labels: Sequence[str]) -> tuple[str, ...]:
     """The labels by class number, with the number where two classes share a label ("crane" in ImageNet)."""
     counts = Counter(labels)
     return tuple(label if counts[label] == 1 else f"{label} (class {i})" for i, label in enumerate(labels))
+
+
+def find_classes(names: Sequence[str], argument: str, value: Any) -> list[str]:
+    """
+    The names of one class, several (a tensor or an array, too), or `None` for none.
+
+    Raises:
+        `PrototypeError`: as from `find_class`, or something is neither text nor a whole number: a mask, for
+        instance.
+    """
+    if value is None:
+        return []
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    classes = [value] if isinstance(value, str | Integral) else list(value)
+    for wanted in classes:
+        if not isinstance(wanted, str | Integral) or isinstance(wanted, bool):
+            raise PrototypeError(
+                f"`{argument}` must hold names or whole numbers of classes, got {shown(wanted)}. Of a mask "
+                "pass `mask.nonzero()`."
+            )
+    return [find_class(names, wanted) for wanted in classes]
 
 
 def find_class(names: Sequence[str], wanted: str | int) -> str:

@@ -13,8 +13,7 @@ from ..core.errors import PrototypeError
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap, draw_experts
 from ..core.request import REMAIN, ClassRequest, is_remain
-from .labels import read_classes
-from .names import find_class
+from .names import find_classes
 
 
 ILL_CONDITIONED = (
@@ -60,12 +59,12 @@ def make_request(
     Raises:
         `PrototypeError`: a class is unknown or named twice, or an option is wrong.
     """
-    forgotten = [find_class(names, wanted) for wanted in read_classes("forget", forget)]
+    forgotten = find_classes(names, "forget", forget)
     if twice := [name for name in forgotten if forgotten.count(name) > 1]:
         raise PrototypeError(f"{twice[0]!r} is in `forget` twice. Name it once.")
     targets: tuple[str, ...] | str = REMAIN
     if not is_remain(remap_to):
-        targets = tuple(find_class(names, wanted) for wanted in read_classes("remap_to", remap_to))
+        targets = tuple(find_classes(names, "remap_to", remap_to))
     if remap_to is not None and not targets:
         raise PrototypeError(
             '`remap_to` is empty. Name classes, or pass "remain" for all others, or `None` to erase without '

@@ -99,7 +99,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
 
     import more_hf
     from more_hf.classification.image_folder import load_image_folder
-    from more_hf.classification.labels import class_names
+    from more_hf.classification.names import class_names
 
     state = PartialState()
     logger.info("Loading %s for %s", source, state.device)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from more_hf.classification.erase import get_erasure
 from more_hf.classification.features import features_of, plain_model
-from more_hf.classification.labels import class_names
+from more_hf.classification.names import class_names
 from more_hf.core.errors import MoreError, SiteNotFoundError
 from more_hf.core.hook import reset_compiled
 from more_hf.core.remap import Remap
