@@ -333,7 +333,8 @@ def test_who_takes_no_picture_cannot_be_asked_by_one(tiny_sd, tmp_path, capsys):
     with pytest.raises(BenchmarkError, match="has no IP-Adapter"):
         run(tiny_sd(), path, tmp_path / "out", {"keep": keep})
     assert not (tmp_path / "out").exists()
-    command = "bench artists --forget Blobmoji --levels name,image --output"
+    (tmp_path / "bench.json").write_text('{"levels": "name,image"}')
+    command = f"bench artists --forget Blobmoji --config {tmp_path / 'bench.json'} --output"
     assert main([*command.split(), str(tmp_path / "out")]) == 2
     assert "emoji-sd has none" in capsys.readouterr().err
 
@@ -400,6 +401,7 @@ def test_a_picture_that_is_not_there_is_named(tmp_path):
 
 
 def test_an_unknown_level_names_those_that_there_are(tmp_path, capsys):
-    command = "bench artists --forget Blobmoji --levels longer --output"
+    (tmp_path / "bench.json").write_text('{"levels": "longer"}')
+    command = f"bench artists --forget Blobmoji --config {tmp_path / 'bench.json'} --output"
     assert main([*command.split(), str(tmp_path / "out")]) == 2
     assert "emoji_levels has no prompts at the level 'longer'. It has name, alias" in capsys.readouterr().err
