@@ -14,7 +14,7 @@ from accelerate import cpu_offload
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from support.compare import state
-from support.families import CALL, T5_LENGTH, build, shorten
+from support.families import T5_LENGTH, TINY, build, shorten
 from support.pipelines import FORGET, TARGETS, build_tiny_sd
 from torch import nn
 
@@ -400,7 +400,7 @@ def test_in_half_precision(original, dtype):
 def test_other_families(family):
     pipe = build(family)
     before = {name: value.clone() for name, value in state(find_denoiser(pipe).module).items()}
-    sampling = {**CALL[family], "num_inference_steps": 4, "height": 32, "width": 32}
+    sampling = {**TINY[family].call, "num_inference_steps": 4, "height": 32, "width": 32}
     erase(pipe, request_for(sampling=sampling))
     erasure = more_hf.get_erasure(pipe)
     assert inner_sites(pipe)
@@ -447,7 +447,7 @@ def test_prototypes_are_of_the_half_with_the_prompt(family, monkeypatch):
     denoiser.module.register_forward_pre_hook(given, with_kwargs=True)
     for name, layer in find_listeners(denoiser).items():
         layer.register_forward_pre_hook(partial(read, name))
-    sampling = {"height": 32, "width": 32, **CALL[family], **GUIDED[family], "num_inference_steps": 3}
+    sampling = {"height": 32, "width": 32, **TINY[family].call, **GUIDED[family], "num_inference_steps": 3}
     templates, everyday = ("{}", "a house by {}"), ("a house", "two dogs")
     request = request_for(sampling=sampling, pictures=2, templates=templates, everyday=everyday)
     name, own = list(recorded(pipe, request).prototypes.items())[-1]

@@ -48,9 +48,9 @@ def test_aliases_are_what_reads_as_the_name(emoji_sd):
 
 def test_nothing_to_choose_from_and_nothing_to_tell_it_from(emoji_sd):
     assert more_hf.find_aliases(emoji_sd, "Blobmoji", ["BLOBMOJI"], others=OTHERS) == []
-    with pytest.raises(PrototypeError, match="nothing but 'Blobmoji' itself"):
+    with pytest.raises(PrototypeError, match="Blobmoji"):
         more_hf.find_aliases(emoji_sd, "Blobmoji", SAID, others=["Blobmoji"])
-    with pytest.raises(PrototypeError, match="must be a name or a list of names"):
+    with pytest.raises(PrototypeError, match="list of names"):
         more_hf.find_aliases(emoji_sd, "Blobmoji", [3], others=OTHERS)
 
 

@@ -221,7 +221,7 @@ def test_auto_takes_what_is_possible(tiny_sd):
     erasure = more_hf.get_erasure(erase(tiny_sd(), retain=names))
     assert erasure.facts.solver == "covariance"
     assert "pinv has no exact edit" in erasure.facts.solver_reason
-    with pytest.raises(more_hf.PrototypeError, match="do not fit into 32 dimensions"):
+    with pytest.raises(more_hf.PrototypeError, match="32 dimensions"):
         erase(tiny_sd(), retain=names, solver="pinv")
 
 
@@ -306,7 +306,7 @@ def test_restoring_one_concept_is_never_having_erased_it(tiny_sd, router):
     assert close(pipe, never)
     assert more_hf.get_erasure(pipe).request == more_hf.get_erasure(never).request
     assert len(pipe.unet._forward_pre_hooks) == (router is not None)
-    with pytest.raises(more_hf.MoreError, match="'pablo picasso' was not erased here. Erased: 'van gogh'"):
+    with pytest.raises(more_hf.MoreError, match="'pablo picasso' was not erased"):
         more_hf.restore(pipe, ["pablo picasso"])
     assert same(more_hf.restore(pipe, [FORGET]), before)
 
@@ -328,7 +328,7 @@ def test_without_originals(pipe):
 def test_copy_of_an_erased_pipeline(pipe):
     clone = copy.deepcopy(erase(pipe))
     assert more_hf.get_erasure(clone) is None
-    with pytest.raises(more_hf.AlreadyErasedError, match="copy of a model from which 'van gogh' was erased"):
+    with pytest.raises(more_hf.AlreadyErasedError, match="'van gogh'"):
         erase(clone, "pablo picasso")
     with pytest.raises(more_hf.AlreadyErasedError, match="copy"):
         more_hf.restore(clone)

@@ -54,7 +54,7 @@ def test_softness_is_a_dial(tiny_sd, soft):
 
 @pytest.mark.parametrize("softness", [-1, float("inf"), float("nan")])
 def test_a_softness_that_is_none(tiny_sd, softness):
-    with pytest.raises(more_hf.PrototypeError, match="`softness` must be a finite number of at least 0"):
+    with pytest.raises(more_hf.PrototypeError, match="`softness`"):
         more_hf.erase_concept(tiny_sd(), NAMES, softness=softness, **OPTIONS)
 
 

@@ -9,11 +9,11 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
-from support.bare import FORGET, OTHER, TARGET, draw, erase, use_bare_names
+from support.bare import FORGET, LENGTHS, OTHER, TARGET, draw, erase, use_bare_names
 from support.compare import assert_proved, same, state
-from support.families import build
+from support.families import T5_LENGTH, build, second_transformer
 from support.records import list_files_again
-from support.sisters import FILM, PICTURE
+from support.sisters import FILM, PICTURE, Sister, build_sister
 from torch import nn
 from torch.nn.functional import linear
 
@@ -32,7 +32,7 @@ STEPS = {"num_inference_steps": 4}  # of which the first is the first transforme
 
 @pytest.fixture(autouse=True)
 def bare_names(monkeypatch):
-    use_bare_names(monkeypatch, "wan", WanImageToVideoPipeline)
+    use_bare_names(monkeypatch, LENGTHS | {WanImageToVideoPipeline: T5_LENGTH})
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_verify_sees_that_one_is_the_original(original, pipe, tmp_path, part):
         "the edited layers are those that were saved",
         "each sends p_f where p_t goes",
     ]
-    with pytest.raises(more_hf.IncompatibleBaseError, match="`transformer.transformer_2`.*trained since"):
+    with pytest.raises(more_hf.IncompatibleBaseError, match="trained since"):
         more_hf.load(folder)
     # nor is it saved with a record that claims these weights
     layer_of(pipe, part).load_state_dict(layer_of(original, part).state_dict())
@@ -256,7 +256,7 @@ def test_a_record_of_one_of_them_does_not_pass(pipe, tmp_path):
     list_files_again(folder)
     (check,) = [check for check in more_hf.verify(folder).checks if not check.passed]
     assert "also has the denoiser `transformer_2`" in check.finding
-    with pytest.raises(more_hf.IncompatibleBaseError, match="model with other layers"):
+    with pytest.raises(more_hf.IncompatibleBaseError, match="other layers"):
         more_hf.load(folder)
 
 
@@ -338,7 +338,7 @@ def test_what_was_erased_from_one_is_not_taken_for_both(original, pipe, parts, t
 def test_another_second_denoiser_is_not_the_one_that_was_edited(original, pipe):
     erase(pipe)
     pipe.register_modules(transformer_2=copy.deepcopy(original.transformer_2))
-    with pytest.raises(more_hf.SiteNotFoundError, match="layers were replaced since"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="replaced"):
         more_hf.erase_concept(pipe, OTHER, remap_to=TARGET)
 
 
@@ -346,18 +346,18 @@ def test_a_copy_says_what_was_erased(original, pipe):
     erase(pipe)
     twin = copy.deepcopy(original)
     twin.register_modules(transformer_2=copy.deepcopy(pipe.transformer_2))
-    with pytest.raises(more_hf.AlreadyErasedError, match="copy of a model from which 'gogh' was erased"):
+    with pytest.raises(more_hf.AlreadyErasedError, match="copy"):
         erase(twin)
 
 
 def test_refused_by_name(original, pipe, tmp_path):
-    with pytest.raises(more_hf.SiteNotFoundError, match="2 denoisers.*Leave `reach` at 'name'"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="2 denoisers"):
         erase(pipe, reach="denoiser")
     assert find_erasure(pipe.transformer) is None
     erase(pipe)
     with pytest.raises(more_hf.ExportError, match=r"2 denoisers.*save_lora\(\.\.\., expert=0\)"):
         more_hf.to_adapters(pipe)
-    with pytest.raises(more_hf.ExportError, match="names .* are those of UNets"):
+    with pytest.raises(more_hf.ExportError, match="UNets"):
         more_hf.save_lora(pipe, tmp_path, format="kohya")
     one = WanPipeline(**{**original.components, "transformer_2": original.transformer}, boundary_ratio=0.9)
     with pytest.raises(more_hf.SiteNotFoundError, match="shared by"):
@@ -367,14 +367,13 @@ def test_refused_by_name(original, pipe, tmp_path):
 @pytest.mark.parametrize(("family", "other"), [("qwen-image", "qwen-image"), ("wan", "chroma")])
 def test_denoisers_that_read_other_features_are_refused(family, other):
     pipe, second = build(family), build(other).transformer
-    with pytest.raises(more_hf.SiteNotFoundError, match="2 denoisers that read the prompt in ways of their"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="2 denoisers"):
         find_denoiser(pipe, {"transformer_2": second})
 
 
 def test_image_to_video(tmp_path):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        original = build("wan-2.2", cls=WanImageToVideoPipeline, in_channels=12)
+    sister = Sister("wan-2.2", "WanImageToVideoPipeline", {}, {"in_channels": 12}, second_transformer)
+    original = build_sister(sister)
     pipe, call = erase(copy.deepcopy(original)), {**FILM, "image": PICTURE, **STEPS}
     before = {name: draw(original, "wan", name, **call) for name in (FORGET, TARGET)}
     apart = (before[FORGET] - before[TARGET]).norm()

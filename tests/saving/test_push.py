@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from support.compare import same, state
-from support.families import BUILDERS, build, shorten
+from support.families import TINY, build, shorten
 from support.hub import BASE, REVISION, card_of, erase
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
@@ -338,7 +338,7 @@ def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", TINY)
 def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
     shorten(monkeypatch)
     pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")

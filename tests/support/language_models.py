@@ -39,6 +39,7 @@ from transformers import (
 from support.pipelines import WORDS
 
 
+LLM_WIDTH = 64
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
     "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
@@ -153,17 +154,17 @@ def qwen_processor(more=""):
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor())
 
 
-def gemma(tokenizer, width=64, layers=3):
+def gemma(tokenizer, width=LLM_WIDTH, layers=3):
     return Gemma2Model(
         Gemma2Config(**sizes(tokenizer, width, layers) | {"max_position_embeddings": 4096}, head_dim=16)
     ).eval()
 
 
-def glm(tokenizer, width=64, layers=3):
+def glm(tokenizer, width=LLM_WIDTH, layers=3):
     return GlmModel(GlmConfig(**sizes(tokenizer, width, layers), head_dim=16)).eval()
 
 
-def llama(tokenizer, width=64, layers=4):
+def llama(tokenizer, width=LLM_WIDTH, layers=4):
     return LlamaForCausalLM(LlamaConfig(**sizes(tokenizer, width, layers), head_dim=16)).eval()
 
 
@@ -180,11 +181,11 @@ def sizes(tokenizer, width, layers=3):
     }
 
 
-def qwen3(tokenizer, width=64, layers=3):
+def qwen3(tokenizer, width=LLM_WIDTH, layers=3):
     return Qwen3Model(Qwen3Config(**sizes(tokenizer, width, layers), head_dim=16)).eval()
 
 
-def qwen_vl(tokenizer, width=64, layers=3):
+def qwen_vl(tokenizer, width=LLM_WIDTH, layers=3):
     """Qwen2.5-VL, whose language model alone is used here."""
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     text = sizes(tokenizer, width, layers) | {"rope_parameters": rope}
@@ -193,8 +194,8 @@ def qwen_vl(tokenizer, width=64, layers=3):
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def mistral(processor, width=48, layers=31):
-    text = {"model_type": "mistral", **sizes(processor.tokenizer, width, layers), "head_dim": 16}
+def mistral(tokenizer, width=48, layers=31):
+    text = {"model_type": "mistral", **sizes(tokenizer, width, layers), "head_dim": 16}
     vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "head_dim": 8}
     config = Mistral3Config(text_config=text, vision_config=vision)
@@ -219,7 +220,7 @@ def chat_glm_tokenizer():
     return ChatGLMTokenizer(str(path))
 
 
-def chat_glm(tokenizer, width):
+def chat_glm(tokenizer, width=LLM_WIDTH):
     config = ChatGLMConfig(
         num_layers=3,
         padded_vocab_size=tokenizer.tokenizer.n_words,

@@ -1,60 +1,22 @@
 """
-Other pipelines of the newer families' denoisers, which take a picture or make a film: the real classes at
-tiny sizes.
+Other pipelines of the families' denoisers, which take a picture, make a film, or draw in another way: the
+real classes at tiny sizes.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLHunyuanImageRefiner,
-    AutoencoderKLHunyuanVideo,
-    ChromaImg2ImgPipeline,
-    ChromaInpaintPipeline,
-    CogView4ControlPipeline,
-    DiffusionPipeline,
-    Flux2KleinInpaintPipeline,
-    Flux2KleinKVPipeline,
-    HunyuanImageRefinerPipeline,
-    Kandinsky5I2IPipeline,
-    Kandinsky5I2VPipeline,
-    Kandinsky5T2VPipeline,
-    KolorsImg2ImgPipeline,
-    KolorsPAGPipeline,
-    LucyEditPipeline,
-    QwenImageControlNetInpaintPipeline,
-    QwenImageControlNetModel,
-    QwenImageControlNetPipeline,
-    QwenImageEditInpaintPipeline,
-    QwenImageEditPipeline,
-    QwenImageEditPlusPipeline,
-    QwenImageImg2ImgPipeline,
-    QwenImageInpaintPipeline,
-    QwenImageLayeredPipeline,
-    SanaControlNetModel,
-    SanaControlNetPipeline,
-    SanaPAGPipeline,
-    SanaSprintImg2ImgPipeline,
-    SanaSprintPipeline,
-    SCMScheduler,
-    WanImageToVideoPipeline,
-    WanVideoToVideoPipeline,
-    ZImageControlNetInpaintPipeline,
-    ZImageControlNetModel,
-    ZImageControlNetPipeline,
-    ZImageImg2ImgPipeline,
-    ZImageInpaintPipeline,
-    ZImageOmniPipeline,
-    ZImagePipeline,
-)
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from support import language_models
-from support.families import LLM_WIDTH, build, stirred
-from support.language_models import HEADERS, qwen_processor, qwen_tokenizer, qwen_vl
+from support.bare import shortened
+from support.families import build, language_model, plain_vae, stirred, umt5, with_parts
+from support.language_models import HEADERS, qwen_processor, qwen_tokenizer
+from support.pipelines import random_ip_adapter
 
 
 class Sister(NamedTuple):
@@ -64,8 +26,8 @@ class Sister(NamedTuple):
     Args:
         family (`str`):
             Of the denoiser.
-        cls (`type`):
-            The pipeline's.
+        pipeline (`str`):
+            The class of the pipeline in diffusers.
         call (`Mapping[str, Any]`):
             What its call takes besides the prompt.
         config (`Mapping[str, Any]`):
@@ -75,10 +37,14 @@ class Sister(NamedTuple):
     """
 
     family: str
-    cls: type[DiffusionPipeline]
-    call: Mapping[str, Any]
+    pipeline: str
+    call: Mapping[str, Any] = {}
     config: Mapping[str, Any] = {}
     parts: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}
+
+    @property
+    def cls(self):
+        return getattr(diffusers, self.pipeline)
 
 
 PICTURE = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
@@ -87,16 +53,36 @@ MASK[..., 16:] = 1
 DRAWN = Image.linear_gradient("L").convert("RGB").resize((64, 64))
 CHANGE = {"image": PICTURE, "strength": 0.9, "num_inference_steps": 4}
 FILL = {**CHANGE, "mask_image": MASK}
+CONTROL = {"control_image": PICTURE}
+NO_RESIZE = {"max_area": 32 * 32, "_auto_resize": False}
+FILM = {"num_frames": 5}
 
 
-def sprint(parts):
-    return {"scheduler": SCMScheduler()}
+# Other parts of a pipeline
 
 
 def changed(model, **config):
     """Another one of its class, with a configuration that differs in this."""
     own = {key: value for key, value in model.config.items() if not key.startswith("_")}
     return type(model)(**{**own, **config}).eval()
+
+
+def scheduler(name, **options):
+    return lambda parts: {"scheduler": getattr(diffusers, name)(**options)}
+
+
+def low_res_scheduler(parts):
+    return {"low_res_scheduler": diffusers.DDPMScheduler()}
+
+
+def ip_adapter(parts):
+    parts["unet"]._load_ip_adapter_weights([random_ip_adapter(parts["unet"])])
+    return {}
+
+
+def t2i_adapter(**options):
+    sizes = {"in_channels": 3, "channels": [4, 8], "num_res_blocks": 1}
+    return lambda parts: {"adapter": diffusers.T2IAdapter(**sizes, **options).eval()}
 
 
 def told_of_guidance(parts):
@@ -107,9 +93,11 @@ def told_of_guidance(parts):
 
 def layered_parts(parts):
     """Pictures with an alpha channel, and more channels than that inside."""
-    vae, scales = parts["vae"], {"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
-    vae = changed(vae, **scales, z_dim=8, input_channels=4)
-    return {"vae": vae, "processor": qwen_processor()}
+    scales = {"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
+    return {
+        "vae": changed(parts["vae"], **scales, z_dim=8, input_channels=4),
+        "processor": qwen_processor(),
+    }
 
 
 def picture_reader(parts):
@@ -121,75 +109,169 @@ def picture_reader(parts):
 
 def film_parts(parts):
     sizes = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1}
-    processor = qwen_processor(language_models.FILM)
-    return {
-        "vae": AutoencoderKLHunyuanVideo(latent_channels=4, **sizes).eval(),
-        "tokenizer": processor,
-        "text_encoder": qwen_vl(processor.tokenizer, LLM_WIDTH),
-    }
+    vae = diffusers.AutoencoderKLHunyuanVideo(latent_channels=4, **sizes).eval()
+    return {"vae": vae, **language_model("qwen_vl", qwen_processor(language_models.FILM))}
 
 
 def refiner_parts(parts):
-    vae = AutoencoderKLHunyuanImageRefiner(
+    vae = diffusers.AutoencoderKLHunyuanImageRefiner(
         latent_channels=2,  # of two frames together
         block_out_channels=(32, 32),
         layers_per_block=1,
         spatial_compression_ratio=2,
         temporal_compression_ratio=1,
     ).eval()
-    tokenizer = qwen_tokenizer(HEADERS)
-    return {"vae": vae, "tokenizer": tokenizer, "text_encoder": qwen_vl(tokenizer, LLM_WIDTH)}
+    return {"vae": vae, **language_model("qwen_vl", qwen_tokenizer(HEADERS))}
 
 
-def controlnet(cls, **config):
-    """With a ControlNet of the transformer's sizes."""
+def controlnet(name, **config):
+    """With a ControlNet of the denoiser's sizes."""
+    cls = getattr(diffusers, name)
 
     def parts(parts):
         takes = inspect.signature(cls.__init__).parameters
-        sizes = {key: value for key, value in parts["transformer"].config.items() if key in takes}
+        denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
+        sizes = {key: value for key, value in denoiser.config.items() if key in takes}
         return {"controlnet": stirred(cls(**{**sizes, **config}))}
 
     return parts
 
 
-PLACES = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
-Z_IMAGE = controlnet(ZImageControlNetModel, **PLACES, control_in_dim=4)
-Z_IMAGE_INPAINT = controlnet(
-    ZImageControlNetModel, **PLACES, control_in_dim=9, add_control_noise_refiner="control_layers"
-)
+def without(*names):
+    return lambda parts: dict.fromkeys(names)
 
 
 SPRINT = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
-FILM = {"num_frames": 5}
 SISTERS = {
-    "chroma image-to-image": Sister("chroma", ChromaImg2ImgPipeline, CHANGE),
-    "chroma inpainting": Sister("chroma", ChromaInpaintPipeline, FILL, parts=told_of_guidance),
-    "z-image image-to-image": Sister("z-image", ZImageImg2ImgPipeline, CHANGE),
-    "z-image inpainting": Sister("z-image", ZImageInpaintPipeline, FILL),
-    "qwen-image image-to-image": Sister("qwen-image", QwenImageImg2ImgPipeline, CHANGE),
-    "qwen-image inpainting": Sister("qwen-image", QwenImageInpaintPipeline, FILL),
+    "sd image-to-image": Sister("sd-1", "StableDiffusionImg2ImgPipeline", CHANGE),
+    "sd inpainting": Sister("sd-1", "StableDiffusionInpaintPipeline", FILL),
+    "sd inpainting UNet": Sister("sd-1", "StableDiffusionInpaintPipeline", FILL, {"in_channels": 9}),
+    "lcm": Sister(
+        "sd-1",
+        "LatentConsistencyModelPipeline",
+        {"guidance_scale": 8.5},
+        {"time_cond_proj_dim": 8},
+        scheduler("LCMScheduler"),
+    ),
+    "lcm image-to-image": Sister(
+        "sd-1",
+        "LatentConsistencyModelImg2ImgPipeline",
+        CHANGE,
+        {"time_cond_proj_dim": 8},
+        scheduler("LCMScheduler"),
+    ),
+    "sd turbo": Sister(
+        "sd-1",
+        "StableDiffusionPipeline",
+        {"num_inference_steps": 1, "guidance_scale": 0.0},
+        parts=scheduler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
+    ),
+    "sd ip-adapter": Sister(
+        "sd-1", "StableDiffusionPipeline", {"ip_adapter_image_embeds": [torch.ones(1, 1, 12)]}, {}, ip_adapter
+    ),
+    "sd pag": Sister("sd-1", "StableDiffusionPAGPipeline", {"pag_scale": 3.0}),
+    "sd t2i-adapter": Sister(
+        "sd-1",
+        "StableDiffusionAdapterPipeline",
+        {"image": PICTURE},
+        parts=t2i_adapter(downscale_factor=2, adapter_type="full_adapter"),
+    ),
+    "sd upscaler": Sister(
+        "sd-1",
+        "StableDiffusionUpscalePipeline",
+        {"image": PICTURE[..., :16, :16]},
+        {"in_channels": 7, "num_class_embeds": 1000},
+        low_res_scheduler,
+    ),
+    "sdxl image-to-image": Sister("sdxl", "StableDiffusionXLImg2ImgPipeline", CHANGE),
+    "sdxl inpainting": Sister("sdxl", "StableDiffusionXLInpaintPipeline", FILL),
+    "sdxl turbo": Sister(
+        "sdxl",
+        "StableDiffusionXLPipeline",
+        {"num_inference_steps": 1, "guidance_scale": 0.0},
+        parts=scheduler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
+    ),
+    "sdxl lcm": Sister("sdxl", "StableDiffusionXLPipeline", parts=scheduler("LCMScheduler")),
+    "sdxl ip-adapter": Sister(
+        "sdxl",
+        "StableDiffusionXLPipeline",
+        {"ip_adapter_image_embeds": [torch.ones(1, 1, 12)]},
+        parts=ip_adapter,
+    ),
+    "sdxl pag": Sister("sdxl", "StableDiffusionXLPAGPipeline", {"pag_scale": 3.0}),
+    "sdxl t2i-adapter": Sister(
+        "sdxl",
+        "StableDiffusionXLAdapterPipeline",
+        {"image": PICTURE},
+        parts=t2i_adapter(downscale_factor=4, adapter_type="full_adapter_xl"),
+    ),
+    "sdxl instruct": Sister(
+        "sdxl", "StableDiffusionXLInstructPix2PixPipeline", {"image": PICTURE}, {"in_channels": 8}
+    ),
+    "sd3 image-to-image": Sister("sd3", "StableDiffusion3Img2ImgPipeline", CHANGE),
+    "sd3 inpainting": Sister(
+        "sd3",
+        "StableDiffusion3InpaintPipeline",
+        FILL,
+        {"in_channels": 16, "out_channels": 16},
+        lambda parts: {"vae": plain_vae(latent_channels=16)},
+    ),
+    "sd3 pag": Sister(
+        "sd3", "StableDiffusion3PAGPipeline", parts=lambda parts: {"pag_applied_layers": ["blocks.1"]}
+    ),
+    "flux image-to-image": Sister("flux", "FluxImg2ImgPipeline", CHANGE),
+    "flux inpainting": Sister("flux", "FluxInpaintPipeline", FILL),
+    "flux kontext": Sister("flux", "FluxKontextPipeline", {"image": PICTURE, **NO_RESIZE}),
+    "flux kontext inpainting": Sister("flux", "FluxKontextInpaintPipeline", {**FILL, **NO_RESIZE}),
+    "flux fill": Sister(
+        "flux",
+        "FluxFillPipeline",
+        {"image": PICTURE, "mask_image": MASK},
+        {"in_channels": 48, "out_channels": 16},
+    ),
+    **{
+        f"flux {name}": Sister(
+            "flux", f"Flux{pipeline}Pipeline", {**call, **CONTROL}, {"in_channels": 32, "out_channels": 16}
+        )
+        for name, pipeline, call in (
+            ("control", "Control", {}),
+            ("control image-to-image", "ControlImg2Img", CHANGE),
+            ("control inpainting", "ControlInpaint", FILL),
+        )
+    },
+    "pixart-α": Sister("pixart", "PixArtAlphaPipeline"),
+    "pixart pag": Sister(
+        "pixart",
+        "PixArtSigmaPAGPipeline",
+        {"pag_scale": 3.0},
+        parts=lambda parts: {"pag_applied_layers": "1"},
+    ),
+    "chroma image-to-image": Sister("chroma", "ChromaImg2ImgPipeline", CHANGE),
+    "chroma inpainting": Sister("chroma", "ChromaInpaintPipeline", FILL, parts=told_of_guidance),
+    "z-image image-to-image": Sister("z-image", "ZImageImg2ImgPipeline", CHANGE),
+    "z-image inpainting": Sister("z-image", "ZImageInpaintPipeline", FILL),
+    "qwen-image image-to-image": Sister("qwen-image", "QwenImageImg2ImgPipeline", CHANGE),
+    "qwen-image inpainting": Sister("qwen-image", "QwenImageInpaintPipeline", FILL),
     "qwen-image layered": Sister(
         "qwen-image",
-        QwenImageLayeredPipeline,
+        "QwenImageLayeredPipeline",
         {"image": DRAWN.convert("RGBA").resize((32, 32)), "layers": 2, "resolution": 640},
         {"use_additional_t_cond": True, "use_layer3d_rope": True, "in_channels": 32, "out_channels": 8},
         layered_parts,
     ),
-    "klein with a picture": Sister("klein", Flux2KleinKVPipeline, {"image": DRAWN}),
-    "klein inpainting": Sister("klein", Flux2KleinInpaintPipeline, FILL),
-    "sana pag": Sister("sana", SanaPAGPipeline, {"pag_scale": 3.0}),
-    "sana sprint": Sister("sana", SanaSprintPipeline, {}, SPRINT, sprint),
+    "klein with a picture": Sister("klein", "Flux2KleinKVPipeline", {"image": DRAWN}),
+    "klein inpainting": Sister("klein", "Flux2KleinInpaintPipeline", FILL),
+    "sana pag": Sister("sana", "SanaPAGPipeline", {"pag_scale": 3.0}),
+    "sana sprint": Sister("sana", "SanaSprintPipeline", {}, SPRINT, scheduler("SCMScheduler")),
     "sana sprint image-to-image": Sister(
-        "sana", SanaSprintImg2ImgPipeline, {"image": PICTURE}, SPRINT, sprint
+        "sana", "SanaSprintImg2ImgPipeline", {"image": PICTURE}, SPRINT, scheduler("SCMScheduler")
     ),
-    "kolors image-to-image": Sister("kolors", KolorsImg2ImgPipeline, CHANGE),
-    "kolors pag": Sister("kolors", KolorsPAGPipeline, {"pag_scale": 0.3}),  # more magnifies rounding
-    "cogview-4 control": Sister(
-        "cogview-4", CogView4ControlPipeline, {"control_image": PICTURE}, {"in_channels": 8}
-    ),
+    "kolors image-to-image": Sister("kolors", "KolorsImg2ImgPipeline", CHANGE),
+    "kolors pag": Sister("kolors", "KolorsPAGPipeline", {"pag_scale": 0.3}),  # more magnifies rounding
+    "cogview-4 control": Sister("cogview-4", "CogView4ControlPipeline", CONTROL, {"in_channels": 8}),
     "hunyuan-image refiner": Sister(
         "hunyuan-image",
-        HunyuanImageRefinerPipeline,
+        "HunyuanImageRefinerPipeline",
         {"image": PICTURE},
         {
             "in_channels": 8,
@@ -202,60 +284,108 @@ SISTERS = {
     ),
     "wan image-to-video 2.1": Sister(
         "wan",
-        WanImageToVideoPipeline,
+        "WanImageToVideoPipeline",
         # it counts the prompt's positions from behind, 512 of them
         {**FILM, "image": DRAWN, "max_sequence_length": 512, "num_inference_steps": 4},
         {"in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 24},
         picture_reader,
     ),
     "wan image-to-video 2.2": Sister(
-        "wan", WanImageToVideoPipeline, {**FILM, "image": PICTURE}, {"in_channels": 12}
+        "wan", "WanImageToVideoPipeline", {**FILM, "image": PICTURE}, {"in_channels": 12}
     ),
-    "wan video-to-video": Sister("wan", WanVideoToVideoPipeline, {**CHANGE, "video": [DRAWN]}),
-    "lucy edit": Sister("wan", LucyEditPipeline, {"video": [DRAWN], "num_frames": 1}, {"in_channels": 8}),
+    "wan video-to-video": Sister("wan", "WanVideoToVideoPipeline", {**CHANGE, "video": [DRAWN]}),
+    "lucy edit": Sister("wan", "LucyEditPipeline", {"video": [DRAWN], "num_frames": 1}, {"in_channels": 8}),
     "kandinsky-5 text-to-video": Sister(
-        "kandinsky-5", Kandinsky5T2VPipeline, FILM, {"visual_cond": True}, film_parts
+        "kandinsky-5", "Kandinsky5T2VPipeline", FILM, {"visual_cond": True}, film_parts
     ),
     "kandinsky-5 image-to-video": Sister(
         "kandinsky-5",
-        Kandinsky5I2VPipeline,
+        "Kandinsky5I2VPipeline",
         {"num_frames": 21, "image": PICTURE},
         {"visual_cond": True},
         film_parts,
     ),
 }
-# pipelines that an edit of the denoiser would not be enough for, and why
-SEES = "sees a picture before the prompt, whose tokens go through the edited layer"
-BEHIND = "sees a picture behind the prompt, whose tokens then hold the name"
+# Pipelines that an edit of the denoiser would not be enough for, or that it cannot be proved on, and words of
+# the reason
+SEES = ["sees a picture before the prompt"]
+BEHIND = ["sees a picture behind the prompt"]
 ALSO = "also reads the prompt"
-QWEN = controlnet(QwenImageControlNetModel)
-REFUSED = [
-    (Sister("qwen-image", QwenImageEditPipeline, {}), SEES),
-    (Sister("qwen-image", QwenImageEditInpaintPipeline, {}), SEES),
-    (Sister("qwen-image", QwenImageEditPlusPipeline, {}), SEES),
-    (Sister("qwen-image", QwenImageControlNetPipeline, {}, parts=QWEN), ALSO),
-    (Sister("qwen-image", QwenImageControlNetInpaintPipeline, {}, parts=QWEN), ALSO),
-    (Sister("kandinsky-5", Kandinsky5I2IPipeline, {}), BEHIND),
-    (Sister("sana", SanaControlNetPipeline, {}, parts=controlnet(SanaControlNetModel)), ALSO),
-    (Sister("z-image", ZImageControlNetPipeline, {}, parts=Z_IMAGE), ALSO),
-    (Sister("z-image", ZImageControlNetInpaintPipeline, {}, parts=Z_IMAGE_INPAINT), ALSO),
-    (Sister("z-image", ZImageOmniPipeline, {}), "puts pictures between the tokens of the prompt"),
-    (Sister("z-image", ZImagePipeline, {}, {"siglip_feat_dim": 8}), "reads pictures between the tokens"),
+NO_PROMPT = "takes no `prompt`"
+PLACES = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
+Z_IMAGE_INPAINT = controlnet(
+    "ZImageControlNetModel", **PLACES, control_in_dim=9, add_control_noise_refiner="control_layers"
+)
+WITH_CONTROLNET = [
+    Sister("sdxl", "StableDiffusionXLControlNetPipeline", parts=controlnet("ControlNetModel")),
+    Sister("sd3", "StableDiffusion3ControlNetPipeline", parts=controlnet("SD3ControlNetModel", num_layers=1)),
+    Sister("flux", "FluxControlNetPipeline", parts=controlnet("FluxControlNetModel", num_single_layers=0)),
+    Sister("qwen-image", "QwenImageControlNetPipeline", parts=controlnet("QwenImageControlNetModel")),
+    Sister("qwen-image", "QwenImageControlNetInpaintPipeline", parts=controlnet("QwenImageControlNetModel")),
+    Sister("sana", "SanaControlNetPipeline", parts=controlnet("SanaControlNetModel")),
+    Sister(
+        "z-image",
+        "ZImageControlNetPipeline",
+        parts=controlnet("ZImageControlNetModel", **PLACES, control_in_dim=4),
+    ),
+    Sister("z-image", "ZImageControlNetInpaintPipeline", parts=Z_IMAGE_INPAINT),
 ]
-# parts that a pipeline takes besides those of the text-to-image pipeline, and does without
-OPTIONAL = ("image_encoder", "image_processor", "feature_extractor", "guider", "processor")
-OPTIONAL += ("siglip", "siglip_processor")
+REFUSED = [
+    *((sister, ["`controlnet`", "ControlNetModel", ALSO]) for sister in WITH_CONTROLNET),
+    (
+        Sister("sdxl", "StableDiffusionXLImg2ImgPipeline", parts=without("text_encoder", "tokenizer")),
+        ["without its text encoder `text_encoder`", "all of its text encoders"],
+    ),
+    (
+        Sister("sd3", "StableDiffusion3Pipeline", parts=without("text_encoder_3", "tokenizer_3")),
+        ["without its text encoder `text_encoder_3`", "What it says to the model would stay"],
+    ),
+    (Sister("sd-1", "StableDiffusionInstructPix2PixPipeline"), [NO_PROMPT, "text-to-image pipeline"]),
+    (Sister("sd-1", "StableDiffusionLatentUpscalePipeline"), ["takes no `num_images_per_prompt`"]),
+    (Sister("flux", "VisualClozePipeline", parts=lambda parts: {"resolution": 384}), [NO_PROMPT]),
+    (Sister("sd-1", "LEditsPPPipelineStableDiffusion"), [NO_PROMPT]),
+    (
+        Sister(
+            "sd-1",
+            "StableDiffusionPipeline",
+            {},
+            {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
+        ),
+        ["class_embed_type='projection'"],
+    ),
+    (
+        Sister("sd-1", "StableDiffusionPipeline", {}, {"attention_type": "gated"}),
+        ["attention_type='gated'"],
+    ),
+    (
+        Sister("sd-1", "StableDiffusionPipeline", parts=lambda parts: umt5()),
+        ["reads prompts with UMT5EncoderModel", "CLIPTextModel; CLIPTextModel + CLIPTextModelWithProjection"],
+    ),
+    (
+        Sister("", "CogView3PlusPipeline"),
+        [
+            "FLUX (FluxTransformer2DModel)",
+            "transformer: CogView3PlusTransformer2DModel",
+            "as wide as the text encoder's features (48)",
+            "transformer.patch_embed.text_proj",
+            "more_hf.register_family",
+        ],
+    ),
+    (Sister("qwen-image", "QwenImageEditPipeline"), SEES),
+    (Sister("qwen-image", "QwenImageEditInpaintPipeline"), SEES),
+    (Sister("qwen-image", "QwenImageEditPlusPipeline"), SEES),
+    (Sister("kandinsky-5", "Kandinsky5I2IPipeline"), BEHIND),
+    (Sister("z-image", "ZImageOmniPipeline"), ["puts pictures between the tokens"]),
+    (Sister("z-image", "ZImagePipeline", {}, {"siglip_feat_dim": 8}), ["reads pictures between the tokens"]),
+]
 
 
 def build_sister(sister):
     """The pipeline. Does not change the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parts = dict.fromkeys(OPTIONAL) | build(sister.family).components
+        parts = build(sister.family).components
         if sister.config:
-            parts["transformer"] = stirred(changed(parts["transformer"], **sister.config))
-        parts |= sister.parts(parts)
-        takes = inspect.signature(sister.cls.__init__).parameters
-        pipe = sister.cls(**{part: value for part, value in parts.items() if part in takes})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+            name = "unet" if "unet" in parts else "transformer"
+            parts[name] = stirred(changed(parts[name], **sister.config))
+        return shortened(with_parts(sister.cls, parts | sister.parts(parts)), sister.family)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.compare import changed, state
-from support.families import FAMILIES, build, images
+from support.families import build, images
 
 import more_hf
 from more_hf.core.errors import SiteNotFoundError
@@ -81,7 +81,7 @@ def test_inside_the_denoiser(name, softness, tiny_sd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_LAYERS)
 @pytest.mark.parametrize("name", [name for name in DIFFUSION if name not in INSIDE])
 def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):
     pipe = build(family)
