@@ -106,7 +106,7 @@ def test_copies_and_pickles_keep_the_merged_head_and_no_factors(
         assert forgets(other, digits) == 0
         assert torch.equal(features(other, digits), features(digit_classifier, digits))
         assert more_hf.get_erasure(other) is None
-        with pytest.raises(AlreadyErasedError, match="copy of a model from which 'four' was erased"):
+        with pytest.raises(AlreadyErasedError, match="copy"):
             more_hf.erase_classes(other, prototypes, "five")
 
 
@@ -168,7 +168,7 @@ def test_load_puts_the_hook_back(model, prototypes, digits, tmp_path, router):
         torch.testing.assert_close(features(loaded, digits), features(model, digits), rtol=1e-5, atol=1e-6)
     assert str(more_hf.get_erasure(loaded)) == str(more_hf.get_erasure(model))
     assert more_hf.verify(tmp_path / "erased").ok
-    with pytest.raises(AlreadyErasedError, match="original weights are not available"):
+    with pytest.raises(AlreadyErasedError, match="not available"):
         more_hf.restore(loaded)
 
 
@@ -236,7 +236,7 @@ def test_verify_finds_the_originals_head(model, digit_classifier, prototypes, tm
         "each sends p_f where p_t goes",
     ]
     assert failed == expected[: 2 + include_delta]
-    with pytest.raises(IncompatibleBaseError, match="replaced or trained since"):
+    with pytest.raises(IncompatibleBaseError, match="trained since"):
         more_hf.load(folder)
 
 
@@ -267,7 +267,7 @@ def test_variants_and_shards(model, prototypes, digits, tmp_path):
 
 
 def test_saving_what_is_not_the_edit_is_refused(model, prototypes, tmp_path):
-    with pytest.raises(ExportError, match="Nothing was erased from this ResNetForImageClassification"):
+    with pytest.raises(ExportError, match="Nothing was erased"):
         more_hf.save(model, tmp_path / "model")
     more_hf.erase_classes(model, prototypes, "four")
     original = more_hf.get_erasure(model).originals["classifier.1"]
@@ -292,7 +292,7 @@ def test_a_hook_only_edit_is_not_saved(model, digits, tmp_path):
 def test_a_plain_module_is_not_saved(digits, tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     more_hf.erase_classes(model, [digits], [4], solver="covariance")
-    with pytest.raises(ExportError, match=r"Sequential is not a model of Transformers.*state_dict"):
+    with pytest.raises(ExportError, match="state_dict"):
         more_hf.save(model, tmp_path / "model")
 
 

@@ -82,7 +82,7 @@ def test_names_are_checked_before_the_pass(model, digits):
 
 
 def test_prototypes_of_another_model_or_without_the_class(model, prototypes):
-    with pytest.raises(PrototypeError, match="have 32 features, and the head reads 64"):
+    with pytest.raises(PrototypeError, match="32 features"):
         more_hf.erase_classes(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), prototypes, 4, head="1")
     with pytest.raises(PrototypeError, match="no prototype 'four'"):
         more_hf.erase_classes(model, prototypes.without(["four"]), "four")
@@ -148,9 +148,9 @@ def test_a_second_call_fits_both_jointly(model, loader, digits, digit_classifier
     torch.testing.assert_close(erasure.remap.D_F, more_hf.get_erasure(joint).remap.D_F, rtol=1e-4, atol=1e-5)
     assert len(model.classifier[1]._forward_pre_hooks) == 1
     assert (accuracies(model, digits)[[4, 7]] == 0).all()
-    with pytest.raises(PrototypeError, match="'nine' is both in `forget` and in `remap_to`"):
+    with pytest.raises(PrototypeError, match="'nine' is both"):
         more_hf.erase_classes(model, loader, "nine", remap_to="one")  # four goes there
-    with pytest.raises(MoreError, match="cannot be fitted jointly"):
+    with pytest.raises(MoreError, match="jointly"):
         more_hf.erase_classes(model, loader, "nine", at="resnet.encoder")
     assert more_hf.get_erasure(model) is erasure
 
@@ -172,7 +172,7 @@ def test_restore_and_disabled(model, loader, digits):
     with more_hf.disabled(model):
         assert torch.equal(model(images).logits, logits)
     assert torch.equal(model(images).logits, erased)
-    with pytest.raises(MoreError, match="'five' was not erased here. Erased: 'four'"):
+    with pytest.raises(MoreError, match="'five' was not erased"):
         more_hf.restore(model, "five")
 
     assert more_hf.restore(model) is model
@@ -200,5 +200,5 @@ def test_a_trained_head_is_not_overwritten(model, prototypes):
 
 def test_without_originals(model, prototypes):
     more_hf.erase_classes(model, prototypes, "four", keep_originals=False)
-    with pytest.raises(AlreadyErasedError, match="original weights are not available"):
+    with pytest.raises(AlreadyErasedError, match="not available"):
         more_hf.restore(model)

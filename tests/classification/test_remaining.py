@@ -99,5 +99,5 @@ def test_of_the_forgotten_class_alone_nothing_is_known(digit_classifier, prototy
 
 @pytest.mark.parametrize("odd", [-1, 101, float("nan")], ids=str)
 def test_odd_bounds(digit_classifier, prototypes, odd):
-    with pytest.raises(PrototypeError, match="`most_lost` must be from 0 to 100"):
+    with pytest.raises(PrototypeError, match="`most_lost`"):
         more_hf.erase_classes(digit_classifier, prototypes, 4, most_lost=odd)

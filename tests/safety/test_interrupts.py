@@ -87,8 +87,16 @@ def interrupted_at(number, operation):
     assert count >= number
 
 
+@pytest.fixture
+def few_prompts(monkeypatch):
+    prompts = ("a dog and a tree", "a house")
+    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: prompts)
+
+
 class Pipeline:
     """One cross-attention, a few prompts."""
+
+    names = ("van gogh", "pablo picasso")
 
     def __init__(self):
         self.model = build_tiny_sd(
@@ -101,16 +109,14 @@ class Pipeline:
         self.core = self.model.unet
 
     def erase(self, concept=0, **options):
-        concepts = ("van gogh", "pablo picasso")
         options = {"remap_to": "claude monet", "solver": "pinv", "tokens": "last", **options}
-        more_hf.erase_concept(self.model, concepts[concept], **options)
-
-    def restore_one(self):
-        more_hf.restore(self.model, "van gogh")
+        more_hf.erase_concept(self.model, self.names[concept], **options)
 
 
 class Classifier:
     """A linear layer behind another one."""
+
+    names = ([0], [1])
 
     def __init__(self):
         with torch.random.fork_rng(devices=[]):
@@ -122,22 +128,20 @@ class Classifier:
     def erase(self, concept=0, **options):
         more_hf.erase_classes(self.model, self.data, concept, **{"remap_to": [3], "head": "3", **options})
 
-    def restore_one(self):
-        more_hf.restore(self.model, [0])
-
-
-def erase_one(subject):
-    subject.erase()
-
 
 def erase_two(subject):
     subject.erase(router="hash")
     subject.erase(1, router="hash")
 
 
+def look(subject):
+    with more_hf.disabled(subject.model):
+        pass
+
+
 # name -> what comes before, and the operation that is interrupted
 OPERATIONS = {
-    "erase": (None, erase_one),
+    "erase": (None, lambda subject: subject.erase()),
     "erase, hash": (None, lambda subject: subject.erase(router="hash")),
     "erase, random, nothing kept": (
         None,
@@ -148,14 +152,9 @@ OPERATIONS = {
         lambda subject: subject.erase(1, router="random"),
     ),
     "restore": (erase_two, lambda subject: more_hf.restore(subject.model)),
-    "restore one": (erase_two, lambda subject: subject.restore_one()),
-    "disabled": (lambda subject: subject.erase(router="hash"), lambda subject: look(subject)),
+    "restore one": (erase_two, lambda subject: more_hf.restore(subject.model, subject.names[0])),
+    "disabled": (lambda subject: subject.erase(router="hash"), look),
 }
-
-
-def look(subject):
-    with more_hf.disabled(subject.model):
-        pass
 
 
 def hooks_of(module):
@@ -231,6 +230,14 @@ def check_operation(make, name, choose):
             subject, original = start()
 
 
+def first_events(places):
+    """Line -> its first event."""
+    first = {}
+    for number, place in enumerate(places):
+        first.setdefault(place, number)
+    return first
+
+
 def everywhere(places):
     """
     The first event of every line of the transaction, and of what it calls; with `--hypothesis-profile=long`,
@@ -239,46 +246,21 @@ def everywhere(places):
     if settings.get_current_profile_name() == "long":
         return range(len(places))
     files = {"install.py", "interrupts.py", "registry.py", "views.py", "hook.py", "site.py"}
-    first = {}
-    for number, place in enumerate(places):
-        if Path(place[0]).name in files:
-            first.setdefault(place, number)
-    return sorted(first.values())
+    return sorted(number for place, number in first_events(places).items() if Path(place[0]).name in files)
 
 
 def sample(places):
-    """The first event of some of the lines; always those of the transaction itself."""
-    first = {}
-    for number, place in enumerate(places):
-        first.setdefault(place, number)
-    exact = [
-        number for place, number in first.items() if Path(place[0]).name in ("install.py", "interrupts.py")
-    ]
-    others = sorted(set(first.values()) - set(exact))
+    """The first event of some of the lines, half of them of the transaction itself."""
+    groups = {True: [], False: []}
+    for place, number in first_events(places).items():
+        groups[Path(place[0]).name in ("install.py", "interrupts.py")].append(number)
     generator = random.Random(0)
-    return sorted(
-        [
-            *generator.sample(exact, min(SAMPLE, len(exact))),
-            *generator.sample(others, min(SAMPLE, len(others))),
-        ]
-    )
+    return sorted(n for group in groups.values() for n in generator.sample(group, min(SAMPLE, len(group))))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_classifier(name):
     check_operation(Classifier, name, sample)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_classifier_everywhere(name):
-    check_operation(Classifier, name, everywhere)
-
-
-@pytest.fixture
-def few_prompts(monkeypatch):
-    prompts = ("a dog and a tree", "a house")
-    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: prompts)
 
 
 @pytest.mark.parametrize("name", ["erase", "refit", "restore"])
@@ -288,5 +270,6 @@ def test_pipeline(few_prompts, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_pipeline_everywhere(few_prompts, name):
-    check_operation(Pipeline, name, everywhere)
+@pytest.mark.parametrize("make", [Classifier, Pipeline])
+def test_everywhere(few_prompts, make, name):
+    check_operation(make, name, everywhere)

@@ -123,7 +123,7 @@ def test_files_of_a_newer_transformers(tiny_sd, tmp_path, hub, monkeypatch):
     verification = more_hf.verify(folder)
     assert not verification
     assert "tokenizer/foo_template.jinja" in verification.failures
-    with pytest.raises(more_hf.ExportError, match="every file is the one that was saved: no"):
+    with pytest.raises(more_hf.ExportError, match="every file"):
         more_hf.push_to_hub(folder, "me/erased")
 
 

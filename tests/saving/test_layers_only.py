@@ -209,7 +209,7 @@ def test_a_folder_that_holds_the_original_is_not_mixed_with_it(shards, tmp_path)
     folder, _ = shards("flux")
     (tmp_path / "found" / "transformer").mkdir(parents=True)
     (tmp_path / "found" / "transformer" / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(more_hf.ExportError, match="already holds transformer/model.safetensors"):
+    with pytest.raises(more_hf.ExportError, match="already holds"):
         more_hf.erase_to_folder(folder, tmp_path / "found", FORGET, remap_to=TARGET)
     assert [file.name for file in (tmp_path / "found").rglob("*.safetensors")] == ["model.safetensors"]
 
@@ -217,7 +217,7 @@ def test_a_folder_that_holds_the_original_is_not_mixed_with_it(shards, tmp_path)
 def test_a_denoiser_that_is_not_loaded_is_told_of_it(shards):
     _, pipe = shards("flux")
     pipe.transformer.to("meta")
-    with pytest.raises(more_hf.SiteNotFoundError, match="not loaded.*`more_hf.erase_to_folder`"):
+    with pytest.raises(more_hf.SiteNotFoundError, match="erase_to_folder"):
         more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
 
 

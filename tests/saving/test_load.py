@@ -163,5 +163,5 @@ def test_the_variant_is_the_records(tiny_sd, tmp_path):
     assert more_hf.get_erasure(more_hf.load(folder)).concepts == ["van gogh"]
     save_file(tiny_sd().unet.state_dict(), folder / WEIGHTS)  # the original's beside it
     assert more_hf.get_erasure(more_hf.load(folder)).concepts == ["van gogh"]
-    with pytest.raises(more_hf.IncompatibleBaseError, match="variant 'fp16', not None"):
+    with pytest.raises(more_hf.IncompatibleBaseError, match="variant"):
         more_hf.load(folder, variant=None)

@@ -25,49 +25,21 @@ PEFT, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.sa
 # weights and of the run.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
-PEFT_KEYS = [
-    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
-    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight",
-    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight",
-    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora_B.weight",
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight",
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight",
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.lora_B.weight",
-    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
-    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight",
-    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight",
-    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.lora_B.weight",
-    "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k.lora_A.weight",
-    "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k.lora_B.weight",
-    "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v.lora_A.weight",
-    "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v.lora_B.weight",
+EDITED = [
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
+    "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+    "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v",
+    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k",
+    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v",
 ]
+PEFT_KEYS = [f"unet.{layer}.{part}.weight" for layer in EDITED for part in ("lora_A", "lora_B")]
 KOHYA_KEYS = [
-    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.alpha",
-    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight",
-    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight",
-    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v.alpha",
-    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v.lora_down.weight",
-    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v.lora_up.weight",
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.alpha",
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight",
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight",
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v.alpha",
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v.lora_down.weight",
-    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v.lora_up.weight",
-    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.alpha",
-    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight",
-    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight",
-    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_v.alpha",
-    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_v.lora_down.weight",
-    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_v.lora_up.weight",
-    "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_k.alpha",
-    "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_k.lora_down.weight",
-    "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_k.lora_up.weight",
-    "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_v.alpha",
-    "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_v.lora_down.weight",
-    "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_v.lora_up.weight",
+    f"lora_unet_{layer.replace('.', '_')}.{part}"
+    for layer in EDITED
+    for part in ("alpha", "lora_down.weight", "lora_up.weight")
 ]
 
 
@@ -405,10 +377,10 @@ def test_refuses_without_the_original_weights(original, erased, tmp_path):
     for pipe in (loaded, erase(original, keep_originals=False)):
         with pytest.raises(
             more_hf.AlreadyErasedError,
-            match="relative to the original weights.*'van gogh'.*Load.*keep_originals",
+            match="keep_originals",
         ):
             more_hf.save_lora(pipe, tmp_path / "lora")
-        with pytest.raises(more_hf.AlreadyErasedError, match="relative to the original weights"):
+        with pytest.raises(more_hf.AlreadyErasedError, match="original weights"):
             more_hf.to_adapters(pipe)
     assert not (tmp_path / "lora").exists()
 
@@ -445,7 +417,7 @@ def test_refuses_a_place_beside_erased_weights(erased, tmp_path):
 def test_refuses_what_half_precision_cannot_hold(original, tmp_path, scale):
     erasure = more_hf.get_erasure(erase(original))
     erasure.originals = {name: scale * weight for name, weight in erasure.originals.items()}
-    with pytest.raises(more_hf.ExportError, match=r"does not fit torch.float16.*Pass dtype=torch.float32"):
+    with pytest.raises(more_hf.ExportError, match="does not fit torch.float16"):
         more_hf.save_lora(original, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     assert more_hf.save_lora(original, tmp_path / "lora", dtype=torch.float32).is_file()

@@ -11,9 +11,6 @@ from support.hub import erase
 import more_hf
 
 
-PATHS = [5, None, "null\0byte", "x" * 5000]
-
-
 @pytest.fixture(scope="module")
 def erased():
     from support.pipelines import build_tiny_sd
@@ -21,7 +18,7 @@ def erased():
     return erase(build_tiny_sd())
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{type(path).__name__}-{str(path)[:4]!r}")
+@pytest.mark.parametrize("path", [5, None, "null\0byte", "x" * 5000], ids=lambda path: repr(path)[:6])
 def test_paths(erased, tmp_path, monkeypatch, path):
     """What Python says is enough, and nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -40,24 +37,14 @@ def test_paths(erased, tmp_path, monkeypatch, path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("variant", ["", "x.y", "../x", "a/b", 5, "fp16\n", "é"])
+@pytest.mark.parametrize("variant", ["", "x.y", "../x", 5])
 def test_variants_that_verify_could_not_read(erased, tmp_path, variant):
     with pytest.raises(more_hf.ExportError, match="variant"):
         more_hf.save(erased, tmp_path / "erased", variant=variant)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"format": ["peft"]},
-        {"format": None},
-        {"dtype": "float16"},
-        {"dtype": None},
-        {"expert": "0"},
-        {"expert": []},
-    ],
-)
+@pytest.mark.parametrize("options", [{"format": ["peft"]}, {"dtype": "float16"}, {"expert": "0"}])
 def test_options_of_a_lora(erased, tmp_path, options):
     with pytest.raises(more_hf.ExportError):
         more_hf.save_lora(erased, tmp_path / "lora", **options)
@@ -67,9 +54,7 @@ def test_options_of_a_lora(erased, tmp_path, options):
 @pytest.mark.parametrize(
     ("repo_id", "options"),
     [
-        (None, {}),
         ("name", {}),
-        ("a/b/c", {}),
         ('me/x")\nimport os', {}),
         ("me/erased", {"grid": "no-such-file.png"}),
         ("me/erased", {"grid": __file__}),
