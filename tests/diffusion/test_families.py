@@ -36,15 +36,11 @@ from more_hf.diffusion.families import find_denoiser_name
 # norm, one behind a norm of all samples joined, and a pooled one besides.
 FOUR = ["chroma", "qwen-image", "z-image", "kandinsky-5"]
 FOUR_FAST = [pytest.param(family, marks=() if family in FOUR else pytest.mark.slow) for family in MATRIX]
-# Every layer that reads text, and of the many of a UNet the last of each space
+# The last layer of each space that a family reads; `test_proof.py` takes every layer
 LAYERS = [
     (family, name)
     for family in MATRIX
-    for name in (
-        TINY[family].sites
-        if len(TINY[family].sites) <= 6
-        else {space: name for name, space in TINY[family].sites.items()}.values()
-    )
+    for name in {space: name for name, space in TINY[family].sites.items()}.values()
 ]
 LOADS_NO_LORA = ["pixart", "hunyuan-image"]
 WITH_LORA = [family for family in MATRIX if family not in LOADS_NO_LORA]
