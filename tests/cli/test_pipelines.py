@@ -143,7 +143,7 @@ def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
 
 @pytest.mark.slow
 def test_compare_draws_what_erase_drew(tmp_path, capsys):
-    folder, prompts = tmp_path / "erased", ["a rocket in the style of Noto", "a rocket"]
+    folder, prompts = tmp_path / "erased", ["a rocket in the style of Noto"]
     argv = ["erase", "emoji-sd", "--concept", "Noto", "--remap_to", "Fluent", "--output", folder]
     assert main([str(arg) for arg in [*argv, "--compare", *prompts]]) == 0
     drawn = Image.open(folder / "compare.png")
