@@ -31,7 +31,6 @@ _EXPORTS = {
     "get_erasure": "api",
     "load": "saving.folder",
     "load_emoji_sd": "data",
-    "load_lpips": "data",
     "push_to_hub": "saving.push",
     "register_family": "diffusion.families",
     "restore": "api",

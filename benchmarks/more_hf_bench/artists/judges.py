@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from more_hf.core.errors import MoreError
-from more_hf.data import FOLDER, load_lpips
+from more_hf.data import FOLDER
 
+from .lpips import load_lpips
 from .prompts import PromptRow
 
 

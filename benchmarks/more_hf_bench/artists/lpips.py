@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from more_hf.data import load_lpips
+from more_hf.data import FOLDER
 
 
 NATIVE, ANTIALIASED, PLAIN = COLUMNS = ("lpips", "lpips_64", "lpips_64_rece")  # of `rows.csv`
@@ -72,6 +74,30 @@ def resize_64(images: Tensor, *, antialias: bool) -> Tensor:
     """
     small = interpolate(images.float(), (64, 64), mode="bilinear", align_corners=False, antialias=antialias)
     return small.round().clamp(0, 255).to(torch.uint8)
+
+
+def load_lpips() -> nn.Module:
+    """
+    Build LPIPS(alex), version 0.1, without a download and without touching the random state.
+
+    The `lpips` package has the linear layers; the convolutions of torchvision's AlexNet ship with `more_hf`.
+
+    Returns:
+        `lpips.LPIPS`: float32, on the CPU, in evaluation mode, no parameter requires a gradient. It takes two
+        `(n, 3, H, W)` batches with values in `[-1, 1]` and returns `(n, 1, 1, 1)`.
+    """
+    import lpips
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # torchvision renamed the argument that lpips passes to it.
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+
+    # lpips cuts torchvision's `features` into `slice1` to `slice5` and keeps each layer's number.
+    weights = load_file(FOLDER / "lpips" / "alexnet_features.safetensors")
+    names = list(metric.net.state_dict())
+    metric.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in names})
+    return metric.eval().requires_grad_(False)
 
 
 @functools.lru_cache(maxsize=1)
