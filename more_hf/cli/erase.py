@@ -53,7 +53,7 @@ def add_to(commands) -> None:
 
 def _erase(args: argparse.Namespace) -> int:
     refuse_lost_router(args)
-    request = read_request(args, router=args.router)
+    request = read_request(args)
     if args.layers_only:
         return _from_layers(args, request)
     pipe = erased_pipeline(request, dtype=args.dtype, device=args.device, offload=args.offload)
@@ -80,9 +80,7 @@ def _from_layers(args: argparse.Namespace, request: Request) -> int:
 
     import more_hf
 
-    erasure = more_hf.erase_to_folder(
-        folder=args.output, router=args.router, include_delta=args.include_delta, **given
-    )
+    erasure = more_hf.erase_to_folder(folder=args.output, include_delta=args.include_delta, **given)
     return _report(erasure, args.output)
 
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-# arguments of `erase_concept` that need no denoiser
-TAKEN = ("remap_to", "retain", "num_experts", "solver", "tokens", "softness", "seed")
+# flags that are arguments of `erase_concept`, which has their defaults
+OPTIONS = ("retain", "num_experts", "router", "solver", "tokens", "reach", "softness", "seed")
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Request:
     @property
     def edits_denoiser(self) -> bool:
         """Whether layers inside the denoiser are edited, too."""
-        return self.options["reach"] == "denoiser"
+        return self.options.get("reach") == "denoiser"
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
@@ -81,39 +81,33 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     add_remap_to(parser, note="; NAME=TARGET is for that one alone", default=[])
     add("--retain", nargs="+", action="extend", metavar="NAME", help="names that must stay as they are")
     add("--num_experts", type=positive, metavar="N", help="remapping experts (one per target)")
-    add_solver(parser, default="auto")
-    add("--tokens", choices=TOKENS, help="which positions of a prompt give a concept's prototypes")
+    add_solver(parser)
+    add(
+        "--tokens",
+        choices=TOKENS,
+        help="positions of a prompt from which a concept's prototypes are taken (positions: all four kinds)",
+    )
     add(
         "--reach",
         choices=REACHES,
-        default="name",
         help="which layers to edit: those that read the prompt (name), or all linear layers of the denoiser "
         "(denoiser) (name)",
     )
     add(
         "--softness",
         type=float,
-        default=1.0,
         metavar="S",
         help="weight on leaving other prompts unchanged, for `--solver soft` and `--reach denoiser`; smaller "
         "values forget more (1)",
     )
     add("--steps", type=positive, metavar="N", help="steps for these pictures (the pipeline's own)")
     add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")
-    add("--seed", type=int, default=0, help="draws the experts' targets, and the pictures' noise (0)")
+    add("--seed", type=int, metavar="N", help="draws the experts' targets, and the pictures' noise (0)")
     add_placement(parser)
 
 
-def read_request(args: argparse.Namespace, *, router: str | None = None) -> Request:
-    """
-    Read the arguments of `add_request` and check names and files, without heavy imports.
-
-    Args:
-        args (`argparse.Namespace`):
-            The parsed arguments.
-        router (`str`, *optional*):
-            One of `ROUTERS`.
-    """
+def read_request(args: argparse.Namespace) -> Request:
+    """Read the arguments of `add_request` and check names and files, without heavy imports."""
     model = read_model(args)
     listed = {} if args.concepts_file is None else read_concepts(args.concepts_file)
     names = [*args.concept, *listed]
@@ -127,19 +121,11 @@ def read_request(args: argparse.Namespace, *, router: str | None = None) -> Requ
             mentioned += some_targets or []
         for name in mentioned:
             refuse_typo(name)
-    options = {
-        "remap_to": targets,
-        "retain": args.retain,
-        "num_experts": args.num_experts,
-        "router": router,
-        "solver": args.solver,
-        "reach": args.reach,
-        "softness": args.softness,
-        "sampling": _sampling(args),
-        "seed": args.seed,
-    }
-    if args.tokens is not None:
-        options["tokens"] = args.tokens
+    options = {"remap_to": targets, "sampling": _sampling(args)}
+    for name in OPTIONS:
+        value = getattr(args, name, None)  # `more-hf lora` has no router
+        if value is not None:
+            options[name] = value
     return Request(read_checkpoint(model), concepts, options)
 
 
@@ -170,7 +156,7 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
         "source": FOLDER / "emoji_sd" if model == EMOJI_SD else model,
         "concepts": request.concepts,
         "device": find_device(args.device, "none"),
-        **{name: value for name, value in request.options.items() if name in TAKEN},
+        **request.options,
     }
 
 
@@ -178,7 +164,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, int | float]:
     """How to draw pictures, as arguments of a pipeline's call."""
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     sampling = {name: value for name, value in options.items() if value is not None}
-    if sampling and args.reach == "name":
+    if sampling and args.reach != "denoiser":
         raise ValueError("No picture is drawn with `--reach name`. Leave `--steps` and `--guidance` out.")
     return sampling
 
@@ -194,10 +180,8 @@ def erased_pipeline(
     """
     import more_hf
     from more_hf.core.request import ConceptRequest
-    from more_hf.diffusion.plan import check_names
 
-    # Check the request before loading anything.
-    check_names(ConceptRequest.of(request.concepts, **request.options))
+    ConceptRequest.of(request.concepts, **request.options)  # refuses wrong names before anything is loaded
     pipe = load_pipeline(request.checkpoint, dtype=dtype, device=device, offload=offload, without=without)
     logger.info("Erasing %s", ", ".join(request.concepts))
     more_hf.erase_concept(pipe, request.concepts, **request.options)

@@ -4,9 +4,11 @@ The user's request: frozen, checked on creation, and convertible to JSON and bac
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from operator import index
 from typing import Any, ClassVar, Literal, Self, SupportsIndex, get_args
 
@@ -130,7 +132,7 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class ConceptRequest(Request):
     """
-    What to forget in a text-to-image pipeline: the arguments of `erase_concept`, and options for research.
+    What to forget in a text-to-image pipeline: the arguments of `erase_concept`, with their defaults.
 
     Args:
         retain (`tuple[str, ...]`, *optional*):
@@ -154,6 +156,9 @@ class ConceptRequest(Request):
             How many pictures of each name give the prototypes inside the denoiser.
         sampling (`Mapping[str, int | float | bool | str]`, *optional*):
             Arguments of the pipeline's call that draws these pictures.
+
+    Raises:
+        `PrototypeError`: as from `Request`, or a name is blank, given twice, or both forgotten and kept.
     """
 
     retain: tuple[str, ...] = ()
@@ -165,7 +170,7 @@ class ConceptRequest(Request):
     softness: float = 1.0
     reach: str = "name"
     pictures: int = 32
-    sampling: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+    sampling: Mapping[str, int | float | bool | str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,10 +181,11 @@ class ConceptRequest(Request):
         check_number("softness", self.softness)
         check_choice("reach", self.reach, REACHES)
         self._set("pictures", read_count("pictures", self.pictures))
-        self._set("sampling", _read_sampling(self.sampling))
+        self._set("sampling", {} if self.sampling is None else _read_sampling(self.sampling))
         for lines in ("templates", "everyday"):
             if getattr(self, lines) is not None:
                 self._set(lines, read_names(lines, getattr(self, lines)))
+        _check_names(self)
         for template in self.templates or ():
             if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
                 raise PrototypeError(
@@ -286,6 +292,20 @@ class ClassRequest(Request):
         return list(dict.fromkeys(name for names in named for name in names))
 
 
+def with_options(function: Callable) -> Callable:
+    """
+    Decorate a function that takes `**options` of `ConceptRequest`: `help` and editors show their names and
+    defaults in its signature.
+    """
+    own = inspect.signature(function)
+    parameters = [part for part in own.parameters.values() if part.kind is not part.VAR_KEYWORD]
+    for name, option in inspect.signature(ConceptRequest).parameters.items():
+        if name not in own.parameters:
+            parameters.append(option)
+    function.__signature__ = own.replace(parameters=parameters)
+    return function
+
+
 def _targets_of(forgotten: Iterable[str], remap_to: Any) -> dict[str, tuple[str, ...]]:
     """Each forgotten name's targets, given either the same targets for all or a mapping."""
     if not isinstance(remap_to, Mapping):
@@ -319,6 +339,39 @@ def _read_some(argument: str, value: Any) -> tuple[str, ...]:
 def is_remain(targets: Any) -> bool:
     """Whether `targets` stands for every class that is not forgotten."""
     return isinstance(targets, str) and targets == REMAIN
+
+
+def names_in(text: str, name: str) -> bool:
+    """Whether `text` contains `name` as whole words, in upper or lower case."""
+    return re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", text.casefold()) is not None
+
+
+def _check_names(request: ConceptRequest) -> None:
+    """Raises `PrototypeError` if a name is blank, given twice, or both forgotten and kept."""
+    surfaces = request.surfaces
+    kept = {name: "remap_to" for name in request.targets}
+    kept |= {name: "retain" for name in request.retain if name not in kept}
+    if blank := [name for name in (*surfaces, *kept) if not name.strip()]:
+        raise PrototypeError(
+            f"{blank[0]!r} is not a name. Leave it out; the empty prompt is always retained."
+        )
+    folded = [surface.casefold() for surface in surfaces]
+    if twice := [surface for surface in surfaces if folded.count(surface.casefold()) > 1]:
+        raise PrototypeError(f"{twice[0]!r} is given twice among concepts and aliases. Name it once.")
+    for name, argument in kept.items():
+        for surface in surfaces:
+            _check_apart(name, argument, surface)
+
+
+def _check_apart(name: str, argument: str, surface: str) -> None:
+    if name.casefold() == surface.casefold():
+        raise PrototypeError(f"{name!r} is both erased and in `{argument}`. Remove it from one of the lists.")
+    if names_in(name, surface):
+        raise PrototypeError(
+            f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the other. "
+            f"If it is the same concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it "
+            f"out of `{argument}`."
+        )
 
 
 def _read_sampling(value: Any) -> dict[str, int | float | bool | str]:

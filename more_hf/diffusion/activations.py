@@ -28,11 +28,11 @@ from ..core.facts import ConceptFacts, is_text
 from ..core.interrupts import unwound
 from ..core.moment import Moment
 from ..core.prototypes import PrototypeFitter, Prototypes
-from ..core.request import ConceptRequest
+from ..core.request import ConceptRequest, names_in
 from ..core.site import Site, check_unshared, feature_dim, is_linear
 from ..core.views import running_eagerly
 from .encoder import column
-from .prompts import TEMPLATES, everyday_prompts, names_in
+from .prompts import TEMPLATES, everyday_prompts
 from .sites import Denoiser, base_layer, find_sites, is_lora
 
 

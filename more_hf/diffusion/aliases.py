@@ -77,7 +77,7 @@ def find_aliases(
     # 1. The prototypes of all names and candidates, and the constant ones of begin token and empty prompt.
     names = [concept, *others]
     prototypes = fit_prototypes(pipe, [*names, *candidates], TOKENS, sigma_prompts={})["tokens"]
-    kinds = kinds_of(text_of(pipe, find_denoiser(pipe)), TOKENS)["tokens"]
+    kinds = kinds_of(text_of(pipe, find_denoiser(pipe)), TOKENS, pooled=False)["tokens"]
     named = {column(name, kind) for name in (*names, *candidates) for kind in kinds}
     constants = [name for name in prototypes.names if name not in named]
 

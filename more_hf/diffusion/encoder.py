@@ -293,7 +293,7 @@ def _positions(kind: str, start: int, stop: int, layout: Layout, last: int) -> t
     }[kind]
 
 
-def kinds_of(text: Text, tokens: str, *, pooled: bool = True) -> dict[str, list[str]]:
+def kinds_of(text: Text, tokens: str, *, pooled: bool) -> dict[str, list[str]]:
     """The kinds of prototype that a name has in each space, for a key `tokens` of `TOKENS`."""
     kinds: dict[str, list[str]] = {}
     for segment in text.segments:
@@ -410,7 +410,7 @@ def fit_prototypes(
     """
     # 1. Plan which positions of which prompts count for which prototype, in each space.
     encoder = Encoder(pipe, templates, denoiser)
-    kinds = kinds_of(encoder.text, tokens)
+    kinds = kinds_of(encoder.text, tokens, pooled=True)
     plans = _plan(encoder, kinds, dict.fromkeys(names), sigma_prompts)
     distinct: dict[str, None] = {}
     for plan in plans.values():

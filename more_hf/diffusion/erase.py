@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
@@ -17,7 +18,7 @@ from ..core.install import install, refuse_inside_block, uninstall
 from ..core.record import refuse_erased_source
 from ..core.registry import find_erasure, locked, require_editable
 from ..core.remap import Remap
-from ..core.request import ConceptRequest, read_names
+from ..core.request import ConceptRequest, read_names, with_options
 from ..core.site import Site, copy_weights, fingerprint
 from ..core.views import original_shown
 from .activations import edited_sites, find_activation_sites, record_activations
@@ -44,22 +45,14 @@ logger = logging.getLogger(__name__)
 NOT_RUN = "the denoiser was not run, so nothing proves that no other of its layers reads the prompt"
 
 
+@with_options
 def erase_concept(
     pipe: DiffusionPipeline,
     concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
     *,
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
-    retain: Sequence[str] | None = None,
-    num_experts: int | None = None,
-    router: str | None = None,
-    solver: str = "auto",
-    tokens: str = "positions",
-    pooled: bool = True,
-    reach: str = "name",
-    softness: float = 1.0,
-    sampling: Mapping[str, int | float | bool | str] | None = None,
     keep_originals: bool = True,
-    seed: int = 0,
+    **options: Any,
 ) -> DiffusionPipeline:
     """
     Erase concepts from a pipeline, in place, and return it: in closed form, without training.
@@ -79,6 +72,8 @@ def erase_concept(
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             What the concepts become. With several names, their mean, or one per expert with a router. `None`
             projects the concepts out and puts nothing in their place. A mapping gives each concept its own.
+        keep_originals (`bool`, *optional*, defaults to `True`):
+            Keep the edited layers' original weights in CPU memory for `restore`.
         retain (`Sequence[str]`, *optional*):
             Names to protect. `pinv` keeps their prototypes exactly where they are, like the begin token's and
             the empty prompt's; the other solvers count their prompts among the ordinary ones. The report says
@@ -114,10 +109,10 @@ def erase_concept(
         sampling (`Mapping[str, int | float | bool | str]`, *optional*):
             Arguments of the pipeline's call with which those pictures are drawn, such as
             `{"num_inference_steps": 20}`. Fewer steps and smaller pictures are faster.
-        keep_originals (`bool`, *optional*, defaults to `True`):
-            Keep the edited layers' original weights in CPU memory for `restore`.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draw of targets for experts. No global random state is touched.
+        templates, everyday, shrinkage, pictures (*optional*):
+            Options for research: see `more_hf.core.request.ConceptRequest`, whose fields all of these are.
 
     Returns:
         `DiffusionPipeline`: the same pipeline.
@@ -143,38 +138,14 @@ def erase_concept(
         >>> pipe = more_hf.erase_concept(pipe, "Blobmoji", remap_to=["Fluent"])
         >>> image = pipe("a cat face in the style of Blobmoji", num_inference_steps=10).images[0]
     """
-    request = ConceptRequest.of(
-        concepts,
-        remap_to=remap_to,
-        retain=retain,
-        num_experts=num_experts,
-        router=router,
-        solver=solver,
-        tokens=tokens,
-        pooled=pooled,
-        reach=reach,
-        softness=softness,
-        sampling=sampling or {},
-        seed=seed,
-    )
+    request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
     return erase(pipe, request, keep_originals=keep_originals)
 
 
 def erase(
     pipe: DiffusionPipeline, request: ConceptRequest, *, keep_originals: bool = True
 ) -> DiffusionPipeline:
-    """
-    `erase_concept` for a request, which also sets what research varies: templates, everyday prompts,
-    shrinkage.
-
-    Example:
-
-        >>> import more_hf
-        >>> from more_hf.core.request import ConceptRequest
-        >>> from more_hf.diffusion.erase import erase
-        >>> request = ConceptRequest.of("Blobmoji", remap_to="Fluent", templates=("{}", "a picture by {}"))
-        >>> pipe = erase(more_hf.load_emoji_sd(), request)
-    """
+    """`erase_concept` for a request."""
     denoiser = find_denoiser(pipe)
     with locked(denoiser.module):
         current = require_editable(denoiser.module)

@@ -23,9 +23,9 @@ from torch import Tensor
 from ..core.files import replacing
 from ..core.moment import Moment
 from ..core.prototypes import Prototypes
-from ..core.request import ConceptRequest
+from ..core.request import ConceptRequest, names_in
 from .encoder import fit_prototypes
-from .prompts import everyday_prompts, names_in
+from .prompts import everyday_prompts
 from .sites import Denoiser, text_of
 from .text import tokenizer_in
 

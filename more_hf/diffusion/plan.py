@@ -18,7 +18,7 @@ from ..core.request import EXACT_SOLVERS, ConceptRequest
 from .activations import Activations, target_of
 from .encoder import Encoder, column, fit_prototypes, kinds_of
 from .ordinary import with_ordinary_moment
-from .prompts import TEMPLATES, names_in
+from .prompts import TEMPLATES
 from .sites import Denoiser, find_denoiser, text_of
 
 
@@ -37,21 +37,18 @@ class Problem:
             All fitted prototypes.
         kinds (`dict[str, list[str]]`):
             Token choice -> the kinds of prototype that a name has; the requested choice, then smaller ones.
-        forget (`list[str]`):
-            The forgotten names and aliases.
         targets (`list[list[str | None]]`):
-            For each expert, the target of each of them; `None` erases.
-        retained (`list[str]`):
-            Retained names that are not targets.
+            For each expert, the target of each forgotten name or alias; `None` erases.
+        request (`ConceptRequest`):
+            What is forgotten and retained.
     """
 
     prototypes: Prototypes
     kinds: dict[str, list[str]]
-    forget: list[str]
     targets: list[list[str | None]]
-    retained: list[str]
+    request: ConceptRequest
 
-    def fit(self, solver: str, tokens: str, *, shrinkage: float = 1e-4, softness: float = 1.0) -> Remap:
+    def fit(self, solver: str, tokens: str) -> Remap:
         """
         Solve with the prototypes of these token positions. Raises `PrototypeError` if there is no exact edit.
 
@@ -63,11 +60,11 @@ class Problem:
         named = {name for all_tokens in self.kinds for name in self.columns(self.names, all_tokens)}
         return Remap.fit(
             self.prototypes.without(named.difference(self.columns(exact, tokens))),
-            self.columns(self.forget, tokens),
+            self.columns(self.request.surfaces, tokens),
             [self.columns(names, tokens) for names in self.targets],
             solver=solver,
-            shrinkage=shrinkage,
-            softness=softness,
+            shrinkage=self.request.shrinkage,
+            softness=self.request.softness,
         )
 
     def columns(self, names: Sequence[str | None], tokens: str) -> list[str | None]:
@@ -78,10 +75,15 @@ class Problem:
         return columns
 
     @property
+    def retained(self) -> list[str]:
+        """Retained names that are not targets."""
+        return [name for name in self.request.retain if name not in self.request.targets]
+
+    @property
     def names(self) -> list[str]:
-        """Every name that has prototypes."""
+        """Every name that has prototypes and a role in this draw of targets."""
         sent_to = [name for expert in self.targets for name in expert if name is not None]
-        return list(dict.fromkeys([*self.forget, *sent_to, *self.retained]))
+        return list(dict.fromkeys([*self.request.surfaces, *sent_to, *self.retained]))
 
 
 @dataclass(frozen=True)
@@ -135,34 +137,6 @@ class Solution:
         return replace(self, remaps={**self.remaps, **remaps})
 
 
-def check_names(request: ConceptRequest) -> None:
-    """Raises `PrototypeError` if a name is blank, given twice, or both forgotten and kept."""
-    surfaces = request.surfaces
-    kept = {name: "remap_to" for name in request.targets}
-    kept |= {name: "retain" for name in request.retain if name not in kept}
-    if blank := [name for name in (*surfaces, *kept) if not name.strip()]:
-        raise PrototypeError(
-            f"{blank[0]!r} is not a name. Leave it out; the empty prompt is always retained."
-        )
-    folded = [surface.casefold() for surface in surfaces]
-    if twice := [surface for surface in surfaces if folded.count(surface.casefold()) > 1]:
-        raise PrototypeError(f"{twice[0]!r} is given twice among concepts and aliases. Name it once.")
-    for name, argument in kept.items():
-        for surface in surfaces:
-            _check_apart(name, argument, surface)
-
-
-def _check_apart(name: str, argument: str, surface: str) -> None:
-    if name.casefold() == surface.casefold():
-        raise PrototypeError(f"{name!r} is both erased and in `{argument}`. Remove it from one of the lists.")
-    if names_in(name, surface):
-        raise PrototypeError(
-            f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the other. "
-            f"If it is the same concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it "
-            f"out of `{argument}`."
-        )
-
-
 def prepare(
     pipe: DiffusionPipeline,
     request: ConceptRequest,
@@ -177,7 +151,6 @@ def prepare(
     The same request draws the same targets for all spaces, and the same text encoders give the same
     prototypes; `verify` relies on both.
     """
-    check_names(request)
     denoiser = denoiser or find_denoiser(pipe)
     text = text_of(pipe, denoiser)
     templates = request.templates or TEMPLATES
@@ -220,9 +193,8 @@ def prepare(
         problems[space] = Problem(
             prototypes=prototypes[space],
             kinds={tokens: kinds_by_space[space] for tokens, kinds_by_space in choices.items()},
-            forget=request.surfaces,
             targets=surface_targets,
-            retained=[name for name in request.retain if name not in request.targets],
+            request=request,
         )
     return problems
 
@@ -247,10 +219,9 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser |
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
     """
-    check_names(request)
     problems = prepare(pipe, request, denoiser)
     if request.solver != "auto":
-        return _solution(problems, (request.solver,), request.tokens, request, "as asked for")
+        return _solution(problems, (request.solver,), request.tokens, "as asked for")
 
     choices = token_choices(request)
     alone = len(request.concepts) == 1
@@ -258,7 +229,7 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser |
     for tokens in choices:
         last_resort = tokens == choices[-1] and (alone or request.router is not None)
         try:
-            exact = _solution(problems, EXACT_SOLVERS, tokens, request, "exact", dear)
+            exact = _solution(problems, EXACT_SOLVERS, tokens, "exact", dear)
         except PrototypeError:  # too many prototypes, or dependent ones
             if last_resort:
                 raise
@@ -267,14 +238,13 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser |
         if alone or last_resort or exact.ordinary_moved <= CHEAP:
             return exact
         dear.append(f"exact with {tokens} would move them by {100 * exact.ordinary_moved:.1f} %")
-    return _solution(problems, ("soft",), choices[-1], request, "soft", dear)
+    return _solution(problems, ("soft",), choices[-1], "soft", dear)
 
 
 def _solution(
     problems: Mapping[str, Problem],
     solvers: Sequence[str],
     tokens: str,
-    request: ConceptRequest,
     why: str,
     passed_over: Sequence[str] = (),
 ) -> Solution:
@@ -284,7 +254,7 @@ def _solution(
     """
     remaps, reasons, moved = {}, {}, {}
     for space, problem in problems.items():
-        remaps[space], reasons[space] = _solve_space(problem, solvers, tokens, request)
+        remaps[space], reasons[space] = _solve_space(problem, solvers, tokens)
         for name in problem.retained:
             features = torch.stack([problem.prototypes[part] for part in problem.columns([name], tokens)])
             moved[name] = max(moved.get(name, 0.0), remaps[space].moved(features))
@@ -300,19 +270,13 @@ def _solution(
     return Solution(remaps, tokens, "; ".join(parts), moved, problems["tokens"].targets)
 
 
-def _solve_space(
-    problem: Problem, solvers: Sequence[str], tokens: str, request: ConceptRequest
-) -> tuple[Remap, str]:
-    """
-    The remap of one space, and what it costs. Raises `PrototypeError` if no solver has an exact edit.
-    """
+def _solve_space(problem: Problem, solvers: Sequence[str], tokens: str) -> tuple[Remap, str]:
+    """The remap of one space, and what it costs. Raises `PrototypeError` if no solver has an exact edit."""
     solved: dict[str, Remap] = {}
     costs = []
     for solver in solvers:
         try:
-            solved[solver] = problem.fit(
-                solver, tokens, shrinkage=request.shrinkage, softness=request.softness
-            )
+            solved[solver] = problem.fit(solver, tokens)
         except PrototypeError:  # pinv has more prototypes to keep: too many, or dependent ones
             if solver == solvers[-1] and not solved:
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -27,11 +26,6 @@ TEMPLATES = (
     "a small {} next to a dog",
     "a {} in the rain",
 )
-
-
-def names_in(text: str, name: str) -> bool:
-    """Whether `text` contains `name` as whole words, in upper or lower case."""
-    return re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", text.casefold()) is not None
 
 
 @cache

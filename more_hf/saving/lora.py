@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,16 +22,15 @@ from ..core.erasure import Erasure
 from ..core.errors import AlreadyErasedError, ExportError
 from ..core.files import replacing
 from ..core.registry import require_editable
-from ..core.request import ConceptRequest
+from ..core.request import ConceptRequest, with_options
 from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import FAMILIES
-from ..diffusion.plan import check_names
 from ..diffusion.sites import Denoiser, find_denoiser
 from .files import reading, writing
 from .folder import refuse_saved_folder
 from .layers import pipeline_class
-from .shards import folder_of, open_without_denoiser
+from .shards import folder_of, open_without_denoiser, refuse_inner_edit
 
 
 FILE_NAMES = {
@@ -108,22 +108,17 @@ def save_lora(
     return _write(path, pipe, denoiser, erasure, format=format, dtype=dtype, expert=expert)
 
 
+@with_options
 def erase_to_lora(
     source: str | os.PathLike,
     path: str | os.PathLike,
     concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
     *,
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
-    retain: Sequence[str] | None = None,
-    num_experts: int | None = None,
-    solver: str = "auto",
-    tokens: str = "positions",
-    pooled: bool = True,
-    softness: float = 1.0,
-    seed: int = 0,
     format: str = "peft",
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
+    **options: Any,
 ) -> ConceptErasure:
     """
     Erase concepts from a saved pipeline and write the edit as one LoRA file, without loading the denoiser.
@@ -142,14 +137,14 @@ def erase_to_lora(
             As in [`erase_concept`].
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             As in [`erase_concept`].
-        retain, num_experts, solver, tokens, pooled, softness, seed:
-            As in [`erase_concept`].
         format (`str`, *optional*, defaults to `"peft"`):
             As in [`save_lora`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors; the models are loaded in the dtype in which the denoiser is stored.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
+        options:
+            As in [`erase_concept`], except `router` and `reach`.
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -165,18 +160,13 @@ def erase_to_lora(
         >>> report = more_hf.erase_to_lora(FOLDER / "emoji_sd", "loras", "Blobmoji", remap_to="Fluent")
     """
     path = lora_path(path, format)
-    request = ConceptRequest.of(
-        concepts,
-        remap_to=remap_to,
-        retain=retain,
-        num_experts=num_experts,
-        solver=solver,
-        tokens=tokens,
-        pooled=pooled,
-        softness=softness,
-        seed=seed,
-    )
-    check_names(request)
+    request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
+    refuse_inner_edit(request)
+    if request.router is not None:
+        raise ExportError(
+            f"A LoRA file holds the mean expert alone, so `router={request.router!r}` would be lost. Leave "
+            "it out, or write a folder with `more_hf.erase_to_folder(..., include_delta=True)`."
+        )
     folder = folder_of(source)
     with reading(source):
         pipeline = DiffusionPipeline.load_config(folder)["_class_name"]

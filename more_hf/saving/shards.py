@@ -11,21 +11,20 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..core.errors import IncompatibleBaseError
+from ..core.errors import IncompatibleBaseError, PrototypeError
 from ..core.install import edited_weights
 from ..core.record import refuse_erased_source
-from ..core.request import ConceptRequest
+from ..core.request import ConceptRequest, with_options
 from ..core.site import write_weights
 from ..diffusion.erase import erasure_of_layers
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import denoiser_names
-from ..diffusion.plan import check_names
 from ..diffusion.sites import Denoiser, find_denoiser, find_sites
 from .check import removed_from
 from .contents import INDEX, MODEL_INDEX, entries, is_loadable, variant_of
@@ -110,22 +109,25 @@ def folder_of(source: str | os.PathLike) -> Path:
         return folder if folder.is_dir() else Path(DiffusionPipeline.download(str(source)))
 
 
+def refuse_inner_edit(request: ConceptRequest) -> None:
+    """Raises `PrototypeError` for a request that needs pictures, which only a denoiser draws."""
+    if request.edits_denoiser:
+        raise PrototypeError(
+            f"`reach={request.reach!r}` draws pictures with the denoiser, which is not loaded here. Leave it "
+            "out, or load the pipeline and call `more_hf.erase_concept`."
+        )
+
+
+@with_options
 def erase_to_folder(
     source: str | os.PathLike,
     folder: str | os.PathLike,
     concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
     *,
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
-    retain: Sequence[str] | None = None,
-    num_experts: int | None = None,
-    router: str | None = None,
-    solver: str = "auto",
-    tokens: str = "positions",
-    pooled: bool = True,
-    softness: float = 1.0,
-    seed: int = 0,
     include_delta: bool = False,
     device: torch.device | str = "cpu",
+    **options: Any,
 ) -> ConceptErasure:
     """
     Erase concepts from a saved pipeline into another folder, without loading the denoiser.
@@ -144,12 +146,12 @@ def erase_to_folder(
             As in [`erase_concept`].
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             As in [`erase_concept`].
-        retain, num_experts, router, solver, tokens, pooled, softness, seed:
-            As in [`erase_concept`].
         include_delta (`bool`, *optional*, defaults to `False`):
             As in [`save`].
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
+        options:
+            As in [`erase_concept`], except `reach`.
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -167,19 +169,8 @@ def erase_to_folder(
         >>> assert more_hf.verify("erased")
     """
     folder = Path(folder)
-    request = ConceptRequest.of(
-        concepts,
-        remap_to=remap_to,
-        retain=retain,
-        num_experts=num_experts,
-        router=router,
-        solver=solver,
-        tokens=tokens,
-        pooled=pooled,
-        softness=softness,
-        seed=seed,
-    )
-    check_names(request)
+    request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
+    refuse_inner_edit(request)
     opened = open_without_denoiser(source, device, without=("vae",))
     pipe, denoiser = opened.pipe, opened.denoiser
     erasure = erasure_of_layers(pipe, denoiser, request)

@@ -123,11 +123,16 @@ def test_refused_with_the_reason(shards, tmp_path):
         more_hf.erase_to_lora(edited, tmp_path / "a.safetensors", "cat", remap_to=TARGET)
     with pytest.raises(more_hf.PrototypeError, match="both erased and in"):
         more_hf.erase_to_lora(folder, tmp_path / "a.safetensors", FORGET, remap_to=FORGET)
+    for write in (more_hf.erase_to_lora, more_hf.erase_to_folder):
+        with pytest.raises(more_hf.PrototypeError, match="not loaded here"):
+            write(folder, tmp_path / "a", FORGET, remap_to=TARGET, reach="denoiser")
+    with pytest.raises(more_hf.ExportError, match="'random'. would be lost"):
+        more_hf.erase_to_lora(folder, tmp_path / "a.safetensors", FORGET, remap_to=TARGET, router="random")
     for file in (folder / "transformer").glob("*.safetensors"):
         file.unlink()
     with pytest.raises(more_hf.IncompatibleBaseError, match=r"Missing key.*Save or download it again"):
         more_hf.erase_to_lora(folder, tmp_path / "a.safetensors", FORGET, remap_to=TARGET)
-    assert not (tmp_path / "a.safetensors").exists()
+    assert not list(tmp_path.glob("a*"))
 
 
 def test_no_loader_is_refused(tmp_path):

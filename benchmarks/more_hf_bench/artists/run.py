@@ -20,8 +20,8 @@ from accelerate.utils import tqdm
 from diffusers import DiffusionPipeline
 
 from more_hf import __version__
+from more_hf.core.request import names_in
 from more_hf.diffusion.encoder import Encoder
-from more_hf.diffusion.prompts import names_in
 from more_hf.diffusion.sites import find_denoiser
 
 from ..errors import BenchmarkError

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from more_hf.core.errors import MoreError
-from more_hf.diffusion.prompts import names_in
+from more_hf.core.request import names_in
 
 from .pipelines import AtInference, intercepted, noise_per_output
 from .texts import Concepts, Retained, Targets, name_roles

@@ -191,7 +191,7 @@ def more_without_po(
     sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
     remaps = {}
     for space, problem in prepare(pipe, request).items():
-        forget = problem.columns(problem.forget, tokens)
+        forget = problem.columns(request.surfaces, tokens)
         targets = [problem.columns(names, tokens) for names in problem.targets]
         remaps[space] = without_orthogonalization(problem.prototypes, forget, targets, solver=solver)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})

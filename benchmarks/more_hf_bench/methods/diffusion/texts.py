@@ -10,10 +10,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from more_hf.core.errors import SiteNotFoundError
-from more_hf.core.request import ConceptRequest
+from more_hf.core.request import ConceptRequest, names_in
 from more_hf.diffusion.encoder import BATCH, Encoder
-from more_hf.diffusion.plan import check_names
-from more_hf.diffusion.prompts import everyday_prompts, names_in
+from more_hf.diffusion.prompts import everyday_prompts
 
 
 Concepts = str | Sequence[str] | Mapping[str, Sequence[str]]
@@ -39,7 +38,6 @@ class Roles:
 def name_roles(concepts: Concepts, remap_to: Targets, retain: Retained) -> Roles:
     """Check the arguments exactly as `erase_concept` does. Raises `PrototypeError`."""
     request = ConceptRequest.of(concepts, remap_to=remap_to, retain=retain)
-    check_names(request)
     keep = list(dict.fromkeys([*request.targets, *request.retain]))
     return Roles(request.surfaces, request.targets, keep)
 
