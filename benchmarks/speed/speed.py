@@ -28,7 +28,7 @@ import more_hf
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.diffusion import ordinary
-from more_hf.diffusion.encoder import fit_prototypes
+from more_hf.diffusion.encoder import Encoder, fit_prototypes
 from more_hf.diffusion.proof import prover
 from more_hf.diffusion.sites import find_denoiser
 from more_hf_bench.columns import write_rows
@@ -233,7 +233,7 @@ def _measure(unet: dict, text: dict, latent: int, names: tuple, prompts: tuple) 
             [seconds_of(lambda c=c, g=g, k=kept: rece(layers, c, g, k))],
         )
 
-    one_pass = seconds(lambda: fit_prototypes(pipe, [CONCEPT], "positions", sigma_prompts={}), 1)
+    one_pass = seconds(lambda: fit_prototypes(Encoder(pipe), [CONCEPT], "positions", sigma_prompts={}), 1)
     line("more, one prototype pass: the prompts of one name through the text encoder", one_pass)
     line("more, the whole call, the first with this text encoder", whole["first"])
     line("more, the whole call, later: Σ of everyday prompts from the cache", whole["later"])

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..core.errors import PrototypeError
 from ..core.prototypes import Prototypes
 from ..core.request import read_names
-from .encoder import column, fit_prototypes, kinds_of
-from .sites import find_denoiser, text_of
+from .encoder import Encoder, column, fit_prototypes, kinds_of
 
 
 TOKENS = "last+end"  # the positions at which the name has been read, and the whole prompt
@@ -76,8 +75,9 @@ def find_aliases(
 
     # 1. The prototypes of all names and candidates, and the constant ones of begin token and empty prompt.
     names = [concept, *others]
-    prototypes = fit_prototypes(pipe, [*names, *candidates], TOKENS, sigma_prompts={})["tokens"]
-    kinds = kinds_of(text_of(pipe, find_denoiser(pipe)), TOKENS, pooled=False)["tokens"]
+    encoder = Encoder(pipe)
+    prototypes = fit_prototypes(encoder, [*names, *candidates], TOKENS, sigma_prompts={})["tokens"]
+    kinds = kinds_of(encoder.text, TOKENS, pooled=False)["tokens"]
     named = {column(name, kind) for name in (*names, *candidates) for kind in kinds}
     constants = [name for name in prototypes.names if name not in named]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from accelerate.utils import tqdm
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.errors import PrototypeError
 from ..core.prototypes import PrototypeFitter, Prototypes
+from ..core.request import ConceptRequest
 from .prefixes import PrefixEncoder
 from .prompts import TEMPLATES
 from .sites import Denoiser, find_denoiser, text_of
@@ -67,7 +68,7 @@ def column(name: str, kind: str) -> str:
 
 class Encoder:
     """
-    The pipeline's own text encoding, which also knows where a name's tokens are.
+    The pipeline's own text encoding, which also knows where a name's tokens are. One call makes one.
 
     Args:
         pipe (`DiffusionPipeline`):
@@ -87,11 +88,12 @@ class Encoder:
         templates: Sequence[str] = TEMPLATES,
         denoiser: Denoiser | None = None,
     ):
-        self.pipe, self.templates = pipe, templates
-        denoiser = denoiser or find_denoiser(pipe)
-        self.text = text_of(pipe, denoiser)
-        norms = denoiser.family.norms
-        self.norms = {space: denoiser.module.get_submodule(name) for space, name in norms.items()}
+        self.pipe = pipe
+        self.templates = templates
+        self.denoiser = denoiser or find_denoiser(pipe)
+        self.text = text_of(pipe, self.denoiser)
+        norms = self.denoiser.family.norms
+        self.norms = {space: self.denoiser.module.get_submodule(name) for space, name in norms.items()}
         self.ids: dict[tuple[str, str], list[int]] = {}  # tokenizer of a segment, prompt -> its token ids
         self.segments: dict[str, list[PlacedSegment]] = {}  # of each space of tokens
         for segment in self.text.segments:
@@ -106,6 +108,11 @@ class Encoder:
         self.causal = not self.text.pooled and all(segment.clip for segment in self.text.segments)
         self.sparing = self.causal and self.length > LONG
         self.padded = self.templates[len(self.templates) // 2]  # the same for a name and its target
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None) -> Self:
+        """The encoder with a request's sentences around a name."""
+        return cls(pipe, request.templates or TEMPLATES, denoiser)
 
     @property
     def causal_segment(self) -> Segment | None:
@@ -376,21 +383,15 @@ def _plan(
 
 
 def fit_prototypes(
-    pipe: DiffusionPipeline,
-    names: Iterable[str],
-    tokens: str,
-    *,
-    sigma_prompts: Mapping[str, int],
-    templates: Sequence[str] = TEMPLATES,
-    denoiser: Denoiser | None = None,
+    encoder: Encoder, names: Iterable[str], tokens: str, *, sigma_prompts: Mapping[str, int]
 ) -> dict[str, Prototypes]:
     """
     Prototypes of names, begin tokens and the empty prompt, and the second moment of ordinary text, in every
     space.
 
     Args:
-        pipe (`DiffusionPipeline`):
-            The pipeline; its text encoders run once over every distinct prompt, in batches.
+        encoder (`Encoder`):
+            The pipeline's text encoders run once over every distinct prompt, in batches.
         names (`Iterable[str]`):
             Forgotten names and aliases, targets, retained names.
         tokens (`str`):
@@ -398,10 +399,6 @@ def fit_prototypes(
         sigma_prompts (`Mapping[str, int]`):
             Prompts behind Σ -> how often the padding of each counts; their other tokens, except begin tokens,
             count once. Empty for no Σ.
-        templates (`Sequence[str]`, *optional*):
-            Sentences around a name.
-        denoiser (`Denoiser`, *optional*):
-            The denoiser that reads the features, if the pipeline was loaded without it.
 
     Returns:
         `dict[str, Prototypes]`: for each space of tokens, and `"pooled"` if there is one, the columns of
@@ -409,7 +406,6 @@ def fit_prototypes(
         is the mean over the name's prompts.
     """
     # 1. Plan which positions of which prompts count for which prototype, in each space.
-    encoder = Encoder(pipe, templates, denoiser)
     kinds = kinds_of(encoder.text, tokens, pooled=True)
     plans = _plan(encoder, kinds, dict.fromkeys(names), sigma_prompts)
     distinct: dict[str, None] = {}
@@ -421,7 +417,7 @@ def fit_prototypes(
     logger.info("Encoding %d prompts", len(prompts))
     size = min(BATCH, max(1, BATCH * CLIP_LENGTH // encoder.num_positions))
     fitters: dict[str, PrototypeFitter] = {}
-    for first in _progress(pipe, range(0, len(prompts), size)):
+    for first in _progress(encoder.pipe, range(0, len(prompts), size)):
         batch = prompts[first : first + size]
         wanted = [plans["tokens"].wanted(prompt) for prompt in batch]
         for space, features in encoder.features(batch, wanted).items():

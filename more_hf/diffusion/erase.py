@@ -28,7 +28,6 @@ from .hook import hooked_modules, make_hooks
 from .plan import Solution, solve
 from .proof import prover
 from .sites import (
-    Denoiser,
     base_layer,
     check_widths,
     find_denoiser,
@@ -36,7 +35,6 @@ from .sites import (
     find_sites,
     lora_branches,
     require_pipeline,
-    text_of,
 )
 
 
@@ -157,7 +155,7 @@ def erase(
         else:
             check_in_place(pipe)
             request = current.request.joined(request)
-        _fit(pipe, denoiser, request, keep_originals)
+        _fit(Encoder.of(pipe, request, denoiser), request, keep_originals)
     return pipe
 
 
@@ -183,7 +181,8 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
         if set(names) == set(erasure.concepts):
             uninstall(denoiser.module, hooked_modules(denoiser))
         else:
-            _fit(pipe, denoiser, erasure.request.without(names), keep_originals=True)
+            request = erasure.request.without(names)
+            _fit(Encoder.of(pipe, request, denoiser), request, keep_originals=True)
     return pipe
 
 
@@ -226,17 +225,18 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
         )
 
 
-def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, keep_originals: bool) -> None:
+def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> None:
     """Solve, merge, hook and prove: all of it, or the pipeline stays what it was."""
+    pipe, denoiser = encoder.pipe, encoder.denoiser
     current = find_erasure(denoiser.module)
     refuse_inside_block(current)
     # 1. Find the layers that read text, and solve for their edit.
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
-    solution = solve(pipe, request)
+    solution = solve(encoder, request)
     # 2. Inside the denoiser, pictures by the original give the features.
     if request.edits_denoiser:
         with nullcontext() if current is None else original_shown(current):
-            activations = record_activations(pipe, denoiser, request, solution.sent_to(request))
+            activations = record_activations(pipe, denoiser, request, solution.sent_to)
         solution = solution.with_activations(activations, request.softness)
         sites |= find_activation_sites(denoiser, activations.spaces)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
@@ -247,7 +247,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     # 4. Merge, hook and prove in one transaction.
     erasure = ConceptErasure(
         request=request,
-        facts=_facts(pipe, denoiser, request, solution, sites, originals, current),
+        facts=_facts(encoder, request, solution, sites, originals, current),
         sites=sites,
         remaps=solution.remaps,
         originals=originals,
@@ -259,7 +259,7 @@ def _fit(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest, k
     install(denoiser.module, erasure, hooked_modules(denoiser), prove, keep_originals=keep_originals)
 
 
-def erasure_of_layers(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest) -> ConceptErasure:
+def erasure_of_layers(encoder: Encoder, request: ConceptRequest) -> ConceptErasure:
     """
     The erasure by name of a denoiser of which only the layers that read text were loaded.
 
@@ -268,11 +268,11 @@ def erasure_of_layers(pipe: DiffusionPipeline, denoiser: Denoiser, request: Conc
     Raises:
         `PrototypeError` and `SiteNotFoundError`: as from `erase_concept`.
     """
-    sites = find_sites(pipe, denoiser, pooled=request.pooled)
-    solution = solve(pipe, request, denoiser)
+    sites = find_sites(encoder.pipe, encoder.denoiser, pooled=request.pooled)
+    solution = solve(encoder, request)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
     originals = copy_weights(sites, "cpu")
-    facts = _facts(pipe, denoiser, request, solution, sites, originals, None)
+    facts = _facts(encoder, request, solution, sites, originals, None)
     return ConceptErasure(
         request=request,
         facts=replace(facts, leaks=[*facts.leaks, NOT_RUN]),
@@ -299,15 +299,14 @@ def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
 
 
 def _facts(
-    pipe: DiffusionPipeline,
-    denoiser: Denoiser,
+    encoder: Encoder,
     request: ConceptRequest,
     solution: Solution,
     sites: Mapping[str, Site],
     originals: Mapping[str, Tensor],
     current: ConceptErasure | None,
 ) -> ConceptFacts:
-    remaps, tokens = solution.remaps, solution.remaps["tokens"]
+    pipe, remaps, tokens = encoder.pipe, solution.remaps, solution.remaps["tokens"]
     return ConceptFacts(
         solver=tokens.solver,
         solver_reason=solution.solver_reason,
@@ -315,7 +314,7 @@ def _facts(
         rank=max(remap.rank for remap in remaps.values()),
         num_experts=tokens.num_experts,
         condition_number=max(remap.condition_number for remap in remaps.values()),
-        leaks=_leaks(pipe, request, remaps, denoiser),
+        leaks=_leaks(encoder, request, remaps),
         base=current.facts.base if current else str(pipe.config.get("_name_or_path") or ""),
         pipeline=type(pipe).__name__,
         fingerprint=fingerprint(originals),
@@ -324,19 +323,16 @@ def _facts(
     )
 
 
-def _leaks(
-    pipe: DiffusionPipeline, request: ConceptRequest, remaps: Mapping[str, Remap], denoiser: Denoiser
-) -> list[str]:
+def _leaks(encoder: Encoder, request: ConceptRequest, remaps: Mapping[str, Remap]) -> list[str]:
     """What the edit does not cover, in words and numbers."""
-    leaks = list(text_of(pipe, denoiser).leaks)
-    readers = denoiser.find()
+    leaks = list(encoder.text.leaks)
+    readers = encoder.denoiser.find()
     unedited = [name for name, reader in readers.items() if reader.space == "pooled" and not request.pooled]
     if unedited:
         leaks.append(
             "the pooled prompt embedding was left as it is, so what it says about the concept still enters "
             f"through `{unedited[0]}`"
         )
-    encoder = Encoder(pipe, denoiser=denoiser)
     kept = dict.fromkeys([*request.retain, *request.targets])
     for surface in request.surfaces:
         for other, count in shared_first_tokens(encoder, surface, kept).items():
@@ -349,7 +345,7 @@ def _leaks(
                 f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same "
                 f"vectors there; they move by {100 * moved:.1f} %"
             )
-    if branches := lora_branches(denoiser):
+    if branches := lora_branches(encoder.denoiser):
         reads = "reads the routed features too" if request.router else "still reads the unedited prompt"
         leaks.append(f"{len(branches)} layers have a LoRA beside them, which {reads}")
     if request.router == "random":

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import diffusers
 import transformers
-from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
@@ -24,9 +23,8 @@ from ..core.files import replacing
 from ..core.moment import Moment
 from ..core.prototypes import Prototypes
 from ..core.request import ConceptRequest, names_in
-from .encoder import fit_prototypes
+from .encoder import Encoder, fit_prototypes
 from .prompts import everyday_prompts
-from .sites import Denoiser, text_of
 from .text import tokenizer_in
 
 
@@ -39,22 +37,22 @@ LARGEST = 2**27  # values of moments that are kept: a file of a gigabyte
 
 
 def with_ordinary_moment(
-    prototypes: Mapping[str, Prototypes], pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser
+    prototypes: Mapping[str, Prototypes], encoder: Encoder, request: ConceptRequest
 ) -> dict[str, Prototypes]:
     """
     The prototypes of each space with Σ: the moment of everyday prompts, less that of those which hold a
     forgotten name, and with that of retained names' prompts, which the prototypes bring along.
     """
-    everyday = request.everyday or everyday_prompts(pipe.tokenizer)
+    everyday = request.everyday or everyday_prompts(encoder.pipe.tokenizer)
     kept = [prompt for prompt in everyday if not any(names_in(prompt, name) for name in request.surfaces)]
     left_out = [prompt for prompt in everyday if prompt not in set(kept)]
     if len(left_out) < len(kept):
-        moments = everyday_moments(pipe, everyday, denoiser)
+        moments = everyday_moments(encoder, everyday)
         if left_out:
-            less = compute_moments(pipe, left_out, denoiser)
+            less = compute_moments(encoder, left_out)
             moments = {space: moment - less[space] for space, moment in moments.items()}
     else:
-        moments = compute_moments(pipe, kept, denoiser)
+        moments = compute_moments(encoder, kept)
     found = {}
     for space, own in prototypes.items():
         moment = moments[space] if own.moment is None else moments[space] + own.moment
@@ -62,24 +60,22 @@ def with_ordinary_moment(
     return found
 
 
-def everyday_moments(
-    pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser
-) -> dict[str, Moment]:
+def everyday_moments(encoder: Encoder, prompts: Sequence[str]) -> dict[str, Moment]:
     """
     The moment of prompts in each space: from the cache, if the same text encoders have seen the same prompts.
 
     The cache is the folder `more_hf` in `HF_HOME`. It may be deleted at any time.
     """
-    key = _key(pipe, prompts, denoiser)
+    key = _key(encoder, prompts)
     if key is None:
-        return compute_moments(pipe, prompts, denoiser)
+        return compute_moments(encoder, prompts)
     path = CACHE / f"{key}.safetensors"
     try:
         with safe_open(path, "pt") as file:
             return {space: Moment(file.get_tensor(space), int(n)) for space, n in file.metadata().items()}
     except (OSError, SafetensorError):  # nobody asked before, or the file is damaged
         logger.info("Everyday prompts go through the text encoder, once: %s is not there yet", path)
-    moments = compute_moments(pipe, prompts, denoiser)
+    moments = compute_moments(encoder, prompts)
     tensors = {space: moment.matrix for space, moment in moments.items()}
     if sum(map(Tensor.numel, tensors.values())) <= LARGEST:
         try:
@@ -90,22 +86,22 @@ def everyday_moments(
     return moments
 
 
-def compute_moments(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) -> dict[str, Moment]:
+def compute_moments(encoder: Encoder, prompts: Sequence[str]) -> dict[str, Moment]:
     """The moment of prompts in each space; every token but begin tokens counts."""
     everyday = dict.fromkeys(prompts, 1)
-    found = fit_prototypes(pipe, (), "last", sigma_prompts=everyday, denoiser=denoiser)
+    found = fit_prototypes(encoder, (), "last", sigma_prompts=everyday)
     return {space: prototypes.moment for space, prototypes in found.items()}
 
 
-def _key(pipe: DiffusionPipeline, prompts: Sequence[str], denoiser: Denoiser) -> str | None:
+def _key(encoder: Encoder, prompts: Sequence[str]) -> str | None:
     """
     What the features of prompts depend on, as a sha256; `None` where it cannot be told: weights that are
     elsewhere, or a LoRA on a text encoder, whose strength is no weight.
     """
-    digest = hashlib.sha256()
+    pipe, digest = encoder.pipe, hashlib.sha256()
     facts = [HELD, type(pipe).__name__, diffusers.__version__, transformers.__version__, *prompts]
-    modules = {space: denoiser.module.get_submodule(name) for space, name in denoiser.family.norms.items()}
-    for segment in text_of(pipe, denoiser).segments:
+    modules = dict(encoder.norms)
+    for segment in encoder.text.segments:
         facts += [] if segment.template is None else segment.template(pipe)
         facts += segment.spaces if segment.layers else []
     for name, part in pipe.components.items():

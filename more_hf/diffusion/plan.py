@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..core.errors import PrototypeError
 from ..core.facts import kind_of
@@ -18,8 +17,6 @@ from ..core.request import EXACT_SOLVERS, ConceptRequest
 from .activations import Activations, target_of
 from .encoder import Encoder, column, fit_prototypes, kinds_of
 from .ordinary import with_ordinary_moment
-from .prompts import TEMPLATES
-from .sites import Denoiser, find_denoiser, text_of
 
 
 # An exact edit may move ordinary prompts by at most this share; beyond it, `auto` tries fewer prototypes,
@@ -37,16 +34,16 @@ class Problem:
             All fitted prototypes.
         kinds (`dict[str, list[str]]`):
             Token choice -> the kinds of prototype that a name has; the requested choice, then smaller ones.
-        targets (`list[list[str | None]]`):
-            For each expert, the target of each forgotten name or alias; `None` erases.
         request (`ConceptRequest`):
             What is forgotten and retained.
+        experts (`list[list[str | None]]`):
+            For each expert, the target of each concept; `None` erases.
     """
 
     prototypes: Prototypes
     kinds: dict[str, list[str]]
-    targets: list[list[str | None]]
     request: ConceptRequest
+    experts: list[list[str | None]]
 
     def fit(self, solver: str, tokens: str) -> Remap:
         """
@@ -75,6 +72,17 @@ class Problem:
         return columns
 
     @property
+    def targets(self) -> list[list[str | None]]:
+        """For each expert, the target of each forgotten name or alias, which goes where its concept does."""
+        expanded = []
+        for targets in self.experts:
+            own: list[str | None] = []
+            for target, aliases in zip(targets, self.request.concepts.values(), strict=True):
+                own += [target] * (1 + len(aliases))
+            expanded.append(own)
+        return expanded
+
+    @property
     def retained(self) -> list[str]:
         """Retained names that are not targets."""
         return [name for name in self.request.retain if name not in self.request.targets]
@@ -82,8 +90,10 @@ class Problem:
     @property
     def names(self) -> list[str]:
         """Every name that has prototypes and a role in this draw of targets."""
-        sent_to = [name for expert in self.targets for name in expert if name is not None]
-        return list(dict.fromkeys([*self.request.surfaces, *sent_to, *self.retained]))
+        names = [*self.request.surfaces, *self.retained]
+        for targets in self.experts:
+            names += [name for name in targets if name is not None]
+        return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -100,28 +110,20 @@ class Solution:
             Why these solvers were chosen, in words and numbers.
         retained_moved (`dict[str, float]`):
             How far each retained name moves at most, as a share of its length.
-        targets (`list[list[str | None]]`):
-            For each expert, the target of each forgotten name or alias.
+        sent_to (`dict[str, list[str | None]]`):
+            Each concept's target in every expert.
     """
 
     remaps: dict[str, Remap]
     tokens: str
     solver_reason: str
     retained_moved: dict[str, float]
-    targets: list[list[str | None]]
+    sent_to: dict[str, list[str | None]]
 
     @property
     def ordinary_moved(self) -> float:
         """How far ordinary prompts move, as a share of their length, in the space where they move most."""
         return max(remap.ordinary_moved for remap in self.remaps.values())
-
-    def sent_to(self, request: ConceptRequest) -> dict[str, list[str | None]]:
-        """Each concept's target in every expert."""
-        targets = {}
-        for name in request.concepts:
-            surface = request.surfaces.index(name)
-            targets[name] = [names[surface] for names in self.targets]
-        return targets
 
     def with_activations(self, activations: Activations, softness: float) -> Solution:
         """
@@ -131,43 +133,28 @@ class Solution:
         remaps = {}
         for space, pairs in activations.prototypes.items():
             forget = [name for name in pairs.names if target_of(name) in pairs.names]
-            targets = [[target_of(name) for name in forget]] * len(self.targets)
+            targets = [[target_of(name) for name in forget]] * self.remaps["tokens"].num_experts
             own = activations.own[space]
             remaps[space] = Remap.regress(pairs, forget, targets, own, softness=softness)
         return replace(self, remaps={**self.remaps, **remaps})
 
 
-def prepare(
-    pipe: DiffusionPipeline,
-    request: ConceptRequest,
-    denoiser: Denoiser | None = None,
-    *,
-    metric: bool = True,
-) -> dict[str, Problem]:
+def prepare(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -> dict[str, Problem]:
     """
     Fit the prototypes, and Σ if a `metric` is needed, and draw every expert's targets. Changes nothing.
-    `denoiser` is for a pipeline that was loaded without it.
 
     The same request draws the same targets for all spaces, and the same text encoders give the same
     prototypes; `verify` relies on both.
     """
-    denoiser = denoiser or find_denoiser(pipe)
-    text = text_of(pipe, denoiser)
-    templates = request.templates or TEMPLATES
-
     # 1. Fit the prototypes of every name, with the kinds of the requested token positions.
-    retained_prompts = Encoder(pipe, templates, denoiser).prompts_of(request.retain) if metric else {}
-    prototypes = fit_prototypes(
-        pipe,
-        [*request.surfaces, *request.targets, *request.retain],
-        request.tokens,
-        sigma_prompts=retained_prompts,
-        templates=templates,
-        denoiser=denoiser,
-    )
+    names = [*request.surfaces, *request.targets, *request.retain]
+    retained_prompts = encoder.prompts_of(request.retain) if metric else {}
+    prototypes = fit_prototypes(encoder, names, request.tokens, sigma_prompts=retained_prompts)
     if metric:
-        prototypes = with_ordinary_moment(prototypes, pipe, request, denoiser)
-    choices = {tokens: kinds_of(text, tokens, pooled=request.pooled) for tokens in token_choices(request)}
+        prototypes = with_ordinary_moment(prototypes, encoder, request)
+    choices = {}
+    for tokens in token_choices(request):
+        choices[tokens] = kinds_of(encoder.text, tokens, pooled=request.pooled)
     kinds = choices[request.tokens]
 
     # 2. Draw the experts. D_F stays small with as many distinct targets as fill half of the smallest space's
@@ -180,21 +167,13 @@ def prepare(
         seed=request.seed,
     )
 
-    # 3. Send every alias where its concept goes.
-    surface_targets = []
-    for targets in experts:
-        expanded = []
-        for target, aliases in zip(targets, request.concepts.values(), strict=True):
-            expanded += [target] * (1 + len(aliases))
-        surface_targets.append(expanded)
-
     problems = {}
     for space in kinds:
         problems[space] = Problem(
             prototypes=prototypes[space],
             kinds={tokens: kinds_by_space[space] for tokens, kinds_by_space in choices.items()},
-            targets=surface_targets,
             request=request,
+            experts=experts,
         )
     return problems
 
@@ -206,9 +185,9 @@ def token_choices(request: ConceptRequest) -> tuple[str, ...]:
     return (request.tokens,)
 
 
-def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None) -> Solution:
+def solve(encoder: Encoder, request: ConceptRequest) -> Solution:
     """
-    Solve a request; changes nothing. `denoiser` is for a pipeline that was loaded without it.
+    Solve a request; changes nothing.
 
     `auto` decides by features alone. A single concept is erased exactly. For several, it takes the first of
     these edits that moves ordinary prompts by at most `CHEAP`: exact with all token positions; exact with the
@@ -219,7 +198,7 @@ def solve(pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser |
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
     """
-    problems = prepare(pipe, request, denoiser)
+    problems = prepare(encoder, request)
     if request.solver != "auto":
         return _solution(problems, (request.solver,), request.tokens, "as asked for")
 
@@ -267,7 +246,9 @@ def _solution(
         if space == dearest or space not in layers:
             label = f"{space}, the dearest of {len(layers)}" if space == dearest else space
             parts.append(f"{label}: {remaps[space].solver}, {reasons[space]}")
-    return Solution(remaps, tokens, "; ".join(parts), moved, problems["tokens"].targets)
+    request, experts = problems["tokens"].request, problems["tokens"].experts
+    sent_to = {name: [targets[i] for targets in experts] for i, name in enumerate(request.concepts)}
+    return Solution(remaps, tokens, "; ".join(parts), moved, sent_to)
 
 
 def _solve_space(problem: Problem, solvers: Sequence[str], tokens: str) -> tuple[Remap, str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from ..core.record import Record
 from ..core.remap import Removed
 from ..core.request import ConceptRequest
 from ..core.site import Site, fingerprint, is_linear, matrix_of
+from ..diffusion.encoder import Encoder
 from ..diffusion.families import denoiser_names
 from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.proof import prove_no_other_way, prove_weights
@@ -307,15 +307,10 @@ def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], removed: Ma
     return Check(name, passed, finding)
 
 
-def removed_from(
-    pipe: DiffusionPipeline, request: ConceptRequest, facts: ConceptFacts, denoiser: Denoiser | None = None
-) -> dict[str, Removed]:
-    """
-    Space -> the directions that the edit removes, computed with the pipeline's text encoders. `denoiser` is
-    for a pipeline that was loaded without it.
-    """
+def removed_from(encoder: Encoder, request: ConceptRequest, facts: ConceptFacts) -> dict[str, Removed]:
+    """Space -> the directions that the edit removes, computed with the pipeline's text encoders."""
     if facts.solver == "soft":
-        remaps = solve(pipe, request, denoiser).remaps
+        remaps = solve(encoder, request).remaps
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}
     # What an exact edit removes does not depend on the solver or on retained names.
     tokens = facts.tokens or request.tokens
@@ -324,7 +319,7 @@ def removed_from(
             f"The record says that {tokens!r} made the prototypes, which its request does not allow. "
             "Save the erased model again."
         )
-    problems = prepare(pipe, replace(request, retain=()), denoiser, metric=False)
+    problems = prepare(encoder, replace(request, retain=()), metric=False)
     return {space: problem.fit("pinv", tokens).removed() for space, problem in problems.items()}
 
 
@@ -385,7 +380,8 @@ def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, R
             folder, variant=record.variant, use_safetensors=True, **unused
         )
         pipe.register_modules(**dict.fromkeys(denoiser.parts))
-        return removed_from(pipe, record.request, record.facts, denoiser)
+        encoder = Encoder.of(pipe, record.request, denoiser)
+        return removed_from(encoder, record.request, record.facts)
 
 
 def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:

@@ -26,6 +26,7 @@ from ..core.registry import register
 from ..core.remap import Removed
 from ..core.site import fingerprint
 from ..diffusion.activations import edited_sites
+from ..diffusion.encoder import Encoder
 from ..diffusion.erase import check_in_place
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.hook import hooked_modules, make_hooks
@@ -160,7 +161,7 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
         name: part for name, part in components.items() if isinstance(part, ModelMixin | PreTrainedModel)
     }
     # Computed with the text encoders as they are now, because these are saved and will verify the folder.
-    removed = removed_from(pipe, erasure.request, erasure.facts)
+    removed = removed_from(Encoder.of(pipe, erasure.request, denoiser), erasure.request, erasure.facts)
     first = next(iter(denoiser.parts.values()))
     revision = extract_commit_hash(f"{first.config.get('_name_or_path')}/")
     return Savable(pipe, parts, denoiser.name, denoiser.module, removed, revision)

@@ -23,6 +23,7 @@ from ..core.errors import AlreadyErasedError, ExportError
 from ..core.files import replacing
 from ..core.registry import require_editable
 from ..core.request import ConceptRequest, with_options
+from ..diffusion.encoder import Encoder
 from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import FAMILIES
@@ -173,7 +174,7 @@ def erase_to_lora(
     refuse_without_loader(pipeline_class(pipeline))
     # The metadata of a kohya file has the size of pictures, which depends on the VAE.
     opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
-    erasure = erasure_of_layers(opened.pipe, opened.denoiser, request)
+    erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
     _write(path, opened.pipe, opened.denoiser, erasure, format=format, dtype=dtype, expert=None)
     return erasure
 

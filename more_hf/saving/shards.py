@@ -22,6 +22,7 @@ from ..core.install import edited_weights
 from ..core.record import refuse_erased_source
 from ..core.request import ConceptRequest, with_options
 from ..core.site import write_weights
+from ..diffusion.encoder import Encoder
 from ..diffusion.erase import erasure_of_layers
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import denoiser_names
@@ -173,9 +174,10 @@ def erase_to_folder(
     refuse_inner_edit(request)
     opened = open_without_denoiser(source, device, without=("vae",))
     pipe, denoiser = opened.pipe, opened.denoiser
-    erasure = erasure_of_layers(pipe, denoiser, request)
+    encoder = Encoder.of(pipe, request, denoiser)
+    erasure = erasure_of_layers(encoder, request)
     write_weights(erasure.sites, edited_weights(erasure))
-    removed = removed_from(pipe, request, erasure.facts, denoiser)
+    removed = removed_from(encoder, request, erasure.facts)
     savable = Savable(pipe, denoiser.parts, denoiser.name, denoiser.module, removed, revision=None)
 
     def write(draft: Path) -> None:

@@ -17,6 +17,7 @@ from .. import __version__
 from ..core.errors import ExportError
 from ..core.files import replacing
 from ..core.site import EDITABLE
+from ..diffusion.encoder import Encoder
 from ..diffusion.erase import get_erasure
 from ..diffusion.sites import find_denoiser
 from .check import left_over, most_left, removed_from
@@ -228,7 +229,7 @@ def save_checkpoint(
     if erasure is None:
         raise ExportError("Nothing was erased from this pipeline. Call `more_hf.erase_concept` first.")
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original_layout(pipe).items()}
-    removed = removed_from(pipe, erasure.request, erasure.facts)["tokens"]
+    removed = removed_from(Encoder.of(pipe, erasure.request), erasure.request, erasure.facts)["tokens"]
     for site, name in site_keys(pipe, erasure.sites).items():
         left = left_over(tensors[name], removed)
         if not left < most_left(removed):

@@ -7,7 +7,7 @@ import torch
 import more_hf
 from more_hf.core.errors import PrototypeError
 from more_hf.data import EMOJI_ARTISTS
-from more_hf.diffusion.encoder import column, fit_prototypes
+from more_hf.diffusion.encoder import Encoder, column, fit_prototypes
 from more_hf_bench.methods.diffusion.ours import more_described, trained_descriptions
 
 
@@ -19,7 +19,7 @@ SAID = [*OURS, "famous Noto", "a rainy day", "blobmoji", "Monotone"]
 def coordinates(pipe, concept, candidates, others):
     """By least squares, one candidate at a time: the share of each name in it, mean of two positions."""
     names = [concept, *others]
-    found = fit_prototypes(pipe, [*names, *candidates], "last+end", sigma_prompts={})["tokens"]
+    found = fit_prototypes(Encoder(pipe), [*names, *candidates], "last+end", sigma_prompts={})["tokens"]
     constants = ["begin token", "empty prompt, end", "empty prompt, padding"]
     shares = {}
     for candidate in candidates:
@@ -62,7 +62,8 @@ def test_the_described_method_erases_the_name_and_what_reads_like_it(copy_of_emo
     assert set(aliases) == set(OURS)
     # each of them goes most of the way to the target, which stays; what is retained hardly moves
     remap = erasure.remaps["tokens"]
-    P = fit_prototypes(pipe, ["Blobmoji", "Noto", "Monotone", *OURS], "last+end", sigma_prompts={})["tokens"]
+    names = ["Blobmoji", "Noto", "Monotone", *OURS]
+    P = fit_prototypes(Encoder(pipe), names, "last+end", sigma_prompts={})["tokens"]
     target, kept = P[column("Noto", "end")], P[column("Monotone", "end")]
     for name in ("Blobmoji", *OURS):
         z = P[column(name, "end")]

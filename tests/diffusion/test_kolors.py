@@ -48,7 +48,7 @@ def test_the_padding_in_front_tells_the_prompt_and_the_begin_tokens_do_not(origi
     ],
 )
 def test_every_choice_of_positions_has_its_prototypes(original, short, tokens, kinds):
-    P = fit_prototypes(original, [VAN_GOGH], tokens, sigma_prompts={})["tokens"]
+    P = fit_prototypes(Encoder(original), [VAN_GOGH], tokens, sigma_prompts={})["tokens"]
     begins = ["begin token", "begin token 2", "empty prompt, padding"]
     assert list(P.names) == [*begins, *(f"{VAN_GOGH} · {kind}" for kind in kinds)]
     assert_proved(more_hf.get_erasure(erase(copied(original), tokens=tokens)))
@@ -56,8 +56,9 @@ def test_every_choice_of_positions_has_its_prototypes(original, short, tokens, k
 
 def test_padding_counts_towards_the_ordinary_moment(original, short):
     prompts = ["a cat", "a house by monet"]
-    moment = fit_prototypes(original, (), "last", sigma_prompts=dict.fromkeys(prompts, 1))["tokens"].moment
-    features = Encoder(original).encode(prompts).double()
+    encoder = Encoder(original)
+    moment = fit_prototypes(encoder, (), "last", sigma_prompts=dict.fromkeys(prompts, 1))["tokens"].moment
+    features = encoder.encode(prompts).double()
     counted = []
     for z, words in zip(features, (2, 4), strict=True):
         counted += [*z[: T5_LENGTH - 2 - words], *z[T5_LENGTH - words :]]  # all but the two begin tokens

@@ -6,9 +6,8 @@ import torch
 import more_hf
 from more_hf.core.request import ConceptRequest
 from more_hf.diffusion import ordinary
-from more_hf.diffusion.encoder import fit_prototypes
+from more_hf.diffusion.encoder import Encoder, fit_prototypes
 from more_hf.diffusion.plan import prepare
-from more_hf.diffusion.sites import find_denoiser
 
 
 PROMPTS = ("a cat", "a dog and a tree", "a house by van gogh", "a car", "a small tree in the rain")
@@ -27,9 +26,9 @@ def encoded(monkeypatch):
     seen = []
     compute = ordinary.compute_moments
 
-    def counting(pipe, prompts, denoiser):
+    def counting(encoder, prompts):
         seen.extend(prompts)
-        return compute(pipe, prompts, denoiser)
+        return compute(encoder, prompts)
 
     monkeypatch.setattr(ordinary, "compute_moments", counting)
     return seen
@@ -37,11 +36,11 @@ def encoded(monkeypatch):
 
 def sigma(pipe, concepts="van gogh", **options):
     request = ConceptRequest.of(concepts, remap_to="claude monet", everyday=PROMPTS, **options)
-    return prepare(pipe, request)["tokens"].prototypes
+    return prepare(Encoder.of(pipe, request), request)["tokens"].prototypes
 
 
 def directly(pipe, prompts):
-    return fit_prototypes(pipe, (), "last", sigma_prompts=dict.fromkeys(prompts, 1))["tokens"]
+    return fit_prototypes(Encoder(pipe), (), "last", sigma_prompts=dict.fromkeys(prompts, 1))["tokens"]
 
 
 def test_the_moment_is_that_of_prompts_without_the_name(tiny_sd, cache):
@@ -60,7 +59,7 @@ def test_retained_names_are_in_it(tiny_sd, cache):
     others = [prompt for prompt in PROMPTS if "van gogh" not in prompt]
     warhol = {"andy warhol style": 0, "a picture by andy warhol there": 2}
     behind = dict.fromkeys(others, 1) | warhol
-    expected = fit_prototypes(pipe, (), "last", sigma_prompts=behind)["tokens"]
+    expected = fit_prototypes(Encoder(pipe), (), "last", sigma_prompts=behind)["tokens"]
     assert found.moment_count == expected.moment_count
     assert torch.allclose(found.moment.dense, expected.moment.dense, **TIGHT)
 
@@ -84,7 +83,7 @@ def test_where_most_are_left_out_the_rest_is_encoded(tiny_sd, cache, encoded):
 @pytest.mark.parametrize("change", ["weights", "prompts", "tokenizer"])
 def test_another_encoder_and_other_prompts_are_not_mistaken(tiny_sd, cache, encoded, change):
     pipe = tiny_sd()
-    before = ordinary.everyday_moments(pipe, PROMPTS, find_denoiser(pipe))
+    before = ordinary.everyday_moments(Encoder(pipe), PROMPTS)
     encoded.clear()
     prompts = PROMPTS[:-1] if change == "prompts" else PROMPTS
     if change == "weights":
@@ -94,7 +93,7 @@ def test_another_encoder_and_other_prompts_are_not_mistaken(tiny_sd, cache, enco
     if change == "tokenizer":
         pipe.tokenizer.add_tokens("tree")
         pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
-    after = ordinary.everyday_moments(pipe, prompts, find_denoiser(pipe))
+    after = ordinary.everyday_moments(Encoder(pipe), prompts)
     assert encoded == list(prompts)
     assert not torch.equal(before["tokens"].matrix, after["tokens"].matrix)
 

@@ -49,7 +49,7 @@ def test_it_is_less_work(tiny_sd, positions):
     pipe = tiny_sd()
     seen, length = positions(pipe), Encoder(pipe).length
     ordinary = {f"a {thing} {place}": 0 for thing in ("cat", "dog") for place in ("", "on a table", "there")}
-    fit_prototypes(pipe, ["van gogh"], "last+end", sigma_prompts=ordinary)
+    fit_prototypes(Encoder(pipe), ["van gogh"], "last+end", sigma_prompts=ordinary)
     trees = sum(rows for rows, _ in seen)
     assert {columns for _, columns in seen} == {length}
     assert trees < 8  # of 21 prompts: one for the empty prompt with its padding
@@ -61,9 +61,7 @@ def test_the_padding_of_one_prompt_stands_for_all_of_a_name(tiny_sd):
     encoder = Encoder(pipe, templates)
     behind = encoder.prompts_of(["van gogh"])
     assert behind == {"van gogh": 0, "van gogh style": 3, "a van gogh": 0}
-    found = fit_prototypes(pipe, ["van gogh"], "positions", sigma_prompts=behind, templates=templates)[
-        "tokens"
-    ]
+    found = fit_prototypes(encoder, ["van gogh"], "positions", sigma_prompts=behind)["tokens"]
 
     bare, style, article = encoder.encode(list(behind)).double()
     padding = style[5:]  # behind begin token, three words and end token
@@ -102,7 +100,7 @@ def test_it_does_as_well_as_the_padding_of_all(emoji_sd, monkeypatch, forget, ta
     for longest in (encoding.LONG, 0):
         monkeypatch.setattr(encoding, "LONG", longest)
         request = ConceptRequest.of(forget, remap_to=target, retain=retain)
-        remap = solve(emoji_sd, request).remaps["tokens"]
+        remap = solve(Encoder(emoji_sd), request).remaps["tokens"]
         left = (remap.apply(before) - goal).norm() / (before - goal).norm()
         measured.append((float(left), float((remap.apply(others) - others).norm() / others.norm())))
     (left, moved), (left_of_one, moved_of_one) = measured

@@ -25,7 +25,7 @@ def use_bare_names(monkeypatch, lengths):
     those of the prompts of pipelines, by class.
     """
     few_ordinary_prompts(monkeypatch)
-    monkeypatch.setattr("more_hf.diffusion.plan.TEMPLATES", ("{}",))
+    monkeypatch.setattr("more_hf.diffusion.encoder.TEMPLATES", ("{}",))
     monkeypatch.setitem(more_hf.diffusion.encoder.TOKENS, "positions", ("last", "end", "padding"))
     for cls, length in lengths.items():
         set_length(monkeypatch, cls, length)

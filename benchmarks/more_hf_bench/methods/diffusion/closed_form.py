@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from more_hf.core.errors import MoreError
-from more_hf.diffusion.encoder import fit_prototypes
+from more_hf.diffusion.encoder import Encoder, fit_prototypes
 
 from .texts import Concepts, Retained, Roles, Targets, Texts, expanded, guides, name_roles, ordinary_prompts
 from .weights import multiply, text_sites, write_weights
@@ -357,7 +357,7 @@ def oce(
     R = texts.last_tokens(roles.keep)
     # What must stay, weighted: retained names, ordinary text, and the layer itself.
     ordinary = dict.fromkeys(ordinary_prompts(pipe, roles.forget), 1)
-    moment = fit_prototypes(pipe, [], "last", sigma_prompts=ordinary)["tokens"].moment.dense
+    moment = fit_prototypes(Encoder(pipe), [], "last", sigma_prompts=ordinary)["tokens"].moment.dense
     keep = retain_scale * R.T @ R + global_scale * moment + lamb * torch.eye(len(moment), dtype=moment.dtype)
     sites, edited = text_sites(pipe, layers, len(moment)), {}
     for name, site in sites.items():

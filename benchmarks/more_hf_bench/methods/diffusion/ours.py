@@ -17,6 +17,7 @@ from more_hf.core.remap import NOWHERE, Remap
 from more_hf.core.request import EXACT_SOLVERS, ConceptRequest, check_choice
 from more_hf.data import EMOJI_ARTISTS, FOLDER
 from more_hf.diffusion.aliases import find_aliases
+from more_hf.diffusion.encoder import Encoder
 from more_hf.diffusion.erase import erase_concept
 from more_hf.diffusion.plan import prepare
 from more_hf.diffusion.sites import check_widths, find_denoiser, find_sites
@@ -190,7 +191,7 @@ def more_without_po(
     )
     sites = find_sites(pipe, find_denoiser(pipe), pooled=True)
     remaps = {}
-    for space, problem in prepare(pipe, request).items():
+    for space, problem in prepare(Encoder.of(pipe, request), request).items():
         forget = problem.columns(request.surfaces, tokens)
         targets = [problem.columns(names, tokens) for names in problem.targets]
         remaps[space] = without_orthogonalization(problem.prototypes, forget, targets, solver=solver)
