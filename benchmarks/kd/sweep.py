@@ -191,7 +191,7 @@ def with_interval(lines: Sequence[Mapping[str, Any]], column: str) -> tuple[list
     """A column's means, and their distances to both ends of the interval."""
     low = [line[column] - line[f"{column}_low"] for line in lines]
     high = [line[f"{column}_high"] - line[column] for line in lines]
-    return [line[column] for line in lines], [list(map(abs, low)), list(map(abs, high))]
+    return [line[column] for line in lines], [low, high]
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf_bench.classes import samples as kd_samples
-from more_hf_bench.classes.tables import REFERENCES, ROW_COLUMNS, summarise
-from more_hf_bench.columns import Column, read_rows
+from more_hf_bench.classes.tables import REFERENCES, summarise
+from more_hf_bench.columns import read_rows
 from more_hf_bench.methods.registry import CLASSIFICATION
 
 
@@ -79,19 +81,19 @@ def main() -> None:
     for model, folder in FITTED.items():
         write(f"{model}-fitted", read(folder), membership)
     write("paper", read("emoji-100"), beside_the_paper)
-    samples = read("fashion-mnist-samples", kd_samples.ROW_COLUMNS)
-    write("samples", samples, lambda rows: kd_samples.short_table(kd_samples.summarise(rows)))
+    samples = read("fashion-mnist-samples")
+    write("samples", samples, lambda rows: kd_samples.short_table(kd_samples.summarise(pd.DataFrame(rows))))
 
 
-def read(folder: str, columns: Sequence[Column] = ROW_COLUMNS) -> Table:
+def read(folder: str) -> Table:
     """Read the rows of a result folder, with classes by name however they were asked for; none where it was
     not run."""
     path = HERE / folder
     if not (path / "rows.csv").is_file():
         return []
     names = json.loads((path / "config.json").read_text("utf-8"))["forget"]
-    rows = read_rows(path / "rows.csv", columns)
-    return [row | {"forget": "+".join(names[row["forget"]])} for row in rows]
+    rows = read_rows(path / "rows.csv")
+    return rows.assign(forget=["+".join(names[forget]) for forget in rows["forget"]]).to_dict("records")
 
 
 def write(name: str, rows: Rows, *tables: Callable[[Rows], Table]) -> None:
@@ -122,7 +124,7 @@ def base(method: str) -> str:
 
 def pooled(rows: Rows) -> Table:
     """One line per method: means over classes and seeds."""
-    return summarise([{**row, "forget": ""} for row in rows])
+    return summarise(pd.DataFrame(rows).assign(forget=""))
 
 
 def membership(rows: Rows) -> Table:
@@ -145,9 +147,8 @@ def means(rows: Rows, columns: Mapping[str, str] = COLUMNS) -> Table:
 
 def measured(lines: Table, columns: Mapping[str, str] = COLUMNS) -> dict[str, str]:
     """Those of the columns that some line has a number in."""
-    return {
-        column: name for column, name in columns.items() if any(line[column] is not None for line in lines)
-    }
+    found = {column for line in lines for column, value in line.items() if value is not None}
+    return {column: name for column, name in columns.items() if column in found}
 
 
 def every_seed(rows: Rows) -> Table:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 
 
 LEVEL = (0.025, 0.975)  # the ends of a 95 % interval
@@ -45,36 +46,41 @@ class ClusterBootstrap:
     A cluster is drawn with all its measurements, because several images of one prompt are not independent.
 
     Args:
-        clusters (`Iterable[tuple[str, Hashable]]`):
-            The stratum and the name of each cluster, in any order and number.
+        clusters (`pd.DataFrame`):
+            The stratum and the name of each measurement's cluster, in two columns.
         draws (`int`, *optional*, defaults to 10000):
             How many draws.
         seed (`int`, *optional*, defaults to 0):
             Of the draws.
     """
 
-    def __init__(self, clusters: Iterable[tuple[str, Hashable]], *, draws: int = 10_000, seed: int = 0):
-        ordered = sorted(set(clusters))
-        self.column = {cluster: i for i, cluster in enumerate(ordered)}
-        sizes = Counter(stratum for stratum, _ in ordered)
-        self.times_drawn = draw_counts(sizes.values(), draws, np.random.default_rng(seed))
+    def __init__(self, clusters: pd.DataFrame, *, draws: int = 10_000, seed: int = 0):
+        stratum, name = clusters.columns
+        self.cluster = clusters.groupby([stratum, name]).ngroup()
+        sizes = clusters.drop_duplicates().groupby(stratum).size()
+        self.times_drawn = _seeded_counts(tuple(sizes), draws, seed)
 
-    def mean(self, measurements: Iterable[tuple[tuple[str, Hashable], float | None]]) -> Estimate | None:
+    def mean(self, values: pd.Series) -> Estimate | None:
         """
-        Return the mean of (cluster, value) pairs, `None` left out; `None` if there is nothing to average.
+        Return the mean of some of the measurements, NaN left out; `None` if there is nothing to average.
         """
-        total, count = np.zeros(len(self.column)), np.zeros(len(self.column))
-        for cluster, value in measurements:
-            if value is not None:
-                total[self.column[cluster]] += value
-                count[self.column[cluster]] += 1
-        if not count.any():
+        values = values.dropna()
+        if values.empty:
             return None
+        cluster, clusters = self.cluster[values.index], self.times_drawn.shape[1]
+        total = np.bincount(cluster, values, clusters)
+        count = np.bincount(cluster, minlength=clusters).astype(float)
         drawn_count = self.times_drawn @ count
         # A draw may miss all clusters with a value.
         with np.errstate(invalid="ignore"):
             drawn = np.where(drawn_count > 0, self.times_drawn @ total / drawn_count, np.nan)
         return Estimate(total.sum() / count.sum(), drawn)
+
+
+@lru_cache(maxsize=4)
+def _seeded_counts(sizes: tuple[int, ...], draws: int, seed: int) -> np.ndarray:
+    """`draw_counts` from a seed: a summary's lines have strata of the same few sizes."""
+    return draw_counts(sizes, draws, np.random.default_rng(seed))
 
 
 def draw_counts(sizes: Iterable[int], draws: int, generator: np.random.Generator) -> np.ndarray:
@@ -94,7 +100,7 @@ def draw_means(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> 
 
 def draw_accuracies(
     measured: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, draws: int = 5000, seed: int = 0
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """
     Draw runs with replacement, and in each run as many hits as a binomial gives.
 
@@ -108,17 +114,17 @@ def draw_accuracies(
             Of the draws.
 
     Returns:
-        `dict[str, np.ndarray]`: column to accuracies in percent, `(draws, runs)`. Runs are the same in all
-        columns.
+        `tuple[dict[str, np.ndarray], np.ndarray]`: column to accuracies in percent, `(draws, runs)`, and the
+        runs that were drawn, the same in all columns.
     """
     generator = np.random.default_rng(seed)
     runs = len(next(iter(measured.values()))[0])
     picks = generator.integers(runs, size=(draws, runs))
     drawn = {}
     for column, (samples, percent) in measured.items():
-        n, chance = np.asarray(samples)[picks], np.asarray(percent)[picks] / 100
+        n, chance = np.asarray(samples)[picks], np.asarray(percent, dtype=float)[picks] / 100
         drawn[column] = 100 * generator.binomial(n, np.clip(chance, 0, 1)) / n
-    return drawn
+    return drawn, picks
 
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from PIL import Image
 
 from more_hf.core.files import replacing
@@ -42,6 +44,41 @@ def panels(
     for unused in axes[count:]:
         unused.set_visible(False)
     return figure, axes[:count]
+
+
+def legend_below(figure: Figure) -> None:
+    """Put one legend for all panels below them."""
+    drawn = {}
+    for axis in figure.axes:
+        handles, names = axis.get_legend_handles_labels()
+        drawn |= dict(zip(names, handles, strict=True))
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(6, len(drawn)), fontsize=9)
+
+
+def write_lines(
+    path: Path, lines: Sequence[Mapping[str, Any]], x: str, methods: Sequence[str], titles: Mapping[str, str]
+) -> None:
+    """
+    Draw a panel for each column of a table's lines, over the values of `x`, with a line for each method, ours
+    thicker; dotted: before the erasure.
+    """
+    figure, axes = panels(len(titles), width=5, height=4, legend=0.6)
+    table = pd.DataFrame(lines)
+    table["x"] = table[x].astype(str)
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for method in methods:
+            points = table[table["method"] == method].dropna(subset=column)
+            width = 2.5 if method.startswith("more") else 1.2
+            axis.plot(points["x"], points[column], marker="o", ms=4, lw=width, label=method)
+        if f"{column}_before" in table:
+            before = table.drop_duplicates("x")
+            axis.plot(before["x"], before[f"{column}_before"], color="black", ls=":", label="before")
+        axis.set_title(title, fontsize=10)
+        axis.tick_params("x", rotation=35 if x == "level" else 0)
+        axis.set_xlabel(x.replace("_", " "))
+        axis.grid(alpha=0.3)
+    legend_below(figure)
+    write_figure(path, figure)
 
 
 def write_figure(path: Path, figure: Figure) -> None:

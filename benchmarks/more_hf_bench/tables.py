@@ -5,41 +5,15 @@ The benchmarks' tables: numbers with intervals, the best of several methods in b
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup, escape
+import pandas as pd
 
 from .columns import Column
 from .run import BenchmarkConfig
 
 
-@dataclass(frozen=True)
-class Cell:
-    """
-    A measured number in a table: Markdown as `str`, markup in a page's template.
-
-    Args:
-        text (`str`):
-            The number.
-        best (`bool`, *optional*, defaults to `False`):
-            Whether it is the best of several methods, and in bold.
-        prefix, suffix (`str`, *optional*):
-            Text before and after it, never in bold.
-    """
-
-    text: str
-    best: bool = False
-    prefix: str = ""
-    suffix: str = ""
-
-    def __str__(self) -> str:
-        text = f"**{self.text}**" if self.best else self.text
-        return f"{self.prefix}{text}{self.suffix}"
-
-    def __html__(self) -> str:
-        text = Markup("<b>{}</b>").format(self.text) if self.best else escape(self.text)
-        return escape(self.prefix) + text + escape(self.suffix)
+POOLED = "all"  # in a summary, the `forget` or `model` of lines over everything
 
 
 def share(percent: float) -> str:
@@ -51,6 +25,15 @@ def share(percent: float) -> str:
     return f"{percent:.0f} %"
 
 
+def with_interval(line: Mapping[str, Any], name: str, form: str, form_of_ends: str | None = None) -> str:
+    """A number of a summary's line with its interval, as text; empty if it was not measured."""
+    if pd.isna(line[name]):
+        return ""
+    value, low, high = (line[f"{name}{end}"] for end in ("", "_low", "_high"))
+    ends = form_of_ends or form
+    return f"{value:{form}} [{low:{ends}}, {high:{ends}}]"
+
+
 def compare(
     summary: Sequence[Mapping[str, Any]],
     labels: Sequence[str],
@@ -59,6 +42,7 @@ def compare(
     references: Collection[str],
     decimals: int,
     interval_decimals: int | None = None,
+    before: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """
     Lay out one row per line of a summary.
@@ -69,35 +53,46 @@ def compare(
         labels (`Sequence[str]`):
             Keys whose values are shown unchanged.
         columns (`Sequence[Column]`):
-            Numbers that are compared between the methods that forgot the same; the best is in bold.
+            Numbers that are compared between the methods that forgot the same; the best of several is in
+            bold. Columns that the summary lacks are left out.
         references (`Collection[str]`):
             Methods that are shown, but cannot be the best.
         decimals (`int`):
             Decimals of numbers with a unit.
         interval_decimals (`int`, *optional*):
             Decimals of the interval, which is shown only if this is given.
+        before (`Collection[str]`, *optional*):
+            Columns that show the number before the erasure, too.
     """
-    rivals: dict[str, list[Mapping[str, Any]]] = {}
-    for line in summary:
-        if line["method"] not in references:
-            rivals.setdefault(line["forget"], []).append(line)
-    rows = []
-    for line in summary:
-        row = {label: line[label] for label in labels}
-        for column in columns:
+    lines = pd.DataFrame(summary)
+    rivals = ~lines["method"].isin(references)
+    rows = [{label: line[label] for label in labels} for line in summary]
+    for column in columns:
+        if column.name not in lines:
+            continue
+        # Only methods that forgot the same are compared, and a single one is not the best.
+        groups = lines[column.name].astype(float).where(rivals).groupby(lines["forget"])
+        best = groups.transform("max" if column.better == "up" else "min").where(
+            (groups.transform("count") > 1) & rivals & (column.better is not None)
+        )
+        for row, line, best_value in zip(rows, summary, best, strict=True):
             value = line[column.name]
-            measured = [other[column.name] for other in rivals.get(line["forget"], ())]
-            measured = [each for each in measured if each is not None]
-            # A single method is not the best of several.
-            best = column.best(measured) if len(measured) > 1 else None
-            is_best = value is not None and value == best and line["method"] not in references
-            suffix = ""
-            if interval_decimals is not None and value is not None:
+            text = column.format(value, decimals)
+            if value == best_value:
+                text = f"**{text}**"
+            if column.name in before and not pd.isna(line[f"{column.name}_before"]):
+                text = f"{column.format(line[f'{column.name}_before'], decimals)} → {text}"
+            if interval_decimals is not None and not pd.isna(value):
                 low, high = line[f"{column.name}_low"], line[f"{column.name}_high"]
-                suffix = f" [{low:.{interval_decimals}f}, {high:.{interval_decimals}f}]"
-            row[column.header] = Cell(column.format(value, decimals), is_best, suffix=suffix)
-        rows.append(row)
+                text += f" [{low:.{interval_decimals}f}, {high:.{interval_decimals}f}]"
+            row[column.header] = text
     return rows
+
+
+def pivot(cells: pd.DataFrame, index: list[str], columns: str) -> list[dict[str, str]]:
+    """Lay out the column `cell`: rows and columns in the order of the lines, empty where there is none."""
+    table = cells.pivot_table(index=index, columns=columns, values="cell", aggfunc="first", sort=False)
+    return table.fillna("").reset_index().to_dict("records")
 
 
 def made_with(config: BenchmarkConfig, facts: Sequence[str]) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.processes import launched
+from support.rows import rows_of
 
 from more_hf.cli.main import main
 from more_hf.data import EMOJI_ARTISTS
-from more_hf_bench.artists.rows import read_rows
 
 
 HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"
@@ -114,7 +114,7 @@ def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
 
     assert main(bench(whole, 16)) == 0
     assert "style_f" in capsys.readouterr().out
-    rows, wanted = read_rows(output / "rows.csv"), read_rows(whole / "rows.csv")
+    rows, wanted = rows_of(output), rows_of(whole)
     assert len(rows) == 2 * ROWS
     exact = (
         "method",

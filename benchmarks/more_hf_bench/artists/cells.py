@@ -23,7 +23,7 @@ from ..run import Cell, short_hash
 from .config import ArtistsConfig
 from .grid import to_pil
 from .prompts import PromptRow
-from .rows import ORIGINAL, SEPARATOR, Row
+from .rows import ORIGINAL, SEPARATOR
 
 
 SEED_STEP = 100_000  # between the seeds of a prompt's images
@@ -100,7 +100,7 @@ class Pictures:
         return {f"{facts['case_number']}_{facts['sample']}": facts for facts in done}
 
 
-def collect_rows(output: Path, config: ArtistsConfig) -> list[Row]:
+def collect_rows(output: Path, config: ArtistsConfig) -> list[dict[str, Any]]:
     """Every completed row, one per image and method, from the JSON files."""
     original = Pictures(output, config, ORIGINAL, "")
     before = original.measurements()
@@ -119,7 +119,7 @@ def _rows_of(
     original: Pictures,
     before: Mapping[str, Mapping[str, Any]],
     after: Mapping[str, Mapping[str, Any]],
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """The rows of one cell, from the measurements of the original's pictures and of its own, by case name."""
     erasure = config.forget[cell.forget]
     arguments = config.arguments(cell.method, cell.forget)
@@ -135,7 +135,7 @@ def _rows_of(
         if erasure.cases is not None and measured["case_number"] not in erasure.cases:
             continue
         rows.append(
-            Row(
+            dict(
                 method=cell.method,
                 forget=cell.forget,
                 remap_to=SEPARATOR.join(arguments.remap_to or ["none"]),
@@ -160,8 +160,6 @@ def _rows_of(
                 before=f"{original.folder.name}/{name}.png",
                 after=f"{cell.folder.name}/{name}.png",
                 level=measured.get("level", ""),  # missing in older cells
-                kind=config.of_kind,
-                erasure=erasure,
             )
         )
     return rows

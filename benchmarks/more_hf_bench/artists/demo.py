@@ -22,7 +22,7 @@ from more_hf.diffusion.grid import draw_grid, stack
 
 from ..columns import write_rows
 from ..figures import write_picture
-from ..page import Pair, Section, image_uri, write_page
+from ..page import Section, write_page
 from .config import JOINT
 from .findings import Finding, spelt
 from .generate import generate
@@ -278,19 +278,13 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
     picture = _picture(settings, result)
     write_picture(output / "before_after.webp", picture)
 
-    pairs = [
-        Pair(to_pil(before), to_pil(after), row.prompt, lpips)
-        for row, before, after, lpips in zip(
-            result.rows, result.before, result.after, result.lpips.tolist(), strict=True
-        )
-    ]
     drawn = f"{settings.steps} steps, guidance {settings.guidance:g}, the same noise before and after."
     write_page(
         output / "report.html",
         title=f"{spelt(settings.forgotten)} erased",
         finding=str(finding),
         sections=[
-            Section("Before and after", pictures={drawn: image_uri(picture)}),
+            Section("Before and after", pictures={drawn: picture}),
             Section("Did it work?", explanation, table=table),
             Section(
                 "What was done, and the guarantees",
@@ -298,7 +292,6 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
                 folded=True,
             ),
             Section("How it was made", facts=origin, files=("table.md", "rows.csv"), folded=True),
-            Section("Every picture", pairs=pairs),
         ],
     )
     return text

@@ -8,11 +8,10 @@ from typing import Any
 
 from more_hf.core.markdown import number
 
-from ..tables import share
+from ..tables import POOLED, share
 from .config import JOINT
 from .kinds import ARTISTS, Kind
-from .ranking import CONTENT_KEPT, STYLE_GONE, RankedMethod, contenders
-from .summary import POOLED
+from .ranking import CONTENT_KEPT, STYLE_GONE, contenders
 
 
 # LPIPS below which nobody sees a change, and below which one has to look for it. Shifting a picture of 64
@@ -96,13 +95,13 @@ def _moved(lpips: float) -> str:
 
 
 def finding(
-    summary: Sequence[Mapping[str, Any]], ranking: Sequence[RankedMethod], kind: Kind = ARTISTS
+    summary: Sequence[Mapping[str, Any]], ranking: Sequence[Mapping[str, Any]], kind: Kind = ARTISTS
 ) -> str:
     """
     Say what the first method of the ranking did (without a ranking, the first method that is not a control):
     over all erasures of a single name if there are several, else for each erasure.
     """
-    methods = [line.method for line in ranking] or contenders(line["method"] for line in summary)
+    methods = [line["method"] for line in ranking] or contenders(line["method"] for line in summary)
     if not methods:
         return "Only controls were run: nothing is erased here."
     method = methods[0]

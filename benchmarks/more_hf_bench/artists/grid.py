@@ -1,4 +1,4 @@
-"""The benchmark's `grid.webp`, `methods.webp` and `words.webp`."""
+"""The benchmark's pictures side by side: `grid.webp`, `methods.webp` and `words.webp`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,13 +14,12 @@ from torch import Tensor
 from more_hf.diffusion.grid import draw_grid, stack
 
 from ..figures import write_picture
-from .rows import ORIGINAL, Row
+from .rows import ORIGINAL
 
 
-# `grid.webp`: pictures in a strip, and their side in pixels
-GRID_COLUMNS, GRID_SIDE = 10, 128
-# `methods.webp`: pictures in a strip, their side in pixels, and the most pictures in all
-METHODS_COLUMNS, METHODS_SIDE, METHODS_MOST = 8, 160, 64
+COLUMNS = 10  # pictures in a strip
+SIDE = 128  # of a picture, in pixels
+METHODS_MOST = 64  # pictures in `methods.webp`
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -32,110 +32,84 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def write_grid(path: Path, images: Path, rows: Sequence[Row]) -> None:
-    """Draw a block per erasure: a row before and one per method, the forgotten artists' pictures first."""
-    sheets = []
-    for forget, erased in _by_erasure(rows).items():
-        if shown := _shown([row for row in erased if row.method == rows[0].method]):
-            labels = [f"{row.thing} {row.artist}".strip() or row.prompt for row in shown]
-            sheets.append(_strips(images, erased, shown, labels, f"{forget} erased"))
-    _save(sheets, path)
-
-
-def write_words(path: Path, images: Path, rows: Sequence[Row]) -> None:
+def write_grids(output: Path, images: Path, rows: pd.DataFrame) -> None:
     """
-    Draw a block per erasure, a row before and one per method: the forgotten concept at each level of the
-    prompts. Draw nothing if they have no levels.
+    Draw a block per erasure, with a row before and one per method. `grid.webp` has the forgotten artists'
+    pictures first, `words.webp` the forgotten concept at each level of the prompts, if they have levels, and
+    `methods.webp` in the layout of the paper's Fig. 4 one prompt by every method, for the first erasures.
     """
-    sheets = []
-    for forget, erased in _by_erasure(rows).items():
-        shown: dict[str, Row] = {}
-        for row in erased:
-            if row.level and row.is_forgotten:
-                shown.setdefault(row.level, row)
-        if shown:
-            sheets.append(_strips(images, erased, list(shown.values()), list(shown), f"{forget} erased"))
-    _save(sheets, path)
+    methods = [method for method in rows["method"].unique() if method != ORIGINAL]
+    erasures = dict(list(rows.groupby("forget", sort=False)))
+    grids: dict[str, list[Image.Image]] = {"grid": [], "words": [], "methods": []}
+    for forget, erased in erasures.items():
+        first = erased[erased["method"] == rows["method"].iloc[0]]
+        levels = first[first["is_forgotten"] & (first["level"] != "")].drop_duplicates("level")
+        shown = _shown(first)
+        labels = (shown["thing"] + " " + shown["artist"]).str.strip()
+        labels = labels.where(labels != "", shown["prompt"]).tolist()
+        title = f"{forget} erased"
+        if len(shown):
+            grids["grid"].append(_block(images, erased, shown, methods, labels, title))
+        if len(levels):
+            grids["words"].append(_block(images, erased, levels, methods, levels["level"].tolist(), title))
+        if len(grids["methods"]) < max(1, METHODS_MOST // (1 + len(methods))):
+            grids["methods"] += _strip(images, erased, methods)
+    for name, sheets in grids.items():
+        if sheets:
+            write_picture(output / f"{name}.webp", stack(sheets))
 
 
-def write_methods(path: Path, images: Path, rows: Sequence[Row]) -> None:
-    """
-    Draw one strip per erasure in the layout of the paper's Fig. 4: the original's picture of one prompt and
-    every method's, and the original's picture of the target if a prompt of the target has the same thing. The
-    prompt is always the file's first that names the forgotten artist. If there are many methods and erasures,
-    only the first erasures are drawn.
-    """
-    sheets = []
-    methods = methods_of(rows)
-    most = max(1, METHODS_MOST // (1 + len(methods)))
-    for forget, erased in list(_by_erasure(rows).items())[:most]:
-        first = next((row for row in erased if row.is_forgotten), None)
-        if first is None:
-            continue
-        after = {row.method: row.after for row in erased if row.before == first.before}
-        strip = [("original", first.before), *((method, after.get(method)) for method in methods)]
-        target = _target_of(first, erased)
-        if target is not None:
-            strip.insert(1, (f"target, {target.artist}", target.before))
-        title = f"{forget} erased, target {first.remap_to}: “{first.prompt}”"
-        for start in range(0, len(strip), METHODS_COLUMNS):
-            labels, names = zip(*strip[start : start + METHODS_COLUMNS], strict=True)
-            pictures = {"": _thumbnails(images, names, METHODS_SIDE)}
-            sheets.append(draw_grid(pictures, column_labels=labels, title=title if start == 0 else ""))
-    _save(sheets, path)
-
-
-def _strips(
-    images: Path, erased: Sequence[Row], shown: Sequence[Row], labels: Sequence[str], title: str
+def _block(
+    images: Path,
+    erased: pd.DataFrame,
+    shown: pd.DataFrame,
+    methods: Sequence[str],
+    labels: Sequence[str],
+    title: str,
 ) -> Image.Image:
-    """The pictures of some rows of an erasure: a row before and one per method."""
-    after = {(row.method, row.before): row.after for row in erased}
-    strips = {"before": [row.before for row in shown]}
-    for method in methods_of(erased):
-        strips[method] = [after.get((method, row.before)) for row in shown]
-    pictures = {label: _thumbnails(images, strip, GRID_SIDE) for label, strip in strips.items()}
-    return draw_grid(pictures, column_labels=labels, title=title)
+    """The pictures of some prompts of an erasure: a row before and one per method."""
+    after = dict(zip(zip(erased["method"], erased["before"], strict=True), erased["after"], strict=True))
+    strips = {"before": [_thumbnail(images, name) for name in shown["before"]]}
+    for method in methods:
+        strips[method] = [_thumbnail(images, after.get((method, name))) for name in shown["before"]]
+    return draw_grid(strips, column_labels=labels, title=title)
 
 
-def methods_of(rows: Sequence[Row]) -> list[str]:
-    """The methods of the rows, in order and without the original."""
-    return [method for method in dict.fromkeys(row.method for row in rows) if method != ORIGINAL]
+def _strip(images: Path, erased: pd.DataFrame, methods: Sequence[str]) -> list[Image.Image]:
+    """
+    The original's picture of the erasure's first prompt that names what is forgotten, the original's of the
+    target if a prompt of the target has the same thing, and every method's.
+    """
+    forgotten = erased[erased["is_forgotten"]]
+    if forgotten.empty:
+        return []
+    first = forgotten.iloc[0]
+    own = erased[erased["before"] == first["before"]].set_index("method")["after"]
+    strip = {"original": first["before"]}
+    target = erased[(erased["artist"] == first["remap_to"]) & (erased["thing"] == first["thing"])]
+    if first["thing"] and len(target):
+        strip[f"target, {first['remap_to']}"] = target["before"].iloc[0]
+    strip |= {method: own.get(method) for method in methods}
+    title = f"{first['forget']} erased, target {first['remap_to']}: “{first['prompt']}”"
+    sheets = []
+    for start in range(0, len(strip), COLUMNS):
+        labels = list(strip)[start : start + COLUMNS]
+        pictures = {"": [_thumbnail(images, strip[label]) for label in labels]}
+        sheets.append(draw_grid(pictures, column_labels=labels, title="" if start else title))
+    return sheets
 
 
-def _target_of(row: Row, erased: Sequence[Row]) -> Row | None:
-    """A row of the target with the same thing as `row`, from different noise; `None` if there is none."""
-    same_thing = (other for other in erased if other.artist == row.remap_to and other.thing == row.thing)
-    return next(same_thing, None) if row.thing else None
-
-
-def _by_erasure(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    erasures: dict[str, list[Row]] = {}
-    for row in rows:
-        erasures.setdefault(row.forget, []).append(row)
-    return erasures
-
-
-def _shown(rows: Sequence[Row]) -> list[Row]:
+def _shown(rows: pd.DataFrame) -> pd.DataFrame:
     """The forgotten artists' first prompts, one of some others, and one without an artist."""
-    own = [row for row in rows if row.is_forgotten and row.sample == 0][: GRID_COLUMNS // 2]
-    others: dict[str, Row] = {}
+    own = rows[rows["is_forgotten"] & (rows["sample"] == 0)].head(COLUMNS // 2)
     # Every third row, so that the things differ from one artist to the next.
-    for row in [row for row in rows if not row.is_forgotten][::3]:
-        others.setdefault(row.artist, row)
-    without_artist = [others.pop("")] if "" in others else []
-    free = GRID_COLUMNS - len(own) - len(without_artist)
-    return [*own, *list(others.values())[:free], *without_artist]
+    others = rows[~rows["is_forgotten"]].iloc[::3].drop_duplicates("artist")
+    without_artist = others[others["artist"] == ""]
+    free = COLUMNS - len(own) - len(without_artist)
+    return pd.concat([own, others[others["artist"] != ""].head(free), without_artist])
 
 
-def _thumbnails(images: Path, names: Sequence[str | None], side: int) -> list[Image.Image]:
-    """Pictures of `side` by `side` pixels, white where one is missing."""
-    thumbnails = []
-    for name in names:
-        picture = Image.new("RGB", (1, 1), "white") if name is None else Image.open(images / name)
-        thumbnails.append(picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
-    return thumbnails
-
-
-def _save(sheets: Sequence[Image.Image], path: Path) -> None:
-    if sheets:
-        write_picture(path, stack(sheets))
+def _thumbnail(images: Path, name: str | None) -> Image.Image:
+    """A picture, white where there is none."""
+    picture = Image.new("RGB", (1, 1), "white") if name is None else Image.open(images / name)
+    return picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)

@@ -1,138 +1,27 @@
-"""The ranking: the largest `lpips_d` among methods that remove the style and keep the content."""
+"""
+Methods beside each other, on the pictures that all of them have: who wins, by the number of names that are
+forgotten at once, and by the words that ask for them.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
-from ..bootstrap import Estimate
+import pandas as pd
+
+from ..bootstrap import ClusterBootstrap, Estimate
+from ..columns import rounded
 from ..methods.registry import DIFFUSION, UNREGISTERED
 from .kinds import ARTISTS, Kind
-from .rows import Row
-from .summary import Statistics, both_means
+from .summary import CLUSTERS, difference, numbers
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+STYLE_GONE = 10.0  # the artist may still be recognized in this percentage of the forgotten pictures
+CONTENT_KEPT = 90.0  # percent of what was recognized before
 
-STYLE_GONE = 10.0  # the artist may still be recognised in this percentage of the forgotten pictures
-CONTENT_KEPT = 90.0  # percent of what was recognised before
-
-
-@dataclass(frozen=True)
-class RankedMethod:
-    """
-    One line of the ranking.
-
-    Attributes:
-        qualifies (`str`):
-            `"yes"` if the forgotten concept is still recognised in at most 10 % of its pictures, and the
-            content to be spared (`Kind.spared`) in at least 90 % of the pictures that had it before; else
-            `"no"`. `"control"` for a control, which cannot win.
-        gone_f, gone_r (`float`):
-            Percent of the forgotten pictures, and of the others, in which their artist or thing is
-            recognised.
-        kept_f (`float`):
-            Percent of the forgotten pictures that still show what else the prompt asks for.
-        behind, behind_low, behind_high (`float`):
-            How far `lpips_d` is below the first line's, with its paired 95 % interval; a tie if it contains
-            0.
-    """
-
-    method: str
-    erasures: int
-    qualifies: Literal["yes", "no", "control"]
-    gone_f_before: float | None
-    gone_f: float
-    kept_f_before: float
-    kept_f: float
-    gone_r_before: float | None
-    gone_r: float | None
-    lpips_f: float
-    lpips_r: float
-    lpips_d: float
-    behind: float
-    behind_low: float
-    behind_high: float
-
-
-def rank(rows: Sequence[Row], size: int = 1) -> list[RankedMethod]:
-    """
-    Rank the methods by `lpips_d`, those that qualify first, on the pictures that every method has of erasures
-    of `size` names. Empty with fewer than two methods besides the controls, or without judges.
-    """
-    methods = list(dict.fromkeys(row.method for row in rows))
-    shared = [row for row in shared_rows(rows) if len(row.forgotten) == size]
-    if len(contenders(methods)) < 2 or not any(map(_is_judged, shared)):
-        return []
-
-    statistics = Statistics(shared)
-    measured = [_Measured(method, shared, statistics) for method in methods]
-    order = ("yes", "no", "control")
-    measured.sort(key=lambda line: (order.index(line.qualifies), -line.lpips_d.value))
-    return [line.behind(measured[0]) for line in measured]
-
-
-def shared_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the pictures that every method has, so that methods are compared on equal terms."""
-    cases: dict[str, set[tuple[str, int, int]]] = {}
-    for row in rows:
-        cases.setdefault(row.method, set()).add(row.case)
-    common = set.intersection(*cases.values())
-    return [row for row in rows if row.case in common]
-
-
-class _Measured:
-    """One method's measurements that the ranking compares."""
-
-    def __init__(self, method: str, rows: Sequence[Row], statistics: Statistics):
-        own = [row for row in rows if row.method == method]
-        forgotten = [row for row in own if row.is_forgotten]
-        others = [row for row in own if row.concept and not row.is_forgotten]
-        self.kind = own[0].kind
-        gone, kept = (getattr(Row, name) for name in (self.kind.gone, self.kind.kept))
-        self.method, self.erasures = method, len({row.forget for row in own})
-        self.lpips_f = statistics.mean(forgotten, lambda row: row.lpips)
-        self.lpips_r = statistics.mean(others, lambda row: row.lpips)
-        self.lpips_d: Estimate = self.lpips_f - self.lpips_r
-        self.gone = both_means(statistics, forgotten, gone)
-        self.kept = both_means(statistics, forgotten, kept)
-        self.rest = both_means(statistics, others, gone)
-
-    @property
-    def qualifies(self) -> Literal["yes", "no", "control"]:
-        if _is_control(self.method):
-            return "control"
-        is_gone = self.gone[1].value <= STYLE_GONE
-        before, after = self.kept if self.kind.spared == "f" else self.rest
-        is_kept = after.value >= CONTENT_KEPT / 100 * before.value
-        return "yes" if is_gone and is_kept else "no"
-
-    def behind(self, first: _Measured) -> RankedMethod:
-        behind = first.lpips_d - self.lpips_d
-        low, high = behind.interval
-        return RankedMethod(
-            method=self.method,
-            erasures=self.erasures,
-            qualifies=self.qualifies,
-            gone_f_before=_value(self.gone[0]),
-            gone_f=float(self.gone[1].value),
-            kept_f_before=float(self.kept[0].value),
-            kept_f=float(self.kept[1].value),
-            gone_r_before=_value(self.rest[0]),
-            gone_r=_value(self.rest[1]),
-            lpips_f=float(self.lpips_f.value),
-            lpips_r=float(self.lpips_r.value),
-            lpips_d=float(self.lpips_d.value),
-            behind=float(behind.value),
-            behind_low=low,
-            behind_high=high,
-        )
-
-
-def _value(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else float(estimate.value)
+Line = Mapping[str, Any]
 
 
 def contenders(methods: Iterable[str]) -> list[str]:
@@ -140,32 +29,138 @@ def contenders(methods: Iterable[str]) -> list[str]:
     return [method for method in dict.fromkeys(methods) if not _is_control(method)]
 
 
-def plot_method(axis: Axes, method: str, points: Mapping[float, float]) -> None:
-    """Draw a method's line in a panel, ours thicker."""
-    width = 2.5 if method.startswith("more") else 1.2
-    axis.plot(list(points), list(points.values()), marker="o", markersize=4, linewidth=width, label=method)
-
-
 def _is_control(method: str) -> bool:
     return DIFFUSION.get(method, UNREGISTERED).role == "control"
 
 
-def _is_judged(row: Row) -> bool:
-    return row.is_forgotten and row.style_after != "" and row.content_after is not None
+def shared_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the pictures that every method has, so that methods are compared on equal terms."""
+    methods = rows.groupby(["forget", "case_number", "sample"])["method"].transform("nunique")
+    return rows[methods == rows["method"].nunique()]
 
 
-def winner(ranking: Sequence[RankedMethod], kind: Kind = ARTISTS) -> str:
+def rank(rows: pd.DataFrame, kind: Kind = ARTISTS, size: int = 1) -> list[dict[str, Any]]:
+    """
+    Rank the methods by `lpips_d`, those that qualify first, on the pictures that every method has of erasures
+    of `size` names. Empty with fewer than two methods besides the controls, or without judges.
+
+    Returns:
+        `list[dict[str, Any]]`: a line per method. `qualifies` is `"yes"` if the forgotten concept is still
+        recognized in at most 10 % of its pictures, and the content to be spared (`Kind.spared`) in at least
+        90 % of the pictures that had it before; else `"no"`; `"control"` for a control, which cannot win.
+        `gone_f` and `gone_r` are the percent of the forgotten pictures, and of the others, in which their
+        artist or thing is recognized, `kept_f` that of the forgotten pictures that show what else the prompt
+        asks for. `behind` is how far `lpips_d` is below the first line's, with its paired 95 % interval; a
+        tie if it contains 0.
+    """
+    shared = shared_rows(rows)
+    shared = shared[shared["names"].map(len) == size]
+    judged = shared[shared["is_forgotten"]][["style_after", "content_after"]].dropna()
+    if len(contenders(rows["method"])) < 2 or judged.empty:
+        return []
+    draws = ClusterBootstrap(shared[CLUSTERS])
+    ranked = [_ranked(*each, draws, kind) for each in shared.groupby("method", sort=False)]
+    order = ("yes", "no", "control")
+    ranked.sort(key=lambda each: (order.index(each[0]["qualifies"]), -each[0]["lpips_d"]))
+    for line, lpips_d in ranked:
+        behind = ranked[0][1] - lpips_d
+        low, high = behind.interval
+        line |= {"behind": behind.value, "behind_low": low, "behind_high": high}
+    return [line for line, _ in ranked]
+
+
+def _ranked(
+    method: str, rows: pd.DataFrame, draws: ClusterBootstrap, kind: Kind
+) -> tuple[dict[str, Any], Estimate]:
+    """A method's line but for `behind`, and its `lpips_d`."""
+    pictures = {"f": rows[rows["is_forgotten"]]}
+    pictures["r"] = rows[(rows["concept"] != "") & ~rows["is_forgotten"]]
+    line: dict[str, Any] = {"method": method, "erasures": rows["forget"].nunique(), "qualifies": "control"}
+    for name, which in (("gone", "f"), ("kept", "f"), ("gone", "r")):
+        before, after = (draws.mean(pictures[which][f"{name}_{when}"]) for when in ("before", "after"))
+        line[f"{name}_{which}_before"] = None if before is None else before.value
+        line[f"{name}_{which}"] = None if after is None else after.value
+    lpips = {which: draws.mean(own["lpips"]) for which, own in pictures.items()}
+    lpips["d"] = lpips["f"] - lpips["r"]
+    line |= {f"lpips_{which}": estimate.value for which, estimate in lpips.items()}
+    if not _is_control(method):
+        spared = "kept_f" if kind.spared == "f" else "gone_r"
+        is_kept = line[spared] >= CONTENT_KEPT / 100 * line[f"{spared}_before"]
+        line["qualifies"] = "yes" if line["gone_f"] <= STYLE_GONE and is_kept else "no"
+    return line, lpips["d"]
+
+
+def winner(ranking: Sequence[Line], kind: Kind = ARTISTS) -> str:
     """Say in one sentence which method is first, and which are tied with it."""
     condition = kind.condition.format(STYLE_GONE, CONTENT_KEPT)
-    qualified = [line for line in ranking if line.qualifies == "yes"]
+    qualified = [line for line in ranking if line["qualifies"] == "yes"]
     if not qualified:
         return f"Nobody. A winner would have to {condition}."
     first = qualified[0]
-    tied = [line.method for line in qualified[1:] if line.behind_low <= 0]
+    tied = [line["method"] for line in qualified[1:] if line["behind_low"] <= 0]
     ties = f", tied with {', '.join(tied)}" if tied else ""
-    erasures = "one erasure" if first.erasures == 1 else f"{first.erasures} erasures"
+    erasures = "one erasure" if first["erasures"] == 1 else f"{first['erasures']} erasures"
     return (
-        f"{first.method}{ties}, over {erasures}. Of the methods that {condition}, it has the largest "
+        f"{first['method']}{ties}, over {erasures}. Of the methods that {condition}, it has the largest "
         f"lpips_d: how much further the forgotten {kind.one}'s pictures moved than the others'. Ties are by "
         "paired 95 % intervals over prompts."
     )
+
+
+def rank_sizes(rows: pd.DataFrame, kind: Kind = ARTISTS) -> list[dict[str, Any]]:
+    """The rankings over all erasures of as many names, with their number in the column `at_once`."""
+    lines = []
+    for size in sorted(rows["names"].map(len).unique()):
+        lines += [{"at_once": int(size), **line} for line in rank(rows, kind, size)]
+    return lines
+
+
+def level_lines(rows: pd.DataFrame, kind: Kind = ARTISTS) -> list[dict[str, Any]]:
+    """
+    How much of a forgotten concept comes back when it is asked for in other words: a line for each level, in
+    the order of the prompts, and method, over all erasures, on the pictures that every method has. Empty if
+    the prompts have no levels, or if no picture exists yet for every method.
+
+    `left` is what is recognized of the forgotten pictures in percent of before (`gone_f`, `gone_f_before`),
+    `lost` the part of what the others show (`shown_r_before`, `shown_r`) that is no longer recognized: their
+    artist or thing, or, at a level that names none, whatever else the prompt asks for.
+    """
+    levels = rows.sort_values("case_number", kind="stable")["level"].unique().tolist()
+    shared = shared_rows(rows)
+    if levels == [""] or shared.empty:
+        return []
+    draws = ClusterBootstrap(shared[CLUSTERS])
+    lines = []
+    for level, method in itertools.product(levels, rows["method"].unique()):
+        own = shared[(shared["level"] == level) & (shared["method"] == method)]
+        if len(own):
+            lines.append(_level_line(level, method, own, draws, kind))
+    return lines
+
+
+def _level_line(
+    level: str, method: str, rows: pd.DataFrame, draws: ClusterBootstrap, kind: Kind
+) -> dict[str, Any]:
+    forgotten, others = rows[rows["is_forgotten"]], rows[~rows["is_forgotten"]]
+    # A prompt without an artist asks for no style, so there it counts whether the thing is still drawn.
+    shown = "gone" if (others["concept"] != "").any() else "kept"
+    gone = [draws.mean(forgotten[f"gone_{when}"]) for when in ("before", "after")]
+    show = [draws.mean(others[f"{shown}_{when}"]) for when in ("before", "after")]
+    line: dict[str, Any] = {"level": level, "method": method, "n_f": len(forgotten), "n_r": len(others)}
+    line |= {"gone_f_before": _value(gone[0]), "gone_f": _value(gone[1])}
+    line |= numbers("left", _percent(gone[1], gone[0]))
+    line |= {"shown_r_before": _value(show[0]), "shown_r": _value(show[1])}
+    line |= numbers("lost", _percent(difference(*show), show[0]))
+    line |= {
+        "lpips_f": _value(draws.mean(forgotten["lpips"])),
+        "lpips_r": _value(draws.mean(others["lpips"])),
+    }
+    return rounded(line)
+
+
+def _percent(part: Estimate | None, whole: Estimate | None) -> Estimate | None:
+    return None if part is None or not whole.value else part.percent_of(whole)
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value

@@ -29,7 +29,7 @@ from ..machine import peak_memory, processes, this_run, weights_sha256
 from ..methods.registry import find_diffusion_method
 from ..run import Run, held_settings, method_settings, refuse_unused_settings
 from . import lpips
-from .cells import Case, Picture, Pictures, collect_rows
+from .cells import Case, Picture, Pictures
 from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
 from .generate import generate, takes_pictures
 from .grid import read_image
@@ -200,7 +200,7 @@ def run_artists(
             missing = run.missing(pictures.of(cases))
             if name != ORIGINAL and missing:
                 run.draw(run.erased(function, pictures), missing, desc=f"{name} without {entry}")
-    return run.finish(lambda output, config: write_outputs(output, config, collect_rows(output, config)))
+    return run.finish(write_outputs)
 
 
 class _Artists(Run):

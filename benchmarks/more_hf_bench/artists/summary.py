@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..bootstrap import ClusterBootstrap, Estimate
-from ..columns import Column
-from .rows import SEPARATOR, Row
+from ..columns import Column, rounded
+from ..tables import POOLED
+from .rows import SEPARATOR
 
 
-POOLED = "all"  # in the column `forget`: every erasure of the method together
-
-DISTANCES = {
-    "lpips": lambda row: row.lpips,
-    "lpips_64": lambda row: row.lpips_64,
-    "lpips_64_rece": lambda row: row.lpips_64_rece,
-}
+DISTANCES = ("lpips", "lpips_64", "lpips_64_rece")
+CLUSTERS = ["artist", "case_number"]  # a prompt, and the artist within which it is drawn
 
 # The columns that are compared between methods, and which way is better; the arrows of all tables come from
 # here.
@@ -36,29 +33,18 @@ COLUMNS = {
         Column("lpips_named", better="down"),
         Column("lpips_unnamed", better="down"),
         Column("lpips_none", better="down"),
-        Column("style_f", unit="%", better="down"),
-        Column("style_r", unit="%", better="up"),
-        Column("content_f", unit="%", better="up"),
-        Column("content_r", unit="%", better="up"),
-        Column("content_none", unit="%", better="up"),
+        Column("style_f", "%", "down"),
+        Column("style_r", "%", "up"),
+        Column("content_f", "%", "up"),
+        Column("content_r", "%", "up"),
+        Column("content_none", "%", "up"),
     )
 }
 
 Confusion = Mapping[str, Mapping[str, float]]
 
 
-class Statistics:
-    """Means over rows and, with the same draws of prompts, their bootstrap distributions."""
-
-    def __init__(self, rows: Sequence[Row]):
-        self.draws = ClusterBootstrap(_prompt(row) for row in rows)
-
-    def mean(self, rows: Sequence[Row], value: Callable[[Row], float | None]) -> Estimate | None:
-        """The mean of a value over rows; `None` if it was measured on none of them."""
-        return self.draws.mean((_prompt(row), value(row)) for row in rows)
-
-
-def summarise(rows: Sequence[Row], *, confusion: Confusion | None = None) -> list[dict[str, Any]]:
+def summarise(rows: pd.DataFrame, *, confusion: Confusion | None = None) -> list[dict[str, Any]]:
     """
     Summarise rows: one line per method and erasure, then one per method over all its erasures of a single
     artist if it has several.
@@ -70,123 +56,97 @@ def summarise(rows: Sequence[Row], *, confusion: Confusion | None = None) -> lis
     `_change` is after minus before, prompt by prompt.
 
     Args:
-        rows (`Sequence[Row]`):
-            The rows.
+        rows (`pd.DataFrame`):
+            The rows, from [`~more_hf_bench.artists.rows.measured`].
         confusion (`Mapping[str, Mapping[str, float]]`, *optional*):
             {artist: {artist that the judge takes it for: percent}} on real images. It gives `style_f_real`:
             how often real images of the targets are taken for the forgotten artist, below which `style_f`
             cannot be expected to fall.
     """
-    cells: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        cells.setdefault((row.method, row.forget), []).append(row)
-    lines = [
-        _line(method, forget, own[0].remap_to, own, confusion) for (method, forget), own in cells.items()
-    ]
-    for method in dict.fromkeys(row.method for row in rows):
-        single = [row for row in rows if row.method == method and len(row.forgotten) == 1]
-        if len({row.forget for row in single}) > 1:
-            lines.append(_line(method, POOLED, "", single, confusion))
+    lines = []
+    for (method, forget), own in rows.groupby(["method", "forget"], sort=False):
+        lines.append(_line(method, forget, own["remap_to"].iloc[0], own, confusion))
+    for method, own in rows[rows["names"].map(len) == 1].groupby("method", sort=False):
+        if own["forget"].nunique() > 1:
+            lines.append(_line(method, POOLED, "", own, confusion))
     return lines
 
 
 def _line(
-    method: str, forget: str, remap_to: str, rows: Sequence[Row], confusion: Confusion | None
+    method: str, forget: str, remap_to: str, rows: pd.DataFrame, confusion: Confusion | None
 ) -> dict[str, Any]:
     groups = _split(rows)
-    statistics = Statistics(rows)
-    line: dict[str, Any] = {
-        "method": method,
-        "forget": forget,
-        "remap_to": remap_to,
-        "n_f": len(groups["f"]),
-        "n_r": len(groups["r"]),
-        "n_none": len(groups["none"]),
-    }
+    draws = ClusterBootstrap(rows[CLUSTERS])
+    line: dict[str, Any] = {"method": method, "forget": forget, "remap_to": remap_to}
+    line |= {f"n_{name}": len(groups[name]) for name in ("f", "r", "none")}
 
-    for distance, value in DISTANCES.items():
-        means = {name: statistics.mean(group, value) for name, group in groups.items()}
+    for distance in DISTANCES:
+        means = {name: draws.mean(group[distance]) for name, group in groups.items()}
         for name in ("f", "r"):
-            line |= _with_interval(f"{distance}_{name}", means[name])
-        line |= _with_interval(f"{distance}_d", _difference(means["f"], means["r"]))
+            line |= numbers(f"{distance}_{name}", means[name])
+        line |= numbers(f"{distance}_d", difference(means["f"], means["r"]))
         for name in ("r_group", "named", "unnamed", "none"):
-            line |= _with_interval(f"{distance}_{name}", means[name])
+            line |= numbers(f"{distance}_{name}", means[name])
 
     # A prompt without an artist asks for no style.
-    for judged, value, names in (
-        ("style", Row.style, ("f", "r", "unnamed")),
-        ("content", Row.content, ("f", "r", "unnamed", "none")),
-    ):
+    judgements = {"style": ("f", "r", "unnamed"), "content": ("f", "r", "unnamed", "none")}
+    for judged, names in judgements.items():
         for name in names:
-            before, after = both_means(statistics, groups[name], value)
-            line[f"{judged}_{name}_before"] = _rounded(before)
-            line |= _with_interval(f"{judged}_{name}", after)
-            line |= _with_interval(f"{judged}_{name}_change", _difference(after, before))
+            before, after = (draws.mean(groups[name][f"{judged}_{when}"]) for when in ("before", "after"))
+            line[f"{judged}_{name}_before"] = None if before is None else before.value
+            line |= numbers(f"{judged}_{name}", after)
+            line |= numbers(f"{judged}_{name}_change", difference(after, before))
 
     line["style_f_real"] = _taken_for(rows, confusion)
     # Each row carries its erasure's cost, which counts once.
-    line["seconds_prepare"] = _average({row.forget: row.seconds_prepare for row in rows}.values())
-    line["seconds_per_image"] = _average(row.seconds for row in rows)
-    line["peak_memory"] = max((row.peak_memory for row in rows if row.peak_memory is not None), default=None)
-    return line
+    line["seconds_prepare"] = _average(rows.drop_duplicates("forget", keep="last")["seconds_prepare"])
+    line["seconds_per_image"] = _average(rows["seconds"])
+    line["peak_memory"] = float(rows["peak_memory"].max())
+    return rounded(line)
 
 
-def both_means(
-    statistics: Statistics, rows: Sequence[Row], value: Callable[[Row, str], float | None]
-) -> tuple[Estimate | None, Estimate | None]:
-    """The means of a judgement before and after."""
-    before = statistics.mean(rows, lambda row: value(row, "before"))
-    return before, statistics.mean(rows, lambda row: value(row, "after"))
-
-
-def _split(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows behind each suffix of the columns' names."""
-    others = [row for row in rows if row.concept and not row.is_forgotten]
-    groups: dict[str, set[str]] = {}  # erasure -> the groups of what it forgets
-    for row in rows:
-        if row.is_forgotten:
-            groups.setdefault(row.forget, set()).add(row.group)
+    forgotten = rows[rows["is_forgotten"]]
+    others = rows[(rows["concept"] != "") & ~rows["is_forgotten"]]
+    groups = pd.MultiIndex.from_frame(forgotten[["forget", "group"]])
+    in_group = pd.MultiIndex.from_frame(others[["forget", "group"]]).isin(groups)
     return {
-        "f": [row for row in rows if row.is_forgotten],
+        "f": forgotten,
         "r": others,
-        "r_group": [row for row in others if row.group in groups.get(row.forget, ())],
-        "named": [row for row in others if row.is_named],
-        "unnamed": [row for row in others if not row.is_named],
-        "none": [row for row in rows if not row.concept],
+        "r_group": others[in_group],
+        "named": others[others["is_named"]],
+        "unnamed": others[~others["is_named"]],
+        "none": rows[rows["concept"] == ""],
     }
 
 
-def _prompt(row: Row) -> tuple[str, int]:
-    """A prompt, and the artist within which it is drawn."""
-    return row.artist, row.case_number
+def numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    """The columns of an estimate: its value and the ends of its interval."""
+    if estimate is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    low, high = np.round(estimate.interval, 6)
+    return {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
 
 
-def _with_interval(name: str, estimate: Estimate | None) -> dict[str, float | None]:
-    low, high = (None, None) if estimate is None else np.round(estimate.interval, 6).tolist()
-    return {name: _rounded(estimate), f"{name}_low": low, f"{name}_high": high}
-
-
-def _rounded(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else round(float(estimate.value), 6)
-
-
-def _difference(a: Estimate | None, b: Estimate | None) -> Estimate | None:
+def difference(a: Estimate | None, b: Estimate | None) -> Estimate | None:
+    """The paired difference of two estimates, if there are both."""
     return None if a is None or b is None else a - b
 
 
-def _taken_for(rows: Sequence[Row], confusion: Confusion | None) -> float | None:
+def _taken_for(rows: pd.DataFrame, confusion: Confusion | None) -> float | None:
     """
     How often the judge takes real images of the targets for the forgotten artist; `None` if there is no
     confusion for one of them.
     """
     pairs = set()
-    for row in {(row.forget, row.remap_to): row for row in rows}.values():
-        pairs.update(itertools.product(row.forgotten, row.remap_to.split(SEPARATOR)))
+    for names, remap_to in set(zip(rows["names"], rows["remap_to"], strict=True)):
+        pairs.update(itertools.product(names, remap_to.split(SEPARATOR)))
     if not confusion or any(name not in confusion for pair in pairs for name in pair):
         return None
-    return _average(confusion[target].get(forget, 0.0) for forget, target in pairs)
+    return _average([confusion[target].get(forget, 0.0) for forget, target in pairs])
 
 
-def _average(values: Iterable[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return round(sum(measured) / len(measured), 6) if measured else None
+def _average(values: Iterable[float]) -> float | None:
+    measured = [value for value in values if not pd.isna(value)]
+    return sum(measured) / len(measured) if measured else None

@@ -8,25 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 
-from ..columns import Column, write_rows
+from ..columns import Column, read_rows, write_rows
 from ..errors import BenchmarkError
+from ..figures import write_lines
 from ..methods.registry import DIFFUSION
-from ..page import Section
-from ..tables import compare, made_with
+from ..page import Section, write_page
+from ..tables import POOLED, compare, made_with, pivot, with_interval
 from .cells import collect_rows
 from .config import ArtistsConfig
 from .findings import finding
-from .gallery import write_report
-from .grid import write_grid, write_methods, write_words
+from .grid import write_grids
 from .kinds import ARTISTS, THINGS, Kind
-from .levels import LevelLine, left_table, level_lines, level_rows, lost_table, moved_table, write_levels_plot
-from .ranking import RankedMethod, rank, winner
-from .rows import Row, read_rows
-from .sizes import rank_sizes, size_rows, write_sizes_plot
-from .summary import COLUMNS, POOLED, summarise
+from .ranking import contenders, level_lines, rank, rank_sizes, winner
+from .rows import measured
+from .summary import COLUMNS, summarise
 
 
 ARTISTS_A_TABLE = 2  # erasures side by side, as in the paper
@@ -67,6 +67,25 @@ JUDGES_NOTE = (
     "pictures stands before each arrow above."
 )
 
+PAGE_NOTE = "Percentages are before → after. LPIPS says how far a picture moved. Bold is the best method."
+PICTURES_NOTE = (
+    "The first prompt of each forgotten name: the original's picture, then every method's from the same "
+    "noise. More are in grid.webp, all in the folder images."
+)
+# The panels of `sizes.png` and `levels.png`, over the number of names or the levels of wording.
+PLOTS = {
+    "sizes": {
+        "gone_f": "forgotten {} recognized, %",
+        "gone_r": "other {} recognized, %",
+        "lpips_d": "LPIPS: forgotten moved − others moved",
+    },
+    "levels": {
+        "left": "forgotten {}: still recognized, % of before",
+        "lost": "others: no longer recognized, % of before",
+        "lpips_r": "others: LPIPS before to after",
+    },
+}
+
 # What the columns of the page's table are, in plain words.
 WORDS = {
     "forget": "erased",
@@ -99,7 +118,7 @@ Line = Mapping[str, Any]  # of `summary.csv`
 
 def rebuild(output: str | Path) -> list[dict[str, Any]]:
     """
-    Write all tables and pages of a benchmark's folder again from its rows, without generating.
+    Write all tables and pages of a benchmark's folder again, without generating.
 
     If the folder has the pictures, the rows come from the JSON files next to them, which also shows an
     unfinished run; otherwise they come from `rows.csv`.
@@ -114,58 +133,50 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
     config = ArtistsConfig.read(output)
     if config is None:
         raise BenchmarkError(f"{output} has no config.json. Name the folder of a benchmark.")
-    if (output / "images").is_dir():
-        return write_outputs(output, config, collect_rows(output, config))
-    if not (output / "rows.csv").is_file():
+    if not (output / "images").is_dir() and not (output / "rows.csv").is_file():
         raise BenchmarkError(
             f"{output} has neither images nor rows.csv, so there is nothing to make tables from. Run the "
             "same `bench artists` command again."
         )
-    return write_outputs(output, config, read_rows(output / "rows.csv", config))
+    return write_outputs(output, config)
 
 
-def write_outputs(output: Path, config: ArtistsConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def write_outputs(output: Path, config: ArtistsConfig) -> list[dict[str, Any]]:
     """
     Write everything except the configuration, page and pictures only if there are images. Return the summary.
     """
-    if not rows:
-        raise BenchmarkError(
-            f"{output} has no completed row yet. Run the same `bench artists` command again."
-        )
-    summary = summarise(rows, confusion=config.judge_facts.get("confusion"))
-    write_rows(output / "rows.csv", [row.cells for row in rows])
-    write_rows(output / "summary.csv", summary)
-    ranking, sizes, kind = rank(rows), rank_sizes(rows), config.of_kind
-    levels = level_lines(rows)
-    write_text(output / "table.md", tables(config, summary, ranking, sizes, levels) + "\n")
-    if len(sizes) > 1:
-        write_rows(output / "sizes.csv", size_rows(sizes))
-        write_sizes_plot(output / "sizes.png", sizes, kind)
-    if levels:
-        write_rows(output / "levels.csv", level_rows(levels))
-        write_levels_plot(output / "levels.png", levels, kind)
     images = output / "images"
     if images.is_dir():
-        write_report(
-            output / "report.html",
-            images,
-            config,
-            rows,
-            finding=finding(summary, ranking, kind),
-            tables=_page_tables(summary, ranking, kind),
-        )
-        write_grid(output / "grid.webp", images, rows)
-        write_methods(output / "methods.webp", images, rows)
-        write_words(output / "words.webp", images, rows)
+        collected = collect_rows(output, config)
+        if not collected:
+            raise BenchmarkError(
+                f"{output} has no completed row yet. Run the same `bench artists` command again."
+            )
+        write_rows(output / "rows.csv", collected)
+    rows, kind = measured(read_rows(output / "rows.csv"), config), config.of_kind
+    summary = summarise(rows, confusion=config.judge_facts.get("confusion"))
+    write_rows(output / "summary.csv", summary)
+    ranking, sizes, levels = rank(rows, kind), rank_sizes(rows, kind), level_lines(rows, kind)
+    write_text(output / "table.md", tables(config, summary, ranking, sizes, levels) + "\n")
+    several = len({line["at_once"] for line in sizes}) > 1
+    for name, lines, x in (("sizes", sizes if several else [], "at_once"), ("levels", levels, "level")):
+        if lines:
+            write_rows(output / f"{name}.csv", lines)
+            methods = sorted(contenders(line["method"] for line in lines))
+            titles = {column: title.format(kind.name) for column, title in PLOTS[name].items()}
+            write_lines(output / f"{name}.png", lines, x, methods, titles)
+    if images.is_dir():
+        write_grids(output, images, rows)
+        _write_page(output, config, summary, ranking)
     return summary
 
 
 def tables(
     config: ArtistsConfig,
     summary: Sequence[Line],
-    ranking: Sequence[RankedMethod],
-    sizes: Mapping[int, Sequence[RankedMethod]],
-    levels: Sequence[LevelLine],
+    ranking: Sequence[Line],
+    sizes: Sequence[Line],
+    levels: Sequence[Line],
 ) -> str:
     """
     `table.md`: the finding, the levels of wording, the ranking, LPIPS as in the paper, what the judges see,
@@ -174,9 +185,9 @@ def tables(
     kind = config.of_kind
     parts = [finding(summary, ranking, kind)]
     if levels:
-        parts += [LEFT_NOTE.format(kind.name), markdown_table(left_table(levels))]
-        parts += [LOST_NOTE.format(kind.one), markdown_table(lost_table(levels))]
-        parts += [MOVED_NOTE, markdown_table(moved_table(levels))]
+        notes = (LEFT_NOTE.format(kind.name), LOST_NOTE.format(kind.one), MOVED_NOTE)
+        for note, table in zip(notes, level_tables(levels), strict=True):
+            parts += [note, markdown_table(table)]
     if ranking:
         parts += [f"**Who wins?** {winner(ranking, kind)}", markdown_table(_ranking_table(ranking, kind))]
     parts.append(paper_tables(summary))
@@ -186,30 +197,43 @@ def tables(
     if any(line["style_r_change"] is not None for line in summary):
         parts += [CHANGES_NOTE, markdown_table(_changes(summary))]
     parts += [COST_NOTE, markdown_table(summary, ("method", "forget", *COST))]
-    if len(sizes) > 1:
+    if len({line["at_once"] for line in sizes}) > 1:
         parts += [SIZES_NOTE.format(kind.name), markdown_table(_sizes_table(sizes, kind))]
     if config.judge_facts:
         parts += [JUDGES_NOTE, markdown_table(_judge_table(config.judge_facts))]
     return "\n\n".join([*parts, _made_with(config, summary)])
 
 
-def _page_tables(summary: Sequence[Line], ranking: Sequence[RankedMethod], kind: Kind) -> list[Section]:
-    """The page's sections: the winner, and a line per method; single erasures are in the linked files."""
+def _write_page(
+    output: Path, config: ArtistsConfig, summary: Sequence[Line], ranking: Sequence[Line]
+) -> None:
+    """The page: the winner, a line per method, and one prompt by every method; the rest is in the files."""
+    kind, made = config.of_kind, config.generation
     pooled = [line for line in summary if line["forget"] == POOLED]
+    files = ("table.md", "summary.csv", "rows.csv", "grid.webp")
+    words = WORDS_OF[kind.name]
     sections = []
     if ranking:
         table = _ranking_table(ranking, kind)
-        sections.append(Section("Who wins?", winner(ranking, kind), table=table, words=WORDS_OF[kind.name]))
-    return [
-        *sections,
-        Section(
-            "Did it work?",
-            "Percentages are before → after. LPIPS says how far a picture moved. Bold is the best method.",
-            table=short_table(pooled or summary, kind),
-            words=WORDS_OF[kind.name],
-            files=("table.md", "summary.csv", "rows.csv"),
-        ),
-    ]
+        sections.append(Section("Who wins?", winner(ranking, kind), table=table, words=words))
+    table = short_table(pooled or summary, kind)
+    sections.append(Section("Did it work?", PAGE_NOTE, table=table, words=words, files=files))
+    pictures = {PICTURES_NOTE: path} if (path := output / "methods.webp").is_file() else {}
+    sections.append(Section("Before and after", pictures=pictures))
+    facts = {
+        "model": config.model,
+        "weights": made.weights[:16],
+        "generated with": f"{config.generation_text}, {made.dtype} on {made.device}",
+        "prompts": f"{made.prompts}, sha256 {made.prompts_sha256[:16]}",
+        "judges": config.judges,
+        "targets": config.targets_text,
+        "commands": config.commands,
+    }
+    sections.append(Section("How it was made", facts=facts, folded=True))
+    title = f"{kind.name.title()} erased: before and after"
+    write_page(
+        output / "report.html", title=title, finding=finding(summary, ranking, kind), sections=sections
+    )
 
 
 def paper_tables(summary: Sequence[Line]) -> str:
@@ -238,13 +262,8 @@ def paper_tables(summary: Sequence[Line]) -> str:
 
 def short_table(summary: Sequence[Line], kind: Kind = ARTISTS) -> list[dict[str, Any]]:
     """One line per method and erasure with the columns that answer "did it work?"."""
-    rows = _compared(summary, ("method", "forget", "remap_to", "n_f", "n_r"), (*JUDGED, *PAPER), kind=kind)
-    for row, line in zip(rows, summary, strict=True):
-        for column in JUDGED:
-            before, header = line[f"{column}_before"], _column(column, kind).header
-            if before is not None:
-                row[header] = replace(row[header], prefix=f"{before:.1f} → ")
-    return rows
+    labels = ("method", "forget", "remap_to", "n_f", "n_r")
+    return _compared(summary, labels, (*JUDGED, *PAPER), kind=kind, before=JUDGED)
 
 
 def short_markdown(summary: Sequence[Line], kind: Kind = ARTISTS) -> str:
@@ -259,78 +278,66 @@ def _column(name: str, kind: Kind = ARTISTS) -> Column:
 
 
 def _compared(
-    summary: Sequence[Line],
-    labels: Sequence[str],
-    columns: Sequence[str],
-    *,
-    kind: Kind = ARTISTS,
-    interval_decimals: int | None = None,
+    summary: Sequence[Line], labels: Sequence[str], columns: Sequence[str], *, kind: Kind = ARTISTS, **options
 ) -> list[dict[str, Any]]:
-    return compare(
-        summary,
-        labels,
-        [_column(column, kind) for column in columns],
-        references=CONTROLS,
-        decimals=1,
-        interval_decimals=interval_decimals,
-    )
+    numbers = [_column(column, kind) for column in columns]
+    return compare(summary, labels, numbers, references=CONTROLS, decimals=1, **options)
 
 
-def _ranking_table(ranking: Sequence[RankedMethod], kind: Kind) -> list[dict[str, Any]]:
-    first = ranking[0]
-    gone = f"{kind.gone}_f"
-    spared = f"{kind.kept}_f" if kind.spared == "f" else f"{kind.gone}_r"
+def _ranking_table(ranking: Sequence[Line], kind: Kind) -> list[dict[str, Any]]:
+    gone = _column(f"{kind.gone}_f", kind).header
+    name, spared = (f"{kind.kept}_f", "kept_f") if kind.spared == "f" else (f"{kind.gone}_r", "gone_r")
+    behind = f"lpips_d behind {ranking[0]['method']}"
     return [
         {
-            "method": line.method,
-            "qualifies": line.qualifies,
-            _column(gone, kind).header: f"{line.gone_f:.1f}",
-            _column(spared, kind).header: _spared(line, kind),
-            COLUMNS["lpips_f"].header: line.lpips_f,
-            COLUMNS["lpips_r"].header: line.lpips_r,
-            COLUMNS["lpips_d"].header: line.lpips_d,
-            f"lpips_d behind {first.method}": "" if line is first else _behind(line),
+            "method": line["method"],
+            "qualifies": line["qualifies"],
+            gone: f"{line['gone_f']:.1f}",
+            _column(name, kind).header: _change(line, spared),
+            **{COLUMNS[column].header: line[column] for column in PAPER},
+            behind: "" if line is ranking[0] else with_interval(line, "behind", "+.3f"),
         }
         for line in ranking
     ]
 
 
-def _spared(line: RankedMethod, kind: Kind) -> str:
-    if kind.spared == "f":
-        return _change(line.kept_f_before, line.kept_f)
-    return _change(line.gone_r_before, line.gone_r)
+def _change(line: Line, name: str) -> str:
+    values = (line[f"{name}_before"], line[name])
+    return " → ".join("" if value is None else f"{value:.1f}" for value in values)
 
 
-def _change(before: float | None, after: float | None) -> str:
-    return " → ".join("" if value is None else f"{value:.1f}" for value in (before, after))
-
-
-def _behind(line: RankedMethod) -> str:
-    return f"{line.behind:+.3f} [{line.behind_low:+.3f}, {line.behind_high:+.3f}]"
-
-
-def _sizes_table(sizes: Mapping[int, Sequence[RankedMethod]], kind: Kind) -> list[dict[str, Any]]:
-    gone, kept, rest = (
-        _column(name, kind).header for name in (f"{kind.gone}_f", f"{kind.kept}_f", f"{kind.gone}_r")
-    )
+def _sizes_table(sizes: Sequence[Line], kind: Kind) -> list[dict[str, Any]]:
     rows = []
-    for size, ranking in sizes.items():
-        for line in ranking:
-            rows.append(
-                {
-                    "at once": size,
-                    "method": line.method,
-                    "qualifies": line.qualifies,
-                    gone: _change(line.gone_f_before, line.gone_f),
-                    kept: _change(line.kept_f_before, line.kept_f),
-                    rest: _change(line.gone_r_before, line.gone_r),
-                    COLUMNS["lpips_f"].header: line.lpips_f,
-                    COLUMNS["lpips_r"].header: line.lpips_r,
-                    COLUMNS["lpips_d"].header: line.lpips_d,
-                    "behind": "the first" if line is ranking[0] else _behind(line),
-                }
-            )
+    for size, ranking in itertools.groupby(sizes, lambda line: line["at_once"]):
+        for place, line in enumerate(ranking):
+            row = {"at once": size, "method": line["method"], "qualifies": line["qualifies"]}
+            for name, column in (("gone_f", kind.gone), ("kept_f", kind.kept), ("gone_r", kind.gone)):
+                row[_column(f"{column}{name[4:]}", kind).header] = _change(line, name)
+            row |= {COLUMNS[column].header: line[column] for column in PAPER}
+            rows.append({**row, "behind": with_interval(line, "behind", "+.3f") if place else "the first"})
     return rows
+
+
+def level_tables(levels: Sequence[Line]) -> list[list[dict[str, Any]]]:
+    """Methods by levels: `left` and `lost`, each below what is recognized before, and LPIPS."""
+    tables = []
+    for column, before in (("left", "gone_f_before"), ("lost", "shown_r_before")):
+        cells = []
+        for line in levels:
+            if column == "lost" or line["n_f"]:
+                recognized = "" if line[before] is None else f"{line[before]:.0f}"
+                cells.append(("recognised before", line["level"], recognized))
+                cells.append((line["method"], line["level"], with_interval(line, column, ".0f")))
+        tables.append(_by_level(cells))
+    moved = []
+    for line in levels:
+        both = ("" if line[name] is None else f"{line[name]:.3f}" for name in ("lpips_f", "lpips_r"))
+        moved.append((line["method"], line["level"], " / ".join(both)))
+    return [*tables, _by_level(moved)]
+
+
+def _by_level(cells: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    return pivot(pd.DataFrame(cells, columns=["method", "level", "cell"]), ["method"], "level")
 
 
 def _changes(summary: Sequence[Line]) -> list[dict[str, Any]]:
@@ -338,8 +345,7 @@ def _changes(summary: Sequence[Line]) -> list[dict[str, Any]]:
     for line in summary:
         row = {"method": line["method"], "forget": line["forget"]}
         for column in ("style_r_change", "content_r_change", "content_none_change"):
-            value, low, high = (line[f"{column}{end}"] for end in ("", "_low", "_high"))
-            row[column] = "" if value is None else f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+            row[column] = with_interval(line, column, "+.1f")
         rows.append({**row, "style_f_real": line["style_f_real"]})
     return rows
 

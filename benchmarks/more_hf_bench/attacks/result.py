@@ -48,7 +48,7 @@ class Result:
     def of_hits(cls, hits: float, n: int, **facts: Any) -> Result:
         """The percent that `hits` are of `n`, with its binomial interval; `facts` are the other fields."""
         percent = 100 * hits / n
-        low, high = interval(draw_accuracies({"": ([n], [percent])})[""].mean(1))
+        low, high = interval(draw_accuracies({"": ([n], [percent])})[0][""].mean(1))
         return cls(percent, n=n, low=low, high=high, **facts)
 
 
@@ -60,5 +60,5 @@ def mean_of(recovered: list[float], n: list[int]) -> tuple[float, float | None, 
     """
     mean = float(np.mean(recovered))
     if all(n):
-        return (mean, *interval(draw_accuracies({"": (n, recovered)})[""].mean(1)))
+        return (mean, *interval(draw_accuracies({"": (n, recovered)})[0][""].mean(1)))
     return (mean, *interval(draw_means(recovered))) if len(recovered) > 1 else (mean, None, None)

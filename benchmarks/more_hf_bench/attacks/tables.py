@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table, number
 
-from ..columns import Column, read_rows, rounded, write_rows
+from ..columns import read_rows, rounded, write_rows
 from ..errors import BenchmarkError
-from ..figures import panels, write_figure
-from ..tables import made_with
+from ..figures import legend_below, panels, write_figure
+from ..tables import POOLED, made_with, pivot
 from .registry import ATTACKS
 from .result import AUC, RECOGNISED, mean_of
 from .store import AttackConfig
@@ -22,29 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Row = Mapping[str, Any]
+Line = Mapping[str, Any]  # of `summary.csv`
 
-POOLED = "all"  # the `model` of lines over all models
-
-KEYS = [
-    Column("attack", str),
-    Column("model", str),
-    Column("method", str),
-    Column("forget", str),
-    Column("seed", int),
-]
-RESULT = [
-    Column("recovered"),
-    Column("measure", str),
-    Column("variant", str),
-    Column("budget"),
-    Column("unit", str),
-    Column("n", int),
-    Column("low"),
-    Column("high"),
-]
-ROW_COLUMNS = [*KEYS, *RESULT]
-NUMBER = ("attack", "variant", "measure", "unit", "budget")  # what one number of a victim is, in its rows
+KEYS = ("attack", "model", "method", "forget", "seed")  # of a cell
+NUMBER = ["attack", "variant", "measure", "unit", "budget"]  # what one number of a victim is, in its rows
 
 HEADLINES = {
     RECOGNISED: (
@@ -70,7 +53,7 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
     config = AttackConfig.read(output)
     if (output / "cells").is_dir() or not (output / "rows.csv").is_file():
         return write_outputs(output, config)
-    return _write(output, config, read_rows(output / "rows.csv", ROW_COLUMNS))
+    return _write(output, config)
 
 
 def write_outputs(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
@@ -85,140 +68,134 @@ def write_outputs(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
     rows = []
     for cell in config.cells(output):
         if cell.is_done:
-            key = {column.name: getattr(cell, column.name) for column in KEYS}
+            key = {name: getattr(cell, name) for name in KEYS}
             rows += [{**key, **result} for result in cell.read()]
     if not rows:
         raise BenchmarkError(
             f"{output} has no completed cell yet. Run the same `bench attacks` command again."
         )
     write_rows(output / "rows.csv", rows)
-    return _write(output, config, rows)
+    return _write(output, config)
 
 
-def summarise(rows: Sequence[Row], references: Sequence[str]) -> list[dict[str, Any]]:
+def summarise(rows: pd.DataFrame, references: Sequence[str]) -> list[dict[str, Any]]:
     """Summarise rows: a line for every model, method and number, its mean over `forget` and seeds; then one
     over all models, for the numbers that every model has.
 
     Beside it stands the same number of each reference, in a column with the reference's name. `runs` is how
     many rows a line is the mean of; where the attack did not get there in all of them, `recovered` is empty.
     """
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        for model in (row["model"], POOLED):
-            groups.setdefault((model, row["method"], _number(row)), []).append(row)
-    models = {row["model"] for row in rows}
-    lines = []
-    for (model, *_), group in sorted(groups.items(), key=lambda item: item[0][0] == POOLED):
-        # One model alone needs no mean over models.
-        if model != POOLED or (len(models) > 1 and {row["model"] for row in group} == models):
-            lines.append(_line(model, group))
-    found = {(line["method"], line["model"], _number(line)): line["recovered"] for line in lines}
+    lines = [_line(part["model"].iloc[0], part) for _, part in _groups(rows, "model", "method")]
+    models = rows["model"].nunique()
+    # One model alone needs no mean over models.
+    if models > 1:
+        every = [part for _, part in _groups(rows, "method") if part["model"].nunique() == models]
+        lines += [_line(POOLED, part) for part in every]
+    found = {(line["method"], line["model"], *(line[name] for name in NUMBER)): line for line in lines}
     for line in lines:
-        line |= {name: found.get((name, line["model"], _number(line))) for name in references}
+        for name in references:
+            reference = found.get((name, line["model"], *(line[key] for key in NUMBER)))
+            line[name] = None if reference is None else reference["recovered"]
     return lines
 
 
-def _line(model: str, rows: Sequence[Row]) -> dict[str, Any]:
-    first = rows[0]
+def _groups(rows: pd.DataFrame, *keys: str):
+    """The rows of each number, in the order of their first rows."""
+    return rows.groupby([*keys, *NUMBER], sort=False)
+
+
+def _line(model: str, rows: pd.DataFrame) -> dict[str, Any]:
+    first = rows.iloc[0]
     line = {"attack": first["attack"], "variant": first["variant"], "model": model, "method": first["method"]}
     line |= {name: first[name] for name in ("measure", "unit", "budget")}
     line |= {"recovered": None, "low": None, "high": None}
-    recovered = [row["recovered"] for row in rows]
-    if None not in recovered:
-        mean, low, high = mean_of(recovered, [row["n"] for row in rows])
+    if rows["recovered"].notna().all():
+        mean, low, high = mean_of(rows["recovered"].tolist(), rows["n"].tolist())
         line |= rounded({"recovered": mean, "low": low, "high": high})
-    return {**line, "runs": len(rows), "n": sum(row["n"] for row in rows)}
+    return {**line, "runs": len(rows), "n": int(rows["n"].sum())}
 
 
-def _number(line: Row) -> tuple:
-    return tuple(line[name] for name in NUMBER)
-
-
-def short_markdown(summary: Sequence[Row]) -> str:
+def short_markdown(summary: Sequence[Line]) -> str:
     """What the command prints: what comes back at the largest budgets, a column for each method."""
-    lines = [line for line in largest_budgets(_main_lines(summary)) if line["measure"] == RECOGNISED]
-    return markdown_table(method_columns(lines or summary))
+    lines = largest_budgets(_main_lines(summary))
+    recognised = lines[lines["measure"] == RECOGNISED]
+    return markdown_table(method_columns(pd.DataFrame(summary) if recognised.empty else recognised))
 
 
-def _main_lines(summary: Sequence[Row]) -> list[Row]:
+def _main_lines(summary: Sequence[Line]) -> pd.DataFrame:
     """The lines over all models, or those of the only one."""
-    last = summary[-1]["model"]
-    return [line for line in summary if line["model"] == last]
+    lines = pd.DataFrame(summary)
+    return lines[lines["model"] == lines["model"].iloc[-1]]
 
 
-def largest_budgets(summary: Sequence[Row]) -> list[Row]:
+def largest_budgets(lines: pd.DataFrame) -> pd.DataFrame:
     """The lines at the largest budget of each number."""
-    largest: dict[tuple, float] = {}
-    for line in summary:
-        key = _number(line)[:-1]
-        largest[key] = max(largest.get(key, 0), line["budget"])
-    return [line for line in summary if line["budget"] == largest[_number(line)[:-1]]]
+    return lines[lines["budget"] == lines.groupby(NUMBER[:-1])["budget"].transform("max")]
 
 
-def method_columns(lines: Sequence[Row]) -> list[dict[str, str]]:
+def method_columns(lines: pd.DataFrame) -> list[dict[str, str]]:
     """Lay out the lines of one model: a row for each number, a column for each method."""
-    rows: dict[tuple, dict[str, str]] = {}
-    for line in lines:
-        budget = f"{line['budget']:g} {line['unit']}".strip() if line["unit"] else ""
-        label = {"attack": line["attack"], "variant": line["variant"], "budget": budget}
-        row = rows.setdefault(_number(line), {**label, "measure": line["measure"]})
-        row[line["method"]] = _cell(line["recovered"], is_percent=line["n"] > 0)
-    return list(rows.values())
+    budget = lines["budget"].map("{:g} ".format) + lines["unit"]
+    cells = map(_cell, lines["recovered"], lines["n"] > 0)
+    shown = lines.assign(spent=budget.where(lines["unit"] != "", ""), cell=list(cells))
+    table = pivot(shown, [*NUMBER, "spent"], "method")
+    labels = {"attack": "attack", "variant": "variant", "budget": "spent", "measure": "measure"}
+    methods = shown["method"].unique()
+    return [
+        {name: row[key] for name, key in [*labels.items(), *zip(methods, methods, strict=True)]}
+        for row in table
+    ]
 
 
-def _cell(value: float | None, *, is_percent: bool) -> str:
+def _cell(value: float | None, is_percent: bool) -> str:
     """Percentages and whatever is above 1 with one decimal, smaller numbers with three digits."""
-    return f"{value:.1f}" if value is not None and (is_percent or value > 1) else number(value)
+    if pd.isna(value):
+        return ""
+    return f"{value:.1f}" if is_percent or value > 1 else number(value)
 
 
-def recovery_figure(summary: Sequence[Row]) -> Figure | None:
+def recovery_figure(summary: Sequence[Line]) -> Figure | None:
     """Recovery over budget: a panel for each attack with several budgets, a line for each method; `None`
     without any."""
-    lines = [line for line in _main_lines(summary) if line["measure"] == RECOGNISED and line["unit"]]
-    numbers: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
-    for line in lines:
-        panel = numbers.setdefault((line["attack"], line["variant"], line["unit"]), {})
-        panel.setdefault(line["method"], []).append(line)
-    numbers = {key: panel for key, panel in numbers.items() if max(map(len, panel.values())) > 1}
-    if not numbers:
+    lines = _main_lines(summary)
+    lines = lines[(lines["measure"] == RECOGNISED) & (lines["unit"] != "")]
+    shown = {}
+    for key, panel in lines.groupby(["attack", "variant", "unit"], sort=False):
+        if panel["method"].value_counts().max() > 1:
+            shown[key] = panel
+    if not shown:
         return None
-    figure, axes = panels(len(numbers), width=3.3, height=2.8, legend=0.6, sharey=True)
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    for axis, ((attack, variant, unit), panel) in zip(axes, numbers.items(), strict=True):
-        for method, points in panel.items():
-            i = methods.index(method)
-            style = {"color": f"C{i % 10}", "marker": "osv^D"[i % 5], "markersize": 3}
-            x, y = ([line[name] for line in points] for name in ("budget", "recovered"))
-            axis.plot(x, y, label=method, **style)
+    figure, axes = panels(len(shown), width=3.3, height=2.8, legend=0.6, sharey=True)
+    styles = {}
+    for i, method in enumerate(lines["method"].unique()):
+        styles[method] = {"color": f"C{i % 10}", "marker": "osv^D"[i % 5], "markersize": 3, "label": method}
+    for axis, ((attack, variant, unit), panel) in zip(axes, shown.items(), strict=True):
+        for method, points in panel.groupby("method", sort=False):
+            axis.plot(points["budget"], points["recovered"].astype(float), **styles[method])
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xticks(x, [f"{budget:g}" for budget in x])
+        axis.set_xticks(points["budget"], [f"{budget:g}" for budget in points["budget"]])
         axis.minorticks_off()
         axis.set_ylim(-3, 103)
         axis.set_title(f"{attack}: {variant}" if variant else attack, fontsize=9)
         axis.set_xlabel(unit, fontsize=9)
-    handles = {}
-    for axis in axes:
-        drawn, names = axis.get_legend_handles_labels()
-        handles |= dict(zip(names, drawn, strict=True))
     figure.supylabel("% of the forgotten recognised", fontsize=9)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=9
-    )
+    legend_below(figure)
     return figure
 
 
-def _write(output: Path, config: AttackConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    summary = summarise(rows, config.references)
+def _write(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
+    """Write everything that is made from rows.csv."""
+    summary = summarise(read_rows(output / "rows.csv"), config.references)
     write_rows(output / "summary.csv", summary)
-    parts = []
+    main, lines, parts = largest_budgets(_main_lines(summary)), pd.DataFrame(summary), []
     for measure, (heading, note) in HEADLINES.items():
-        lines = [line for line in largest_budgets(_main_lines(summary)) if line["measure"] == measure]
-        if lines:
-            parts.append(f"## {heading}\n\n{note}\n\n{markdown_table(method_columns(lines))}")
+        measured = main[main["measure"] == measure]
+        if len(measured):
+            parts.append(f"## {heading}\n\n{note}\n\n{markdown_table(method_columns(measured))}")
     for model in config.models:
-        lines = [line for line in summary if line["model"] == model]
-        if lines:
-            parts.append(f"## {model}: every number\n\n{markdown_table(method_columns(lines))}")
+        own = lines[lines["model"] == model]
+        if len(own):
+            parts.append(f"## {model}: every number\n\n{markdown_table(method_columns(own))}")
     write_text(output / "table.md", "\n\n".join([*parts, made_with(config, _facts(config))]) + "\n")
     figure = recovery_figure(summary)
     if figure is not None:

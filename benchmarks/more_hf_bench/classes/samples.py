@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from accelerate.utils import tqdm
 from torch import nn
 
@@ -16,12 +16,13 @@ from more_hf.classification.heads import find_heads
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 
-from ..columns import Column, read_rows, rounded, write_rows
+from ..columns import read_rows, rounded, write_rows
 from ..machine import processes, this_run
 from ..methods.registry import find_classification_method
 from ..page import Section, write_page
 from ..run import Cell, Run, held_settings
 from ..splits import Splits, split_by_sample
+from ..tables import with_interval
 from .features import cache
 from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
 from .metrics import accuracy
@@ -37,15 +38,22 @@ from .run import (
     training_facts,
 )
 from .store import SamplesConfig
-from .tables import COST, KEYS, LOSS_ATTACK, REFERENCES, config_facts, draw_row_accuracies, summary_line
+from .tables import (
+    COST,
+    LOSS_ATTACK,
+    REFERENCES,
+    config_facts,
+    draw_row_accuracies,
+    percentages,
+    summary_line,
+)
 from .training import Trainer
 
 
 SPLITS = ("f", "r", "rt")
-ACCURACIES = [Column(f"acc_{split}", unit="%") for split in SPLITS]
-MEMBERS = [Column("mia_member", unit="%"), Column("mia_entropy_member", unit="%")]
+ACCURACIES = percentages(*(f"acc_{split}" for split in SPLITS))
+MEMBERS = percentages("mia_member", "mia_entropy_member")
 NUMBERS = [*ACCURACIES, *LOSS_ATTACK, *MEMBERS, *COST]
-ROW_COLUMNS = [*KEYS, *NUMBERS, *(Column(f"n_{split}", int) for split in SPLITS)]
 
 GAP = ("acc_f", "acc_r", "acc_rt", "mia_member")  # Table 4's average gap to Retrain is over these
 NOTE = (
@@ -175,19 +183,18 @@ def _row(
 
 def write_outputs(output: Path, config: SamplesConfig) -> list[dict[str, Any]]:
     """Write rows.csv and everything made from it; return the summary."""
-    rows = [cell.read() for cell in config.cells(output) if cell.is_done]
-    write_rows(output / "rows.csv", rows)
-    return _write(output, config, rows)
+    write_rows(output / "rows.csv", [cell.read() for cell in config.cells(output) if cell.is_done])
+    return _write(output, config)
 
 
 def rebuild(output: str | Path) -> list[dict[str, Any]]:
     """Write the tables of a folder again from its rows.csv; return the summary."""
     output = Path(output)
-    return _write(output, SamplesConfig.read(output), read_rows(output / "rows.csv", ROW_COLUMNS))
+    return _write(output, SamplesConfig.read(output))
 
 
-def _write(output: Path, config: SamplesConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    summary = summarise(rows)
+def _write(output: Path, config: SamplesConfig) -> list[dict[str, Any]]:
+    summary = summarise(read_rows(output / "rows.csv"))
     write_rows(output / "summary.csv", summary)
     table = short_table(summary)
     commands = "\n".join(f"- `{command}`" for command in config.commands)
@@ -212,20 +219,16 @@ def _write(output: Path, config: SamplesConfig, rows: Sequence[Mapping[str, Any]
     return summary
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """One line per method: means over seeds, intervals of accuracies, the average gap to Retrain."""
-    retrained = {row["seed"]: row for row in rows if row["method"] == "retrain"}
+    numbers = rows.set_index("seed")[["method", *GAP]]
+    retrained = numbers[numbers["method"] == "retrain"]
     lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        part = [row for row in rows if row["method"] == method]
-        drawn = draw_row_accuracies(part, [column.name for column in ACCURACIES])
-        line = summary_line(method, part[0]["forget"], part, NUMBERS, drawn)
-        gaps = []
-        for row in part:
-            if row["seed"] in retrained:
-                gaps += [abs(row[name] - retrained[row["seed"]][name]) for name in GAP]
-        line["gap"] = round(float(np.mean(gaps)), 6) if gaps else None
-        lines.append(line)
+    for method, part in rows.groupby("method", sort=False):
+        drawn, _ = draw_row_accuracies(part, [column.name for column in ACCURACIES])
+        line = summary_line(method, part["forget"].iloc[0], part, NUMBERS, drawn)
+        gaps = numbers[numbers["method"] == method][list(GAP)] - retrained[list(GAP)]
+        lines.append({**line, **rounded({"gap": gaps.abs().stack().mean()})})
     return lines
 
 
@@ -248,17 +251,13 @@ def finding(summary: Sequence[Mapping[str, Any]]) -> str:
 
 def short_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Table 4's columns and the other attack."""
-
-    def with_interval(line: Mapping[str, Any], name: str) -> str:
-        return f"{line[name]:.2f} [{line[f'{name}_low']:.1f}, {line[f'{name}_high']:.1f}]"
-
     return [
         {
             "method": line["method"],
             "seeds": line["seeds"],
-            **{column.name: with_interval(line, column.name) for column in ACCURACIES},
+            **{column.name: with_interval(line, column.name, ".2f", ".1f") for column in ACCURACIES},
             **{column.name: column.format(line[column.name], 2) for column in MEMBERS},
-            "mia_loss": with_interval(line, "mia_loss"),
+            "mia_loss": with_interval(line, "mia_loss", ".2f", ".1f"),
             "gap ↓": "" if line["gap"] is None else f"{line['gap']:.2f}",
             "seconds": f"{line['seconds']:.2f}",
         }

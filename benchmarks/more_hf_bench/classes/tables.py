@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 
 from ..bootstrap import draw_accuracies, interval
-from ..columns import Column, read_rows, write_rows
+from ..columns import Column, read_rows, rounded, write_rows
 from ..errors import BenchmarkError
-from ..page import Section, png_uri, write_page
-from ..tables import compare, made_with, share
+from ..page import Section, write_page
+from ..tables import POOLED, compare, made_with, pivot, share
 from .plots import write_plots
 from .store import ClassesConfig, SamplesConfig
 
 
-Row = Mapping[str, Any]
+Line = Mapping[str, Any]  # of `summary.csv`
 
-POOLED = "all"  # the `forget` of lines over all entries
 RELOADED = "-reloaded"
 INVERTED = "-inverted"
 REFERENCES = ("original", "retrain")  # not methods: others are compared with them
@@ -34,74 +34,45 @@ GROUPS = ("", "kr_", "kr_converged_")  # the own head, the paper's new head, the
 def scores(group: str) -> list[Column]:
     """The accuracies and harmonic means of one head."""
     return [
-        Column(f"{group}acc_f", unit="%", better="down"),
-        Column(f"{group}acc_r", unit="%", better="up"),
-        Column(f"{group}acc_ft", unit="%", better="down"),
-        Column(f"{group}acc_rt", unit="%", better="up"),
-        Column(f"{group}hm", unit="%", better="up"),
-        Column(f"{group}hm_t", unit="%", better="up"),
+        Column(f"{group}acc_f", "%", "down"),
+        Column(f"{group}acc_r", "%", "up"),
+        Column(f"{group}acc_ft", "%", "down"),
+        Column(f"{group}acc_rt", "%", "up"),
+        Column(f"{group}hm", "%", "up"),
+        Column(f"{group}hm_t", "%", "up"),
     ]
 
 
-KEYS = [Column("method", str), Column("forget", str), Column("seed", int)]
+def percentages(*names: str) -> list[Column]:
+    """Columns in percent of which neither direction is better."""
+    return [Column(name, "%") for name in names]
+
+
 OWN_HEAD, NEW_HEAD = scores(""), scores("kr_")
 CONVERGED = [
     *scores("kr_converged_"),
-    Column("kr_converged_auc_rest", unit="%"),
-    Column("kr_converged_auc_target", unit="%"),
+    *percentages("kr_converged_auc_rest", "kr_converged_auc_target"),
 ]
 # Other attackers: nearest neighbours, a perceptron, and a linear head for the forgotten against all others.
 OTHER_HEADS = [
-    Column("kr_knn_acc_ft", unit="%", better="down", added=True),
-    Column("kr_knn_acc_rt", unit="%", better="up", added=True),
-    Column("kr_mlp_acc_ft", unit="%", better="down", added=True),
-    Column("kr_mlp_acc_rt", unit="%", better="up", added=True),
-    Column("kr_binary_auc_rest", unit="%", added=True),
+    Column("kr_knn_acc_ft", "%", "down"),
+    Column("kr_knn_acc_rt", "%", "up"),
+    Column("kr_mlp_acc_ft", "%", "down"),
+    Column("kr_mlp_acc_rt", "%", "up"),
+    Column("kr_binary_auc_rest", "%"),
 ]
 # Attacks and similarities are compared with Retrain's: neither direction is better.
-LOSS_ATTACK = [
-    Column("mia_loss", unit="%"),
-    Column("mia_loss_low", unit="%"),
-    Column("mia_loss_high", unit="%"),
-    Column("mia_loss_auc", unit="%"),
-]
-MEMBERSHIP = [*LOSS_ATTACK, Column("mia_confidence", unit="%"), Column("mia_entropy", unit="%")]
+LOSS_ATTACK = percentages("mia_loss", "mia_loss_low", "mia_loss_high", "mia_loss_auc")
+MEMBERSHIP = [*LOSS_ATTACK, *percentages("mia_confidence", "mia_entropy")]
 SIMILARITY = [
-    Column("cka_original_f"),
-    Column("cka_original_r"),
-    Column("cka_retrain_f"),
-    Column("cka_retrain_r"),
-    Column("cosine_f"),
-    Column("cosine_r"),
-    Column("load_cv"),
-    Column("idi", added=True),
+    *map(Column, ("cka_original_f", "cka_original_r", "cka_retrain_f", "cka_retrain_r")),
+    *map(Column, ("cosine_f", "cosine_r", "load_cv", "idi")),
 ]
 # Of the way from Original's kr_converged_acc_ft to Retrain's; above 100 a new head finds less than there.
-GAP = Column("gap_closed", unit="%")
-COUNTS = [Column("n_f", int), Column("n_r", int), Column("n_ft", int), Column("n_rt", int)]
-COST = [Column("seconds", unit="s", better="down"), Column("peak_memory", unit="MiB", better="down")]
+GAP = Column("gap_closed", "%")
+COST = [Column("seconds", "s", "down"), Column("peak_memory", "MiB", "down")]
 NUMBERS = [*OWN_HEAD, *NEW_HEAD, *CONVERGED, *OTHER_HEADS, *MEMBERSHIP, *SIMILARITY, *COST]
 
-ROW_COLUMNS = [
-    *KEYS,
-    Column("sent_to", str),
-    *OWN_HEAD,
-    *NEW_HEAD,
-    *CONVERGED,
-    *OTHER_HEADS,
-    *MEMBERSHIP,
-    *SIMILARITY,
-    *COUNTS,
-    *COST,
-]
-PROBE_COLUMNS = [
-    *KEYS,
-    Column("learning_rate", str),
-    Column("probe_seed", int),
-    *OWN_HEAD,
-    Column("auc_rest", unit="%"),
-    Column("auc_target", unit="%"),
-]
 SHORT = [
     *OWN_HEAD,
     *(column for column in NEW_HEAD if column.name in ("kr_acc_ft", "kr_hm_t")),
@@ -158,9 +129,9 @@ MEMBERSHIP_NOTE = (
 )
 SIMILARITY_NOTE = (
     "Linear CKA with the features of original and retrain; the cosine of class means with their own place "
-    "before, mean over forgotten and least of remaining classes; load_cv: how unevenly experts are used; "
-    "idi: what all blocks tell about who is forgotten, 0 for retrain and 1 for original."
+    "before, mean over forgotten and least of remaining classes; load_cv: how unevenly experts are used"
 )
+IDI_NOTE = "; idi: what all blocks tell about who is forgotten, 0 for retrain and 1 for original"
 
 
 def rebuild(output: str | Path) -> list[dict[str, Any]]:
@@ -178,8 +149,7 @@ def rebuild(output: str | Path) -> list[dict[str, Any]]:
             f"{output} has neither cells nor rows.csv, so there is nothing to make tables from. Run the same "
             "`bench kd` command again."
         )
-    rows = read_rows(output / "rows.csv", ROW_COLUMNS)
-    return _write(output, config, rows, read_rows(output / "probes.csv", PROBE_COLUMNS))
+    return _write(output, config)
 
 
 def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
@@ -197,16 +167,13 @@ def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
     entries, methods = list(config.forget), list(config.methods)
     done.sort(key=lambda cell: (entries.index(cell.forget), methods.index(cell.method), cell.seed))
     measured = [cell.read() for cell in done]
-    # A cell that an earlier version measured lacks the columns that were added.
-    rows = [{c.name: row.get(c.name) for c in ROW_COLUMNS} for cell in measured for row in cell["rows"]]
-    probes = [probe for cell in measured for probe in cell["probes"]]
-    write_rows(output / "rows.csv", rows)
-    write_rows(output / "probes.csv", probes)
-    write_plots(output / "plots", config, done, summarise(rows))
-    return _write(output, config, rows, probes)
+    write_rows(output / "rows.csv", [row for cell in measured for row in cell["rows"]])
+    write_rows(output / "probes.csv", [probe for cell in measured for probe in cell["probes"]])
+    write_plots(output / "plots", config, done, summarise(read_rows(output / "rows.csv")))
+    return _write(output, config)
 
 
-def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Summarise rows: a line per method and entry of `forget`, then one per method over its entries.
 
     Every number is the mean over rows. Accuracies and harmonic means have a 95 % bootstrap interval, `_low`
@@ -214,18 +181,14 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     from a binomial. `seeds` is the number of rows; `n_f` and `n_r` count the training samples that are
     forgotten and remain in one of them.
     """
-    lines = []
-    for method, forget in dict.fromkeys((row["method"], row["forget"]) for row in rows):
-        part = [row for row in rows if (row["method"], row["forget"]) == (method, forget)]
-        lines.append(_line(method, forget, part))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        part = [row for row in rows if row["method"] == method]
-        if len({row["forget"] for row in part}) > 1:
+    lines = [_line(*key, part) for key, part in rows.groupby(["method", "forget"], sort=False)]
+    for method, part in rows.groupby("method", sort=False):
+        if part["forget"].nunique() > 1:
             lines.append(_line(method, POOLED, part))
     return [{**line, GAP.name: _gap_closed(line, lines)} for line in lines]
 
 
-def _gap_closed(line: Row, lines: Sequence[Row]) -> float | None:
+def _gap_closed(line: Line, lines: Sequence[Line]) -> float | None:
     """
     How much of the way from Original to Retrain a line went, in percent, by what the converged head finds of
     the forgotten; `None` where one of them is missing or they are less than a point apart.
@@ -238,42 +201,48 @@ def _gap_closed(line: Row, lines: Sequence[Row]) -> float | None:
     return round(100 * (original - line[name]) / (original - retrain), 6)
 
 
-def _line(method: str, forget: str, rows: Sequence[Row]) -> dict[str, Any]:
-    # Harmonic means are taken of the accuracies in the same draw.
+def _line(method: str, forget: str, rows: pd.DataFrame) -> dict[str, Any]:
     accuracies = [f"{group}acc_{split}" for group in GROUPS for split in ("f", "r", "ft", "rt")]
-    drawn = draw_row_accuracies(rows, accuracies)
+    drawn, picks = draw_row_accuracies(rows, accuracies)
+    # Harmonic means are taken of the accuracies in the same draw.
     for group in GROUPS:
-        drawn[f"{group}hm"] = _harmonic_mean(drawn[f"{group}acc_f"], drawn[f"{group}acc_r"])
-        drawn[f"{group}hm_t"] = _harmonic_mean(drawn[f"{group}acc_ft"], drawn[f"{group}acc_rt"])
+        for name, f, r in (("hm", "acc_f", "acc_r"), ("hm_t", "acc_ft", "acc_rt")):
+            hm = _harmonic_mean(drawn[group + f], drawn[group + r])
+            if group == "kr_":
+                # A row's accuracies are means over probes, and the mean of the probes' HM is not the HM of
+                # these means. All probes are asked about the same samples, whose noise moves both alike.
+                of_means = _harmonic_mean(rows[group + f], rows[group + r])
+                hm = np.clip(hm + (rows[group + name] - of_means).to_numpy()[picks], 0, 100)
+            drawn[group + name] = hm
     return summary_line(method, forget, rows, NUMBERS, drawn)
 
 
-def draw_row_accuracies(rows: Sequence[Row], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Bootstrap draws `(draws, rows)` of the named accuracies; the sample count of `acc_f` is in `n_f`."""
-    measured = {}
-    for name in names:
-        count = "n_" + name.rpartition("acc_")[2]
-        measured[name] = ([row[count] for row in rows], [row[name] for row in rows])
-    return draw_accuracies(measured)
+def draw_row_accuracies(rows: pd.DataFrame, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """
+    Bootstrap draws `(draws, rows)` of the named accuracies, and the rows that were drawn; the sample count of
+    `acc_f` is in `n_f`.
+    """
+    counts = {name: rows["n_" + name.rpartition("acc_")[2]] for name in names}
+    return draw_accuracies({name: (counts[name], rows[name]) for name in names})
 
 
 def summary_line(
     method: str,
     forget: str,
-    rows: Sequence[Row],
+    rows: pd.DataFrame,
     columns: Sequence[Column],
     drawn: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """One line of a summary: the mean over rows of each column, with the interval of those drawn."""
+    """
+    One line of a summary: the mean over rows of each column that they have, with the interval of those drawn.
+    """
     line = {"method": method, "forget": forget, "seeds": len(rows)}
-    line |= {name: rows[0][name] for name in ("n_f", "n_r")}
-    for column in columns:
-        values = [row[column.name] for row in rows if row[column.name] is not None]
-        line[column.name] = round(float(np.mean(values)), 6) if values else None
-        if column.name in drawn:
-            low, high = interval(drawn[column.name].mean(1))
-            line[f"{column.name}_low"], line[f"{column.name}_high"] = round(low, 6), round(high, 6)
-    return line
+    line |= {name: int(rows[name].iloc[0]) for name in ("n_f", "n_r")}
+    for name in (column.name for column in columns if column.name in rows):
+        line[name] = float(rows[name].astype(float).mean())
+        if name in drawn:
+            line[f"{name}_low"], line[f"{name}_high"] = interval(drawn[name].mean(1))
+    return rounded(line)
 
 
 def _harmonic_mean(acc_f: np.ndarray, acc_r: np.ndarray) -> np.ndarray:
@@ -281,7 +250,7 @@ def _harmonic_mean(acc_f: np.ndarray, acc_r: np.ndarray) -> np.ndarray:
     return 2 * forgotten * acc_r / np.maximum(forgotten + acc_r, 1e-12)
 
 
-def finding(summary: Sequence[Row], methods: Collection[str]) -> str:
+def finding(summary: Sequence[Line], methods: Collection[str]) -> str:
     """Say in plain words which methods forget best, by their own head and by a new one."""
     shown = _main_lines(summary)
     # Variants of a method (saved and loaded, asked several times) are in the table.
@@ -313,33 +282,34 @@ def finding(summary: Sequence[Row], methods: Collection[str]) -> str:
     return " ".join(sentences) or "Only references were run."
 
 
-def _main_lines(summary: Sequence[Row]) -> list[Row]:
+def _main_lines(summary: Sequence[Line]) -> list[Line]:
     """The lines over all entries, or of the first entry if there is one alone."""
     entries = [line["forget"] for line in summary]
     shown = POOLED if POOLED in entries else entries[0]
     return [line for line in summary if line["forget"] == shown]
 
 
-def _forgotten(lines: Sequence[Row]) -> str:
+def _forgotten(lines: Sequence[Line]) -> str:
     """What the methods of these lines forgot, in words."""
     forget = lines[0]["forget"]
     return "every entry in turn, means over all" if forget == POOLED else forget
 
 
-def sections(summary: Sequence[Row], probes: Sequence[Row]) -> list[Section]:
+def sections(summary: Sequence[Line], probes: pd.DataFrame) -> list[Section]:
     """The tables with their notes: the paper's Table 1 first, both halves, then what it leaves out."""
     main = _main_lines(summary)
     accuracy_note = f"Forgotten: {_forgotten(main)}. 95 % bootstrap intervals over runs and samples."
+    similarity_note = SIMILARITY_NOTE + (IDI_NOTE if "idi" in main[0] else "") + "."
     tables = [
         Section("Accuracy", accuracy_note, _compare(main, OWN_HEAD, interval_decimals=1)),
         Section("Knowledge retention", RETENTION_NOTE, _compare(main, NEW_HEAD, interval_decimals=1)),
         Section("Knowledge retention, converged", CONVERGED_NOTE, _compare(main, [*CONVERGED, GAP])),
         Section("Every probe", PROBES_NOTE, _every_probe(probes)),
         Section("Membership", MEMBERSHIP_NOTE, _compare(main, MEMBERSHIP)),
-        Section("Similarity", SIMILARITY_NOTE, _compare(main, SIMILARITY)),
+        Section("Similarity", similarity_note, _compare(main, SIMILARITY)),
         Section("Cost", "Seconds, and MiB while the method works.", _compare(main, COST)),
     ]
-    if any(line[column.name] is not None for line in main for column in OTHER_HEADS):
+    if any(line.get(column.name) is not None for line in main for column in OTHER_HEADS):
         tables.insert(3, Section("Other heads", OTHER_HEADS_NOTE, _compare(main, OTHER_HEADS)))
     if main[0]["forget"] == POOLED:
         single = [line for line in summary if line["forget"] != POOLED]
@@ -347,7 +317,7 @@ def sections(summary: Sequence[Row], probes: Sequence[Row]) -> list[Section]:
     return tables
 
 
-def short_markdown(summary: Sequence[Row]) -> str:
+def short_markdown(summary: Sequence[Line]) -> str:
     """What the command prints: one line per method."""
     pooled = [line for line in summary if line["forget"] == POOLED]
     return markdown_table(_compare(pooled or summary, SHORT))
@@ -364,10 +334,9 @@ def config_facts(config: SamplesConfig) -> dict[str, Any]:
     }
 
 
-def _write(
-    output: Path, config: ClassesConfig, rows: Sequence[Row], probes: Sequence[Row]
-) -> list[dict[str, Any]]:
-    summary = summarise(rows)
+def _write(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
+    """Write everything that is made from rows.csv and probes.csv."""
+    summary, probes = summarise(read_rows(output / "rows.csv")), read_rows(output / "probes.csv")
     write_rows(output / "summary.csv", summary)
     tables = sections(summary, probes)
     parts = [f"## {part.heading}\n\n{part.note}\n\n{markdown_table(part.table)}" for part in tables]
@@ -377,10 +346,10 @@ def _write(
     return summary
 
 
-def _write_page(output: Path, config: ClassesConfig, summary: Sequence[Row], found: str) -> None:
+def _write_page(output: Path, config: ClassesConfig, summary: Sequence[Line], found: str) -> None:
     """Write what is read of all that; the rest is in the files beside the page."""
     pictures = [
-        Section(heading, pictures={caption: png_uri(path)}, folded=name != "tsne")
+        Section(heading, pictures={caption: path}, folded=name != "tsne")
         for name, (heading, caption) in PICTURES.items()
         if (path := output / "plots" / f"{name}.png").is_file()
     ]
@@ -403,7 +372,7 @@ def _write_page(output: Path, config: ClassesConfig, summary: Sequence[Row], fou
 
 
 def _compare(
-    summary: Sequence[Row],
+    summary: Sequence[Line],
     columns: Sequence[Column],
     *,
     labels: Sequence[str] = ("method", "forget", "runs"),
@@ -419,17 +388,12 @@ def _compare(
     )
 
 
-def _every_probe(probes: Sequence[Row]) -> list[dict[str, Any]]:
+def _every_probe(probes: pd.DataFrame) -> list[dict[str, Any]]:
     """A line per method, entry and seed, a column per learning rate: `acc_ft` of each probe seed in turn."""
-    rates = list(dict.fromkeys(str(probe["learning_rate"]) for probe in probes))
-    lines: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for probe in probes:
-        key = probe["method"], probe["forget"], probe["seed"]
-        if key not in lines:
-            lines[key] = {"method": key[0], "forget": key[1], "seed": key[2], **dict.fromkeys(rates, "")}
-        rate = str(probe["learning_rate"])
-        lines[key][rate] = f"{lines[key][rate]} {probe['acc_ft']:.1f}".strip()
-    return list(lines.values())
+    probes = probes.assign(learning_rate=probes["learning_rate"].astype(str))
+    found = probes.groupby(["method", "forget", "seed", "learning_rate"], sort=False)["acc_ft"]
+    texts = found.agg(lambda each: " ".join(f"{percent:.1f}" for percent in each))
+    return pivot(texts.rename("cell").reset_index(), ["method", "forget", "seed"], "learning_rate")
 
 
 def _facts(config: ClassesConfig) -> list[str]:

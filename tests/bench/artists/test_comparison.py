@@ -10,15 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from support.compare import same
-from support.rows import row
+from support.rows import frame, row, rows_of
 
 import more_hf
 from more_hf.cli.main import main
 from more_hf_bench.artists import grid
 from more_hf_bench.artists.prompts import read_targets
-from more_hf_bench.artists.rows import read_rows
 from more_hf_bench.artists.run import run_artists
-from more_hf_bench.artists.summary import summarise
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import DIFFUSION
 
@@ -108,7 +106,7 @@ def test_what_each_of_ours_is_told_and_does(tiny_sd, prompts, tmp_path):
         "more-erase": ["Claude Monet", "Johannes Vermeer"],
         "more-mean": ["Johannes Vermeer"],
     }
-    rows = {(row.method, row.case_number): row for row in read_rows(output / "rows.csv")}
+    rows = {(row.method, row.case_number): row for row in rows_of(output)}
     assert rows["more-mean", 3].remap_to == "Claude Monet; Picasso"
     assert rows["more-erase", 3].remap_to == "none"
     changes = [rows[name, 3].lpips for name in methods]
@@ -153,7 +151,7 @@ def test_artists_erased_in_one_call(tiny_sd, prompts, tmp_path):
     assert [
         lines["more", forget][column] for forget in ("Van Gogh", joint) for column in ("n_f", "n_r", "n_none")
     ] == [2, 4, 1, 4, 3, 1]
-    rows = [row for row in read_rows(output / "rows.csv") if row.method == "more" and row.forget == joint]
+    rows = [row for row in rows_of(output) if row.method == "more" and row.forget == joint]
     assert {row.retain for row in rows} == {"Johannes Vermeer; Andy Warhol"}  # of both groups
     of_both_groups = [row.lpips for row in rows if row.case_number in (4, 5, 7)]
     assert lines["more", joint]["lpips_r_group"] == pytest.approx(sum(of_both_groups) / 3, abs=1e-6)
@@ -184,7 +182,7 @@ def test_tuned_settings_reach_their_method_and_are_kept(tiny_sd, prompts, tmp_pa
     assert methods["uce"]["lamb"] == 30.0
     assert methods["cure"] == {"alpha": 2.0, "tokens": "content"}
     plain = {row.case_number: row.lpips for row in run_rows(tiny_sd(), "uce", prompts, tmp_path / "plain")}
-    kept = {row.case_number: row.lpips for row in read_rows(output / "rows.csv") if row.method == "uce"}
+    kept = {row.case_number: row.lpips for row in rows_of(output) if row.method == "uce"}
     assert kept[3] != pytest.approx(plain[3], abs=1e-5)
     with pytest.raises(BenchmarkError, match=r"lamb is 30\.0 there, 0\.5 here"):
         run(tiny_sd(), "uce", prompts, output)
@@ -197,7 +195,7 @@ def test_tuned_settings_reach_their_method_and_are_kept(tiny_sd, prompts, tmp_pa
 
 def run_rows(pipe, methods, prompts, output):
     run(pipe, methods, prompts, output)
-    return read_rows(output / "rows.csv")
+    return rows_of(output)
 
 
 def test_the_command_reads_its_file_and_joint_names(monkeypatch, tmp_path, emoji_sd, capsys):
@@ -205,7 +203,7 @@ def test_the_command_reads_its_file_and_joint_names(monkeypatch, tmp_path, emoji
 
     def fake(pipe, methods, prompts, forget, **options):
         called.update(options, methods=methods, forget=forget)
-        return summarise([])
+        return []
 
     monkeypatch.setattr("more_hf_bench.artists.run.run_artists", fake)
     monkeypatch.setattr("more_hf.load_emoji_sd", lambda dtype: copy.copy(emoji_sd))
@@ -258,17 +256,17 @@ def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
         prompts,
         output,
     )
-    first = next(row for row in read_rows(output / "rows.csv") if row.method == "shaken")
+    first = next(row for row in rows_of(output) if row.method == "shaken")
     assert first.prompt == "a cat in the style of Van Gogh"
     sheet = Image.open(output / "methods.webp").convert("RGB")
 
     def shown(column):
-        x = 4 + column * 164
-        return np.array(sheet.crop((x, sheet.height - 164, x + 160, sheet.height - 4)), dtype=np.float32)
+        x = 4 + column * 132
+        return np.array(sheet.crop((x, sheet.height - 132, x + 128, sheet.height - 4)), dtype=np.float32)
 
     def kept(name):
         return np.array(
-            Image.open(output / "images" / name).resize((160, 160), Image.Resampling.BILINEAR),
+            Image.open(output / "images" / name).resize((128, 128), Image.Resampling.BILINEAR),
             dtype=np.float32,
         )
 
@@ -286,7 +284,7 @@ def test_many_methods_and_erasures_are_not_all_side_by_side(tmp_path, monkeypatc
 
     def height(most):
         monkeypatch.setattr(grid, "METHODS_MOST", most)
-        grid.write_methods(tmp_path / "methods.webp", tmp_path, rows)
+        grid.write_grids(tmp_path, tmp_path, frame(rows))
         return Image.open(tmp_path / "methods.webp").height
 
     assert height(9) == height(64) == pytest.approx(3 * height(1), abs=30)

@@ -5,27 +5,29 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from support.pipelines import random_ip_adapter
-from support.rows import row
+from support.rows import frame, row, rows_of
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from more_hf.cli.main import main
 from more_hf.data import EMOJI_ARTISTS, FOLDER
-from more_hf_bench.artists.config import ArtistsConfig
+from more_hf_bench.artists import rows as artist_rows
+from more_hf_bench.artists.config import Erasure
 from more_hf_bench.artists.generate import generate
 from more_hf_bench.artists.grid import read_image
 from more_hf_bench.artists.judges import EmojiJudges, sentence_of
 from more_hf_bench.artists.kinds import THINGS
-from more_hf_bench.artists.levels import left_table, level_lines, lost_table
 from more_hf_bench.artists.prompts import PromptFileError, PromptRow, read_prompts
-from more_hf_bench.artists.rows import read_rows
+from more_hf_bench.artists.ranking import level_lines
 from more_hf_bench.artists.run import run_artists
-from more_hf_bench.artists.tables import rebuild
+from more_hf_bench.artists.tables import level_tables, rebuild
 from more_hf_bench.errors import BenchmarkError
 
 
@@ -161,7 +163,7 @@ def measured(method, level, case, artist, *, style, content=1, lpips=0.0, thing=
     )  # fmt: skip
 
 
-def rows_of(method, named, described, *, other="B", near=1):
+def asked(method, named, described, *, other="B", near=1):
     """Two pictures of A at each of two levels, two of B, two that name nobody."""
     rows = []
     for level, seen, case in (("name", named, 0), ("long", described, 10)):
@@ -178,58 +180,59 @@ def rows_of(method, named, described, *, other="B", near=1):
 
 def test_what_is_left_and_what_is_lost_by_level():
     rows = [
-        *rows_of("original", 2, 2),
-        *rows_of("by-name", 0, 2),
-        *rows_of("described", 0, 1, other="A", near=0),
+        *asked("original", 2, 2),
+        *asked("by-name", 0, 2),
+        *asked("described", 0, 1, other="A", near=0),
     ]
-    lines = {(line.level, line.method): line for line in level_lines(rows)}
+    lines = {(line["level"], line["method"]): line for line in level_lines(frame(rows))}
     assert list(lines)[:3] == [("name", "original"), ("name", "by-name"), ("name", "described")]
     # nothing done leaves all, and loses nothing
     for level in ("name", "long"):
-        assert (lines[level, "original"].left, lines[level, "original"].lost) == (100, 0)
-        assert (lines[level, "original"].left_low, lines[level, "original"].left_high) == (100, 100)
+        assert (lines[level, "original"]["left"], lines[level, "original"]["lost"]) == (100, 0)
+        assert (lines[level, "original"]["left_low"], lines[level, "original"]["left_high"]) == (100, 100)
     # who erases by name alone leaves the description, who erases it too leaves half
-    assert (lines["name", "by-name"].left, lines["long", "by-name"].left) == (0, 100)
-    assert (lines["name", "described"].left, lines["long", "described"].left) == (0, 50)
-    assert lines["long", "described"].left_low < 50 < lines["long", "described"].left_high
+    assert (lines["name", "by-name"]["left"], lines["long", "by-name"]["left"]) == (0, 100)
+    assert (lines["name", "described"]["left"], lines["long", "described"]["left"]) == (0, 50)
+    assert lines["long", "described"]["left_low"] < 50 < lines["long", "described"]["left_high"]
     # and what that costs the other artist, and things that name nobody
-    assert [lines["long", method].lost for method in ("by-name", "described")] == [0, 50]
-    assert [lines["near", method].lost for method in ("by-name", "described")] == [0, 50]
-    assert (lines["near", "described"].left, lines["near", "described"].gone_f) == (None, None)
-    assert (lines["long", "described"].lpips_f, lines["long", "described"].lpips_r) == (0.4, 0.1)
-    assert (lines["near", "by-name"].n_f, lines["near", "by-name"].n_r) == (0, 2)
+    assert [lines["long", method]["lost"] for method in ("by-name", "described")] == [0, 50]
+    assert [lines["near", method]["lost"] for method in ("by-name", "described")] == [0, 50]
+    assert (lines["near", "described"]["left"], lines["near", "described"]["gone_f"]) == (None, None)
+    assert (lines["long", "described"]["lpips_f"], lines["long", "described"]["lpips_r"]) == (0.4, 0.1)
+    assert (lines["near", "by-name"]["n_f"], lines["near", "by-name"]["n_r"]) == (0, 2)
 
-    left, lost = left_table(list(lines.values())), lost_table(list(lines.values()))
+    left, lost, _ = level_tables(list(lines.values()))
     assert left[0] == {"method": "recognised before", "name": "100", "long": "100"}
     assert left[2] == {"method": "by-name", "name": "0 [0, 0]", "long": "100 [100, 100]"}
     assert [cells["near"] for cells in lost] == ["100", "0 [0, 0]", "0 [0, 0]", "50 [0, 100]"]
 
 
 def test_only_pictures_that_every_method_has():
-    rows = [*rows_of("original", 2, 2), *rows_of("by-name", 0, 0)[1:]]
-    (first, *_) = level_lines(rows)
-    assert (first.level, first.n_f, first.n_r) == ("name", 1, 2)
-    assert level_lines([row(method="m"), row(method="m", case_number=1)]) == []  # prompts without levels
+    rows = [*asked("original", 2, 2), *asked("by-name", 0, 0)[1:]]
+    (first, *_) = level_lines(frame(rows))
+    assert (first["level"], first["n_f"], first["n_r"]) == ("name", 1, 2)
+    without_levels = [row(method="m"), row(method="m", case_number=1)]
+    assert level_lines(frame(without_levels)) == []
     apart = [row(method=f"m{case}", level="name", artist="A", case_number=case) for case in (0, 1)]
-    assert level_lines(apart) == []
+    assert level_lines(frame(apart)) == []
 
 
 def test_what_the_original_does_not_show_is_no_percentage():
     rows = [measured("m", "long", i, "A", style="C") for i in (0, 1)]
-    unseen = [row(**{**r.cells, "style_before": "C"}) for r in rows]
-    (line,) = level_lines(unseen)
-    assert (line.gone_f_before, line.left) == (0, None)
+    (line,) = level_lines(frame([{**r, "style_before": "C"} for r in rows]))
+    assert (line["gone_f_before"], line["left"]) == (0, None)
 
 
 def test_things_are_measured_by_what_is_seen():
-    common = {"method": "m", "forget": "cat", "kind": THINGS, "level": "synonym", "style_before": "A"}
+    common = {"method": "m", "forget": "cat", "level": "synonym", "style_before": "A"}
+    config = SimpleNamespace(of_kind=THINGS, forget={"cat": Erasure(["B"], None, [])})
     seen = {"style_after": "A", "content_before": 1}
     rows = [
         row(**common, **seen, case_number=0, artist="A", thing="cat", content_after=0),
         row(**common, **seen, case_number=1, artist="A", thing="dog", content_after=1),
     ]
-    (line,) = level_lines(rows)
-    assert (line.left, line.lost) == (0, 0)
+    (line,) = level_lines(frame(rows, config), THINGS)
+    assert (line["left"], line["lost"]) == (0, 0)
 
 
 # the run
@@ -294,8 +297,7 @@ def test_a_run_by_level(tiny_sd, few, tmp_path):
         assert 3 * 128 < words.height < 4 * 128
 
     # and all of it again from the rows alone
-    rows = read_rows(output / "rows.csv", ArtistsConfig.read(output))
-    assert Counter(r.level for r in rows) == {"name": 8, "short": 8, "near": 4}
+    assert Counter(r.level for r in rows_of(output)) == {"name": 8, "short": 8, "near": 4}
     before = {name: (output / name).read_bytes() for name in ("levels.csv", "table.md")}
     (output / "images").rename(tmp_path / "images")
     rebuild(output)
@@ -304,8 +306,7 @@ def test_a_run_by_level(tiny_sd, few, tmp_path):
 
 def test_pictures_are_of_each_level(tiny_sd, few, tmp_path):
     run(tiny_sd(), few, tmp_path / "out", {"keep": keep}, pictures=(1, 1))
-    rows = read_rows(tmp_path / "out" / "rows.csv")
-    counted = Counter((r.level, r.artist) for r in rows)
+    counted = Counter((r.level, r.artist) for r in rows_of(tmp_path / "out"))
     assert counted == dict.fromkeys(
         [
             ("name", "Van Gogh"),
@@ -318,14 +319,9 @@ def test_pictures_are_of_each_level(tiny_sd, few, tmp_path):
     )
 
 
-def test_rows_from_before_there_were_levels(tiny_sd, few, tmp_path):
-    run(tiny_sd(), few, tmp_path / "out", {"keep": keep}, pictures=(1, 1))
-    lines = (tmp_path / "out" / "rows.csv").read_text("utf-8").splitlines()
-    place = lines[0].split(",").index("level")
-    assert place == len(lines[0].split(",")) - 1
-    old = "\n".join(line.rsplit(",", 1)[0] for line in lines)
-    (tmp_path / "old.csv").write_text(old + "\n", encoding="utf-8")
-    assert {r.level for r in read_rows(tmp_path / "old.csv")} == {""}
+def test_rows_from_before_there_were_levels():
+    rows = pd.DataFrame([row(method="m")]).drop(columns="level")
+    assert level_lines(artist_rows.measured(rows.assign(content_before=1.0, content_after=1.0))) == []
 
 
 def test_who_takes_no_picture_cannot_be_asked_by_one(tiny_sd, tmp_path, capsys):
@@ -367,7 +363,7 @@ def test_a_picture_is_asked_by_through_the_adapter(tiny_sd, tmp_path):
     path = with_pictures(tmp_path)
     pipe = adapted(tiny_sd())
     run(pipe, path, tmp_path / "out", {"keep": keep})
-    rows = {r.case_number: r for r in read_rows(tmp_path / "out" / "rows.csv")}
+    rows = {r.case_number: r for r in rows_of(tmp_path / "out")}
     assert Counter(r.level for r in rows.values())["image"] == 2
 
     def drawn(**given):

@@ -1,7 +1,5 @@
-from dataclasses import replace
-
 import pytest
-from support.rows import row
+from support.rows import frame, row
 
 from more_hf_bench.artists.ranking import rank, winner
 
@@ -34,20 +32,20 @@ def test_the_winner_by_paired_intervals():
     rows += rows_of("tied", [x + 0.29 for x in reversed(SPREAD)], flat)
     rows += rows_of("recognised", [1.0] * 10, flat, styles=2)
     rows += rows_of("emptied", [1.0] * 10, flat, content=8)
-    ranking = rank(rows)
-    assert [(line.method, line.qualifies) for line in ranking] == [
+    ranking = rank(frame(rows))
+    assert [(line["method"], line["qualifies"]) for line in ranking] == [
         ("first", "yes"), ("tied", "yes"), ("behind", "yes"),
         ("recognised", "no"), ("emptied", "no"), ("noise", "control"),
     ]  # fmt: skip
-    by = {line.method: line for line in ranking}
-    assert by["first"].lpips_d == pytest.approx(0.75)
-    assert (by["behind"].behind, by["behind"].behind_low, by["behind"].behind_high) == pytest.approx(
-        (0.05, 0.05, 0.05)
+    by = {line["method"]: line for line in ranking}
+    assert by["first"]["lpips_d"] == pytest.approx(0.75)
+    assert [by["behind"][f"behind{end}"] for end in ("", "_low", "_high")] == pytest.approx(
+        [0.05, 0.05, 0.05]
     )
-    assert by["tied"].behind_low < 0 < by["tied"].behind_high
+    assert by["tied"]["behind_low"] < 0 < by["tied"]["behind_high"]
     assert winner(ranking).startswith("first, tied with tied, over one erasure.")
     assert "10 %" in winner(ranking)
-    assert winner([line for line in ranking if line.qualifies != "yes"]).startswith("Nobody.")
+    assert winner([line for line in ranking if line["qualifies"] != "yes"]).startswith("Nobody.")
 
 
 def test_only_pictures_that_every_method_has_are_compared():
@@ -55,9 +53,9 @@ def test_only_pictures_that_every_method_has_are_compared():
     rows = rows_of("a", far, flat) + rows_of("b", [0.4] * 10, flat)
     easy = rows_of("a", [9.0] * 10, flat, forget="C")  # an erasure that b does not have
     joint = rows_of("a", far, flat, forget="A+C") + rows_of("b", [9.0] * 10, flat, forget="A+C")
-    ranking = rank([*rows[:-2], *easy, *joint])
-    assert [line.lpips_d for line in ranking] == pytest.approx([0.5, 0.4])
-    assert [line.erasures for line in ranking] == [1, 1]
-    assert rank(rows_of("a", far, flat) + rows_of("noise", far, flat)) == []
-    unjudged = [replace(each, style_after="") for each in rows]
-    assert rank(unjudged) == []
+    ranking = rank(frame([*rows[:-2], *easy, *joint]))
+    assert [line["lpips_d"] for line in ranking] == pytest.approx([0.5, 0.4])
+    assert [line["erasures"] for line in ranking] == [1, 1]
+    assert rank(frame(rows_of("a", far, flat) + rows_of("noise", far, flat))) == []
+    unjudged = [{**each, "style_after": ""} for each in rows]
+    assert rank(frame(unjudged)) == []

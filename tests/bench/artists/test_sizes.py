@@ -1,21 +1,22 @@
 """Many names at once, artists or things: which are forgotten, on which prompts, and the curve over sizes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support.rows import row
+from support.rows import frame, row
 
 from more_hf_bench.artists.cells import Pictures
 from more_hf_bench.artists.config import ArtistsConfig, Erasure
 from more_hf_bench.artists.kinds import THINGS
 from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, sets_of, spread
-from more_hf_bench.artists.ranking import rank, winner
-from more_hf_bench.artists.rows import read_rows
+from more_hf_bench.artists.ranking import rank, rank_sizes, winner
+from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import _erasure, run_artists
-from more_hf_bench.artists.sizes import rank_sizes
 from more_hf_bench.artists.summary import summarise
 from more_hf_bench.artists.tables import rebuild
+from more_hf_bench.columns import read_rows
 from more_hf_bench.errors import BenchmarkError
 
 
@@ -121,20 +122,21 @@ def test_things_by_size(tiny_sd, prompts, tmp_path):
     assert seen[7] == (THINGS_7[:6], ("emoji",), ("fish",), 3.0)
 
     # a size has 7 prompts of what it forgets and 14 of the rest, or as many as there are
-    rows = read_rows(output / "rows.csv", ArtistsConfig.read(output))
+    rows = measured(read_rows(output / "rows.csv"), ArtistsConfig.read(output))
     for size, rest in ((1, 14), (6, 2)):
-        own = [row for row in rows if row.method == "one" and len(row.forgotten) == size]
-        assert [sum(row.is_forgotten for row in own), sum(not row.is_forgotten for row in own)] == [7, rest]
-        assert all(row.is_named != row.is_forgotten for row in own)
-    assert {row.retain for row in rows if row.forget == "6 names, set 1"} == {"1 names"}
+        own = rows[(rows["method"] == "one") & (rows["names"].map(len) == size)]
+        assert [own["is_forgotten"].sum(), (~own["is_forgotten"]).sum()] == [7, rest]
+        assert (own["is_named"] != own["is_forgotten"]).all()
+    assert set(rows[rows["forget"] == "6 names, set 1"]["retain"]) == {"1 names"}
     by = {(line["method"], line["forget"]): line for line in summary}
     assert by["one", "6 names, set 1"]["n_r"] == 2
     assert by["one", "all"]["n_f"] == 7
 
     # the judges see no thing: gone, and the artist kept
-    ranked = rank_sizes(rows)
-    assert list(ranked) == [1, 6]
-    assert {(line.qualifies, line.gone_f, line.kept_f, line.gone_r) for line in ranked[6]} == {
+    ranked = rank_sizes(rows, THINGS)
+    assert {line["at_once"] for line in ranked} == {1, 6}
+    six = [line for line in ranked if line["at_once"] == 6]
+    assert {tuple(line[name] for name in ("qualifies", "gone_f", "kept_f", "gone_r")) for line in six} == {
         ("yes", 0, 100, 0)
     }
     table = (output / "table.md").read_text("utf-8")
@@ -161,20 +163,20 @@ def test_things_by_size(tiny_sd, prompts, tmp_path):
 
 
 def test_things_are_ranked_by_what_is_gone_and_what_is_kept():
-    erasure = Erasure(["emoji"], None, ["dog"])
+    config = SimpleNamespace(of_kind=THINGS, forget={"cat": Erasure(["emoji"], None, ["dog"])})
     rows = []
     for method, seen, spared in (("good", 0, 1), ("weak", 1, 1), ("spoils", 0, 0)):
-        common = {"method": method, "forget": "cat", "artist": "Noto", "kind": THINGS, "erasure": erasure}
+        common = {"method": method, "forget": "cat", "artist": "Noto"}
         judged = {"style_before": "Noto", "style_after": "Fluent", "content_before": 1}
         rows.append(row(**common, **judged, thing="cat", content_after=seen, case_number=1, lpips=0.5))
         rows.append(row(**common, **judged, thing="dog", content_after=spared, case_number=2, lpips=0.1))
-    ranking = rank(rows)
-    assert [(line.method, line.qualifies) for line in ranking] == [
+    ranking = rank(frame(rows, config), THINGS)
+    assert [(line["method"], line["qualifies"]) for line in ranking] == [
         ("good", "yes"), ("weak", "no"), ("spoils", "no"),
     ]  # fmt: skip
-    assert (ranking[0].gone_r_before, ranking[0].gone_r) == (100, 100)
+    assert (ranking[0]["gone_r_before"], ranking[0]["gone_r"]) == (100, 100)
     assert "leave the thing" in winner(ranking, THINGS)
-    (line,) = summarise(rows[:2])
+    (line,) = summarise(frame(rows[:2], config))
     assert (line["content_f"], line["content_r"], line["lpips_named"]) == (0, 100, 0.1)
 
 
@@ -182,7 +184,7 @@ def test_things_are_ranked_by_what_is_gone_and_what_is_kept():
 def test_committed_folders_keep_their_cells(config):
     folder = config.parent
     held = ArtistsConfig.read(folder)
-    rows = read_rows(folder / "rows.csv", held)
+    rows = read_rows(folder / "rows.csv").itertuples()
     named = {(row.method, row.forget): row.after.split("/")[0] for row in rows}
     cells = [Pictures(folder, held, method, forget).folder.name for method, forget in named]
     assert cells == list(named.values())

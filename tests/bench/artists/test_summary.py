@@ -1,7 +1,7 @@
 import csv
 
 import pytest
-from support.rows import row
+from support.rows import frame, row
 
 from more_hf_bench.artists.summary import summarise
 
@@ -43,7 +43,8 @@ def ten_rows(**changes):
 
 
 def test_the_summary_of_ten_rows_by_hand():
-    (line,) = summarise(ten_rows(), confusion={"B": {"A": 12.0, "B": 88.0}, "A": {"A": 90.0, "B": 10.0}})
+    confusion = {"B": {"A": 12.0, "B": 88.0}, "A": {"A": 90.0, "B": 10.0}}
+    (line,) = summarise(frame(ten_rows()), confusion=confusion)
     by_hand = {
         "method": "m",
         "forget": "A",
@@ -87,7 +88,7 @@ def test_the_summary_of_ten_rows_by_hand():
 
 
 def test_erasures_are_pooled_over_prompts():
-    lines = summarise([*ten_rows(), *ten_rows(forget="D", retain="")])
+    lines = summarise(frame([*ten_rows(), *ten_rows(forget="D", retain="")]))
     assert [line["forget"] for line in lines] == ["A", "D", "all"]
     pooled = lines[-1]
     assert (pooled["n_f"], pooled["n_r"]) == (4 + 2, 4 + 6)

@@ -2,14 +2,16 @@
 
 import json
 
+import pandas as pd
 import pytest
 from PIL import Image
+from support.rows import records
 
 from more_hf.cli.main import main
 from more_hf_bench.attacks.registry import ATTACKS
 from more_hf_bench.attacks.result import Result, mean_of
-from more_hf_bench.attacks.tables import ROW_COLUMNS, summarise
-from more_hf_bench.columns import read_cells, read_rows
+from more_hf_bench.attacks.tables import summarise
+from more_hf_bench.columns import read_cells
 
 
 COMMAND = (
@@ -26,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_one_command_leaves_everything(folder):
-    rows = read_rows(folder / "rows.csv", ROW_COLUMNS)
+    rows = records(folder / "rows.csv")
     methods = ["original", "retrain", "random-weights", "erase", "more"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
     assert {row["attack"] for row in rows} == {"queries", "ridge"}
@@ -136,7 +138,7 @@ def test_a_number_that_was_not_always_reached_has_no_mean():
     row |= {"budget": 0, "unit": "", "n": 0, "low": None, "high": None}
     rows = [{**row, "method": "x", "recovered": value} for value in (5.0, None)]
     rows += [{**row, "method": "y", "recovered": value} for value in (5.0, 7.0)]
-    first, second = summarise(rows, ["y"])
+    first, second = summarise(pd.DataFrame(rows), ["y"])
     assert (first["recovered"], first["runs"], first["y"]) == (None, 2, 6.0)
     assert second["recovered"] == 6.0
 
@@ -146,5 +148,5 @@ def test_a_mean_over_models_is_of_numbers_that_every_model_has():
     row |= {"unit": "blocks", "n": 10, "low": 0.0, "high": 100.0}
     rows = [{**row, "model": "m", "budget": budget, "recovered": 20.0} for budget in (1, 2)]
     rows += [{**row, "model": "n", "budget": 1, "recovered": 40.0}]
-    lines = {(line["model"], line["budget"]): line["recovered"] for line in summarise(rows, [])}
+    lines = {(line["model"], line["budget"]): line["recovered"] for line in summarise(pd.DataFrame(rows), [])}
     assert lines == {("m", 1): 20, ("m", 2): 20, ("n", 1): 40, ("all", 1): 30}

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from support.rows import records
 
 from more_hf.api import get_erasure
 from more_hf.data import load_classifier
@@ -12,8 +13,6 @@ from more_hf_bench.classes import run as kd
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.features import cache, head_only, splits_of_features
 from more_hf_bench.classes.probes import GATHER_STEPS, batches
-from more_hf_bench.classes.tables import ROW_COLUMNS
-from more_hf_bench.columns import read_rows
 from more_hf_bench.methods.registry import CLASSIFICATION, methods_that_forget
 from more_hf_bench.splits import split_by_class
 
@@ -69,7 +68,7 @@ def test_only_the_first_cells_of_a_closed_form_have_a_price(tmp_path):
     )
     rows = {
         (row["method"], row["forget"], row["seed"]): row
-        for row in read_rows(tmp_path / "rows.csv", ROW_COLUMNS)
+        for row in records(tmp_path / "rows.csv")
     }
     priced = {key for key, row in rows.items() if row["seconds"] is not None}
     assert priced == {("esc", "3", 0), *(("esc-t", forget, seed) for forget in "34" for seed in (0, 1))}

@@ -15,11 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from support.compare import same
+from support.rows import records
 
 from more_hf.api import get_erasure
 from more_hf.cli.main import main
@@ -33,9 +35,8 @@ from more_hf_bench.classes.features import cache, same_backbone
 from more_hf_bench.classes.probes import sgd_probes
 from more_hf_bench.classes.similarity import class_means
 from more_hf_bench.classes.store import ClassesConfig
-from more_hf_bench.classes.tables import OTHER_HEADS, PROBE_COLUMNS, ROW_COLUMNS, rebuild, summarise
+from more_hf_bench.classes.tables import NUMBERS, OTHER_HEADS, rebuild, summarise
 from more_hf_bench.classes.training import accuracy, predict
-from more_hf_bench.columns import read_rows
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import CLASSIFICATION
 from more_hf_bench.splits import split_by_class
@@ -70,7 +71,7 @@ def original(folder):
 
 
 def rows_of(folder):
-    return {row["method"]: row for row in read_rows(folder / "rows.csv", ROW_COLUMNS)}
+    return {row["method"]: row for row in records(folder / "rows.csv")}
 
 
 def head_inputs(model, images):
@@ -101,7 +102,7 @@ def test_one_call_leaves_everything(folder):
         assert (folder / name).stat().st_size > 100, name
     assert {path.name for path in (folder / "plots").iterdir()} == {"tsne.png", "cosines.png", "cost.png"}
     assert list(rows_of(folder)) == ROWS
-    probes = read_rows(folder / "probes.csv", PROBE_COLUMNS)
+    probes = records(folder / "probes.csv")
     assert len(probes) == len(ROWS) * (
         3 * SMALL["probe_seeds"] + 1
     )  # three learning rates, and one that converged
@@ -244,7 +245,7 @@ def test_retrain_never_saw_the_class_and_is_priced_as_a_training(folder):
 def without_costs(folder):
     return [
         {key: value for key, value in row.items() if key not in COSTS}
-        for row in read_rows(folder / "rows.csv", ROW_COLUMNS)
+        for row in records(folder / "rows.csv")
     ]
 
 
@@ -523,7 +524,7 @@ def test_same_backbone_sees_weights_statistics_and_hooks(original, edited):
 
 
 def row(method="more", forget="3", seed=0, acc_f=50.0, **numbers):
-    empty = {column.name: None for column in ROW_COLUMNS}
+    empty = {column.name: None for column in NUMBERS}
     accuracies = {
         f"{group}acc_{name}": 100.0
         for group in ("", "kr_", "kr_converged_")
@@ -542,7 +543,7 @@ def test_summary_by_hand():
         row(forget="5", acc_f=20.0, mia_loss=None),
         row("esc", mia_loss=None),
     ]
-    lines = {(line["method"], line["forget"]): line for line in summarise(rows)}
+    lines = {(line["method"], line["forget"]): line for line in summarise(pd.DataFrame(rows))}
     assert list(lines) == [("more", "3"), ("more", "5"), ("esc", "3"), ("more", "all")]
     both = lines["more", "3"]
     assert (both["acc_f"], both["mia_loss"], both["seeds"], both["n_f"]) == (50, 1, 2, 100)

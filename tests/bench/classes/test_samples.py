@@ -7,8 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from support.rows import records
 
 from more_hf.classification.erase import erase_classes
 from more_hf.cli.main import main
@@ -16,7 +18,6 @@ from more_hf.data.models import AllCNNForImageClassification
 from more_hf_bench.classes import samples as kd_samples
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.training import predict
-from more_hf_bench.columns import read_rows
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import CLASSIFICATION
 from more_hf_bench.splits import split_by_class, split_by_sample
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def rows_of(folder):
-    return {row["method"]: row for row in read_rows(folder / "rows.csv", kd_samples.ROW_COLUMNS)}
+    return {row["method"]: row for row in records(folder / "rows.csv")}
 
 
 def test_rows_are_those_of_the_models(folder):
@@ -70,7 +71,7 @@ def test_rows_are_those_of_the_models(folder):
 
 
 def test_gap_is_the_mean_distance_to_retrain(folder):
-    summary = {line["method"]: line for line in kd_samples.summarise(list(rows_of(folder).values()))}
+    summary = {line["method"]: line for line in kd_samples.summarise(pd.DataFrame(rows_of(folder).values()))}
     rows = rows_of(folder)
     for method in METHODS:
         distances = [
@@ -79,7 +80,7 @@ def test_gap_is_the_mean_distance_to_retrain(folder):
         ]
         assert summary[method]["gap"] == pytest.approx(sum(distances) / 4)
     assert summary["retrain"]["gap"] == 0 < summary["original"]["gap"]
-    alone = kd_samples.summarise([rows["original"]])
+    alone = kd_samples.summarise(pd.DataFrame([rows["original"]]))
     assert alone[0]["gap"] is None
     assert kd_samples.short_table(alone)[0]["gap ↓"] == ""
 

@@ -4,9 +4,10 @@ committed ones."""
 import importlib.util
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from more_hf_bench.classes.tables import ROW_COLUMNS, summarise
+from more_hf_bench.classes.tables import NUMBERS, summarise
 
 
 KD = Path(__file__).parents[3] / "benchmarks" / "kd"
@@ -22,7 +23,7 @@ def tables():
 
 
 def row(method, forget="a", seed=0, acc_ft=0.0, acc_rt=90.0, seconds=1.0):
-    empty = {column.name: None for column in ROW_COLUMNS}
+    empty = {column.name: None for column in NUMBERS}
     numbers = {f"{group}acc_{split}": 50.0 for group in ("", "kr_", "kr_converged_") for split in SPLITS}
     numbers |= {f"{group}{hm}": 50.0 for group in ("", "kr_", "kr_converged_") for hm in ("hm", "hm_t")}
     numbers |= {"kr_converged_auc_rest": 50.0, **{f"n_{split}": 10 for split in SPLITS}}
@@ -115,7 +116,7 @@ def test_the_share_of_the_way_to_retrain_by_hand():
     # nothing to close, and no Retrain
     rows += [found("original", 80, "b"), found("retrain", 79.5, "b"), found("esc", 60, "b")]
     rows += [found("original", 80, "c"), found("esc", 60, "c")]
-    closed = {(line["method"], line["forget"]): line["gap_closed"] for line in summarise(rows)}
+    closed = {(line["method"], line["forget"]): line["gap_closed"] for line in summarise(pd.DataFrame(rows))}
     assert [closed[method, "a"] for method in ("original", "retrain", "esc", "remap")] == [0, 100, 50, 500]
     assert closed["esc", "b"] is None
     assert closed["esc", "c"] is None
