@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ class Estimate:
             drawn = np.where(whole.drawn == 0, np.nan, 100 * self.drawn / whole.drawn)
         return Estimate(100 * self.value / whole.value, drawn)
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float]:
         """The ends of the 95 % interval."""
         return interval(self.drawn)
@@ -59,6 +59,7 @@ class ClusterBootstrap:
         self.cluster = clusters.groupby([stratum, name]).ngroup()
         sizes = clusters.drop_duplicates().groupby(stratum).size()
         self.times_drawn = _seeded_counts(tuple(sizes), draws, seed)
+        self.means: dict[bytes, Estimate] = {}
 
     def mean(self, values: pd.Series) -> Estimate | None:
         """
@@ -70,11 +71,15 @@ class ClusterBootstrap:
         cluster, clusters = self.cluster[values.index], self.times_drawn.shape[1]
         total = np.bincount(cluster, values, clusters)
         count = np.bincount(cluster, minlength=clusters).astype(float)
-        drawn_count = self.times_drawn @ count
-        # A draw may miss all clusters with a value.
-        with np.errstate(invalid="ignore"):
-            drawn = np.where(drawn_count > 0, self.times_drawn @ total / drawn_count, np.nan)
-        return Estimate(total.sum() / count.sum(), drawn)
+        # Small pictures have the same distance at all sizes: what was drawn once is not drawn again.
+        key = total.tobytes() + count.tobytes()
+        if key not in self.means:
+            drawn_count = self.times_drawn @ count
+            # A draw may miss all clusters with a value.
+            with np.errstate(invalid="ignore"):
+                drawn = np.where(drawn_count > 0, self.times_drawn @ total / drawn_count, np.nan)
+            self.means[key] = Estimate(total.sum() / count.sum(), drawn)
+        return self.means[key]
 
 
 @lru_cache(maxsize=4)

@@ -89,10 +89,15 @@ def compare(
     return rows
 
 
-def pivot(cells: pd.DataFrame, index: list[str], columns: str) -> list[dict[str, str]]:
+def pivot(cells: pd.DataFrame, index: list[str], columns: str) -> list[dict[str, Any]]:
     """Lay out the column `cell`: rows and columns in the order of the lines, empty where there is none."""
-    table = cells.pivot_table(index=index, columns=columns, values="cell", aggfunc="first", sort=False)
-    return table.fillna("").reset_index().to_dict("records")
+    empty = dict.fromkeys(cells[columns], "")
+    rows: dict[tuple, dict[str, Any]] = {}
+    for key, name, text in zip(
+        cells[index].itertuples(index=False), cells[columns], cells["cell"], strict=True
+    ):
+        rows.setdefault(key, {**dict(zip(index, key, strict=True)), **empty})[name] = text
+    return list(rows.values())
 
 
 def made_with(config: BenchmarkConfig, facts: Sequence[str]) -> str:
