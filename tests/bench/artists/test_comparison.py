@@ -271,8 +271,8 @@ def test_methods_side_by_side(tiny_sd, prompts, tmp_path):
         )
 
     before, after = kept(first.before), kept(first.after)
-    assert np.abs(shown(0) - before).mean() < 3 < np.abs(shown(0) - after).mean()
-    assert np.abs(shown(2) - after).mean() < 3 < np.abs(shown(2) - before).mean()
+    assert np.abs(shown(0) - before).mean() < 5 < np.abs(shown(0) - after).mean()
+    assert np.abs(shown(2) - after).mean() < 5 < np.abs(shown(2) - before).mean()
 
 
 def test_many_methods_and_erasures_are_not_all_side_by_side(tmp_path, monkeypatch):
