@@ -30,7 +30,7 @@ from .remaining import remaining_right
 
 logger = logging.getLogger(__name__)
 
-DEAR = 5  # points of the remaining classes' accuracy that an edit may cost without a warning
+WARN_ABOVE = 5  # points of the remaining classes' accuracy that an edit may cost without a warning
 
 
 def erase_classes(
@@ -305,7 +305,7 @@ def _weigh_cost(erasure: ClassErasure, most_lost: float) -> None:
             f"{cost}: more than {most_lost:g} points are lost. Nothing was changed. Forget fewer classes, or "
             "pass a larger `most_lost` to do it all the same."
         )
-    if before - after > DEAR:
+    if before - after > WARN_ABOVE:
         logger.warning("%s.", cost)
 
 

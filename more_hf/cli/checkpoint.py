@@ -64,7 +64,11 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help=f"of the weights (as stored; float32 for {EMOJI_SD})")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help=f"precision to load the weights in (as stored; float32 for {EMOJI_SD})",
+    )
 
 
 def read_checkpoint(model: str) -> Checkpoint:

@@ -40,7 +40,13 @@ def add_to(commands) -> None:
     add("--seed", type=int, default=0, help="of the first prompt; the others count up (0)")
     add_dtype(parser)
     add_placement(parser)
-    add("--output", type=Path, default=Path("compare.png"), metavar="FILE", help="picture (compare.png)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("compare.png"),
+        metavar="FILE",
+        help="where to write the picture (compare.png)",
+    )
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -42,14 +42,14 @@ def add_to(commands) -> None:
         default="peft",
         help="kohya for ComfyUI and A1111 (peft, for diffusers)",
     )
-    add("--dtype", choices=DTYPES, default="float16", help="of the file (float16)")
+    add("--dtype", choices=DTYPES, default="float16", help="precision of the factors in the file (float16)")
     add_layers_only(parser)
     add(
         "--output",
         type=Path,
         required=True,
         metavar="FILE_OR_DIR",
-        help="a .safetensors file, or a folder for it",
+        help="where to write the LoRA: a .safetensors file, or a folder for it",
     )
 
 

@@ -161,7 +161,8 @@ class PrototypeFitter:
         device: torch.device | str | None = None,
         thin: bool = False,
     ):
-        self.names, self.thin = read_names("names", names), thin
+        self.names = read_names("names", names)
+        self.thin = thin
         if len(set(self.names)) != len(self.names):
             raise PrototypeError(
                 f"Prototype names must be unique, got {list(self.names)}. Rename the repeated ones."

@@ -58,7 +58,10 @@ class Site:
     """
 
     def __init__(self, name: str, module: nn.Module, *, space: str = "tokens", columns: int | None = None):
-        self.name, self.module, self.space, self.columns = name, module, space, columns
+        self.name = name
+        self.module = module
+        self.space = space
+        self.columns = columns
         self._check()
 
     def _check(self) -> None:

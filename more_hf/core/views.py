@@ -146,7 +146,8 @@ class OriginalOutput:
     """A forward hook that replaces an edited layer's output by the original's, for one context's block."""
 
     def __init__(self, block: _Block, site: Site, original: Tensor):
-        self.block, self.site = block, site
+        self.block = block
+        self.site = site
         self.original = original if site.columns is None else site.with_part(original)
         self.weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 

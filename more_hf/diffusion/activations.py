@@ -137,11 +137,14 @@ def record_activations(
         for name, first, batch in _batches(prompts):
             seeds = [(request.seed + i) % 2**63 for i in range(first, first + len(batch))]
             # 1. Draw the pictures, and keep only their latents.
-            with _ending_with(pipe, []) as latents:
+            with _capture_latents(pipe, []) as latents:
                 _call(pipe, batch, seeds, request.sampling)
             # 2. Show them to the denoiser at each level of noise, and listen to its layers.
             recorder.start(name, len(batch))
-            with recorder.listening(denoiser.module, layers), _showing(pipe, latents[-1], seeds, recorder):
+            with (
+                recorder.listening(denoiser.module, layers),
+                _replay_latents(pipe, latents[-1], seeds, recorder),
+            ):
                 _call(pipe, batch, seeds, shown_with)
             progress.update(len(batch))
     activations = recorder.activations(sent_to)
@@ -253,7 +256,7 @@ def _stepping(pipe: DiffusionPipeline, change: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
-def _ending_with(pipe: DiffusionPipeline, latents: list[Tensor]) -> Iterator[list[Tensor]]:
+def _capture_latents(pipe: DiffusionPipeline, latents: list[Tensor]) -> Iterator[list[Tensor]]:
     """Inside the block, the list holds the latents of the last step, as the pipeline's loop has them."""
 
     def keep(sample: Tensor) -> Tensor:
@@ -265,7 +268,7 @@ def _ending_with(pipe: DiffusionPipeline, latents: list[Tensor]) -> Iterator[lis
 
 
 @contextmanager
-def _showing(
+def _replay_latents(
     pipe: DiffusionPipeline, latents: Tensor, seeds: Sequence[int], recorder: _Recorder
 ) -> Iterator[None]:
     """Inside the block, the pipeline gets finished latents at each level of noise instead of its own."""
@@ -304,19 +307,23 @@ class _Recorder:
 
     def __init__(self, names: Iterable[str], concepts: Iterable[str], *, negatives_last: bool):
         self.columns = [column(name, part) for name in names for part in PART_NAMES]
-        self.concepts, self.negatives_last = set(concepts), negatives_last
+        self.concepts = set(concepts)
+        self.negatives_last = negatives_last
         self.spaces: dict[str, str] = {}
         self.fitters: dict[tuple[str, str], PrototypeFitter] = {}  # by space and by what they sum up
         self.last: tuple[str, Tensor | None] = "", None  # the last space and the tensor read there
 
     def start(self, name: str, pictures: int) -> None:
         """Begin a batch of pictures of this name."""
-        self.name, self.pictures, self.calls = name, pictures, 0
+        self.name = name
+        self.pictures = pictures
+        self.calls = 0
         self.part: str | None = None  # the first step shows pure noise
 
     def step(self, level: int, levels: int) -> None:
         """Move on to this level of noise, counted from 0."""
-        self.part, self.calls = PART_NAMES[level * PARTS // levels], 0
+        self.part = PART_NAMES[level * PARTS // levels]
+        self.calls = 0
 
     def call(self, denoiser: nn.Module, args: tuple) -> None:
         """Count the denoiser's calls in a step; the first has the prompt."""

@@ -243,6 +243,7 @@ class Encoder:
         labeled = [placed for placed in self.segments[space] if kind.startswith(placed.segment.label)]
         segment, offset, length = labeled[-1]
         kind = kind.removeprefix(segment.label)
+        # 1. Choose the sentences: a "bare" kind takes the name alone, and one padding may stand for all.
         ids = self.token_ids(name, segment)
         if not ids:
             raise PrototypeError(f"The concept {name!r} has no tokens in this tokenizer. Give it a name.")
@@ -250,6 +251,7 @@ class Encoder:
         one_is_enough = kind == "padding" and self.sparing
         if one_is_enough:
             templates = (self.padded, *templates)
+        # 2. Find the name in each sentence that holds it whole, and take the kind's positions there.
         spans = []
         for template in templates:
             place = self.place(template, name, segment)
@@ -414,6 +416,7 @@ def fit_prototypes(
     prompts = list(distinct)
 
     # 2. Encode the distinct prompts once, for all spaces together, and feed the fitters.
+    # A batch has as many positions as 128 prompts of CLIP have, so that long prompts fit into memory.
     logger.info("Encoding %d prompts", len(prompts))
     size = min(BATCH, max(1, BATCH * CLIP_LENGTH // encoder.num_positions))
     fitters: dict[str, PrototypeFitter] = {}
@@ -456,6 +459,7 @@ def shared_first_tokens(encoder: Encoder, name: str, others: Iterable[str]) -> M
 
     In a causal encoder these tokens have the same vectors, so whatever moves one moves the other.
     """
+    # Without causality, what follows a token changes its vector, and equal beginnings share nothing.
     segment = encoder.causal_segment
     if segment is None:
         return {}

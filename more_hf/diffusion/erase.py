@@ -99,8 +99,8 @@ def erase_concept(
             learns another word for the concept from pictures finds it again. `"denoiser"` also edits every
             other linear layer and 1×1 convolution of the denoiser's blocks, by what these read of pictures
             that the original draws: of the concept, of its targets, of retained names and of ordinary
-            prompts. That is a regression, exact in nothing, and dearer for other pictures: what a learned
-            word still finds, and what it costs, is in `benchmarks/attacks/pictures/reach`.
+            prompts. That is a regression, exact in nothing, and it changes other pictures more: what a
+            learned word still finds, and what it costs, is in `benchmarks/attacks/pictures/reach`.
         softness (`float`, *optional*, defaults to 1.0):
             Of `"soft"` and inside the denoiser: how much leaving ordinary features alone weighs against
             moving forgotten ones. Smaller forgets more, larger spares more.
@@ -145,14 +145,17 @@ def erase(
 ) -> DiffusionPipeline:
     """`erase_concept` for a request."""
     denoiser = find_denoiser(pipe)
+    # The lock is the denoiser's, since two pipelines can share one.
     with locked(denoiser.module):
         current = require_editable(denoiser.module)
         if current is None:
+            # The weights may come from a folder that was saved erased: its originals are not here.
             source = pipe.config.get("_name_or_path")
             refuse_erased_source(
                 source, lambda record: edited_sites(pipe, denoiser, record.request, record.facts)
             )
         else:
+            # Two edits in a row would not be exact for the first, so both are fitted again as one.
             check_in_place(pipe)
             request = current.request.joined(request)
         _fit(Encoder.of(pipe, request, denoiser), request, keep_originals)

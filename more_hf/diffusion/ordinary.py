@@ -46,6 +46,7 @@ def with_ordinary_moment(
     everyday = request.everyday or everyday_prompts(encoder.pipe.tokenizer)
     kept = [prompt for prompt in everyday if not any(names_in(prompt, name) for name in request.surfaces)]
     left_out = [prompt for prompt in everyday if prompt not in set(kept)]
+    # Encode the smaller part: the moment of all prompts is cached, and a moment can be subtracted.
     if len(left_out) < len(kept):
         moments = everyday_moments(encoder, everyday)
         if left_out:
@@ -119,6 +120,7 @@ def _key(encoder: Encoder, prompts: Sequence[str]) -> str | None:
             if tensor.is_meta:
                 return None
             flat = tensor.detach().flatten()
+            # Evenly spaced values tell encoders apart, and hashing all would take seconds.
             sample = flat[:: max(1, len(flat) // SAMPLED)].double().cpu()
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(sample.numpy().tobytes())

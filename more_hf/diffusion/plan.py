@@ -21,7 +21,7 @@ from .ordinary import with_ordinary_moment
 
 # An exact edit may move ordinary prompts by at most this share; beyond it, `auto` tries fewer prototypes,
 # then the soft solver.
-CHEAP = 0.12
+MAX_COST = 0.12
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def prepare(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -
     """
     # 1. Fit the prototypes of every name, with the kinds of the requested token positions.
     names = [*request.surfaces, *request.targets, *request.retain]
+    # The prompts of retained names count towards Σ; `verify` of an exact edit needs none.
     retained_prompts = encoder.prompts_of(request.retain) if metric else {}
     prototypes = fit_prototypes(encoder, names, request.tokens, sigma_prompts=retained_prompts)
     if metric:
@@ -190,10 +191,10 @@ def solve(encoder: Encoder, request: ConceptRequest) -> Solution:
     Solve a request; changes nothing.
 
     `auto` decides by features alone. A single concept is erased exactly. For several, it takes the first of
-    these edits that moves ordinary prompts by at most `CHEAP`: exact with all token positions; exact with the
-    last token and the end token; soft with these two, whatever it costs. "Exact" is `pinv` or `covariance`,
-    whichever moves ordinary prompts less. A router needs an exact edit (G3), so it takes the second whatever
-    it costs.
+    these edits that moves ordinary prompts by at most `MAX_COST`: exact with all token positions; exact with
+    the last token and the end token; soft with these two, whatever it costs. "Exact" is `pinv` or
+    `covariance`, whichever moves ordinary prompts less. A router needs an exact edit (G3), so it takes the
+    second whatever it costs.
 
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
@@ -202,22 +203,23 @@ def solve(encoder: Encoder, request: ConceptRequest) -> Solution:
     if request.solver != "auto":
         return _solution(problems, (request.solver,), request.tokens, "as asked for")
 
+    # `auto`: exact edits first, from most to fewest prototypes, since fewer prototypes move less.
     choices = token_choices(request)
     alone = len(request.concepts) == 1
-    dear: list[str] = []  # the exact edits that were passed over
+    rejected: list[str] = []  # the exact edits that were passed over
     for tokens in choices:
         last_resort = tokens == choices[-1] and (alone or request.router is not None)
         try:
-            exact = _solution(problems, EXACT_SOLVERS, tokens, "exact", dear)
+            exact = _solution(problems, EXACT_SOLVERS, tokens, "exact", rejected)
         except PrototypeError:  # too many prototypes, or dependent ones
             if last_resort:
                 raise
-            dear.append(f"{tokens} have no exact edit")
+            rejected.append(f"{tokens} have no exact edit")
             continue
-        if alone or last_resort or exact.ordinary_moved <= CHEAP:
+        if alone or last_resort or exact.ordinary_moved <= MAX_COST:
             return exact
-        dear.append(f"exact with {tokens} would move them by {100 * exact.ordinary_moved:.1f} %")
-    return _solution(problems, ("soft",), choices[-1], "soft", dear)
+        rejected.append(f"exact with {tokens} would move them by {100 * exact.ordinary_moved:.1f} %")
+    return _solution(problems, ("soft",), choices[-1], "soft", rejected)
 
 
 def _solution(
@@ -232,6 +234,7 @@ def _solution(
     least. Raises `PrototypeError` if no solver has an exact edit of a space.
     """
     remaps, reasons, moved = {}, {}, {}
+    # Spaces are solved apart: a layer reads one of them, so what is cheap in one says nothing about another.
     for space, problem in problems.items():
         remaps[space], reasons[space] = _solve_space(problem, solvers, tokens)
         for name in problem.retained:
@@ -239,12 +242,12 @@ def _solution(
             moved[name] = max(moved.get(name, 0.0), remaps[space].moved(features))
     first, *others = reasons
     parts = [f"{why}, {reasons[first]}", *passed_over]
-    # There can be dozens of layers: the dearest stands for them all.
+    # There can be dozens of layers: the most expensive stands for them all.
     layers = [space for space in others if kind_of(space) == "layers"]
-    dearest = max(layers, key=lambda space: remaps[space].ordinary_moved, default=None)
+    most_expensive = max(layers, key=lambda space: remaps[space].ordinary_moved, default=None)
     for space in others:
-        if space == dearest or space not in layers:
-            label = f"{space}, the dearest of {len(layers)}" if space == dearest else space
+        if space == most_expensive or space not in layers:
+            label = f"{space}, the most expensive of {len(layers)}" if space == most_expensive else space
             parts.append(f"{label}: {remaps[space].solver}, {reasons[space]}")
     request, experts = problems["tokens"].request, problems["tokens"].experts
     sent_to = {name: [targets[i] for targets in experts] for i, name in enumerate(request.concepts)}

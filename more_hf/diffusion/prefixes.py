@@ -88,7 +88,8 @@ class PrefixEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, wanted: Sequence[int]):
         super().__init__()
-        self.encoder, self.wanted = encoder, wanted
+        self.encoder = encoder
+        self.wanted = wanted
 
     def __getattr__(self, name: str) -> Any:
         """Forward to the encoder: its dtype, device and hooks tell a pipeline where it runs."""

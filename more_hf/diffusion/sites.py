@@ -73,7 +73,7 @@ class Denoiser(NamedTuple):
         return readers
 
 
-def together(denoisers: Sequence[Denoiser], pipeline: str) -> Denoiser:
+def as_one_denoiser(denoisers: Sequence[Denoiser], pipeline: str) -> Denoiser:
     """
     The denoisers of a pipeline as one; one alone stays as it is.
 
@@ -124,7 +124,7 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
     ]
     if not denoisers:
         raise SiteNotFoundError(_unsupported(pipe, modules))
-    denoiser = together(denoisers, type(pipe).__name__)
+    denoiser = as_one_denoiser(denoisers, type(pipe).__name__)
     if _is_offloaded_to_disk(denoiser.module):
         raise SiteNotFoundError(
             "The denoiser is group-offloaded to disk, where its weights can be neither read nor edited. Load "
@@ -135,6 +135,7 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
             f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads a pooled prompt "
             "embedding that its text encoder does not make. Check that this is the right text encoder."
         )
+    # Whatever else reads the prompt, such as a ControlNet, would still know the concept.
     for name, part in modules.items():
         if name in denoiser.parts or name.startswith("text_encoder"):
             continue

@@ -27,7 +27,7 @@ from ..diffusion.encoder import Encoder
 from ..diffusion.families import denoiser_names
 from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.proof import prove_no_other_way, prove_weights
-from ..diffusion.sites import Denoiser, find_layers, together
+from ..diffusion.sites import Denoiser, as_one_denoiser, find_layers
 from .contents import INDEX, changed_files, survey, variant_of, weight_files
 from .delta import read_delta
 from .files import reading
@@ -333,7 +333,7 @@ def _run(folder: Path, record: Record, denoiser: Denoiser, removed: Mapping[str,
             folder / component, variant=record.variant, torch_dtype=dtype, use_safetensors=True
         )
         parts.append(Denoiser(component, module, denoiser.family))
-    loaded = together(parts, record.facts.pipeline)
+    loaded = as_one_denoiser(parts, record.facts.pipeline)
     sites = {
         name: Site(name, reader.module, space=reader.space, columns=reader.columns)
         for name, reader in find_layers(loaded, pooled=record.request.pooled).items()
@@ -367,7 +367,7 @@ def _read_denoisers(folder: Path, record: Record) -> Denoiser:
             f"{folder} also has the denoiser `{others.pop()}`, which the record, of `{record.denoiser}`, "
             "does not mention: it may be the original. Erase from the whole pipeline, and save that."
         )
-    return together(denoisers, record.facts.pipeline)
+    return as_one_denoiser(denoisers, record.facts.pipeline)
 
 
 def _removed_by(folder: Path, record: Record, denoiser: Denoiser) -> dict[str, Removed]:

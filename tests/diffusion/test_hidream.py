@@ -42,7 +42,7 @@ def test_the_report_has_the_dearest_layer_and_the_worst_guarantee(original):
     dearest = max(moved, key=moved.get)
     reasons = erasure.facts.solver_reason.split("; ")
     assert [reason.split(":")[0] for reason in reasons if ": pinv" in reason] == [
-        f"{dearest}, the dearest of 3",
+        f"{dearest}, the most expensive of 3",
         "pooled",
     ]
     assert erasure.guarantees["layers_ordinary_moved"] == pytest.approx(moved[dearest])
