@@ -61,13 +61,12 @@ def auc(positive: Tensor, negative: Tensor, *, resolution: float = 0.0) -> float
             and no chance
         to break ties.
     """
+    from sklearn.metrics import roc_auc_score
+
     scores = torch.cat([positive, negative]).double()
     if resolution:
         scores = (scores / resolution).round()
-    _, ranked, counts = scores.unique(return_inverse=True, return_counts=True)
-    mean_rank = counts.cumsum(0) - (counts - 1) / 2  # of each distinct score, from 1
-    n, m = len(positive), len(negative)
-    return 100.0 * ((mean_rank[ranked[:n]].sum() - n * (n + 1) / 2) / (n * m)).item()
+    return 100.0 * float(roc_auc_score([1] * len(positive) + [0] * len(negative), scores))
 
 
 @dataclass(frozen=True)
