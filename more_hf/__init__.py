@@ -38,7 +38,6 @@ _EXPORTS = {
     "save": "saving.folder",
     "save_checkpoint": "saving.single_file",
     "save_lora": "saving.lora",
-    "to_adapters": "saving.lora",
     "verify": "saving.check",
 }
 

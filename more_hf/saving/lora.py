@@ -1,4 +1,4 @@
-"""Export the erasure as a LoRA: adapters in memory, or a file for diffusers, ComfyUI and A1111."""
+"""Export the erasure as a LoRA file for diffusers, ComfyUI and A1111."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ def save_lora(
     *,
     format: str = "peft",
     dtype: torch.dtype = torch.float16,
-    expert: int | None = None,
 ) -> Path:
     """
     Write the erasure as one LoRA file for the original model. The pipeline is not changed.
@@ -81,8 +80,6 @@ def save_lora(
             names; ComfyUI itself was not run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors: also `torch.bfloat16` or `torch.float32`.
-        expert (`int`, *optional*):
-            Write this expert instead of the mean expert, which is in the erased weights.
 
     Returns:
         `Path`: the file, or the first of two.
@@ -106,7 +103,7 @@ def save_lora(
     """
     path = lora_path(path, format)
     denoiser, erasure = _find(pipe)
-    return _write(path, pipe, denoiser, erasure, format=format, dtype=dtype, expert=expert)
+    return _write(path, pipe, denoiser, erasure, format=format, dtype=dtype)
 
 
 @with_options
@@ -175,7 +172,7 @@ def erase_to_lora(
     # The metadata of a kohya file has the size of pictures, which depends on the VAE.
     opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
     erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
-    _write(path, opened.pipe, opened.denoiser, erasure, format=format, dtype=dtype, expert=None)
+    _write(path, opened.pipe, opened.denoiser, erasure, format=format, dtype=dtype)
     return erasure
 
 
@@ -187,7 +184,6 @@ def _write(
     *,
     format: str,
     dtype: torch.dtype,
-    expert: int | None,
 ) -> Path:
     family = denoiser.family
     if format == "kohya" and family.kohya is None:
@@ -197,8 +193,8 @@ def _write(
             f'The layer names of format="kohya" are those of UNets of {" and ".join(named)}, and '
             f'{family.name} has other layers. Pass format="peft", which {readers} for this model.'
         )
-    factors = _factors(erasure, expert, dtype)
-    metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure, expert))}
+    factors = _factors(erasure, dtype)
+    metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure))}
     first = next(iter(denoiser.parts))  # loaders expect the first denoiser's name in either file
     files = {}
     for file, prefix in zip(lora_files(path, len(denoiser.parts)), denoiser.prefixes.values(), strict=True):
@@ -217,54 +213,6 @@ def _write(
 def lora_files(path: Path, denoisers: int) -> list[Path]:
     """The file of each denoiser."""
     return [path, *(path.with_stem(f"{path.stem}_{i}") for i in range(2, denoisers + 1))]
-
-
-def to_adapters(
-    pipe: DiffusionPipeline, *, dtype: torch.dtype = torch.float32
-) -> dict[str, dict[str, Tensor]]:
-    """
-    Return every expert as a LoRA in memory. The pipeline is not changed.
-
-    Load each into the original pipeline under its name: after `set_adapters("expert_1")`, the pipeline is
-    that expert, and with all of them at equal weights that sum to 1 it is the mean expert. They all have the
-    same rank, so `hotswap=True` works between them.
-
-    Args:
-        pipe (`DiffusionPipeline`):
-            An erased pipeline whose original weights were kept.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Dtype of the factors: also `torch.float16` or `torch.bfloat16`.
-
-    Returns:
-        `dict[str, dict[str, Tensor]]`: a state dict for `load_lora_weights` under each of the names
-        `expert_0`, `expert_1`, ..., with `unet.<layer>.lora_A.weight` `(rank, in_features)` and
-        `unet.<layer>.lora_B.weight` `(out_features, rank)`, on the CPU; no two tensors share memory.
-
-    Raises:
-        `ExportError` and `AlreadyErasedError`: as from `save_lora`; `ExportError` also for two denoisers.
-
-    Example:
-
-    ```py
-    >>> import more_hf
-
-    >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent", "Noto"])
-    >>> original = more_hf.load_emoji_sd()
-    >>> for name, state_dict in more_hf.to_adapters(pipe).items():
-    ...     original.load_lora_weights(state_dict, adapter_name=name)
-    >>> original.set_adapters("expert_1")
-    ```
-    """
-    denoiser, erasure = _find(pipe)
-    if len(denoiser.parts) > 1:
-        raise ExportError(
-            f"{type(pipe).__name__} has {len(denoiser.parts)} denoisers, and `load_lora_weights` takes a "
-            "state dict for one of them. Write an expert's two files with `more_hf.save_lora(..., expert=0)`."
-        )
-    adapters = {}
-    for expert in range(erasure.remap.num_experts):
-        adapters[f"expert_{expert}"] = _peft(_factors(erasure, expert, dtype), denoiser.name)
-    return adapters
 
 
 def lora_path(path: str | os.PathLike, format: str) -> Path:
@@ -315,7 +263,7 @@ def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
     return denoiser, erasure
 
 
-def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+def _factors(erasure: Erasure, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """
     Layer -> `lora_A` `(rank, in_features)` and `lora_B` `(out_features, rank)` in `dtype`, on the CPU; for a
     1×1 convolution, both with two more axes of 1.
@@ -324,15 +272,10 @@ def _factors(erasure: Erasure, expert: int | None, dtype: torch.dtype) -> dict[s
         raise ExportError(
             f"A LoRA cannot be written in {dtype}. Choose one of {', '.join(map(str, DTYPES))}."
         )
-    if expert is not None and expert not in range(erasure.remap.num_experts):
-        raise ExportError(
-            f"There is no expert {expert}. Choose one of the {erasure.remap.num_experts} of this erasure, "
-            "counted from 0, or leave `expert` out for their mean."
-        )
     factors, limit = {}, TOLERANCE * torch.finfo(dtype).eps
     for name, weight in erasure.originals.items():
         # 1. The edit's own factors, with zeros for columns that do not read text.
-        lora_A, lora_B = erasure.remap_of(name).delta(weight, expert)
+        lora_A, lora_B = erasure.remap_of(name).delta(weight)
         module = erasure.sites[name].module
         lora_A = pad(lora_A, (0, module.weight.shape[1] - weight.shape[1]))
         # 2. Balanced, they can be rounded.
@@ -391,12 +334,11 @@ def _kohya(
     return {name: tensor.float() if name.endswith(".alpha") else tensor for name, tensor in tensors.items()}
 
 
-def _record(erasure: Erasure, expert: int | None) -> dict:
+def _record(erasure: Erasure) -> dict:
     facts = erasure.facts
     return {
         "more_hf": __version__,
         "request": erasure.request.to_dict(),
-        "expert": expert,
         "solver": facts.solver,
         "rank": facts.rank,
         "num_experts": facts.num_experts,

@@ -14,9 +14,7 @@ from support.families import (
     copied,
     denoiser_of,
     erase,
-    images,
     weights,
-    with_expert,
 )
 
 import more_hf
@@ -101,16 +99,3 @@ def test_positional_arguments_are_routed(families):
         with routing_off(erasure):
             unrouted = transformer(latents, tokens, pooled, time).sample
         assert not torch.allclose(unrouted, named, rtol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
-def test_experts_as_adapters(families, family):
-    erased = erase(copied(families[family]), remap_to=[TARGET, "johannes vermeer"], retain=None)
-    pipe, erasure = copied(families[family]), more_hf.get_erasure(erased)
-    wanted = [images(with_expert(pipe, erasure, expert), family, PROMPT) for expert in (0, 1)]
-    for name, state_dict in more_hf.to_adapters(erased).items():
-        pipe.load_lora_weights(state_dict, adapter_name=name)
-    for expert in (0, 1):
-        pipe.set_adapters(f"expert_{expert}")
-        assert (images(pipe, family, PROMPT) - wanted[expert]).norm() < 0.01 * (wanted[0] - wanted[1]).norm()

@@ -121,9 +121,7 @@ def test_the_batch_size_changes_nothing(tiny_sd, prompts, tmp_path):
         batch_size=5,
         settings={"router": "random", "num_experts": 3},
     )
-    for a, b in zip(
-        rows_of(tmp_path / "a"), rows_of(tmp_path / "b"), strict=True
-    ):
+    for a, b in zip(rows_of(tmp_path / "a"), rows_of(tmp_path / "b"), strict=True):
         assert (a.case_number, a.sample, a.evaluation_seed) == (b.case_number, b.sample, b.evaluation_seed)
         assert a.lpips == pytest.approx(b.lpips, abs=1e-3)
 

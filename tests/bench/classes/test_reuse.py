@@ -66,10 +66,7 @@ def test_only_the_first_cells_of_a_closed_form_have_a_price(tmp_path):
         epochs=1,
         probe_seeds=1,
     )
-    rows = {
-        (row["method"], row["forget"], row["seed"]): row
-        for row in records(tmp_path / "rows.csv")
-    }
+    rows = {(row["method"], row["forget"], row["seed"]): row for row in records(tmp_path / "rows.csv")}
     priced = {key for key, row in rows.items() if row["seconds"] is not None}
     assert priced == {("esc", "3", 0), *(("esc-t", forget, seed) for forget in "34" for seed in (0, 1))}
     lines = {(line["method"], line["forget"]): line for line in summary}

@@ -244,8 +244,7 @@ def test_retrain_never_saw_the_class_and_is_priced_as_a_training(folder):
 
 def without_costs(folder):
     return [
-        {key: value for key, value in row.items() if key not in COSTS}
-        for row in records(folder / "rows.csv")
+        {key: value for key, value in row.items() if key not in COSTS} for row in records(folder / "rows.csv")
     ]
 
 
