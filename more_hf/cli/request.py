@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from more_hf.core.request import REACHES, TOKENS
+from more_hf.core.markdown import markdown_table
+from more_hf.core.request import REACHES, TOKENS, ConceptRequest
 from more_hf.data import FOLDER
 
 from .checkpoint import Checkpoint, add_placement, find_device, load_pipeline, read_checkpoint
+from .concept_list import ConceptList, read_concepts
 from .options import (
     EMOJI_SD,
     add_concepts,
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # flags that are arguments of `erase_concept`, which has their defaults
-OPTIONS = ("retain", "num_experts", "router", "solver", "tokens", "reach", "softness", "seed")
+OPTIONS = ("num_experts", "router", "solver", "tokens", "softness", "seed")
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ class Request:
     @property
     def edits_denoiser(self) -> bool:
         """Whether layers inside the denoiser are edited, too."""
-        return self.options.get("reach") == "denoiser"
+        return bool(ConceptRequest.of(self.concepts, **self.options).inside)
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +72,8 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--concepts_file",
         type=Path,
         metavar="FILE",
-        help='a list of what to erase, a line each: "NAME" or "NAME -> TARGET, TARGET"; # starts a comment',
+        help='a list of what to erase, a line each: "NAME" or "NAME -> TARGET, TARGET"; # starts a comment; '
+        "or FILE.toml, with aliases, what to retain and the reach of each (see the examples)",
     )
     add(
         "--alias",
@@ -79,7 +83,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help='"Van Gogh=Vincent van Gogh"; repeatable',
     )
     add_remap_to(parser, note="; NAME=TARGET is for that one alone", default=[])
-    add("--retain", nargs="+", action="extend", metavar="NAME", help="names that must stay as they are")
+    add("--retain", nargs="+", action="extend", metavar="NAME", help="names whose pictures to spare")
     add("--num_experts", type=positive, metavar="N", help="remapping experts (one per target)")
     add_solver(parser)
     add(
@@ -109,24 +113,54 @@ def add_request(parser: argparse.ArgumentParser) -> None:
 def read_request(args: argparse.Namespace) -> Request:
     """Read the arguments of `add_request` and check names and files, without heavy imports."""
     model = read_model(args)
-    listed = {} if args.concepts_file is None else read_concepts(args.concepts_file)
-    names = [*args.concept, *listed]
+    listed = ConceptList() if args.concepts_file is None else read_concepts(args.concepts_file)
+    for name in args.concept:
+        if "=" in name or "->" in name:
+            raise ValueError(f"`--concept {name}` is no name. Pass its target by `--remap_to NAME=TARGET`.")
+    names = [*args.concept, *listed.concepts]
     if not names:
         raise ValueError("Nothing to erase is named. Pass `--concept NAME`, or `--concepts_file FILE`.")
-    concepts = _with_aliases(names, args.alias)
-    targets = _targets(names, args.remap_to, listed)
+    given = {name: getattr(args, name, None) for name in OPTIONS}  # `more-hf lora` has no router
+    given["retain"] = [*listed.retain, *(args.retain or [])] or None
+    given["reach"] = _reach(args.reach, names, listed)
+    options = {"remap_to": _targets(names, args.remap_to, listed), "sampling": _sampling(args, listed)}
+    options |= {name: value for name, value in given.items() if value is not None}
+    concepts = _with_aliases(names, args.alias, listed)
     if model == EMOJI_SD:
-        mentioned = [*names, *(args.retain or [])]
-        for some_targets in targets.values() if isinstance(targets, Mapping) else [targets]:
-            mentioned += some_targets or []
-        for name in mentioned:
-            refuse_typo(name)
-    options = {"remap_to": targets, "sampling": _sampling(args)}
-    for name in OPTIONS:
-        value = getattr(args, name, None)  # `more-hf lora` has no router
-        if value is not None:
-            options[name] = value
+        _refuse_typos(names, options)
+    wanted = ConceptRequest.of(concepts, **options)  # refuses wrong names before anything is loaded
+    logger.info("To erase:\n%s", _plan(wanted))
+    if model == EMOJI_SD:
+        _warn_about_unknown(wanted)
     return Request(read_checkpoint(model), concepts, options)
+
+
+def _refuse_typos(names: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse a name that resembles one of the embedded pipeline's artists."""
+    mentioned, targets = [*names, *options.get("retain", [])], options["remap_to"]
+    for some_targets in targets.values() if isinstance(targets, Mapping) else [targets]:
+        mentioned += some_targets or []
+    for name in mentioned:
+        refuse_typo(name)
+
+
+def _warn_about_unknown(wanted: ConceptRequest) -> None:
+    """Warn of names that the embedded pipeline's captions do not have: each word of those is a token."""
+    vocabulary = json.loads((FOLDER / "emoji_sd" / "tokenizer" / "vocab.json").read_text("utf-8"))
+    for name in dict.fromkeys([*wanted.concepts, *wanted.targets, *wanted.retain]):
+        if any(f"{word}</w>" not in vocabulary for word in name.casefold().split()):
+            logger.warning("%r is in no caption of %s: its pictures do not show it. A typo?", name, EMOJI_SD)
+
+
+def _plan(wanted: ConceptRequest) -> str:
+    """A table of what will be done."""
+    rows = []
+    for name, targets in wanted.remap_to.items():
+        becomes = " and ".join(targets) or "nothing"
+        row = {"forgotten": name, "also": ", ".join(wanted.concepts[name]), "becomes": becomes}
+        rows.append({**row, "reach": "denoiser" if name in wanted.inside else "name"})
+    spared = f"\nSpared: {', '.join(wanted.retain)}" if wanted.retain else ""
+    return markdown_table(rows) + spared
 
 
 def add_layers_only(parser: argparse.ArgumentParser) -> None:
@@ -160,11 +194,12 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
     }
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, int | float]:
+def _sampling(args: argparse.Namespace, listed: ConceptList) -> dict[str, int | float]:
     """How to draw pictures, as arguments of a pipeline's call."""
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     sampling = {name: value for name, value in options.items() if value is not None}
-    if sampling and args.reach != "denoiser":
+    reaches = {args.reach, *(own.reach for own in listed.concepts.values())}
+    if sampling and "denoiser" not in reaches:
         raise ValueError("No picture is drawn with `--reach name`. Leave `--steps` and `--guidance` out.")
     return sampling
 
@@ -179,9 +214,7 @@ def erased_pipeline(
         [`~diffusers.DiffusionPipeline`]: the erased pipeline, without offloading.
     """
     import more_hf
-    from more_hf.core.request import ConceptRequest
 
-    ConceptRequest.of(request.concepts, **request.options)  # refuses wrong names before anything is loaded
     pipe = load_pipeline(request.checkpoint, dtype=dtype, device=device, offload=offload, without=without)
     logger.info("Erasing %s", ", ".join(request.concepts))
     more_hf.erase_concept(pipe, request.concepts, **request.options)
@@ -191,42 +224,12 @@ def erased_pipeline(
     return pipe
 
 
-def read_concepts(file: Path) -> dict[str, list[str]]:
-    """
-    Read the file of `--concepts_file`.
-
-    Returns:
-        `dict[str, list[str]]`: name -> its own targets; an empty list if its line has none.
-
-    Raises:
-        ValueError: a line cannot be read. The message names the file and the line.
-    """
-    try:
-        lines = file.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}. Write it again as UTF-8.") from error
-    concepts: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        name, arrow, targets = (part.strip() for part in line.partition("->"))
-        own = [target.strip() for target in targets.split(",")] if arrow else []
-        if not name or not all(own):
-            raise ValueError(
-                f'{file}, line {number}: {line.strip()!r} is neither "NAME" nor "NAME -> TARGET, TARGET".'
-            )
-        if name in concepts:
-            raise ValueError(f"{file}, line {number}: {name!r} is listed twice. Name it once.")
-        concepts[name] = own
-    return concepts
-
-
 def _targets(
-    names: Sequence[str], words: Sequence[str], listed: Mapping[str, Sequence[str]]
+    names: Sequence[str], words: Sequence[str], listed: ConceptList
 ) -> list[str] | dict[str, list[str] | None] | None:
     """`remap_to` for `erase_concept`: the same targets for all, or a mapping if a name has its own."""
-    shared = [word for word in words if "=" not in word]
-    own = {name: list(targets) for name, targets in listed.items() if targets}
+    shared = [word for word in words if "=" not in word] or list(listed.remap_to)
+    own = {name: list(about.targets) for name, about in listed.concepts.items() if about.targets}
     for word in words:
         name, equals, target = (part.strip() for part in word.partition("="))
         if equals and not (name and target):
@@ -245,15 +248,22 @@ def _targets(
     return {**rest, **{name: read_remap_to(targets) for name, targets in own.items()}}
 
 
-def _with_aliases(concepts: list[str], aliases: list[str]) -> dict[str, list[str]]:
-    named: dict[str, list[str]] = {concept: [] for concept in concepts}
+def _reach(shared: str | None, names: Sequence[str], listed: ConceptList) -> str | dict[str, str] | None:
+    """`reach` for `erase_concept`: the same for all, or a mapping if a name has its own."""
+    own = {name: about.reach for name, about in listed.concepts.items() if about.reach is not None}
+    rest = {} if shared is None else dict.fromkeys(names, shared)
+    return {**rest, **own} if own else shared
+
+
+def _with_aliases(names: Sequence[str], aliases: Sequence[str], listed: ConceptList) -> dict[str, list[str]]:
+    named: dict[str, list[str]] = {name: [] for name in names}
+    for name, about in listed.concepts.items():
+        named[name] += about.aliases
     for pair in aliases:
         name, equals, alias = (part.strip() for part in pair.partition("="))
         if not (name and equals and alias):
             raise ValueError(f"`--alias {pair}` is not of the form NAME=ALIAS.")
         if name not in named:
-            raise ValueError(
-                f"`--alias {pair}` is for {name!r}, which is not erased; `--concept` has {concepts}."
-            )
+            raise ValueError(f"`--alias {pair}` is for {name!r}, which is not erased; {list(names)} are.")
         named[name].append(alias)
     return named

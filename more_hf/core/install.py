@@ -52,10 +52,12 @@ def install(
     current = registry.find_erasure(model)
     refuse_inside_block(current)
     edited = edited_weights(erasure)
-    before = copy_weights(erasure.sites)
+    earlier = {} if current is None else current.sites
+    left = {name: site for name, site in earlier.items() if name not in erasure.sites}
+    before = copy_weights({**left, **erasure.sites})
 
     def undo() -> None:
-        write_weights(erasure.sites, before)
+        write_weights({**left, **erasure.sites}, before)
         detach_hooks(erasure.hooks)
         if current is not None:
             attach_hooks(current.hooks, modules)
@@ -64,6 +66,8 @@ def install(
     with unless_completed(undo):
         registry.register(model, erasure)
         write_weights(erasure.sites, edited)
+        if left:
+            write_weights(left, current.require_originals())
         if current is not None:
             detach_hooks(current.hooks)
         attach_hooks(erasure.hooks, modules)

@@ -156,7 +156,7 @@ class Record:
     def _check_pipeline(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*(\+[A-Za-z]\w*)*", self.denoiser):
             raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
-        if self.request.edits_denoiser and all(map(is_text, self.facts.spaces.values())):
+        if self.request.inside and all(map(is_text, self.facts.spaces.values())):
             raise ValueError("`reach` is 'denoiser', but no layer inside it is in `spaces`")
 
 

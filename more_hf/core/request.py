@@ -150,8 +150,8 @@ class ConceptRequest(Request):
         softness (`float`, *optional*, defaults to 1.0):
             For solver `"soft"` and inside the denoiser: how much ordinary features weigh against forgotten
             ones.
-        reach (`str`, *optional*, defaults to `"name"`):
-            One of `REACHES`: how far into the model the edit goes.
+        reach (`str` or `Mapping[str, str]`, *optional*, defaults to `"name"`):
+            One of `REACHES`: how far into the model the edit goes. A mapping gives a concept its own.
         pictures (`int`, *optional*, defaults to 32):
             How many pictures of each name give the prototypes inside the denoiser.
         sampling (`Mapping[str, int | float | bool | str]`, *optional*):
@@ -168,7 +168,7 @@ class ConceptRequest(Request):
     everyday: tuple[str, ...] | None = None
     shrinkage: float = 1e-4
     softness: float = 1.0
-    reach: str = "name"
+    reach: str | Mapping[str, str] = "name"
     pictures: int = 32
     sampling: Mapping[str, int | float | bool | str] | None = None
 
@@ -179,7 +179,7 @@ class ConceptRequest(Request):
             raise PrototypeError(f"`pooled` must be True or False, got {self.pooled!r}.")
         check_number("shrinkage", self.shrinkage)
         check_number("softness", self.softness)
-        check_choice("reach", self.reach, REACHES)
+        self._set("reach", _read_reach(self.reach, self.concepts))
         self._set("pictures", read_count("pictures", self.pictures))
         self._set("sampling", {} if self.sampling is None else _read_sampling(self.sampling))
         for lines in ("templates", "everyday"):
@@ -225,14 +225,23 @@ class ConceptRequest(Request):
             super().joined(later),
             retain=tuple(dict.fromkeys([*self.retain, *later.retain])),
             pooled=self.pooled or later.pooled,
-            reach=max(self.reach, later.reach, key=REACHES.index),
+            reach=_farther(self.reach, later.reach),
             sampling=later.sampling or self.sampling,
         )
 
+    def without(self, names: Iterable[str]) -> Self:
+        """See `Request.without`."""
+        reach, dropped = self.reach, set(names)
+        if not isinstance(reach, str):
+            reach = {name: own for name, own in reach.items() if name not in dropped}
+        return Request.without(replace(self, reach=reach), dropped)
+
     @property
-    def edits_denoiser(self) -> bool:
-        """Whether layers inside the denoiser are edited, too."""
-        return self.reach == "denoiser"
+    def inside(self) -> list[str]:
+        """The concepts for which layers inside the denoiser are edited, too."""
+        if isinstance(self.reach, str):
+            return list(self.concepts) if self.reach == "denoiser" else []
+        return [name for name in self.concepts if self.reach.get(name) == "denoiser"]
 
     @property
     def surfaces(self) -> list[str]:
@@ -323,6 +332,33 @@ def _targets_of(forgotten: Iterable[str], remap_to: Any) -> dict[str, tuple[str,
             "targets, or `None` to project it out without remapping."
         )
     return {name: targets[name] for name in names}
+
+
+def _read_reach(value: Any, concepts: Iterable[str]) -> str | dict[str, str]:
+    """One reach for all concepts, or a mapping from some of them; the others have the default."""
+    if not isinstance(value, Mapping):
+        check_choice("reach", value, REACHES)
+        return value
+    for name, reach in value.items():
+        check_choice("reach", reach, REACHES)
+        if name not in concepts:
+            raise PrototypeError(
+                f"`reach` is given for {shown(name)}, which is not forgotten. Spell it as in `concepts`."
+            )
+    return dict(value)
+
+
+def _farther(earlier: str | Mapping[str, str], later: str | Mapping[str, str]) -> str | dict[str, str]:
+    """What was edited stays edited."""
+    if isinstance(earlier, str) and isinstance(later, str):
+        return max(earlier, later, key=REACHES.index)
+    if "denoiser" in (earlier, later):
+        return "denoiser"
+    own = [reach for reach in (earlier, later) if not isinstance(reach, str)]
+    joined: dict[str, str] = {}
+    for name, reach in (pair for reaches in own for pair in reaches.items()):
+        joined[name] = max(joined.get(name, REACHES[0]), reach, key=REACHES.index)
+    return joined
 
 
 def _read_some(argument: str, value: Any) -> tuple[str, ...]:

@@ -94,13 +94,14 @@ def erase_concept(
         pooled (`bool`, *optional*, defaults to `True`):
             Also edit the layer that reads the pooled prompt embedding (Stable Diffusion XL and 3, FLUX).
             Without it the concept still reaches the model there, and the report says so.
-        reach (`str`, *optional*, defaults to `"name"`):
+        reach (`str` or `Mapping[str, str]`, *optional*, defaults to `"name"`):
             `"name"` edits the layers that read the prompt: the name no longer says anything, and whoever
             learns another word for the concept from pictures finds it again. `"denoiser"` also edits every
             other linear layer and 1×1 convolution of the denoiser's blocks, by what these read of pictures
             that the original draws: of the concept, of its targets, of retained names and of ordinary
             prompts. That is a regression, exact in nothing, and it changes other pictures more: what a
-            learned word still finds, and what it costs, is in `benchmarks/attacks/pictures/reach`.
+            learned word still finds, and what it costs, is in `benchmarks/attacks/pictures/reach`. A mapping
+            gives a concept its own.
         softness (`float`, *optional*, defaults to 1.0):
             Of `"soft"` and inside the denoiser: how much leaving ordinary features alone weighs against
             moving forgotten ones. Smaller forgets more, larger spares more.
@@ -237,9 +238,10 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(encoder, request)
     # 2. Inside the denoiser, pictures by the original give the features.
-    if request.edits_denoiser:
+    if request.inside:
+        sent_to = {name: solution.sent_to[name] for name in request.inside}
         with nullcontext() if current is None else original_shown(current):
-            activations = record_activations(pipe, denoiser, request, solution.sent_to)
+            activations = record_activations(pipe, denoiser, request, sent_to)
         solution = solution.with_activations(activations, request.softness)
         sites |= find_activation_sites(denoiser, activations.spaces)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})

@@ -31,14 +31,14 @@ class ConceptErasure(Erasure):
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"
-        if request.edits_denoiser:
+        if request.inside:
             inside = [space for space in facts.spaces.values() if not is_text(space)]
             sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
             pictures = f"{request.pictures} pictures of each name" + (f" ({sampling})" if sampling else "")
-            yield (
-                "reach",
-                f"{len(inside)} of these inside the denoiser, by {pictures}, softness {request.softness:g}",
-            )
+            all_of_them = len(request.inside) == len(request.concepts)
+            alone = "" if all_of_them else f", for {', '.join(request.inside)} alone"
+            layers = f"{len(inside)} of these inside the denoiser{alone}"
+            yield "reach", f"{layers}, by {pictures}, softness {request.softness:g}"
         yield "router", request.router or "none: the mean expert is in the weights"
         yield "condition number of P", f"{facts.condition_number:.1f}"
         yield from measured_rows(self.guarantees, self.proof)

@@ -216,7 +216,7 @@ def check_folder(
         checks.append(Check("each sends p_f where p_t goes", False, str(removed)))
     elif removed:
         # Layers inside the denoiser are checked by their fingerprint alone (see `verify`).
-        inside = record.kind == "pipeline" and record.request.edits_denoiser
+        inside = record.kind == "pipeline" and bool(record.request.inside)
         recomputed = [layer for layer in layers if not inside or is_text(layer.space)]
         checks.append(_remapped(stored.edited, recomputed, removed))
     return Verification((*checks, alone))

@@ -112,7 +112,7 @@ def folder_of(source: str | os.PathLike) -> Path:
 
 def refuse_inner_edit(request: ConceptRequest) -> None:
     """Raises `PrototypeError` for a request that needs pictures, which only a denoiser draws."""
-    if request.edits_denoiser:
+    if request.inside:
         raise PrototypeError(
             f"`reach={request.reach!r}` draws pictures with the denoiser, which is not loaded here. Leave it "
             "out, or load the pipeline and call `more_hf.erase_concept`."

@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 import more_hf
+from more_hf.cli.concept_list import read_concepts
 from more_hf.cli.main import main, parse
-from more_hf.cli.request import read_concepts, read_request
+from more_hf.cli.request import read_request
 from more_hf.data import EMOJI_ARTISTS
 from more_hf_bench.artists.demo import demo_rows
 
@@ -213,15 +214,15 @@ LIST = """\ufeff# what must go\r
 Noto -> Fluent\r
 \r
  crab->  fish , red heart\r
-pizza, hot\r
+pizza\r
 """
 
 
 def test_a_list_of_concepts(tmp_path):
     file = tmp_path / "names.txt"
     file.write_bytes(LIST.encode())
-    listed = {"Noto": ["Fluent"], "crab": ["fish", "red heart"], "pizza, hot": []}
-    assert read_concepts(file) == listed
+    listed = {"Noto": ["Fluent"], "crab": ["fish", "red heart"], "pizza": []}
+    assert {name: list(own.targets) for name, own in read_concepts(file).concepts.items()} == listed
 
     def request(words):
         argv = [*words.split(), "--model", "emoji-sd", "--concepts_file", str(file), "--output", "out"]
@@ -230,11 +231,11 @@ def test_a_list_of_concepts(tmp_path):
 
     own = {name: targets for name, targets in listed.items() if targets}
     names = dict.fromkeys(listed, [])
-    assert request("--remap_to dog") == (names, {"pizza, hot": ["dog"], **own})
-    assert request("--remap_to none") == (names, {"pizza, hot": None, **own})
+    assert request("--remap_to dog") == (names, {"pizza": ["dog"], **own})
+    assert request("--remap_to none") == (names, {"pizza": None, **own})
     assert request("--concept a b --remap_to a=c a=d b=none dog --alias a=e") == (
         {"a": ["e"], "b": [], **names},
-        {"pizza, hot": ["dog"], **own, "a": ["c", "d"], "b": None},
+        {"pizza": ["dog"], **own, "a": ["c", "d"], "b": None},
     )
 
 
@@ -251,6 +252,18 @@ def test_a_list_of_concepts(tmp_path):
         ("Noto -> Fluennt", "Did you mean 'Fluent'?"),
         ("Noto -> none, Fluent", "beside other names"),
         ("Noto\xff", "not text in UTF-8"),
+        # formats of others, each of which was once erased literally
+        ("Noto => Fluent", "line 1: 'Noto => Fluent' is neither"),
+        ("Noto, crab -> Fluent", "line 1"),
+        ("Noto = noto emoji -> Fluent", "line 1"),
+        ("Noto: Fluent", "line 1"),
+        ("- Noto", "line 1"),
+        ("1. Noto", "line 1"),
+        ("Noto - Fluent", "line 1"),
+        ("Noto -> Fluent -> crab", "line 1"),
+        ('"Noto"', "line 1"),
+        ("Noto\tFluent", "line 1"),
+        ("Noto # the one by Google", "line 1"),
     ],
 )
 def test_a_list_that_cannot_be_meant(failure, tmp_path, text, message):
@@ -270,3 +283,64 @@ def test_targets_on_the_command_line_that_cannot_be_meant(failure, tmp_path):
 def test_verify_needs_a_record(failure, tmp_path):
     assert "no more_hf.json" in failure("verify", tmp_path)
     assert "no folder" in failure("verify", tmp_path / "missing")
+
+
+TOML = """
+remap_to = "fish"
+retain = ["dog"]
+
+[concepts]
+Noto = ["Fluent", "Twemoji"]
+crab = {}
+"pizza, hot" = "none"
+Blobmoji = { remap_to = "Fluent", aliases = ["blob emoji"], reach = "denoiser" }
+"""
+
+
+def test_a_list_in_toml(tmp_path, caplog):
+    file = tmp_path / "names.toml"
+    file.write_text(TOML)
+    argv = ["erase", "emoji-sd", "--concepts_file", str(file), "--retain", "ninja", "--output", "out"]
+    with caplog.at_level("INFO", logger="more_hf"):
+        request = read_request(parse(argv))
+    assert request.concepts == {"Noto": [], "crab": [], "pizza, hot": [], "Blobmoji": ["blob emoji"]}
+    assert request.options == {
+        "remap_to": {
+            "Noto": ["Fluent", "Twemoji"], "crab": ["fish"], "pizza, hot": None, "Blobmoji": ["Fluent"]
+        },
+        "retain": ["dog", "ninja"],
+        "reach": {"Blobmoji": "denoiser"},
+        "sampling": {},
+    }  # fmt: skip
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in caplog.text.splitlines()]
+    assert ["Noto", "", "Fluent and Twemoji", "name"] in table
+    assert ["pizza, hot", "", "nothing", "name"] in table
+    assert ["Blobmoji", "blob emoji", "Fluent", "denoiser"] in table
+    assert "Spared: dog, ninja" in caplog.text
+    assert "'ninja' is in no caption" in caplog.text
+    assert "'dog' is in no caption" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[concepts]\nNoto = ", "Invalid value"),
+        ("concepts = ['Noto']", "must be a table"),
+        ("[concepts]\nNoto = 3", "`remap_to` of `Noto` must be a name"),
+        ("[concepts]\nNoto = {to = 'Fluent'}", "'Noto' has 'to'; it takes remap_to, aliases, reach"),
+        ("keep = 'dog'", "the list has 'keep'"),
+        ("[concepts]\nNoto = {remap_to = 'Fluent', reach = 'far'}", "must be one of name, denoiser"),
+        ("[concepts]\nNoto = {}", "no target for 'Noto'"),
+        ("[concepts]\nNoto = 'Fluent'\nNoto = 'crab'", "verwrite"),
+    ],
+)
+def test_a_list_in_toml_that_cannot_be_meant(failure, tmp_path, text, message):
+    (tmp_path / "names.toml").write_text(text)
+    argv = ["erase", "emoji-sd", "--concepts_file", tmp_path / "names.toml", "--output", tmp_path / "out"]
+    assert message in failure(*argv)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["Noto=Fluent", "Noto -> Fluent", "Noto=>Fluent"])
+def test_a_target_within_a_name_is_refused(failure, name):
+    assert "Pass its target by" in failure("erase", "emoji-sd", "--concept", name, "--output", "out")

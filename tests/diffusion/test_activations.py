@@ -496,3 +496,34 @@ def test_the_request_survives_json():
     assert ConceptRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
     old = {name: value for name, value in request.to_dict().items() if name not in ("reach", "sampling")}
     assert ConceptRequest.from_dict(old).reach == "name"
+
+
+def test_the_reach_of_each_concept():
+    request = request_for(FORGET, "picasso", reach={FORGET: "denoiser"})
+    assert request.inside == [FORGET]
+    assert ConceptRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+    assert request.without([FORGET]).inside == []
+    later = request_for("picasso", "goya", reach={"picasso": "denoiser"})
+    assert request.joined(later).inside == [FORGET, "picasso"]
+    assert later.joined(request_for("miro", reach="name")).inside == ["picasso"]
+    assert request.joined(request_for("miro")).inside == [FORGET, "picasso", "miro"]
+    with pytest.raises(more_hf.PrototypeError, match="'goya', which is not forgotten"):
+        request_for(FORGET, reach={"goya": "denoiser"})
+
+
+@pytest.mark.slow
+def test_inside_the_denoiser_one_concept_alone(original):
+    """The layers inside are those of the one; giving it back gives them back, bit for bit."""
+    both = erase(copied(original), request_for(FORGET, "pablo picasso", reach={FORGET: "denoiser"}))
+    erasure, inside = more_hf.get_erasure(both), inner_sites(both)
+    assert inside
+    for name in inside:
+        names = erasure.remap_of(name).prototypes.names
+        assert all(FORGET in forgotten for forgotten in names)
+    rows = dict(erasure.rows())
+    assert f"for {FORGET} alone" in rows["reach"]
+    more_hf.restore(both, FORGET)
+    after, before = state(both.unet), state(original.unet)
+    assert all(torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]) for name in inside)
+    assert not all(torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]) for name in erasure.sites)
+    assert "reach" not in dict(more_hf.get_erasure(both).rows())
