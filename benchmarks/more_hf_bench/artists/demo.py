@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -109,21 +110,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The artists that the judges take pictures for, and whether (1, 0) they see the prompts' things."""
-
-    styles: list[str]
-    contents: list[int | None]
-
-    def percentages(self, rows: Sequence[DemoRow], part: slice) -> tuple[float | None, float]:
-        """How often the style (`None` if no prompt asks for one) and the thing are recognised, in percent."""
-        asked = zip(self.styles[part], rows[part], strict=True)
-        hits = [style == row.artist for style, row in asked if row.artist]
-        style = 100 * sum(hits) / len(hits) if hits else None
-        return style, 100 * sum(self.contents[part]) / len(self.contents[part])
-
-
-@dataclass(frozen=True)
 class Result:
     """
     The demo's pictures and measurements.
@@ -135,10 +121,8 @@ class Result:
             Their pictures, uint8 of shape `(n, 3, H, W)`.
         target (`torch.Tensor`, *optional*):
             With a single target, the original's pictures of it in place of the forgotten artist.
-        lpips (`torch.Tensor`):
-            The distances between before and after, `(n,)`.
-        judged (`tuple[Judged, Judged]`):
-            The judgements of both.
+        measured (`pd.DataFrame`):
+            The lines of `rows.csv`.
         erasure (`Erasure`):
             The erasure.
         scheduler (`str`):
@@ -149,8 +133,7 @@ class Result:
     before: Tensor
     after: Tensor
     target: Tensor | None
-    lpips: Tensor
-    judged: tuple[Judged, Judged]
+    measured: pd.DataFrame
     erasure: Erasure
     scheduler: str
 
@@ -218,31 +201,35 @@ def measure(settings: Settings) -> Result:
         target = draw(wanted, "target")
     more_hf.erase_concept(pipe, settings.concepts, remap_to=settings.remap_to)
     after = draw(rows, "after")
-    return Result(
-        rows,
-        before,
-        after,
-        target,
-        lpips=lpips_distance(before, after),
-        judged=(Judged(*judges.judge(before, rows)), Judged(*judges.judge(after, rows))),
-        erasure=more_hf.get_erasure(pipe),
-        scheduler=type(pipe.scheduler).__name__,
-    )
+    lines = []
+    for i, row in enumerate(rows):
+        line = {"method": "more", "forget": settings.forgotten, "group": row.group, "case_number": i}
+        line |= {"prompt": row.prompt, "evaluation_seed": row.seed, "artist": row.artist, "thing": row.thing}
+        lines.append(line)
+    measured = pd.DataFrame(lines)
+    measured["lpips"] = lpips_distance(before, after).double().round(decimals=6).numpy()
+    judged = judges.judge(before, rows), judges.judge(after, rows)
+    measured["style_before"], measured["style_after"] = (styles for styles, _ in judged)
+    measured["content_before"], measured["content_after"] = (contents for _, contents in judged)
+    scheduler = type(pipe.scheduler).__name__
+    return Result(rows, before, after, target, measured, more_hf.get_erasure(pipe), scheduler)
 
 
 def summarise(settings: Settings, result: Result) -> tuple[Finding, list[dict[str, Any]]]:
     """Summarise the result: a finding for a sentence, and a line per group of prompts for a table."""
     lines, means = [], []
-    for i, (group, name) in enumerate(GROUPS.items()):
-        part = slice(i * settings.limit, (i + 1) * settings.limit)
-        styles, contents = zip(
-            *(judged.percentages(result.rows, part) for judged in result.judged), strict=True
-        )
-        lpips = result.lpips[part].mean().item()
+    for group, part in result.measured.groupby("group", sort=False):
+        asks_for_artist = (part["artist"] != "").any()
+        styles, contents = [], []
+        for when in ("before", "after"):
+            recognised = 100 * (part[f"style_{when}"] == part["artist"]).mean()
+            styles.append(recognised if asks_for_artist else None)
+            contents.append(100 * part[f"content_{when}"].mean())
+        lpips = part["lpips"].mean()
         means.append(Finding(settings.forgotten, *styles, *contents, lpips_f=lpips, lpips_r=None))
         line = {
-            "prompts": name.format(forgotten=settings.forgotten),
-            "pictures": settings.limit,
+            "prompts": GROUPS[group].format(forgotten=settings.forgotten),
+            "pictures": len(part),
             "artist recognised": _arrow(styles),
             "thing recognised": _arrow(contents),
             "moved (LPIPS)": lpips,
@@ -250,7 +237,7 @@ def summarise(settings: Settings, result: Result) -> tuple[Finding, list[dict[st
         if result.target is not None:
             distances: list[float | None] = [None, None]
             if group == "forget":
-                images = (result.before[part], result.after[part])
+                images = (result.before[: settings.limit], result.after[: settings.limit])
                 distances = [lpips_distance(each, result.target).mean().item() for each in images]
             line[f"distance to {settings.targets[0]}, before → after"] = _arrow(distances, number)
         lines.append(line)
@@ -274,7 +261,7 @@ def write_outputs(settings: Settings, result: Result, output: Path) -> str:
     details = ["<details><summary>What was done, and the guarantees</summary>", result.erasure.to_markdown()]
     parts = [text, f"Made with {made_with}.", *details, "</details>"]
     write_text(output / "table.md", "\n\n".join(parts) + "\n")
-    write_rows(output / "rows.csv", _csv_rows(settings, result))
+    write_rows(output / "rows.csv", result.measured)
     picture = _picture(settings, result)
     write_picture(output / "before_after.webp", picture)
 
@@ -307,28 +294,6 @@ def _origin(settings: Settings, result: Result) -> dict[str, str | list[str]]:
         "versions": [f"more_hf {more_hf.__version__}", *packages],
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
     }
-
-
-def _csv_rows(settings: Settings, result: Result) -> list[dict[str, object]]:
-    before, after = result.judged
-    return [
-        {
-            "method": "more",
-            "forget": settings.forgotten,
-            "group": row.group,
-            "case_number": i,
-            "prompt": row.prompt,
-            "evaluation_seed": row.seed,
-            "artist": row.artist,
-            "thing": row.thing,
-            "lpips": round(lpips, 6),
-            "style_before": before.styles[i],
-            "style_after": after.styles[i],
-            "content_before": before.contents[i],
-            "content_after": after.contents[i],
-        }
-        for i, (row, lpips) in enumerate(zip(result.rows, result.lpips.tolist(), strict=True))
-    ]
 
 
 def _picture(settings: Settings, result: Result) -> Image.Image:
