@@ -45,7 +45,7 @@ def probes(remap: Remap) -> Tensor:
     What an edited layer is asked, `(n, d)`: the directions that the edit reads, at a prototype's length, and
     the prototypes that stay.
     """
-    directions = torch.linalg.qr(remap.D_F.T).Q.T * remap.remain.norm(dim=0).mean()
+    directions = torch.linalg.qr(remap.D_F.T).Q.T * remap.prototypes.matrix.norm(dim=0).mean()
     return torch.cat([directions, remap.remain.T])
 
 

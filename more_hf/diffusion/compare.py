@@ -16,6 +16,7 @@ from ..core.errors import MoreError
 from ..core.request import ConceptRequest, read_names
 from .erase import get_erasure
 from .grid import draw_grid
+from .sites import as_pipeline
 
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def compare(
 
     def draw(source: DiffusionPipeline, prompts: Sequence[str | None]) -> list[Image.Image | None]:
         """One picture per prompt, each by a call of its own, so that any number fits into memory."""
+        source = as_pipeline(source)
         pictures: list[Image.Image | None] = []
         for number, prompt in enumerate(prompts, start=seed):
             if prompt is None:

@@ -21,7 +21,7 @@ from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.request import ConceptRequest
 from .prefixes import PrefixEncoder
 from .prompts import TEMPLATES
-from .sites import Denoiser, find_denoiser, text_of
+from .sites import Denoiser, as_pipeline, find_denoiser, text_of
 from .text import Layout, Segment, Text
 
 
@@ -88,7 +88,7 @@ class Encoder:
         templates: Sequence[str] = TEMPLATES,
         denoiser: Denoiser | None = None,
     ):
-        self.pipe = pipe
+        self.pipe = pipe = as_pipeline(pipe)
         self.templates = templates
         self.denoiser = denoiser or find_denoiser(pipe)
         self.text = text_of(pipe, self.denoiser)

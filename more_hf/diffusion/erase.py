@@ -28,13 +28,13 @@ from .hook import hooked_modules, make_hooks
 from .plan import Solution, solve
 from .proof import prover
 from .sites import (
+    as_pipeline,
     base_layer,
     check_widths,
     find_denoiser,
     find_layers,
     find_sites,
     lora_branches,
-    require_pipeline,
 )
 
 
@@ -192,8 +192,7 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
 
 def get_erasure(pipe: DiffusionPipeline) -> ConceptErasure | None:
     """`more_hf.get_erasure` for pipelines."""
-    require_pipeline(pipe)
-    for part in pipe.components.values():
+    for part in as_pipeline(pipe).components.values():
         erasure = find_erasure(unwrap_module(part)) if isinstance(part, nn.Module) else None
         if erasure is not None:
             return erasure

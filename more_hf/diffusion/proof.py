@@ -43,9 +43,9 @@ def prover(
     Raises:
         `SiteNotFoundError`: something else reads the prompt.
     """
-    stays = {space: remap.remain for space, remap in _text_remaps(erasure).items()}
+    features = {space: remap.prototypes.matrix for space, remap in _text_remaps(erasure).items()}
     with nullcontext() if current is None else routing_off(current):
-        ways = prove_no_other_way(denoiser, stays)
+        ways = prove_no_other_way(denoiser, features)
     return lambda edited: {**ways, **_prove_layers(denoiser, erasure, edited)}
 
 

@@ -6,10 +6,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.hooks import ModelHook
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    AUTO_TEXT2VIDEO_PIPELINES_MAPPING,
+)
 from diffusers.utils import is_peft_available
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
@@ -95,13 +99,32 @@ def as_one_denoiser(denoisers: Sequence[Denoiser], pipeline: str) -> Denoiser:
     return Denoiser(TOGETHER.join(names), nn.ModuleDict({name: modules[name] for name in names}), family)
 
 
-def require_pipeline(pipe: DiffusionPipeline) -> None:
-    """Raises `SiteNotFoundError` for anything that is not a pipeline of diffusers."""
-    if not isinstance(pipe, DiffusionPipeline):
+def as_pipeline(pipe: DiffusionPipeline | ModularPipeline) -> DiffusionPipeline:
+    """
+    A modular pipeline's components in the text-to-image pipeline of the same model; any other pipeline as it
+    is.
+
+    Raises:
+        `SiteNotFoundError`: this is no pipeline, or a modular one of a model without such a pipeline.
+    """
+    if isinstance(pipe, DiffusionPipeline):
+        return pipe
+    if not isinstance(pipe, ModularPipeline):
         raise SiteNotFoundError(
             f"A {type(pipe).__name__} is neither a pipeline of diffusers nor an image classifier "
             "(nn.Module). Pass the pipeline or the classifier itself."
         )
+    classes = {**AUTO_TEXT2VIDEO_PIPELINES_MAPPING, **AUTO_TEXT2IMAGE_PIPELINES_MAPPING}
+    cls = classes.get(pipe.blocks.model_name)
+    if cls is None:
+        raise SiteNotFoundError(
+            f"diffusers has no text-to-image pipeline for the {pipe.blocks.model_name!r} of this "
+            f"{type(pipe).__name__}, whose prompts are encoded as it does. Erase from a pipeline with the "
+            "same components, which are edited in place."
+        )
+    wanted = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    parts = {one.name: pipe.components.get(one.name) for one in wanted if one.default is one.empty}
+    return cls(**parts)
 
 
 def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | None = None) -> Denoiser:
@@ -113,7 +136,7 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
         encoders are missing or used in an unknown way, another component reads text, or several denoisers do
         in ways of their own.
     """
-    require_pipeline(pipe)
+    pipe = as_pipeline(pipe)
     modules = {}
     for name, part in {**pipe.components, **(absent or {})}.items():
         if isinstance(part, nn.Module):

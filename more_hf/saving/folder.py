@@ -30,7 +30,7 @@ from ..diffusion.encoder import Encoder
 from ..diffusion.erase import check_in_place
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.hook import hooked_modules, make_hooks
-from ..diffusion.sites import find_denoiser
+from ..diffusion.sites import as_pipeline, find_denoiser
 from .check import (
     Layer,
     check_folder,
@@ -152,6 +152,7 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
         removed = {space: Removed(remap.shift(), 0.0) for space, remap in erasure.remaps.items()}
         revision = getattr(model.config, "_commit_hash", None)
         return Savable(model, {CLASSIFIER: model}, CLASSIFIER, model, removed, revision)
+    pipe = as_pipeline(pipe)
     denoiser = find_denoiser(pipe)
     check_in_place(pipe)
     components = {
