@@ -343,7 +343,7 @@ def _read_reach(value: Any, concepts: Iterable[str]) -> str | dict[str, str]:
         check_choice("reach", reach, REACHES)
         if name not in concepts:
             raise PrototypeError(
-                f"`reach` is given for {shown(name)}, which is not forgotten. Spell it as in `concepts`."
+                f"`reach` is given for {shown(name)}, which is not forgotten. Use the spelling in `concepts`."
             )
     return dict(value)
 
