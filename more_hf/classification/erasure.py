@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..core.erasure import Erasure, measured_rows
+from ..core.claims import Claim, claims_of_classes
+from ..core.erasure import Erasure
 from ..core.facts import ClassFacts
 from ..core.prototypes import Prototypes
+from ..core.report import measured_rows
 from ..core.request import ClassRequest
 
 
@@ -30,6 +32,10 @@ class ClassErasure(Erasure):
     facts: ClassFacts
     prototypes: Prototypes | None = field(default=None, repr=False)
 
+    def claims(self) -> Iterator[Claim]:
+        """See `Erasure.claims`."""
+        return claims_of_classes(self.facts)
+
     def rows(self) -> Iterator[tuple[str, str]]:
         """See `Erasure.rows`."""
         request, facts = self.request, self.facts
@@ -48,6 +54,7 @@ class ClassErasure(Erasure):
         yield "rank", f"{facts.rank}; {facts.num_experts} expert(s)"
         yield "router", request.router or "none: the mean expert"
         yield "condition number of P", f"{facts.condition_number:.1f}"
+        yield from self.claims()
         yield from measured_rows(self.guarantees, self.proof)
         yield "leak", "the backbone is untouched: without the hook, features are the original's"
         if request.router == "random":

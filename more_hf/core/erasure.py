@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .claims import Claim
 from .errors import AlreadyErasedError, IncompatibleBaseError
 from .facts import Facts
 from .markdown import aligned_text, bare_table
-from .proof import SLACK
-from .remap import EXACT, Remap
+from .remap import Remap
+from .report import explained
 from .request import Request
 from .site import Site
-
-
-# The measurements of `Remap.verify` that must be 0 up to rounding; the others say what an edit costs.
-GUARANTEES = ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
 
 
 @dataclass(eq=False)
@@ -96,6 +93,10 @@ class Erasure(ABC):
         }
 
     @abstractmethod
+    def claims(self) -> Iterator[Claim]:
+        """Yield what may be said of the erasure, by what was done and measured."""
+
+    @abstractmethod
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield the report as pairs of a name and a finding."""
 
@@ -103,11 +104,15 @@ class Erasure(ABC):
         """A table of what was done and what was measured."""
         return bare_table(self.rows())
 
+    def explain(self) -> str:
+        """A table with a line for each row of the report: what it says, what is good, and what to do."""
+        return explained(name for name, _ in self.rows())
+
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
     def __str__(self) -> str:
-        return aligned_text(self.rows())
+        return aligned_text([*self.rows(), ("what these mean", "`.explain()`, and more_hf/report.md")])
 
     def require_originals(self) -> dict[str, Tensor]:
         """The original weights. Raises `AlreadyErasedError` if they were not kept."""
@@ -145,36 +150,3 @@ class Erasure(ABC):
             if torch.allclose(weight, expected, rtol=rtol, atol=rtol * float(expected.abs().max())):
                 return True
         return False
-
-
-def measured_rows(guarantees: Mapping[str, float], proof: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Yield the report's rows about measurements: guarantees with their bounds, then the proof by run."""
-    for key, value in guarantees.items():
-        if key.endswith(GUARANTEES):
-            yield f"guarantee `{key}`", _compared(value, EXACT)
-        elif not key.endswith("rank"):
-            yield f"measured `{key}`", f"{value:.1e}"
-    if "other_ways" in proof:
-        found = "exact: no other layer reads the prompt"
-        if proof["other_ways"] > 0:  # on a GPU
-            found = (
-                f"no other layer reads the prompt: another prompt moves the output by "
-                f"{proof['other_ways']:.1e}, the same one again by {proof['spread']:.1e}"
-            )
-        yield "proof by run, other ways", found
-    if "layer_changed" in proof:
-        yield (
-            "proof by run, edited layers",
-            f"each computes with its edited weight, to {proof['layer_error']:.1f} times the rounding of one "
-            f"layer (limit {SLACK}; with its old weight, at least {proof['layer_changed']:.0f})",
-        )
-    if "expert_error" in proof:
-        yield (
-            "proof by run, routing hooks",
-            f"each expert is right to {proof['expert_error']:.1f} times the rounding of its features "
-            f"(limit {SLACK})",
-        )
-
-
-def _compared(value: float, bound: float) -> str:
-    return f"{value:.1e}, below {bound:.0e} ✓" if value < bound else f"{value:.1e}, not below {bound:.0e} ✗"

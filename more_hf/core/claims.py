@@ -1,0 +1,96 @@
+"""What may be said of an erasure: sentences that the report, the card, `verify` and the README share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from .facts import ClassFacts, ConceptFacts, Facts
+from .request import EXACT_SOLVERS, ConceptRequest
+
+
+EXACT = (
+    "To rounding, in every layer that reads the prompt: the mean features of prompts that name what was "
+    "erased give what those of the target give."
+)
+NOTHING = (
+    "To rounding, in every layer that reads the prompt: the mean features of prompts that name what was "
+    "erased without a target give nothing."
+)
+SOFT = (
+    "The mean features of prompts that name what was erased are moved most of the way, so that other prompts "
+    "keep more."
+)
+INSIDE = (
+    "Layers inside the denoiser are fitted by regression, exact in nothing. Their files can only be compared "
+    "with what was saved, by a fingerprint."
+)
+RUN = (
+    "The model was run: nothing but the edited layers reads the prompt, and each computes with its new "
+    "weight."
+)
+NOT_RUN = (
+    "The model was not run: that no other layer reads the prompt is taken from its family's description."
+)
+SINGLE_PROMPT = (
+    "A single prompt moves by as much of that mean as it contains. A paraphrase without the name can keep "
+    "some of the concept, and a prompt close to it can lose some of its own."
+)
+CLASSES = "To rounding: the mean feature of every forgotten class gets the scores of its target."
+CLASSES_NOTHING = "To rounding: the mean feature of every class without a target gives nothing in the head."
+SINGLE_IMAGE = "A single image moves by as much of that mean as it contains."
+
+
+class Claim(NamedTuple):
+    """A sentence about an erasure, under the name of its row in the report."""
+
+    row: str
+    sentence: str
+
+
+def claims_of_concepts(
+    request: ConceptRequest,
+    facts: ConceptFacts,
+    guarantees: Mapping[str, float],
+    proof: Mapping[str, float],
+) -> Iterator[Claim]:
+    """Yield what may be said of an erasure from a pipeline, by what was asked for, done and measured."""
+    if facts.solver in EXACT_SOLVERS:
+        yield from _exact(request.remap_to.values(), EXACT, NOTHING)
+    else:
+        yield Claim("in part", f"{SOFT} {_left(guarantees, inside=False)}")
+    if request.inside:
+        yield Claim("in part, inside", f"{INSIDE} {_left(guarantees, inside=True)}")
+    yield Claim("run", RUN if proof else NOT_RUN)
+    yield Claim("not exact", SINGLE_PROMPT)
+
+
+def claims_of_classes(facts: ClassFacts) -> Iterator[Claim]:
+    """Yield what may be said of an erasure from a classifier."""
+    yield from _exact(facts.sent_to.values(), CLASSES, CLASSES_NOTHING)
+    yield Claim("not exact", SINGLE_IMAGE)
+
+
+def check_of(facts: Facts, targets: Collection[Collection[str]]) -> str:
+    """The name of the check that the layers treat what was erased as they should."""
+    if facts.solver not in EXACT_SOLVERS:
+        return "each sends p_f most of the way"
+    return "each sends p_f where p_t goes" if any(targets) else "each sends p_f to zero"
+
+
+def _left(guarantees: Mapping[str, float], *, inside: bool) -> str:
+    """How much of the way is left at worst, in the layers inside the denoiser or in those that read text."""
+    measured = [
+        value
+        for key, value in guarantees.items()
+        if key.endswith("way_left") and key.startswith("denoiser") == inside
+    ]
+    return f"At worst, {100 * max(measured, default=math.nan):.2g} % of the way is left."
+
+
+def _exact(targets: Collection[Collection[str]], to_target: str, to_nothing: str) -> Iterator[Claim]:
+    if any(targets):
+        yield Claim("exact", to_target)
+    if not all(targets):
+        yield Claim("exact", to_nothing)
