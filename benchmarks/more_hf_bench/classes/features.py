@@ -21,11 +21,13 @@ from more_hf.api import get_erasure
 from more_hf.classification.erasure import ClassErasure
 from more_hf.classification.heads import evaluating
 from more_hf.core.errors import MoreError
+from more_hf.core.remap import Remap
 
 from ..splits import ImageSet, Splits
 
 
 CHUNK = 100_000  # samples that go through the head's hooks at once
+ANSWERS = 1_000  # pairs of answers that are inverted at once
 
 
 @contextmanager
@@ -145,22 +147,50 @@ def cache(
 
 
 def invert_two_queries(cached: Cached, part: str) -> Tensor:
-    """The features `(n, d)` that explain two answers of a router best, by the experts that gave them.
+    """The features `(n, d)` that explain two answers of a router best, by the experts that gave them."""
+    remap, device = cached.routed.remap, cached.head.weight.device
+    answers = [cached.features(part, draw=draw).split(ANSWERS) for draw in (0, 1)]
+    experts = [cached.experts(part, draw=draw).split(ANSWERS) for draw in (0, 1)]
+    found = [
+        explain_two_answers(remap, *(each.to(device) for each in both)).float().cpu()
+        for both in zip(*answers, *experts, strict=True)
+    ]
+    return torch.cat(found)
 
-    z solves [E_a; E_b] z = [z_a; z_b] in least squares: exactly where the targets of a and b differ in as
-    many directions as classes were forgotten. Where one expert gave both, what it removed stays missing.
+
+def explain_two_answers(remap: Remap, z_a: Tensor, z_b: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Solve E_a z = z_a and E_b z = z_b for the shortest z.
+
+    With m = D_F z and the shift S_e of expert e, an answer is z + S_e m. So all that is unknown are the f
+    numbers m: what two answers determine of them is solved for, and z is made of m and the answers' mean.
+
+    Args:
+        remap (`Remap`): the experts.
+        z_a, z_b (`Tensor`): `(n, d)`, two answers to each sample.
+        a, b (`Tensor`): `(n,)`, the experts that gave them.
+
+    Returns:
+        `Tensor`: `(n, d)`, float64. It is the sample's feature where the targets of both experts differ in as
+        many directions as prototypes are forgotten. Where one expert gave both answers, what it removed stays
+        missing.
     """
-    remap = cached.routed.remap
-    identity = torch.eye(len(remap.prototypes.matrix), dtype=torch.float64)
-    experts = [identity + remap.shift(e) @ remap.D_F for e in range(remap.num_experts)]
-    answers = [cached.features(part, draw=draw).double() for draw in (0, 1)]
-    a, b = (cached.experts(part, draw=draw) for draw in (0, 1))
-    found = torch.empty_like(answers[0])
-    for i, j in torch.stack([a, b], dim=1).unique(dim=0).tolist():
-        rows = (a == i) & (b == j)
-        both = torch.cat([answers[0][rows], answers[1][rows]], dim=1)
-        found[rows] = both @ torch.linalg.pinv(torch.cat([experts[i], experts[j]])).T
-    return found.float()
+    D, shifts = remap.D_F.to(z_a.device), remap.shifts.to(z_a.device)
+    S_a, S_b = shifts[a], shifts[b]  # (n, d, f)
+    # 1. The mean of both answers is z + S m, their difference T m.
+    S, T = (S_a + S_b) / 2, S_a - S_b
+    mean, difference = ((z_a + z_b) / 2).double()[..., None], (z_a - z_b).double()[..., None]
+    # 2. D_F times the mean is C m. Together, C and T determine m in the directions with an eigenvalue.
+    C = torch.eye(len(D), dtype=D.dtype, device=D.device) + D @ S
+    values, vectors = torch.linalg.eigh(C.mT @ C + T.mT @ T)
+    known = values > 1e-10 * S.square().sum((1, 2))[:, None]
+    inverse = torch.where(known, 1 / values, 0.0)[..., None]
+    m = vectors @ (inverse * (vectors.mT @ (C.mT @ (D @ mean) + T.mT @ difference)))
+    z = mean - S @ m
+    # 3. In the others any m would do: take the one that makes z shortest.
+    lost = ~known.all(1)
+    free = S[lost] @ (vectors[lost] * ~known[lost][:, None])
+    z[lost] -= free @ (torch.linalg.pinv(free.mT @ free, hermitian=True) @ (free.mT @ z[lost]))
+    return z[..., 0]
 
 
 def _seed(erasure: ClassErasure, start: int, count: int, draw: int = 0) -> None:
