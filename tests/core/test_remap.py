@@ -21,7 +21,8 @@ from support.remaps import (
     tolerance,
 )
 
-from more_hf.core.prototypes import PrototypeFitter
+from more_hf.core.proof import probes
+from more_hf.core.prototypes import PrototypeFitter, Prototypes
 from more_hf.core.remap import Remap
 
 
@@ -304,3 +305,11 @@ def test_erase_and_remap_can_be_mixed():
     close(first, torch.stack([P[:, 2], zero, *P[:, 2:].T], dim=1), 1e-12)
     close(second, torch.stack([zero, P[:, 3], *P[:, 2:].T], dim=1), 1e-12)
     assert (first - second).norm() > 0.1
+
+
+def test_a_remap_that_holds_nothing_is_asked_finite_directions():
+    """Erased without a target and without anything to keep, it has no other prototype to be asked."""
+    remap = Remap.fit(Prototypes(torch.eye(3).double()[:, :1], ("a",), torch.ones(1)), ["a"], [[None]])
+    rows = probes(remap)
+    assert rows.shape == (1, 3)
+    assert rows.isfinite().all()
