@@ -173,15 +173,15 @@ def measure(
 def _probes(
     cached: Cached, features: Mapping[str, Tensor], places: Places, seeds: Sequence[int], redraws: bool
 ) -> Probes:
-    labels = places.labels["train"]
+    labels, device = places.labels["train"], cached.head.weight.device
+    train = features["train"].to(device)
 
     def redrawn(epoch: int, seed: int) -> Tensor:
         # Draw 0 is the one that probes are evaluated on.
-        return cached.features("train", draw=1 + epoch * (1 + max(seeds)) + seed)
+        return cached.features("train", draw=1 + epoch * (1 + max(seeds)) + seed).to(device)
 
-    train = redrawn if redraws else features["train"]
-    probes = sgd_probes(train, labels, places.num_classes, seeds=seeds)
-    return {**probes, (CONVERGED, 0): converged_probe(features["train"], labels)}
+    probes = sgd_probes(redrawn if redraws else train, labels, places.num_classes, seeds=seeds)
+    return {**probes, (CONVERGED, 0): converged_probe(train, labels)}
 
 
 def _retention(probes: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -22,6 +22,7 @@ GATHER_STEPS = 32  # mini-batches gathered by one indexing call
 
 TOLERANCE = 1e-6  # of the converged probe's gradient
 LARGEST_HESSIAN = 2000  # numbers in a head that is small enough for Newton's method
+SAMPLES = 100_000  # of which the converged probe takes the logits at once
 APPROACH, ITERATIONS = 100, 1000  # L-BFGS iterations before Newton's method, and at most instead of it
 
 # Log-odds that differ by less are a tie: the size of what is left where the difference is zero in theory.
@@ -139,21 +140,21 @@ def converged_probe(features: Tensor, labels: Tensor, *, C: float = 1e4) -> Prob
     It minimises the mean cross-entropy + ‖W‖² / (2 C n), with a free bias.
 
     Args:
-        features (`Tensor`): `(n, d)`.
+        features (`Tensor`): `(n, d)`, on the device that fits a large head.
         labels (`Tensor`): `(n,)`, with every class at least once.
         C (`float`, defaults to 1e4): inverse strength of the penalty.
 
     Returns:
-        `Probe`: float64.
+        `Probe`: float64 on the CPU.
     """
     num_classes = int(labels.max()) + 1
     if num_classes * (features.shape[1] + 1) > LARGEST_HESSIAN:
-        return _whitened_lbfgs(features.double(), labels, num_classes, C)
+        return _whitened_lbfgs(features.double(), labels.to(features.device), num_classes, C)
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    x, y = features.double().numpy(), labels.numpy()
+    x, y = features.double().cpu().numpy(), labels.numpy()
     # For two classes scikit-learn fits the difference of the rows of W, whose square norm is twice ‖W‖².
     penalty = 2 * C if num_classes == 2 else C
     model = LogisticRegression(C=penalty, tol=TOLERANCE, max_iter=APPROACH, warm_start=True)
@@ -193,16 +194,20 @@ def _whitened_lbfgs(x: Tensor, labels: Tensor, num_classes: int, C: float) -> Pr
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        entropy = nn.functional.cross_entropy(white @ weight.T + bias, labels)
-        value = entropy + (weight @ whiten).square().sum() / (2 * C * len(labels))
+        value = (weight @ whiten).square().sum() / (2 * C * len(labels))
         value.backward()
+        # The logits of a million samples and a thousand classes would not fit into memory at once.
+        for z, y in zip(white.split(SAMPLES), labels.split(SAMPLES), strict=True):
+            entropy = nn.functional.cross_entropy(z @ weight.T + bias, y, reduction="sum") / len(labels)
+            entropy.backward()
+            value = value + entropy.detach()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
     with torch.no_grad():
         original_weight = weight @ whiten
-        return Probe(original_weight, bias - original_weight @ mean)
+        return Probe(original_weight.cpu(), (bias - original_weight @ mean).cpu())
 
 
 def probe_scores(
