@@ -11,7 +11,6 @@ and puts that row into `classifiers.csv` and the README's table.
 import argparse
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,10 +66,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
 
     inputs = pretrained_inputs(args.pretrained) if args.pretrained else {}
-    data = load_kd_data(args.dataset, path=args.data, **inputs)
+    data = load_kd_data(args.dataset, path=args.data, workers=args.workers, **inputs)
     start = load_pretrained if args.pretrained else build_classifier
     given = {name: value for name in CHOICES if (value := getattr(args, name)) is not None}
-    recipe = replace(Recipe.of(data, None), **given)
+    recipe = Recipe.of(data, args.pretrained, **given)
     model = start(args.pretrained or args.model, data, seed=recipe.seed)
     model = train_classifier(
         model,
@@ -79,7 +78,6 @@ def main() -> None:
         output=args.output,
         validation=data.validation,
         mixed_precision=args.mixed_precision,
-        workers=args.workers,
     )
     if processes().is_main_process:
         fitted, test = (measured_accuracy(model, part) for part in (data.train, data.test))

@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
 
     data = load_kd_data(args.dataset)
-    original = Trainer(args.model, data, Recipe.of(data, args.epochs), args.models).original(0)
+    original = Trainer(args.model, data, Recipe.of(data, epochs=args.epochs), args.models).original(0)
     splits = split_by_class(data, [args.forget])
     points = [point for point in points_of(GRIDS) if point["method"] in args.methods.split(",")]
     rows = search(

@@ -205,7 +205,7 @@ def main() -> None:
             continue
         task = make_task(data, original, name)
         splits = split_by_class(data, [name])
-        recipe = Recipe.of(data, args.epochs)
+        recipe = Recipe.of(data, epochs=args.epochs)
         retrained = train_classifier(
             random_weights(original, 0),
             splits.r,

@@ -39,6 +39,7 @@ class ImageSet(Dataset):
             antialias.
         mean, std (`tuple[float, ...]`): one number, or one per channel:
             `pixel_values = (images / 255 − mean) / std`.
+        workers (`int`): processes of each loader that decode images.
     """
 
     images: Images
@@ -47,6 +48,7 @@ class ImageSet(Dataset):
     image_size: int
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,6 +78,7 @@ class ImageSet(Dataset):
             shuffle=seed is not None,
             generator=generator,
             collate_fn=_unchanged,
+            num_workers=self.workers,
         )
 
 

@@ -19,7 +19,7 @@ import more_hf.data
 from more_hf.classification.features import collect_prototypes
 from more_hf.data import CLASSIFIERS, load_classifier
 from more_hf_bench.classes.data import load_kd_data
-from more_hf_bench.classes.training import RECIPES, Recipe, accuracy, predict
+from more_hf_bench.classes.training import FINE_TUNING, Recipe, accuracy, predict
 
 
 ROOT = Path(__file__).parents[2]
@@ -119,8 +119,8 @@ def test_train_from_a_pretrained_classifier(run, tmp_path, capsys):
     assert re.search(r"training accuracy [\d.]+ %, test accuracy [\d.]+ %", capsys.readouterr().out)
     facts = json.loads((tmp_path / "run" / "training.json").read_text())
     assert facts["image_size"] == 16
-    # what is not given is the data set's own recipe
-    assert Recipe(**facts["recipe"]) == replace(RECIPES["digits"], epochs=1, flip=False)
+    # what is not given is the recipe for fine-tuning this architecture
+    assert Recipe(**facts["recipe"]) == replace(FINE_TUNING["resnet"], epochs=1, flip=False)
     assert facts["config"]["id2label"]["9"] == "9"
 
 

@@ -27,6 +27,7 @@ def load_kd_data(
     std: Sequence[float] = (0.5,),
     validation: float = 0.1,
     seed: int = 0,
+    workers: int = 0,
 ) -> KDData:
     """Load a data set and carve the validation split from its training data.
 
@@ -45,6 +46,7 @@ def load_kd_data(
         validation (`float`, defaults to 0.1): fraction of each class's training images that becomes
             `validation`.
         seed (`int`, defaults to 0): of the validation split.
+        workers (`int`, defaults to 0): processes that decode images, where they are not in memory.
 
     Returns:
         `KDData`: on the CPU. ImageNet and folders are decoded when they are read, all others are in memory.
@@ -73,7 +75,8 @@ def load_kd_data(
         # Grey data sets are tensors, all of them in memory.
         images = images.expand(-1, 3, -1, -1) if repeat else images
         size = image_size or images.shape[-1]
-        return ImageSet(images, labels, torch.arange(len(labels)), size, tuple(mean), tuple(std))
+        decoders = 0 if isinstance(images, Tensor) else workers
+        return ImageSet(images, labels, torch.arange(len(labels)), size, tuple(mean), tuple(std), decoders)
 
     train, test = image_set(*raw.train), image_set(*raw.test)
     held_out = stratified(train.labels, validation, seed)

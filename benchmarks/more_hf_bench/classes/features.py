@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import tqdm
 from safetensors.torch import save_model
@@ -21,12 +22,14 @@ from more_hf.api import get_erasure
 from more_hf.classification.erasure import ClassErasure
 from more_hf.classification.heads import evaluating
 from more_hf.core.errors import MoreError
+from more_hf.core.files import replacing
 from more_hf.core.remap import Remap
 
 from ..splits import ImageSet, Splits
 
 
-CHUNK = 100_000  # samples that go through the head's hooks at once
+CHUNK = 100_000  # samples that go through the head's hooks at once, at most
+SHIFTS = 10**9  # numbers in the shifts of these samples' experts, at most
 ANSWERS = 1_000  # pairs of answers that are inverted at once
 
 
@@ -46,7 +49,8 @@ class Cached:
     """A classifier's head with its hooks, and what it reads before them.
 
     Attributes:
-        inputs (`Mapping[str, Tensor]`): part, `"train"` or `"test"`, to `(n, d)`, float32 on the CPU.
+        inputs (`Mapping[str, Tensor]`): part, `"train"` or `"test"`, to `(n, d)`, float32 on the CPU, or in a
+            file that is mapped into memory.
         model, head (`nn.Module`): the classifier and its last linear layer.
     """
 
@@ -91,10 +95,12 @@ class Cached:
 
     @torch.no_grad()
     def _ask(self, part: str, passes: int, draw: int) -> tuple[Tensor, Tensor]:
-        erasure, means = self.routed, []
+        erasure, means, chunk = self.routed, [], CHUNK
+        if erasure is not None:
+            chunk = min(CHUNK, SHIFTS // erasure.remap.D_F.numel())
         with inputs_of(self.head) as seen:
-            for start in range(0, len(self.inputs[part]), CHUNK):
-                z = self.inputs[part][start : start + CHUNK].to(self.head.weight.device)
+            for start in range(0, len(self.inputs[part]), chunk):
+                z = self.inputs[part][start : start + chunk].to(self.head.weight.device)
                 if erasure is not None:
                     _seed(erasure, start, len(z), draw)
                 seen.clear()
@@ -112,11 +118,13 @@ def cache(
     parts: Mapping[str, ImageSet],
     *,
     batch_size: int = 100,
+    folder: Path | None = None,
     desc: str = "features",
 ) -> Cached:
     """Collect the head's inputs in one pass in evaluation mode, on the model's device.
 
-    Routing at an inner module draws from fixed seeds.
+    Routing at an inner module draws from fixed seeds. With a `folder`, each part is a file there, which the
+    next call only opens.
 
     Raises:
         `MoreError`: unless the head is called once per batch, with features `(batch, d)`.
@@ -125,6 +133,10 @@ def cache(
     bar = tqdm(total=sum(map(len, parts.values())), desc=desc, unit="image", leave=False)
     with evaluating(model), inputs_of(head, before_hooks=True) as seen:
         for name, images in parts.items():
+            path = None if folder is None else folder / f"features-{name}.npy"
+            if path is not None and path.is_file():
+                inputs[name] = mapped(path)
+                continue
             collected, start = [], 0
             for batch in images.loader(batch_size):
                 count = len(batch["labels"])
@@ -142,8 +154,17 @@ def cache(
                     f"({len(images)}, {head.weight.shape[1]}): it must be called once per batch, with one "
                     "feature per image."
                 )
+            if path is not None:
+                with replacing(path) as draft, draft.open("wb") as file:
+                    np.save(file, inputs[name].numpy())
+                inputs[name] = mapped(path)
     bar.close()
     return Cached(inputs, model, head)
+
+
+def mapped(path: Path) -> Tensor:
+    """The numbers of a file of NumPy's, which are read from the disk as they are asked for."""
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copied where somebody writes: torch asks for that
 
 
 def invert_two_queries(cached: Cached, part: str) -> Tensor:

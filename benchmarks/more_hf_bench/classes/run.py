@@ -67,6 +67,9 @@ def run_kd(
     path: str | Path | None = None,
     models: str | Path | None = None,
     epochs: int | None = None,
+    learning_rate: float | None = None,
+    num_workers: int = 0,
+    mixed_precision: str | None = None,
     probe_seeds: int = 5,
     passes: Sequence[int] = (16,),
     settings: Mapping[str, Any] | None = None,
@@ -93,7 +96,9 @@ def run_kd(
         seeds (`int`, defaults to 1): trainings and runs of each method: seeds 0, 1, ...
         path (*optional*): where the data lie, if not in their usual place.
         models (*optional*): the folder of trained classifiers; by default `models` in `output`.
-        epochs (`int`, *optional*): of every training; by default the recipe's.
+        epochs (`int`), learning_rate (`float`, *optional*): of every training; by default the recipe's.
+        num_workers (`int`, defaults to 0): processes that decode images, where they are not in memory.
+        mixed_precision (`str`, *optional*): of every training, `"bf16"` or `"fp16"` on CUDA.
         probe_seeds (`int`, defaults to 5): new heads per learning rate.
         passes (`Sequence[int]`, defaults to `(16,)`): for each, methods with random routing get one more row,
             `-xK`: an attacker who asks K times and takes the mean. `-inverted` is one who asks twice, knows
@@ -115,13 +120,21 @@ def run_kd(
     if seeds < 1 or probe_seeds < 1:
         raise BenchmarkError(f"Needs at least one seed and one probe seed, got {seeds} and {probe_seeds}.")
     functions = {name: find_classification_method(name, forgets="classes") for name in methods}
-    data = load_data(dataset, path, model)
+    data = load_data(dataset, path, model, num_workers)
     if forget == "all":
         entries = data.class_names
     else:
         entries = [forget] if isinstance(forget, str) else forget
     classes = {entry: classes_of(entry, data) for entry in entries}
-    trainer = start_trainer(data, model, functions, epochs, Path(models or output / "models"))
+    trainer = start_trainer(
+        data,
+        model,
+        functions,
+        Path(models or output / "models"),
+        mixed_precision,
+        epochs=epochs,
+        learning_rate=learning_rate,
+    )
     config = ClassesConfig(
         benchmark="kd",
         more_hf=__version__,
@@ -150,22 +163,29 @@ def run_kd(
     return run.finish(write_outputs)
 
 
-def load_data(dataset: str, path: str | Path | None, model: str) -> KDData:
+def load_data(dataset: str, path: str | Path | None, model: str, workers: int) -> KDData:
     """Load a data set as a classifier reads it."""
     inputs = {} if model in MODELS else pretrained_inputs(model)
-    return load_kd_data(dataset, path=path, **inputs)
+    return load_kd_data(dataset, path=path, workers=workers, **inputs)
 
 
-def start_trainer(data: KDData, model: str, functions: Methods, epochs: int | None, folder: Path) -> Trainer:
+def start_trainer(
+    data: KDData,
+    model: str,
+    functions: Methods,
+    folder: Path,
+    mixed_precision: str | None,
+    **given: float | None,
+) -> Trainer:
     """Return the trainer of a run, unless nothing would be trained that has to be."""
-    recipe = Recipe.of(data, epochs)
+    recipe = Recipe.of(data, model, **given)
     if recipe.epochs == 0 and (model in MODELS or "retrain" in functions):
         reason = f"{model} starts from random weights" if model in MODELS else "retrain trains a classifier"
         raise BenchmarkError(
             f"Nothing is trained in 0 epochs, and {reason}. "
             "Name a trained classifier's folder, or leave retrain out."
         )
-    return Trainer(model, data, recipe, folder)
+    return Trainer(model, data, recipe, folder, mixed_precision)
 
 
 def training_facts(trainer: Trainer) -> Training:
@@ -295,7 +315,10 @@ class _Seed:
         head = model.get_submodule(self.head_name)
         if model is not self.original and same_backbone(model, self.original, self.head_name):
             return Cached(self.cached.inputs, model, head)
-        return cache(model, head, {"train": self.data.train, "test": self.data.test})
+        folder = None
+        if model is self.original and not isinstance(self.data.train.images, torch.Tensor):
+            folder = self.trainer.folder_of(self.seed)
+        return cache(model, head, {"train": self.data.train, "test": self.data.test}, folder=folder)
 
     def _informed(self, retrained: Cached, splits: Splits) -> Informed:
         """What the index of information of the original's backbone needs."""

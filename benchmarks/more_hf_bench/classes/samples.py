@@ -91,6 +91,9 @@ def run_samples(
     path: str | Path | None = None,
     models: str | Path | None = None,
     epochs: int | None = None,
+    learning_rate: float | None = None,
+    num_workers: int = 0,
+    mixed_precision: str | None = None,
     settings: Mapping[str, Any] | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
@@ -110,8 +113,16 @@ def run_samples(
     """
     output = Path(output)
     functions = {name: find_classification_method(name, forgets="samples") for name in methods}
-    data = load_data(dataset, path, model)
-    trainer = start_trainer(data, model, functions, epochs, Path(models or output / "models"))
+    data = load_data(dataset, path, model, num_workers)
+    trainer = start_trainer(
+        data,
+        model,
+        functions,
+        Path(models or output / "models"),
+        mixed_precision,
+        epochs=epochs,
+        learning_rate=learning_rate,
+    )
     config = SamplesConfig(
         benchmark="kd-samples",
         more_hf=__version__,

@@ -19,6 +19,7 @@ from more_hf.cli.options import (
 from ..classes import DATASETS
 from ..methods.registry import CLASSIFICATION, classification_groups, methods_that_forget
 from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
+from .rehearse import OF_CLASSES, OF_SAMPLES, check_filled, rehearse_classes
 
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,11 @@ class KDOptions:
     epochs: int | None = flag(
         None, "of a training (the recipe's); 0 takes a trained --model as it is", type=natural, metavar="N"
     )
+    learning_rate: float | int | None = flag(None, "of a training (the recipe's)", type=float, metavar="RATE")
+    num_workers: int = flag(0, "processes that decode images (0)", type=natural, metavar="N")
+    mixed_precision: str | None = flag(
+        None, "of a training on CUDA (as accelerate is configured)", choices=("no", "bf16", "fp16")
+    )
     probe_seeds: int = key(5, "new heads for each learning rate (5)")
     passes: list | tuple = key((16,), "how often an attacker asks a random router, a list ([16])")
     num_experts: int | None = flag(
@@ -75,14 +81,16 @@ def add_to(benches) -> None:
         resumes=True,
         examples=(
             "more-hf bench kd --forget 3 --output DIR",
-            "more-hf bench kd --dataset fashion-mnist --methods esc,more --forget all --output DIR",
+            "more-hf bench kd --preset table1-cifar10 --rehearse --output DIR",
         ),
     )
-    add_options(parser, KDOptions)
+    add_options(parser, KDOptions, "kd")
 
 
 def _bench_classes(args: argparse.Namespace) -> int:
     options = read_options(KDOptions, args, _of_folder)
+    if args.rehearse:
+        options = rehearse_classes(options, args.output)
     if options.forget is None:
         raise ValueError("Say what to forget: `--forget CLASS`, `--forget all` or `--forget samples`.")
     samples = options.forget in ("samples", ["samples"])
@@ -115,6 +123,9 @@ def _bench_classes(args: argparse.Namespace) -> int:
         "path": options.data,
         "models": options.models,
         "epochs": options.epochs,
+        "learning_rate": options.learning_rate,
+        "num_workers": options.num_workers,
+        "mixed_precision": options.mixed_precision,
         "settings": settings,
         "tuned": options.tuned,
     }
@@ -130,6 +141,8 @@ def _bench_classes(args: argparse.Namespace) -> int:
         short_markdown = tables.short_markdown
     # The other processes have no summary.
     if state.is_main_process:
+        if args.rehearse:
+            check_filled(summary, methods, OF_SAMPLES if samples else OF_CLASSES)
         print(short_markdown(summary))
         print(f"\nOpen {args.output / 'report.html'}; the tables are in {args.output / 'table.md'}.")
     return 0
@@ -142,6 +155,7 @@ def _of_folder(data: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": training["dataset"],
         "model": training["model"],
         "epochs": training["recipe"]["epochs"],
+        "learning_rate": training["recipe"]["learning_rate"],
         "methods": list(data["methods"]),
         "tuned": data["methods"],
         "forget": "samples" if samples else list(data["forget"]),

@@ -39,7 +39,7 @@ def victims(tmp_path_factory):
     functions = {name: CLASSIFICATION[name].load() for name in METHODS}
     functions["more-reloaded"] = functions["more"]
     settings = settings_of(functions, {}, {}, {})
-    folder, recipe = tmp_path_factory.mktemp("models"), Recipe.of(data, 3)
+    folder, recipe = tmp_path_factory.mktemp("models"), Recipe.of(data, epochs=3)
     models = {MODEL: load_classifier(MODEL)}
     make = Victims(data, models, functions, settings, {FORGET: (CLASS,)}, None, recipe, folder)
     made = {}
@@ -245,7 +245,7 @@ def test_shadow_models_tell_members_of_a_class_that_was_learned_by_heart(victims
     second = others[some_of_each(pool.labels[others], 20)]
     rest = others[~torch.isin(others, second)]
     parts = {"train": pool.subset(third), "test": pool.subset(second)}
-    recipe = replace(Recipe.of(data, 30), shift=0, flip=False)
+    recipe = replace(Recipe.of(data, epochs=30), shift=0, flip=False)
 
     def train(images, folder, seed):
         start = random_weights(original.cached.model, seed)

@@ -1,4 +1,4 @@
-"""Two answers of known experts give the feature away: the pseudo-inverse of both experts, without taking it."""
+"""Two answers of known experts give the feature away, as the pseudo-inverse of both experts does."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from more_hf_bench.classes.features import explain_two_answers
 
 
 NAMES = tuple("abcdefgh")
-# The first two share a target of "b"; the last sends everything to one place, so that two directions are lost.
+# The first two share a target of "b"; the last sends all to one place: two directions are lost.
 TARGETS = [["d", "e", "f"], ["g", "e", "h"], ["f", "d", "g"], ["h", "h", "h"]]
 
 

@@ -89,7 +89,7 @@ def run_class_attacks(
     tuned = tuned or {}
     inputs = {} if models[0] in CLASSIFIERS else pretrained_inputs(models[0])
     data = load_kd_data(dataset, path=path, **inputs)
-    recipe = Recipe.of(data, epochs)
+    recipe = Recipe.of(data, epochs=epochs)
     references = [name for name in REFERENCES if name != RETRAIN or recipe.epochs]
     classes = {entry: classes_of(entry, data) for entry in forget}
     originals = {name: load_victim(name, data) for name in dict.fromkeys(models)}
