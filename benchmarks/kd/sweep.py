@@ -6,6 +6,7 @@
     python benchmarks/kd/sweep.py routers --dataset digits --forget 3 --output SWEEP     # Tables 6, 14, 15
     python benchmarks/kd/sweep.py depth --dataset digits --forget 3 --output SWEEP --values head features.7
 
+With `--preset`, which names one of `bench kd`, on the paper's data and classifiers; `--rehearse` is as there.
 `depth` (Tables 7, 13) edits the input of the modules that `--values` names, `head` for the last layer.
 
 Every value is a `bench kd` in a folder of its own below SWEEP, all with the same trained classifiers, and
@@ -27,8 +28,11 @@ from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.measure import Shared
-from more_hf_bench.classes.run import run_kd
+from more_hf_bench.classes.run import classes_of, run_kd
 from more_hf_bench.classes.tables import RELOADED
+from more_hf_bench.cli.classes import KDOptions
+from more_hf_bench.cli.options import read_options
+from more_hf_bench.cli.rehearse import OF_CLASSES, check_filled, rehearse_classes
 from more_hf_bench.columns import write_rows
 from more_hf_bench.figures import write_figure
 from more_hf_bench.methods.classification.router_training import COMBINATIONS
@@ -105,43 +109,56 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("factor", choices=FACTORS)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--data", type=Path, help="where the data lie, if not in their usual place")
-    parser.add_argument("--model", default="allcnn-narrow")
-    parser.add_argument("--forget", required=True)
+    parser.add_argument("--preset", help="data, classifier and classes of a preset of `bench kd`")
+    parser.add_argument("--rehearse", action="store_true", help="run on small stand-ins")
+    parser.add_argument("--dataset")
+    parser.add_argument("--data", help="where the data lie, if not in their usual place")
+    parser.add_argument("--model")
+    parser.add_argument("--forget", metavar="CLASS+...")
     values = "numbers of experts, class numbers, methods, or modules; depth needs them"
     parser.add_argument("--values", nargs="+", default=[], help=values)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int)
     parser.add_argument("--epochs", type=int, help="of a training (the recipe's)")
-    parser.add_argument("--models", type=Path, help="folder of trained classifiers (models in --output)")
+    parser.add_argument("--models", help="folder of trained classifiers (models in --output)")
     parser.add_argument("--output", type=Path, required=True)
+    parser.set_defaults(config=None, benchmark="kd")
     args = parser.parse_args()
     if args.factor == "depth" and not args.values:
         parser.error("depth needs the names of modules: --values head features.7 features.6")
+    options = read_options(KDOptions, args, dict)
+    if options.forget is None:
+        parser.error("name the classes to forget together: --forget 3, or --preset")
+    if args.rehearse:
+        options = rehearse_classes(options, args.output)
 
-    data = load_kd_data(args.dataset, path=args.data)
-    forget = [int(name) if name not in data.class_names else name for name in args.forget.split("+")]
-    remaining = split_by_class(data, forget).r.labels.unique().tolist()
+    data = load_kd_data(options.dataset, path=options.data)
+    (entry,) = [options.forget] if isinstance(options.forget, str) else options.forget
+    remaining = split_by_class(data, classes_of(entry, data)).r.labels.unique().tolist()
     # The original's features are the same for every value, and so are a reloaded model's.
     shared = Shared()
     lines, own = [], []
     for variant in FACTORS[args.factor](args.values, data, remaining):
         summary = run_kd(
-            args.dataset,
-            args.model,
+            options.dataset,
+            options.model,
             [variant.method],
-            args.forget,
+            entry,
             output=args.output / f"{args.factor}-{variant.label}".replace(" ", "-"),
-            seeds=args.seeds,
-            path=args.data,
-            epochs=args.epochs,
-            models=args.models or args.output / "models",
+            seeds=options.seeds,
+            path=options.data,
+            epochs=options.epochs,
+            num_workers=options.num_workers,
+            mixed_precision=options.mixed_precision,
+            probe_seeds=options.probe_seeds,
+            models=options.models or args.output / "models",
             tuned={variant.method: variant.settings},
             shared=shared,
         )
         labelled = [{args.factor: variant.label, **line} for line in summary]
         lines += labelled
         own += [line for line in labelled if line["method"] == variant.method]
+        if args.rehearse:
+            check_filled(summary, [variant.method], OF_CLASSES)
         write_rows(args.output / "sweep.csv", lines)
     write_figure(args.output / "sweep.png", draw(args.factor, own))
     shown = [line for line in lines if not line["method"].endswith(RELOADED)]

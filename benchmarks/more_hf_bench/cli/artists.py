@@ -21,6 +21,7 @@ from more_hf.cli.options import (
 from ..artists.kinds import KINDS
 from ..methods.registry import DIFFUSION, diffusion_groups
 from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
+from .rehearse import OF_PICTURES, check_filled, rehearse_artists
 
 
 CLIP = ("ViT-L-14-quickgelu", "openai")
@@ -97,16 +98,18 @@ def add_to(benches) -> None:
         resumes=True,
         examples=(
             "more-hf bench artists --methods original,more --forget Blobmoji --limit 4 --output DIR",
-            "more-hf bench artists --config benchmarks/artists/whole/config.json --output DIR",
+            "more-hf bench artists --preset paper --rehearse --output DIR",
         ),
     )
-    add_options(parser, ArtistsOptions)
+    add_options(parser, ArtistsOptions, "artists")
 
 
 def _bench_artists(args: argparse.Namespace) -> int:
-    from ..artists.prompts import read_targets, sets_of
+    from ..artists.prompts import read_targets
 
     options = read_options(ArtistsOptions, args, _of_folder)
+    if args.rehearse:
+        options = rehearse_artists(options, args.output)
     refuse_missing_model(options.model)
     refuse_unknown([options.kind], KINDS, what="kind")
     refuse_unknown([options.dtype], DTYPES, what="dtype")
@@ -119,12 +122,7 @@ def _bench_artists(args: argparse.Namespace) -> int:
     tuned = dict(options.tuned or {})
     by_size = {int(size): settings for size, settings in tuned.pop("sizes", {}).items()}
     prompts = _prompts(options)
-    if options.sizes is None:
-        forget = _forget(options)
-    else:
-        forget = {}
-        for size in options.sizes:
-            forget |= sets_of(prompts.names, size)
+    forget = _forget(options, prompts)
     if options.remap_to:
         targets, several = read_remap_to(options.remap_to), None
     else:
@@ -166,6 +164,8 @@ def _bench_artists(args: argparse.Namespace) -> int:
         tuned_by_size=by_size,
     )
     if state.is_main_process:
+        if args.rehearse:
+            check_filled(summary, methods, OF_PICTURES)
         pages = f"{args.output / 'report.html'} and {args.output / 'grid.webp'}"
         print(short_markdown(summary, KINDS[options.kind]))
         print(f"\nOpen {pages}; the tables are in {args.output / 'table.md'}.")
@@ -219,8 +219,15 @@ def _prompts(options: ArtistsOptions):
     return prompts if levels is None else prompts.at(levels)
 
 
-def _forget(options: ArtistsOptions):
+def _forget(options: ArtistsOptions, prompts):
     """What is erased; names of the embedded pipeline's artists in its own spelling."""
+    from ..artists.prompts import sets_of
+
+    if options.sizes is not None:
+        sets = {}
+        for size in options.sizes:
+            sets |= sets_of(prompts.names, size)
+        return sets
     if options.forget in ("all", ["all"]):
         return "all"
     if isinstance(options.forget, dict) or not options.emoji or options.kind != "artists":

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
 
+PRESETS = Path(__file__).parents[1] / "presets"
 NAMES = {"nargs": "+", "action": "extend", "metavar": "NAME"}  # of a flag with one or several names
 
 
@@ -35,8 +36,25 @@ def flag(default: Any, help: str, also: str = "", **argument: Any) -> Any:
     return field(default=default, metadata={"help": help, "flag": {"help": help, **argument}, "also": also})
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Add the flags of a dataclass of options, and of its file; the other options close the description."""
+def presets(benchmark: str) -> dict[str, Path]:
+    """The packaged files of options of a benchmark, by name: one for each table of the paper."""
+    return {path.stem: path for path in sorted((PRESETS / benchmark).glob("*.toml"))}
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type, benchmark: str | None = None) -> None:
+    """
+    Add the flags of a dataclass of options, and of its file; the other options close the description. A
+    `benchmark` with presets gets their flags, too.
+    """
+    if benchmark is not None:
+        named = ", ".join(presets(benchmark))
+        parser.add_argument(
+            "--preset", metavar="NAME", help=f"in place of --config: a table of the paper, of {named}"
+        )
+        parser.add_argument(
+            "--rehearse", action="store_true", help="run on small stand-ins, to see that all of it works"
+        )
+    parser.set_defaults(benchmark=benchmark)
     parser.add_argument(
         "--config",
         type=Path,
@@ -75,6 +93,12 @@ def read_options(
         ValueError: the file is no TOML or JSON, has an unknown option, or one of another type.
     """
     names = [field.name for field in fields(kind)]
+    if getattr(args, "preset", None) is not None:
+        if args.config is not None:
+            raise ValueError("`--preset` and `--config` each name a file of options. Give one of them.")
+        known = presets(args.benchmark)
+        refuse_unknown([args.preset], known, what="preset")
+        args.config = known[args.preset]
     held = {} if args.config is None else dict(_read_file(args.config))
     if "runs" in held:
         held = dict(of_folder(held))

@@ -1,0 +1,122 @@
+"""Every table of the paper is a packaged file of options, rehearsed from its first to its last line."""
+
+import json
+import runpy
+import sys
+import tomllib
+from pathlib import Path
+
+import diffusers
+import pytest
+import transformers
+
+from more_hf.cli.main import main, parse
+from more_hf_bench.classes.sources import HUB
+from more_hf_bench.cli.artists import ArtistsOptions
+from more_hf_bench.cli.classes import KDOptions
+from more_hf_bench.cli.options import presets, read_options
+from more_hf_bench.cli.rehearse import OF_CLASSES, check_filled, rehearse_artists, rehearse_classes
+from more_hf_bench.errors import BenchmarkError
+from more_hf_bench.methods.registry import find_classification_method, find_diffusion_method
+from more_hf_bench.run import refuse_unused_settings
+
+
+KINDS = {"artists": ArtistsOptions, "kd": KDOptions}
+EVERY = [(bench, name) for bench in KINDS for name in presets(bench)]
+
+
+def options_of(bench, *flags):
+    args = parse(["bench", bench, *flags, "--output", "DIR"])
+    return read_options(KINDS[bench], args, dict)
+
+
+def run(monkeypatch, *command):
+    """The command, which `config.json` reads off the process."""
+    command = [str(part) for part in command]
+    monkeypatch.setattr(sys, "argv", ["more-hf", *command])
+    return main(command)
+
+
+@pytest.mark.parametrize(("bench", "name"), EVERY)
+def test_a_preset_names_methods_that_take_its_settings(bench, name):
+    options = options_of(bench, "--preset", name)
+    held = tomllib.loads(presets(bench)[name].read_text("utf-8"))
+    assert {key: getattr(options, key) for key in held} == held
+    if bench == "artists":
+        functions = {method: find_diffusion_method(method) for method in options.methods}
+        without = ("remap_to", "retain")
+    else:
+        forgets = "samples" if options.forget == "samples" else "classes"
+        functions = {
+            method: find_classification_method(method, forgets=forgets) for method in options.methods
+        }
+        without = ("splits", "seed", "fit")
+    refuse_unused_settings(functions, {}, options.tuned or {}, without=without)
+    # a flag takes precedence, as over any file
+    assert options_of(bench, "--preset", name, "--seeds", "7").seeds == 7 if bench == "kd" else True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bench", "name"), EVERY)
+def test_rehearsal(bench, name, tmp_path, monkeypatch):
+    """On the first CUDA device where there is one."""
+    assert run(monkeypatch, "bench", bench, "--preset", name, "--rehearse", "--output", tmp_path) == 0
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert f"--preset {name} --rehearse" in config["runs"][0]["command"]
+    assert list(config["methods"]) == options_of(bench, "--preset", name).methods
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "factor", ["experts", "target", "routers --values 8", "depth --values head features.7 features.6"]
+)
+def test_rehearsal_of_a_sweep(factor, tmp_path, monkeypatch):
+    command = [
+        "sweep.py",
+        *factor.split(),
+        "--preset",
+        "table1-cifar10",
+        "--rehearse",
+        "--output",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "kd" / "sweep.py"), run_name="__main__")
+    assert "--preset table1-cifar10 --rehearse" in (tmp_path / "sweep.md").read_text("utf-8")
+
+
+def test_a_stand_in_has_the_form_of_what_it_stands_for(tmp_path):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        rehearse_artists(options_of("artists", "--preset", "paper"), tmp_path).model
+    )
+    classes = (diffusers.StableDiffusionPipeline, transformers.CLIPTextModel, diffusers.UNet2DConditionModel)
+    for part, kind in zip((pipe, pipe.text_encoder, pipe.unet), classes, strict=True):
+        assert type(part) is kind
+
+    for name, model_type in (("table1-cifar100", "resnet"), ("table1-imagenet", "vit")):
+        options = rehearse_classes(options_of("kd", "--preset", name), tmp_path / name)
+        model = transformers.AutoModelForImageClassification.from_pretrained(options.model)
+        assert model.config.model_type == model_type
+        source = HUB[options.dataset]
+        files = sorted(path.name for path in (tmp_path / name).rglob("*.parquet"))
+        assert files == sorted(f"{part}-00000-of-00001.parquet" for part in ("train", source.test))
+    # ImageNet has more classes than ViT-B/16 has features, and so have their stand-ins
+    assert model.config.num_labels == 20 > model.config.hidden_size
+    with pytest.raises(BenchmarkError, match="no stand-in for the data set digits"):
+        rehearse_classes(KDOptions(), tmp_path)
+
+
+def test_an_empty_cell_is_found():
+    line = {"method": "more", "forget": "4", **dict.fromkeys(OF_CLASSES, 1.0)}
+    check_filled([line], ["more"], OF_CLASSES)
+    with pytest.raises(BenchmarkError, match="left 1 cells of the table empty: more, 4: kr_hm_t"):
+        check_filled([{**line, "kr_hm_t": None}], ["more"], OF_CLASSES)
+    with pytest.raises(BenchmarkError, match=f"left {len(OF_CLASSES)} cells .* esc, 4: acc_f;"):
+        check_filled([line], ["more", "esc"], OF_CLASSES)
+
+
+def test_a_preset_is_one_file_of_options(capsys):
+    assert main(["bench", "kd", "--preset", "table1-cifar", "--output", "DIR"]) == 2
+    assert "table1-cifar10" in capsys.readouterr().err
+    assert main(["bench", "kd", "--preset", "table4", "--config", "my.toml", "--output", "DIR"]) == 2
+    assert "Give one of them" in capsys.readouterr().err
