@@ -263,8 +263,8 @@ class Tiny:
             Of the pipeline, so that it draws small pictures from short prompts.
         comfyui (`bool`):
             Whether ComfyUI knows the layers by their names in diffusers.
-        loud (`float`):
-            How large the denoiser's weights are.
+        loud (`float`, *optional*):
+            How large the denoiser's weights are. `None` leaves them as they are drawn.
     """
 
     pipeline: str
@@ -280,7 +280,7 @@ class Tiny:
     more: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}
     attributes: Mapping[str, Any] = field(default_factory=dict)
     comfyui: bool = False
-    loud: float = 2.0
+    loud: float | None = 2.0
 
 
 SHORT = {"max_sequence_length": T5_LENGTH}
@@ -316,6 +316,7 @@ TINY = {
         {"tokens": {"last": 1, "end": 2, "padding": 3}, **POOLED},
         vae=tiny_vae,
         scheduler=lambda: diffusers.DDIMScheduler(**NOISE),
+        loud=None,
     ),
     "sd3": Tiny(
         "StableDiffusion3Pipeline",
@@ -339,6 +340,7 @@ TINY = {
         SHORT,
         bare_length=3,
         comfyui=True,
+        loud=None,
     ),
     "flux": Tiny(
         "FluxPipeline",
@@ -350,6 +352,7 @@ TINY = {
         SHORT,
         bare_length=3,
         comfyui=True,
+        loud=None,
     ),
     "pixart": Tiny(
         "PixArtSigmaPipeline",
@@ -369,6 +372,7 @@ TINY = {
         {**SHORT, **ANY_SIZE, "clean_caption": False},
         vae=tiny_vae,
         scheduler=lambda: diffusers.DDIMScheduler(**NOISE),
+        loud=None,
     ),
     "chroma": Tiny(
         "ChromaPipeline",
@@ -380,6 +384,7 @@ TINY = {
         SHORT,
         bare_length=3,
         comfyui=True,
+        loud=None,
     ),
     "wan": Tiny(
         "WanPipeline",
@@ -684,7 +689,9 @@ def build(family=""):
         torch.manual_seed(0)
         parts = tiny.parts()
         if tiny.denoiser:
-            denoiser = stirred(getattr(diffusers, tiny.denoiser)(**tiny.config), tiny.loud)
+            denoiser = getattr(diffusers, tiny.denoiser)(**tiny.config).eval()
+            if tiny.loud is not None:
+                stirred(denoiser, tiny.loud)
             parts["unet" if tiny.denoiser.startswith("UNet") else "transformer"] = denoiser
             parts |= {"vae": tiny.vae(), "scheduler": tiny.scheduler()}
         parts |= tiny.more(parts)
