@@ -338,7 +338,7 @@ def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", [family for family in TINY if family not in ("sd-1", "sd-2")])
 def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
     shorten(monkeypatch)
     pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")
