@@ -1,6 +1,7 @@
 """Every table of the paper is a packaged file of options, rehearsed from its first to its last line."""
 
 import json
+import re
 import runpy
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from more_hf_bench.methods.registry import find_classification_method, find_diff
 from more_hf_bench.run import refuse_unused_settings
 
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KINDS = {"artists": ArtistsOptions, "kd": KDOptions}
 EVERY = [(bench, name) for bench in KINDS for name in presets(bench)]
 
@@ -68,21 +70,37 @@ def test_rehearsal(bench, name, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "factor", ["experts", "target", "routers --values 8", "depth --values head features.7 features.6"]
+    ("factor", "name"),
+    [
+        ("experts", "table1-cifar10"),
+        ("target", "table1-cifar10"),
+        ("routers --values 8", "table1-cifar10"),
+        ("depth --values features.7 features.6", "table1-cifar10"),
+        ("depth --values resnet.encoder.stages.3.layers.1", "table1-cifar100"),
+    ],
 )
-def test_rehearsal_of_a_sweep(factor, tmp_path, monkeypatch):
-    command = [
-        "sweep.py",
-        *factor.split(),
-        "--preset",
-        "table1-cifar10",
-        "--rehearse",
-        "--output",
-        str(tmp_path),
-    ]
+def test_rehearsal_of_a_sweep(factor, name, tmp_path, monkeypatch):
+    command = ["sweep.py", *factor.split(), "--preset", name, "--rehearse", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
-    runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "kd" / "sweep.py"), run_name="__main__")
-    assert "--preset table1-cifar10 --rehearse" in (tmp_path / "sweep.md").read_text("utf-8")
+    runpy.run_path(str(BENCHMARKS / "kd" / "sweep.py"), run_name="__main__")
+    assert f"--preset {name} --rehearse" in (tmp_path / "sweep.md").read_text("utf-8")
+
+
+def test_the_page_has_every_table_and_the_counted_hours():
+    page = (BENCHMARKS / "paper" / "README.md").read_text("utf-8")
+    counted = (BENCHMARKS / "paper" / "cost.md").read_text("utf-8")
+    hours = {
+        cells[1].strip(): float(cells[3]) for line in counted.splitlines()[2:] if (cells := line.split("|"))
+    }
+    assert list(hours) == [name for _, name in EVERY]
+    for bench, name in EVERY:
+        assert f"more-hf bench {bench} --preset {name} " in page
+        (shown,) = re.findall(rf"^\| `{name}` \|.*\| ([\d.]+) \|$", page, re.MULTILINE)
+        assert float(shown) == pytest.approx(hours[name], abs=0.5)
+    assert [int(n) for n in re.findall(r"^\| Table (\d+) \|", page, re.MULTILINE)] == list(range(1, 16))
+    assert re.findall(r"^\| Figures? ([\d, ]+) \|", page, re.MULTILINE) == ["1", "3, 6", "4", "5", "7"]
+    for name in re.findall(r"sweep.py \w+ --preset (\S+)", page):
+        assert ("kd", name) in EVERY
 
 
 def test_a_stand_in_has_the_form_of_what_it_stands_for(tmp_path):

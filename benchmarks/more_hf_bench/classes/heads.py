@@ -66,7 +66,8 @@ def fit_perceptron(
     """Train a perceptron with one hidden layer, with Adam at 1e-3, on standardised features.
 
     Args:
-        features (`Callable`): epoch to features `(n, d)`, of the same samples in each epoch.
+        features (`Callable`): epoch to features `(n, d)`, of the same samples in each epoch; it trains on
+            their device.
         labels (`Tensor`): `(n,)`.
         num_classes (`int`): k.
         hidden (`int`), epochs (`int`), batch_size (`int`): of the training.
@@ -76,10 +77,12 @@ def fit_perceptron(
         `nn.Module`: features `(m, d)` to logits `(m, k)`, without gradients.
     """
     first = features(0)
+    labels = labels.to(first.device)
     mean, scale = first.mean(0), first.std(0).clamp_min(1e-3 * float(first.std()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(first.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+        net.to(first.device)
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
         for epoch in range(epochs):
             z = (features(epoch) - mean) / scale

@@ -204,11 +204,14 @@ def _other_heads(
     asked = replace(cached, inputs={"train": cached.inputs["train"][some]})
 
     def redrawn(epoch: int) -> Tensor:
-        return asked.features("train", draw=1 + epoch) if redraws else train
+        return (asked.features("train", draw=1 + epoch) if redraws else train).to(cached.head.weight.device)
 
     size = {"hidden": HIDDEN, "epochs": EPOCHS, "seed": 0}
     perceptron = fit_perceptron(redrawn, labels, places.num_classes, **size)
-    return {"knn": nearest_neighbours(train, labels, test, count=NEIGHBOURS), "mlp": perceptron(test)}
+    return {
+        "knn": nearest_neighbours(train, labels, test, count=NEIGHBOURS),
+        "mlp": perceptron(test.to(cached.head.weight.device)).cpu(),
+    }
 
 
 def _others(logits: Mapping[str, Tensor], features: Mapping[str, Tensor], places: Places) -> dict[str, float]:
