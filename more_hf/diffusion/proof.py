@@ -118,7 +118,7 @@ def _answers_recorded(layers: Mapping[str, nn.Module], answers: Mapping[str, lis
     """Inside the block, what each layer answers is added to its list."""
 
     def keep(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        answers[name].append(output)
+        answers[name].append(output.clone())  # the model may go on in place
 
     with _hooked(layers, keep):
         yield
@@ -135,7 +135,7 @@ def _run_replayed(
     left = {name: iter(outputs) for name, outputs in answers.items()}
 
     def replay(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return next(left[name], output)
+        return next(left[name], output).clone()
 
     with _hooked(layers, replay):
         return denoiser.family.call(module, text)
