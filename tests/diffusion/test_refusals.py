@@ -354,7 +354,7 @@ def test_the_refiner_of_xl_is_refused_for_what_it_is():
 
 
 def test_an_unknown_family_whose_encoder_has_a_nested_configuration(cogview_3):
-    cogview_3.register_modules(text_encoder=mistral(mistral_processor()))
+    cogview_3.register_modules(text_encoder=mistral(mistral_processor().tokenizer))
     with pytest.raises(more_hf.SiteNotFoundError, match="CogView3PlusTransformer2DModel"):
         more_hf.erase_concept(cogview_3, "van gogh", remap_to="claude monet")
 
