@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from operator import index
 from typing import Any, ClassVar, Literal, Self, SupportsIndex, get_args
 
@@ -394,20 +395,19 @@ def _check_names(request: ConceptRequest) -> None:
     folded = [surface.casefold() for surface in surfaces]
     if twice := [surface for surface in surfaces if folded.count(surface.casefold()) > 1]:
         raise PrototypeError(f"{twice[0]!r} is given twice among concepts and aliases. Name it once.")
-    for name, argument in kept.items():
-        for surface in surfaces:
-            _check_apart(name, argument, surface)
-
-
-def _check_apart(name: str, argument: str, surface: str) -> None:
-    if name.casefold() == surface.casefold():
-        raise PrototypeError(f"{name!r} is both erased and in `{argument}`. Remove it from one of the lists.")
-    if names_in(name, surface):
-        raise PrototypeError(
-            f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the other. "
-            f"If it is the same concept, make it an alias, concepts={{{surface!r}: [{name!r}]}}, and take it "
-            f"out of `{argument}`."
-        )
+    for name, surface in product(kept, surfaces):
+        argument = kept[name]
+        if name.casefold() == surface.casefold():
+            raise PrototypeError(
+                f"{name!r} is both erased and in `{argument}`. Remove it from one of the lists."
+            )
+        # "Van Gogh's sunflowers" cannot be kept while "Van Gogh" is erased: they share the features.
+        if names_in(name, surface):
+            raise PrototypeError(
+                f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the "
+                f"other. If it is the same concept, pass concepts={{{surface!r}: [{name!r}]}}, and take it "
+                f"out of `{argument}`."
+            )
 
 
 def _read_sampling(value: Any) -> dict[str, int | float | bool | str]:
@@ -466,7 +466,8 @@ def read_names(argument: str, value: Any) -> tuple[str, ...]:
     """
     if value is None:
         return ()
-    names = (value,) if isinstance(value, str) else tuple(value)
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    names = tuple(value) if several else (value,)
     for name in names:
         if not isinstance(name, str):
             raise PrototypeError(
