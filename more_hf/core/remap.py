@@ -22,7 +22,7 @@ from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import PrototypeError, shown
 from .moment import Moment
@@ -127,7 +127,7 @@ class Remap:
         target_columns = _columns_of(prototypes, targets)
         unit = prototypes.unit
         # 1. With the columns at unit norm and whitened by Σ^(−1/2), the dual is a pseudo-inverse.
-        whiten = _unchanged if solver == "pinv" else _moment_of(prototypes).inverse_root(shrinkage)
+        whiten = nn.Identity() if solver == "pinv" else _moment_of(prototypes).inverse_root(shrinkage)
         whitened = whiten(unit)
         if solver == "soft":
             # 2. The soft dual is that of a ridge regression: one more row for each prototype that may move.
@@ -473,11 +473,6 @@ def _ridge_rows(prototypes: Prototypes, forget: Sequence[int], targets: Tensor, 
     rows = prototypes.matrix.new_zeros(len(moving), k)
     rows[range(len(moving)), moving] = (len(forget) * softness / prototypes.moment.trace).sqrt()
     return rows
-
-
-def _unchanged(X: Tensor) -> Tensor:
-    """Σ^(−1/2) X where Σ is the identity."""
-    return X
 
 
 def _moment_of(prototypes: Prototypes) -> Moment:

@@ -9,7 +9,7 @@ these hooks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,8 +39,6 @@ class _Block:
         original (`bool`):
             Show the original. Otherwise the block shows the weights, without the routing hook or with the
             given experts.
-        layers (`bool`):
-            Show the original of some layers only, and leave the routing hook on.
         experts (`Tensor`, *optional*):
             The expert of every sample `(batch,)`, int64.
         open (`bool`):
@@ -49,7 +47,6 @@ class _Block:
 
     erasure: Erasure
     original: bool = False
-    layers: bool = False
     experts: Tensor | None = None
     open: bool = True
 
@@ -63,27 +60,11 @@ def original_shown(erasure: Erasure) -> Iterator[None]:
     Inside the block, this context sees the original model. Raises `AlreadyErasedError` if the original
     weights were not kept.
     """
-    with _outputs_of_originals(_Block(erasure, original=True), erasure.sites):
-        yield
-
-
-@contextmanager
-def original_layers_shown(erasure: Erasure, sites: Collection[str]) -> Iterator[None]:
-    """
-    Inside the block, this context sees the original of the named layers, and everything else as it is.
-    Raises `AlreadyErasedError` if the original weights were not kept.
-    """
-    with _outputs_of_originals(_Block(erasure, layers=True), sites):
-        yield
-
-
-@contextmanager
-def _outputs_of_originals(block: _Block, names: Collection[str]) -> Iterator[None]:
-    erasure = block.erasure
-    originals = erasure.require_originals() if names else {}
+    block = _Block(erasure, original=True)
+    # An edit at an inner module has a hook and no sites, so there is nothing to give back but the hook.
+    originals = erasure.require_originals() if erasure.sites else {}
     with unwound() as hooks, _entered(block):
-        for name in names:
-            site = erasure.sites[name]
+        for name, site in erasure.sites.items():
             # ahead of the user's own hooks, so that they see and change the original's output
             hook = OriginalOutput(block, site, originals[name])
             hooks.callback(site.module.register_forward_hook(hook, prepend=True).remove)
@@ -113,7 +94,7 @@ def is_shown(erasure: Erasure) -> bool:
 
 def is_unrouted(key: int) -> bool:
     """Whether the hooks of the erasure with this `id` do nothing in the calling context."""
-    return any(block.experts is None and not block.layers for block in _blocks_of(key))
+    return any(block.experts is None for block in _blocks_of(key))
 
 
 def forced_experts(key: int) -> Tensor | None:
