@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -222,59 +222,38 @@ class Text:
         return replace(self, segments=tuple(segment.fitted(pipe, read) for segment in self.segments))
 
 
-def _encode_sd(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    device = pipe._execution_device
-    embeds, _ = pipe.encode_prompt(
-        prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    return {"tokens": embeds}
+def _encode(
+    pooled: int | None = None, **options: Any
+) -> Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]:
+    """
+    Call `encode_prompt` with these options. Its first result is the tokens, the one at `pooled` that feature.
+    """
 
+    def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+        results = pipe.encode_prompt(prompts, device=pipe._execution_device, **options)
+        features = {"tokens": results[0]}
+        return features if pooled is None else {**features, "pooled": results[pooled]}
 
-def _encode_sdxl(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    device = pipe._execution_device
-    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-    return {"tokens": embeds, "pooled": pooled}
-
-
-def _encode_sd3(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    device = pipe._execution_device
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        prompts, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
-    )
-    return {"tokens": embeds, "pooled": pooled}
-
-
-def _encode_flux(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, pooled, _ = pipe.encode_prompt(prompts, device=pipe._execution_device)
-    return {"tokens": embeds, "pooled": pooled}
-
-
-def _encode_tokens(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=pipe._execution_device)
-    return {"tokens": embeds}
+    return encode
 
 
 def _encode_z_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
     # `encode_prompt` writes the templated prompts into the list that it is given: here, one of ours
-    embeds, _ = pipe.encode_prompt(prompts, device=pipe._execution_device, do_classifier_free_guidance=False)
+    embeds, _ = pipe.encode_prompt(prompts, device=pipe._execution_device, **UNGUIDED)
     return {"tokens": pad_sequence(embeds, batch_first=True)}
-
-
-def _encode_unguided(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, *_ = pipe.encode_prompt(prompts, device=pipe._execution_device)
-    return {"tokens": embeds}
 
 
 def _encode_one_by_one(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
     """For a pipeline that pads in front and masks nothing, so that features depend on the longest prompt."""
-    found = [_encode_tokens(pipe, [prompt])["tokens"][0] for prompt in prompts]
+    encode = _encode(**UNGUIDED)
+    found = [encode(pipe, [prompt])["tokens"][0] for prompt in prompts]
     return {"tokens": pad_sequence(found, batch_first=True)}
 
 
 def _encode_sana(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
     options = {"device": pipe._execution_device, "complex_human_instruction": _instruction(pipe)}
     if "do_classifier_free_guidance" in inspect.signature(pipe.encode_prompt).parameters:  # not in Sprint
-        options["do_classifier_free_guidance"] = False
+        options |= UNGUIDED
     embeds, *_ = pipe.encode_prompt(prompts, **options)
     return {"tokens": embeds}
 
@@ -284,20 +263,14 @@ def _instruction(pipe: DiffusionPipeline) -> list[str]:
     return inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
 
 
-def _encode_kandinsky(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    embeds, pooled, _ = pipe.encode_prompt(prompts, device=pipe._execution_device)
-    return {"tokens": embeds, "pooled": pooled}
-
-
 def _encode_hunyuan_image(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
     embeds, *_ = pipe.encode_prompt(prompts, device=pipe._execution_device, batch_size=len(prompts))
     return {"tokens": embeds}
 
 
 def _encode_hidream(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    t5, _, llama, _, pooled, _ = pipe.encode_prompt(
-        prompts, device=pipe._execution_device, do_classifier_free_guidance=False
-    )
+    found = pipe.encode_prompt(prompts, device=pipe._execution_device, **UNGUIDED)
+    t5, _, llama, _, pooled, _ = found  # each followed by that of the negative prompt
     layers = {layer_space(i): embeds for i, embeds in enumerate(llama)}
     return {"tokens": t5, **layers, "pooled": pooled}
 
@@ -359,6 +332,8 @@ def _lumina_template(pipe: DiffusionPipeline) -> Template:
     return Template(f"{pipe.system_prompt} <Prompt Start> ")
 
 
+UNGUIDED = {"do_classifier_free_guidance": False}  # the negative prompt is no concern of an edit
+BASIC = ("prompt", "device")  # what every `encode_prompt` takes
 PROMPT = "\ue000"  # stands for the prompt in a template; a character that no text has
 GLYPHS = (
     "where there is a second text encoder, it reads letter by letter what a prompt has in quotation marks, "
@@ -384,45 +359,38 @@ CASE = "the text encoder is case-sensitive: the name in a different case is eras
 
 # the encodings that depend on the text encoders alone
 STABLE_DIFFUSION = Text(
-    encode=_encode_sd,
+    encode=_encode(num_images_per_prompt=1, **UNGUIDED),
     segments=(Segment(),),
-    arguments=("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"),
+    arguments=(*BASIC, *UNGUIDED, "num_images_per_prompt"),
     encoders=("CLIPTextModel",),
     pooled=False,
     leaks=(CLIP_SKIP,),
 )
 SDXL = Text(
-    encode=_encode_sdxl,
+    encode=_encode(pooled=2, **UNGUIDED),
     segments=(Segment(),),  # the two encoders' features of one position are one feature
-    arguments=("prompt", "prompt_2", "device", "do_classifier_free_guidance"),
+    arguments=(*BASIC, *UNGUIDED, "prompt_2"),
     encoders=("CLIPTextModel", "CLIPTextModelWithProjection"),
     leaks=(CLIP_SKIP, PROMPT_2),
 )
 SD3 = Text(
-    encode=_encode_sd3,
+    encode=_encode(pooled=2, prompt_2=None, prompt_3=None, **UNGUIDED),
     segments=(Segment(), Segment("tokenizer_3", clip=False, label="T5 ")),
-    arguments=(
-        "prompt",
-        "prompt_2",
-        "prompt_3",
-        "device",
-        "do_classifier_free_guidance",
-        "max_sequence_length",
-    ),
+    arguments=(*BASIC, *UNGUIDED, "prompt_2", "prompt_3", "max_sequence_length"),
     encoders=("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),
     leaks=(CLIP_SKIP, PROMPT_2, LENGTH, CASE),
 )
 FLUX = Text(
-    encode=_encode_flux,
+    encode=_encode(pooled=1),
     segments=(Segment("tokenizer_2", clip=False),),
-    arguments=("prompt", "prompt_2", "device", "max_sequence_length"),
+    arguments=(*BASIC, "prompt_2", "max_sequence_length"),
     encoders=("CLIPTextModel", "T5EncoderModel"),
     leaks=(LENGTH, CASE),
 )
 PIXART = Text(
-    encode=_encode_tokens,
+    encode=_encode(**UNGUIDED),
     segments=(Segment(clip=False, padding=False),),
-    arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
+    arguments=(*BASIC, *UNGUIDED, "max_sequence_length"),
     encoders=("T5EncoderModel",),
     pooled=False,
     lower=True,
@@ -432,79 +400,79 @@ PIXART = Text(
 Z_IMAGE = Text(
     encode=_encode_z_image,
     segments=(Segment(clip=False, padding=False, template=_z_image_template),),
-    arguments=("prompt", "device", "do_classifier_free_guidance", "max_sequence_length"),
+    arguments=(*BASIC, *UNGUIDED, "max_sequence_length"),
     pooled=False,
     leaks=(CASE,),
 )
 QWEN_IMAGE = Text(
-    encode=_encode_unguided,
+    encode=_encode(),
     segments=(Segment(clip=False, padding=False, template=_own_template),),
-    arguments=("prompt", "device"),
+    arguments=BASIC,
     pooled=False,
     leaks=(CASE,),
 )
 FLUX_2 = Text(
-    encode=_encode_unguided,
+    encode=_encode(),
     segments=(Segment(clip=False, template=_flux_2_template),),
-    arguments=("prompt", "device", "max_sequence_length", "text_encoder_out_layers"),
+    arguments=(*BASIC, "max_sequence_length", "text_encoder_out_layers"),
     pooled=False,
     leaks=(OTHER_LAYERS, LENGTH, CASE),
 )
 ZEROS = Text(  # of Wan and AuraFlow
-    encode=_encode_tokens,
+    encode=_encode(**UNGUIDED),
     # behind the prompt are zeros, which no edit moves
     segments=(Segment(clip=False, padding=False),),
-    arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
+    arguments=(*BASIC, *UNGUIDED, "max_sequence_length"),
     pooled=False,
     leaks=(CASE,),
 )
 CHROMA = Text(
-    encode=_encode_tokens,
+    encode=_encode(**UNGUIDED),
     # its mask is of floats, which attention adds: the padding is read, only with less weight
     segments=(Segment(clip=False),),
-    arguments=("prompt", "do_classifier_free_guidance", "device", "max_sequence_length"),
+    arguments=(*BASIC, *UNGUIDED, "max_sequence_length"),
     pooled=False,
     leaks=(LENGTH, CASE),
 )
 HUNYUAN_IMAGE = Text(
     encode=_encode_hunyuan_image,
     segments=(Segment(clip=False, padding=False, template=_own_template),),
-    arguments=("prompt", "device", "batch_size"),
+    arguments=(*BASIC, "batch_size"),
     pooled=False,
     leaks=(GLYPHS, CASE),
 )
 SANA = Text(
     encode=_encode_sana,
     segments=(Segment(clip=False, padding=False, template=_sana_template),),
-    arguments=("prompt", "device", "complex_human_instruction"),
+    arguments=(*BASIC, "complex_human_instruction"),
     pooled=False,
     lower=True,
     leaks=(INSTRUCTION,),
 )
 LUMINA_2 = Text(
-    encode=_encode_tokens,
+    encode=_encode(**UNGUIDED),
     segments=(Segment(clip=False, padding=False, template=_lumina_template),),
-    arguments=("prompt", "do_classifier_free_guidance", "device", "system_prompt"),
+    arguments=(*BASIC, *UNGUIDED, "system_prompt"),
     pooled=False,
     leaks=(SYSTEM, CASE),
 )
 COGVIEW_4 = Text(
     encode=_encode_one_by_one,
     segments=(Segment(clip=False, padding=False, template=lambda pipe: Template(multiple=16)),),
-    arguments=("prompt", "do_classifier_free_guidance", "device"),
+    arguments=(*BASIC, *UNGUIDED),
     pooled=False,
     leaks=(UNEQUAL, CASE),
 )
 KANDINSKY_5 = Text(
-    encode=_encode_kandinsky,
+    encode=_encode(pooled=1),
     segments=(Segment(clip=False, padding=False, template=_own_template),),
-    arguments=("prompt", "device"),
+    arguments=BASIC,
     leaks=(UNEQUAL, CASE),
 )
 KOLORS = Text(
-    encode=_encode_sdxl,
+    encode=_encode(pooled=2, **UNGUIDED),
     segments=(Segment(clip=False, begins=2, ends=0, left=True, attends=True),),
-    arguments=("prompt", "device", "do_classifier_free_guidance", "max_sequence_length"),
+    arguments=(*BASIC, *UNGUIDED, "max_sequence_length"),
     leaks=(LENGTH, CASE),
 )
 HIDREAM = Text(
@@ -514,14 +482,6 @@ HIDREAM = Text(
         Segment("tokenizer_3", clip=False),
         Segment("tokenizer_4", clip=False, template=lambda pipe: Template(), layers=True),
     ),
-    arguments=(
-        "prompt",
-        "prompt_2",
-        "prompt_3",
-        "prompt_4",
-        "device",
-        "do_classifier_free_guidance",
-        "max_sequence_length",
-    ),
+    arguments=(*BASIC, *UNGUIDED, "prompt_2", "prompt_3", "prompt_4", "max_sequence_length"),
     leaks=(PROMPT_2, LENGTH, CASE),
 )
