@@ -64,11 +64,6 @@ GUIDANCE = 3.5  # of distilled models, which read it like the timestep
 Place = tuple[str | int, ...]  # among the arguments of `forward`: a name, and a key or an index in it
 
 
-def _one_space(denoiser: nn.Module) -> dict[str, Place]:
-    """All tokens are one argument, as in most denoisers."""
-    return {"tokens": ("encoder_hidden_states",)}
-
-
 class Reader(NamedTuple):
     """A layer that reads text."""
 
@@ -118,7 +113,7 @@ class Family:
     call: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     text: Text | None = None
     pooled: Place = ()
-    places: Callable[[nn.Module], dict[str, Place]] = _one_space
+    places: Callable[[nn.Module], dict[str, Place]] = lambda denoiser: {"tokens": ("encoder_hidden_states",)}
     norms: Mapping[str, str] = field(default_factory=dict)
     joined: bool = False
     unrecorded_layers: str = ""
@@ -182,23 +177,20 @@ def _find_sd3_or_flux(transformer: nn.Module) -> dict[str, Reader]:
             "An IP-Adapter is loaded, without whose picture this transformer does not run. Call "
             "`pipe.unload_ip_adapter()`, erase, and load it again."
         )
-    pooled = transformer.time_text_embed.text_embedder.linear_1
-    return {
-        "context_embedder": Reader(transformer.context_embedder),
-        "time_text_embed.text_embedder.linear_1": Reader(pooled, "pooled"),
-    }
+    return _find("context_embedder", pooled="time_text_embed.text_embedder.linear_1")(transformer)
 
 
-def _find(*names: str) -> Callable[[nn.Module], dict[str, Reader]]:
-    """These layers, all in the space of tokens."""
-    return lambda denoiser: {name: Reader(denoiser.get_submodule(name)) for name in names}
+def _find(*names: str, pooled: str | None = None) -> Callable[[nn.Module], dict[str, Reader]]:
+    """These layers, all in the space of tokens, and the one that reads the pooled feature."""
+    spaces = dict.fromkeys(names, "tokens")
+    if pooled is not None:
+        spaces[pooled] = "pooled"
+    return lambda denoiser: _readers(denoiser, spaces)
 
 
-def _find_kandinsky(transformer: nn.Module) -> dict[str, Reader]:
-    return {
-        "text_embeddings.in_layer": Reader(transformer.text_embeddings.in_layer),
-        "pooled_text_embeddings.in_layer": Reader(transformer.pooled_text_embeddings.in_layer, "pooled"),
-    }
+def _readers(denoiser: nn.Module, spaces: Mapping[str, str]) -> dict[str, Reader]:
+    """The readers by their layers' names, each with its space."""
+    return {name: Reader(denoiser.get_submodule(name), space) for name, space in spaces.items()}
 
 
 def _find_hidream(transformer: nn.Module) -> dict[str, Reader]:
@@ -208,7 +200,7 @@ def _find_hidream(transformer: nn.Module) -> dict[str, Reader]:
     for i, layer in enumerate(llama_layers):
         spaces[f"caption_projection.{i}.linear"] = layer_space(layer)
     spaces["p_embedder.pooled_embedder.linear_1"] = "pooled"
-    return {name: Reader(transformer.get_submodule(name), space) for name, space in spaces.items()}
+    return _readers(transformer, spaces)
 
 
 def _places_in_hidream(transformer: nn.Module) -> dict[str, Place]:
@@ -515,7 +507,7 @@ FAMILIES = {
     ),
     ("Kandinsky5Transformer3DModel", None): Family(
         "Kandinsky 5",
-        _find_kandinsky,
+        _find("text_embeddings.in_layer", pooled="pooled_text_embeddings.in_layer"),
         Call(_kandinsky_video, 500.0, _kandinsky_arguments),
         KANDINSKY_5,
         pooled=("pooled_projections",),
