@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -27,41 +27,34 @@ PASSED_ON = (
 )
 
 
-@contextmanager
-def reading(place: object) -> Iterator[None]:
+def reading(place: object) -> AbstractContextManager[None]:
     """
     Inside the block, read files that may be damaged or hostile.
 
     Raises:
         `IncompatibleBaseError`: in place of any error of the libraries that read them, except `PASSED_ON`.
     """
-    try:
-        yield
-    except PASSED_ON:
-        raise
-    except Exception as error:
-        raise IncompatibleBaseError(
-            f"{place} cannot be read ({type(error).__name__}: {error}). Save or download it again."
-        ) from error
+    return _raised_as(IncompatibleBaseError, f"{place} cannot be read", "Save or download it again.")
 
 
-@contextmanager
-def writing(place: object) -> Iterator[None]:
+def writing(place: object) -> AbstractContextManager[None]:
     """
     Inside the block, write files, which may fail on a full disk or without permission.
 
     Raises:
         `ExportError`: in place of any error of the libraries that write them, except `PASSED_ON`.
     """
+    return _raised_as(ExportError, f"{place} could not be written", "Choose another place, or make room.")
+
+
+@contextmanager
+def _raised_as(kind: type[MoreError], fact: str, next_step: str) -> Iterator[None]:
     try:
         yield
     except PASSED_ON:
         raise
     except Exception as error:
-        raise ExportError(
-            f"{place} could not be written ({type(error).__name__}: {error}). Choose another place, or make "
-            "room there."
-        ) from error
+        raise kind(f"{fact} ({type(error).__name__}: {error}). {next_step}") from error
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
