@@ -148,7 +148,13 @@ def erase_classes(
             names = class_names(plain, len(next(iter(heads.values())).weight))
             request = make_request(names, forget, remap_to, head=list(heads), at=at, **options)
             if current is not None:
-                request = join_requests(current.request, request)
+                if (current.request.head, current.request.at) != (request.head, at):
+                    raise MoreError(
+                        f"Classes were erased at {current.request.at or current.request.head} and cannot be "
+                        f"fitted jointly with others at {at or request.head}. Call `more_hf.restore` first, "
+                        "and forget all classes at once."
+                    )
+                request = current.request.joined(request)
             check_request(names, request)
 
         if isinstance(data, Prototypes):
@@ -160,18 +166,6 @@ def erase_classes(
             )
         _fit(plain, heads, prototypes, request, keep_originals, most_lost)
     return model
-
-
-def join_requests(old: ClassRequest, new: ClassRequest) -> ClassRequest:
-    """
-    One request for what was erased and what is to be. Raises `MoreError` if they are at different places.
-    """
-    if (old.head, old.at) != (new.head, new.at):
-        raise MoreError(
-            f"Classes were erased at {old.at or old.head} and cannot be fitted jointly with others at "
-            f"{new.at or new.head}. Call `more_hf.restore` first, and forget all classes at once."
-        )
-    return old.joined(new)
 
 
 def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = None) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -204,17 +205,15 @@ def _reading(
     """
     inputs: dict[str, Tensor] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple], None]:
-        def record(module: nn.Module, args: tuple) -> None:
-            if not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
-                raise SiteNotFoundError(
-                    f"`{name}` ({type(module).__name__}) is not called with a tensor of features as its "
-                    "first argument. Name another module."
-                )
-            z = args[0].movedim(channel_dim(module, args[0]), -1).float()
-            inputs[name] = z.reshape(len(z), -1, z.shape[-1]).mean(1)
-
-        return record
+    def record(name: str, module: nn.Module, args: tuple) -> None:
+        if not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
+            raise SiteNotFoundError(
+                f"`{name}` ({type(module).__name__}) is not called with a tensor of features as its first "
+                "argument. Name another module."
+            )
+        # A feature map or a row of tokens counts as one feature, the mean over its positions.
+        z = args[0].movedim(channel_dim(module, args[0]), -1).float()
+        inputs[name] = z.reshape(len(z), -1, z.shape[-1]).mean(1)
 
     def read(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         inputs.clear()
@@ -230,7 +229,7 @@ def _reading(
     with unwound() as hooks, evaluating(model):
         for name, module in modules.items():
             # registered last: after the edit's hook
-            hooks.callback(module.register_forward_pre_hook(recorder(name)).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(record, name)).remove)
         yield read
 
 

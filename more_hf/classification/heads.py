@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,9 +64,13 @@ def find_heads(
     # 1. The output of every linear layer in one run.
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     outputs: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        outputs[name] = output.mean((2, 3)) if isinstance(module, nn.Conv2d) else output
+
     with unwound() as hooks, evaluating(model):
         for name, module in linear.items():
-            hooks.callback(module.register_forward_hook(_recorder(name, outputs)).remove)
+            hooks.callback(module.register_forward_hook(partial(record, name)).remove)
         logits = logits_of(model(pixels))
     if not logits.isfinite().all():
         raise SiteNotFoundError(
@@ -81,10 +86,9 @@ def find_heads(
     elif len(equal) != 1:
         raise SiteNotFoundError(
             f"No head found in {type(model).__name__}: of its {len(linear)} linear layers, {len(equal)} give "
-            f"exactly its logits {tuple(logits.shape)}, alone or as a mean. Linear layers with outputs of "
-            f"that shape: {', '.join(map(repr, shaped)) or 'none'}. Pass the name of the one that makes the "
-            "logits, "
-            'head="...".'
+            f"exactly its logits {tuple(logits.shape)}, alone or as a mean. Of that shape are the outputs of "
+            f"{', '.join(map(repr, shaped)) or 'none'}. Pass the name of the one that makes the logits as "
+            "`head`."
         )
     return {name: linear[name] for name in equal}
 
@@ -99,18 +103,6 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
             f"{', '.join(map(repr, close))}."
         )
     return modules[name]
-
-
-def _recorder(name: str, outputs: dict[str, Tensor]) -> Callable[[nn.Module, tuple, Tensor], None]:
-    def record(module: nn.Module, args: tuple, output: Tensor) -> None:
-        outputs[name] = output.mean((2, 3)) if isinstance(module, nn.Conv2d) else output
-
-    return record
-
-
-def head_outputs(head: nn.Module, z: Tensor) -> Tensor:
-    """The logits `(batch, k)` that a head makes of features `(batch, d)`."""
-    return head(z[..., None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(z)
 
 
 def _same(output: Tensor, logits: Tensor) -> bool:
@@ -147,8 +139,7 @@ def example_pixels(model: nn.Module) -> Tensor:
     else:
         raise SiteNotFoundError(
             f"{type(model).__name__} has no configuration that names its input size, so it cannot be run to "
-            "find its head. "
-            'Pass head="..." or data with images.'
+            "find its head. Pass `head`, or data with images."
         )
     return torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from more_hf.classification.features import collect, plain_model
-from more_hf.classification.heads import evaluating, head_outputs
+from more_hf.classification.heads import evaluating
 from more_hf.core.errors import AlreadyErasedError, PrototypeError, SiteNotFoundError
 from more_hf.core.interrupts import unless_completed
 from more_hf.core.prototypes import Prototypes
@@ -180,4 +180,6 @@ def measure(P_f: Tensor, P_r: Tensor, shift: Tensor, read: Tensor) -> dict[str, 
 
 
 def _outputs(head: nn.Module, P: Tensor, weight: Tensor) -> Tensor:
-    return head_outputs(head, P.T.to(weight)).double()
+    z = P.T.to(weight)
+    logits = head(z[..., None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(z)
+    return logits.double()
