@@ -23,27 +23,13 @@ LISTED = 40  # classes that a table shows at most
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """
-    How one class's images are classified.
-
-    Args:
-        name (`str`):
-            The class.
-        forgotten (`bool`):
-            Whether it was erased.
-        count (`int`):
-            Its images.
-        before (`float`, *optional*):
-            Percent of them that the original gets right; `None` if the original is not here.
-        after (`float`):
-            Percent of them that the model gets right.
-    """
+    """How one class's images are classified."""
 
     name: str
     forgotten: bool
-    count: int
-    before: float | None
-    after: float
+    count: int  # how many images it has
+    before: float | None  # percent of them that the original gets right; `None` if the original is not here
+    after: float  # percent of them that the model gets right
 
     @property
     def change(self) -> float:

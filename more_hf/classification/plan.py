@@ -23,24 +23,12 @@ ILL_CONDITIONED = (
 
 @dataclass(frozen=True)
 class Solution:
-    """
-    The remap of each head and the facts behind them.
+    """The remap of each head and the facts behind them."""
 
-    Args:
-        remaps (`list[Remap]`):
-            One per head, all with the same targets.
-        solver_reason (`str`):
-            Why the solver was taken, in words and numbers.
-        sent_to (`dict[str, list[str]]`):
-            The targets that were drawn for each forgotten class.
-        remain_moved (`dict[str, float]`):
-            How far the prototypes moved that were not kept exactly, farthest first, as a share of their
-            length.
-    """
-
-    remaps: list[Remap]
-    solver_reason: str
-    sent_to: dict[str, list[str]]
+    remaps: list[Remap]  # one per head, all with the same targets
+    solver_reason: str  # why the solver was taken, in words and numbers
+    sent_to: dict[str, list[str]]  # the targets that were drawn for each forgotten class
+    # how far the prototypes moved that were not kept exactly, as a share of their length; farthest first
     remain_moved: dict[str, float]
 
 

@@ -31,21 +31,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """
-    The facts about a pipeline that are known before reading any weight.
+    """The facts about a pipeline that are known before reading any weight."""
 
-    Args:
-        model (`str`):
-            A folder, a Hub id, or `EMOJI_SD`.
-        pipeline (`str`):
-            The pipeline's class.
-        parts (`dict[str, str]`):
-            Component -> its class.
-    """
-
-    model: str
-    pipeline: str
-    parts: dict[str, str]
+    model: str  # a folder, a Hub id, or `EMOJI_SD`
+    pipeline: str  # its class
+    parts: dict[str, str]  # component -> its class
 
 
 def add_device(parser: argparse.ArgumentParser, default: str) -> None:

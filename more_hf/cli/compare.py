@@ -5,13 +5,7 @@ import logging
 from pathlib import Path
 
 from .checkpoint import add_dtype, add_placement, load_pipeline, own_dtype, read_checkpoint
-from .options import (
-    EMOJI_SD,
-    add_command,
-    positive,
-    refuse_missing_folder,
-    refuse_missing_model,
-)
+from .options import EMOJI_SD, add_command, positive, refuse_missing_folder, refuse_missing_model
 
 
 logger = logging.getLogger(__name__)

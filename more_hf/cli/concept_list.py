@@ -21,40 +21,21 @@ SHARED_KEYS = ("concepts", "remap_to", "retain")
 
 @dataclass(frozen=True)
 class Listed:
-    """
-    What a list says about one concept.
+    """What a list says about one concept."""
 
-    Args:
-        targets (`tuple[str, ...]`):
-            Its own targets; empty if it has none.
-        aliases (`tuple[str, ...]`):
-            Its other names.
-        reach (`str`, *optional*):
-            Its own reach.
-    """
-
-    targets: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    reach: str | None = None
+    targets: tuple[str, ...] = ()  # its own targets; empty if it has none
+    aliases: tuple[str, ...] = ()  # its other names
+    reach: str | None = None  # its own reach
 
 
 @dataclass(frozen=True)
 class ConceptList:
-    """
-    A list of concepts.
+    """A list of concepts."""
 
-    Args:
-        concepts (`dict[str, Listed]`):
-            What the list says about each concept, by name.
-        remap_to (`tuple[str, ...]`):
-            Targets of the concepts that have none of their own.
-        retain (`tuple[str, ...]`):
-            Names to protect.
-    """
-
+    # what the list says about each concept, by name
     concepts: dict[str, Listed] = field(default_factory=dict)
-    remap_to: tuple[str, ...] = ()
-    retain: tuple[str, ...] = ()
+    remap_to: tuple[str, ...] = ()  # targets of the concepts that have none of their own
+    retain: tuple[str, ...] = ()  # names to protect
 
 
 def read_concepts(file: Path) -> ConceptList:

@@ -64,12 +64,7 @@ def add_to(commands) -> None:
         metavar="CLASS",
         help="what they are sent to; remain for every other class, none erases without remapping (remain)",
     )
-    add(
-        "--num_experts",
-        type=positive,
-        metavar="N",
-        help="remapping experts (one for each target)",
-    )
+    add("--num_experts", type=positive, metavar="N", help="remapping experts (one for each target)")
     add_router(parser)
     add_solver(parser, EXACT_SOLVERS, default="auto")
     add(

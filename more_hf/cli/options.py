@@ -111,15 +111,8 @@ def add_solver(parser: argparse.ArgumentParser, solvers: tuple[str, ...] = SOLVE
     parser.add_argument("--solver", choices=("auto", *solvers), help=note, **options)
 
 
-def natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _at_least(minimum: int, text: str) -> int:
+def positive(text: str, minimum: int = 1) -> int:
+    """A whole number of at least 1, for `type=`."""
     value = int(text)
     if value < minimum:
         raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
@@ -162,32 +155,15 @@ def refuse_missing_model(model: str) -> None:
         refuse_missing_folder(path, f"A model is a folder, a Hub id like owner/name, or {EMOJI_SD}.")
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], *, what: str, also: str = "") -> None:
-    """Refuse the first of `names` that is not `known`, and suggest a similar known name."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            hint = _did_you_mean(name, known)
-            raise ValueError(f"There is no {what} {name!r}.{hint} Available: {', '.join(known)}{also}.")
-
-
-def emoji_artist(name: str) -> str:
-    """The embedded pipeline's spelling of an artist's name."""
-    for artist in EMOJI_ARTISTS:
-        if artist.casefold() == name.casefold():
-            return artist
-    hint, available = _did_you_mean(name, EMOJI_ARTISTS), ", ".join(EMOJI_ARTISTS)
-    raise ValueError(f"The embedded pipeline has no artist {name!r}.{hint} Available: {available}.")
-
-
 def refuse_typo(name: str) -> None:
     """Refuse a name that resembles an artist's. Other names pass, since things can be erased as well."""
-    is_artist = name.casefold() in {artist.casefold() for artist in EMOJI_ARTISTS}
-    if not is_artist and (hint := _did_you_mean(name, EMOJI_ARTISTS, cutoff=0.85)):
+    is_artist = name.casefold() in map(str.casefold, EMOJI_ARTISTS)
+    if not is_artist and (hint := did_you_mean(name, EMOJI_ARTISTS, cutoff=0.85)):
         raise ValueError(f"The embedded pipeline has no artist {name!r}.{hint}")
 
 
-def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A question about the most similar of the known names, for the end of a message; empty if none is."""
     spelling = {candidate.casefold(): candidate for candidate in known}
     close = difflib.get_close_matches(name.casefold(), spelling, n=1, cutoff=cutoff)
     return f" Did you mean {spelling[close[0]]!r}?" if close else ""

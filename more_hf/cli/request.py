@@ -41,21 +41,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """
-    What to erase from which pipeline.
+    """What to erase from which pipeline."""
 
-    Args:
-        checkpoint (`Checkpoint`):
-            The pipeline, not loaded yet.
-        concepts (`dict[str, list[str]]`):
-            Name -> aliases.
-        options (`dict[str, Any]`):
-            Keyword arguments of [`~more_hf.erase_concept`].
-    """
-
-    checkpoint: Checkpoint
-    concepts: dict[str, list[str]]
-    options: dict[str, Any]
+    checkpoint: Checkpoint  # the pipeline, not loaded yet
+    concepts: dict[str, list[str]]  # name -> aliases
+    options: dict[str, Any]  # keyword arguments of [`~more_hf.erase_concept`]
 
     @property
     def edits_denoiser(self) -> bool:

@@ -51,20 +51,13 @@ def probes(remap: Remap) -> Tensor:
 
 @dataclass
 class Measurements:
-    """
-    What a proof by run measures while the edited model runs once.
+    """What a proof by run measures while the edited model runs once."""
 
-    Args:
-        layers (`dict[str, float]`):
-            How far each edited layer's answer is off, in units of its rounding.
-        changed (`dict[str, float]`):
-            How far its answer would be off with the original weight, in the same units.
-        experts (`dict[str, float]`):
-            How far each expert's features are off behind the routing hook, in units of their rounding.
-    """
-
+    # how far each edited layer's answer is off, in units of its rounding
     layers: dict[str, float] = field(default_factory=dict)
+    # how far its answer would be off with the original weight, in the same units
     changed: dict[str, float] = field(default_factory=dict)
+    # how far each expert's features are off behind the routing hook, in units of their rounding
     experts: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()

@@ -32,22 +32,12 @@ class _Block:
 
     A context remembers its blocks, and a closed one no longer counts, whoever closed it: blocks may end in
     a different order than they began, and a copied context (an asyncio task) may outlive the block.
-
-    Args:
-        erasure (`Erasure`):
-            The erasure of the model that the block shows differently.
-        original (`bool`):
-            Show the original. Otherwise the block shows the weights, without the routing hook or with the
-            given experts.
-        experts (`Tensor`, *optional*):
-            The expert of every sample `(batch,)`, int64.
-        open (`bool`):
-            Whether the block is still open.
     """
 
-    erasure: Erasure
+    erasure: Erasure  # of the model that the block shows differently
+    # shows the original; otherwise the weights, without the routing hook or with the given experts
     original: bool = False
-    experts: Tensor | None = None
+    experts: Tensor | None = None  # the expert of every sample `(batch,)`, int64
     open: bool = True
 
 

@@ -50,23 +50,14 @@ MEANS = "means over each name's pictures"
 
 @dataclass(frozen=True)
 class Activations:
-    """
-    Statistics of the layers' inputs over pictures.
+    """Statistics of the layers' inputs over pictures."""
 
-    Args:
-        spaces (`dict[str, str]`):
-            Layer -> its space of features; layers that read the same tensor share one.
-        prototypes (`dict[str, Prototypes]`):
-            Space -> the prototype of each concept and part, followed by the mean of its targets' prototypes
-            under the name `target_of(...)`; with the second moment of ordinary pictures and of pictures of
-            retained names, at equal weight.
-        own (`dict[str, Moment]`):
-            Space -> the second moment of the concepts' own pictures.
-    """
-
-    spaces: dict[str, str]
+    spaces: dict[str, str]  # layer -> its space of features; layers that read the same tensor share one
+    # space -> the prototype of each concept and part, followed by the mean of its targets' prototypes
+    # under the name `target_of(...)`; with the second moment of ordinary pictures and of pictures of
+    # retained names, at equal weight
     prototypes: dict[str, Prototypes]
-    own: dict[str, Moment]
+    own: dict[str, Moment]  # space -> the second moment of the concepts' own pictures
 
 
 PART_NAMES = tuple(f"part {part + 1} of {PARTS}" for part in range(PARTS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,7 +33,7 @@ def draw_grid(
         title (`str`, *optional*):
             A line above everything.
     """
-    first = next(picture for pictures in rows.values() for picture in pictures if picture is not None)
+    first = next(picture for picture in chain(*rows.values()) if picture is not None)
     width, height = first.width * scale, first.height * scale
     size = max(LEGIBLE, width // 28)
     font, bold = ImageFont.load_default(size), ImageFont.load_default(size * 4 // 3)
@@ -65,17 +66,6 @@ def draw_grid(
                 enlarged = picture.resize((width, height), Image.Resampling.BICUBIC)
                 sheet.paste(enlarged, (left + column * (width + GAP), y))
     return sheet
-
-
-def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Put pictures below each other on white, aligned on the left."""
-    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
-    whole = Image.new("RGB", size, "white")
-    y = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, y))
-        y += sheet.height
-    return whole
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -26,24 +26,13 @@ MAX_COST = 0.12
 
 @dataclass(frozen=True)
 class Problem:
-    """
-    The input from which one space's remap is solved.
-
-    Args:
-        prototypes (`Prototypes`):
-            All fitted prototypes.
-        kinds (`dict[str, list[str]]`):
-            Token choice -> the kinds of prototype that a name has; the requested choice, then smaller ones.
-        request (`ConceptRequest`):
-            What is forgotten and retained.
-        experts (`list[list[str | None]]`):
-            For each expert, the target of each concept; `None` erases.
-    """
+    """The input from which one space's remap is solved."""
 
     prototypes: Prototypes
+    # token choice -> the kinds of prototype that a name has; the requested choice, then smaller ones
     kinds: dict[str, list[str]]
     request: ConceptRequest
-    experts: list[list[str | None]]
+    experts: list[list[str | None]]  # for each expert, the target of each concept; `None` erases
 
     def fit(self, solver: str, tokens: str) -> Remap:
         """
@@ -98,27 +87,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """
-    The remap of each space and the facts behind them.
-
-    Args:
-        remaps (`dict[str, Remap]`):
-            The remap of each space.
-        tokens (`str`):
-            The token positions that made prototypes.
-        solver_reason (`str`):
-            Why these solvers were chosen, in words and numbers.
-        retained_moved (`dict[str, float]`):
-            How far each retained name moves at most, as a share of its length.
-        sent_to (`dict[str, list[str | None]]`):
-            Each concept's target in every expert.
-    """
+    """The remap of each space and the facts behind them."""
 
     remaps: dict[str, Remap]
-    tokens: str
-    solver_reason: str
-    retained_moved: dict[str, float]
-    sent_to: dict[str, list[str | None]]
+    tokens: str  # the token positions that made prototypes
+    solver_reason: str  # why these solvers were chosen, in words and numbers
+    retained_moved: dict[str, float]  # how far each retained name moves at most, as a share of its length
+    sent_to: dict[str, list[str | None]]  # each concept's target in every expert
 
     @property
     def ordinary_moved(self) -> float:

@@ -16,19 +16,13 @@ class Trees(NamedTuple):
     """
     Prompts as trees: a node stands for a token after a given beginning, so prompts that begin alike share
     nodes.
-
-    Args:
-        tokens (`Tensor`):
-            `(trees, nodes)`, int64, each node's token; 0 for filler.
-        seen (`Tensor`):
-            `(trees, nodes, nodes)`, bool, which nodes each node attends to: itself and those before it.
-        places (`Tensor`):
-            `(prompts, positions)`, int64, the node of each position, numbered through all trees; −1 for
-            positions that are not wanted.
     """
 
-    tokens: Tensor
+    tokens: Tensor  # `(trees, nodes)`, int64, each node's token; 0 for filler
+    # `(trees, nodes, nodes)`, bool, which nodes each node attends to: itself and those before it
     seen: Tensor
+    # `(prompts, positions)`, int64, the node of each position, numbered through all trees; −1 for
+    # positions that are not wanted
     places: Tensor
 
     @classmethod

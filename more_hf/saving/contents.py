@@ -30,20 +30,11 @@ HIDDEN = (".git", ".cache")  # folders of git and of the Hub's client
 
 @dataclass(frozen=True)
 class Contents:
-    """
-    The files of a folder, sorted by purpose; all paths are relative to it.
+    """The files of a folder, sorted by purpose; all paths are relative to it."""
 
-    Args:
-        saved (`list[Path]`):
-            The record, and the files that it lists.
-        aside (`list[Path]`):
-            The user's own files, such as a model card and pictures.
-        foreign (`list[Path]`):
-            What could be loaded as weights although `save` did not write it, and links to folders.
-    """
-
-    saved: list[Path]
-    aside: list[Path]
+    saved: list[Path]  # the record, and the files that it lists
+    aside: list[Path]  # the user's own files, such as a model card and pictures
+    # what could be loaded as weights although `save` did not write it, and links to folders
     foreign: list[Path]
 
 

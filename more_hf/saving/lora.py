@@ -129,20 +129,14 @@ def erase_to_lora(
         source (`str` or `os.PathLike`):
             The folder of an original pipeline with safetensors files, sharded or not, or a Hub id, which is
             downloaded.
-        path (`str` or `os.PathLike`):
+        path, format:
             As in [`save_lora`].
-        concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
-            As in [`erase_concept`].
-        remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
-            As in [`erase_concept`].
-        format (`str`, *optional*, defaults to `"peft"`):
-            As in [`save_lora`].
+        concepts, remap_to, options:
+            As in [`erase_concept`], except `router` and `reach`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors; the models are loaded in the dtype in which the denoiser is stored.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
-        options:
-            As in [`erase_concept`], except `router` and `reach`.
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.

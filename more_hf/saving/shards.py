@@ -43,21 +43,11 @@ LENGTH = 8  # a safetensors file starts with the length of its header, in this m
 
 
 class Opened(NamedTuple):
-    """
-    A saved pipeline whose denoiser was left on the disk.
-
-    Args:
-        folder (`Path`):
-            The pipeline's folder.
-        pipe (`DiffusionPipeline`):
-            The other components that are needed.
-        denoiser (`Denoiser`):
-            The denoiser, on the meta device except for the layers that read text.
-    """
+    """A saved pipeline whose denoiser was left on the disk."""
 
     folder: Path
-    pipe: DiffusionPipeline
-    denoiser: Denoiser
+    pipe: DiffusionPipeline  # the other components that are needed
+    denoiser: Denoiser  # on the meta device except for the layers that read text
 
 
 def open_without_denoiser(
@@ -141,18 +131,12 @@ def erase_to_folder(
         source (`str` or `os.PathLike`):
             The folder of an original pipeline with safetensors files, sharded or not, or a Hub id, which is
             downloaded.
-        folder (`str` or `os.PathLike`):
+        folder, include_delta:
             As in [`save`].
-        concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
-            As in [`erase_concept`].
-        remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
-            As in [`erase_concept`].
-        include_delta (`bool`, *optional*, defaults to `False`):
-            As in [`save`].
+        concepts, remap_to, options:
+            As in [`erase_concept`], except `reach`.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
-        options:
-            As in [`erase_concept`], except `reach`.
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.

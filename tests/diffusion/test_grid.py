@@ -1,6 +1,7 @@
 from PIL import Image
 
-from more_hf.diffusion.grid import draw_grid, stack
+from more_hf.diffusion.grid import draw_grid
+from more_hf_bench.artists.grid import stack
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]

@@ -10,17 +10,25 @@ from more_hf.cli.options import (
     EMOJI_SD,
     SEVERAL_PROCESSES,
     add_command,
-    emoji_artist,
     positive,
     read_remap_to,
     refuse_missing_model,
     refuse_typo,
-    refuse_unknown,
 )
 
 from ..artists.kinds import KINDS
 from ..methods.registry import DIFFUSION, diffusion_groups
-from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
+from .options import (
+    NAMES,
+    add_options,
+    emoji_artist,
+    flag,
+    key,
+    read_options,
+    refuse_unknown,
+    split_names,
+    start_processes,
+)
 from .rehearse import OF_PICTURES, check_filled, rehearse_artists
 
 

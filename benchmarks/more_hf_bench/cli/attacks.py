@@ -5,22 +5,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from more_hf.cli.options import (
-    EMOJI_SD,
-    SEVERAL_PROCESSES,
-    add_command,
-    natural,
-    positive,
-    refuse_missing_model,
-    refuse_unknown,
-)
+from more_hf.cli.options import EMOJI_SD, SEVERAL_PROCESSES, add_command, positive, refuse_missing_model
 from more_hf.data import CLASSIFIERS
 
 from ..attacks.registry import ATTACKS, attacks_of
 from ..classes import DATASETS
 from ..methods.registry import CLASSIFICATION, DIFFUSION
 from .artists import CLIP
-from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
+from .options import (
+    NAMES,
+    add_options,
+    flag,
+    key,
+    natural,
+    read_options,
+    refuse_unknown,
+    split_names,
+    start_processes,
+)
 
 
 CLASS_METHODS = "remap,more,more-hash,more-reloaded"

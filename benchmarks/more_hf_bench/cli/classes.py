@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from more_hf.cli.options import (
-    SEVERAL_PROCESSES,
-    add_command,
-    natural,
-    positive,
-    refuse_missing_model,
-    refuse_unknown,
-)
+from more_hf.cli.options import SEVERAL_PROCESSES, add_command, positive, refuse_missing_model
 
 from ..classes import DATASETS
 from ..methods.registry import CLASSIFICATION, classification_groups, methods_that_forget
-from .options import NAMES, add_options, flag, key, read_options, split_names, start_processes
+from .options import (
+    NAMES,
+    add_options,
+    flag,
+    key,
+    natural,
+    read_options,
+    refuse_unknown,
+    split_names,
+    start_processes,
+)
 from .rehearse import OF_CLASSES, OF_SAMPLES, check_filled, rehearse_classes
 
 

@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
-from more_hf.cli.options import add_command, add_concepts, add_remap_to, emoji_artist, positive, read_remap_to
+from more_hf.cli.options import add_command, add_concepts, add_remap_to, positive, read_remap_to
 from more_hf.data import EMOJI_ARTISTS
+
+from .options import emoji_artist
 
 
 def add_to(commands) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from more_hf.cli.checkpoint import add_device
-from more_hf.cli.options import refuse_unknown
+from more_hf.cli.options import did_you_mean, positive
+from more_hf.data import EMOJI_ARTISTS
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,29 @@ Options = TypeVar("Options")
 
 PRESETS = Path(__file__).parents[1] / "presets"
 NAMES = {"nargs": "+", "action": "extend", "metavar": "NAME"}  # of a flag with one or several names
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0, for `type=`."""
+    return positive(text, minimum=0)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], *, what: str, also: str = "") -> None:
+    """Refuse the first of `names` that is not `known`, and suggest a similar known name."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ValueError(f"There is no {what} {name!r}.{hint} Available: {', '.join(known)}{also}.")
+
+
+def emoji_artist(name: str) -> str:
+    """The embedded pipeline's spelling of an artist's name."""
+    for artist in EMOJI_ARTISTS:
+        if artist.casefold() == name.casefold():
+            return artist
+    hint, available = did_you_mean(name, EMOJI_ARTISTS), ", ".join(EMOJI_ARTISTS)
+    raise ValueError(f"The embedded pipeline has no artist {name!r}.{hint} Available: {available}.")
 
 
 def key(default: Any, help: str) -> Any:
