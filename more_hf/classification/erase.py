@@ -14,7 +14,7 @@ from ..core.facts import ClassFacts
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.prototypes import Prototypes
 from ..core.record import refuse_erased_source
-from ..core.registry import find_erasure, locked, require_editable
+from ..core.registry import check_restorable, find_erasure, locked, require_editable, require_erased
 from ..core.remap import Remap
 from ..core.request import ClassRequest
 from ..core.site import Site, check_unshared, copy_weights, fingerprint
@@ -172,23 +172,12 @@ def restore(model: nn.Module, classes: str | int | Sequence[str | int] | None = 
     """`more_hf.restore` for classifiers."""
     plain = plain_model(model)
     with locked(plain):
-        erasure = require_editable(plain)
-        if erasure is None:
-            raise MoreError(
-                f"Nothing was erased from this {type(plain).__name__}, so there is nothing to restore. Call "
-                "on the model that `erase_classes` returned."
-            )
+        erasure = require_erased(plain)
         names = class_names(plain, erasure.facts.num_classes)
         dropped = erasure.concepts
         if classes is not None:
             dropped = find_classes(names, "classes", classes)
-        if not dropped:
-            raise MoreError(
-                "No class is named. Name those to give back, or leave them out to give back everything."
-            )
-        if unknown := [name for name in dropped if name not in erasure.concepts]:
-            erased = ", ".join(map(repr, erasure.concepts))
-            raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")
+        check_restorable(erasure, dropped)
         if set(dropped) == set(erasure.concepts):
             uninstall(plain, list(edited_modules(plain, erasure).values()))
         else:

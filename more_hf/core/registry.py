@@ -7,7 +7,7 @@ is therefore registered for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .erasure import Erasure
-from .errors import AlreadyErasedError
+from .errors import AlreadyErasedError, MoreError
 from .interrupts import held, unwound
 
 
@@ -81,3 +81,23 @@ def require_editable(model: nn.Module) -> Erasure | None:
     if erasure is not None:
         erasure.check_unchanged()
     return erasure
+
+
+def require_erased(model: nn.Module) -> Erasure:
+    """The erasure to restore. Raises as `require_editable` does, and `MoreError` if there is none."""
+    erasure = require_editable(model)
+    if erasure is None:
+        raise MoreError(
+            f"Nothing was erased from this {type(model).__name__}, so there is nothing to restore. Call on "
+            "the pipeline or classifier from which something was erased."
+        )
+    return erasure
+
+
+def check_restorable(erasure: Erasure, names: Sequence[str]) -> None:
+    """Raises `MoreError` if nothing is named, or something that was not erased."""
+    if not names:
+        raise MoreError("Nothing is named. Name what to restore, or leave it out to restore everything.")
+    if unknown := [name for name in names if name not in erasure.concepts]:
+        erased = ", ".join(map(repr, erasure.concepts))
+        raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")

@@ -530,9 +530,13 @@ def draw_experts(
         for name in turn:
             if name not in allowed and len(allowed) <= max_distinct:
                 allowed[name] = None
-    shuffled = [[name for name in names if name in allowed] for names in shuffled]
+    for i, names in enumerate(shuffled):
+        shuffled[i] = [name for name in names if name in allowed]
 
     # 3. Expert e takes each concept's e-th allowed option, starting again after the last.
     if num_experts is None:
         num_experts = math.lcm(*map(len, shuffled))
-    return [[names[expert % len(names)] for names in shuffled] for expert in range(num_experts)]
+    experts = []
+    for expert in range(num_experts):
+        experts.append([names[expert % len(names)] for names in shuffled])
+    return experts

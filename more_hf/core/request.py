@@ -351,15 +351,14 @@ def _read_reach(value: Any, concepts: Iterable[str]) -> str | dict[str, str]:
 
 def _farther(earlier: str | Mapping[str, str], later: str | Mapping[str, str]) -> str | dict[str, str]:
     """What was edited stays edited."""
-    if isinstance(earlier, str) and isinstance(later, str):
-        return max(earlier, later, key=REACHES.index)
     if "denoiser" in (earlier, later):
         return "denoiser"
-    own = [reach for reach in (earlier, later) if not isinstance(reach, str)]
     joined: dict[str, str] = {}
-    for name, reach in (pair for reaches in own for pair in reaches.items()):
-        joined[name] = max(joined.get(name, REACHES[0]), reach, key=REACHES.index)
-    return joined
+    for own in (earlier, later):
+        if not isinstance(own, str):  # "name" edits nothing inside, so it adds nothing
+            for name, reach in own.items():
+                joined[name] = max(joined.get(name, "name"), reach, key=REACHES.index)
+    return joined or "name"
 
 
 def _read_some(argument: str, value: Any) -> tuple[str, ...]:

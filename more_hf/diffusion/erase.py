@@ -11,11 +11,11 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from ..core.errors import MoreError, SiteNotFoundError
+from ..core.errors import SiteNotFoundError
 from ..core.facts import ConceptFacts, kind_of
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.record import refuse_erased_source
-from ..core.registry import find_erasure, locked, require_editable
+from ..core.registry import check_restorable, find_erasure, locked, require_editable, require_erased
 from ..core.remap import Remap
 from ..core.request import ConceptRequest, read_names, with_options
 from ..core.site import Site, copy_weights, fingerprint
@@ -164,21 +164,10 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
     """`more_hf.restore` for pipelines."""
     denoiser = find_denoiser(pipe)
     with locked(denoiser.module):
-        erasure = require_editable(denoiser.module)
-        if erasure is None:
-            raise MoreError(
-                "Nothing was erased from this pipeline, so there is nothing to restore. Call on the pipeline "
-                "that `erase_concept` returned."
-            )
+        erasure = require_erased(denoiser.module)
         check_in_place(pipe)
         names = erasure.concepts if concepts is None else read_names("concepts", concepts)
-        if not names:
-            raise MoreError(
-                "`concepts` is empty. Name what to restore, or leave it out to restore everything."
-            )
-        if unknown := [name for name in names if name not in erasure.concepts]:
-            erased = ", ".join(map(repr, erasure.concepts))
-            raise MoreError(f"{', '.join(map(repr, unknown))} was not erased here. Erased: {erased}.")
+        check_restorable(erasure, names)
         if set(names) == set(erasure.concepts):
             uninstall(denoiser.module, hooked_modules(denoiser))
         else:
