@@ -51,6 +51,7 @@ class RoutingHook:
         self.handle = None
         if remap is not None:
             self.router = None if router is None else ROUTERS[router](remap, device)
+            # Transposed for features as rows: E z becomes z + (z D_Fᵀ) (P_t − P_F)ᵀ.
             self.read = remap.D_F.T.float().to(device)  # (d, f)
             shifts = remap.shift()[None] if router is None else remap.shifts
             self.shifts = shifts.transpose(1, 2).float().contiguous().to(device)  # (num_experts, f, d)
@@ -92,6 +93,7 @@ class RoutingHook:
         experts unless they are given.
         """
         experts = self.experts(z) if experts is None else experts
+        # Offloading moves the model but not a hook, so the factors follow the features.
         shifts = self.shifts.to(z.device)[experts.to(z.device)]  # (batch, f, d)
         tokens = z.float().reshape(len(z), -1, z.shape[-1])
         return (tokens + tokens @ self.read.to(z.device) @ shifts).reshape(z.shape).to(z.dtype)
@@ -105,6 +107,7 @@ class RoutingHook:
 
 def attach_hooks(hooks: Sequence[RoutingHook], modules: Sequence[nn.Module]) -> None:
     """Attach each hook, if there are any, to its module."""
+    # strict=False, because an edit without a router has modules and no hooks
     for hook, module in zip(hooks, modules, strict=False):
         hook.attach(module)
     if hooks:

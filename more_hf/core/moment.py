@@ -61,6 +61,7 @@ class Moment:
     def __add__(self, other: Moment) -> Moment:
         """The moment of both samples together; thin if both are thin and together have fewer than d rows."""
         count, rows = self.count + other.count, len(self.matrix) + len(other.matrix)
+        # a mean of means, weighted by how many features each is over
         shares = [(part, part.count / count) for part in (self, other)]
         if self.is_thin and other.is_thin and rows < self.matrix.shape[1]:
             return Moment(torch.cat([share**0.5 * part.matrix for part, share in shares]), count)

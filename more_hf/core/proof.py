@@ -45,6 +45,7 @@ def probes(remap: Remap) -> Tensor:
     What an edited layer is asked, `(n, d)`: the directions that the edit reads, at a prototype's length, and
     the prototypes that stay.
     """
+    # Orthonormal, because close prototypes give long, nearly opposite rows of D_F.
     directions = torch.linalg.qr(remap.D_F.T).Q.T * remap.prototypes.matrix.norm(dim=0).mean()
     return torch.cat([directions, remap.remain.T])
 
@@ -107,6 +108,7 @@ class Measurements:
         # prototypes are close.
         of_output, of_sums = torch.finfo(dtype).eps / 2, rounding(torch.float32)[1]
         growth = 1 + remap.D_F.norm() * remap.shift(expert).norm()
+        # the expert may send a feature to zero, so the larger of the two gives the scale
         size = torch.maximum(z.norm(dim=-1), expected.norm(dim=-1))
         unit = of_output * size + of_sums * growth * z.norm(dim=-1)
         self.experts[name] = _worst(routed - expected, unit)
@@ -118,6 +120,7 @@ class Measurements:
         Raises:
             `SiteNotFoundError`: a layer was not called, or a layer or an expert is off by more than rounding.
         """
+        # A layer that was never asked proves nothing, however right the others are.
         if silent := [name for name in names if name not in self.layers]:
             raise SiteNotFoundError(
                 f"The proof by run failed: {len(silent)} of {len(names)} edited layers are not called when "

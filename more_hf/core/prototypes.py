@@ -196,6 +196,7 @@ class PrototypeFitter:
                 f"Label {int(labels.max())} has no name: the fitter knows {len(self.names)} prototypes. "
                 "Correct the labels, or name every class."
             )
+        # negative labels stand for what counts for no prototype
         features, labels = features[labels >= 0], labels[labels >= 0]
         self.totals.sums.index_add_(0, labels, features)
         self.totals.counts.add_(torch.bincount(labels, minlength=len(self.names)))
@@ -222,6 +223,7 @@ class PrototypeFitter:
                 f"No feature was seen for {', '.join(map(repr, empty))}, and a mean needs one. Add "
                 "a sample of each."
             )
+        # A thin total holds the features themselves, which enter the mean of z zᵀ twice: hence the root.
         scale = moment_count if moment.shape[:1] == moment.shape[1:] else moment_count.double().sqrt()
         return Prototypes(
             matrix=(sums / counts[:, None]).T.cpu().contiguous(),
@@ -249,6 +251,7 @@ class PrototypeFitter:
     def _add_moment(self, added: Tensor, count: int) -> None:
         """Add features `(n, d)` with n < d, or their sum of z zᵀ, `(d, d)`."""
         width = added.shape[1]
+        # Keep features while they are fewer than d, since (n, d) is smaller than (d, d); then sum them up.
         parts = [part for part in (self.totals.moment, added) if part.ndim]
         if self.thin and sum(map(len, parts)) < width:
             total = torch.cat(parts)

@@ -35,47 +35,22 @@ class Record:
     """
     The content of `more_hf.json`. Every field is mandatory; keys of a newer version are ignored with a
     warning.
-
-    Args:
-        more_hf (`str`):
-            The version that wrote the record.
-        versions (`dict[str, str]`):
-            Versions of torch, diffusers and transformers.
-        request (`ConceptRequest` or `ClassRequest`):
-            What was asked for.
-        sites (`dict[str, list[int]]`):
-            The shape of each edited weight.
-        guarantees (`dict[str, float]`):
-            The measurements of `Remap.verify`.
-        proof (`dict[str, float]`):
-            The measurements of the proof by run.
-        facts (`ConceptFacts` or `ClassFacts`):
-            What else was measured or decided.
-        denoiser (`str`):
-            The folder of the edited component; `"."` for a classifier. Two denoisers that were edited as one
-            are joined by `+`, and the layer names in `sites` then start with the component's name.
-        variant (`str`, *optional*):
-            The variant of the weight files, as passed to `save_pretrained`.
-        layout (`str`):
-            sha256 of the names and shapes of the component's tensors, which are the same as the base's.
-        edited (`str`):
-            Fingerprint of the edited weights as saved.
-        files (`dict[str, str]`):
-            The sha256 of every file that `save` wrote next to the record.
     """
 
-    more_hf: str
-    versions: dict[str, str]
-    request: ConceptRequest | ClassRequest
-    sites: dict[str, list[int]]
-    guarantees: dict[str, float]
-    proof: dict[str, float]
-    facts: ConceptFacts | ClassFacts
+    more_hf: str  # the version that wrote the record
+    versions: dict[str, str]  # of torch, diffusers and transformers
+    request: ConceptRequest | ClassRequest  # what was asked for
+    sites: dict[str, list[int]]  # the shape of each edited weight
+    guarantees: dict[str, float]  # the measurements of `Remap.verify`
+    proof: dict[str, float]  # the measurements of the proof by run
+    facts: ConceptFacts | ClassFacts  # what else was measured or decided
+    # The folder of the edited component; `"."` for a classifier. Two denoisers that were edited as one are
+    # joined by `+`, and the layer names in `sites` then start with the component's name.
     denoiser: str
-    variant: str | None
-    layout: str
-    edited: str
-    files: dict[str, str]
+    variant: str | None  # the variant of the weight files, as passed to `save_pretrained`
+    layout: str  # sha256 of the names and shapes of the component's tensors, which are the same as the base's
+    edited: str  # fingerprint of the edited weights as saved
+    files: dict[str, str]  # the sha256 of every file that `save` wrote next to the record
 
     @property
     def kind(self) -> Literal["pipeline", "classifier"]:
@@ -107,6 +82,7 @@ class Record:
                 "erased. Save the erased model again."
             )
         try:
+            # an editor may have put a byte order mark in front
             return cls._from_dict(json.loads(path.read_text("utf-8-sig")), path)
         except (ValueError, TypeError, OSError, ArithmeticError, RecursionError) as error:
             raise IncompatibleBaseError(
@@ -128,6 +104,7 @@ class Record:
         hints = get_type_hints(cls)
         check_type("request", data["request"], dict[str, Any])
         parsed = {"request": request.from_dict(data["request"]), "facts": _read_fields(facts, data["facts"])}
+        # request and facts were checked by their own classes
         for name in known:
             if name not in parsed:
                 check_type(name, known[name], hints[name])
@@ -180,6 +157,7 @@ def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[s
     if not source or not (Path(source) / RECORD).is_file():
         return
     record = Record.read(Path(source))
+    # Saved over its own folder and then restored, a model is the original in spite of the record.
     if fingerprint({name: site.read() for name, site in sites(record).items()}) != record.facts.fingerprint:
         raise AlreadyErasedError(
             f"{source} was saved erased (it has a {RECORD}), and the original weights are not there. "

@@ -45,6 +45,7 @@ def _parts_of(model: nn.Module) -> list[nn.Module]:
 
 def find_erasure(model: nn.Module) -> Erasure | None:
     """The erasure of a denoiser or classifier, or `None`."""
+    # all parts have the same erasure, so the first that has one will do
     for part in _parts_of(model):
         if part in _erasures:
             return _erasures[part]

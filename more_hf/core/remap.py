@@ -342,6 +342,7 @@ class Remap:
             return Removed(self.shift(), 0.0)
         # With M = U S Vᵀ the edit sends U to U (I + S Vᵀ D_F U), so the span of M stays in itself.
         directions, sizes, combinations = torch.linalg.svd(self.shift(), full_matrices=False)
+        # a direction of M that is only rounding is not one that the edit removes
         span = sizes > 1e-9 * sizes.max()
         directions = directions[:, span]
         read = sizes[span, None] * (combinations[span] @ self.D_F @ directions)
@@ -397,6 +398,7 @@ class Remap:
         D_F, moment = self.D_F, self.prototypes.moment
         remain, exact = self.remain, self.prototypes.matrix[:, self._exact]
         forget = self.prototypes.matrix[:, list(self.forget)]
+        # Everything is measured in the f dimensions of the edit: E itself, (d, d), is never formed.
         shifts = [self.shift()] if mean_only else self.shifts
         experts = []
         for M in shifts:  # E = I + M D_F
@@ -426,6 +428,7 @@ def _columns_of(prototypes: Prototypes, targets: Sequence[Sequence[str | None]])
     """`(num_experts, f)`: the column of each target."""
     columns = []
     for expert in targets:
+        # a column that no prototype has stands for the target 0
         columns.append([NOWHERE if name is None else prototypes.index(name) for name in expert])
     return torch.tensor(columns)
 

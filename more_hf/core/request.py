@@ -309,6 +309,7 @@ def with_options(function: Callable) -> Callable:
     """
     own = inspect.signature(function)
     parameters = [part for part in own.parameters.values() if part.kind is not part.VAR_KEYWORD]
+    # what the function names itself keeps its own default and place
     for name, option in inspect.signature(ConceptRequest).parameters.items():
         if name not in own.parameters:
             parameters.append(option)
@@ -391,6 +392,7 @@ def _check_names(request: ConceptRequest) -> None:
         raise PrototypeError(
             f"{blank[0]!r} is not a name. Leave it out; the empty prompt is always retained."
         )
+    # in upper or lower case, a name is the same concept
     folded = [surface.casefold() for surface in surfaces]
     if twice := [surface for surface in surfaces if folded.count(surface.casefold()) > 1]:
         raise PrototypeError(f"{twice[0]!r} is given twice among concepts and aliases. Name it once.")
@@ -404,8 +406,7 @@ def _check_names(request: ConceptRequest) -> None:
         if names_in(name, surface):
             raise PrototypeError(
                 f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the "
-                f"other. If it is the same concept, pass concepts={{{surface!r}: [{name!r}]}}, and take it "
-                f"out of `{argument}`."
+                f"other. If it is its alias, concepts={{{surface!r}: [{name!r}]}}, take it out there."
             )
 
 

@@ -52,12 +52,14 @@ class RandomRouter:
         """Start again at call 0 with these streams."""
         self.seeds = None
         if seeds is not None:
+            # an int64 holds no larger seed
             self.seeds = torch.tensor([seed % 2**63 for seed in seeds], device=self.call.device)
         self.call.zero_()
 
     def __call__(self, z: Tensor) -> Tensor:
         """Experts `(batch,)`, int64, for features `(batch, ..., d)`."""
         rows = torch.arange(len(z), device=self.call.device)
+        # Rows beyond the seeds repeat them: both halves of guidance take the same expert.
         seeds = self.entropy + rows if self.seeds is None else self.seeds[rows % len(self.seeds)]
         experts = mix(seeds, self.call) % self.num_experts
         self.call += 1
@@ -84,6 +86,7 @@ class HashRouter:
                 'unchanged by which to tell samples apart. Choose router="random", or solver="covariance", '
                 "which keeps fewer prototypes exactly."
             )
+        # What I − P D leaves of a feature no prototype reads, so every expert maps it to itself.
         complement = torch.eye(len(P), dtype=P.dtype) - P @ remap.dual
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(remap.num_experts, len(P), dtype=P.dtype, generator=generator)
@@ -99,6 +102,7 @@ class HashRouter:
         """Experts `(batch,)`, int64, for features `(batch, tokens, d)` or `(batch, d)`."""
         unchanged = _sample_feature(z.to(self.complement)) @ self.complement.T
         experts = (unchanged @ self.directions.T).argmax(1)
+        # the largest of numbers that are all rounding would be arbitrary
         return experts.where(unchanged.norm(dim=1) > self.tiny, 0)
 
 

@@ -79,6 +79,7 @@ def experts_forced(erasure: Erasure, experts: Tensor) -> Iterator[None]:
 
 def is_shown(erasure: Erasure) -> bool:
     """Whether any context is inside a block that shows the original."""
+    # A copy of the holders, since another thread may enter or leave meanwhile.
     return any(block.open and block.original and block.erasure is erasure for block in tuple(_eager.holders))
 
 
@@ -105,6 +106,7 @@ def _entered(block: _Block) -> Iterator[None]:
     def close() -> None:
         block.open = False
         _eager.let_go(block)
+        # a block that ended out of order is dropped with the next one
         _blocks.set(tuple(other for other in _blocks.get() if other.open))
 
     with afterwards(close):

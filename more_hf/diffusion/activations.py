@@ -177,6 +177,7 @@ def _sentences(request: ConceptRequest, names: Sequence[str], everyday: Sequence
     sentences = []
     for name in names:
         word = rf"(?<!\w){re.escape(name)}(?!\w)"
+        # so that the same sentence serves the concept, its targets and retained names
         sentences += [re.sub(word, "{}", line, flags=re.I) for line in everyday if names_in(line, name)]
     return _evenly(list(dict.fromkeys(sentences)), request.pictures, request.templates or TEMPLATES)
 
@@ -234,6 +235,7 @@ def _stepping(pipe: DiffusionPipeline, change: Callable[[Tensor], Tensor]) -> It
     @wraps(step)  # pipelines inspect its parameters
     def changed(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
+        # schedulers return a tuple or an object, as `return_dict` asks
         if isinstance(output, tuple):
             return change(output[0]), *output[1:]
         output.prev_sample = change(output.prev_sample)
@@ -263,6 +265,7 @@ def _replay_latents(
     pipe: DiffusionPipeline, latents: Tensor, seeds: Sequence[int], recorder: _Recorder
 ) -> Iterator[None]:
     """Inside the block, the pipeline gets finished latents at each level of noise instead of its own."""
+    # the same noise for a concept's picture and its target's, so that it cancels in their difference
     noises = [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.stack(noises).to(latents)
     scheduler, steps = pipe.scheduler, 0
@@ -271,6 +274,7 @@ def _replay_latents(
         nonlocal steps
         steps += 1
         timesteps = scheduler.timesteps
+        # the last step's result is the finished picture, which has no noise
         if steps == len(timesteps):
             return latents
         recorder.step(steps - 1, len(timesteps) - 1)
@@ -337,6 +341,7 @@ class _Recorder:
         """Add features `(batch, positions, d)`."""
         if self.part is None:
             return
+        # neighboring positions say nearly the same
         z = z[:, :: math.ceil(z.shape[1] / POSITIONS)]
         # Pictures that must stay count toward Σ, with both halves of guidance ...
         if self.name in (ORDINARY, RETAINED):
@@ -368,6 +373,7 @@ class _Recorder:
             for name, module in layers.items():
                 hooks.callback(module.register_forward_pre_hook(partial(self.read, name)).remove)
             yield
+        # let go of the last tensor that was read
         self.last = "", None
 
     def activations(self, sent_to: Mapping[str, Sequence[str | None]]) -> Activations:
@@ -423,6 +429,7 @@ def find_listeners(denoiser: Denoiser) -> dict[str, nn.Module]:
     layers = {}
     for name, module in modules.items():
         path = name.split(".")
+        # blocks are in lists, so their names have a number in them
         in_block = any(part.isdecimal() for part in path) and path[-1] != "conv_shortcut"
         if in_block and name not in text and not name.startswith(adapted):
             layers[name] = base_layer(module)

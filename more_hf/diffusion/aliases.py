@@ -68,6 +68,7 @@ def find_aliases(
             f"`others` names nothing but {concept!r} itself, so there is nothing to distinguish it from. "
             "Name other concepts of its kind."
         )
+    # the name itself is no alias of it
     own, candidates = concept.casefold(), dict.fromkeys(read_names("candidates", candidates))
     candidates = [name for name in candidates if name.casefold() != own]
     if not candidates:

@@ -77,6 +77,7 @@ def compare(
             wanted = []
             if erasure is not None:
                 wanted = [target_prompt(prompt, erasure.request) for prompt in prompts]
+            # a row of targets where at least one prompt has a single right one
             if any(wanted):
                 rows["target"] = draw(source, wanted)
     scale = -(-READABLE // after[0].width)
@@ -88,6 +89,7 @@ def target_prompt(prompt: str, request: ConceptRequest) -> str | None:
     The prompt that asks for the targets of the forgotten names in it; `None` if there is no single right one:
     it has no such name, or one without a target or with several.
     """
+    # an alias goes where its concept does
     targets = {}
     for name, aliases in request.concepts.items():
         for form in (name, *aliases):

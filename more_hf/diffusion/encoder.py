@@ -138,6 +138,7 @@ class Encoder:
             return [token.id for token in segment.tokens(self.pipe, prompt)][layout.start : layout.end]
         if isinstance(self.pipe, TextualInversionLoaderMixin):
             prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
+        # tokenize what the pipeline will, or positions would be off
         prompt = prompt.lower().strip() if self.text.lower else prompt
         ids = tokenizer(prompt).input_ids
         return ids[segment.before : len(ids) - segment.ends]
@@ -166,6 +167,7 @@ class Encoder:
         # A language model's tokens depend on their surroundings, so look for the name's characters.
         begin = len(template.split("{}")[0])
         tokens = segment.tokens(self.pipe, prompt)
+        # Tokens may straddle the name's ends: take each that holds one of its characters.
         start = sum(token.stop <= begin for token in tokens)
         stop = sum(token.start < begin + len(name) for token in tokens)
         return start, stop, segment.layout(tokens, len(prompt))
@@ -179,6 +181,7 @@ class Encoder:
         """
         pipe = self.pipe
         if wanted is not None and self.causal:
+            # The stand-in is registered with a copy, so that the user's pipeline keeps its own encoder.
             pipe = copy.copy(pipe)
             pipe.register_modules(text_encoder=PrefixEncoder(pipe.text_encoder, wanted))
         found = self.text.encode(pipe, list(prompts))
@@ -200,6 +203,7 @@ class Encoder:
             layout = self.layout("", segment)
             names = [BEGIN if i == 1 else f"{BEGIN} {i}" for i in range(1, layout.start + 1)]
             names += [f"empty prompt, {kind}" for kind in segment.kinds("end")]
+            # with padding in front, everything else is shifted
             pads = segment.pads_before(layout, length)
             for i, name in enumerate(names):
                 spans[segment.label + name] = Span("", offset + pads + i, offset + pads + i + 1)
@@ -217,6 +221,7 @@ class Encoder:
         for segment, offset, length in self.segments[space]:
             layout = self.layout(prompt, segment)
             first = offset + segment.pads_before(layout, length)
+            # a prompt that is too long is cut off, as the pipeline does
             end = min(layout.stop, segment.read_until(layout, length))
             start, stop = segment.padding_at(layout, length) if segment.padding_varies else (end, end)
             own = Span(prompt, first + layout.start, first + end)
@@ -239,6 +244,7 @@ class Encoder:
         Raises:
             `PrototypeError`: the name has no tokens, or too many for a prompt around it.
         """
+        # Kinds of different segments differ by their label: "T5 last" beside "last".
         # A kind starts with its segment's label; the last segment that matches has the longest label.
         labeled = [placed for placed in self.segments[space] if kind.startswith(placed.segment.label)]
         segment, offset, length = labeled[-1]
@@ -306,6 +312,7 @@ def kinds_of(text: Text, tokens: str, *, pooled: bool) -> dict[str, list[str]]:
     """The kinds of prototype that a name has in each space, for a key `tokens` of `TOKENS`."""
     kinds: dict[str, list[str]] = {}
     for segment in text.segments:
+        # an ordered set: two kinds can be the same positions
         own: dict[str, None] = {}
         for kind in TOKENS[tokens]:
             parts = segment.kinds(kind)

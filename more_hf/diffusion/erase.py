@@ -199,6 +199,7 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     """
     denoiser = find_denoiser(pipe)
     erasure = find_erasure(denoiser.module)
+    # Named modules, and readers under the names that the family gives them.
     modules = {name: base_layer(module) for name, module in denoiser.module.named_modules()}
     modules |= {name: reader.module for name, reader in find_layers(denoiser, pooled=True).items()}
     if other := [name for name in erasure.sites if name not in modules]:
@@ -317,11 +318,13 @@ def _leaks(encoder: Encoder, request: ConceptRequest, remaps: Mapping[str, Remap
     leaks = list(encoder.text.leaks)
     readers = encoder.denoiser.find()
     unedited = [name for name, reader in readers.items() if reader.space == "pooled" and not request.pooled]
+    # 1. A pooled embedding that the user chose to leave.
     if unedited:
         leaks.append(
             "the pooled prompt embedding was left as it is, so what it says about the concept still enters "
             f"through `{unedited[0]}`"
         )
+    # 2. In a causal encoder equal beginnings are equal features, which cannot stay and go at once.
     kept = dict.fromkeys([*request.retain, *request.targets])
     for surface in request.surfaces:
         for other, count in shared_first_tokens(encoder, surface, kept).items():
@@ -334,6 +337,7 @@ def _leaks(encoder: Encoder, request: ConceptRequest, remaps: Mapping[str, Remap
                 f"{other!r} starts with the same {count} token(s) as {surface!r}, which have the same "
                 f"vectors there; they move by {100 * moved:.1f} %"
             )
+    # 3. A LoRA reads the same features by weights of its own.
     if branches := lora_branches(encoder.denoiser):
         reads = "reads the routed features too" if request.router else "still reads the unedited prompt"
         leaks.append(f"{len(branches)} layers have a LoRA beside them, which {reads}")

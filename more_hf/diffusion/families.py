@@ -132,6 +132,7 @@ def _find_unet(unet: nn.Module) -> dict[str, Reader]:
             )
     layers = {}
     for name, module in unet.named_modules():
+        # self-attention reads the picture
         if not isinstance(module, Attention) or not module.is_cross_attention:
             continue
         if hasattr(module, "to_kv"):
@@ -250,20 +251,11 @@ def _kandinsky_video(config: Config) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Call:
-    """
-    One forward pass of a transformer on fixed noise and the given text.
+    """One forward pass of a transformer on fixed noise and the given text."""
 
-    Args:
-        latent (`Callable`):
-            `config -> shape` of one sample's latent.
-        time (`float`):
-            The timestep, in the units of the denoiser.
-        more (`Callable`, *optional*):
-            `(config, text, latent) -> arguments` of `forward` besides latent, timestep, tokens and guidance.
-    """
-
-    latent: Callable[[Config], tuple[int, ...]]
-    time: float
+    latent: Callable[[Config], tuple[int, ...]]  # `config -> shape` of one sample's latent
+    time: float  # the timestep, in the units of the denoiser
+    # `(config, text, latent) -> arguments` of `forward` besides latent, timestep, tokens and guidance
     more: Callable[[Config, dict[str, Tensor], Tensor], dict[str, Any]] | None = None
 
     def __call__(self, transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
@@ -275,6 +267,7 @@ class Call:
         }
         if self.more is not None:
             arguments |= self.more(config, text, latent)
+        # distilled models take the guidance scale as an input instead of a second half of the batch
         if getattr(config, "guidance_embeds", False):
             arguments["guidance"] = latent.new_full((batch,), GUIDANCE)
         return transformer(latent, **arguments).sample
@@ -293,6 +286,7 @@ def _position_ids(config: Config, text: dict[str, Tensor], latent: Tensor) -> di
     """Positions of 2 × 2 patches, whose rows and columns the second and third axis count, and of the text."""
     axes, num_tokens = len(config.axes_dims_rope), text["tokens"].shape[1]
     image_ids = latent.new_zeros(4, axes)
+    # patches 0 to 3 are at (0, 0), (0, 1), (1, 0) and (1, 1)
     image_ids[2:, 1] = 1
     image_ids[1::2, 2] = 1
     text_ids = latent.new_zeros(num_tokens, axes)
@@ -358,9 +352,11 @@ def _wan_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> d
 
 def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = unet.config, len(text["tokens"])
+    # the smallest picture that every block can halve
     side = 2 ** len(config.block_out_channels)
     latent = _fixed_latent(unet, config.in_channels, side, side, batch=batch)
     labels = None
+    # upscalers embed the level of noise in the small picture as a class
     if config.num_class_embeds is not None:
         labels = torch.zeros(batch, dtype=torch.int64, device=latent.device)
     conditions = {}
@@ -381,6 +377,7 @@ def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
 
 def _no_image(projection: nn.Module, latent: Tensor) -> Tensor:
     """The zero embedding of an IP-Adapter's image, in the shape that its projection reads."""
+    # The first linear layer tells how wide an image embedding is; single ones have no axis of positions.
     width = next(layer for layer in projection.modules() if isinstance(layer, nn.Linear)).in_features
     positions = (1,) if isinstance(projection, ImageProjection) else (1, 1)
     return latent.new_zeros(len(latent), *positions, width)
@@ -398,6 +395,7 @@ def _call_z_image(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
 def _call_hidream(transformer: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = transformer.config, len(text["tokens"])
     latent = _fixed_latent(transformer, *_image(config), batch=batch)
+    # Llama's layers are found by number; those that no block reads are left out.
     layers: list[Tensor | None] = [None] * (max(config.llama_layers) + 1)
     for i in config.llama_layers:
         layers[i] = text[layer_space(i)].to(latent)
@@ -577,6 +575,7 @@ def _conditions(module: nn.Module) -> str | None:
     config = getattr(module, "config", None)
     addition = getattr(config, "addition_embed_type", None)
     projected = getattr(config, "encoder_hid_dim_type", None) == "text_proj"
+    # SDXL and Kolors share a class; only Kolors projects the text once for all layers.
     # An IP-Adapter takes the projection's place, and keeps it under this name.
     if addition and (projected or getattr(module, "text_encoder_hid_proj", None)):
         return f"{addition}, text_proj"
@@ -613,6 +612,7 @@ def register_family(denoiser: str, family: Family, text: Text | None = None) -> 
         ...     return transformer(latent, encoder_hidden_states=tokens).sample
         >>> register_family("MyTransformer2DModel", Family("My model", find, call))
     """
+    # Only a registered family may be replaced: a notebook runs its cells again.
     if any(name == denoiser for name, _ in FAMILIES) and (denoiser, None) not in _REGISTERED:
         raise SiteNotFoundError(f"{denoiser} is supported already. Leave the registration out.")
     FAMILIES[denoiser, None] = family if text is None else replace(family, text=text)

@@ -51,8 +51,10 @@ class PromptHook(RoutingHook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self.acts:
             return None
+        # By name, whether they were given by position or not.
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         (name,) = self.places["tokens"]
+        # The tokens decide for all: experts that differ between spaces would leave the concept recoverable.
         experts = self.experts(kwargs[name])
         for space, hook in {"tokens": self, **self.others}.items():
             kwargs = _replaced(kwargs, self.places[space], partial(hook.route, experts=experts))
@@ -81,7 +83,9 @@ class NormHook(RoutingHook):
         if self.samples is None:
             return self.route(output)
         lengths = self.samples.lengths
+        # Z-Image pads every prompt to a multiple of this length before it joins them.
         pieces = output.split([length + -length % SEQ_MULTI_OF for length in lengths])
+        # the router sees the prompt's own tokens, without the first, which is the same everywhere
         means = [piece[1:length].mean(0) for piece, length in zip(pieces, lengths, strict=True)]
         experts = self.experts(torch.stack(means))
         routed = [self.route(z[None], expert[None])[0] for z, expert in zip(pieces, experts, strict=True)]

@@ -67,6 +67,7 @@ def everyday_moments(encoder: Encoder, prompts: Sequence[str]) -> dict[str, Mome
 
     The cache is the folder `more_hf` in `HF_HOME`. It may be deleted at any time.
     """
+    # Different weights or prompts have another key, so a stale file is never read.
     key = _key(encoder, prompts)
     if key is None:
         return compute_moments(encoder, prompts)
@@ -112,6 +113,7 @@ def _key(encoder: Encoder, prompts: Sequence[str]) -> str | None:
         elif name.startswith("text_encoder"):
             modules[name] = unwrap_module(part)
             facts += [name, modules[name].config.to_json_string()]
+            # its strength can change without any weight changing
             if getattr(modules[name], "peft_config", None):
                 return None
     digest.update(json.dumps(facts).encode())

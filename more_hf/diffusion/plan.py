@@ -42,6 +42,7 @@ class Problem:
         includes their prompts: forcing many close prototypes to be exact makes D_F large, and then everything
         else moves more (measured).
         """
+        # Retained names are columns of P for `pinv` alone.
         exact = self.names if solver == "pinv" else [name for name in self.names if name not in self.retained]
         named = {name for all_tokens in self.kinds for name in self.columns(self.names, all_tokens)}
         return Remap.fit(
@@ -131,6 +132,7 @@ def prepare(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -
     choices = {}
     for tokens in token_choices(request):
         choices[tokens] = kinds_of(encoder.text, tokens, pooled=request.pooled)
+    # the widest choice, which limits how many targets there can be
     kinds = choices[request.tokens]
 
     # 2. Draw the experts. D_F stays small with as many distinct targets as fill half of the smallest space's

@@ -86,10 +86,12 @@ def prove_no_other_way(denoiser: Denoiser, features: Text) -> dict[str, float]:
                     f"`{component}` gives NaN or infinity in {first.dtype} for a text of ordinary size, so "
                     "nothing can be proved by running it. Load it in a wider dtype. Nothing was changed."
                 )
+            # The CPU sums in a fixed order, so a second run would give the same bits.
             again = first if first.device.type == "cpu" else run(texts[0], answers)
             other = run(texts[1], answers)
             ways.append(float((first - other).abs().max()))
             spreads.append(float((first - again).abs().max()))
+            # written so that a NaN fails
             if not ways[-1] <= spreads[-1]:
                 moved = _first_moved(module, [partial(run, text, answers) for text in texts])
                 raise SiteNotFoundError(
@@ -108,6 +110,7 @@ def _random_text(features: Text, seed: int) -> Text:
     text = {}
     for space, examples in features.items():
         positions = () if space == "pooled" else (LENGTH,)
+        # as long as real features, so that half precision rounds as in use
         noise = torch.randn(1, *positions, len(examples), generator=generator)
         text[space] = noise * float(examples.square().mean().sqrt())
     return text
@@ -135,6 +138,7 @@ def _run_replayed(
     left = {name: iter(outputs) for name, outputs in answers.items()}
 
     def replay(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        # a layer that answered fewer times in the first run answers by itself
         return next(left[name], output).clone()
 
     with _hooked(layers, replay):
@@ -154,6 +158,7 @@ def _first_moved(module: nn.Module, runs: list[Callable[[], Tensor]]) -> str:
         calls.append([])
         with _hooked(leaves, keep):
             run()
+    # Up to the first difference, both runs call the same layers in the same order.
     for (name, output), (_, other) in zip(*calls, strict=False):
         if not torch.equal(output, other):
             return name

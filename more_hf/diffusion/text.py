@@ -61,48 +61,27 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """
-    The token positions that one tokenizer lays out: special tokens, the prompt, the end token, padding.
+    """The token positions that one tokenizer lays out: special tokens, the prompt, the end token, padding."""
 
-    Args:
-        tokenizer (`str`, *optional*, defaults to `"tokenizer"`):
-            The pipeline's component.
-        clip (`bool`, *optional*, defaults to `True`):
-            CLIP (a begin token in front; causal, so that equal starts have equal features) or T5 (neither).
-        padding (`bool`, *optional*, defaults to `True`):
-            Whether the denoiser reads the padding, or a mask hides it.
-        label (`str`, *optional*):
-            In front of the names of its prototypes, where there are several segments.
-        template (`Callable`, *optional*):
-            `pipe -> Template`, for a language model: its tokens that are not dropped stand where CLIP has its
-            begin and end token. The model is causal.
-        begins (`int`, *optional*):
-            How many special tokens are in front of the prompt, where there is no template: by default CLIP's
-            one, and none of T5.
-        ends (`int`, *optional*, defaults to 1):
-            How many tokens follow the prompt; with a template, `fitted` counts them.
-        left (`bool`, *optional*, defaults to `False`):
-            Whether padding that is read is in front of everything, where a causal model has seen nothing of
-            the prompt; with a template, `fitted` asks the tokenizer.
-        attends (`bool`, *optional*, defaults to `False`):
-            Whether such padding attends to the whole prompt all the same, as ChatGLM's does.
-        spaces (`tuple[str, ...]`, *optional*, defaults to `("tokens",)`):
-            The spaces that have these positions; `fitted` fills in those of `layers`.
-        layers (`bool`, *optional*, defaults to `False`):
-            Whether each layer of the language model that the denoiser reads is a space.
-    """
-
-    tokenizer: str = "tokenizer"
+    tokenizer: str = "tokenizer"  # the pipeline's component
+    # CLIP (a begin token in front; causal, so that equal starts have equal features) or T5 (neither)
     clip: bool = True
-    padding: bool = True
-    label: str = ""
+    padding: bool = True  # whether the denoiser reads the padding, or a mask hides it
+    label: str = ""  # in front of the names of its prototypes, where there are several segments
+    # `pipe -> Template`, for a causal language model: its tokens that are not dropped stand where CLIP has
+    # its begin and end token
     template: Callable[[DiffusionPipeline], Template] | None = None
+    # how many special tokens are in front of the prompt, where there is no template: by default CLIP's
+    # one, and none of T5
     begins: int | None = None
-    ends: int = 1
+    ends: int = 1  # how many tokens follow the prompt; with a template, `fitted` counts them
+    # whether padding that is read is in front of everything, where a causal model has seen nothing of
+    # the prompt; with a template, `fitted` asks the tokenizer
     left: bool = False
-    attends: bool = False
+    attends: bool = False  # whether such padding attends to the whole prompt all the same, as ChatGLM's does
+    # the spaces that have these positions; `fitted` fills in those of `layers`
     spaces: tuple[str, ...] = ("tokens",)
-    layers: bool = False
+    layers: bool = False  # whether each layer of the language model that the denoiser reads is a space
 
     @property
     def before(self) -> int:
@@ -162,11 +141,13 @@ class Segment:
         text = template.before + (prompt.lower() if template.lower else prompt) + template.after
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # by the template
         found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
+        # offsets count from the prompt's first character
         shift = len(template.before)
         tokens = []
         for token, (start, stop) in zip(found.input_ids, found.offset_mapping, strict=True):
             made_of = (start - shift, stop - shift) if start < stop else (-1, -1)  # nothing: a begin token
             tokens.append(Token(token, *made_of))
+        # CogView4 pads in front to a multiple, and reads that padding like tokens
         padding = [Token(tokenizer.pad_token_id, -1, -1)] * (-len(tokens) % template.multiple)
         return padding + tokens[: template.kept] + tokens[template.kept + template.dropped :]
 
@@ -317,6 +298,7 @@ def _flux_2_template(pipe: DiffusionPipeline) -> Template:
     """Of [dev], which has a system message, or [klein]."""
     if not hasattr(pipe, "system_message"):
         return _chat(enable_thinking=False)(pipe)
+    # the message is part of every call's prompt, so it is part of the template
     said = {"system": pipe.system_message, "user": PROMPT}
     chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
     return Template(*pipe.tokenizer.apply_chat_template(chat, add_generation_prompt=False).split(PROMPT))
