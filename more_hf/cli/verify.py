@@ -21,6 +21,7 @@ def add_to(commands) -> None:
     parser.add_argument("folder", metavar="DIR", help="a folder that `more-hf erase` or `more_hf.save` wrote")
     parser.add_argument(
         "--run",
+        dest="runs_model",  # `run` is the command's function
         action="store_true",
         help="also load the denoiser and run it: nothing but the edited layers may read the prompt",
     )
@@ -31,6 +32,6 @@ def _verify(args: argparse.Namespace) -> int:
 
     import more_hf
 
-    result = more_hf.verify(args.folder, run=args.run)
+    result = more_hf.verify(args.folder, run=args.runs_model)
     print(result.to_markdown())
     return 0 if result.ok else 1
