@@ -116,10 +116,10 @@ def load_pipeline(
         ValueError: the device does not exist, or the weights are stored in a dtype that cannot be edited.
     """
     import torch
-    from diffusers import DiffusionPipeline
 
     import more_hf
     from more_hf.diffusion.families import find_denoiser_name
+    from more_hf.saving.layers import pipeline_class
 
     where = find_device(device, offload)
     find_denoiser_name(checkpoint.pipeline, checkpoint.parts)
@@ -131,7 +131,7 @@ def load_pipeline(
     if checkpoint.model == EMOJI_SD:
         pipe = more_hf.load_emoji_sd(dtype=getattr(torch, dtype))
     else:
-        load = more_hf.load if erased else DiffusionPipeline.from_pretrained
+        load = more_hf.load if erased else pipeline_class(checkpoint.pipeline).from_pretrained
         pipe = load(checkpoint.model, dtype=getattr(torch, dtype), **left_out)
     place(pipe, where, offload)
     return pipe

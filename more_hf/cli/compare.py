@@ -5,7 +5,14 @@ import logging
 from pathlib import Path
 
 from .checkpoint import add_dtype, add_placement, load_pipeline, own_dtype, read_checkpoint
-from .options import EMOJI_SD, add_command, positive, refuse_missing_folder, refuse_missing_model
+from .options import (
+    EMOJI_SD,
+    add_command,
+    add_import,
+    positive,
+    refuse_missing_folder,
+    refuse_missing_model,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +34,7 @@ def add_to(commands) -> None:
     )
     add = parser.add_argument
     add("folder", metavar="DIR", help="a folder that `more-hf erase` or `more_hf.save` wrote")
+    add_import(parser)
     add("--prompts", nargs="+", action="extend", required=True, metavar="PROMPT", help="one column each")
     add("--original", metavar="MODEL", help=f"what it was erased from: a folder, a Hub id, or {EMOJI_SD}")
     add("--steps", type=positive, help="denoising steps (the pipeline's default)")

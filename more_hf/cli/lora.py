@@ -63,16 +63,16 @@ def _lora(args: argparse.Namespace) -> int:
             "Use `--format peft`, which diffusers reads for this model, and ComfyUI for most."
         )
 
-    import diffusers
     import torch
 
     import more_hf
     from more_hf.diffusion.families import denoiser_names
+    from more_hf.saving.layers import pipeline_class
     from more_hf.saving.lora import lora_path, refuse_without_loader
 
     denoisers = denoiser_names(request.checkpoint.pipeline, parts)
     lora_path(args.output, args.format)  # refuses what cannot be written
-    refuse_without_loader(getattr(diffusers, request.checkpoint.pipeline, diffusers.DiffusionPipeline))
+    refuse_without_loader(pipeline_class(request.checkpoint.pipeline))
     dtype = getattr(torch, args.dtype)
     if args.layers_only:
         given = read_layers_only(args, request)

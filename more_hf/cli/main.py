@@ -9,7 +9,7 @@ from more_hf import __version__
 from more_hf.core.errors import MoreError
 
 from . import compare, erase, erase_classes, lora, push, verify
-from .options import show_examples
+from .options import import_module_of_user, show_examples
 from .progress import stages_shown
 
 
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         with stages_shown():
+            for name in vars(args).get("modules", ()):
+                import_module_of_user(name)
             return args.run(args)
     except KeyboardInterrupt:
         print(f"Interrupted. {_after_interrupt(args)}", file=sys.stderr)

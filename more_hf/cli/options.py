@@ -2,6 +2,9 @@
 
 import argparse
 import difflib
+import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,32 @@ def add_model(parser: argparse.ArgumentParser, models: str) -> None:
     """Add the model, with or without a flag; `read_model` reads it."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{models}; before the flags")
     parser.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add modules of the user's own, which `main` imports."""
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of yours that defines the pipeline's class or registers its family; repeatable",
+    )
+
+
+def import_module_of_user(name: str) -> None:
+    """Import a module that is installed or in the working directory."""
+    # A console script, unlike `python -m`, does not look for modules in the working directory.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"`--import {name}` failed: {error}. Name a module as Python's `import` does, and start the "
+            "command in its folder."
+        ) from error
 
 
 def add_concepts(parser: argparse.ArgumentParser, dest: str, help: str, **options: Any) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import add_command, refuse_missing_folder
+from .options import add_command, add_import, refuse_missing_folder
 
 
 PASSED_ON = ("private", "revision", "include_delta", "card", "grid", "dry_run")
@@ -25,6 +25,7 @@ def add_to(commands) -> None:
     )
     add = parser.add_argument
     add("folder", metavar="DIR", type=Path, help="a folder that `more-hf erase` or `more_hf.save` wrote")
+    add_import(parser)
     add("repo_id", metavar="NAME/REPO", help="a repository on the Hub; created if need be")
     add(
         "--private",

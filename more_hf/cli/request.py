@@ -19,6 +19,7 @@ from .concept_list import ConceptList, read_concepts
 from .options import (
     EMOJI_SD,
     add_concepts,
+    add_import,
     add_model,
     add_remap_to,
     add_solver,
@@ -57,6 +58,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     """Add the model and what to erase from it."""
     add = parser.add_argument
     add_model(parser, f"a folder, a Hub id, or {EMOJI_SD}")
+    add_import(parser)
     add_concepts(parser, "concept", "what to erase", default=[])
     add(
         "--concepts_file",

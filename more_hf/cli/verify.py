@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import add_command, refuse_missing_folder
+from .options import add_command, add_import, refuse_missing_folder
 
 
 def add_to(commands) -> None:
@@ -18,6 +18,7 @@ def add_to(commands) -> None:
             "more-hf verify to_push --run && echo ready",
         ),
     )
+    add_import(parser)
     parser.add_argument("folder", metavar="DIR", help="a folder that `more-hf erase` or `more_hf.save` wrote")
     parser.add_argument(
         "--run",

@@ -591,7 +591,7 @@ def register_family(denoiser: str, family: Family, text: Text | None = None) -> 
 
     Args:
         denoiser (`str`):
-            The name of the denoiser's class in diffusers.
+            The name of the denoiser's class, in diffusers or in a module of your own.
         family (`Family`):
             Which of its layers read text, and how to call it once.
         text (`Text`, *optional*):

@@ -6,6 +6,7 @@ import html
 import re
 from pathlib import Path
 
+import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -113,6 +114,7 @@ def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record)
 
 def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | None, with_delta: bool) -> str:
     request, facts, erasure = record.request, record.facts, _erasure(record)
+    own_class = record.kind == "pipeline" and not hasattr(diffusers, facts.pipeline)
     environment = Environment(
         finalize=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -124,6 +126,8 @@ def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | N
         version=record.more_hf,
         picture=picture and Markup(picture),  # named by `push_to_hub`
         classifier=record.kind == "classifier",
+        own_class=own_class,
+        pipeline=facts.pipeline if own_class else "DiffusionPipeline",
         source=Markup(f'"{repo_id}"{variant}'),  # both were checked
         layers=len(record.sites),
         rank=facts.rank,

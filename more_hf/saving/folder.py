@@ -45,6 +45,7 @@ from .classifier import load_classifier, savable_classifier
 from .contents import CARD, DELTA, entries, hashes, is_foreign
 from .delta import read_delta, write_delta
 from .files import reading, replace_folder, writing
+from .layers import pipeline_class, require_importable
 
 
 # arguments of `from_pretrained` that could run code or open a pickle
@@ -116,9 +117,10 @@ def save(
 
     Raises:
         `ExportError`: nothing was erased; a component is not what its class expects (a LoRA that is loaded
-        but not fused would be lost or break the names); the weights or the text encoder changed since the
-        erasure; the folder holds something that this save does not replace and must not keep (other weights,
-        which could be the original's); or it could not be written. The folder is then unchanged.
+        but not fused would be lost or break the names); a class of your own could not be opened from its
+        module; the weights or the text encoder changed since the erasure; the folder holds something that
+        this save does not replace and must not keep (other weights, which could be the original's); or it
+        could not be written. The folder is then unchanged.
     """
     folder = Path(folder)
     if variant is not None and not (isinstance(variant, str) and VARIANT.fullmatch(variant)):
@@ -132,6 +134,7 @@ def save(
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with writing(folder):
         savable = _savable(pipe, erasure)
+        require_importable(type(savable.whole), {type(part) for part in savable.parts.values()})
         for name, part in savable.parts.items():
             _require_plain(name, part)
 
@@ -248,7 +251,8 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
 
     `get_erasure` then knows what was erased, and another `erase_concept` says that the originals are needed.
     A router, or a classifier's hook, is restored if the factors are next to the weights; without them, a
-    classifier's features are the original's, and only its predictions forget. Record, factors and weights
+    classifier's features are the original's, and only its predictions forget. If the pipeline or a model is
+    of a class of your own, import its module first. Record, factors and weights
     come from the same commit, even if somebody pushes meanwhile. `load` runs no code from the repository and
     opens no pickle.
 
@@ -301,7 +305,9 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
 def _load_pipeline(
     source: str | os.PathLike, folder: Path, record: Record, **kwargs: Any
 ) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(source, variant=record.variant, use_safetensors=True, **kwargs)
+    hub = {key: kwargs[key] for key in FOR_THE_HUB if key in kwargs}
+    cls = pipeline_class(DiffusionPipeline.load_config(source, **hub)["_class_name"])
+    pipe = cls.from_pretrained(source, variant=record.variant, use_safetensors=True, **kwargs)
     denoiser = find_denoiser(pipe)
     sites = edited_sites(pipe, denoiser, record.request, record.facts)
     shapes = {name: list(site.read().shape) for name, site in sites.items()}

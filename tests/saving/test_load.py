@@ -152,7 +152,7 @@ def test_no_code_in_the_folder(saved_twice, tmp_path):
     (folder / "pipeline.py").write_text("raise SystemExit('code of the folder ran')\n")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline", "Pipeline"]}))
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(more_hf.IncompatibleBaseError, match="is no class of diffusers"):
         more_hf.load(folder)
 
 
