@@ -20,10 +20,7 @@ from .core.views import original_shown
 
 
 def kind_of(model: Any, module: str = "erase") -> ModuleType:
-    """
-    A module for this kind of model: `erase` with `restore`, `get_erasure`, `edited_module` and
-    `check_in_place`, or `compare`.
-    """
+    """The module of this name for this kind of model: `erase`, with `restore` and the like, or `compare`."""
     place = ".classification" if isinstance(model, nn.Module) else ".diffusion"
     return import_module(f"{place}.{module}", __package__)
 

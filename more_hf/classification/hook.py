@@ -47,9 +47,7 @@ class HeadHook(RoutingHook):
 
 
 def make_hooks(erasure: Erasure, names: Iterable[str], device: torch.device) -> tuple[HeadHook, ...]:
-    """
-    A hook for each of the modules, whose names are the spaces of the erasure; the first one has the router.
-    """
+    """A hook for each module, whose names are the erasure's spaces; the first one has the router."""
     hooks: list[HeadHook] = []
     where = "cpu" if device.type == "meta" else device
     for name in names:

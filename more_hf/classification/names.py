@@ -1,7 +1,4 @@
-"""
-The names of a classifier's classes, and the class that a user means; without torch, so that the command
-line can ask at once.
-"""
+"""A classifier's class names, and which of them a user means; without torch, so that `more-hf` can ask."""
 
 from __future__ import annotations
 

@@ -33,26 +33,12 @@ def add_command(
     resumes: bool = False,
 ) -> argparse.ArgumentParser:
     """
-    Add a command to a parser's sub-commands.
+    Add a command to the result of `add_subparsers`, and return its parser, which takes its arguments.
 
-    Args:
-        commands:
-            The result of `add_subparsers`.
-        name (`str`):
-            The command's name.
-        run (`Callable`, *optional*):
-            Takes the parsed arguments and returns the exit status. `None` for a group of commands.
-        purpose (`str`):
-            One line for the list of commands, which also starts the command's own help.
-        examples (`tuple[str, str]`):
-            Two whole command lines, shown at the end of the command's help.
-        details (`str`, *optional*, defaults to `""`):
-            Further lines for the command's own help.
-        resumes (`bool`, *optional*, defaults to `False`):
-            Whether running the command again continues an interrupted run.
-
-    Returns:
-        `argparse.ArgumentParser`: the command's parser, for its arguments.
+    `run` gets the parsed arguments and returns the exit status; a group of commands has none. The line
+    `purpose` is in the list of commands and begins the command's own help, `details` are further lines there,
+    and two `examples`, whole command lines, end it. `resumes` says whether running the command again
+    continues an interrupted run.
     """
     parser = commands.add_parser(
         name,

@@ -1,6 +1,4 @@
-"""
-Undo something however a block ends, even if an interruption falls inside the undoing itself.
-"""
+"""Undo something however a block ends, even if an interruption falls inside the undoing itself."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-Σ, the uncentered second moment of n features of width d; in O(n d) when n < d.
-"""
+"""Σ, the uncentered second moment of n features of width d; in O(n d) when n < d."""
 
 from __future__ import annotations
 

@@ -99,9 +99,7 @@ class Measurements:
         self.changed[site.name] = _worst(expected - before, unit)
 
     def compare_routed(self, name: str, routed: Tensor, z: Tensor, remap: Remap, expert: int | None) -> None:
-        """
-        Compare what a hook handed on for features z with E_e z, both `(..., d)`; z in the dtype of the model.
-        """
+        """Compare what a hook handed on for features z, in the model's dtype, with E_e z; both `(..., d)`."""
         routed, z, dtype = routed.cpu().double(), z.cpu().double(), z.dtype
         expected = remap.apply(z, expert)
         # The hook computes in float32 and rounds once. Its sums grow with the factors: D_F is long where

@@ -94,9 +94,7 @@ class Prototypes:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """
-        Write a safetensors file. It gives its reader a template of every class, including forgotten ones.
-        """
+        """Write a safetensors file, which shows its reader the mean of every class, forgotten or not."""
         tensors = {"matrix": self.matrix, "counts": self.counts}
         if self.second_moment is not None:
             tensors["second_moment"] = self.second_moment

@@ -1,6 +1,4 @@
-"""
-The record of an erasure, `more_hf.json` next to the saved weights; only this module reads and writes it.
-"""
+"""The record of an erasure, `more_hf.json` beside the saved weights; only this module reads and writes it."""
 
 from __future__ import annotations
 
@@ -32,10 +30,7 @@ FILE = re.compile(r"[^./\\:\0][^/\\:\0]*(/[^./\\:\0][^/\\:\0]*)*")  # a path ins
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """
-    The content of `more_hf.json`. Every field is mandatory; keys of a newer version are ignored with a
-    warning.
-    """
+    """The content of `more_hf.json`: every field is needed; those of newer versions give a warning."""
 
     more_hf: str  # the version that wrote the record
     versions: dict[str, str]  # of torch, diffusers and transformers
@@ -138,9 +133,7 @@ class Record:
 
 
 def prefixes_of(denoiser: str) -> dict[str, str]:
-    """
-    Component -> the prefix of its layers' names: its own name and a dot, or nothing if there is only one.
-    """
+    """Component -> the prefix of its layers' names: its name and a dot, or nothing if it is the only one."""
     components = denoiser.split(TOGETHER)
     if len(components) == 1:
         return {denoiser: ""}

@@ -1,6 +1,4 @@
-"""
-The user's request: frozen, checked on creation, and convertible to JSON and back. Refits and records use it.
-"""
+"""The user's request: frozen, checked on creation, convertible to JSON and back, for refits and records."""
 
 from __future__ import annotations
 
@@ -39,30 +37,18 @@ DRAWN_WITH = ("prompt", "generator", "output_type", "return_dict", "num_images_p
 class Request:
     """What to forget and how, for pipelines and classifiers alike.
 
-    Args:
-        concepts (`Mapping[str, tuple[str, ...]]`):
-            Each forgotten name and its aliases, which share its target.
-        remap_to (`Mapping[str, tuple[str, ...]]`):
-            For each forgotten name, the names it may be sent to; an empty tuple erases without remapping.
-        solver (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` or one of the class's `solvers`.
-        num_experts (`int`, *optional*):
-            How many experts draw targets; `None` for the number that uses each target equally often.
-        router (`str`, *optional*):
-            One of `ROUTERS`; `None` for the mean expert alone.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the draw of targets.
-
     Raises:
         `PrototypeError`: a value has the wrong type or is out of range.
     """
 
-    concepts: Mapping[str, tuple[str, ...]]
+    concepts: Mapping[str, tuple[str, ...]]  # each forgotten name and its aliases, which share its target
+    # for each forgotten name, the names it may be sent to; an empty tuple erases without remapping
     remap_to: Mapping[str, tuple[str, ...] | str]
-    solver: str = "auto"
+    solver: str = "auto"  # `"auto"` or one of the class's `solvers`
+    # how many experts draw targets; `None` for the number that uses each target equally often
     num_experts: int | None = None
-    router: str | None = None
-    seed: int = 0
+    router: str | None = None  # one of `ROUTERS`; `None` for the mean expert alone
+    seed: int = 0  # of the draw of targets
 
     # the user's name for the argument `concepts`
     named_by: ClassVar[str] = "concepts"
@@ -135,42 +121,22 @@ class ConceptRequest(Request):
     """
     What to forget in a text-to-image pipeline: the arguments of `erase_concept`, with their defaults.
 
-    Args:
-        retain (`tuple[str, ...]`, *optional*):
-            Names to protect.
-        tokens (`str`, *optional*, defaults to `"positions"`):
-            One of `TOKENS`: which prompt positions make prototypes.
-        pooled (`bool`, *optional*, defaults to `True`):
-            Whether to edit the layer that reads the pooled prompt embedding.
-        templates (`tuple[str, ...]`, *optional*):
-            Sentences with `{}` for a name; `None` for the package's.
-        everyday (`tuple[str, ...]`, *optional*):
-            Ordinary prompts behind Σ; `None` for the package's.
-        shrinkage (`float`, *optional*, defaults to 1e-4):
-            Added to the diagonal of Σ, as a fraction of its mean eigenvalue.
-        softness (`float`, *optional*, defaults to 1.0):
-            For solver `"soft"` and inside the denoiser: how much ordinary features weigh against forgotten
-            ones.
-        reach (`str` or `Mapping[str, str]`, *optional*, defaults to `"name"`):
-            One of `REACHES`: how far into the model the edit goes. A mapping gives a concept its own.
-        pictures (`int`, *optional*, defaults to 32):
-            How many pictures of each name give the prototypes inside the denoiser.
-        sampling (`Mapping[str, int | float | bool | str]`, *optional*):
-            Arguments of the pipeline's call that draws these pictures.
-
     Raises:
         `PrototypeError`: as from `Request`, or a name is blank, given twice, or both forgotten and kept.
     """
 
-    retain: tuple[str, ...] = ()
-    tokens: str = "positions"
-    pooled: bool = True
-    templates: tuple[str, ...] | None = None
-    everyday: tuple[str, ...] | None = None
-    shrinkage: float = 1e-4
+    retain: tuple[str, ...] = ()  # names whose prompts must move little, or not at all under `pinv`
+    tokens: str = "positions"  # one of `TOKENS`: which prompt positions make prototypes
+    pooled: bool = True  # whether to edit the layer that reads the pooled prompt embedding
+    templates: tuple[str, ...] | None = None  # sentences with `{}` for a name; `None` for the package's
+    everyday: tuple[str, ...] | None = None  # ordinary prompts behind Σ; `None` for the package's
+    shrinkage: float = 1e-4  # added to the diagonal of Σ, as a fraction of its mean eigenvalue
+    # for solver `"soft"` and inside the denoiser: the weight of ordinary features against forgotten ones
     softness: float = 1.0
+    # one of `REACHES`: how far into the model the edit goes; a mapping gives a concept its own
     reach: str | Mapping[str, str] = "name"
-    pictures: int = 32
+    pictures: int = 32  # how many pictures of each name give the prototypes inside the denoiser
+    # arguments of the pipeline's call that draws these pictures
     sampling: Mapping[str, int | float | bool | str] | None = None
 
     def __post_init__(self) -> None:
@@ -411,9 +377,7 @@ def _check_names(request: ConceptRequest) -> None:
 
 
 def _read_sampling(value: Any) -> dict[str, int | float | bool | str]:
-    """
-    Arguments of a pipeline's call. Raises `PrototypeError` for any that a record could not hold.
-    """
+    """Arguments of a pipeline's call. Raises `PrototypeError` for any that a record could not hold."""
     if not isinstance(value, Mapping):
         raise PrototypeError(
             f"`sampling` must be a mapping of arguments of the pipeline's call, got {shown(value)}."
@@ -451,9 +415,7 @@ def read_count(argument: str, value: SupportsIndex) -> int:
 
 
 def read_seeds(value: Iterable[SupportsIndex]) -> list[int]:
-    """
-    One seed for each image, from a sequence, tensor or array. Raises `PrototypeError` if there are none.
-    """
+    """One seed for each image, from a sequence, tensor or array. Raises `PrototypeError` for none."""
     seeds = [index(seed) for seed in value]
     if not seeds:
         raise PrototypeError("`seeds` is empty. Pass one whole number per image of the batch.")
@@ -461,9 +423,7 @@ def read_seeds(value: Iterable[SupportsIndex]) -> list[int]:
 
 
 def read_names(argument: str, value: Any) -> tuple[str, ...]:
-    """
-    One name, several, or `None` for none, as a tuple. Raises `PrototypeError` if something in it is not text.
-    """
+    """One name, several, or `None` for none, as a tuple. Raises `PrototypeError` for what is no text."""
     if value is None:
         return ()
     several = isinstance(value, Iterable) and not isinstance(value, str)

@@ -46,10 +46,7 @@ _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("more_hf_blocks", default=(
 
 @contextmanager
 def original_shown(erasure: Erasure) -> Iterator[None]:
-    """
-    Inside the block, this context sees the original model. Raises `AlreadyErasedError` if the original
-    weights were not kept.
-    """
+    """Inside the block, this context sees the original. Raises `AlreadyErasedError` if it was not kept."""
     block = _Block(erasure, original=True)
     # An edit at an inner module has a hook and no sites, so there is nothing to give back but the hook.
     originals = erasure.require_originals() if erasure.sites else {}
@@ -63,9 +60,7 @@ def original_shown(erasure: Erasure) -> Iterator[None]:
 
 @contextmanager
 def routing_off(erasure: Erasure) -> Iterator[None]:
-    """
-    Inside the block, this context sees the weights alone: the erasure's hooks, if any, do nothing.
-    """
+    """Inside the block, this context sees the weights alone: the erasure's hooks, if any, do nothing."""
     with _entered(_Block(erasure)):
         yield
 

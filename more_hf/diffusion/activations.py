@@ -377,9 +377,7 @@ class _Recorder:
         self.last = "", None
 
     def activations(self, sent_to: Mapping[str, Sequence[str | None]]) -> Activations:
-        """
-        The statistics so far. Spaces in which concepts and targets do not differ are left out.
-        """
+        """The statistics so far, without the spaces in which concepts and targets do not differ."""
         prototypes, own = {}, {}
         for space in dict.fromkeys(self.spaces.values()):
             means = self.fitters[space, MEANS].prototypes

@@ -1,6 +1,4 @@
-"""
-From names to prototypes: encode prompts as the pipeline does, find a name's positions, and take means there.
-"""
+"""From names to prototypes: encode prompts as the pipeline does, find a name's positions, average there."""
 
 from __future__ import annotations
 
@@ -213,10 +211,7 @@ class Encoder:
         return spans
 
     def ordinary_spans(self, prompt: str, space: str = "tokens") -> list[tuple[Span, Span]]:
-        """
-        For each segment, the prompt's own positions without begin tokens, and the padding that the denoiser
-        reads.
-        """
+        """For each segment, the prompt's own positions without begin tokens, and its padding that is read."""
         spans = []
         for segment, offset, length in self.segments[space]:
             layout = self.layout(prompt, segment)
@@ -292,9 +287,7 @@ def _find(part: list[int], whole: list[int]) -> int | None:
 
 
 def _positions(kind: str, start: int, stop: int, layout: Layout, last: int) -> tuple[int, int]:
-    """
-    The positions `[first, last)` of a kind in a prompt with the name at `[start, stop)`, read to `last`.
-    """
+    """The positions `[first, last)` of a kind in a prompt read to `last`, with a name at `[start, stop)`."""
     if kind.startswith("end "):  # one of several end tokens, counted from 1
         position = layout.end + int(kind.removeprefix("end ")) - 1
         return position, position + 1
@@ -325,10 +318,7 @@ def kinds_of(text: Text, tokens: str, *, pooled: bool) -> dict[str, list[str]]:
 
 
 class _Plan:
-    """
-    The input of one space's fitter: the prototypes' names, and which positions of each prompt count for
-    which.
-    """
+    """A space's input to its fitter: prototypes' names, and which positions of a prompt count for which."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

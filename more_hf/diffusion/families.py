@@ -1,6 +1,4 @@
-"""
-The denoiser families, one entry each in `FAMILIES`: which layers read text, and how to call the model once.
-"""
+"""The denoiser families, one entry each in `FAMILIES`: which layers read text, and how to call one once."""
 
 from __future__ import annotations
 

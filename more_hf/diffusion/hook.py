@@ -1,6 +1,4 @@
-"""
-The hooks that route: which expert the prompt's features go through before the denoiser's layers read them.
-"""
+"""The hooks that route: the expert that a prompt's features go through before the denoiser's layers."""
 
 from __future__ import annotations
 

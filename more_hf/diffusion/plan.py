@@ -1,6 +1,4 @@
-"""
-From a request to its solution: prototypes, every expert's targets, and the remap of each feature space.
-"""
+"""From a request to its solution: prototypes, every expert's targets, and the remap of each feature space."""
 
 from __future__ import annotations
 

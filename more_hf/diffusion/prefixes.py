@@ -13,10 +13,7 @@ MASKABLE = ("eager", "sdpa")
 
 
 class Trees(NamedTuple):
-    """
-    Prompts as trees: a node stands for a token after a given beginning, so prompts that begin alike share
-    nodes.
-    """
+    """Prompts as trees: a node is a token after a given beginning, so that equal beginnings share nodes."""
 
     tokens: Tensor  # `(trees, nodes)`, int64, each node's token; 0 for filler
     # `(trees, nodes, nodes)`, bool, which nodes each node attends to: itself and those before it

@@ -206,9 +206,7 @@ class Text:
 def _encode(
     pooled: int | None = None, **options: Any
 ) -> Callable[[DiffusionPipeline, list[str]], dict[str, Tensor]]:
-    """
-    Call `encode_prompt` with these options. Its first result is the tokens, the one at `pooled` that feature.
-    """
+    """Call `encode_prompt` with these options: tokens come first, and a pooled feature is at `pooled`."""
 
     def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
         results = pipe.encode_prompt(prompts, device=pipe._execution_device, **options)

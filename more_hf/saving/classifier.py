@@ -24,10 +24,7 @@ from .delta import read_delta, read_router
 
 
 def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
-    """
-    The classifier inside DDP or `torch.compile`. Raises `ExportError` if it cannot be saved, or only as the
-    original.
-    """
+    """The classifier inside DDP or `torch.compile`. Raises `ExportError` if it cannot be saved erased."""
     model = plain_model(model)
     if erasure.request.at is not None:
         raise ExportError(

@@ -53,9 +53,7 @@ def survey(folder: Path, record: Record) -> Contents:
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """
-    Yield every file, and each linked or hidden folder as a single entry, relative to `folder`, in order.
-    """
+    """Yield every file, and each linked or hidden folder as one entry, relative to `folder`, in order."""
     for place, folders, files in os.walk(folder):
         whole = [name for name in folders if name in HIDDEN or Path(place, name).is_symlink()]
         folders[:] = sorted(set(folders).difference(whole))

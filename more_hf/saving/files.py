@@ -1,6 +1,4 @@
-"""
-Translate the errors of libraries that read and write, and replace a folder as a whole.
-"""
+"""Translate the errors of libraries that read and write, and replace a folder as a whole."""
 
 from __future__ import annotations
 

@@ -198,10 +198,7 @@ def _copy_grid(grid: Path, folder: Path) -> str:
 
 
 def _present(api: HfApi, repo_id: str, revision: str | None) -> tuple[list[str], str | None]:
-    """
-    The files in the repository, and the branch they were read from; a new branch starts as a copy of the main
-    one.
-    """
+    """The files in the repository, and their branch; a new one starts as a copy of the main branch."""
     if not api.repo_exists(repo_id):
         return [], None
     try:
@@ -211,10 +208,7 @@ def _present(api: HfApi, repo_id: str, revision: str | None) -> tuple[list[str],
 
 
 def _refuse_stale(repo_id: str, present: Sequence[str], folder: Path) -> None:
-    """
-    Raises `ExportError` if the repository holds files that could be loaded as weights and that this push does
-    not replace.
-    """
+    """Raises `ExportError` if the repository holds weights that this push does not replace."""
     stale = [name for name in present if is_loadable(Path(name)) and not (folder / name).is_file()]
     if stale:
         raise ExportError(
@@ -265,9 +259,7 @@ def _base_card(record: Record, api: HfApi) -> ModelCard | None:
 
 
 def _public(record: Record, folder: Path) -> Record:
-    """
-    The record of the files that go up. Paths of this machine are taken out of it and of the configurations.
-    """
+    """The record of the files that go up, without paths of this machine, as are the configurations."""
     files = [name for name in record.files if (folder / name).is_file()]  # the factors may stay here
     cleaned = hashes(folder, _clean_configs(folder))
     record = replace(record, files={name: cleaned.get(name, record.files[name]) for name in files})
@@ -278,10 +270,7 @@ def _public(record: Record, folder: Path) -> Record:
 
 
 def _clean_configs(folder: Path) -> list[Path]:
-    """
-    Remove the place that a component was loaded from, if it is a path of this machine, and return the files
-    that had one.
-    """
+    """Remove the local paths that components were loaded from, and return the files that had one."""
     cleaned = []
     for path in [*folder.rglob("config.json"), folder / MODEL_INDEX]:
         if not path.is_file():
