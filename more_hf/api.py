@@ -124,10 +124,13 @@ def _show_original(model: Any, original: Any) -> Iterator[Any]:
 
 def _seeded(model: Any, seeds: Sequence[int]) -> AbstractContextManager[Any]:
     """`routing` for a model that has a router; any other does not need it."""
+    return nullcontext(model) if _router_of(model) is None else routing(model, seeds)
+
+
+def _router_of(model: Any) -> Any:
+    """The router on a model; `None` also where it was loaded without the factors."""
     erasure = get_erasure(model)
-    if erasure is None or erasure.router is None or erasure.hook is None:
-        return nullcontext(model)
-    return routing(model, seeds)
+    return None if erasure is None or erasure.hook is None else erasure.hook.router
 
 
 @contextmanager
@@ -188,12 +191,12 @@ def routing(model: Any, seeds: Sequence[int]) -> Iterator[Any]:
     Raises:
         `MoreError`: there is no router. `PrototypeError`: there is no seed, or one is no whole number.
     """
-    erasure = get_erasure(model)
-    if erasure is None or erasure.router is None or erasure.hook is None:
+    router = _router_of(model)
+    if router is None:
         raise MoreError(
             f'This {type(model).__name__} has no router. Erase with router="random" or router="hash" first.'
         )
     seeds = read_seeds(seeds)
-    with afterwards(partial(erasure.hook.router.reset, None)):
-        erasure.hook.router.reset(seeds)
+    with afterwards(partial(router.reset, None)):
+        router.reset(seeds)
         yield model

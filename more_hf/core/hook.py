@@ -88,13 +88,11 @@ class RoutingHook:
         return self.router(z)
 
     def route(self, z: Tensor, experts: Tensor | None = None) -> Tensor:
-        """
-        E z for `(batch, ..., d)`, computed in float32 and returned in the dtype of z. The router picks the
-        experts unless they are given.
-        """
+        """E z for `(batch, ..., d)`, in the dtype of z; experts that are not given are the router's."""
         experts = self.experts(z) if experts is None else experts
         # Offloading moves the model but not a hook, so the factors follow the features.
         shifts = self.shifts.to(z.device)[experts.to(z.device)]  # (batch, f, d)
+        # in float32, since half precisions would round the shift away
         tokens = z.float().reshape(len(z), -1, z.shape[-1])
         return (tokens + tokens @ self.read.to(z.device) @ shifts).reshape(z.shape).to(z.dtype)
 

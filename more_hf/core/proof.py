@@ -41,10 +41,7 @@ def rounding(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def probes(remap: Remap) -> Tensor:
-    """
-    What an edited layer is asked, `(n, d)`: the directions that the edit reads, at a prototype's length, and
-    the prototypes that stay.
-    """
+    """What an edited layer is asked, `(n, d)`: what its edit reads, at a usual length, and what stays."""
     # Orthonormal, because close prototypes give long, nearly opposite rows of D_F.
     directions = torch.linalg.qr(remap.D_F.T).Q.T * remap.prototypes.matrix.norm(dim=0).mean()
     return torch.cat([directions, remap.remain.T])

@@ -202,10 +202,7 @@ class PrototypeFitter:
 
     @torch.no_grad()
     def update_moment(self, features: Tensor, *, times: int = 1) -> PrototypeFitter:
-        """
-        Add features `(..., d)` of any float dtype to the second moment alone, each `times` times. Raises the
-        same errors as `update`.
-        """
+        """Add features `(..., d)` to the second moment alone, each `times` times. Raises as `update` does."""
         features = times**0.5 * self._rows(features)
         few = self.thin and len(features) < features.shape[1]
         self._add_moment(features if few else features.T @ features, times * len(features))

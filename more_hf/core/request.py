@@ -269,10 +269,7 @@ class ClassRequest(Request):
 
 
 def with_options(function: Callable) -> Callable:
-    """
-    Decorate a function that takes `**options` of `ConceptRequest`: `help` and editors show their names and
-    defaults in its signature.
-    """
+    """Decorate a function of `**options`: its signature, in `help` and editors, shows `ConceptRequest`'s."""
     own = inspect.signature(function)
     parameters = [part for part in own.parameters.values() if part.kind is not part.VAR_KEYWORD]
     # what the function names itself keeps its own default and place
@@ -437,10 +434,7 @@ def read_names(argument: str, value: Any) -> tuple[str, ...]:
 
 
 def read_mapping(argument: str, value: Any, read: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """
-    A mapping from names, with each value read by `read(argument, value)`. Raises `PrototypeError` if it is no
-    mapping, or if `read` does.
-    """
+    """A mapping from names, with values by `read(argument, value)`. Raises `PrototypeError` for any other."""
     if not isinstance(value, Mapping):
         raise PrototypeError(f"`{argument}` must be a mapping from names, got {type(value).__name__}.")
     names = read_names(argument, list(value))

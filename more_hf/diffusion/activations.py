@@ -128,7 +128,7 @@ def record_activations(
         for name, first, batch in _batches(prompts):
             seeds = [(request.seed + i) % 2**63 for i in range(first, first + len(batch))]
             # 1. Draw the pictures, and keep only their latents.
-            with _capture_latents(pipe, []) as latents:
+            with _capture_latents(pipe) as latents:
                 _call(pipe, batch, seeds, request.sampling)
             # 2. Show them to the denoiser at each level of noise, and listen to its layers.
             recorder.start(name, len(batch))
@@ -249,8 +249,9 @@ def _stepping(pipe: DiffusionPipeline, change: Callable[[Tensor], Tensor]) -> It
 
 
 @contextmanager
-def _capture_latents(pipe: DiffusionPipeline, latents: list[Tensor]) -> Iterator[list[Tensor]]:
+def _capture_latents(pipe: DiffusionPipeline) -> Iterator[list[Tensor]]:
     """Inside the block, the list holds the latents of the last step, as the pipeline's loop has them."""
+    latents: list[Tensor] = []
 
     def keep(sample: Tensor) -> Tensor:
         latents[:] = [sample]

@@ -230,20 +230,12 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
             activations = record_activations(pipe, denoiser, request, sent_to)
         solution = solution.with_activations(activations, request.softness)
         sites |= find_activation_sites(denoiser, activations.spaces)
-    check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
     # 3. Take the originals of an earlier erasure, and copy the layers that it did not edit.
     earlier = current.originals if current else {}
     fresh = copy_weights({name: site for name, site in sites.items() if name not in earlier}, "cpu")
     originals = {name: earlier[name] if name in earlier else fresh[name] for name in sites}
     # 4. Merge, hook and prove in one transaction.
-    erasure = ConceptErasure(
-        request=request,
-        facts=_facts(encoder, request, solution, sites, originals, current),
-        sites=sites,
-        remaps=solution.remaps,
-        originals=originals,
-        guarantees=_guarantees(solution.remaps),
-    )
+    erasure = _erasure(encoder, request, solution, sites, originals, current)
     erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
     logger.info("Running the denoiser before and after the edit")
     prove = prover(denoiser, erasure, current)
@@ -261,16 +253,7 @@ def erasure_of_layers(encoder: Encoder, request: ConceptRequest) -> ConceptErasu
     """
     sites = find_sites(encoder.pipe, encoder.denoiser, pooled=request.pooled)
     solution = solve(encoder, request)
-    check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in solution.remaps.items()})
-    originals = copy_weights(sites, "cpu")
-    return ConceptErasure(
-        request=request,
-        facts=_facts(encoder, request, solution, sites, originals, None),
-        sites=sites,
-        remaps=solution.remaps,
-        originals=originals,
-        guarantees=_guarantees(solution.remaps),
-    )
+    return _erasure(encoder, request, solution, sites, copy_weights(sites, "cpu"), None)
 
 
 def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
@@ -288,16 +271,19 @@ def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
     return guarantees
 
 
-def _facts(
+def _erasure(
     encoder: Encoder,
     request: ConceptRequest,
     solution: Solution,
-    sites: Mapping[str, Site],
-    originals: Mapping[str, Tensor],
+    sites: dict[str, Site],
+    originals: dict[str, Tensor],
     current: ConceptErasure | None,
-) -> ConceptFacts:
-    pipe, remaps, tokens = encoder.pipe, solution.remaps, solution.remaps["tokens"]
-    return ConceptFacts(
+) -> ConceptErasure:
+    """The erasure that a solution makes of these layers, nothing of which is written yet."""
+    pipe, remaps = encoder.pipe, solution.remaps
+    check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
+    tokens = remaps["tokens"]
+    facts = ConceptFacts(
         solver=tokens.solver,
         solver_reason=solution.solver_reason,
         retained_moved=solution.retained_moved,
@@ -311,6 +297,7 @@ def _facts(
         spaces={name: site.space for name, site in sites.items() if site.space != "tokens"},
         tokens=solution.tokens if solution.tokens != request.tokens else None,
     )
+    return ConceptErasure(request, facts, sites, remaps, originals, _guarantees(remaps))
 
 
 def _leaks(encoder: Encoder, request: ConceptRequest, remaps: Mapping[str, Remap]) -> list[str]:

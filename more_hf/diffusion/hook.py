@@ -105,10 +105,7 @@ class SampleHook(RoutingHook):
 
 
 def _replaced(values: Any, place: Place, change: Callable[[Tensor], Tensor]) -> dict[str, Any] | list[Tensor]:
-    """
-    The mapping, or the list of a tensor's rows, with the value at one place changed; what is on the way is
-    copied, not written to.
-    """
+    """A copy of a mapping, or of a tensor's rows as a list, with the value at one place changed."""
     name, *inner = place
     values = dict(values) if isinstance(values, Mapping) else list(values)
     values[name] = _replaced(values[name], tuple(inner), change) if inner else change(values[name])

@@ -1,7 +1,4 @@
-"""
-Σ, the second moment of ordinary text: it belongs to the text encoder, so that of everyday prompts is computed
-once and kept in the user's cache folder.
-"""
+"""Σ, the second moment of ordinary text; that of everyday prompts is computed once for each text encoder."""
 
 from __future__ import annotations
 

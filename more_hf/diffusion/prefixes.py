@@ -24,11 +24,8 @@ class Trees(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, wanted: Sequence[int]) -> Trees:
-        """
-        Build the trees of the first `wanted` tokens of each row of `ids` `(prompts, positions)`. A tree has
-        as many nodes as a row has positions.
-        """
-        size = ids.shape[1]
+        """The trees of the first `wanted` tokens of each row of `ids` `(prompts, positions)`."""
+        size = ids.shape[1]  # nodes of a tree: any row fits into one
         trees: list[dict[tuple[int, int], int]] = []  # (node before, token) -> node
         places = torch.full(ids.shape, -1)
         rows = ids.tolist()

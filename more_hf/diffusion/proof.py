@@ -1,7 +1,4 @@
-"""
-The proof by run of a pipeline, in two parts: nothing but the edited layers reads the prompt, and each of them
-computes with its edited weight.
-"""
+"""The proof by run of a pipeline: only the edited layers read the prompt, each with its edited weight."""
 
 from __future__ import annotations
 
@@ -296,10 +293,7 @@ def _text_remaps(erasure: Erasure) -> dict[str, Remap]:
 
 @contextmanager
 def _plain(denoiser: Denoiser) -> Iterator[None]:
-    """
-    Inside the block there is no dropout and no compilation (the proof's shapes must not make the user's model
-    recompile). Afterwards, everything is as before.
-    """
+    """Inside the block: no dropout, and no compilation, since the proof's shapes would make it recompile."""
     training = [module for module in denoiser.module.modules() if module.training]
 
     def undo() -> None:

@@ -82,10 +82,7 @@ def hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
 
 
 def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """
-    Those of the files (as in `Record.files`) that are missing or have another content; only the factors may
-    have been taken away.
-    """
+    """The files of `Record.files` that are missing or changed; only the factors may have been taken away."""
     with reading(folder):
         found = hashes(folder, [Path(name) for name in files if (folder / name).is_file()])
     changed = [name for name, digest in files.items() if found.get(name) != digest]

@@ -342,10 +342,7 @@ def _record(erasure: Erasure) -> dict:
 
 
 def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasure) -> dict[str, str]:
-    """
-    The metadata that A1111 and ComfyUI show and sort by, under the names of kohya's trainer and of
-    Stability's model specification.
-    """
+    """The metadata that A1111 and ComfyUI show, by the names of kohya's trainer and of modelspec."""
     config, rank = denoiser.module.config, str(erasure.rank)
     v_prediction = pipe.scheduler.config.get("prediction_type") == "v_prediction"
     if denoiser.family.pooled:

@@ -1,7 +1,4 @@
-"""
-Erase from a saved pipeline without loading its denoiser: only the layers that read text are read from its
-files, a few among several hundred.
-"""
+"""Erase from a saved pipeline by loading only the layers that read text, a few among several hundred."""
 
 from __future__ import annotations
 
