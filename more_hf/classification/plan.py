@@ -16,9 +16,8 @@ from ..core.request import REMAIN, ClassRequest, is_remain
 from .names import find_classes
 
 
-ILL_CONDITIONED = (
-    1e4  # beyond this condition number of P, D_F amplifies a feature's rounding and noise too much
-)
+# Beyond this condition number of P, D_F amplifies a feature's rounding and noise too much.
+ILL_CONDITIONED = 1e4
 
 
 @dataclass(frozen=True)
