@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import add_dtype, find_device, place
-from .options import add_command, add_router, refuse_lost_router
+from .options import add_command, add_router
 from .request import Request, add_layers_only, add_request, erased_pipeline, read_layers_only, read_request
 
 
@@ -52,7 +52,6 @@ def add_to(commands) -> None:
 
 
 def _erase(args: argparse.Namespace) -> int:
-    refuse_lost_router(args)
     request = read_request(args)
     if args.layers_only:
         return _from_layers(args, request)

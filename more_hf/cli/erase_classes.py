@@ -18,7 +18,6 @@ from .options import (
     positive,
     read_model,
     read_remap_to,
-    refuse_lost_router,
     refuse_missing_folder,
 )
 
@@ -81,7 +80,6 @@ def add_to(commands) -> None:
 
 def _erase_classes(args: argparse.Namespace) -> int:
     targets = read_remap_to(args.remap_to or ["remain"])
-    refuse_lost_router(args)
     source = read_model(args)
     for flag, folder in (("--data", args.data), ("--test", args.test)):
         if folder is not None:

@@ -107,11 +107,11 @@ def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options: 
 
 
 def add_router(parser: argparse.ArgumentParser) -> None:
-    """Add the router and the flag that saves its factors; `refuse_lost_router` checks that both are there."""
+    """Add the router and the flag that saves its factors; `save` warns of a router without them."""
     parser.add_argument(
         "--router",
         choices=ROUTERS,
-        help="picks an expert for each sample at run time; needs --include_delta",
+        help="picks an expert for each sample at run time; saved only with --include_delta",
     )
     parser.add_argument(
         "--include_delta",
@@ -147,14 +147,6 @@ def read_remap_to(names: list[str]) -> list[str] | None:
     if none and len(names) > 1:
         raise ValueError(f"`--remap_to` has {none[0]!r} beside other names. Pass names, or none alone.")
     return None if none else names
-
-
-def refuse_lost_router(args: argparse.Namespace) -> None:
-    if args.router is not None and not args.include_delta:
-        raise ValueError(
-            f"`--router {args.router}` needs `--include_delta`: a router is saved with the factors of the "
-            "edit; without them, the folder holds only the mean expert. Add `--include_delta`."
-        )
 
 
 def refuse_missing_folder(folder: str | Path, what: str) -> None:

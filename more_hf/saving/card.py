@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -113,7 +114,7 @@ def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record)
 
 
 def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | None, with_delta: bool) -> str:
-    request, facts, erasure = record.request, record.facts, _erasure(record)
+    request, facts, erasure = record.request, record.facts, _erasure(record, with_delta)
     own_class = record.kind == "pipeline" and not hasattr(diffusers, facts.pipeline)
     environment = Environment(
         finalize=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -158,8 +159,9 @@ def _license(data: ModelCardData) -> str | None:
     return name
 
 
-def _erasure(record: Record) -> Erasure:
-    """The record as an erasure that can be reported."""
+def _erasure(record: Record, with_delta: bool) -> Erasure:
+    """The record as an erasure that can be reported: without the factors, there is no router."""
     kind = ClassErasure if record.kind == "classifier" else ConceptErasure
+    request = record.request if with_delta else replace(record.request, router=None)
     # The report needs only the number of layers, so the record's shapes can stand for them.
-    return kind(record.request, record.facts, record.sites, {}, None, record.guarantees, record.proof)
+    return kind(request, record.facts, record.sites, {}, None, record.guarantees, record.proof)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def load_classifier(
     require_saved_weights(folder, record)
     sites = {name: Site(name, find_module(model, name), space=name) for name in record.sites}
     remaps = read_delta(folder)
-    erasure = ClassErasure(record.request, record.facts, sites, remaps, None, record.guarantees, record.proof)
+    request = record.request if remaps else replace(record.request, router=None)
+    erasure = ClassErasure(request, record.facts, sites, remaps, None, record.guarantees, record.proof)
     if remaps:
         erasure.hooks = make_hooks(erasure, sites, next(model.parameters()).device)
         attach_hooks(erasure.hooks, [site.module for site in sites.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from importlib.metadata import version
@@ -47,6 +48,8 @@ from .delta import read_delta, write_delta
 from .files import reading, replace_folder, writing
 from .layers import pipeline_class, require_importable
 
+
+logger = logging.getLogger(__name__)
 
 # arguments of `from_pretrained` that could run code or open a pickle
 UNSAFE = ("trust_remote_code", "custom_pipeline", "use_safetensors")
@@ -199,6 +202,12 @@ def finish_draft(
     """
     if include_delta:
         write_delta(erasure, draft)
+    elif erasure.router is not None:
+        logger.warning(
+            "The %r router is not saved: the files hold the mean expert alone. Pass include_delta=True to "
+            "save its factors, too.",
+            erasure.router,
+        )
     record = make_record(savable, erasure, draft, variant)
     layers = [Layer(name, site.space, list(site.read().shape)) for name, site in erasure.sites.items()]
     verification = check_folder(draft, record, layers, savable.removed)
@@ -317,9 +326,9 @@ def _load_pipeline(
             f"{len(shapes)}). Save the erased model again."
         )
     require_saved_weights(folder, record)
-    erasure = ConceptErasure(
-        record.request, record.facts, sites, read_delta(folder), None, record.guarantees, record.proof
-    )
+    remaps = read_delta(folder)
+    request = record.request if remaps else replace(record.request, router=None)
+    erasure = ConceptErasure(request, record.facts, sites, remaps, None, record.guarantees, record.proof)
     erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
     attach_hooks(erasure.hooks, hooked_modules(denoiser))
     register(denoiser.module, erasure)

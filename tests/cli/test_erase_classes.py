@@ -109,7 +109,6 @@ def test_failures_in_one_line(folders, tmp_path, capsys):
     assert "is both in `forget` and in `remap_to`" in line("--forget", "four", "--remap_to", "4")
     assert "beside other names" in line("--forget", "four", "--remap_to", "none", "one")
     assert "There is no folder" in line("--forget", "four", data=tmp_path / "nowhere")
-    assert "needs `--include_delta`" in line("--forget", "four", "--router", "hash")
     flat, other = tmp_path / "flat", tmp_path / "other"
     for path in (flat / "0.png", other / "horse" / "0.png", other / "one" / "1.png"):
         path.parent.mkdir(parents=True, exist_ok=True)

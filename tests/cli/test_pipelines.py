@@ -203,7 +203,6 @@ def test_erase_fails_in_one_line(failure, tmp_path):
     rest = ["--remap_to", "Fluent", "--output", tmp_path / "out"]
     assert "NAME=ALIAS" in failure("erase", "emoji-sd", "--concept", "Noto", "--alias", "Noto", *rest)
     assert "not erased" in failure("erase", "emoji-sd", "--concept", "Noto", "--alias", "Fluent=x", *rest)
-    assert "--include_delta" in failure("erase", "emoji-sd", "--concept", "Noto", "--router", "hash", *rest)
     assert "Name one model" in failure("erase", "--concept", "Noto", *rest)
     assert "Name one model" in failure("erase", "emoji-sd", "--model", "emoji-sd", "--concept", "Noto", *rest)
     assert "Fluent" in failure("erase", "emoji-sd", "--concept", "Fluent", *rest)

@@ -431,3 +431,17 @@ def test_record_of_another_model(saved):
     edit_record(saved, sites={"conv_in": [4, 4]})
     with pytest.raises(more_hf.IncompatibleBaseError, match="other layers"):
         more_hf.load(saved)
+
+
+def test_a_router_without_its_factors_is_warned_of_and_not_reported(tiny_sd, tmp_path, caplog):
+    options = {"remap_to": ["claude monet", "andy warhol"], "router": "hash"}
+    pipe = more_hf.erase_concept(tiny_sd(), "van gogh", **options)
+    folder = more_hf.save(pipe, tmp_path / "erased")
+    assert "The 'hash' router is not saved" in caplog.text
+    erasure = more_hf.get_erasure(more_hf.load(folder))
+    assert erasure.router is None
+    assert dict(erasure.rows())["router"].startswith("none")
+    caplog.clear()
+    folder = more_hf.save(pipe, tmp_path / "erased", include_delta=True)
+    assert "router" not in caplog.text
+    assert dict(more_hf.get_erasure(more_hf.load(folder)).rows())["router"] == "hash"
