@@ -108,10 +108,11 @@ def solve(prototypes: Prototypes, widths: Sequence[int], request: ClassRequest) 
 
     # 3. What was measured.
     moved = {}
-    for name in spared:
-        moved[name] = max(
-            _movement(remap, head[name], request.router) for remap, head in zip(remaps, heads, strict=True)
-        )
+    if spared:
+        shares = [
+            _movement(remap, head, spared, request.router) for remap, head in zip(remaps, heads, strict=True)
+        ]
+        moved = dict(zip(spared, torch.stack(shares).amax(0).tolist(), strict=True))
     sent_to = {}
     for i, name in enumerate(forget):
         drawn = dict.fromkeys(expert[i] for expert in experts)
@@ -148,9 +149,10 @@ def _choose_solver(heads: Sequence[Prototypes], solver: str) -> tuple[str, str]:
     return "pinv", f"every other class stays exactly; {facts}"
 
 
-def _movement(remap: Remap, prototype: Tensor, router: str | None) -> float:
-    """How far an expert moves a remaining prototype at most, as a share of its length."""
-    experts = (None,) if router is None else range(remap.num_experts)
-    return max(
-        float((remap.apply(prototype, expert) - prototype).norm() / prototype.norm()) for expert in experts
-    )
+def _movement(remap: Remap, head: Prototypes, names: Sequence[str], router: str | None) -> Tensor:
+    """How far an expert moves each of the prototypes at most, `(n,)`, as a share of its length."""
+    z = torch.stack([head[name] for name in names], dim=1)  # (d, n)
+    read, farthest = remap.D_F @ z, torch.zeros(len(names), dtype=z.dtype)
+    for expert in (None,) if router is None else range(remap.num_experts):
+        farthest = torch.maximum(farthest, (remap.shift(expert) @ read).norm(dim=0))
+    return farthest / z.norm(dim=0)

@@ -262,3 +262,13 @@ def test_deeper_edits_solve_what_they_say(script):
     torch.testing.assert_close(projected @ others, weight @ others)
     torch.testing.assert_close(projected @ P[:, 0], weight @ others @ (others.T @ P[:, 0]))
     assert not torch.allclose(weight @ P[:, 0], projected @ P[:, 0])
+
+
+@pytest.mark.slow
+def test_every_part_of_the_imagenet_preset(script):
+    """At a small size, with more classes than features, as ImageNet has."""
+    many = script("speed", "many_classes")
+    lines = many.measure(900, 16, 30, 50)
+    assert [line["part"] for line in lines] == list(many.PARTS)
+    assert all(line["seconds"] >= 0 for line in lines)
+    assert many.draw(lines).axes[0].get_xlabel() == "classes"
