@@ -149,7 +149,9 @@ def converged_probe(features: Tensor, labels: Tensor, *, C: float = 1e4) -> Prob
     """
     num_classes = int(labels.max()) + 1
     if num_classes * (features.shape[1] + 1) > LARGEST_HESSIAN:
-        return _whitened_lbfgs(features.double(), labels.to(features.device), num_classes, C)
+        return _whitened_lbfgs(
+            features.to(torch.float64, copy=True), labels.to(features.device), num_classes, C
+        )
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -173,14 +175,17 @@ def _whitened_lbfgs(x: Tensor, labels: Tensor, num_classes: int, C: float) -> Pr
     """Fit a head that is too large for a Hessian.
 
     L-BFGS runs on whitened features, which changes the path and not the minimum: on the features themselves,
-    as scikit-learn's, it is far from the minimum after thousands of iterations.
+    as scikit-learn's, it is far from the minimum after thousands of iterations. They take the place of x: of
+    a million, two copies would not fit into memory.
     """
     mean = x.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    x -= mean
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     # Directions without variance keep a finite scale.
     scale = (values.clamp_min(0) + 1e-6 * values.max()).rsqrt()
     whiten = (vectors * scale) @ vectors.T
-    white = (x - mean) @ whiten
+    for part in x.split(SAMPLES):
+        part.copy_(part @ whiten)
     weight = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -197,7 +202,7 @@ def _whitened_lbfgs(x: Tensor, labels: Tensor, num_classes: int, C: float) -> Pr
         value = (weight @ whiten).square().sum() / (2 * C * len(labels))
         value.backward()
         # The logits of a million samples and a thousand classes would not fit into memory at once.
-        for z, y in zip(white.split(SAMPLES), labels.split(SAMPLES), strict=True):
+        for z, y in zip(x.split(SAMPLES), labels.split(SAMPLES), strict=True):
             entropy = nn.functional.cross_entropy(z @ weight.T + bias, y, reduction="sum") / len(labels)
             entropy.backward()
             value = value + entropy.detach()
