@@ -92,24 +92,11 @@ def load_pipeline(
     erased: bool = False,
 ) -> DiffusionPipeline:
     """
-    Load a pipeline onto a device.
+    Load a pipeline onto a device, by default onto `cuda` if there is one, and in the dtype in which its
+    denoiser is stored.
 
-    Args:
-        checkpoint (`Checkpoint`):
-            The result of `read_checkpoint`.
-        dtype (`str`, *optional*):
-            One of `DTYPES`. Defaults to the dtype in which the denoiser is stored.
-        device (`str`, *optional*):
-            A device by torch's name. Defaults to `cuda` if there is one.
-        offload (`str`, *optional*, defaults to `"none"`):
-            One of `OFFLOADS`.
-        without (`Iterable[str]`, *optional*):
-            Components that are not needed.
-        erased (`bool`, *optional*, defaults to `False`):
-            Whether to load the pipeline with its record, by [`~more_hf.load`].
-
-    Returns:
-        [`~diffusers.DiffusionPipeline`]: the pipeline.
+    The components `without` are left out, as far as there are such. An `erased` pipeline is loaded with its
+    record, by [`~more_hf.load`].
 
     Raises:
         SiteNotFoundError: no component is a known denoiser. No weight is read then.
@@ -118,11 +105,11 @@ def load_pipeline(
     import torch
 
     import more_hf
-    from more_hf.diffusion.families import find_denoiser_name
+    from more_hf.diffusion.families import denoiser_names
     from more_hf.saving.layers import pipeline_class
 
     where = find_device(device, offload)
-    find_denoiser_name(checkpoint.pipeline, checkpoint.parts)
+    denoiser_names(checkpoint.pipeline, checkpoint.parts)  # refuses before a weight is read
     left_out = {name: None for name in without if name in checkpoint.parts}
     if "safety_checker" in left_out:
         left_out["requires_safety_checker"] = False
@@ -141,14 +128,14 @@ def own_dtype(checkpoint: Checkpoint, **left_out: None) -> str:
     """The dtype in which the denoiser is stored; a model on the Hub is downloaded first."""
     from diffusers import DiffusionPipeline
 
-    from more_hf.diffusion.families import find_denoiser_name
+    from more_hf.diffusion.families import denoiser_names
 
     if checkpoint.model == EMOJI_SD:
         return "float32"
     folder = Path(checkpoint.model)
     if not folder.is_dir():
         folder = Path(DiffusionPipeline.download(checkpoint.model, **left_out))
-    return stored_dtype(folder / find_denoiser_name(checkpoint.pipeline, checkpoint.parts))
+    return stored_dtype(folder / denoiser_names(checkpoint.pipeline, checkpoint.parts)[0])
 
 
 def stored_dtype(folder: Path) -> str:

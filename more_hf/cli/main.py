@@ -1,16 +1,22 @@
 """The `more-hf` command. Heavy imports happen inside the commands, so that `--help` is instant."""
 
+from __future__ import annotations
+
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
+
+from tqdm import tqdm
 
 from more_hf import __version__
 from more_hf.core.errors import MoreError
 
 from . import compare, erase, erase_classes, lora, push, verify
 from .options import import_module_of_user, show_examples
-from .progress import stages_shown
 
 
 COMMANDS = (erase, erase_classes, compare, lora, verify, push)
@@ -20,11 +26,7 @@ BENCH = ("concept_erasure", "matplotlib", "sklearn")  # the packages of the extr
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run one command.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            The arguments after the program's name. Defaults to the process's own.
+    Run one command, by default with the process's own arguments, and return its exit status.
 
     Returns:
         `int`: 0 for success, 1 if `verify` found a difference, 2 for an expected failure, which is reported
@@ -52,6 +54,33 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class _AboveBars(logging.Handler):
+    """Writes lines above the progress bars without breaking them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def stages_shown() -> Iterator[None]:
+    """Show what the library and the benchmarks log; of several processes, only the first reports stages."""
+    handler = _AboveBars()
+    is_first = os.environ.get("RANK", "0") == "0"
+    packages = [logging.getLogger(name) for name in ("more_hf", "more_hf_bench")]
+    before = [(package.level, package.propagate) for package in packages]
+    for package in packages:
+        package.addHandler(handler)
+        package.setLevel(logging.INFO if is_first else logging.WARNING)
+        package.propagate = False
+    try:
+        yield
+    finally:
+        for package, (level, propagate) in zip(packages, before, strict=True):
+            package.removeHandler(handler)
+            package.setLevel(level)
+            package.propagate = propagate
+
+
 def _after_interrupt(args: argparse.Namespace) -> str:
     """Say in which state an interruption leaves the output."""
     if args.resumes:
@@ -64,14 +93,8 @@ def _after_interrupt(args: argparse.Namespace) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """
-    Parse a command line.
-
-    Args:
-        argv (`list[str]`):
-            The arguments after the program's name. Flags may have dashes for underscores (`--remap-to`).
-
-    Returns:
-        `argparse.Namespace`: the arguments; `run` is the command's function.
+    Parse the arguments after the program's name; in the result, `run` is the command's function. Flags may
+    have dashes for underscores (`--remap-to`).
     """
     parser = argparse.ArgumentParser(
         "more-hf",

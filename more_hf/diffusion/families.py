@@ -558,11 +558,6 @@ def denoiser_names(pipeline: str, parts: Mapping[str, str]) -> list[str]:
     return names
 
 
-def find_denoiser_name(pipeline: str, parts: Mapping[str, str]) -> str:
-    """The first of `denoiser_names`."""
-    return denoiser_names(pipeline, parts)[0]
-
-
 def family_of(module: nn.Module) -> Family | None:
     """The family of a denoiser, `None` for any other module."""
     return FAMILIES.get((type(module).__name__, _conditions(module)))

@@ -100,18 +100,10 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """
-    The content of a component's weight files.
+    """The content of a component's weight files."""
 
-    Args:
-        shapes (`dict[str, list[int]]`):
-            The shape of every tensor.
-        edited (`dict[str, Tensor]`):
-            The edited part of each layer that the record names, if the files have it.
-    """
-
-    shapes: dict[str, list[int]]
-    edited: dict[str, Tensor]
+    shapes: dict[str, list[int]]  # the shape of every tensor
+    edited: dict[str, Tensor]  # the edited part of each layer that the record names, if the files have it
 
 
 def verify(folder: str | os.PathLike, *, run: bool = False) -> Verification:

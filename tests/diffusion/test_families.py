@@ -29,7 +29,7 @@ from support.language_models import qwen_tokenizer
 import more_hf
 from more_hf.core.views import experts_forced
 from more_hf.diffusion.encoder import Encoder
-from more_hf.diffusion.families import find_denoiser_name
+from more_hf.diffusion.families import denoiser_names
 
 
 # Of what takes longest the fast tests see four: a layer that reads text with nothing in front, one behind a
@@ -347,7 +347,7 @@ def test_a_name_inside_a_sentence_is_found_by_its_characters(originals):
 )
 def test_what_no_edit_can_erase_from_is_refused_with_the_reason(cls, reason):
     with pytest.raises(more_hf.SiteNotFoundError, match=f"{cls}.*{reason}"):
-        find_denoiser_name("SomePipeline", {"text_encoder": "Qwen3Model", "transformer": cls})
+        denoiser_names("SomePipeline", {"text_encoder": "Qwen3Model", "transformer": cls})
     assert hasattr(diffusers, cls)  # a class of this release, not a slip of the pen
 
 
