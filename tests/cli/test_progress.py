@@ -30,7 +30,7 @@ def test_what_the_commands_say_while_they_work(tmp_path, capsys):
 
 
 def test_the_first_process_speaks(monkeypatch, capsys):
-    def speak(args, router):
+    def speak(args):
         request.logger.info("a stage")
         request.logger.warning("a warning")
         raise ValueError("the end")
