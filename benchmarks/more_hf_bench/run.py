@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +15,10 @@ from more_hf.core.files import write_json
 
 from .errors import BenchmarkError
 
+
+SOURCE = "source"  # the setting of a method of the user's own: a hash of its module and those beside it
+
+logger = logging.getLogger(__name__)
 
 Work = TypeVar("Work")
 
@@ -124,6 +129,11 @@ class BenchmarkConfig:
         if old.benchmark != self.benchmark:
             raise BenchmarkError(f"{folder} holds another kind of benchmark. Choose another `--output`.")
         there, here = old.to_dict(), self.to_dict()
+        for name in there["methods"].keys() & here["methods"].keys():
+            then, now = there["methods"][name], here["methods"][name]
+            if then.get(SOURCE) != now.get(SOURCE):
+                logger.warning("%s has changed since it was measured: its earlier rows are replaced.", name)
+                then[SOURCE] = now[SOURCE]
         differences = [text for key in self.FIXED for text in _differences(key, there[key], here[key])]
         for key in self.JOINED:
             for name in there[key]:

@@ -25,6 +25,7 @@ from more_hf.core.files import replacing
 from ..columns import rounded
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run
+from ..methods.own import MethodError
 from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
 from ..run import Cell, Run, held_settings, method_settings, refuse_unused_settings
 from ..splits import KDData, Splits, some_of_each, split_by_class
@@ -226,9 +227,15 @@ def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def skipping_divergence(cell: Cell) -> Iterator[None]:
-    """If a baseline diverges, skip its cell with a warning; the next run retries it."""
+    """
+    If a baseline diverges, or a method of the user's own fails, skip its cell with a warning; the next run
+    retries it.
+    """
     try:
         yield
+    except MethodError as error:
+        where = f"{cell.method} without {cell.forget}, seed {cell.seed}"
+        logger.error("%s, is left out. %s", where, error, exc_info=error.__cause__)
     except IncompatibleBaseError as error:
         logger.warning("%s without %s, seed %d, is left out. %s", cell.method, cell.forget, cell.seed, error)
 

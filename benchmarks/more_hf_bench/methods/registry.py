@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from typing import Any, Literal
 
 from ..errors import BenchmarkError
+from .own import own_method
 
 
 @dataclass(frozen=True)
@@ -204,4 +205,4 @@ def _find(name: str, methods: Mapping[str, Method], kind: str, keywords: Sequenc
             f"{name} does not take the arguments of a method {kind}: {error}. "
             f"Give it two positional parameters and the keywords {', '.join(keywords)}."
         ) from error
-    return function
+    return own_method(name, function)

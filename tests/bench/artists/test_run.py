@@ -1,5 +1,7 @@
+import csv
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -273,3 +275,68 @@ def test_the_outputs(tiny_sd, prompts, tmp_path):
     assert {name: (output / name).read_bytes() for name in before} == before
     with pytest.raises(BenchmarkError, match=r"no config\.json"):
         rebuild(tmp_path)
+
+
+OWN = """
+import more_hf
+from helper_of_mine import TARGET
+
+def mine(pipe, concepts, *, remap_to, retain):
+    next(pipe.text_encoder.parameters()).data *= 1.01  # its own, too
+    return more_hf.erase_concept(pipe, concepts, remap_to=TARGET)
+
+def nothing(pipe, concepts, *, remap_to, retain):
+    more_hf.erase_concept(pipe, concepts, remap_to=remap_to)
+
+def broken(pipe, concepts, *, remap_to, retain):
+    raise KeyError("a bug of mine")
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "method_of_mine.py").write_text(OWN)
+    (tmp_path / "helper_of_mine.py").write_text('TARGET = "Claude Monet"')
+    yield tmp_path
+    for name in ("method_of_mine", "helper_of_mine"):
+        sys.modules.pop(name, None)
+
+
+def lpips_of(output, method):
+    with open(output / "rows.csv", newline="", encoding="utf-8") as file:
+        return [row["lpips"] for row in csv.DictReader(file) if row["method"] == method]
+
+
+def test_a_changed_method_is_measured_again(tiny_sd, prompts, own_module, caplog):
+    output, names = own_module / "out", ("original", "method_of_mine:mine")
+    pipe = tiny_sd()
+    before = state(pipe.text_encoder)
+    run(pipe, prompts, output, names, seeds=1)
+    assert same(state(pipe.text_encoder), before)
+    first = lpips_of(output, names[1])
+    assert first
+    caplog.clear()
+    run(pipe, prompts, output, names, seeds=1)
+    assert "changed since" not in caplog.text
+    (own_module / "helper_of_mine.py").write_text('TARGET = "a dog"')
+    for name in ("method_of_mine", "helper_of_mine"):
+        sys.modules.pop(name)
+    run(pipe, prompts, output, names, seeds=1)
+    assert "method_of_mine:mine has changed since it was measured" in caplog.text
+    second = lpips_of(output, names[1])
+    assert len(first) == len(second)
+    assert first != second
+
+
+def test_a_method_that_fails_is_named_and_the_others_go_on(tiny_sd, prompts, own_module, caplog):
+    output = own_module / "out"
+    names = ("original", "method_of_mine:broken", "method_of_mine:nothing", "more")
+    with pytest.raises(BenchmarkError, match="broken without Van Gogh, method_of_mine:nothing without"):
+        run(tiny_sd(), prompts, output, names, seeds=1)
+    assert "KeyError: 'a bug of mine'" in caplog.text
+    assert 'raise KeyError("a bug of mine")' in caplog.text  # the traceback
+    assert "nothing returned None, not a model" in caplog.text
+    assert lpips_of(output, "more")
+    assert not lpips_of(output, names[1])

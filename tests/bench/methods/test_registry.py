@@ -75,10 +75,10 @@ def test_every_method_for_classifiers_is_called_alike(name):
 
 MODULE = """
 def my_erase(pipe, concepts, *, remap_to, retain, strength=1.0):
-    return "erased"
+    return pipe
 
 def my_forget(model, splits, *, seed, **settings):
-    return "forgotten"
+    return model
 
 number = 3
 """
@@ -96,9 +96,9 @@ def my_module(tmp_path, monkeypatch):
 
 def test_ones_own_method(my_module):
     erase = find_diffusion_method(f"{my_module}:my_erase")
-    assert erase(None, "a", remap_to=None, retain=None) == "erased"
+    assert erase(len, "a", remap_to=None, retain=None) is len
     forget = find_classification_method(f"{my_module}:my_forget", forgets="samples")
-    assert forget(None, None, seed=0) == "forgotten"
+    assert forget(len, None, seed=0) is len
     assert DIFFUSION.get(f"{my_module}:my_erase", UNREGISTERED).targets == "one"
 
 
