@@ -480,7 +480,9 @@ def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, cap
 
 def test_what_is_shared_is_not_found_again(folder, tmp_path, monkeypatch):
     trained, collected, shared = [], [], measuring.Shared()
-    monkeypatch.setattr(kd, "cache", lambda *args: collected.append(args) or cache(*args))
+    monkeypatch.setattr(
+        kd, "cache", lambda *args, **options: collected.append(args) or cache(*args, **options)
+    )
     monkeypatch.setattr(
         measuring, "sgd_probes", lambda *args, **kwargs: trained.append(args) or sgd_probes(*args, **kwargs)
     )
