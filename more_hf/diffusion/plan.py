@@ -225,7 +225,9 @@ def _solution(
             label = f"{space}, the most expensive of {len(layers)}" if space == most_expensive else space
             parts.append(f"{label}: {remaps[space].solver}, {reasons[space]}")
     request, experts = problems["tokens"].request, problems["tokens"].experts
-    sent_to = {name: [targets[i] for targets in experts] for i, name in enumerate(request.concepts)}
+    sent_to = {}
+    for i, name in enumerate(request.concepts):
+        sent_to[name] = [targets[i] for targets in experts]
     return Solution(remaps, tokens, "; ".join(parts), moved, sent_to)
 
 
