@@ -6,8 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from more_hf.diffusion.grid import draw_grid, stack
+from more_hf.diffusion.grid import draw_grid
 
+from ...artists.grid import stack
 from ...figures import write_picture
 from ..store import AttackConfig
 
