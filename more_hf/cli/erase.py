@@ -55,6 +55,10 @@ def _erase(args: argparse.Namespace) -> int:
     request = read_request(args)
     if args.layers_only:
         return _from_layers(args, request)
+    if args.single_file is not None:
+        from more_hf.saving.single_file import refuse_other_suffix
+
+        refuse_other_suffix(args.single_file)
     pipe = erased_pipeline(request, dtype=args.dtype, device=args.device, offload=args.offload)
 
     import more_hf
@@ -67,7 +71,9 @@ def _erase(args: argparse.Namespace) -> int:
         logger.info("Drawing %d prompts before and after", len(args.compare))
         place(pipe, find_device(args.device, args.offload), args.offload)
         more_hf.compare(pipe, args.compare).save(args.output / "compare.png")
-    return _report(more_hf.get_erasure(pipe), args.output)
+    also = [args.single_file] if args.single_file is not None else []
+    also += [args.output / "compare.png"] if args.compare else []
+    return _report(more_hf.get_erasure(pipe), args.output, *also)
 
 
 def _from_layers(args: argparse.Namespace, request: Request) -> int:
@@ -83,7 +89,9 @@ def _from_layers(args: argparse.Namespace, request: Request) -> int:
     return _report(erasure, args.output)
 
 
-def _report(erasure: ConceptErasure, folder: Path) -> int:
+def _report(erasure: ConceptErasure, folder: Path, *also: Path) -> int:
     print(erasure)
+    for file in also:
+        print(f"\nWrote {file}.")
     print(f"\nSaved to {folder}. Check it with: more-hf verify {folder}")
     return 0

@@ -223,6 +223,13 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
     # 1. Find the layers that read text, and solve for their edit.
     sites = find_sites(pipe, denoiser, pooled=request.pooled)
     solution = solve(encoder, request)
+    soft = request.inside or solution.remaps["tokens"].solver == "soft"
+    if request.softness != ConceptRequest.softness and not soft:
+        logger.warning(
+            "softness=%g has no effect: the edit is exact (%s). Pass solver='soft' for a soft one.",
+            request.softness,
+            solution.remaps["tokens"].solver,
+        )
     # 2. Inside the denoiser, pictures by the original give the features.
     if request.inside:
         sent_to = {name: solution.sent_to[name] for name in request.inside}

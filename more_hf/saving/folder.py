@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils.hub_utils import extract_commit_hash
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
@@ -298,7 +299,7 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
     if not folder.is_dir():
         hub = {key: kwargs[key] for key in FOR_THE_HUB if key in kwargs}
         with reading(source):
-            folder = Path(snapshot_download(str(source), allow_patterns=[RECORD, DELTA], **hub))
+            folder = _download_record(source, hub)
         kwargs["revision"] = folder.name  # the commit
     record = Record.read(folder)
     if (variant := kwargs.pop("variant", record.variant)) != record.variant:
@@ -309,6 +310,17 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
     with reading(source):
         opened = load_classifier if record.kind == "classifier" else _load_pipeline
         return opened(source, folder, record, **kwargs)
+
+
+def _download_record(source: str | os.PathLike, hub: dict[str, Any]) -> Path:
+    """The folder with a repository's record and factors."""
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[RECORD, DELTA], **hub))
+    except LocalEntryNotFoundError as error:
+        raise MoreError(
+            f"There is no folder {str(source)!r}, and no repository of this name in the cache; the Hub was "
+            "not asked or did not answer. Check the spelling and the connection."
+        ) from error
 
 
 def _load_pipeline(

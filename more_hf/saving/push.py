@@ -31,6 +31,7 @@ from .folder import save
 logger = logging.getLogger(__name__)
 
 GRID = "before_after"
+COMPARED = "compare.png"  # the picture that `more-hf erase --compare` draws
 
 
 def push_to_hub(
@@ -73,7 +74,7 @@ def push_to_hub(
         card (`bool`, *optional*, defaults to `True`):
             Write the model card; `False` leaves a `README.md` as it is.
         grid (`str` or `os.PathLike`, *optional*):
-            A picture of before and after, for the card.
+            A picture of before and after, for the card; by default a folder's own `compare.png`.
         dry_run (`str` or `os.PathLike`, *optional*):
             An empty or new folder. The commit's files are written there, and nothing is pushed.
 
@@ -109,6 +110,9 @@ def push_to_hub(
         base_card = _base_card(record, api) if card else None
         record = _public(record, folder)
         write_text(folder / RECORD, record.to_json())
+        if grid is None and isinstance(pipe_or_model, str | os.PathLike):
+            drawn = Path(pipe_or_model) / COMPARED
+            grid = drawn if drawn.is_file() else None
         picture = None if grid is None else _copy_grid(Path(grid), folder)
         if card:
             existing = _existing_card(api, repo_id, branch, folder, in_repository=CARD in present)

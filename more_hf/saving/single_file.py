@@ -181,6 +181,15 @@ def _inside(start: str, place: str, parts: Mapping[str, str]) -> dict[str, str]:
     return {start + old: place + new for old, new in parts.items()}
 
 
+def refuse_other_suffix(file: Path) -> None:
+    """Raises `ExportError` for a file of another format."""
+    if file.suffix != ".safetensors":
+        raise ExportError(
+            f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code. "
+            "Give it a name that does."
+        )
+
+
 def save_checkpoint(
     pipe: DiffusionPipeline, file: str | os.PathLike, *, dtype: torch.dtype = torch.float16
 ) -> Path:
@@ -217,11 +226,7 @@ def save_checkpoint(
     ```
     """
     file = Path(file)
-    if file.suffix != ".safetensors":
-        raise ExportError(
-            f"{file} does not end in .safetensors, the one checkpoint format that cannot carry code. "
-            "Give it a name that does."
-        )
+    refuse_other_suffix(file)
     if dtype not in EDITABLE:
         raise ExportError(f"`dtype` must be one of {', '.join(map(str, EDITABLE))}, got {dtype!r}.")
     refuse_saved_folder(file, "whose record does not cover a second set of weights")
