@@ -29,7 +29,7 @@ from more_hf.core.markdown import markdown_table
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.measure import Shared
 from more_hf_bench.classes.run import classes_of, run_kd
-from more_hf_bench.classes.tables import RELOADED
+from more_hf_bench.classes.summary import RELOADED
 from more_hf_bench.cli.classes import KDOptions
 from more_hf_bench.cli.options import read_options
 from more_hf_bench.cli.rehearse import OF_CLASSES, check_filled, rehearse_classes

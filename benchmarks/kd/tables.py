@@ -23,7 +23,7 @@ import pandas as pd
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf_bench.classes import samples as kd_samples
-from more_hf_bench.classes.tables import REFERENCES, summarise
+from more_hf_bench.classes.summary import REFERENCES, summarise
 from more_hf_bench.columns import read_rows
 from more_hf_bench.methods.registry import CLASSIFICATION
 

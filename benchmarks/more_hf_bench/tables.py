@@ -100,12 +100,9 @@ def pivot(cells: pd.DataFrame, index: list[str], columns: str) -> list[dict[str,
     return list(rows.values())
 
 
-def made_with(config: BenchmarkConfig, facts: Sequence[str]) -> str:
-    """
-    List facts about a benchmark, then the last run's machine and versions, then the commands, as Markdown.
-    """
+def made_with(config: BenchmarkConfig, facts: Sequence[str]) -> list[str]:
+    """List facts about a benchmark, then the last run's machine and versions, then the commands."""
     run = config.runs[-1]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     machine = f"{run['hardware']}, {run['processes']} process(es); {versions}, more_hf {config.more_hf}"
-    commands = [f"`{command}`" for command in config.commands]
-    return "\n".join(f"- {fact}" for fact in (*facts, machine, *commands))
+    return [*facts, machine, *(f"`{command}`" for command in config.commands)]

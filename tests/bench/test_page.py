@@ -41,16 +41,16 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
         title=evil,
         finding=evil,
         sections=[
-            Section(evil, evil, facts={evil: [evil, 1.0], "measured": {"G1": 1e-7}, "router": None}),
+            Section(evil, evil, facts=[evil, "`router`: none"]),
             Section(
                 "table",
                 table=[{evil: evil, "n_f ↓": 3, "0.001": f"**0.5** {evil}", "empty": None}],
-                words={"n_f": f"pictures {evil}"},
                 files=["table.md"],
                 folded=True,
             ),
             Section("pictures", pictures=pictures),
         ],
+        words={"n_f": f"pictures {evil}"},
     )
     page = path.read_text(encoding="utf-8")
     assert "<script" not in page
@@ -60,7 +60,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert '<a href="table.md">' in page
     assert page.count('src="data:image/') == 2
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r'src="[^"]*"', "", page))
-    assert "measured · G1</dt><dd>1.0e-07" in page
+    assert "<li><code>router</code>: none</li>" in page
     assert "<td>3</td><td><b>0.5</b> &lt;script" in page
     assert "prefers-color-scheme: dark" in page
 

@@ -12,7 +12,6 @@ import more_hf_bench.artists.run as artists
 import more_hf_bench.attacks.classes.run as attacks_on_classes
 import more_hf_bench.attacks.pictures.run as attacks_on_pictures
 import more_hf_bench.classes.run as classes
-import more_hf_bench.classes.samples as samples
 from more_hf.cli.main import main
 from more_hf_bench.methods.registry import find_classification_method, find_diffusion_method
 from more_hf_bench.run import held_settings, method_settings
@@ -23,7 +22,7 @@ COMMITTED = sorted(path for path in BENCHMARKS.rglob("config.json") if held_sett
 RUNS = {
     "artists": (artists, "run_artists"),
     "kd": (classes, "run_kd"),
-    "kd-samples": (samples, "run_samples"),
+    "kd-samples": (classes, "run_kd"),
     "attacks-classes": (attacks_on_classes, "run_class_attacks"),
     "attacks-pictures": (attacks_on_pictures, "run_picture_attacks"),
 }
@@ -76,10 +75,11 @@ def test_a_folder_can_be_run_again(path, monkeypatch, tmp_path):
         training = held["training"]
         assert called["args"][:2] == (training["dataset"], training["model"])
         assert called["epochs"] == training["recipe"]["epochs"]
-        if name == "run_kd":
+        if held["benchmark"] == "kd":
             assert called["args"][3] == list(held["forget"])
             assert {key: called[key] for key in held["evaluation"]} == held["evaluation"]
         else:
+            assert called["args"][3] == "samples"
             assert called["fraction"] == held["evaluation"]["fraction"]
     else:
         _, models, _, attacks, forget = called["args"]

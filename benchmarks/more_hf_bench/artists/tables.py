@@ -23,7 +23,7 @@ from .cells import collect_rows
 from .config import ArtistsConfig
 from .findings import finding
 from .grid import write_grids
-from .kinds import ARTISTS, THINGS, Kind
+from .kinds import ARTISTS, Kind
 from .ranking import contenders, level_lines, rank, rank_sizes, winner
 from .rows import measured
 from .summary import COLUMNS, summarise
@@ -86,30 +86,19 @@ PLOTS = {
     },
 }
 
-# What the columns of the page's table are, in plain words.
+# What the columns of the page's tables are, in plain words.
 WORDS = {
     "forget": "erased",
     "remap_to": "sent to",
     "n_f": "its pictures",
     "n_r": "others",
-    "style_f": "forgotten style recognised, %",
-    "content_f": "its things recognised, %",
-    "style_r": "other styles recognised, %",
-    "content_r": "their things recognised, %",
-    "lpips_f": "forgotten artist moved",
+    "style_f": "the forgotten: style recognised, %",
+    "content_f": "the forgotten: thing recognised, %",
+    "style_r": "others: style recognised, %",
+    "content_r": "others: thing recognised, %",
+    "lpips_f": "the forgotten moved",
     "lpips_r": "others moved",
     "lpips_d": "difference",
-}
-WORDS_OF = {
-    ARTISTS.name: WORDS,
-    THINGS.name: {
-        **WORDS,
-        "style_f": "the artist's style recognised, %",
-        "content_f": "forgotten thing recognised, %",
-        "style_r": "others: style recognised, %",
-        "content_r": "others: thing recognised, %",
-        "lpips_f": "forgotten thing moved",
-    },
 }
 CONTROLS = [name for name, method in DIFFUSION.items() if method.role == "control"]
 
@@ -201,38 +190,29 @@ def tables(
         parts += [SIZES_NOTE.format(kind.name), markdown_table(_sizes_table(sizes, kind))]
     if config.judge_facts:
         parts += [JUDGES_NOTE, markdown_table(_judge_table(config.judge_facts))]
-    return "\n\n".join([*parts, _made_with(config, summary)])
+    return "\n\n".join([*parts, "\n".join(f"- {fact}" for fact in _made_with(config, summary))])
 
 
 def _write_page(
     output: Path, config: ArtistsConfig, summary: Sequence[Line], ranking: Sequence[Line]
 ) -> None:
     """The page: the winner, a line per method, and one prompt by every method; the rest is in the files."""
-    kind, made = config.of_kind, config.generation
+    kind = config.of_kind
     pooled = [line for line in summary if line["forget"] == POOLED]
-    files = ("table.md", "summary.csv", "rows.csv", "grid.webp")
-    words = WORDS_OF[kind.name]
     sections = []
     if ranking:
-        table = _ranking_table(ranking, kind)
-        sections.append(Section("Who wins?", winner(ranking, kind), table=table, words=words))
-    table = short_table(pooled or summary, kind)
-    sections.append(Section("Did it work?", PAGE_NOTE, table=table, words=words, files=files))
+        sections.append(Section("Who wins?", winner(ranking, kind), _ranking_table(ranking, kind)))
+    files = ("table.md", "summary.csv", "rows.csv", "grid.webp")
+    sections.append(Section("Did it work?", PAGE_NOTE, short_table(pooled or summary, kind), files=files))
     pictures = {PICTURES_NOTE: path} if (path := output / "methods.webp").is_file() else {}
     sections.append(Section("Before and after", pictures=pictures))
-    facts = {
-        "model": config.model,
-        "weights": made.weights[:16],
-        "generated with": f"{config.generation_text}, {made.dtype} on {made.device}",
-        "prompts": f"{made.prompts}, sha256 {made.prompts_sha256[:16]}",
-        "judges": config.judges,
-        "targets": config.targets_text,
-        "commands": config.commands,
-    }
-    sections.append(Section("How it was made", facts=facts, folded=True))
-    title = f"{kind.name.title()} erased: before and after"
+    sections.append(Section("How it was made", facts=_made_with(config, summary), folded=True))
     write_page(
-        output / "report.html", title=title, finding=finding(summary, ranking, kind), sections=sections
+        output / "report.html",
+        title=f"{kind.name.title()} erased: before and after",
+        finding=finding(summary, ranking, kind),
+        sections=sections,
+        words=WORDS,
     )
 
 
@@ -368,7 +348,7 @@ def _mistaken_for(taken_for: Mapping[str, float], artist: str) -> str:
     return f"{most} ({others[most]:.0f} %)"
 
 
-def _made_with(config: ArtistsConfig, summary: Sequence[Line]) -> str:
+def _made_with(config: ArtistsConfig, summary: Sequence[Line]) -> list[str]:
     made = config.generation
     sizes = {f"{line['n_f']} + {line['n_r']}" for line in summary if line["forget"] != POOLED}
     facts = [

@@ -1,4 +1,4 @@
-"""Everything made from the cells: rows.csv, summary.csv, table.md, recovery.png."""
+"""Everything made from the cells: rows.csv, summary.csv, table.md, recovery.png, report.html."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table, number
 
 from ..columns import read_rows, rounded, write_rows
 from ..errors import BenchmarkError
 from ..figures import legend_below, panels, write_figure
+from ..page import Section, write_report
 from ..tables import POOLED, made_with, pivot
 from .registry import ATTACKS
 from .result import AUC, RECOGNISED, mean_of
@@ -41,6 +41,7 @@ HEADLINES = {
         "above one of the others. 50 is chance.",
     ),
 }
+FIGURE_NOTE = "What comes back over the attacker's budget, a panel for each attack with several budgets."
 
 
 def rebuild(output: str | Path) -> list[dict[str, Any]]:
@@ -187,19 +188,21 @@ def _write(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
     """Write everything that is made from rows.csv."""
     summary = summarise(read_rows(output / "rows.csv"), config.references)
     write_rows(output / "summary.csv", summary)
-    main, lines, parts = largest_budgets(_main_lines(summary)), pd.DataFrame(summary), []
+    main, lines, sections = largest_budgets(_main_lines(summary)), pd.DataFrame(summary), []
     for measure, (heading, note) in HEADLINES.items():
         measured = main[main["measure"] == measure]
         if len(measured):
-            parts.append(f"## {heading}\n\n{note}\n\n{markdown_table(method_columns(measured))}")
+            sections.append(Section(heading, note, method_columns(measured)))
     for model in config.models:
         own = lines[lines["model"] == model]
         if len(own):
-            parts.append(f"## {model}: every number\n\n{markdown_table(method_columns(own))}")
-    write_text(output / "table.md", "\n\n".join([*parts, made_with(config, _facts(config))]) + "\n")
+            sections.append(Section(f"{model}: every number", table=method_columns(own), folded=True))
     figure = recovery_figure(summary)
     if figure is not None:
         write_figure(output / "recovery.png", figure)
+        sections.append(Section("Budgets", pictures={FIGURE_NOTE: output / "recovery.png"}))
+    title = f"Attacked: {', '.join(config.models)}"
+    write_report(output, title=title, sections=sections, made_with=made_with(config, _facts(config)))
     return summary
 
 

@@ -28,7 +28,7 @@ from ..machine import peak_memory, processes, this_run
 from ..methods.own import MethodError
 from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
 from ..run import Cell, Run, held_settings, method_settings, refuse_unused_settings
-from ..splits import KDData, Splits, some_of_each, split_by_class
+from ..splits import KDData, Splits, some_of_each, split_by_class, split_by_sample
 from .data import load_kd_data
 from .features import (
     Cached,
@@ -42,9 +42,11 @@ from .features import (
 from .information import Features, block_features, information
 from .measure import LABELLED, PARTS, Informed, Places, Shared, head_information, measure
 from .models import MODELS, pretrained_inputs
+from .samples import measure_samples
 from .similarity import class_means
-from .store import ClassesConfig, Training
-from .tables import INVERTED, RELOADED, write_outputs
+from .store import CLASSES, SAMPLES, ClassesConfig, Training
+from .summary import INVERTED, RELOADED
+from .tables import write_outputs
 from .training import Recipe, Trainer
 
 
@@ -71,6 +73,7 @@ def run_kd(
     learning_rate: float | None = None,
     num_workers: int = 0,
     mixed_precision: str | None = None,
+    fraction: float = 0.1,
     probe_seeds: int = 5,
     passes: Sequence[int] = (16,),
     settings: Mapping[str, Any] | None = None,
@@ -91,7 +94,8 @@ def run_kd(
             `"module:function"`. Ours get one more row, `-reloaded`: saved with `save_pretrained` and loaded
             without the erasure's hook.
         forget (`str` or `Sequence[str]`): classes to forget, one after the other, by name or number; `"a+b"`
-            forgets both together; `"all"` is every class in turn.
+            forgets both together; `"all"` is every class in turn; `"samples"` are random images of all
+            classes (the paper's Table 4).
         output (`str` or `Path`): the folder for cells, rows, tables and plots. It may hold a part of the same
             benchmark.
         seeds (`int`, defaults to 1): trainings and runs of each method: seeds 0, 1, ...
@@ -100,6 +104,8 @@ def run_kd(
         epochs (`int`), learning_rate (`float`, *optional*): of every training; by default the recipe's.
         num_workers (`int`, defaults to 0): processes that decode images, where they are not in memory.
         mixed_precision (`str`, *optional*): of every training, `"bf16"` or `"fp16"` on CUDA.
+        fraction (`float`, defaults to 0.1): of the images that `"samples"` forgets, another draw for each
+            seed.
         probe_seeds (`int`, defaults to 5): new heads per learning rate.
         passes (`Sequence[int]`, defaults to `(16,)`): for each, methods with random routing get one more row,
             `-xK`: an attacker who asks K times and takes the mean. `-inverted` is one who asks twice, knows
@@ -120,79 +126,86 @@ def run_kd(
     output = Path(output)
     if seeds < 1 or probe_seeds < 1:
         raise BenchmarkError(f"Needs at least one seed and one probe seed, got {seeds} and {probe_seeds}.")
-    functions = {name: find_classification_method(name, forgets="classes") for name in methods}
-    data = load_data(dataset, path, model, num_workers)
-    if forget == "all":
-        entries = data.class_names
-    else:
-        entries = [forget] if isinstance(forget, str) else forget
-    classes = {entry: classes_of(entry, data) for entry in entries}
-    trainer = start_trainer(
-        data,
-        model,
-        functions,
-        Path(models or output / "models"),
-        mixed_precision,
-        epochs=epochs,
-        learning_rate=learning_rate,
-    )
-    config = ClassesConfig(
-        benchmark="kd",
-        more_hf=__version__,
-        training=training_facts(trainer),
-        evaluation={"probe_seeds": probe_seeds, "passes": list(passes)},
-        class_names=list(data.class_names),
-        seeds=seeds,
-        methods=settings_of(functions, settings or {}, tuned or {}, held_settings(output)),
-        forget={entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
-        runs=[this_run(processes())],
-    )
-    run = Run(config, output)
-    shared = Shared() if shared is None else shared
-
-    cells = [cell for cell in run.config.cells(output) if cell.method in functions and cell.forget in classes]
-    missing = run.missing(cells)
-    for seed in sorted({cell.seed for cell in missing}):
-        of_seed = [cell for cell in missing if cell.seed == seed]
-        original = trainer.original(seed)
-        if "retrain" in functions:
-            for entry in dict.fromkeys(cell.forget for cell in of_seed):
-                trainer.retrained(split_by_class(data, classes[entry]).r, entry, seed)
-        mine = run.share(of_seed)
-        if mine:
-            _Seed(trainer, seed, original, run.config, functions, classes, shared, run.state.device).run(mine)
-    return run.finish(write_outputs)
-
-
-def load_data(dataset: str, path: str | Path | None, model: str, workers: int) -> KDData:
-    """Load a data set as a classifier reads it."""
+    entries = [forget] if isinstance(forget, str) else list(forget)
+    of_samples = entries == ["samples"]
+    forgets = "samples" if of_samples else "classes"
+    functions = {name: find_classification_method(name, forgets=forgets) for name in methods}
     inputs = {} if model in MODELS else pretrained_inputs(model)
-    return load_kd_data(dataset, path=path, workers=workers, **inputs)
-
-
-def start_trainer(
-    data: KDData,
-    model: str,
-    functions: Methods,
-    folder: Path,
-    mixed_precision: str | None,
-    **given: float | None,
-) -> Trainer:
-    """Return the trainer of a run, unless nothing would be trained that has to be."""
-    recipe = Recipe.of(data, model, **given)
+    data = load_kd_data(dataset, path=path, workers=num_workers, **inputs)
+    recipe = Recipe.of(data, model, epochs=epochs, learning_rate=learning_rate)
     if recipe.epochs == 0 and (model in MODELS or "retrain" in functions):
         reason = f"{model} starts from random weights" if model in MODELS else "retrain trains a classifier"
         raise BenchmarkError(
             f"Nothing is trained in 0 epochs, and {reason}. "
             "Name a trained classifier's folder, or leave retrain out."
         )
-    return Trainer(model, data, recipe, folder, mixed_precision)
+    trainer = Trainer(model, data, recipe, Path(models or output / "models"), mixed_precision)
+    classes: dict[str, tuple[int, ...]] = {}
+    if of_samples:
+        definitions = {f"{100 * fraction:g} % of samples": [f"{fraction}"]}
+        evaluation = {"fraction": fraction}
+    else:
+        names = data.class_names if entries == ["all"] else entries
+        classes = {entry: classes_of(entry, data) for entry in names}
+        definitions = {entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()}
+        evaluation = {"probe_seeds": probe_seeds, "passes": list(passes)}
+    config = ClassesConfig(
+        benchmark=SAMPLES if of_samples else CLASSES,
+        more_hf=__version__,
+        training=Training(data.name, model, len(data.train), data.image_size, recipe),
+        evaluation=evaluation,
+        seeds=seeds,
+        methods=settings_of(functions, settings or {}, tuned or {}, held_settings(output)),
+        forget=definitions,
+        runs=[this_run(processes())],
+        class_names=[] if of_samples else list(data.class_names),
+    )
+    run = Run(config, output)
+    shared = Shared() if shared is None else shared
+
+    cells = run.config.cells(output)
+    missing = run.missing([cell for cell in cells if cell.method in functions and cell.forget in definitions])
+    for seed in sorted({cell.seed for cell in missing}):
+        of_seed = [cell for cell in missing if cell.seed == seed]
+        original = trainer.original(seed).to(run.state.device)
+        splits = {}
+        for entry in dict.fromkeys(cell.forget for cell in of_seed):
+            if of_samples:
+                splits[entry] = split_by_sample(data, fraction, seed=seed)
+            else:
+                splits[entry] = split_by_class(data, classes[entry])
+            if "retrain" in functions:
+                trainer.retrained(splits[entry].r, trained_without(entry, run.config), seed)
+        mine = run.share(of_seed)
+        if mine and of_samples:
+            _measure_samples(mine, trainer, original, run.config, functions, splits)
+        elif mine:
+            of_classes = _Seed(trainer, seed, original, run.config, functions, classes, splits, shared)
+            of_classes.run(mine)
+    return run.finish(write_outputs)
 
 
-def training_facts(trainer: Trainer) -> Training:
-    """The configuration of a trainer."""
-    data = trainer.data
-    return Training(data.name, trainer.model, len(data.train), data.image_size, trainer.recipe)
+def trained_without(entry: str, config: ClassesConfig) -> str:
+    """What Retrain's folder of an entry of `forget` is named after: of samples, their fraction."""
+    return config.forget[entry][0] if config.forgets_samples else entry
+
+
+def _measure_samples(
+    cells: Sequence[Cell],
+    trainer: Trainer,
+    original: nn.Module,
+    config: ClassesConfig,
+    functions: Methods,
+    splits: Mapping[str, Splits],
+) -> None:
+    """Measure the cells of one seed that forget samples."""
+    desc = f"{trainer.data.name}, seed {cells[0].seed}"
+    for cell in tqdm(cells, desc=desc, unit="cell", main_process_only=False):
+        with skipping_divergence(cell):
+            edited, cost = forget_cell(cell, original, splits[cell.forget], trainer, config, functions)
+            measured = measure_samples(edited, splits[cell.forget], original.device)
+            key = {"method": cell.method, "forget": cell.forget, "seed": cell.seed}
+            cell.write({"rows": [rounded({**key, **measured, **vars(cost)})], "probes": []})
 
 
 def settings_of(
@@ -248,19 +261,27 @@ class Cost:
     peak_memory: float | None = None
 
 
-def apply_method(
-    function: Callable[..., nn.Module],
-    model: nn.Module,
+def forget_cell(
+    cell: Cell,
+    original: nn.Module,
     splits: Splits,
-    settings: Mapping[str, Any],
-    seed: int,
-    device: torch.device,
+    trainer: Trainer,
+    config: ClassesConfig,
+    functions: Methods,
 ) -> tuple[nn.Module, Cost]:
-    """Let a method forget, and measure its time and memory."""
-    with peak_memory(device) as peak:
+    """Apply a cell's method to a copy of the original, and measure its time and memory."""
+    function, model = functions[cell.method], copy.deepcopy(original)
+    if cell.method == "retrain":
+        # It takes its classifier from the trainer, and costs the time of that training.
+        name = trained_without(cell.forget, config)
+        edited = function(
+            model, splits, seed=cell.seed, fit=lambda images, seed: trainer.retrained(images, name, seed)
+        )
+        return edited, Cost(trainer.seconds(name, cell.seed))
+    with peak_memory(original.device) as peak:
         start = time.perf_counter()
-        edited = function(model, splits, seed=seed, **settings)
-        if device.type == "cuda":
+        edited = function(model, splits, seed=cell.seed, **arguments(config.methods[cell.method]))
+        if original.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     mebibytes = None if peak.mebibytes is None else round(peak.mebibytes, 1)
@@ -278,13 +299,13 @@ class _Seed:
         config: ClassesConfig,
         functions: Methods,
         classes: Mapping[str, Sequence[int]],
+        splits: Mapping[str, Splits],
         shared: Shared,
-        device: torch.device,
     ):
         self.trainer, self.seed, self.config, self.functions = trainer, seed, config, functions
-        self.classes, self.shared, self.device = classes, shared, device
-        self.data, self.original = trainer.data, original.to(device)
-        sample = self.data.test[torch.arange(2)]["pixel_values"].to(device)
+        self.classes, self.splits, self.shared = classes, splits, shared
+        self.data, self.original = trainer.data, original
+        sample = self.data.test[torch.arange(2)]["pixel_values"].to(original.device)
         self.head_name = next(iter(find_heads(self.original, sample)))
         self.has_shared_inputs = seed in shared.inputs
         if self.has_shared_inputs:
@@ -303,7 +324,7 @@ class _Seed:
         description = f"{self.data.name}, seed {self.seed}"
         bar = tqdm(total=len(cells), desc=description, unit="cell", main_process_only=False)
         for entry in dict.fromkeys(cell.forget for cell in cells):
-            splits = split_by_class(self.data, self.classes[entry])
+            splits = self.splits[entry]
             retrained = informed = None
             if "retrain" in self.functions:
                 retrained = self._cache(self.trainer.retrained(splits.r, entry, self.seed))
@@ -318,7 +339,7 @@ class _Seed:
 
     def _cache(self, model: nn.Module) -> Cached:
         """The inputs of a model's head; those of the original where the backbone is the original's."""
-        model = model.to(self.device)
+        model = model.to(self.original.device)
         head = model.get_submodule(self.head_name)
         if model is not self.original and same_backbone(model, self.original, self.head_name):
             return Cached(self.cached.inputs, model, head)
@@ -391,17 +412,15 @@ class _Seed:
         A closed form needs nothing of the backbone but the features that are cached already. Only its first
         cell gets the images, and so a cost, unless an earlier run had collected the features.
         """
-        function, settings = self.functions[cell.method], arguments(self.config.methods[cell.method])
-        model = copy.deepcopy(self.original)
         is_first = cell.forget == next(iter(self.config.forget)) and cell.seed == 0
         is_closed_form = CLASSIFICATION.get(cell.method, UNREGISTERED).closed_form
         if is_closed_form and (self.has_shared_inputs or not is_first):
+            function, settings = self.functions[cell.method], arguments(self.config.methods[cell.method])
+            model = copy.deepcopy(self.original)
             with head_only(model, model.get_submodule(self.head_name)):
                 features = splits_of_features(splits, self.data.train, self.cached.inputs["train"])
                 return function(model, features, seed=self.seed, **settings), Cost()
-        if cell.method == "retrain":
-            return retrain(function, model, splits, self.trainer, cell.forget, self.seed)
-        return apply_method(function, model, splits, settings, self.seed, self.device)
+        return forget_cell(cell, self.original, splits, self.trainer, self.config, self.functions)
 
     def _variants(self, method: str, edited: nn.Module) -> Iterator[tuple[str, Cached, int]]:
         """The edited model; ours also after loading, and asked several times where its router draws."""
@@ -433,21 +452,6 @@ def targets_of(
         return [settings["target"]]
     # By default these methods take the first remaining class.
     return [next(c for c in range(len(class_names)) if c not in forget)]
-
-
-def retrain(
-    function: Callable[..., nn.Module],
-    model: nn.Module,
-    splits: Splits,
-    trainer: Trainer,
-    forget: str,
-    seed: int,
-) -> tuple[nn.Module, Cost]:
-    """Let Retrain take its classifier from the trainer; it costs the time of that training."""
-    edited = function(
-        model, splits, seed=seed, fit=lambda images, seed: trainer.retrained(images, forget, seed)
-    )
-    return edited, Cost(trainer.seconds(forget, seed))
 
 
 def classes_of(entry: str, data: KDData) -> tuple[int, ...]:

@@ -11,6 +11,9 @@ from ..run import BenchmarkConfig, Cell, short_hash
 from .training import Recipe
 
 
+CLASSES, SAMPLES = "kd", "kd-samples"  # the benchmarks
+
+
 @dataclass(frozen=True)
 class Training:
     """The training of a benchmark's classifiers, a section of its configuration."""
@@ -23,15 +26,18 @@ class Training:
 
 
 @dataclass(frozen=True)
-class SamplesConfig(BenchmarkConfig):
-    """The configuration of a benchmark that forgets random samples.
+class ClassesConfig(BenchmarkConfig):
+    """The configuration of a benchmark that forgets classes or random samples.
 
     Attributes:
+        benchmark (`str`): `"kd"` for classes, `"kd-samples"`.
         training (`Training`): the classifiers.
-        evaluation (`Mapping[str, Any]`): how each is measured; here the `fraction` that is forgotten.
+        evaluation (`Mapping[str, Any]`): how each is measured: `probe_seeds` and `passes`; of samples the
+            `fraction` that is forgotten.
         seeds (`int`): the number of trainings, and of runs of each method.
-        forget (`Mapping[str, list[str]]`): entry to the names of its classes.
-        benchmark, more_hf, methods, runs: as of `BenchmarkConfig`.
+        forget (`Mapping[str, list[str]]`): entry to the names of its classes; of samples, their fraction.
+        class_names (`list[str]`): of all classes; empty where samples are forgotten.
+        more_hf, methods, runs: as of `BenchmarkConfig`.
     """
 
     FIXED: ClassVar = ("training", "evaluation")
@@ -44,9 +50,14 @@ class SamplesConfig(BenchmarkConfig):
     methods: Mapping[str, Mapping[str, Any]]
     forget: Mapping[str, list[str]]
     runs: list[dict[str, Any]]
+    class_names: list[str] | tuple[str, ...] = ()
+
+    @property
+    def forgets_samples(self) -> bool:
+        return self.benchmark == SAMPLES
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SamplesConfig:
+    def from_dict(cls, data: Mapping[str, Any]) -> ClassesConfig:
         training = data["training"]
         recipe = Recipe(**training["recipe"])
         return cls(**{**data, "training": Training(**{**training, "recipe": recipe})})
@@ -63,10 +74,3 @@ class SamplesConfig(BenchmarkConfig):
                     name = short_hash([*fixed, method, settings, classes, seed, with_retrain])
                     cells.append(Cell(method, forget, output / "cells" / f"{name}.json", seed))
         return cells
-
-
-@dataclass(frozen=True)
-class ClassesConfig(SamplesConfig):
-    """The configuration of a benchmark that forgets classes. `evaluation` has `probe_seeds` and `passes`."""
-
-    class_names: list[str]

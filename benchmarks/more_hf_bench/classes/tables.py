@@ -2,86 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 
-from ..bootstrap import draw_accuracies, interval
-from ..columns import Column, read_rows, rounded, write_rows
+from ..columns import Column, read_rows, write_rows
 from ..errors import BenchmarkError
-from ..page import Section, write_page
+from ..page import Section, write_report
 from ..tables import POOLED, compare, made_with, pivot, share
+from . import samples
 from .plots import write_plots
-from .store import ClassesConfig, SamplesConfig
-
-
-Line = Mapping[str, Any]  # of `summary.csv`
-
-RELOADED = "-reloaded"
-INVERTED = "-inverted"
-REFERENCES = ("original", "retrain")  # not methods: others are compared with them
-
-GROUPS = ("", "kr_", "kr_converged_")  # the own head, the paper's new head, the converged one
-
-
-def scores(group: str) -> list[Column]:
-    """The accuracies and harmonic means of one head."""
-    return [
-        Column(f"{group}acc_f", "%", "down"),
-        Column(f"{group}acc_r", "%", "up"),
-        Column(f"{group}acc_ft", "%", "down"),
-        Column(f"{group}acc_rt", "%", "up"),
-        Column(f"{group}hm", "%", "up"),
-        Column(f"{group}hm_t", "%", "up"),
-    ]
-
-
-def percentages(*names: str) -> list[Column]:
-    """Columns in percent of which neither direction is better."""
-    return [Column(name, "%") for name in names]
-
-
-OWN_HEAD, NEW_HEAD = scores(""), scores("kr_")
-CONVERGED = [
-    *scores("kr_converged_"),
-    *percentages("kr_converged_auc_rest", "kr_converged_auc_target"),
-]
-# Other attackers: nearest neighbours, a perceptron, and a linear head for the forgotten against all others.
-OTHER_HEADS = [
-    Column("kr_knn_acc_ft", "%", "down"),
-    Column("kr_knn_acc_rt", "%", "up"),
-    Column("kr_mlp_acc_ft", "%", "down"),
-    Column("kr_mlp_acc_rt", "%", "up"),
-    Column("kr_binary_auc_rest", "%"),
-]
-# Attacks and similarities are compared with Retrain's: neither direction is better.
-LOSS_ATTACK = percentages("mia_loss", "mia_loss_low", "mia_loss_high", "mia_loss_auc")
-MEMBERSHIP = [*LOSS_ATTACK, *percentages("mia_confidence", "mia_entropy")]
-SIMILARITY = [
-    *map(Column, ("cka_original_f", "cka_original_r", "cka_retrain_f", "cka_retrain_r")),
-    *map(Column, ("cosine_f", "cosine_r", "load_cv", "idi")),
-]
-# Of the way from Original's kr_converged_acc_ft to Retrain's; above 100 a new head finds less than there.
-GAP = Column("gap_closed", "%")
-COST = [Column("seconds", "s", "down"), Column("peak_memory", "MiB", "down")]
-NUMBERS = [*OWN_HEAD, *NEW_HEAD, *CONVERGED, *OTHER_HEADS, *MEMBERSHIP, *SIMILARITY, *COST]
-
-SHORT = [
-    *OWN_HEAD,
-    *(column for column in NEW_HEAD if column.name in ("kr_acc_ft", "kr_hm_t")),
-    *(column for column in CONVERGED if column.name == "kr_converged_acc_ft"),
+from .store import ClassesConfig
+from .summary import (
+    CONVERGED,
+    COST,
     GAP,
-    COST[0],
-]
+    MEMBERSHIP,
+    NEW_HEAD,
+    OTHER_HEADS,
+    OWN_HEAD,
+    REFERENCES,
+    SHORT,
+    SIMILARITY,
+    Line,
+    summarise,
+)
 
-# What the columns of the page's table are, in plain words.
+
+# What the columns of the page's tables are, in plain words.
 WORDS = {
     "acc_ft": "forgotten classes recognised",
     "acc_rt": "other classes recognised",
@@ -95,7 +48,7 @@ PAGE_NOTE = (
     "recognised. The new heads are trained on the features after the edit. -reloaded: saved and loaded; "
     "-inverted: asked twice by someone who knows the experts. Bold is the best method."
 )
-# The pages' pictures: heading and caption. The first stands open above the table.
+# The page's pictures: heading and caption. The first stands open above the tables.
 PICTURES = {
     "tsne": (
         "The feature space",
@@ -168,86 +121,10 @@ def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
     done.sort(key=lambda cell: (entries.index(cell.forget), methods.index(cell.method), cell.seed))
     measured = [cell.read() for cell in done]
     write_rows(output / "rows.csv", [row for cell in measured for row in cell["rows"]])
-    write_rows(output / "probes.csv", [probe for cell in measured for probe in cell["probes"]])
-    write_plots(output / "plots", config, done, summarise(read_rows(output / "rows.csv")))
+    if not config.forgets_samples:
+        write_rows(output / "probes.csv", [probe for cell in measured for probe in cell["probes"]])
+        write_plots(output / "plots", config, done, summarise(read_rows(output / "rows.csv")))
     return _write(output, config)
-
-
-def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Summarise rows: a line per method and entry of `forget`, then one per method over its entries.
-
-    Every number is the mean over rows. Accuracies and harmonic means have a 95 % bootstrap interval, `_low`
-    and `_high`: rows (seeds, erasures) are drawn with replacement, and in each the hits among its n samples
-    from a binomial. `seeds` is the number of rows; `n_f` and `n_r` count the training samples that are
-    forgotten and remain in one of them.
-    """
-    lines = [_line(*key, part) for key, part in rows.groupby(["method", "forget"], sort=False)]
-    for method, part in rows.groupby("method", sort=False):
-        if part["forget"].nunique() > 1:
-            lines.append(_line(method, POOLED, part))
-    return [{**line, GAP.name: _gap_closed(line, lines)} for line in lines]
-
-
-def _gap_closed(line: Line, lines: Sequence[Line]) -> float | None:
-    """
-    How much of the way from Original to Retrain a line went, in percent, by what the converged head finds of
-    the forgotten; `None` where one of them is missing or they are less than a point apart.
-    """
-    name = "kr_converged_acc_ft"
-    found = {other["method"]: other[name] for other in lines if other["forget"] == line["forget"]}
-    original, retrain = (found.get(reference) for reference in REFERENCES)
-    if None in (original, retrain, line[name]) or original - retrain < 1:
-        return None
-    return round(100 * (original - line[name]) / (original - retrain), 6)
-
-
-def _line(method: str, forget: str, rows: pd.DataFrame) -> dict[str, Any]:
-    accuracies = [f"{group}acc_{split}" for group in GROUPS for split in ("f", "r", "ft", "rt")]
-    drawn, picks = draw_row_accuracies(rows, accuracies)
-    # Harmonic means are taken of the accuracies in the same draw.
-    for group in GROUPS:
-        for name, f, r in (("hm", "acc_f", "acc_r"), ("hm_t", "acc_ft", "acc_rt")):
-            hm = _harmonic_mean(drawn[group + f], drawn[group + r])
-            if group == "kr_":
-                # A row's accuracies are means over probes, and the mean of the probes' HM is not the HM of
-                # these means. All probes are asked about the same samples, whose noise moves both alike.
-                of_means = _harmonic_mean(rows[group + f], rows[group + r])
-                hm = np.clip(hm + (rows[group + name] - of_means).to_numpy()[picks], 0, 100)
-            drawn[group + name] = hm
-    return summary_line(method, forget, rows, NUMBERS, drawn)
-
-
-def draw_row_accuracies(rows: pd.DataFrame, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """
-    Bootstrap draws `(draws, rows)` of the named accuracies, and the rows that were drawn; the sample count of
-    `acc_f` is in `n_f`.
-    """
-    counts = {name: rows["n_" + name.rpartition("acc_")[2]] for name in names}
-    return draw_accuracies({name: (counts[name], rows[name]) for name in names})
-
-
-def summary_line(
-    method: str,
-    forget: str,
-    rows: pd.DataFrame,
-    columns: Sequence[Column],
-    drawn: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-    """
-    One line of a summary: the mean over rows of each column that they have, with the interval of those drawn.
-    """
-    line = {"method": method, "forget": forget, "seeds": len(rows)}
-    line |= {name: int(rows[name].iloc[0]) for name in ("n_f", "n_r")}
-    for name in (column.name for column in columns if column.name in rows):
-        line[name] = float(rows[name].astype(float).mean())
-        if name in drawn:
-            line[f"{name}_low"], line[f"{name}_high"] = interval(drawn[name].mean(1))
-    return rounded(line)
-
-
-def _harmonic_mean(acc_f: np.ndarray, acc_r: np.ndarray) -> np.ndarray:
-    forgotten = 100 - acc_f
-    return 2 * forgotten * acc_r / np.maximum(forgotten + acc_r, 1e-12)
 
 
 def finding(summary: Sequence[Line], methods: Collection[str]) -> str:
@@ -319,68 +196,49 @@ def sections(summary: Sequence[Line], probes: pd.DataFrame) -> list[Section]:
 
 def short_markdown(summary: Sequence[Line]) -> str:
     """What the command prints: one line per method."""
+    if samples.GAP in summary[0]:
+        return markdown_table(samples.short_table(summary))
     pooled = [line for line in summary if line["forget"] == POOLED]
     return markdown_table(_compare(pooled or summary, SHORT))
 
 
-def config_facts(config: SamplesConfig) -> dict[str, Any]:
-    """The facts of a configuration, as a page lists them."""
-    return {
-        "training": asdict(config.training),
-        "evaluation": config.evaluation,
-        "methods": config.methods,
-        "forget": config.forget,
-        "commands": config.commands,
-    }
-
-
 def _write(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
     """Write everything that is made from rows.csv and probes.csv."""
-    summary, probes = summarise(read_rows(output / "rows.csv")), read_rows(output / "probes.csv")
+    rows = read_rows(output / "rows.csv")
+    if config.forgets_samples:
+        what, words, summary = "Random samples", samples.WORDS, samples.summarise(rows)
+        found, parts = samples.finding(summary), samples.sections(summary)
+    else:
+        what, words, summary = "Classes", WORDS, summarise(rows)
+        found = finding(summary, config.methods)
+        pictures = [
+            Section(heading, pictures={caption: path}, folded=name != "tsne")
+            for name, (heading, caption) in PICTURES.items()
+            if (path := output / "plots" / f"{name}.png").is_file()
+        ]
+        tables = sections(summary, read_rows(output / "probes.csv"))
+        parts = [*pictures[:1], Section("How to read the tables", PAGE_NOTE), *tables, *pictures[1:]]
     write_rows(output / "summary.csv", summary)
-    tables = sections(summary, probes)
-    parts = [f"## {part.heading}\n\n{part.note}\n\n{markdown_table(part.table)}" for part in tables]
-    found = finding(summary, config.methods)
-    write_text(output / "table.md", "\n\n".join([found, *parts, made_with(config, _facts(config))]) + "\n")
-    _write_page(output, config, summary, found)
-    return summary
-
-
-def _write_page(output: Path, config: ClassesConfig, summary: Sequence[Line], found: str) -> None:
-    """Write what is read of all that; the rest is in the files beside the page."""
-    pictures = [
-        Section(heading, pictures={caption: path}, folded=name != "tsne")
-        for name, (heading, caption) in PICTURES.items()
-        if (path := output / "plots" / f"{name}.png").is_file()
-    ]
-    main = _main_lines(summary)
-    columns = [column for column in SHORT if column.name in (*WORDS, "seconds")]
-    table = Section(
-        "Is it forgotten?",
-        f"Forgotten: {_forgotten(main)}. {PAGE_NOTE}",
-        table=_compare(main, columns, labels=("method", "runs")),
-        words=WORDS,
-        files=("table.md", "summary.csv", "rows.csv", "probes.csv"),
-    )
-    how = Section("How it was made", facts=config_facts(config), folded=True)
-    write_page(
-        output / "report.html",
-        title=f"Classes forgotten: {config.training.dataset}, {config.training.model}",
+    write_report(
+        output,
+        title=f"{what} forgotten: {config.training.dataset}, {config.training.model}",
         finding=found,
-        sections=[*pictures[:1], table, *pictures[1:], how],
+        sections=parts,
+        made_with=made_with(config, _facts(config)),
+        words=words,
     )
+    return summary
 
 
 def _compare(
     summary: Sequence[Line],
     columns: Sequence[Column],
     *,
-    labels: Sequence[str] = ("method", "forget", "runs"),
     interval_decimals: int | None = None,
 ) -> list[dict[str, Any]]:
     return compare(
         [{**line, "runs": line["seeds"]} for line in summary],
-        labels,
+        ("method", "forget", "runs"),
         columns,
         references=REFERENCES,
         decimals=2,
@@ -401,10 +259,13 @@ def _facts(config: ClassesConfig) -> list[str]:
     training = config.training
     recipe = ", ".join(f"{name} {value}" for name, value in asdict(training.recipe).items())
     forgotten = "; ".join(", ".join(names) for names in config.forget.values())
+    measured = f"{config.evaluation.get('probe_seeds')} probe seeds; forgotten: {forgotten}"
+    if config.forgets_samples:
+        measured = f"forgotten: {', '.join(config.forget)}"
     facts = [
         f"{training.dataset}, {training.images} training images of {training.image_size} pixels; "
         f"{training.model}; {recipe}",
-        f"{config.seeds} training(s); {config.evaluation['probe_seeds']} probe seeds; forgotten: {forgotten}",
+        f"{config.seeds} training(s); {measured}",
     ]
     for name, settings in config.methods.items():
         if settings:

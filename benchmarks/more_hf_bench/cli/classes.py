@@ -96,8 +96,7 @@ def _bench_classes(args: argparse.Namespace) -> int:
         options = rehearse_classes(options, args.output)
     if options.forget is None:
         raise ValueError("Say what to forget: `--forget CLASS`, `--forget all` or `--forget samples`.")
-    samples = options.forget in ("samples", ["samples"])
-    forgets = "samples" if samples else "classes"
+    forgets = "samples" if options.forget in ("samples", ["samples"]) else "classes"
     methods = split_names(
         options.methods, classification_groups(forgets), methods_that_forget(forgets), what="method"
     )
@@ -112,41 +111,36 @@ def _bench_classes(args: argparse.Namespace) -> int:
     if not Path(dataset).is_dir():
         refuse_unknown([dataset], DATASETS, what="data set", also=", or a folder of images")
 
-    from ..classes import run as classes_run
-    from ..classes import samples as samples_run
-    from ..classes import tables
+    from ..classes import run, tables
 
     state = start_processes(args.device)
     settings = dict(options.settings or {})
     if options.num_experts is not None:
         settings["num_experts"] = options.num_experts
-    common = {
-        "output": args.output,
-        "seeds": options.seeds,
-        "path": options.data,
-        "models": options.models,
-        "epochs": options.epochs,
-        "learning_rate": options.learning_rate,
-        "num_workers": options.num_workers,
-        "mixed_precision": options.mixed_precision,
-        "settings": settings,
-        "tuned": options.tuned,
-    }
-    if samples:
-        summary = samples_run.run_samples(
-            dataset, options.model, methods, fraction=options.fraction, **common
-        )
-        short_markdown = samples_run.short_markdown
-    else:
-        forget = "all" if options.forget == ["all"] else options.forget
-        common |= {"probe_seeds": options.probe_seeds, "passes": options.passes}
-        summary = classes_run.run_kd(dataset, options.model, methods, forget, **common)
-        short_markdown = tables.short_markdown
+    summary = run.run_kd(
+        dataset,
+        options.model,
+        methods,
+        options.forget,
+        output=args.output,
+        seeds=options.seeds,
+        path=options.data,
+        models=options.models,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        num_workers=options.num_workers,
+        mixed_precision=options.mixed_precision,
+        fraction=options.fraction,
+        probe_seeds=options.probe_seeds,
+        passes=options.passes,
+        settings=settings,
+        tuned=options.tuned,
+    )
     # The other processes have no summary.
     if state.is_main_process:
         if args.rehearse:
-            check_filled(summary, methods, OF_SAMPLES if samples else OF_CLASSES)
-        print(short_markdown(summary))
+            check_filled(summary, methods, OF_SAMPLES if forgets == "samples" else OF_CLASSES)
+        print(tables.short_markdown(summary))
         print(f"\nOpen {args.output / 'report.html'}; the tables are in {args.output / 'table.md'}.")
     return 0
 

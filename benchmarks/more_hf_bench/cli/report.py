@@ -29,12 +29,11 @@ def _bench_report(args: argparse.Namespace) -> int:
     from ..artists import tables as artists
     from ..artists.kinds import ARTISTS, KINDS
     from ..attacks import tables as attacks
-    from ..classes import samples
     from ..classes import tables as classes
     from ..run import read_config
 
     config = read_config(args.folder) or {}
-    kinds = {"kd": classes, "kd-samples": samples}
+    kinds = {"kd": classes, "kd-samples": classes}
     kinds |= {"attacks-classes": attacks, "attacks-pictures": attacks}
     benchmark = kinds.get(config.get("benchmark"), artists)
     of_kind = [KINDS[config.get("kind", ARTISTS.name)]] if benchmark is artists else []

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from more_hf.core.files import write_text
-from more_hf.core.markdown import number
+from more_hf.core.markdown import markdown_table, number
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,8 @@ class Section:
             Rows as for `markdown_table`; the first row's keys are the columns.
         pictures (`Mapping[str, Path or Image.Image]`, *optional*):
             Caption -> the picture, or its PNG or WebP file.
-        words (`Mapping[str, str]`, *optional*):
-            Name of a column, without an arrow -> plain words that are written above it.
-        facts (`Mapping[str, object]`, *optional*):
-            Names and values; lists are joined with commas, nested mappings flattened.
+        facts (`Sequence[str]`, *optional*):
+            A list of sentences.
         files (`Sequence[str]`, *optional*):
             Files next to the page with everything else, as links.
         folded (`bool`, *optional*, defaults to `False`):
@@ -47,13 +45,50 @@ class Section:
     note: str = ""
     table: Sequence[Mapping[str, object]] = ()
     pictures: Mapping[str, Path | Image.Image] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, object] = field(default_factory=dict)
+    facts: Sequence[str] = ()
     files: Sequence[str] = ()
     folded: bool = False
 
 
-def write_page(path: str | Path, *, title: str, finding: str, sections: Sequence[Section]) -> None:
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    finding: str = "",
+    sections: Sequence[Section],
+    made_with: Sequence[str],
+    words: Mapping[str, str] | None = None,
+) -> None:
+    """
+    Write `report.html`, and everything on it that has a table as `table.md`.
+
+    Args:
+        folder (`Path`):
+            The benchmark's folder.
+        title, finding, sections, words:
+            As of [`write_page`]. Without a finding, the files begin with the first section.
+        made_with (`Sequence[str]`):
+            How it was made: both files end with it.
+    """
+    parts = [finding]
+    for section in sections:
+        if section.table:
+            parts += [f"## {section.heading}", section.note, markdown_table(section.table)]
+    parts.append("\n".join(f"- {fact}" for fact in made_with))
+    write_text(folder / "table.md", "\n\n".join(filter(None, parts)) + "\n")
+    files = ["table.md", *sorted(path.name for path in folder.glob("*.csv"))]
+    how = Section("How it was made", facts=made_with, files=files, folded=True)
+    write_page(folder / "report.html", title=title, finding=finding, sections=[*sections, how], words=words)
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    finding: str,
+    sections: Sequence[Section],
+    words: Mapping[str, str] | None = None,
+) -> None:
     """
     Write a page for light and dark screens, wide and narrow. Everything is escaped.
 
@@ -66,6 +101,8 @@ def write_page(path: str | Path, *, title: str, finding: str, sections: Sequence
             The result in plain words. The page begins with it.
         sections (`Sequence[Section]`):
             The page's body.
+        words (`Mapping[str, str]`, *optional*):
+            Name of a column, without an arrow -> plain words that are written above it.
     """
     environment = Environment(
         loader=PackageLoader(__package__, ""),
@@ -74,9 +111,9 @@ def write_page(path: str | Path, *, title: str, finding: str, sections: Sequence
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(columns=_columns, flat=_flat, text=_text, uri=_uri)
+    environment.filters.update(columns=_columns, text=_text, uri=_uri)
     page = environment.get_template("page.html.jinja")
-    write_text(path, page.render(title=title, finding=finding, sections=sections) + "\n")
+    write_text(path, page.render(title=title, finding=finding, sections=sections, words=words or {}) + "\n")
 
 
 def _uri(picture: Path | Image.Image) -> str:
@@ -90,24 +127,12 @@ def _uri(picture: Path | Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _flat(facts: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
-    """Names and texts of facts; the names of a nested mapping follow its own."""
-    items = []
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            items += _flat(value, f"{prefix}{name} · ")
-            continue
-        values = value if isinstance(value, list | tuple) else [value]
-        texts = ["none" if each is None else number(each) for each in values]
-        items.append((f"{prefix}{name}", ", ".join(texts) or "none"))
-    return items
-
-
 def _columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """The columns of a table that are not empty."""
     return [name for name in rows[0] if any(row.get(name) not in (None, "") for row in rows)]
 
 
 def _text(value: object) -> Markup:
-    """A cell of a Markdown table."""
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(number(value)))))
+    """Markdown's bold and code, in a cell of a table or a sentence."""
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(number(value))))
+    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", text))

@@ -35,7 +35,8 @@ from more_hf_bench.classes.features import cache, same_backbone
 from more_hf_bench.classes.probes import sgd_probes
 from more_hf_bench.classes.similarity import class_means
 from more_hf_bench.classes.store import ClassesConfig
-from more_hf_bench.classes.tables import NUMBERS, OTHER_HEADS, rebuild, summarise
+from more_hf_bench.classes.summary import NUMBERS, OTHER_HEADS, summarise
+from more_hf_bench.classes.tables import rebuild
 from more_hf_bench.classes.training import accuracy, predict
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import CLASSIFICATION

@@ -15,6 +15,7 @@ from support.rows import records
 from more_hf.classification.erase import erase_classes
 from more_hf.cli.main import main
 from more_hf.data.models import AllCNNForImageClassification
+from more_hf_bench.classes import run as kd
 from more_hf_bench.classes import samples as kd_samples
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.training import predict
@@ -88,17 +89,17 @@ def test_gap_is_the_mean_distance_to_retrain(folder):
 def test_run_again_and_report(folder, monkeypatch, capsys):
     before = (folder / "table.md").read_text()
     assert before.startswith("The original recognises ")
-    monkeypatch.setattr(kd_samples, "_row", lambda *args: pytest.fail("measured twice"))
+    monkeypatch.setattr(kd, "measure_samples", lambda *args: pytest.fail("measured twice"))
     assert main(["bench", "report", str(folder)]) == 0
     assert "remap-samples" in capsys.readouterr().out
     assert (folder / "table.md").read_text() == before
-    kd_samples.run_samples("digits", "allcnn-narrow", METHODS, output=folder, epochs=3)
+    kd.run_kd("digits", "allcnn-narrow", METHODS, "samples", output=folder, epochs=3)
     assert (folder / "table.md").read_text().splitlines()[:6] == before.splitlines()[:6]
 
 
 def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, caplog):
     run = {"models": folder / "models", "output": tmp_path, "epochs": 3, "tuned": {"scrub": {"lr": 1e6}}}
-    summary = kd_samples.run_samples("digits", "allcnn-narrow", ["original", "scrub", "esc"], **run)
+    summary = kd.run_kd("digits", "allcnn-narrow", ["original", "scrub", "esc"], "samples", **run)
     assert [line["method"] for line in summary] == ["original", "esc"]
     assert "scrub without 10 % of samples, seed 0, is left out. After scrub" in caplog.text
 
@@ -107,9 +108,9 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(
         BenchmarkError, match="no method 'more' that forgets samples.*: original, retrain, .*remap-samples"
     ):
-        kd_samples.run_samples("digits", "allcnn-narrow", ["more"], output=tmp_path / "new")
+        kd.run_kd("digits", "allcnn-narrow", ["more"], "samples", output=tmp_path / "new")
     with pytest.raises(BenchmarkError, match="evaluation: fraction is 0.1 there, 0.2 here"):
-        kd_samples.run_samples("digits", "allcnn-narrow", METHODS, output=folder, epochs=3, fraction=0.2)
+        kd.run_kd("digits", "allcnn-narrow", METHODS, "samples", output=folder, epochs=3, fraction=0.2)
     assert not (tmp_path / "new").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from more_hf_bench.classes.tables import NUMBERS, summarise
+from more_hf_bench.classes.summary import NUMBERS, summarise
 
 
 KD = Path(__file__).parents[3] / "benchmarks" / "kd"

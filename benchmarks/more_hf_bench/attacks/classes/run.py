@@ -21,7 +21,7 @@ from ...classes.data import load_kd_data
 from ...classes.features import Cached, cache, head_only, reloaded, same_backbone, splits_of_features
 from ...classes.models import load_pretrained, pretrained_inputs
 from ...classes.run import arguments, classes_of, settings_of, targets_of
-from ...classes.tables import RELOADED
+from ...classes.summary import RELOADED
 from ...classes.training import Recipe, train_classifier, without
 from ...machine import processes, this_run
 from ...methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
