@@ -176,9 +176,8 @@ def test_what_is_there_is_not_made_again(tiny_sd, prompts, tmp_path):
         "lpips_64_rece",
     )
     for row, again in zip(rows, rows_of(output), strict=True):
-        assert [v for k, v in row._asdict().items() if k not in measured] == [
-            v for k, v in again._asdict().items() if k not in measured
-        ]
+        same = [str(value) for name, value in row._asdict().items() if name not in measured]
+        assert same == [str(value) for name, value in again._asdict().items() if name not in measured]
         assert row.lpips == pytest.approx(again.lpips, abs=1e-3)
 
 

@@ -41,21 +41,21 @@ def test_misses_by_hand(tables):
         row("more-hash", acc_ft=0.6),
     ]
     rows += [row("erase", acc_rt=0), row("remap-without-po", acc_rt=0)]  # not judged
-    assert [(line["method"], line["forget"]) for line in tables.misses(rows)] == [
+    assert [(line["method"], line["forget"]) for line in tables.misses(pd.DataFrame(rows))] == [
         ("remap", "b"),
         ("more-hash", "a"),
     ]
-    found = {line["method"]: line for line in tables.kept(rows)}
+    found = {line["method"]: line for line in tables.kept(pd.DataFrame(rows))}
     assert [line["misses"] for line in found.values()] == [1, 0, 1]
     assert found["remap"]["most acc_rt lost"] == "0.51"
     assert found["more-hash"]["largest acc_ft"] == "0.60"
-    assert tables.by_class(rows)[1] == {
+    assert tables.by_class(pd.DataFrame(rows))[1] == {
         "forget": "b",
         "remap": "1 of 1 (0.5, 0.0)",
         "more-x16": "",
         "more-hash": "",
     }
-    assert tables.misses(rows[:3])[0]["method"] == "none"
+    assert tables.misses(pd.DataFrame(rows[:3]))[0]["method"] == "none"
 
 
 def test_the_same_classes_and_seeds_side_by_side(tables):
@@ -69,9 +69,10 @@ def test_the_same_classes_and_seeds_side_by_side(tables):
         row(name, "a", acc_rt=acc)
         for name, acc in (("original", 80), ("finetune", 70), ("salun", 60), ("scrub", 50), ("lau", 40))
     ]
-    both = tables.together(closed, [*trained, row("original", "b")])  # b was not run with the others
-    assert {(line["forget"], line["seed"]) for line in both} == {("a", 0)}
-    assert [line["method"] for line in both] == [
+    trained.append(row("original", "b"))  # b was not run with the others
+    both = tables.together(pd.DataFrame(closed), pd.DataFrame(trained))
+    assert set(zip(both["forget"], both["seed"], strict=True)) == {("a", 0)}
+    assert both["method"].tolist() == [
         "original",
         "finetune",
         "salun",
@@ -80,7 +81,7 @@ def test_the_same_classes_and_seeds_side_by_side(tables):
         "esc",
         "more-x16",
     ]
-    assert both[0]["acc_rt"] == 80  # the second folder's own
+    assert both["acc_rt"].iloc[0] == 80  # the second folder's own
     assert [line["method"] for line in tables.short(both)] == [
         "original",
         "finetune",
@@ -95,7 +96,7 @@ def test_every_seed_is_told(tables):
     rows = [
         row("esc", forget, seed, acc_ft=10 * seed + (forget == "b")) for seed in (0, 1) for forget in "ab"
     ]
-    (line,) = tables.every_seed(rows)
+    (line,) = tables.every_seed(pd.DataFrame(rows))
     assert line["acc_ft"] == "0.50 / 10.50"
 
 
