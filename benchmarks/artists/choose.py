@@ -20,6 +20,8 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+import pandas as pd
+
 import more_hf
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
@@ -30,9 +32,9 @@ from more_hf.diffusion.prompts import TEMPLATES, everyday_prompts, packaged_prom
 from more_hf_bench.artists.config import Erasure
 from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import read_prompts, read_targets
-from more_hf_bench.artists.rows import Row, read_rows
+from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import EMOJI, Method, run_artists
-from more_hf_bench.columns import read_cells
+from more_hf_bench.columns import read_cells, read_rows
 from more_hf_bench.search import Point, search
 
 
@@ -112,28 +114,23 @@ def measure(functions: Mapping[str, Method], erasures: Mapping[str, Erasure], na
     pipe, judges = more_hf.load_emoji_sd(), EmojiJudges()
     options = {"remap_to": None, "output": output, "judges": judges, "batch_size": 32, **EMOJI}
     run_artists(pipe, functions, PROMPTS, erasures, **options)
-    rows = [row for row in read_rows(output / "rows.csv") if row.forget in erasures]
-    return [summary([row for row in rows if row.method == function]) for function in functions]
+    rows = measured(read_rows(output / "rows.csv"))
+    rows = rows[rows["forget"].isin(erasures)]
+    return [summary(rows[rows["method"] == function]) for function in functions]
 
 
-def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The mean of each column, the score, and the number of pictures."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        group = "none"
-        if row.artist:
-            group = "f" if row.artist == row.forget else "r"
-        measured = {
-            f"lpips_{group}": row.lpips,
-            f"content_{group}_before": 100.0 * row.content_before,
-            f"content_{group}": 100.0 * row.content_after,
-        }
-        if row.artist:
-            measured[f"style_{group}_before"] = 100.0 * (row.style_before == row.artist)
-            measured[f"style_{group}"] = 100.0 * (row.style_after == row.artist)
-        for column, value in measured.items():
-            values.setdefault(column, []).append(value)
-    line = {name: round(sum(column) / len(column), 4) for name, column in values.items()}
+def summary(rows: pd.DataFrame) -> dict[str, float]:
+    """The mean of each column, the score, and the number of pictures; of one artist's erasures."""
+    columns = ["lpips", "content_before", "content_after", "style_before", "style_after"]
+    named = rows["artist"] != ""
+    groups = {"f": rows["is_forgotten"], "r": named & ~rows["is_forgotten"], "none": ~named}
+    line = {}
+    for group, mask in groups.items():
+        # A prompt without an artist asks for no style.
+        asked = columns[:3] if group == "none" else columns
+        for column, mean in rows.loc[mask, asked].mean().items():
+            judged, _, when = column.partition("_")
+            line[f"{judged}_{group}" + ("_before" if when == "before" else "")] = round(mean, 4)
     removed = 1 - line["style_f"] / max(line["style_f_before"], 10.0)
     kept = sum(
         min(1.0, line[name] / max(line[f"{name}_before"], 1e-9))
@@ -141,7 +138,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     )
     line["score"] = round(100 * (removed + kept) - 100 * line["lpips_r"], 3)
     line["n"] = len(rows)
-    line["seconds_prepare"] = round(sum(row.seconds_prepare for row in rows) / len(rows), 2)
+    line["seconds_prepare"] = round(rows["seconds_prepare"].mean(), 2)
     return line
 
 
