@@ -14,12 +14,14 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import diffusers
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from dataset import load_dataset
@@ -109,7 +111,7 @@ def nearest(images: torch.Tensor, training: torch.Tensor) -> tuple[np.ndarray, n
     """
     distance = torch.cdist(images.flatten(1), training.flatten(1)) / images[0].numel() ** 0.5 * 127.5
     value, index = distance.min(1)
-    return value.numpy(), index.numpy()
+    return value.double().numpy(), index.numpy()
 
 
 def pair_groups(data) -> dict[str, list[tuple[int, int]]]:
@@ -127,52 +129,44 @@ def pair_groups(data) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def judged_rows(data, judges, images, pairs, extra: dict) -> list[dict]:
-    """One row an image: what was asked, what the judges took it for."""
+def judged_rows(data, judges, images, pairs, extra: dict) -> pd.DataFrame:
+    """One row an image: what was asked, what the judges took it for, and the columns in `extra`."""
     artists, things = np.array([a for a, _ in pairs]), np.array([t for _, t in pairs])
     seen_artist, seen_thing = judges.judge(judges.describe(images), artists, things)
-    return [
-        dict(
-            artist=data.artists[a],
-            thing=data.things[t],
-            judged_artist=data.artists[x],
-            judged_thing=data.things[y],
-            artist_ok=int(a == x),
-            thing_ok=int(t == y),
-            **{
-                key: column[i] if isinstance(column, (list, np.ndarray)) else column
-                for key, column in extra.items()
-            },
-        )
-        for i, (a, t, x, y) in enumerate(zip(artists, things, seen_artist, seen_thing, strict=False))
-    ]
+    columns = {
+        "artist": [data.artists[a] for a in artists],
+        "thing": [data.things[t] for t in things],
+        "judged_artist": [data.artists[a] for a in seen_artist],
+        "judged_thing": [data.things[t] for t in seen_thing],
+        "artist_ok": (artists == np.asarray(seen_artist)).astype(int),
+        "thing_ok": (things == np.asarray(seen_thing)).astype(int),
+    }
+    return pd.DataFrame(columns | extra)
 
 
-def summarise(rows: list[dict], artists: list[str]) -> list[dict]:
+def by_artist(rows: pd.DataFrame, keys: list[str], artists: list[str]) -> Iterator[tuple[dict, pd.DataFrame]]:
+    """The rows of all artists, then of each, for every combination of keys, with the start of their line."""
+    for values, part in rows.groupby(keys, sort=False):
+        for artist in ("all", *artists):
+            own = part if artist == "all" else part[part["artist"] == artist]
+            if len(own):
+                yield {**dict(zip(keys, values, strict=True)), "artist": artist, "n": len(own)}, own
+
+
+def summarise(rows: pd.DataFrame, artists: list[str]) -> list[dict]:
     """One line for every source (generated, real, reconstructed), group and artist, and for all artists."""
+    order = {"source": ["generated", "real", "reconstructed"], "group": list(GROUPS)}
+    rows = rows.sort_values(list(order), key=lambda names: names.map(order[names.name].index), kind="stable")
     lines = []
-    for source in ("generated", "real", "reconstructed"):
-        for group in GROUPS:
-            of_group = [r for r in rows if r["source"] == source and r["group"] == group]
-            for artist in ("all", *artists):
-                mine = [r for r in of_group if artist in ("all", r["artist"])]
-                if not mine:
-                    continue
-                line = dict(source=source, group=group, artist=artist, n=len(mine))
-                for key in ("artist", "thing"):
-                    values = [100 * r[f"{key}_ok"] for r in mine]
-                    line[f"{key}_acc"] = np.mean(values)
-                    line[f"{key}_low"], line[f"{key}_high"] = interval(draw_means(values))
-                if source != "reconstructed":
-                    line["nearest"] = float(np.mean([r["nearest"] for r in mine]))
-                lines.append({k: f"{v:.1f}" if isinstance(v, float) else v for k, v in line.items()})
+    for line, own in by_artist(rows, list(order), artists):
+        for key in ("artist", "thing"):
+            values = 100 * own[f"{key}_ok"]
+            low, high = interval(draw_means(values.tolist()))
+            line |= {f"{key}_acc": values.mean(), f"{key}_low": low, f"{key}_high": high}
+        if line["source"] != "reconstructed":
+            line["nearest"] = own["nearest"].mean()
+        lines.append({k: f"{v:.1f}" if isinstance(v, float) else v for k, v in line.items()})
     return lines
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows that have not all the same columns."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    write_rows(path, [{column: row.get(column) for column in columns} for row in rows])
 
 
 def write_table(path: Path, lines: list[dict], artists: list[str], codec: dict) -> None:
@@ -228,17 +222,12 @@ def summarise_words(
     for (level, split), jobs in worded.items():
         part, images = images[: len(jobs)], images[len(jobs) :]
         pairs = [(job.artist, job.thing) for job in jobs]
-        rows += judged_rows(data, judges, part, pairs, dict(level=level, split=split))
+        rows.append(judged_rows(data, judges, part, pairs, dict(level=level, split=split)))
     lines = []
-    for level, split in worded:
-        for artist in ("all", *data.artists):
-            wanted = (level, split)
-            mine = [r for r in rows if (r["level"], r["split"]) == wanted and artist in ("all", r["artist"])]
-            if mine:
-                line = dict(level=level, split=split, artist=artist, n=len(mine))
-                for key in ("artist", "thing"):
-                    line[f"{key}_acc"] = f"{100 * np.mean([r[f'{key}_ok'] for r in mine]):.1f}"
-                lines.append(line)
+    for line, own in by_artist(pd.concat(rows), ["level", "split"], data.artists):
+        lines.append(
+            line | {f"{key}_acc": f"{100 * own[f'{key}_ok'].mean():.1f}" for key in ("artist", "thing")}
+        )
     return lines
 
 
@@ -265,14 +254,12 @@ def compare_settings(pipe, data, judges, pairs, args) -> None:
             images = generate(pipe, pair_jobs(data, pairs, args.seeds), steps, guidance, args.batch_size)
             rate = len(images) / (time.monotonic() - start)
             rows = judged_rows(data, judges, images, pairs * args.seeds, {})
-            accuracy = {
-                f"{k}_acc": f"{100 * np.mean([r[f'{k}_ok'] for r in rows]):.1f}" for k in ("artist", "thing")
-            }
+            accuracy = {f"{k}_acc": f"{100 * rows[f'{k}_ok'].mean():.1f}" for k in ("artist", "thing")}
             lines.append(
                 dict(steps=steps, guidance=guidance, n=len(rows), **accuracy, images_per_second=f"{rate:.1f}")
             )
             print(lines[-1], flush=True)
-    write_csv(args.output / "settings.csv", lines)
+    write_rows(args.output / "settings.csv", lines)
 
 
 def main() -> None:
@@ -337,7 +324,7 @@ def main() -> None:
         )
         extra["nearest_artist"] = [data.artists[a] for a in data.artist[train_index[which]]]
         extra["nearest_thing"] = [data.things[t] for t in data.thing[train_index[which]]]
-        rows += judged_rows(data, judges, images, pairs * seeds, extra)
+        rows.append(judged_rows(data, judges, images, pairs * seeds, extra))
         if group == "undrawn":
             continue
         index = torch.tensor([number[p] for p in pairs])
@@ -349,17 +336,20 @@ def main() -> None:
         others = torch.cdist(real.flatten(1), training.flatten(1))
         # A training image's nearest other training image.
         others[index[:, None] == train_index[None]] = torch.inf
-        distance = (others.min(1).values / real[0].numel() ** 0.5 * 127.5).numpy().round(1)
-        rows += judged_rows(data, judges, real, pairs, dict(source="real", group=group, nearest=distance))
-        rows += judged_rows(data, judges, copies, pairs, dict(source="reconstructed", group=group))
+        distance = (others.min(1).values / real[0].numel() ** 0.5 * 127.5).double().numpy().round(1)
+        rows.append(
+            judged_rows(data, judges, real, pairs, dict(source="real", group=group, nearest=distance))
+        )
+        rows.append(judged_rows(data, judges, copies, pairs, dict(source="reconstructed", group=group)))
 
+    rows = pd.concat(rows).astype({"seed": "Int64"})  # real pictures have none
     lines = summarise(rows, data.artists)
     worded = word_jobs(data, 2 if args.smoke else 10)
     words = summarise_words(data, judges, worded, draw([job for jobs in worded.values() for job in jobs]))
-    write_csv(args.output / "words.csv", words)
+    write_rows(args.output / "words.csv", words)
     write_words(args.output / "words.md", words, data.artists)
-    write_csv(args.output / "rows.csv", rows)
-    write_csv(args.output / "summary.csv", lines)
+    write_rows(args.output / "rows.csv", rows)
+    write_rows(args.output / "summary.csv", lines)
     write_table(args.output / "table.md", lines, data.artists, codec)
     config = dict(
         command=" ".join(["evaluate.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),

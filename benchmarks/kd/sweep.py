@@ -179,27 +179,22 @@ def portable_command() -> str:
 def draw(factor: str, own: Sequence[Mapping[str, Any]]) -> Figure:
     """Harmonic means of the own head, the paper's new head and the converged one, with 95 % intervals."""
     labels = [line[factor] for line in own]
-    if max(map(len, labels)) > 3:
-        return draw_below_each_other(factor, labels, own)
-    figure = Figure(figsize=(max(6, 2 + 0.35 * len(own)), 4), layout="constrained")
+    sideways = max(map(len, labels)) > 3  # long labels stand below each other
+    size = (9, 1.5 + 0.22 * len(own)) if sideways else (max(6, 2 + 0.35 * len(own)), 4)
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     for column in SHOWN:
         centre, ends = with_interval(own, column)
-        axis.errorbar(labels, centre, yerr=ends, label=column, capsize=3, marker="o", ms=4)
-    axis.set(xlabel=factor, ylabel="percent", ylim=(-1, 103))
-    figure.legend(loc="outside upper center", ncols=len(SHOWN))
-    return figure
-
-
-def draw_below_each_other(factor: str, labels: Sequence[str], own: Sequence[Mapping[str, Any]]) -> Figure:
-    """The same for long labels, which are read from the side."""
-    figure = Figure(figsize=(9, 1.5 + 0.22 * len(own)), layout="constrained")
-    axis = figure.subplots()
-    for column in SHOWN:
-        centre, ends = with_interval(own, column)
-        axis.errorbar(centre, labels, xerr=ends, label=column, capsize=3, marker="o", ms=4, ls="")
-    axis.set(xlabel="percent", ylabel=factor, xlim=(-1, 103), ylim=(len(own) - 0.5, -0.5))
-    axis.grid(axis="x", alpha=0.3)
+        style = {"label": column, "capsize": 3, "marker": "o", "ms": 4}
+        if sideways:
+            axis.errorbar(centre, labels, xerr=ends, ls="", **style)
+        else:
+            axis.errorbar(labels, centre, yerr=ends, **style)
+    if sideways:
+        axis.set(xlabel="percent", ylabel=factor, xlim=(-1, 103), ylim=(len(own) - 0.5, -0.5))
+        axis.grid(axis="x", alpha=0.3)
+    else:
+        axis.set(xlabel=factor, ylabel="percent", ylim=(-1, 103))
     figure.legend(loc="outside upper center", ncols=len(SHOWN))
     return figure
 
