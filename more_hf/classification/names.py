@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def class_names(model: nn.Module, num_classes: int) -> tuple[str, ...]:
-    """The unique names of a model's classes: the labels in its configuration, or else numbers."""
+    """
+    The unique names of a model's classes: the labels in its configuration, or in a timm model's own, or else
+    numbers.
+    """
     labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    own = getattr(model, "pretrained_cfg", None) or {}
+    labels = labels or dict(enumerate(own.get("label_names") or ()))
     return unique_names([str(labels.get(i, i)) for i in range(num_classes)])
 
 

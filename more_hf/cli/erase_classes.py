@@ -53,7 +53,8 @@ def add_to(commands) -> None:
         "--test",
         type=Path,
         metavar="DIR",
-        help="other images, laid out as --data: print every class's accuracy on them, before and after",
+        help="other images, as DIR/CLASS/*.png or DIR/test/CLASS/*.png (else validation, else train): print "
+        "every class's accuracy on them, before and after",
     )
     add_concepts(parser, "forget", "what to forget", required=True, metavar="CLASS")
     add(
@@ -91,7 +92,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     import more_hf
-    from more_hf.classification.image_folder import load_image_folder
+    from more_hf.classification.image_folder import HELD_OUT, load_image_folder
     from more_hf.classification.names import class_names
 
     state = PartialState()
@@ -100,7 +101,6 @@ def _erase_classes(args: argparse.Namespace) -> int:
     processor = AutoImageProcessor.from_pretrained(source)
     names = class_names(model, model.config.num_labels)
     settings = {"channels": getattr(model.config, "num_channels", 3), "batch_size": args.batch_size}
-    logger.info("Reading the images in %s", args.data)
     more_hf.erase_classes(
         model,
         load_image_folder(args.data, names, processor, **settings),
@@ -117,7 +117,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
         more_hf.save(model, args.output, include_delta=args.include_delta, processor=processor)
         print(more_hf.get_erasure(model))
         if args.test is not None:
-            test = load_image_folder(args.test, names, processor, **settings)
+            test = load_image_folder(args.test, names, processor, splits=HELD_OUT, **settings)
             print(f"\nPercent of the images in {args.test} that are classified rightly:\n")
             print(more_hf.compare(model, test))
         print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")

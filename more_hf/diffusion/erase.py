@@ -230,6 +230,14 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
             request.softness,
             solution.remaps["tokens"].solver,
         )
+    ordinary = solution.ordinary_moved
+    if far := [name for name, moved in solution.retained_moved.items() if moved > ordinary]:
+        logger.warning(
+            "%s: moves farther than ordinary prompts do (%.1f %%), although retained. Pass solver='pinv', "
+            "which keeps it exactly, or another target.",
+            ", ".join(f"{name} ({100 * solution.retained_moved[name]:.1f} %)" for name in far),
+            100 * ordinary,
+        )
     # 2. Inside the denoiser, pictures by the original give the features.
     if request.inside:
         sent_to = {name: solution.sent_to[name] for name in request.inside}

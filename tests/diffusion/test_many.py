@@ -147,3 +147,14 @@ def test_a_folder_is_verified_and_the_originals_weights_are_not(tmp_path):
     with_original(folder, original)
     assert failed(folder) == [REMAPPED]
     assert more_hf.save_checkpoint(pipe, tmp_path / "soft.safetensors").exists()
+
+
+def test_a_retained_name_that_moves_far_is_warned_of(tiny_sd, caplog):
+    options = {"remap_to": "claude monet", "retain": ["van goghs"]}
+    more_hf.erase_concept(tiny_sd(), "van gogh", solver="pinv", **options)
+    assert "although retained" not in caplog.text
+    pipe = more_hf.erase_concept(tiny_sd(), "van gogh", solver="covariance", **options)
+    erasure = more_hf.get_erasure(pipe)
+    far = erasure.facts.retained_moved[options["retain"][0]] > erasure.guarantees["ordinary_moved"]
+    assert ("although retained" in caplog.text) == far
+    assert far
