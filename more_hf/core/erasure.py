@@ -128,8 +128,10 @@ class Erasure(ABC):
     def check_unchanged(self) -> None:
         """
         Raises `IncompatibleBaseError` if a site's weight is no longer this edit, apart from a cast of the
-        model.
+        model, and `SiteNotFoundError` if it was quantized since.
         """
+        for site in self.sites.values():
+            site.check()
         originals = self.require_originals()
         changed = [name for name, original in originals.items() if not self._holds_edit(name, original)]
         if changed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def kind_of(space: str) -> str:
@@ -45,6 +45,10 @@ class ConceptFacts(Facts):
     retained_moved: dict[str, float]
     leaks: list[str]  # what the edit does not cover, in words and numbers
     tokens: str | None = None  # the token positions that made prototypes, if they are fewer than requested
+    # the precision of each text encoder that made the prototypes, and how it is quantized
+    fitted_on: dict[str, str] = field(default_factory=dict)
+    dequantized: dict[str, str] = field(default_factory=dict)  # how each plain layer was quantized before
+    extra_bytes: int = 0  # how much more memory these layers take
 
 
 @dataclass(frozen=True, kw_only=True)

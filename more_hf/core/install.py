@@ -2,7 +2,7 @@
 
 Its order makes an interruption at any point harmless: originals are registered before the first weight
 changes and stay registered until the last one is back, and any failure in between puts back weights, hooks
-and record.
+and record. A quantized layer is plain while it is edited, and quantized as it was when it is restored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .erasure import Erasure
 from .errors import IncompatibleBaseError, MoreError
 from .hook import attach_hooks, detach_hooks
 from .interrupts import unless_completed
-from .site import Site, copy_weights, write_weights
+from .site import Site, copy_weights, put_in_place, write_weights
 from .views import is_shown
 
 
@@ -54,10 +54,13 @@ def install(
     edited = edited_weights(erasure)
     earlier = {} if current is None else current.sites
     left = {name: site for name, site in earlier.items() if name not in erasure.sites}
-    before = copy_weights({**left, **erasure.sites})
+    touched = {**left, **erasure.sites}
+    before = copy_weights(touched)
+    in_place = {name: site.is_in_place for name, site in touched.items()}
 
     def undo() -> None:
-        write_weights({**left, **erasure.sites}, before)
+        put_in_place(touched, in_place)
+        write_weights(touched, before)
         detach_hooks(erasure.hooks)
         if current is not None:
             attach_hooks(current.hooks, modules)
@@ -65,15 +68,20 @@ def install(
 
     with unless_completed(undo):
         registry.register(model, erasure)
+        put_in_place(erasure.sites)
         write_weights(erasure.sites, edited)
         if left:
             write_weights(left, current.require_originals())
+            put_in_place(left, False)
         if current is not None:
             detach_hooks(current.hooks)
         attach_hooks(erasure.hooks, modules)
         erasure.proof = prove(edited)
         if not keep_originals:
             erasure.originals = None
+    if not keep_originals:  # now that nothing is undone any more
+        for site in erasure.sites.values():
+            site.quantized = None
 
 
 def uninstall(model: nn.Module, modules: Sequence[nn.Module]) -> None:
@@ -86,12 +94,14 @@ def uninstall(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
     def undo() -> None:
         registry.register(model, erasure)
+        put_in_place(erasure.sites)
         write_weights(erasure.sites, before)
         attach_hooks(erasure.hooks, modules)
 
     with unless_completed(undo):
         detach_hooks(erasure.hooks)
         write_weights(erasure.sites, erasure.require_originals())
+        put_in_place(erasure.sites, False)
         registry.register(model, None)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SiteNotFoundError
+from .quantized import Quantized
 
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,19 +53,36 @@ class Site:
             Which features the layer reads, if a model has several kinds.
         columns (`int`, *optional*):
             How many leading columns read those features, if not all. `read` and `write` see only these.
+        quantized (`Quantized`, *optional*):
+            The quantized layer whose place `module` can take.
 
     Raises:
         `SiteNotFoundError`: the weight cannot be edited in place. The message names the layer and the remedy.
     """
 
-    def __init__(self, name: str, module: nn.Module, *, space: str = "tokens", columns: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        space: str = "tokens",
+        columns: int | None = None,
+        quantized: Quantized | None = None,
+    ):
         self.name = name
         self.module = module
         self.space = space
         self.columns = columns
-        self._check()
+        self.quantized = quantized
+        self.check()
 
-    def _check(self) -> None:
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the layer itself is in the model, and not a quantized one."""
+        return self.quantized is None or self.quantized.is_plain
+
+    def check(self) -> None:
+        """Raises `SiteNotFoundError` if the weight cannot be edited in place."""
         where = f"`{self.name}` ({type(self.module).__name__})"
         kind = type(self.module)
         if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN or not is_linear(self.module):
@@ -154,14 +172,21 @@ def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta:
-            owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+            owners.setdefault(_memory_of(parameter), []).append(name)
     for name, site in sites.items():
-        sharing = owners.get(site.read().untyped_storage().data_ptr(), [])
+        weight = site.read() if site.is_in_place else site.quantized.layer.weight
+        sharing = owners.get(_memory_of(weight), [])
         if len(sharing) > 1:
             raise SiteNotFoundError(
                 f"The weight of `{name}` is shared by {sharing}; editing one would edit all of them. "
                 "Give each layer its own copy first."
             )
+
+
+def _memory_of(weight: Tensor) -> int:
+    """What two weights have in common if they share memory. torchao's and quanto's own none."""
+    plain = type(weight.data) is Tensor
+    return weight.untyped_storage().data_ptr() if plain else id(weight)
 
 
 def copy_weights(sites: Mapping[str, Site], device: str | None = None) -> dict[str, Tensor]:
@@ -173,6 +198,14 @@ def write_weights(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> No
     """Write a weight into every site."""
     for name, site in sites.items():
         site.write(values[name])
+
+
+def put_in_place(sites: Mapping[str, Site], plain: Mapping[str, bool] | bool = True) -> None:
+    """Put every site into the model in place of its quantized layer, or, where not `plain`, that one back."""
+    for name, site in sites.items():
+        if site.quantized is not None:
+            wanted = plain if isinstance(plain, bool) else plain[name]
+            (site.quantized.make_plain if wanted else site.quantized.put_back)()
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

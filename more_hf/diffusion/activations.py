@@ -33,6 +33,7 @@ from ..core.site import Site, check_unshared, feature_dim, is_linear
 from ..core.views import running_eagerly
 from .encoder import column
 from .prompts import TEMPLATES, everyday_prompts
+from .quantized import scheme_of
 from .sites import Denoiser, base_layer, find_sites, is_lora
 
 
@@ -115,13 +116,21 @@ def record_activations(
             f"{denoiser.family.name} has {denoiser.family.unrecorded_layers}, whose inputs are not recorded "
             "yet, so the concept would stay in them. Leave `reach` at 'name'."
         )
+    layers = find_listeners(denoiser)
+    if quantized := {name: scheme.name for name, layer in layers.items() if (scheme := scheme_of(layer))}:
+        first = next(iter(quantized))
+        raise SiteNotFoundError(
+            f"{len(quantized)} of the {len(layers)} layers inside the denoiser are quantized (first: "
+            f"`{first}`, {quantized[first]}), and `reach='denoiser'` would have to keep every one of them "
+            "plain. Leave `reach` at 'name', or erase from the unquantized model, save it, and quantize what "
+            "was saved."
+        )
     prompts = _prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
     pipe = copy.copy(pipe)
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
     bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
     pipe.set_progress_bar_config(disable=True)
-    layers = find_listeners(denoiser)
     recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined)
     shown_with = {**request.sampling, "num_inference_steps": LEVELS + 1}
     with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:

@@ -26,6 +26,7 @@ from .erasure import ConceptErasure
 from .hook import hooked_modules, make_hooks
 from .plan import Solution, solve
 from .proof import prover
+from .quantized import precision_of
 from .sites import (
     as_pipeline,
     base_layer,
@@ -145,6 +146,7 @@ def erase(
     denoiser = find_denoiser(pipe)
     # The lock is the denoiser's, since two pipelines can share one.
     with locked(denoiser.module):
+        check_in_place(pipe)
         current = require_editable(denoiser.module)
         if current is None:
             # The weights may come from a folder that was saved erased: its originals are not here.
@@ -154,7 +156,6 @@ def erase(
             )
         else:
             # Two edits in a row would not be exact for the first, so both are fitted again as one.
-            check_in_place(pipe)
             request = current.request.joined(request)
         _fit(Encoder.of(pipe, request, denoiser), request, keep_originals)
     return pipe
@@ -164,8 +165,8 @@ def restore(pipe: DiffusionPipeline, concepts: str | Sequence[str] | None = None
     """`more_hf.restore` for pipelines."""
     denoiser = find_denoiser(pipe)
     with locked(denoiser.module):
-        erasure = require_erased(denoiser.module)
         check_in_place(pipe)
+        erasure = require_erased(denoiser.module)
         names = erasure.concepts if concepts is None else read_names("concepts", concepts)
         check_restorable(erasure, names)
         if set(names) == set(erasure.concepts):
@@ -199,6 +200,8 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     """
     denoiser = find_denoiser(pipe)
     erasure = find_erasure(denoiser.module)
+    if erasure is None:
+        return
     # Named modules, and readers under the names that the family gives them.
     modules = {name: base_layer(module) for name, module in denoiser.module.named_modules()}
     modules |= {name: reader.module for name, reader in find_layers(denoiser, pooled=True).items()}
@@ -211,7 +214,7 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
     if replaced := [name for name, site in erasure.sites.items() if modules[name] is not site.module]:
         raise SiteNotFoundError(
             f"{len(replaced)} edited layers were replaced since the edit (first: `{replaced[0]}`). "
-            "Put the edited layers back, or erase again from the original model."
+            "Put the edited layers back, or erase again from the original model; quantize what was saved."
         )
 
 
@@ -245,6 +248,9 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
             activations = record_activations(pipe, denoiser, request, sent_to)
         solution = solution.with_activations(activations, request.softness)
         sites |= find_activation_sites(denoiser, activations.spaces)
+    if current is not None:  # what the plain layers took the place of
+        for name in sites.keys() & current.sites.keys():
+            sites[name].quantized = current.sites[name].quantized
     # 3. Take the originals of an earlier erasure, and copy the layers that it did not edit.
     earlier = current.originals if current else {}
     fresh = copy_weights({name: site for name, site in sites.items() if name not in earlier}, "cpu")
@@ -298,6 +304,8 @@ def _erasure(
     pipe, remaps = encoder.pipe, solution.remaps
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
     tokens = remaps["tokens"]
+    quantized = {name: site.quantized for name, site in sites.items() if site.quantized is not None}
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
     facts = ConceptFacts(
         solver=tokens.solver,
         solver_reason=solution.solver_reason,
@@ -311,6 +319,9 @@ def _erasure(
         fingerprint=fingerprint(originals),
         spaces={name: site.space for name, site in sites.items() if site.space != "tokens"},
         tokens=solution.tokens if solution.tokens != request.tokens else None,
+        fitted_on={name: precision_of(unwrap_module(getattr(pipe, name))) for name in encoders},
+        dequantized={name: pair.scheme for name, pair in quantized.items()},
+        extra_bytes=sum(pair.extra_bytes for pair in quantized.values()),
     )
     return ConceptErasure(request, facts, sites, remaps, originals, _guarantees(remaps))
 

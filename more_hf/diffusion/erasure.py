@@ -37,6 +37,13 @@ class ConceptErasure(Erasure):
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"
+        if facts.dequantized:
+            schemes = ", ".join(sorted(set(facts.dequantized.values())))
+            yield (
+                "kept plain",
+                f"{len(facts.dequantized)} layers, quantized before ({schemes}) and not again: "
+                f"{facts.extra_bytes / 1e6:.3g} MB more",
+            )
         if request.inside:
             inside = [space for space in facts.spaces.values() if not is_text(space)]
             sampling = ", ".join(f"{name}={value}" for name, value in request.sampling.items())
@@ -45,6 +52,8 @@ class ConceptErasure(Erasure):
             alone = "" if all_of_them else f", for {', '.join(request.inside)} alone"
             layers = f"{len(inside)} of these inside the denoiser{alone}"
             yield "reach", f"{layers}, by {pictures}, softness {request.softness:g}"
+        if any("," in precision for precision in facts.fitted_on.values()):
+            yield "fitted on", "; ".join(f"{name} in {where}" for name, where in facts.fitted_on.items())
         yield "router", request.router or "none: the mean expert is in the weights"
         yield "condition number of P", f"{facts.condition_number:.1f}"
         yield from self.claims()

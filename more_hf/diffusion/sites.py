@@ -22,6 +22,7 @@ from ..core.errors import SiteNotFoundError
 from ..core.record import TOGETHER, prefixes_of
 from ..core.site import Site, check_unshared
 from .families import FAMILIES, REFUSED, Family, Place, Reader, family_of, unsupported
+from .quantized import quantized_layer
 from .text import Text
 
 
@@ -303,10 +304,13 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
             raise SiteNotFoundError(
                 f"`{name}` has a merged LoRA. Call `pipe.unfuse_lora()` first, erase, then fuse again."
             )
-    readers = find_layers(denoiser, pooled=pooled)
     sites = {}
-    for name, (module, space, columns) in readers.items():
-        sites[name] = Site(name, module, space=space, columns=columns)
+    for name, (module, space, columns) in find_layers(denoiser, pooled=pooled).items():
+        component = next(part for part, prefix in denoiser.prefixes.items() if name.startswith(prefix))
+        own_name = name.removeprefix(denoiser.prefixes[component])
+        quantized = quantized_layer(denoiser.parts[component], own_name, module)
+        plain = module if quantized is None else quantized.plain
+        sites[name] = Site(name, plain, space=space, columns=columns, quantized=quantized)
     check_unshared(sites, denoiser.module)
     return sites
 

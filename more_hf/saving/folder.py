@@ -48,6 +48,7 @@ from .contents import CARD, DELTA, entries, hashes, is_foreign
 from .delta import read_delta, write_delta
 from .files import reading, replace_folder, writing
 from .layers import pipeline_class, require_importable
+from .quantized import check_savable
 
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def save(
         savable = _savable(pipe, erasure)
         require_importable(type(savable.whole), {type(part) for part in savable.parts.values()})
         for name, part in savable.parts.items():
+            check_savable(name, part)
             _require_plain(name, part)
 
         def write(draft: Path) -> None:
@@ -178,9 +180,11 @@ def _savable(pipe: DiffusionPipeline | nn.Module, erasure: Erasure) -> Savable:
 def _require_plain(name: str, part: nn.Module) -> None:
     """Raises `ExportError` if a model's tensors are not those of a fresh model of its class."""
     expected, actual = expected_shapes(part), shapes_of(part)
-    # A quantizer packs weights and adds tensors, and loads them itself.
+    # A quantizer packs weights, cuts them into tensors whose names begin with theirs, and loads them itself.
     if getattr(part, "hf_quantizer", None) is not None:
-        actual = {key: expected[key] for key in actual if key in expected}
+        parts = [key.split(".") for key in actual]
+        beginnings = {".".join(path[:length]) for path in parts for length in range(1, len(path) + 1)}
+        actual = {key: expected[key] for key in beginnings if key in expected}
     keys = sorted(expected.keys() | actual.keys())
     differing = [key for key in keys if expected.get(key) != actual.get(key)]
     if differing:
@@ -237,8 +241,10 @@ def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | 
         edited=fingerprint(sites),
         files=hashes(draft, [path for path in entries(draft) if path != Path(CARD)]),
     )
-    if record.kind == "classifier":
-        # Transformers writes some models under the names of earlier versions, so read them back.
+    quantized = any(getattr(part, "hf_quantizer", None) for part in savable.parts.values())
+    if record.kind == "classifier" or quantized:
+        # Transformers writes some models under the names of earlier versions, and quantizers under names of
+        # their own, so read them back.
         record = replace(record, layout=layout_of(read_weights(draft, record).shapes))
     return record
 

@@ -111,11 +111,6 @@ def quantized_tensor(pipe, folder):
     return pipe
 
 
-def float8_layer_casting(pipe, folder):
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    return pipe
-
-
 def offloaded_to_disk(pipe, folder):
     disk_offload(pipe.unet, str(folder), execution_device=CPU)
     return pipe
@@ -176,7 +171,6 @@ PREPARED = {
     merged_lora_of_peft: ["attn2.to_k", "merged LoRA", "unfuse_lora()"],
     quantized_module: ["attn2.to_k", "quantized", "Erase from the unquantized model"],
     quantized_tensor: [SITE, "PackedTensor", "Erase from the full-precision model"],
-    float8_layer_casting: ["attn2.to_k", "float8_e4m3fn", "Erase from the full-precision model"],
     offloaded_to_disk: ["attn2.to_k", "offloaded to disk", "Load the model without an offload folder"],
     group_offloaded_to_disk: ["denoiser", "group-offloaded to disk", "without it"],
     group_offloaded_to_disk_by_block: ["denoiser", "group-offloaded to disk", "without it"],
