@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import add_dtype, find_device, place
 from .options import add_command, add_router
-from .request import Request, add_layers_only, add_request, erased_pipeline, read_layers_only, read_request
+from .request import (
+    Request,
+    add_layers_only,
+    add_request,
+    drawing_options,
+    erased_pipeline,
+    read_layers_only,
+    read_request,
+)
 
 
 if TYPE_CHECKING:
@@ -70,7 +78,8 @@ def _erase(args: argparse.Namespace) -> int:
     if args.compare:
         logger.info("Drawing %d prompts before and after", len(args.compare))
         place(pipe, find_device(args.device, args.offload), args.offload)
-        more_hf.compare(pipe, args.compare).save(args.output / "compare.png")
+        picture = more_hf.compare(pipe, args.compare, seed=args.seed or 0, **drawing_options(args))
+        picture.save(args.output / "compare.png")
     also = [args.single_file] if args.single_file is not None else []
     also += [args.output / "compare.png"] if args.compare else []
     return _report(more_hf.get_erasure(pipe), args.output, *also)

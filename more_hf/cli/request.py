@@ -96,7 +96,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="weight on leaving other prompts unchanged, for `--solver soft` and `--reach denoiser`; smaller "
         "values forget more (1)",
     )
-    add("--steps", type=positive, metavar="N", help="steps for these pictures (the pipeline's own)")
+    add("--steps", type=positive, metavar="N", help="of pictures: for `--reach denoiser` and `--compare` (as the model)")
     add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")
     add("--seed", type=int, metavar="N", help="draws the experts' targets, and the pictures' noise (0)")
     add_placement(parser)
@@ -188,12 +188,19 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
 
 def _sampling(args: argparse.Namespace, listed: ConceptList) -> dict[str, int | float]:
     """How to draw pictures, as arguments of a pipeline's call."""
-    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    sampling = {name: value for name, value in options.items() if value is not None}
+    sampling = drawing_options(args)
     reaches = {args.reach, *(own.reach for own in listed.concepts.values())}
-    if sampling and "denoiser" not in reaches:
+    if "denoiser" in reaches:
+        return sampling
+    if sampling and not getattr(args, "compare", None):
         raise ValueError("No picture is drawn with `--reach name`. Leave `--steps` and `--guidance` out.")
-    return sampling
+    return {}
+
+
+def drawing_options(args: argparse.Namespace) -> dict[str, int | float]:
+    """`--steps` and `--guidance` as arguments of a pipeline's call, where they are given."""
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def erased_pipeline(

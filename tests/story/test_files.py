@@ -22,7 +22,8 @@ def test_a_lora(tmp_path, format, capsys):
 def test_one_file_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rest = ["--single_file", "noto.safetensors", "--compare", "a Noto fish", "--output", "erased"]
-    assert main(["erase", *NOTO, *rest, "--softness", "0.5"]) == 0
+    drawn = ["--steps", "2", "--guidance", "3", "--seed", "7"]
+    assert main(["erase", *NOTO, *rest, *drawn, "--softness", "0.5"]) == 0
     out, err = capsys.readouterr()
     assert "Wrote noto.safetensors" in out
     assert "Wrote erased/compare.png" in out
@@ -35,7 +36,8 @@ def test_one_file_and_pictures(tmp_path, monkeypatch, capsys):
     again = ["compare", "erased", "--prompts", "a Noto fish", "--original"]
     assert main([*again, "erased"]) == 2
     assert "erased is erased, too" in capsys.readouterr().err
-    assert main([*again, "emoji-sd", "--steps", "2"]) == 0
+    assert main([*again, "emoji-sd", *drawn]) == 0
+    assert Image.open("compare.png").tobytes() == Image.open("erased/compare.png").tobytes()
 
 
 def test_another_format_is_refused_before_the_erasure(tmp_path, capsys):
