@@ -4,8 +4,6 @@ import argparse
 import logging
 from pathlib import Path
 
-from more_hf.core.record import RECORD
-
 from .checkpoint import add_dtype, add_placement, load_pipeline, own_dtype, read_checkpoint
 from .options import (
     EMOJI_SD,
@@ -57,6 +55,9 @@ def _compare(args: argparse.Namespace) -> int:
     refuse_missing_folder(args.folder, "`compare` reads what `more-hf erase` or `more_hf.save` wrote.")
     if args.original is not None:
         refuse_missing_model(args.original)
+
+        from more_hf.core.record import RECORD  # imports torch
+
         if (Path(args.original) / RECORD).is_file():
             raise ValueError(f"{args.original} is erased, too (it has a {RECORD}). Name the original model.")
 

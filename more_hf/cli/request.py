@@ -96,7 +96,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="weight on leaving other prompts unchanged, for `--solver soft` and `--reach denoiser`; smaller "
         "values forget more (1)",
     )
-    add("--steps", type=positive, metavar="N", help="of pictures: for `--reach denoiser` and `--compare` (as the model)")
+    add("--steps", type=positive, metavar="N", help="of `--reach denoiser` and `--compare` (as the model)")
     add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")
     add("--seed", type=int, metavar="N", help="draws the experts' targets, and the pictures' noise (0)")
     add_placement(parser)

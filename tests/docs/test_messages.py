@@ -14,9 +14,9 @@ import more_hf_bench
 PACKAGES = [Path(package.__file__).parent for package in (more_hf, more_hf_bench)]
 # What a sentence, or a part of one, begins with when it says what to do.
 STEPS = set(
-    "add ask build call charge check choose collect copy correct delete describe drop erase feed "
-    "forget free fuse generate give install join judge leave load make name open pass point push put "
-    "raise register remove restore run save see set start take train try undo use wait write".split()
+    "add ask build call charge check choose collect copy correct define delete describe drop erase feed "
+    "forget free fuse generate give import install join judge leave let load make name open pass point push "
+    "put raise register remove restore run save see set start take train try undo use wait write".split()
 )
 # A message may instead say what is accepted, or ask for what is the likely cause.
 ACCEPTED = re.compile(r"\b(must|needs?|takes?|there are|its \S+ are|it has|at least|erased:) |\?")
