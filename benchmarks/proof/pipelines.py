@@ -169,12 +169,12 @@ def main() -> int:
                 torch.manual_seed(0)
                 components = cls().get_dummy_components()
                 pipe = cls.pipeline_class(**components)
+                fit_vocabularies(pipe)
             except Exception as error:
                 lines.append({**line, "float32": "not built", "words": f"{type(error).__name__}: {error}"})
                 print(lines[-1], flush=True)
                 continue
             pipe.set_progress_bar_config(disable=True)
-            fit_vocabularies(pipe)
             for precision, dtype in PRECISIONS.items():
                 outcome, words = outcome_of(pipe.to(dtype))
                 line |= {precision: outcome, "words": words}

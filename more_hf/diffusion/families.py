@@ -351,7 +351,7 @@ def _wan_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> d
 def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = unet.config, len(text["tokens"])
     # the smallest picture that every block can halve
-    side = 2 ** len(config.block_out_channels)
+    side = max(4, 2 ** (len(config.block_out_channels) - 1))  # the smallest that every block can halve
     latent = _fixed_latent(unet, config.in_channels, side, side, batch=batch)
     labels = None
     # upscalers embed the level of noise in the small picture as a class

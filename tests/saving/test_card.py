@@ -144,7 +144,8 @@ def test_names_and_results_stay_plain_text(saved, hub, text):
     """Names, aliases, targets, reasons and results come from whoever made the record."""
     record = json.loads((saved / "more_hf.json").read_text("utf-8"))
     record["request"]["concepts"] = {"van gogh": [text]}
-    record["request"]["remap_to"] = {"van gogh": [text]}
+    another = INJECTIONS[INJECTIONS.index(text) - 1]
+    record["request"]["remap_to"] = {"van gogh": [another]}
     record["facts"]["solver_reason"] = record["facts"]["solver"] = record["more_hf"] = text
     record["facts"]["leaks"] = [text]
     record["guarantees"] = {text: 1.0}
@@ -156,7 +157,8 @@ def test_names_and_results_stay_plain_text(saved, hub, text):
     assert not re.search(r"(?<!\\)\]\(https://evil", card)
     assert "<!--" not in card.replace(START, "").replace(END, "")
     tables = [line for line in card.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {3}  # two columns each
+    # two columns in each but the table of what its rows mean
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {3, 6}
     assert "| 49 |" not in card
 
 

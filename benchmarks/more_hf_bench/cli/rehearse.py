@@ -176,6 +176,7 @@ def check_filled(
             empty += [f"{method}, {forget}: {name}" for name in columns if line.get(name) in (None, "")]
     if empty:
         raise BenchmarkError(
-            f"The rehearsal left {len(empty)} cells of the table empty: {'; '.join(empty[:5])}."
+            f"The rehearsal left {len(empty)} cells of the table empty: {'; '.join(empty[:5])}. Run it again "
+            "with these methods alone, and read what they say."
         )
     logger.info("Rehearsed: every cell of the table is filled. The numbers mean nothing.")
