@@ -350,8 +350,10 @@ def _wan_arguments(config: Config, text: dict[str, Tensor], latent: Tensor) -> d
 
 def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = unet.config, len(text["tokens"])
-    # the smallest picture that every block can halve
-    side = max(4, 2 ** (len(config.block_out_channels) - 1))  # the smallest that every block can halve
+    # the smallest picture that every block can halve; a group of one channel needs more than one pixel
+    side = 2 ** (len(config.block_out_channels) - 1)
+    if config.block_out_channels[-1] == config.norm_num_groups:
+        side *= 2
     latent = _fixed_latent(unet, config.in_channels, side, side, batch=batch)
     labels = None
     # upscalers embed the level of noise in the small picture as a class

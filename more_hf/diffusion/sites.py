@@ -196,7 +196,13 @@ def text_of(pipe: DiffusionPipeline, denoiser: Denoiser) -> Text:
     texts = [family.text for family in FAMILIES.values() if family.text is not None]
     known = {text.encoders: text for text in texts if text.encoders}
     text = denoiser.family.text or known.get(classes)
-    if text is None or text.encoders not in ((), classes):
+    if text is not None and text.encoders not in ((), classes):
+        raise SiteNotFoundError(
+            f"{type(pipe).__name__} has the denoiser of {denoiser.family.name}, which reads prompts of "
+            f"{' + '.join(text.encoders)}, and encodes them with {' + '.join(classes) or 'nothing'}. Check "
+            "that this is the right text encoder."
+        )
+    if text is None:
         raise SiteNotFoundError(
             f"{type(pipe).__name__} reads prompts with {' + '.join(classes) or 'no text encoder'}, which is "
             f"not supported yet. Supported are {'; '.join(map(' + '.join, known))}. To add it, describe how "

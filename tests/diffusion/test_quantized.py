@@ -296,7 +296,7 @@ def test_prototypes_belong_to_a_precision_of_the_text_encoder(folder):
         freeze(pipe.text_encoder_2)
         erasure = more_hf.get_erasure(erase(pipe, pooled=False))
         assert erasure.facts.fitted_on["text_encoder_2"] == "float32, quanto"
-        assert "text_encoder_2 in float32, quanto" in str(erasure)
+        assert "text_encoder_2 in float32, quanto" in erasure.to_markdown()
         # the edit of the plain encoder, on the quantized one's prototypes, as a share of their way
         P, forget, to = erasure.remap.prototypes.matrix, list(erasure.remap.forget), erasure.remap.targets[0]
         way = P[:, forget] - P[:, to]

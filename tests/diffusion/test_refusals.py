@@ -221,7 +221,7 @@ def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
                 "addition_time_embed_dim": 4,
                 "projection_class_embeddings_input_dim": 56,
             },
-            ["Stable Diffusion XL", "pooled prompt embedding", "right text encoder"],
+            ["Stable Diffusion XL", "CLIPTextModelWithProjection", "right text encoder"],
         ),
         ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32}, ["encoder_hid_dim_type='text_proj'"]),
         ({"cross_attention_dim": 48}, ["attn2.to_k", "32 features", "right text encoder"]),
