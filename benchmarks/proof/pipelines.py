@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
 
 from support import language_models as lm  # noqa: E402
-from support.compare import same, state  # noqa: E402
+from support.compare import state  # noqa: E402
 from support.families import t5_tokenizer  # noqa: E402
 from support.pipelines import tiny_tokenizer  # noqa: E402
 
@@ -134,6 +134,23 @@ def test_classes(folder: Path) -> Iterator[tuple[str, type]]:
                 yield path.name, cls
 
 
+def unchanged(pipe: DiffusionPipeline, before: dict[str, torch.Tensor]) -> bool:
+    """Whether every tensor is what it was; some of these pipelines have weights that are not numbers."""
+    now = state(pipe)
+    return all(torch.equal(now[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+
+
+def cast(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline in a precision, as `from_pretrained` casts it: some modules stay in float32."""
+    pipe.to(dtype)
+    for part in pipe.components.values():
+        kept = getattr(part, "_keep_in_fp32_modules", None) or ()
+        for name, module in part.named_modules() if kept else ():
+            if name.split(".")[-1] in kept:
+                module.float()
+    return pipe
+
+
 def outcome_of(pipe: DiffusionPipeline) -> tuple[str, str]:
     """`accepted`, `refused` or `raised`, and in which words."""
     before = state(pipe)
@@ -141,10 +158,10 @@ def outcome_of(pipe: DiffusionPipeline) -> tuple[str, str]:
         more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet", everyday=EVERYDAY)
         proof = more_hf.get_erasure(pipe).proof
         more_hf.restore(pipe)
-        assert same(pipe, before), "restore is not the original"
+        assert unchanged(pipe, before), "restore is not the original"
         return "accepted", f"{proof['layer_error']:.2f} of 4 roundings, {proof['layer_changed']:.0f} if old"
     except more_hf.MoreError as error:
-        assert same(pipe, before), "refused, but changed"
+        assert unchanged(pipe, before), "refused, but changed"
         return "refused", str(error)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -162,7 +179,7 @@ def line_of(file: str, cls: type) -> dict[str, str]:
         return {**line, **dict.fromkeys(PRECISIONS, "not built"), "words": f"{type(error).__name__}: {error}"}
     pipe.set_progress_bar_config(disable=True)
     for precision, dtype in PRECISIONS.items():
-        line[precision], line["words"] = outcome_of(pipe.to(dtype))
+        line[precision], line["words"] = outcome_of(cast(pipe, dtype))
     return line
 
 

@@ -352,7 +352,7 @@ def _call_unet(unet: nn.Module, text: dict[str, Tensor]) -> Tensor:
     config, batch = unet.config, len(text["tokens"])
     # the smallest picture that every block can halve; a group of one channel needs more than one pixel
     side = 2 ** (len(config.block_out_channels) - 1)
-    if config.block_out_channels[-1] == config.norm_num_groups:
+    if config.norm_num_groups in config.block_out_channels:
         side *= 2
     latent = _fixed_latent(unet, config.in_channels, side, side, batch=batch)
     labels = None
