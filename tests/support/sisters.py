@@ -359,7 +359,7 @@ REFUSED = [
     ),
     (
         Sister("sd-1", "StableDiffusionPipeline", parts=lambda parts: umt5()),
-        ["reads prompts with UMT5EncoderModel", "CLIPTextModel; CLIPTextModel + CLIPTextModelWithProjection"],
+        ["reads prompts of CLIPTextModel", "encodes them with UMT5EncoderModel", "right text encoder"],
     ),
     (
         Sister("", "CogView3PlusPipeline"),
