@@ -228,7 +228,8 @@ def _call(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
         pipe(prompt=list(prompts), generator=generators, output_type="latent", **sampling)
-    except (TypeError, ValueError) as error:  # an image-to-image pipeline, or an argument it does not take
+    # an image-to-image pipeline, an argument it does not take, or more positions than it has embeddings
+    except (TypeError, ValueError, IndexError) as error:
         raise SiteNotFoundError(
             f"{type(pipe).__name__} cannot draw from a prompt and `sampling` alone ({error}). Erase from the "
             "model's text-to-image pipeline and pass its components on, or correct `sampling`."

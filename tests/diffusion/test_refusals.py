@@ -339,6 +339,13 @@ def test_an_ip_adapter_of_flux_is_refused_by_name():
         more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet")
 
 
+def test_pictures_larger_than_the_denoiser_draws_are_refused():
+    pipe = build("auraflow")
+    options = {"reach": "denoiser", "sampling": {"height": 1024, "width": 1024, "num_inference_steps": 1}}
+    with pytest.raises(more_hf.SiteNotFoundError, match="sampling"):
+        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet", everyday=("a dog",), **options)
+
+
 def test_the_refiner_of_xl_is_refused_for_what_it_is():
     base = build("sdxl")
     parts = {**base.components, "text_encoder": None, "tokenizer": None}
