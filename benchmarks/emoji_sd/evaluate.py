@@ -30,8 +30,7 @@ from grids import GRID_THINGS, draw_grid
 from judges import Judges
 
 from more_hf.core.files import write_json, write_text
-from more_hf.data import FOLDER
-from more_hf_bench.artists.lpips import load_lpips
+from more_hf.data import FOLDER, load_lpips
 from more_hf_bench.bootstrap import draw_means, interval
 from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import weights_sha256

@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import interpolate
 from training import Trainer, add_arguments, batch_indices, compiled, generator
 
-from more_hf_bench.artists.lpips import load_lpips
+from more_hf.data import load_lpips
 
 
 def build_vae(smoke: bool) -> AutoencoderKL:

@@ -2,6 +2,7 @@
 image classifiers. No network is needed."""
 
 import contextlib
+import warnings
 from pathlib import Path
 
 
@@ -101,6 +102,32 @@ def load_classifier(name: str):
         options = {"dtype": torch.float32, "local_files_only": True}
         model = AutoModelForImageClassification.from_pretrained(FOLDER / "classifiers" / name, **options)
     return model.eval()
+
+
+def load_lpips():
+    """
+    Build LPIPS(alex), version 0.1, without a download and without touching the random state.
+
+    The `lpips` package has the linear layers; the convolutions of torchvision's AlexNet ship with `more_hf`.
+
+    Returns:
+        `lpips.LPIPS`: float32, on the CPU, in evaluation mode, no parameter requires a gradient. It takes two
+        `(n, 3, H, W)` batches with values in `[-1, 1]` and returns `(n, 1, 1, 1)`.
+    """
+    import lpips
+    import torch
+    from safetensors.torch import load_file
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # torchvision renamed the argument that lpips passes to it.
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+
+    # lpips cuts torchvision's `features` into `slice1` to `slice5` and keeps each layer's number.
+    weights = load_file(FOLDER / "lpips" / "alexnet_features.safetensors")
+    names = list(metric.net.state_dict())
+    metric.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in names})
+    return metric.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import more_hf
-from more_hf.data import EMOJI_ARTISTS, FOLDER, load_emoji_sd
+from more_hf.data import EMOJI_ARTISTS, FOLDER, load_emoji_sd, load_lpips
 from more_hf.diffusion.prompts import everyday_prompts
-from more_hf_bench.artists.lpips import load_lpips
 from more_hf_bench.artists.prompts import read_prompts
 
 
@@ -119,7 +118,7 @@ def test_the_wheel_has_the_data_and_works_from_elsewhere(tmp_path):
 
     code = (
         "import more_hf, more_hf.data; print(more_hf.__file__); import more_hf_bench.cli.bench; "
-        "from more_hf_bench.artists.lpips import load_lpips; load_lpips(); "
+        "more_hf.data.load_lpips(); "
         "more_hf.load_emoji_sd(); print('loaded')"
     )
     # First on the path, so that an editable installation of the checkout does not answer.

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from more_hf.core.errors import MoreError
-from more_hf.data import FOLDER
+from more_hf.data import FOLDER, load_lpips
+from more_hf.tune.judge import pooled_features
 
-from .lpips import load_lpips
 from .prompts import PromptRow
 
 
@@ -64,23 +64,6 @@ class Judges(Protocol):
             `tuple[list[str], list[int | None]]`: the artist that each image is taken for, and whether (1, 0)
             its row's thing is recognised; `None` if the row has none.
         """
-
-
-@torch.no_grad()
-def pooled_features(lpips_model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """
-    Describe images `(n, 3, H, W)` in [-1, 1] by the mean, deviation and maximum of AlexNet's five layers:
-    `(n, 3456)`.
-    """
-    rows = []
-    for batch in images.split(batch_size):
-        # AlexNet's first stride would lose the thin lines of smaller images.
-        x = interpolate(batch, size=(128, 128), mode="bilinear", align_corners=False)
-        pooled = []
-        for h in lpips_model.net(lpips_model.scaling_layer(x)):
-            pooled += [h.mean((2, 3)), h.std((2, 3)), h.amax((2, 3))]
-        rows.append(torch.cat(pooled, dim=1))
-    return torch.cat(rows)
 
 
 class EmojiJudges:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from more_hf_bench.artists.lpips import all_distances, lpips_distance, resize_64
+from more_hf.tune.judge import lpips_distance
+from more_hf_bench.artists.lpips import all_distances, resize_64
 
 
 def random_images(n, seed, side=64):

@@ -1,0 +1,234 @@
+"""Judge pictures by the model itself: no one else's judge knows what a user's model draws."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from ..core.errors import MoreError
+from ..data import load_lpips
+
+
+FOLDS = 4  # of the pictures that a judge is fitted on, to measure it on pictures that it did not see
+PENALTY = 1e-3  # of the squared weights, in the mean log loss
+SIDES = (128, 256)  # pixels: AlexNet's first stride would lose the thin lines of smaller pictures
+BATCH = 64
+Z = 1.959964  # standard deviations on each side in a 95 % interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` pictures with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def share(cls, hits: int, n: int) -> Self:
+        """A share of pictures, with Wilson's interval, which holds for none and all of them, too."""
+        p, square = hits / n, Z * Z / n
+        center = (p + square / 2) / (1 + square)
+        half = Z * math.sqrt(p * (1 - p) / n + square / (4 * n)) / (1 + square)
+        return cls(p, max(0.0, center - half), min(1.0, center + half), n)
+
+    @classmethod
+    def mean(cls, values: Tensor) -> Self:
+        """A mean with the interval of the normal distribution; `n` must be at least 2."""
+        values = values.double()
+        mean, half = float(values.mean()), Z * float(values.std() / math.sqrt(len(values)))
+        return cls(mean, mean - half, mean + half, len(values))
+
+
+@functools.lru_cache(maxsize=1)
+def _network(device: torch.device) -> nn.Module:
+    return load_lpips().to(device)
+
+
+def lpips_distance(a: Tensor, b: Tensor, *, batch_size: int = BATCH) -> Tensor:
+    """
+    Measure LPIPS(alex) between two sets of pictures, pair by pair.
+
+    Args:
+        a (`torch.Tensor`):
+            uint8 of shape `(n, 3, H, W)`.
+        b (`torch.Tensor`):
+            uint8 of the same shape, on the same device.
+        batch_size (`int`, *optional*, defaults to 64):
+            Pairs per forward pass.
+
+    Returns:
+        `torch.Tensor`: float32 of shape `(n,)`, on the CPU; 0 for equal pictures.
+
+    Raises:
+        ValueError: the shapes differ, or the pictures are not uint8.
+    """
+    if a.shape != b.shape:
+        raise ValueError(
+            f"Images differ in shape: {tuple(a.shape)} and {tuple(b.shape)}. "
+            "Generate both sets with the same settings."
+        )
+    if a.dtype != torch.uint8 or b.dtype != torch.uint8:
+        raise ValueError(f"LPIPS pairs are uint8 images in [0, 255]; got {a.dtype} and {b.dtype}.")
+    metric = _network(a.device)
+    distances = []
+    with torch.no_grad():
+        for x, y in zip(a.split(batch_size), b.split(batch_size), strict=True):
+            distances.append(metric(x.float() / 127.5 - 1, y.float() / 127.5 - 1).flatten().cpu())
+    return torch.cat(distances) if distances else torch.empty(0)
+
+
+@torch.no_grad()
+def pooled_features(network: nn.Module, pictures: Tensor, batch_size: int = BATCH) -> Tensor:
+    """
+    Describe pictures `(n, 3, H, W)` in [-1, 1] by the mean, deviation and maximum of the five layers of
+    LPIPS's AlexNet: `(n, 3456)`.
+    """
+    smallest, largest = SIDES
+    side = min(max(smallest, *pictures.shape[-2:]), largest)
+    rows = []
+    for batch in pictures.split(batch_size):
+        shrunk = batch.shape[-1] > side
+        x = interpolate(batch, size=(side, side), mode="bilinear", align_corners=False, antialias=shrunk)
+        pooled = []
+        for h in network.net(network.scaling_layer(x)):
+            pooled += [h.mean((2, 3)), h.std((2, 3)), h.amax((2, 3))]
+        rows.append(torch.cat(pooled, dim=1))
+    return torch.cat(rows)
+
+
+def features_of(pictures: Tensor) -> Tensor:
+    """`pooled_features` of uint8 pictures, float64, on the CPU."""
+    return pooled_features(_network(pictures.device), pictures.float() / 127.5 - 1).double().cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """
+    Says which of several names a picture shows: a multinomial logistic regression over the features of LPIPS,
+    fitted on pictures that the model draws of these names. Frozen; on the CPU.
+
+    Args:
+        names (`tuple[str, ...]`):
+            The names that it can tell apart.
+        weight (`Tensor`), bias (`Tensor`):
+            `(len(names), d)` and `(len(names),)`, float64.
+        confusion (`Tensor`):
+            `(len(names), len(names))`, int64: how many pictures of a row's name were taken for a column's, by
+            judges that were fitted without them.
+
+    Example:
+
+        >>> import torch
+        >>> from more_hf.tune.judge import Judge
+        >>> dark = torch.randint(0, 90, (8, 3, 64, 64), dtype=torch.uint8)
+        >>> judge = Judge.fit({"night": dark, "day": 255 - dark})
+        >>> judge.recognized(dark, "night").value
+        1.0
+    """
+
+    names: tuple[str, ...]
+    weight: Tensor
+    bias: Tensor
+    confusion: Tensor
+
+    @classmethod
+    def fit(cls, pictures: Mapping[str, Tensor]) -> Judge:
+        """
+        Fit a judge, and measure it on pictures that it was not fitted on. The same pictures give the same
+        judge.
+
+        Args:
+            pictures (`Mapping[str, Tensor]`):
+                For each name uint8 pictures `(n, 3, H, W)`. The i-th pictures of all names are left out
+                together, so that a prompt and a seed that they share tell the judge nothing.
+
+        Raises:
+            `MoreError`: there are fewer than two names, or fewer pictures of a name than folds.
+        """
+        few = [name for name, own in pictures.items() if len(own) < FOLDS]
+        if len(pictures) < 2 or few:
+            raise MoreError(
+                f"A judge needs pictures of at least two names and {FOLDS} of each, got "
+                f"{', '.join(f'{len(own)} of {name!r}' for name, own in pictures.items()) or 'none'}. "
+                "Draw more of them."
+            )
+        names = tuple(pictures)
+        z = torch.cat([features_of(own) for own in pictures.values()])
+        labels = torch.cat([torch.full((len(own),), i) for i, own in enumerate(pictures.values())])
+        fold = torch.cat([torch.arange(len(own)) % FOLDS for own in pictures.values()])
+        # 1. What judges make of the pictures that they were not fitted on.
+        confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
+        for left_out in range(FOLDS):
+            seen = fold != left_out
+            weight, bias = _fit(z[seen], labels[seen], len(names))
+            taken_for = (z[~seen] @ weight.T + bias).argmax(1)
+            confusion.index_put_((labels[~seen], taken_for), torch.tensor(1), accumulate=True)
+        # 2. The judge itself, fitted on all pictures.
+        return cls(names, *_fit(z, labels, len(names)), confusion)
+
+    def taken_for(self, pictures: Tensor) -> list[str]:
+        """The name that each picture is taken for."""
+        scores = features_of(pictures) @ self.weight.T + self.bias
+        return [self.names[i] for i in scores.argmax(1).tolist()]
+
+    def recognized(self, pictures: Tensor, name: str) -> Estimate:
+        """The share of pictures that are taken for `name`, with Wilson's interval."""
+        return Estimate.share(self.taken_for(pictures).count(name), len(pictures))
+
+    @property
+    def accuracy(self) -> Estimate:
+        """The share of held-out pictures that were taken for what they are."""
+        return Estimate.share(int(self.confusion.diagonal().sum()), int(self.confusion.sum()))
+
+    def found(self, name: str) -> Estimate:
+        """The share of a name's held-out pictures that were taken for it."""
+        row = self.confusion[self.names.index(name)]
+        return Estimate.share(int(row[self.names.index(name)]), int(row.sum()))
+
+    def mistaken(self, name: str) -> Estimate:
+        """The share of the other names' held-out pictures that were taken for this one."""
+        column = self.names.index(name)
+        others = [i for i in range(len(self.names)) if i != column]
+        return Estimate.share(int(self.confusion[others, column].sum()), int(self.confusion[others].sum()))
+
+    def can_tell(self, name: str) -> bool:
+        """Whether it finds a name more often, beyond chance, than it sees it where it is not."""
+        return self.found(name).low > self.mistaken(name).high
+
+
+def _fit(z: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """
+    Weight `(classes, d)` and bias `(classes,)` of the multinomial logistic regression with the smallest mean
+    log loss plus `PENALTY` times the squared weights, over features scaled to unit deviation.
+    """
+    # 1. There are fewer pictures than features, and the best weights lie in the span of the pictures, so that
+    # an orthonormal basis of it gives the same solution in fewer dimensions.
+    mean, deviation = z.mean(0), z.std(0).clamp_min(1e-9)
+    x = (z - mean) / deviation
+    _, _, basis = torch.linalg.svd(x, full_matrices=False)
+    x = x @ basis.T
+    # 2. Minimize; the objective is convex.
+    w = torch.zeros(classes, x.shape[1] + 1, dtype=z.dtype, requires_grad=True)
+    precise = {"max_iter": 1000, "tolerance_grad": 1e-8, "tolerance_change": 0, "history_size": 20}
+    optimizer = torch.optim.LBFGS([w], line_search_fn="strong_wolfe", **precise)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(x @ w[:, :-1].T + w[:, -1], labels) + PENALTY * w[:, :-1].square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    # 3. Back to the features as they are.
+    weight = (w[:, :-1].detach() @ basis) / deviation
+    return weight, w[:, -1].detach() - weight @ mean

@@ -1,0 +1,82 @@
+"""The judge against scikit-learn's regression and scipy's intervals, and what it says it cannot tell."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+
+from more_hf.core.errors import MoreError
+from more_hf.tune.judge import FOLDS, PENALTY, Estimate, Judge, features_of
+
+
+COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 210)}
+
+
+def pictures(color, n=8, seed=0, noise=60):
+    """Noise around a color."""
+    generator = torch.Generator().manual_seed(seed)
+    around = torch.randint(-noise, noise, (n, 3, 64, 64), generator=generator)
+    return (torch.tensor(color).view(3, 1, 1) + around).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return {name: pictures(color, seed=i) for i, (name, color) in enumerate(COLORS.items())}
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (1, 200)])
+def test_wilson(hits, n):
+    estimate, expected = Estimate.share(hits, n), binomtest(hits, n).proportion_ci(method="wilson")
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert (estimate.value, estimate.n) == (hits / n, n)
+
+
+def test_the_mean_and_its_interval():
+    estimate = Estimate.mean(torch.tensor([1.0, 2.0, 4.0, 5.0]))
+    half = 1.96 * np.std([1, 2, 4, 5], ddof=1) / 2
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
+
+
+def test_it_is_the_regression_of_scikit_learn(drawn):
+    judge = Judge.fit(drawn)
+    z = torch.cat([features_of(own) for own in drawn.values()]).numpy()
+    scaled = (z - z.mean(0)) / np.maximum(z.std(0, ddof=1), 1e-9)
+    labels = np.repeat(range(3), 8)
+    theirs = LogisticRegression(C=1 / (2 * PENALTY * len(z)), tol=1e-10, max_iter=5000).fit(scaled, labels)
+    scores = torch.from_numpy(z) @ judge.weight.T + judge.bias
+    expected = theirs.decision_function(scaled)
+    # adding the same to all scores changes nothing
+    scores, expected = scores - scores.mean(1, keepdim=True), expected - expected.mean(1, keepdims=True)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=0.02, atol=0.02)
+    assert np.abs(expected).max() > 1  # and it is sure of something
+
+
+def test_recognized_is_the_share_of_a_name(drawn):
+    judge = Judge.fit(drawn)
+    mixed = torch.cat([pictures(COLORS["red"], 6, seed=9), pictures(COLORS["blue"], 2, seed=10)])
+    assert judge.taken_for(mixed) == ["red"] * 6 + ["blue"] * 2
+    assert judge.recognized(mixed, "red") == Estimate.share(6, 8)
+    assert judge.recognized(mixed, "green").value == 0
+    assert judge.can_tell("red")
+    assert judge.found("red") == Estimate.share(8, 8)
+
+
+def test_a_name_that_draws_what_another_draws_cannot_be_told(drawn):
+    alike = {**drawn, "azure": drawn["blue"].roll(1, 0)}
+    judge = Judge.fit(alike)
+    assert judge.can_tell("red")
+    assert not judge.can_tell("azure")
+    # every held-out picture is in the confusion once, in the row of its name
+    assert judge.confusion.sum(1).tolist() == [8] * 4
+    own, other = judge.names.index("azure"), judge.names.index("blue")
+    column = judge.confusion[:, own].tolist()
+    assert column[own] + int(judge.confusion[own, other]) == 8
+    assert judge.mistaken("azure") == Estimate.share(sum(column) - column[own], 24)
+
+
+def test_what_it_needs(drawn):
+    with pytest.raises(MoreError, match="at least two names"):
+        Judge.fit({"red": drawn["red"]})
+    with pytest.raises(MoreError, match="3 of 'blue'"):
+        Judge.fit({**drawn, "blue": drawn["blue"][: FOLDS - 1]})
