@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 # flags that are arguments of `erase_concept`, which has their defaults
-OPTIONS = ("num_experts", "router", "solver", "tokens", "softness", "seed")
+OPTIONS = ("num_experts", "router", "solver", "tokens", "softness", "strength", "seed")
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="weight on leaving other prompts unchanged, for `--solver soft` and `--reach denoiser`; smaller "
         "values forget more (1)",
     )
+    add("--strength", type=float, metavar="S", help="scales the edit: 0.8 leaves some of the concept (1)")
     add("--steps", type=positive, metavar="N", help="of `--reach denoiser` and `--compare` (as the model)")
     add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")
     add("--seed", type=int, metavar="N", help="draws the experts' targets, and the pictures' noise (0)")

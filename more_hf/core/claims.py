@@ -22,6 +22,10 @@ SOFT = (
     "The mean features of prompts that name what was erased are moved most of the way, so that other prompts "
     "keep more."
 )
+SCALED = (
+    "The edit was scaled by its strength, {:g}: the mean features of prompts that name what was erased go so "
+    "much of the way to the target. Whoever knows the names can undo that from the weights alone."
+)
 INSIDE = (
     "Layers inside the denoiser are fitted by regression, exact in nothing. Their files can only be compared "
     "with what was saved, by a fingerprint."
@@ -56,12 +60,16 @@ def claims_of_concepts(
     proof: Mapping[str, float],
 ) -> Iterator[Claim]:
     """Yield what may be said of an erasure from a pipeline, by what was asked for, done and measured."""
-    if facts.solver in EXACT_SOLVERS:
+    if request.strength != 1:
+        ending = f"At worst, they end {_left(guarantees, inside=False)} of the way from it."
+        yield Claim("in part", f"{SCALED.format(request.strength)} {ending}")
+    elif facts.solver in EXACT_SOLVERS:
         yield from _exact(request.remap_to.values(), EXACT, NOTHING)
     else:
-        yield Claim("in part", f"{SOFT} {_left(guarantees, inside=False)}")
+        yield Claim("in part", f"{SOFT} At worst, {_left(guarantees, inside=False)} of the way is left.")
     if request.inside:
-        yield Claim("in part, inside", f"{INSIDE} {_left(guarantees, inside=True)}")
+        left = _left(guarantees, inside=True)
+        yield Claim("in part, inside", f"{INSIDE} At worst, {left} of the way is left.")
     yield Claim("run", RUN if proof else NOT_RUN)
     yield Claim("not exact", SINGLE_PROMPT)
 
@@ -72,8 +80,10 @@ def claims_of_classes(facts: ClassFacts) -> Iterator[Claim]:
     yield Claim("not exact", SINGLE_IMAGE)
 
 
-def check_of(facts: Facts, targets: Collection[Collection[str]]) -> str:
+def check_of(facts: Facts, targets: Collection[Collection[str]], strength: float = 1.0) -> str:
     """The name of the check that the layers treat what was erased as they should."""
+    if strength != 1:
+        return f"each sends p_f {strength:g} of the way"
     if facts.solver not in EXACT_SOLVERS:
         return "each sends p_f most of the way"
     return "each sends p_f where p_t goes" if any(targets) else "each sends p_f to zero"
@@ -86,7 +96,7 @@ def _left(guarantees: Mapping[str, float], *, inside: bool) -> str:
         for key, value in guarantees.items()
         if key.endswith("way_left") and key.startswith("denoiser") == inside
     ]
-    return f"At worst, {100 * max(measured, default=math.nan):.2g} % of the way is left."
+    return f"{100 * max(measured, default=math.nan):.2g} %"
 
 
 def _exact(targets: Collection[Collection[str]], to_target: str, to_nothing: str) -> Iterator[Claim]:

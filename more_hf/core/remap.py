@@ -63,6 +63,8 @@ class Remap:
             (`"covariance"` with a price instead of exactness), or `REGRESSION` (made by `regress`).
         condition_number (`float`):
             Condition number of P with its columns scaled to unit norm.
+        strength (`float`, *optional*, defaults to 1.0):
+            Scales D_F, and with it E − I. `fit` and `regress` solve for 1, and only there an edit is exact.
     """
 
     prototypes: Prototypes
@@ -71,6 +73,7 @@ class Remap:
     dual: Tensor
     solver: str
     condition_number: float
+    strength: float = 1.0
 
     @classmethod
     def fit(
@@ -248,6 +251,11 @@ class Remap:
         )
 
     @property
+    def is_exact(self) -> bool:
+        """Whether G1 to G3 hold."""
+        return self.solver in EXACT_SOLVERS and self.strength == 1
+
+    @property
     def num_experts(self) -> int:
         """How many experts there are."""
         return len(self.targets)
@@ -271,7 +279,7 @@ class Remap:
     @property
     def D_F(self) -> Tensor:
         """`(f, d)`: row i reads forget prototype i in a feature, and 0 in every other prototype."""
-        return self.dual[list(self.forget)]
+        return self.strength * self.dual[list(self.forget)]
 
     @cached_property
     def shifts(self) -> Tensor:
@@ -334,12 +342,12 @@ class Remap:
         """
         The directions that the mean expert sends to zero, or nearly.
 
-        For an exact edit, these are all of M = P̄_t − P_F. For a soft one, they are the directions in the
-        span of M of which the edit leaves at most the share `most`; if there are none, the one of which it
-        leaves least.
+        For an exact edit, these are all of M = P̄_t − P_F, of which it leaves |1 − strength|. For a soft one,
+        they are the directions in the span of M of which the edit leaves at most the share `most`; if there
+        are none, the one of which it leaves least.
         """
         if self.solver in EXACT_SOLVERS:
-            return Removed(self.shift(), 0.0)
+            return Removed(self.shift(), abs(1 - self.strength))  # D_F M = −strength · I
         # With M = U S Vᵀ the edit sends U to U (I + S Vᵀ D_F U), so the span of M stays in itself.
         directions, sizes, combinations = torch.linalg.svd(self.shift(), full_matrices=False)
         # a direction of M that is only rounding is not one that the edit removes
@@ -384,13 +392,13 @@ class Remap:
         Returns:
             `dict[str, float]`:
 
-            - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖; called `way_left` for a soft edit, which
-              does not promise to go all the way
+            - `forget_to_target` (G1): ‖E p_f − p_t‖ / ‖p_f − p_t‖; called `way_left` for a soft edit and
+              at a strength other than 1, which do not promise to end at the target
             - `remain_fixed` (G1): ‖E p_r − p_r‖ / ‖p_r‖ over every other prototype; a soft edit with too many
               targets to keep them all reports those as `targets_moved`
-            - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖, unless the edit is soft
+            - `idempotent` (G2): ‖E² − E‖ / ‖E − I‖, for an exact edit
             - `nothing_left` (G3): ‖D_F E‖ / ‖D_F‖, how much an edited feature can still show of a forget
-              prototype, unless the edit is soft
+              prototype, for an exact edit
             - `ordinary_moved`: √(E‖E z − z‖² / E‖z‖²) over the features behind Σ, if there are any: what the
               edit costs them
             - `rank` (G2): the rank of I − E, the smallest over the experts
@@ -407,7 +415,7 @@ class Remap:
             measured = {"remain_fixed": _worst_ratio(M @ (D_F @ exact), exact)}
             if exact.shape != remain.shape:
                 measured["targets_moved"] = _worst_ratio(M @ (D_F @ remain), remain)
-            if self.solver not in EXACT_SOLVERS:
+            if not self.is_exact:
                 measured["way_left"] = way_left
             else:
                 measured["forget_to_target"] = way_left

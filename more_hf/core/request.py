@@ -29,6 +29,8 @@ REACHES: tuple[Reach, ...] = get_args(Reach)
 
 REMAIN: Literal["remain"] = "remain"
 
+STRONGEST = 1.5  # such an edit passes its target by half of the way
+
 # arguments of a pipeline's call that the edit itself sets
 DRAWN_WITH = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 
@@ -133,6 +135,7 @@ class ConceptRequest(Request):
     shrinkage: float = 1e-4  # added to the diagonal of Σ, as a fraction of its mean eigenvalue
     # for solver `"soft"` and inside the denoiser: the weight of ordinary features against forgotten ones
     softness: float = 1.0
+    strength: float = 1.0  # the change of each weight is multiplied by this, up to `STRONGEST`
     # one of `REACHES`: how far into the model the edit goes; a mapping gives a concept its own
     reach: str | Mapping[str, str] = "name"
     pictures: int = 32  # how many pictures of each name give the prototypes inside the denoiser
@@ -146,6 +149,7 @@ class ConceptRequest(Request):
             raise PrototypeError(f"`pooled` must be True or False, got {self.pooled!r}.")
         check_number("shrinkage", self.shrinkage)
         check_number("softness", self.softness)
+        _check_strength(self)
         self._set("reach", _read_reach(self.reach, self.concepts))
         self._set("pictures", read_count("pictures", self.pictures))
         self._set("sampling", {} if self.sampling is None else _read_sampling(self.sampling))
@@ -323,6 +327,21 @@ def _farther(earlier: str | Mapping[str, str], later: str | Mapping[str, str]) -
             for name, reach in own.items():
                 joined[name] = max(joined.get(name, "name"), reach, key=REACHES.index)
     return joined or "name"
+
+
+def _check_strength(request: ConceptRequest) -> None:
+    """Raises `PrototypeError` for a strength out of range, or one that a router cannot have."""
+    if not 0 < request.strength <= STRONGEST:
+        raise PrototypeError(
+            f"`strength` must be above 0, which would change nothing, and at most {STRONGEST}, got "
+            f"{request.strength}."
+        )
+    # By G3, an expert is exact on top of the mean expert in the weights; a scaled edit has no G3.
+    if request.router is not None and request.strength != 1:
+        raise PrototypeError(
+            f"A router needs the whole edit, and `strength={request.strength:g}` scales it. Leave out "
+            "`strength`, or the router."
+        )
 
 
 def _read_some(argument: str, value: Any) -> tuple[str, ...]:

@@ -103,6 +103,10 @@ def erase_concept(
         softness (`float`, *optional*, defaults to 1.0):
             Of `"soft"` and inside the denoiser: how much leaving ordinary features alone weighs against
             moving forgotten ones. Smaller forgets more, larger spares more.
+        strength (`float`, *optional*, defaults to 1.0):
+            Multiplies the change of every weight, up to 1.5. Below 1 some of the concept is left, above 1 its
+            prompts go beyond the target. Nothing is exact then, and a router is refused. `save` takes 0.5 and
+            more, since a weaker edit cannot be told from the original.
         sampling (`Mapping[str, int | float | bool | str]`, *optional*):
             Arguments of the pipeline's call with which those pictures are drawn, such as
             `{"num_inference_steps": 20}`. Fewer steps and smaller pictures are faster.
@@ -246,7 +250,7 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
         sent_to = {name: solution.sent_to[name] for name in request.inside}
         with nullcontext() if current is None else original_shown(current):
             activations = record_activations(pipe, denoiser, request, sent_to)
-        solution = solution.with_activations(activations, request.softness)
+        solution = solution.with_activations(activations, request)
         sites |= find_activation_sites(denoiser, activations.spaces)
     if current is not None:  # what the plain layers took the place of
         for name in sites.keys() & current.sites.keys():

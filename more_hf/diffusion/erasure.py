@@ -33,6 +33,8 @@ class ConceptErasure(Erasure):
         )
         moved = [f"{name} (moves by {100 * share:.2g} %)" for name, share in facts.retained_moved.items()]
         yield "retained", ", ".join(["special tokens and empty prompt (exact)", *moved])
+        if request.strength != 1:
+            yield "strength", f"{request.strength:g}: the change of each weight is multiplied by it"
         yield "tokens", f"{facts.tokens}, of {request.tokens}" if facts.tokens else request.tokens
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"

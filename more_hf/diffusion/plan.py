@@ -43,7 +43,7 @@ class Problem:
         # Retained names are columns of P for `pinv` alone.
         exact = self.names if solver == "pinv" else [name for name in self.names if name not in self.retained]
         named = {name for all_tokens in self.kinds for name in self.columns(self.names, all_tokens)}
-        return Remap.fit(
+        remap = Remap.fit(
             self.prototypes.without(named.difference(self.columns(exact, tokens))),
             self.columns(self.request.surfaces, tokens),
             [self.columns(names, tokens) for names in self.targets],
@@ -51,6 +51,7 @@ class Problem:
             shrinkage=self.request.shrinkage,
             softness=self.request.softness,
         )
+        return replace(remap, strength=self.request.strength)
 
     def columns(self, names: Sequence[str | None], tokens: str) -> list[str | None]:
         """The prototypes of names, one of each kind that these tokens give; `None` stays `None`."""
@@ -99,7 +100,7 @@ class Solution:
         """How far ordinary prompts move, as a share of their length, in the space where they move most."""
         return max(remap.ordinary_moved for remap in self.remaps.values())
 
-    def with_activations(self, activations: Activations, softness: float) -> Solution:
+    def with_activations(self, activations: Activations, request: ConceptRequest) -> Solution:
         """
         This solution with a remap of each activation space as well. Its experts are all the same, since there
         the edit is in the weights alone.
@@ -109,7 +110,8 @@ class Solution:
             forget = [name for name in pairs.names if target_of(name) in pairs.names]
             targets = [[target_of(name) for name in forget]] * self.remaps["tokens"].num_experts
             own = activations.own[space]
-            remaps[space] = Remap.regress(pairs, forget, targets, own, softness=softness)
+            remap = Remap.regress(pairs, forget, targets, own, softness=request.softness)
+            remaps[space] = replace(remap, strength=request.strength)
         return replace(self, remaps={**self.remaps, **remaps})
 
 
@@ -165,11 +167,11 @@ def solve(encoder: Encoder, request: ConceptRequest) -> Solution:
     """
     Solve a request; changes nothing.
 
-    `auto` decides by features alone. A single concept is erased exactly. For several, it takes the first of
-    these edits that moves ordinary prompts by at most `MAX_COST`: exact with all token positions; exact with
-    the last token and the end token; soft with these two, whatever it costs. "Exact" is `pinv` or
-    `covariance`, whichever moves ordinary prompts less. A router needs an exact edit (G3), so it takes the
-    second whatever it costs.
+    `auto` decides by features alone, and alike at every strength. A single concept is erased exactly. For
+    several, it takes the first of these edits that at strength 1 moves ordinary prompts by at most
+    `MAX_COST`: exact with all token positions; exact with the last token and the end token; soft with these
+    two, whatever it costs. "Exact" is `pinv` or `covariance`, whichever moves ordinary prompts less. A router
+    needs an exact edit (G3), so it takes the second whatever it costs.
 
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
@@ -181,17 +183,18 @@ def solve(encoder: Encoder, request: ConceptRequest) -> Solution:
     # `auto`: exact edits first, from most to fewest prototypes, since fewer prototypes move less.
     choices = token_choices(request)
     alone = len(request.concepts) == 1
+    why = "exact" if request.strength == 1 else "exact at strength 1"
     rejected: list[str] = []  # the exact edits that were passed over
     for tokens in choices:
         last_resort = tokens == choices[-1] and (alone or request.router is not None)
         try:
-            exact = _solution(problems, EXACT_SOLVERS, tokens, "exact", rejected)
+            exact = _solution(problems, EXACT_SOLVERS, tokens, why, rejected)
         except PrototypeError:  # too many prototypes, or dependent ones
             if last_resort:
                 raise
             rejected.append(f"{tokens} have no exact edit")
             continue
-        if alone or last_resort or exact.ordinary_moved <= MAX_COST:
+        if alone or last_resort or exact.ordinary_moved <= MAX_COST * request.strength:
             return exact
         rejected.append(f"exact with {tokens} would move them by {100 * exact.ordinary_moved:.1f} %")
     return _solution(problems, ("soft",), choices[-1], "soft", rejected)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.claims import check_of
-from ..core.errors import IncompatibleBaseError, MoreError, SiteNotFoundError
+from ..core.errors import ExportError, IncompatibleBaseError, MoreError, SiteNotFoundError
 from ..core.facts import ConceptFacts, is_text
 from ..core.markdown import markdown_table
 from ..core.proof import SLACK
@@ -41,7 +41,7 @@ from .layers import pipeline_class, read_denoiser, read_index
 TOLERANCE = 0.05
 # A soft edit is checked in the directions of which it leaves at most this share.
 SOFT_SHARE = TOLERANCE / 2
-# A soft edit that leaves more than this of every direction looks like the original, and never passes.
+# A soft or scaled edit that leaves more than this of every direction looks like the original: never passes.
 SOFTEST = 0.5
 
 
@@ -206,7 +206,10 @@ def check_folder(
         ),
     ]
     pipeline = record.kind == "pipeline"
-    name = check_of(record.facts, (record.request.remap_to if pipeline else record.facts.sent_to).values())
+    if pipeline:
+        name = check_of(record.facts, record.request.remap_to.values(), record.request.strength)
+    else:
+        name = check_of(record.facts, record.facts.sent_to.values())
     inside = [layer for layer in layers if pipeline and not is_text(layer.space)]
     if isinstance(removed, MoreError):
         checks.append(Check(name, False, str(removed)))
@@ -321,7 +324,18 @@ def _remapped(
 
 
 def removed_from(encoder: Encoder, request: ConceptRequest, facts: ConceptFacts) -> dict[str, Removed]:
-    """Space -> the directions that the edit removes, computed with the pipeline's text encoders."""
+    """
+    Space -> the directions that the edit removes, computed with the pipeline's text encoders.
+
+    Raises:
+        `ExportError`: the edit is so weak that no check can tell it from the original.
+    """
+    if abs(1 - request.strength) > SOFTEST:
+        raise ExportError(
+            f"At strength {request.strength:g} more than half of what was erased is left, and the weights "
+            "cannot be told from the original's. Write such an edit with `more_hf.save_lora`, or erase with "
+            f"a strength of at least {1 - SOFTEST:g}."
+        )
     if facts.solver == "soft":
         remaps = solve(encoder, request).remaps
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}

@@ -44,6 +44,7 @@ def write_delta(erasure: Erasure, folder: Path) -> None:
             "names": remap.prototypes.names,
             "solver": remap.solver,
             "condition_number": remap.condition_number,
+            "strength": remap.strength,
         }
     router = None if erasure.hook is None else erasure.hook.router
     if isinstance(router, PrototypeRouter):
@@ -77,6 +78,7 @@ def read_delta(folder: Path) -> dict[str, Remap]:
                 dual=file.get_tensor(f"{space}.dual"),
                 solver=facts["solver"],
                 condition_number=facts["condition_number"],
+                strength=facts["strength"],
             )
     return remaps
 

@@ -56,8 +56,9 @@ def save_lora(
     Write the erasure as one LoRA file for the original model. The pipeline is not changed.
 
     Loaded into the original at weight 1, it gives the erased model up to the rounding of `dtype`: the change
-    of an edited layer has the rank of the forget prototypes, so nothing is approximated. Do not load it into
-    a model that is already erased.
+    of an edited layer has the rank of the forget prototypes, so nothing is approximated. Another weight is
+    another `strength` of `erase_concept`, times the file's own. Do not load it into a model that is already
+    erased.
 
     For Wan 2.2 there are two files, as diffusers expects: the second, with `_2` at the end of its name, is
     for `load_lora_weights(..., load_into_transformer_2=True)`.
@@ -368,6 +369,6 @@ def _kohya_metadata(pipe: DiffusionPipeline, denoiser: Denoiser, erasure: Erasur
         "modelspec.title": title,
         "modelspec.resolution": f"{width * pipe.vae_scale_factor}x{height * pipe.vae_scale_factor}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
-        "modelspec.usage_hint": "Weight 1 on the original model erases, 0 does not. "
-        "Not for a model that is erased already.",
+        "modelspec.usage_hint": f"Weight {1 / erasure.request.strength:.3g} on the original model erases, "
+        "0 does not. Not for a model that is erased already.",
     }

@@ -179,7 +179,7 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: "facts", raising=False)
     argv = "erase --concept Noto crab --alias Noto=noto-emoji --remap-to none --retain pizza --num-experts 2 "
     argv += "--router hash --include_delta --solver covariance --tokens positions --seed=4 --dtype bfloat16"
-    argv += " --device cpu --reach denoiser --softness 2 --steps 10"
+    argv += " --device cpu --reach denoiser --softness 2 --strength 1 --steps 10"
     assert main([*argv.split(), "--model", "emoji-sd", "--output", str(tmp_path / "out")]) == 0
     assert str(seen.pop("dtype")) == "torch.bfloat16"
     assert seen == {
@@ -192,6 +192,7 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
         "tokens": "positions",
         "reach": "denoiser",
         "softness": 2.0,
+        "strength": 1.0,
         "sampling": {"num_inference_steps": 10},
         "seed": 4,
         "device": "cpu",

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.records import list_files_again, read_record, write_record
+from safetensors.torch import load_file
+from support.records import read_record, with_original, write_record
 
 import more_hf
-from more_hf.core.site import fingerprint
 from more_hf.saving.check import SOFT_SHARE
 
 
@@ -74,16 +73,6 @@ def test_restored_bit_for_bit(tiny_sd):
     assert not all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     more_hf.restore(pipe)
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
-
-
-def with_original(folder, original):
-    """The folder with the original's weights, whose record says what they are."""
-    file = next((folder / "unet").glob("*.safetensors"))
-    save_file({name: original[name].contiguous() for name in load_file(file)}, file, {"format": "pt"})
-    list_files_again(folder)
-    record = read_record(folder)
-    record["edited"] = fingerprint({name: original[f"{name}.weight"] for name in record["sites"]})
-    write_record(folder, record)
 
 
 def failed(folder):

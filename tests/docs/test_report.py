@@ -24,6 +24,7 @@ CASES = {
         "solver": "covariance",
     },
     "soft": {"concepts": ["van gogh", "cat"], "remap_to": TARGET, "solver": "soft", "softness": 4.0},
+    "scaled": {"concepts": "van gogh", "remap_to": TARGET, "strength": 0.7},
     "router": {"concepts": "van gogh", "remap_to": [TARGET, "dog"], "router": "random", "retain": ["cat"]},
 }
 INSIDE = {"reach": "denoiser", "pictures": 2, "sampling": {"num_inference_steps": 2, "height": 8, "width": 8}}
@@ -49,10 +50,12 @@ def test_what_is_said_is_what_was_done(erased):
         "nothing": [claims.NOTHING],
         "mixed": [claims.EXACT, claims.NOTHING],
         "soft": [claims.SOFT],
+        "scaled": [claims.SCALED.format(0.7)],
         "router": [claims.EXACT],
     }
     for name, pipe in erased.items():
-        for sentence in (claims.EXACT, claims.NOTHING, claims.SOFT, claims.INSIDE):
+        scaled = claims.SCALED.format(0.7)
+        for sentence in (claims.EXACT, claims.NOTHING, claims.SOFT, claims.INSIDE, scaled):
             assert (sentence in said(pipe)) == (sentence in expected[name]), (name, sentence)
         assert claims.RUN in said(pipe)
     left = more_hf.get_erasure(erased["soft"]).guarantees["way_left"]
@@ -69,9 +72,13 @@ def test_report_card_and_verify_say_the_same(erased, name, tmp_path):
         assert claim.sentence in card
         assert " ".join(claim.sentence.split()[:4]) in " ".join(report.split())
     checks = [check.name for check in more_hf.verify(folder).checks]
-    exact = {"nothing": "each sends p_f to zero", "soft": "each sends p_f most of the way"}
-    assert exact.get(name, "each sends p_f where p_t goes") in checks
-    assert ("To rounding" in card) == (name != "soft")
+    others = {
+        "nothing": "each sends p_f to zero",
+        "soft": "each sends p_f most of the way",
+        "scaled": "each sends p_f 0.7 of the way",
+    }
+    assert others.get(name, "each sends p_f where p_t goes") in checks
+    assert ("To rounding" in card) == (name not in ("soft", "scaled"))
 
 
 @pytest.mark.slow

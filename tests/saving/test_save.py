@@ -72,6 +72,7 @@ def test_record(tiny_sd, tmp_path):
         "everyday": None,
         "shrinkage": 1e-4,
         "softness": 1.0,
+        "strength": 1.0,
         "reach": "name",
         "pictures": 32,
         "sampling": {},
