@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from more_hf_bench.artists.findings import Finding, finding
@@ -12,35 +14,22 @@ def test_share(percent, text):
     assert share(percent) == text
 
 
-def test_an_erasure_that_worked():
-    text = str(Finding("Noto", 80.0, 0.0, 100.0, 96.0, lpips_f=0.4, lpips_r=0.006))
-    assert text == (
-        "Noto is recognised in 80 % of the pictures before and in none after; the other artists' pictures "
-        "moved by 0.006 LPIPS on average, which nobody sees."
-    )
-
-
-@pytest.mark.parametrize(
-    ("forgotten", "words"),
-    [("Noto+Fluent", "Noto and Fluent are recognised"), ("A+B+C", "A, B and C are recognised in 80 %")],
-)
-def test_names_that_were_erased_together_are_a_list(forgotten, words):
-    assert str(Finding(forgotten, 80.0, 0.0, 100.0, 96.0, lpips_f=0.4, lpips_r=0.006)).startswith(words)
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ((80.0, 0.0, 100.0, 96.0, 0.4, 0.006), r"in 80 % .* before and in none after; .* 0\.006 LPIPS"),
         ((80.0, 60.0, 100.0, 96.0, 0.1, 0.006), "did not succeed"),
         ((5.0, 0.0, 100.0, 96.0, 0.1, 0.006), "hardly anything to erase"),
-        ((80.0, 0.0, 100.0, 20.0, 0.5, 0.006), "seen in 20 % of them (all before)"),
+        ((80.0, 0.0, 100.0, 20.0, 0.5, 0.006), r"seen in 20 % of them \(all before\)"),
         ((80.0, 0.0, 100.0, 96.0, 0.5, 0.03), "one has to look for"),
         ((80.0, 0.0, 100.0, 96.0, 0.5, 0.3), "plain to see"),
         ((None, None, None, None, 0.5, 0.006), "nobody judged"),
     ],
 )
-def test_what_went_wrong_is_said(values, words):
-    assert words in str(Finding("Noto", *values))
+def test_what_an_erasure_did_is_said(values, words):
+    assert re.search(words, str(Finding("Noto", *values)))
+    joint = "A, B and C are recognised" if values[0] else "A, B and C"
+    assert joint in str(Finding("A+B+C", *values))
 
 
 def line(method, forget, lpips_r):

@@ -26,7 +26,6 @@ def test_a_row_depends_on_its_own_seed_only(tiny_sd):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_routed_row_depends_on_its_own_seed_only(tiny_sd):
     pipe = tiny_sd()
     more_hf.erase_concept(pipe, "Van Gogh", remap_to=["Claude Monet", "Johannes Vermeer"], router="random")

@@ -77,21 +77,6 @@ def test_each_level_says_the_artist_in_its_own_way():
         assert len(used) >= least
 
 
-def test_near_things_name_no_artist_and_share_words_with_one_that_is_forgotten():
-    rows = read_prompts("emoji_levels").at(["near"]).rows
-    texts = " ".join(
-        text
-        for artist in ("High Contrast", "Streamline", "Blobmoji")
-        for kind in ("short", "long")
-        for part in WORDS[artist][kind].values()
-        for text in part
-    )
-    assert len(rows) == 24
-    for r in rows:
-        assert (r.artist, r.group) == ("", "")
-        assert set(re.findall(r"[a-z]{4,}", r.prompt)) & set(re.findall(r"[a-z]{4,}", texts.lower()))
-
-
 def test_the_file_is_what_its_script_writes(tmp_path, monkeypatch):
     import runpy
 
@@ -304,19 +289,12 @@ def test_a_run_by_level(tiny_sd, few, tmp_path):
     assert {name: (output / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_pictures_are_of_each_level(tiny_sd, few, tmp_path):
     run(tiny_sd(), few, tmp_path / "out", {"keep": keep}, pictures=(1, 1))
     counted = Counter((r.level, r.artist) for r in rows_of(tmp_path / "out"))
-    assert counted == dict.fromkeys(
-        [
-            ("name", "Van Gogh"),
-            ("name", "Picasso"),
-            ("short", "Van Gogh"),
-            ("short", "Picasso"),
-            ("near", ""),
-        ],
-        1,
-    )
+    cells = [(level, artist) for level in ("name", "short") for artist in ("Van Gogh", "Picasso")]
+    assert counted == dict.fromkeys([*cells, ("near", "")], 1)
 
 
 def test_rows_from_before_there_were_levels():
@@ -324,15 +302,19 @@ def test_rows_from_before_there_were_levels():
     assert level_lines(artist_rows.measured(rows.assign(content_before=1.0, content_after=1.0))) == []
 
 
-def test_who_takes_no_picture_cannot_be_asked_by_one(tiny_sd, tmp_path, capsys):
-    path = with_pictures(tmp_path)
+def test_levels_that_cannot_be_asked_for(tiny_sd, tmp_path, capsys):
     with pytest.raises(BenchmarkError, match="has no IP-Adapter"):
-        run(tiny_sd(), path, tmp_path / "out", {"keep": keep})
+        run(tiny_sd(), with_pictures(tmp_path), tmp_path / "out", {"keep": keep})
+    config = tmp_path / "bench.json"
+    command = f"bench artists --forget Blobmoji --config {config} --output {tmp_path / 'out'}"
+    for levels, message in (
+        ("name,image", "emoji-sd has none"),
+        ("longer", "the level 'longer'. It has name"),
+    ):
+        config.write_text(json.dumps({"levels": levels}))
+        assert main(command.split()) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    (tmp_path / "bench.json").write_text('{"levels": "name,image"}')
-    command = f"bench artists --forget Blobmoji --config {tmp_path / 'bench.json'} --output"
-    assert main([*command.split(), str(tmp_path / "out")]) == 2
-    assert "emoji-sd has none" in capsys.readouterr().err
 
 
 def with_pictures(folder):
@@ -359,6 +341,7 @@ def adapted(pipe):
     return pipe
 
 
+@pytest.mark.slow
 def test_a_picture_is_asked_by_through_the_adapter(tiny_sd, tmp_path):
     path = with_pictures(tmp_path)
     pipe = adapted(tiny_sd())
@@ -394,10 +377,3 @@ def test_a_picture_that_is_not_there_is_named(tmp_path):
         PromptFileError, match="line 12: the level 'image' needs a file in the column `image`"
     ):
         read_prompts(path)
-
-
-def test_an_unknown_level_names_those_that_there_are(tmp_path, capsys):
-    (tmp_path / "bench.json").write_text('{"levels": "longer"}')
-    command = f"bench artists --forget Blobmoji --config {tmp_path / 'bench.json'} --output"
-    assert main([*command.split(), str(tmp_path / "out")]) == 2
-    assert "emoji_levels has no prompts at the level 'longer'. It has name, alias" in capsys.readouterr().err
