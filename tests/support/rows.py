@@ -6,32 +6,23 @@ from more_hf_bench.artists.rows import measured
 from more_hf_bench.columns import read_rows
 
 
-UNSAID = {
-    "method": "m",
-    "forget": "A",
-    "remap_to": "B",
-    "retain": "",
-    "case_number": 0,
-    "sample": 0,
-    "evaluation_seed": 0,
-    "artist": "",
-    "thing": "",
-    "group": "",
-    "prompt": "",
-    "lpips": 0.0,
-    "lpips_64": 0.0,
-    "lpips_64_rece": 0.0,
-    "style_before": "",
-    "style_after": "",
-    "content_before": None,
-    "content_after": None,
-    "seconds": 0.0,
-    "seconds_prepare": None,
-    "peak_memory": None,
-    "before": "",
-    "after": "",
-    "level": "",
-}
+TEXTS = (
+    "retain",
+    "artist",
+    "thing",
+    "group",
+    "prompt",
+    "style_before",
+    "style_after",
+    "before",
+    "after",
+    "level",
+)
+NOTHING = ("content_before", "content_after", "seconds_prepare", "peak_memory")
+UNSAID = {"method": "m", "forget": "A", "remap_to": "B"}
+UNSAID |= dict.fromkeys(("case_number", "sample", "evaluation_seed"), 0)
+UNSAID |= dict.fromkeys(("lpips", "lpips_64", "lpips_64_rece", "seconds"), 0.0)
+UNSAID |= {**dict.fromkeys(TEXTS, ""), **dict.fromkeys(NOTHING)}
 
 
 def row(**cells) -> dict:
@@ -39,8 +30,7 @@ def row(**cells) -> dict:
 
 
 def frame(rows, config=None) -> pd.DataFrame:
-    numbers = ["content_before", "content_after", "seconds_prepare", "peak_memory"]
-    return measured(pd.DataFrame(rows).astype(dict.fromkeys(numbers, float)), config)
+    return measured(pd.DataFrame(rows).astype(dict.fromkeys(NOTHING, float)), config)
 
 
 def rows_of(folder) -> list:

@@ -22,23 +22,12 @@ case_number,sample,artist,group,lpips,style_before,style_after,content_before,co
 
 
 def ten_rows(**changes):
-    rows = []
+    rows, given = [], {"retain": "C; a dog", "seconds_prepare": 3.0, "peak_memory": 100.0}
     for i, cells in enumerate(csv.DictReader(TEN_ROWS.split())):
-        lpips = float(cells["lpips"])
-        judged = {
-            name: int(cells[name]) for name in ("case_number", "sample", "content_before", "content_after")
-        }
-        given = {
-            "retain": "C; a dog",
-            "seconds_prepare": 3.0,
-            "peak_memory": 100.0,
-            **cells,
-            **judged,
-            **changes,
-        }
-        rows.append(
-            row(**{**given, "lpips": lpips, "lpips_64": lpips, "lpips_64_rece": lpips, "seconds": float(i)})
-        )
+        numbers = {name: int(cells[name]) for name in ("case_number", "sample")}
+        numbers |= {name: int(cells[name]) for name in ("content_before", "content_after")}
+        numbers |= dict.fromkeys(("lpips", "lpips_64", "lpips_64_rece"), float(cells["lpips"]))
+        rows.append(row(**{**given, **cells, **numbers, **changes, "seconds": float(i)}))
     return rows
 
 
@@ -46,44 +35,19 @@ def test_the_summary_of_ten_rows_by_hand():
     confusion = {"B": {"A": 12.0, "B": 88.0}, "A": {"A": 90.0, "B": 10.0}}
     (line,) = summarise(frame(ten_rows()), confusion=confusion)
     by_hand = {
-        "method": "m",
-        "forget": "A",
-        "n_f": 4,
-        "n_r": 4,
-        "n_none": 2,
-        "lpips_f": 0.55,
-        "lpips_f_low": 0.5,
-        "lpips_f_high": 0.6,
-        "lpips_r": 0.175,
-        "lpips_d": 0.375,
-        "lpips_r_group": 0.15,
-        "lpips_named": 0.15,
-        "lpips_named_low": 0.15,  # one prompt of each artist
-        "lpips_unnamed": 0.2,
-        "lpips_unnamed_low": 0.1,
-        "lpips_unnamed_high": 0.3,
-        "lpips_none": 0.1,
-        "lpips_64_f": 0.55,
-        "lpips_64_rece_d": 0.375,
-        "style_f": 25.0,
-        "style_f_before": 75.0,
-        "style_f_change": -50.0,
-        "style_r": 75.0,
-        "style_r_before": 75.0,
-        "style_r_change": 0.0,
-        "style_r_change_low": -25.0,  # C always loses its one, D draws two of (0, +1)
-        "style_r_change_high": 25.0,
-        "content_f": 50.0,
-        "content_f_before": 75.0,
-        "content_r": 75.0,
-        "content_r_before": 75.0,
-        "content_none": 50.0,
-        "content_none_before": 100.0,
-        "style_f_real": 12.0,
-        "seconds_prepare": 3.0,
-        "seconds_per_image": 4.5,
-        "peak_memory": 100.0,
-    }
+        "method": "m", "forget": "A", "n_f": 4, "n_r": 4, "n_none": 2,
+        "lpips_f": 0.55, "lpips_f_low": 0.5, "lpips_f_high": 0.6,
+        "lpips_r": 0.175, "lpips_d": 0.375, "lpips_r_group": 0.15,
+        "lpips_named": 0.15, "lpips_named_low": 0.15,  # one prompt of each artist
+        "lpips_unnamed": 0.2, "lpips_unnamed_low": 0.1, "lpips_unnamed_high": 0.3,
+        "lpips_none": 0.1, "lpips_64_f": 0.55, "lpips_64_rece_d": 0.375,
+        "style_f": 25.0, "style_f_before": 75.0, "style_f_change": -50.0,
+        "style_r": 75.0, "style_r_before": 75.0, "style_r_change": 0.0,
+        "style_r_change_low": -25.0, "style_r_change_high": 25.0,  # C loses its one, D draws two of (0, +1)
+        "content_f": 50.0, "content_f_before": 75.0, "content_r": 75.0, "content_r_before": 75.0,
+        "content_none": 50.0, "content_none_before": 100.0, "style_f_real": 12.0,
+        "seconds_prepare": 3.0, "seconds_per_image": 4.5, "peak_memory": 100.0,
+    }  # fmt: skip
     assert {key: line[key] for key in by_hand} == pytest.approx(by_hand)
 
 
