@@ -7,6 +7,8 @@ from more_hf_bench.methods.registry import DIFFUSION
 
 CONCEPT, TARGET, RETAIN = "van gogh", "claude monet", ["pablo picasso", "andy warhol"]
 NAMES = {"remap_to": [TARGET], "retain": RETAIN}
+ESD = {**NAMES, "sampling_steps": 4, "iterations": 2, "learning_rate": 1e-3}
+CA = {**ESD, "images": 4, "prompts": ["a cat", "a tree", "a car"], "sampling_steps": 2}
 MANY = {CONCEPT: ["vincent"], "kelly mckernan": []}
 NAMED, OTHER = "a cat by van gogh in the style of claude monet", "a dog"
 

@@ -5,21 +5,11 @@ import copy
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from support.methods import CONCEPT, NAMES
+from support.methods import CA, CONCEPT
 from support.texts import features
 
 from more_hf.core.errors import MoreError
 from more_hf_bench.methods.diffusion.ca import ablation_loss, anchor_texts, ca, detach_begin_token
-
-
-CA = {
-    **NAMES,
-    "images": 4,
-    "prompts": ["a cat", "a tree", "a car"],
-    "sampling_steps": 2,
-    "iterations": 2,
-    "learning_rate": 1e-3,
-}
 
 
 def test_ca_anchor_texts():
@@ -72,13 +62,9 @@ def test_ca_draws_anchors_once_by_its_recipe(tiny_sd, tmp_path, monkeypatch):
     assert held.shape == (4, 2, 4, 16, 16)
     drawing = copy.copy(pipe)
     drawing.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    ask = {
-        "num_inference_steps": 2,
-        "guidance_scale": 6.0,
-        "output_type": "pt",
-        "generator": torch.Generator().manual_seed(1),
-    }
-    pixels = 2 * drawing("a tree, in the style of claude monet", **ask).images - 1
+    ask = {"num_inference_steps": 2, "guidance_scale": 6.0, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(1)
+    pixels = 2 * drawing("a tree, in the style of claude monet", generator=generator, **ask).images - 1
     with torch.no_grad():
         for flip, picture in enumerate((pixels, pixels.flip(-1))):
             expected = pipe.vae.encode(picture).latent_dist.mean[0] * pipe.vae.config.scaling_factor

@@ -18,7 +18,6 @@ from more_hf_bench.methods.diffusion.closed_form import (
     adversarial_embeddings,
     centroids,
     cure_eraser,
-    edit_matrix,
     erasing_term,
     null_space,
     refined_prior,
@@ -96,12 +95,6 @@ def paper_sequences(pipe, concept, target):
     return old[a : len(old) - (shift - a)], new[b : len(new) - (shift - b)]
 
 
-def test_uce_matrix_on_two_axes():
-    c, g = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[0.0, 1.0]]).double()
-    A = edit_matrix(c, g, c[:0], lamb=1.0, erase_scale=1.0, preserve_scale=1.0)
-    assert torch.allclose(A, torch.tensor([[0.5, 0.0], [0.5, 1.0]]).double())
-
-
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_uce_is_the_formula_layer_by_layer(tiny_sd, version):
     pipe = tiny_sd(version)
@@ -129,10 +122,8 @@ def test_uce_of_several_concepts_sends_each_to_the_mean_of_the_targets(tiny_sd):
     before = text_layers(pipe)
     DIFFUSION["uce"].load()(pipe, MANY, remap_to=targets, retain=RETAIN)
     old = [last(pipe, name) for name in (CONCEPT, "vincent", "kelly mckernan")]
-    new, kept = (
-        sum(last(pipe, name) for name in targets) / 2,
-        [last(pipe, name) for name in (*targets, *RETAIN)],
-    )
+    new = sum(last(pipe, name) for name in targets) / 2
+    kept = [last(pipe, name) for name in (*targets, *RETAIN)]
     for name, W in text_layers(pipe).items():
         assert torch.allclose(W, uce_layer(before[name], old, [new] * 3, kept, 0.5, 1.0, 1.0), atol=1e-6)
 
@@ -161,13 +152,11 @@ def test_uce_for_small_lambda_is_remap_with_one_expert(tiny_sd):
     for lamb in (1e-9, 1.0):
         edited = tiny_sd("2")
         run("uce", edited, lamb=lamb)
-        pairs = [(W, remap.merged(before[name])) for name, W in text_layers(edited).items()]
-        distances.append(
-            max(
-                float((a - b).norm() / (b - before[name]).norm())
-                for name, (a, b) in zip(before, pairs, strict=True)
-            )
-        )
+        apart = []
+        for name, W in text_layers(edited).items():
+            merged = remap.merged(before[name])
+            apart.append(float((W - merged).norm() / (merged - before[name]).norm()))
+        distances.append(max(apart))
     assert distances[0] < 1e-4
     assert distances[1] > 1e-3
 
@@ -197,23 +186,13 @@ def test_rece_is_its_two_steps_layer_by_layer(tiny_sd):
         assert not torch.allclose(W, first[name], atol=1e-4)
 
 
-def test_rece_without_epochs_is_the_paper_variant_of_uce(tiny_sd):
-    a, b = tiny_sd("1"), tiny_sd("1")
-    run("rece", a, epochs=0)
-    run("uce", b, variant="paper", preserve_scale=0.1)
-    assert all(
-        torch.equal(x, y) for x, y in zip(text_layers(a).values(), text_layers(b).values(), strict=True)
-    )
-
-
 def test_cure_projects_orthogonal_embeddings_out_and_spares_shared_ones():
     e = torch.eye(3).double()
     assert torch.allclose(cure_eraser(e[:1], e[1:2], 2.0), torch.diag(torch.tensor([0.0, 1, 1]).double()))
     assert torch.allclose(cure_eraser(e[:1], 5 * e[:1], 2.0), e)
     # two directions with half of the energy each: λ = 2 · ½ / (½ + 1)
-    assert torch.allclose(
-        cure_eraser(e[:2], e[:0], 2.0), torch.diag(torch.tensor([1 / 3, 1 / 3, 1]).double())
-    )
+    third = torch.tensor([1 / 3, 1 / 3, 1]).double()
+    assert torch.allclose(cure_eraser(e[:2], e[:0], 2.0), torch.diag(third))
     # P_f P_r with a retained direction at 45 degrees
     both = cure_eraser(e[:1], (e[:1] + e[1:2]), 2.0)
     assert torch.allclose(both, torch.tensor([[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]).double())
@@ -224,9 +203,8 @@ def test_cure_is_the_formula_on_content_tokens(tiny_sd):
     before = text_layers(pipe)
 
     def projector(names):
-        rows = np.concatenate(
-            [features[1 : used - 1].numpy() for features, used in (tokens(pipe, name) for name in names)]
-        )
+        read = [tokens(pipe, name) for name in names]
+        rows = np.concatenate([features[1 : used - 1].numpy() for features, used in read])
         values, vectors = np.linalg.eigh(rows.T @ rows)  # squares of the singular values
         share = values.clip(0) / values.sum()
         return vectors @ np.diag(2 * share / (share + 1)) @ vectors.T
@@ -235,12 +213,6 @@ def test_cure_is_the_formula_on_content_tokens(tiny_sd):
     run("cure", pipe)
     for name, W in text_layers(pipe).items():
         assert np.allclose(W.numpy(), before[name].numpy() @ (np.eye(32) - (P_f - P_f @ P_r)), atol=1e-6)
-
-
-def test_speed_update_on_two_axes():
-    c, g, eye = torch.tensor([[1.0, 0]]).double(), torch.tensor([[0.0, 1]]).double(), torch.eye(2).double()
-    change = speed_update(c.T @ c, g.T @ c, eye, eye[:, :0], 1.0, 0.0)
-    assert torch.allclose(change, torch.tensor([[-0.5, 0], [0.5, 0]]).double())
 
 
 def test_speed_update_is_the_constrained_least_squares_solution():
@@ -381,10 +353,3 @@ def test_oce_rotates_each_value_layer(tiny_sd):
         assert torch.allclose(Q @ Q.T, torch.eye(len(Q)).double(), atol=1e-5)
         assert float(torch.linalg.det(Q)) == pytest.approx(1, abs=1e-5)
         assert (Q - torch.eye(len(Q)).double()).norm() > 0.1
-
-
-def test_oce_that_erases_nothing_changes_nothing(tiny_sd):
-    pipe = tiny_sd("2")
-    before = text_layers(pipe)
-    run("oce", pipe, erase_scale=0.0)
-    assert all(torch.allclose(W, before[name], atol=1e-6) for name, W in text_layers(pipe).items())

@@ -5,16 +5,13 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from support.methods import CONCEPT, NAMES
+from support.methods import CONCEPT, ESD
 from support.texts import features
 
 from more_hf.core.errors import MoreError
 from more_hf_bench.methods.diffusion import esd as esd_module
 from more_hf_bench.methods.diffusion import training
 from more_hf_bench.methods.diffusion.esd import esd, sample_until, target
-
-
-ESD = {**NAMES, "sampling_steps": 4, "iterations": 2, "learning_rate": 1e-3}
 
 
 def test_esd_targets_by_hand():
@@ -115,9 +112,8 @@ def test_esd_reduces_its_loss(tiny_sd, variant):
 def test_layers_and_words_of_esd(tiny_sd):
     pipe = tiny_sd("1")
     counts = {layers: set(training.trainable_names(pipe, layers)) for layers in training.LAYERS}
-    assert counts["x-strict"] == {
-        n for n in counts["all"] if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
-    }
+    strict = ("attn2.to_k.weight", "attn2.to_v.weight")
+    assert counts["x-strict"] == {n for n in counts["all"] if n.endswith(strict)}
     assert counts["x"] == {n for n in counts["all"] if ".attn2." in n}
     assert counts["u"] == counts["all"] - counts["x"]
     assert counts["all"] == {n for n, _ in pipe.unet.named_parameters()}

@@ -40,9 +40,8 @@ def test_safree_attenuates_low_frequencies_where_the_projected_prompt_has_more()
                     spectra[1][c, i, j] *= 0.5
                     changed += 1
     assert 0 < changed < 8
-    assert torch.allclose(
-        attenuate(skip, torch.tensor([True]), 0.0)[1].mean(dim=(-2, -1)), torch.zeros(2), atol=1e-6
-    )
+    means = attenuate(skip, torch.tensor([True]), 0.0)[1].mean(dim=(-2, -1))
+    assert torch.allclose(means, torch.zeros(2), atol=1e-6)
     assert np.allclose(found[1].numpy(), np.fft.ifft2(spectra[1]).real, atol=1e-5)
 
 
@@ -54,9 +53,8 @@ def test_safree_projects_its_triggers(tiny_sd, version):
     assert torch.equal(negative[0], encode(pipe, CONCEPT)[0][0])
     c = encode(pipe, CONCEPT).pooler_output[0].double().numpy()
     away = np.eye(len(c)) - np.outer(c, c) / (c @ c)
-    ids = pipe.tokenizer(
-        NAMED, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+    padded = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length}
+    ids = pipe.tokenizer(NAMED, **padded, return_tensors="pt").input_ids
     n = len(pipe.tokenizer(NAMED).input_ids) - 2
     rows = []
     for i in range(n):
@@ -99,10 +97,8 @@ def test_safree_without_triggers_is_the_pipeline(tiny_sd, monkeypatch):
     pipe = tiny_sd("2")
     plain = draw(pipe, [NAMED])
     assert torch.allclose(draw(run("safree", pipe, alpha=1e3, negative=False), [NAMED]), plain, atol=1e-5)
-    once, again = (
-        run("safree", pipe, negative=False),
-        run("safree", pipe, negative=False, re_attention=True),
-    )
+    once = run("safree", pipe, negative=False)
+    again = run("safree", pipe, negative=False, re_attention=True)
     projected = draw(once, [NAMED])
     assert not torch.allclose(projected, plain, atol=1e-3)
     assert not torch.allclose(draw(again, [NAMED]), projected, atol=1e-3)

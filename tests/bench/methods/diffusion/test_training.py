@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.compare import changed, same, state
-from support.methods import CONCEPT, MANY, NAMES
+from support.methods import CA, CONCEPT, ESD, MANY
 
 from more_hf.core.errors import IncompatibleBaseError
 from more_hf_bench.methods.diffusion.ca import ca
@@ -11,15 +11,6 @@ from more_hf_bench.methods.diffusion.esd import esd
 from more_hf_bench.methods.diffusion.training import Checkpoint
 
 
-ESD = {**NAMES, "sampling_steps": 4, "iterations": 2, "learning_rate": 1e-3}
-CA = {
-    **NAMES,
-    "images": 4,
-    "prompts": ["a cat", "a tree", "a car"],
-    "sampling_steps": 2,
-    "iterations": 2,
-    "learning_rate": 1e-3,
-}
 METHODS = {"esd": (esd, ESD), "ca": (ca, CA)}
 
 
