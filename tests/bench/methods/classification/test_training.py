@@ -51,15 +51,8 @@ def test_dropout_draws_from_the_seed(splits):
         nn.init.zeros_(model[2].weight)
         nn.init.zeros_(model[2].bias)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        train(
-            model,
-            lambda epoch: [()],
-            lambda: cross_entropy(model(images), labels),
-            optimizer,
-            epochs=2,
-            seed=seed,
-            desc="t",
-        )
+        options = {"epochs": 2, "seed": seed, "desc": "t"}
+        train(model, lambda epoch: [()], lambda: cross_entropy(model(images), labels), optimizer, **options)
         return model[2].weight
 
     assert torch.equal(run(0), run(0))
@@ -75,14 +68,8 @@ def test_reinitialised_is_new_and_reproducible(model):
 
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-        "image_size": 4,
-        "patch_size": 2,
-    }
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes |= {"image_size": 4, "patch_size": 2}
     vit = ViTForImageClassification(ViTConfig(**sizes))
     names = ("vit.embeddings.cls_token", "classifier.weight")
     for name in names:  # a token has no `reset_parameters`: it comes from the configuration
