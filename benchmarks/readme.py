@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 READMES = [file for file in sorted(ROOT.glob("**/README.md")) if "<!-- table:" in file.read_text("utf-8")]
 FAMILIES_MARKER = re.compile(r"(<!-- table: families -->\n\n)((?:\|.*\n)*)")
 HEAD = """\
-| family | merge | router | LoRA, peft | LoRA, kohya | push, load |
-|---|:-:|:-:|:-:|:-:|:-:|
+| family | merge | router | LoRA, peft | LoRA, kohya | LoRA, comfyui | push, load |
+|---|:-:|:-:|:-:|:-:|:-:|:-:|
 """
-CLASSIFIERS = "| image classifiers of transformers (timm models: not saved) | ✓ | ✓ | | | ✓ |\n"
+CLASSIFIERS = "| image classifiers of transformers (timm models: not saved) | ✓ | ✓ | | | | ✓ |\n"
 MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))? -->\n\n)((?:\|.*\n)*)\n?")
 
 
@@ -30,7 +30,7 @@ def families_table() -> str:
 
     rows: dict[str, list[str]] = {}
     for family in FAMILIES.values():
-        reads = family.lora, family.kohya is not None
+        reads = family.lora, family.kohya is not None, bool(family.original) or family.kohya is not None
         marks = " | ".join("✓" if read else "refused" for read in reads)
         rows.setdefault(f"✓ | ✓ | {marks} | ✓ |", []).append(family.name)
     lines = [f"| {', '.join(names)} | {marks}\n" for marks, names in rows.items()]

@@ -38,9 +38,9 @@ def add_to(commands) -> None:
     add_request(parser)
     add(
         "--format",
-        choices=("peft", "kohya"),
+        choices=("peft", "kohya", "comfyui"),
         default="peft",
-        help="kohya for ComfyUI and A1111 (peft, for diffusers)",
+        help="comfyui for ComfyUI, kohya for A1111 too (peft, for diffusers)",
     )
     add("--dtype", choices=DTYPES, default="float16", help="precision of the factors in the file (float16)")
     add_layers_only(parser)
@@ -60,7 +60,7 @@ def _lora(args: argparse.Namespace) -> int:
         denoiser = parts.get("transformer", "no UNet")
         raise ValueError(
             f"`--format kohya` names the layers of a UNet, and {request.checkpoint.pipeline} has {denoiser}. "
-            "Use `--format peft`, which diffusers reads for this model, and ComfyUI for most."
+            "Use `--format comfyui`, or `--format peft` for diffusers."
         )
 
     import torch
@@ -72,7 +72,7 @@ def _lora(args: argparse.Namespace) -> int:
 
     denoisers = denoiser_names(request.checkpoint.pipeline, parts)
     lora_path(args.output, args.format)  # refuses what cannot be written
-    refuse_without_loader(pipeline_class(request.checkpoint.pipeline))
+    refuse_without_loader(pipeline_class(request.checkpoint.pipeline), args.format)
     dtype = getattr(torch, args.dtype)
     if args.layers_only:
         given = read_layers_only(args, request)

@@ -58,6 +58,7 @@ CONDITIONS = {
 TIME_IDS = 6  # sizes and crop of Stable Diffusion XL, embedded after the pooled text
 WAN_LENGTH = 512  # positions of a prompt in Wan
 GUIDANCE = 3.5  # of distilled models, which read it like the timestep
+AS_IN_DIFFUSERS = {"": ""}  # names of a model that ComfyUI and diffusers took over alike
 
 Place = tuple[str | int, ...]  # among the arguments of `forward`: a name, and a key or an index in it
 
@@ -100,8 +101,9 @@ class Family:
             leave them as they are.
         lora (`bool`, *optional*, defaults to `True`):
             Whether diffusers loads a LoRA into its pipelines.
-        comfyui (`bool`, *optional*, defaults to `False`):
-            Whether ComfyUI's `comfy/lora.py` knows the edited layers under their diffusers names.
+        original (`Mapping[str, str]`, *optional*):
+            Beginning of a parameter's name -> what ComfyUI's model, and mostly the original checkpoint, has
+            there; of UNets these names follow from their blocks. Empty if ComfyUI has no such model.
         kohya (`Mapping[str, str]`, *optional*):
             Layer -> its name in kohya's format, where that differs; `None` if the format has no such layers.
     """
@@ -116,7 +118,7 @@ class Family:
     joined: bool = False
     unrecorded_layers: str = ""
     lora: bool = True
-    comfyui: bool = False
+    original: Mapping[str, str] = field(default_factory=dict)
     kohya: Mapping[str, str] | None = None
 
 
@@ -431,7 +433,10 @@ FAMILIES = {
         Call(_image, 500.0, _sd3_arguments),
         SD3,
         pooled=("pooled_projections",),
-        comfyui=True,
+        original={
+            "context_embedder.": "context_embedder.",
+            "time_text_embed.text_embedder.linear_1.": "y_embedder.mlp.0.",
+        },
     ),
     ("FluxTransformer2DModel", None): Family(
         "FLUX",
@@ -439,7 +444,10 @@ FAMILIES = {
         Call(_sequence, 0.5, _flux_arguments),
         FLUX,
         pooled=("pooled_projections",),
-        comfyui=True,
+        original={
+            "context_embedder.": "txt_in.",
+            "time_text_embed.text_embedder.linear_1.": "vector_in.in_layer.",
+        },
     ),
     ("PixArtTransformer2DModel", None): Family(
         "PixArt",
@@ -447,6 +455,7 @@ FAMILIES = {
         Call(_image, 500.0, _pixart_arguments),
         PIXART,
         lora=False,
+        original={"caption_projection.linear_1.": "y_embedder.y_proj.fc1."},
     ),
     ("ZImageTransformer2DModel", None): Family(
         "Z-Image",
@@ -455,7 +464,7 @@ FAMILIES = {
         Z_IMAGE,
         norms={"tokens": "cap_embedder.0"},
         joined=True,
-        comfyui=True,
+        original={"cap_embedder.": "cap_embedder."},
     ),
     ("QwenImageTransformer2DModel", None): Family(
         "Qwen-Image",
@@ -463,20 +472,28 @@ FAMILIES = {
         Call(_sequence, 0.5, _qwen_image_arguments),
         QWEN_IMAGE,
         norms={"tokens": "txt_norm"},
-        comfyui=True,
+        original=AS_IN_DIFFUSERS,
     ),
     ("Flux2Transformer2DModel", None): Family(
-        "FLUX.2", _find("context_embedder"), Call(_sequence, 0.5, _position_ids), FLUX_2, comfyui=True
+        "FLUX.2",
+        _find("context_embedder"),
+        Call(_sequence, 0.5, _position_ids),
+        FLUX_2,
+        original={"context_embedder.": "txt_in."},
     ),
-    # ComfyUI knows only `diffusion_model.text_embedding.0`
     ("WanTransformer3DModel", None): Family(
         "Wan 2.1 and 2.2",
         _find("condition_embedder.text_embedder.linear_1"),
         Call(_sizes, 500.0, _wan_arguments),
         ZEROS,
+        original={"condition_embedder.text_embedder.linear_1.": "text_embedding.0."},
     ),
     ("ChromaTransformer2DModel", None): Family(
-        "Chroma", _find("context_embedder"), Call(_sequence, 0.5, _position_ids), CHROMA, comfyui=True
+        "Chroma",
+        _find("context_embedder"),
+        Call(_sequence, 0.5, _position_ids),
+        CHROMA,
+        original={"context_embedder.": "txt_in."},
     ),
     # the second layer reads the mean of the tokens, with which E commutes
     ("HunyuanImageTransformer2DModel", None): Family(
@@ -485,20 +502,32 @@ FAMILIES = {
         Call(_sizes, 500.0, _hunyuan_arguments),
         HUNYUAN_IMAGE,
         lora=False,
+        original={
+            "context_embedder.proj_in.": "txt_in.input_embedder.",
+            "context_embedder.time_text_embed.text_embedder.linear_1.": "txt_in.c_embedder.in_layer.",
+        },
     ),
     ("AuraFlowTransformer2DModel", None): Family(
-        "AuraFlow", _find("context_embedder"), Call(_image, 0.5), ZEROS, comfyui=True
+        "AuraFlow",
+        _find("context_embedder"),
+        Call(_image, 0.5),
+        ZEROS,
+        original={"context_embedder.": "cond_seq_linear."},
     ),
     ("SanaTransformer2DModel", None): Family(
-        "Sana", _find("caption_projection.linear_1"), Call(_image, 500.0), SANA
+        "Sana",
+        _find("caption_projection.linear_1"),
+        Call(_image, 500.0),
+        SANA,
+        original={"caption_projection.linear_1.": "y_embedder.y_proj.fc1."},
     ),
-    # ComfyUI knows only `diffusion_model.cap_embedder.1`
     ("Lumina2Transformer2DModel", None): Family(
         "Lumina 2",
         _find("time_caption_embed.caption_embedder.1"),
         Call(_image, 0.5, _lumina_arguments),
         LUMINA_2,
         norms={"tokens": "time_caption_embed.caption_embedder.0"},
+        original={"time_caption_embed.caption_embedder.": "cap_embedder."},
     ),
     ("CogView4Transformer2DModel", None): Family(
         "CogView4", _find("patch_embed.text_proj"), Call(_image, 500.0, _cogview_arguments), COGVIEW_4
@@ -509,7 +538,7 @@ FAMILIES = {
         Call(_kandinsky_video, 500.0, _kandinsky_arguments),
         KANDINSKY_5,
         pooled=("pooled_projections",),
-        comfyui=True,
+        original=AS_IN_DIFFUSERS,
     ),
     ("HiDreamImageTransformer2DModel", None): Family(
         "HiDream-I1",
@@ -519,7 +548,7 @@ FAMILIES = {
         pooled=("pooled_embeds",),
         places=_places_in_hidream,
         unrecorded_layers="feed-forward experts, each of which reads the tokens that are chosen for it",
-        comfyui=True,
+        original=AS_IN_DIFFUSERS,
     ),
 }
 

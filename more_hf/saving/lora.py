@@ -32,11 +32,13 @@ from .files import reading, writing
 from .folder import refuse_saved_folder
 from .layers import pipeline_class
 from .shards import folder_of, open_without_denoiser, refuse_inner_edit
+from .single_file import _unet_names as unet_names
 
 
 FILE_NAMES = {
     "peft": "pytorch_lora_weights.safetensors",
     "kohya": "pytorch_lora_weights_kohya.safetensors",
+    "comfyui": "pytorch_lora_weights_comfyui.safetensors",
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The largest ‖B A − ΔW‖ / ‖ΔW‖ of a layer, in units of the dtype's eps. Rounding two balanced factors costs
@@ -72,13 +74,13 @@ def save_lora(
             An erased pipeline whose original weights were kept (`keep_originals=True`).
         path (`str` or `os.PathLike`):
             A file that ends in `.safetensors`, which is replaced if it exists; or a folder, where the file is
-            named `pytorch_lora_weights.safetensors` (`peft`, which `load_lora_weights(folder)` finds) or
-            `pytorch_lora_weights_kohya.safetensors` (which needs `weight_name=`).
+            named `pytorch_lora_weights.safetensors` (`peft`, which `load_lora_weights(folder)` finds), or
+            with `_kohya` or `_comfyui` at the end of its name (which needs `weight_name=`).
         format (`str`, *optional*, defaults to `"peft"`):
-            `"peft"` for diffusers, or `"kohya"` for ComfyUI and A1111, which diffusers reads too and which
-            exists for Stable Diffusion 1.x, 2.x and XL only. Of other families, ComfyUI reads the peft files
-            of those with `Family.comfyui`, such as FLUX and Stable Diffusion 3, according to its documented
-            names; ComfyUI itself was not run.
+            `"peft"` for diffusers; `"comfyui"` for ComfyUI, with the layers' names in the original checkpoint
+            (of other layers than those that read text, for some families only); or `"kohya"` for ComfyUI,
+            A1111 and diffusers, which exists for Stable Diffusion 1.x, 2.x and XL only. The names are those
+            that ComfyUI's `comfy/lora.py` documents; ComfyUI itself was not run.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors: also `torch.bfloat16` or `torch.float32`.
 
@@ -88,8 +90,8 @@ def save_lora(
     Raises:
         `ExportError`: nothing was erased, an argument is wrong, the factors do not fit `dtype`, the file
         would be next to erased weights, it could not be written, or no loader takes such a file for this
-        family (PixArt in any format, `"kohya"` for any but Stable Diffusion 1.x to XL). `AlreadyErasedError`:
-        the original weights are not available. Nothing is written then.
+        family (`"peft"` for PixArt, `"kohya"` for any but Stable Diffusion 1.x to XL, `"comfyui"` for
+        Kolors). `AlreadyErasedError`: the original weights are not available. Nothing is written then.
 
     Example:
 
@@ -103,6 +105,7 @@ def save_lora(
     ```
     """
     path = lora_path(path, format)
+    refuse_without_loader(type(pipe), format)
     denoiser, erasure = _find(pipe)
     return _write(path, pipe, denoiser, erasure, format=format, dtype=dtype)
 
@@ -163,7 +166,7 @@ def erase_to_lora(
     folder = folder_of(source)
     with reading(source):
         pipeline = DiffusionPipeline.load_config(folder)["_class_name"]
-    refuse_without_loader(pipeline_class(pipeline))
+    refuse_without_loader(pipeline_class(pipeline), format)
     # The metadata of a kohya file has the size of pictures, which depends on the VAE.
     opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
     erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
@@ -183,10 +186,9 @@ def _write(
     family = denoiser.family
     if format == "kohya" and family.kohya is None:
         named = [other.name for other in FAMILIES.values() if other.kohya is not None]
-        readers = "diffusers and ComfyUI read" if family.comfyui else "diffusers reads, and ComfyUI does not,"
         raise ExportError(
             f'The layer names of format="kohya" are those of UNets of {" and ".join(named)}, and '
-            f'{family.name} has other layers. Pass format="peft", which {readers} for this model.'
+            f'{family.name} has other layers. Pass format="comfyui" for ComfyUI, or "peft" for diffusers.'
         )
     factors = _factors(erasure, dtype)
     metadata = {"format": "pt", "more_hf": json.dumps(_record(erasure))}
@@ -194,7 +196,12 @@ def _write(
     files = {}
     for file, prefix in zip(lora_files(path, len(denoiser.parts)), denoiser.prefixes.values(), strict=True):
         own = {name.removeprefix(prefix): pair for name, pair in factors.items() if name.startswith(prefix)}
-        files[file] = _peft(own, first) if format == "peft" else _kohya(own, first, family.kohya)
+        if format == "peft":
+            files[file] = _peft(own, first)
+        elif format == "kohya":
+            files[file] = _kohya(own, first, family.kohya)
+        else:
+            files[file] = _comfyui(own, denoiser)
     if format == "kohya":
         metadata |= _kohya_metadata(pipe, denoiser, erasure)
     with writing(path), ExitStack() as stack:
@@ -228,18 +235,18 @@ def lora_path(path: str | os.PathLike, format: str) -> Path:
     return path
 
 
-def refuse_without_loader(pipeline: type[DiffusionPipeline]) -> None:
-    """Raises `ExportError` for a pipeline class that cannot load a LoRA."""
-    if not hasattr(pipeline, "load_lora_weights"):
+def refuse_without_loader(pipeline: type[DiffusionPipeline], format: str) -> None:
+    """Raises `ExportError` for a pipeline class into which diffusers loads no LoRA, which ComfyUI may do."""
+    if format != "comfyui" and not hasattr(pipeline, "load_lora_weights"):
         raise ExportError(
             f"diffusers loads no LoRA into a {pipeline.__name__} (it has no `load_lora_weights`), so nothing "
-            "could read the file. Save the erased weights with `more_hf.save`."
+            'could read the file. Pass format="comfyui" for ComfyUI, or save the erased weights with '
+            "`more_hf.save`."
         )
 
 
 def _find(pipe: DiffusionPipeline) -> tuple[Denoiser, Erasure]:
     denoiser = find_denoiser(pipe)
-    refuse_without_loader(type(pipe))
     # `require_editable` refuses a copy of an erased model.
     erasure = get_erasure(pipe) or require_editable(denoiser.module)
     if erasure is None:
@@ -327,6 +334,39 @@ def _kohya(
     tensors = convert_state_dict_to_kohya(_peft(renamed, component))
     # diffusers writes the alphas as integers, but tools expect floats, as kohya's trainer writes them.
     return {name: tensor.float() if name.endswith(".alpha") else tensor for name, tensor in tensors.items()}
+
+
+def _comfyui(factors: dict[str, tuple[Tensor, Tensor]], denoiser: Denoiser) -> dict[str, Tensor]:
+    """What ComfyUI reads for any model: its own parameters' names, those of the original checkpoint."""
+    tensors = {}
+    for name, (lora_A, lora_B) in factors.items():
+        key = f"diffusion_model.{original_name(denoiser, name)}"
+        tensors[f"{key}.lora_up.weight"] = lora_B
+        tensors[f"{key}.lora_down.weight"] = lora_A
+        tensors[f"{key}.alpha"] = torch.tensor(float(len(lora_A)))  # scales by alpha / rank
+    return tensors
+
+
+def original_name(denoiser: Denoiser, layer: str) -> str:
+    """
+    A layer's name in ComfyUI's model of this family.
+
+    Raises:
+        `ExportError`: ComfyUI has no such model, or this package does not know its name of the layer.
+    """
+    family, name = denoiser.family, f"{layer}.weight"
+    starts = family.original
+    if family.kohya is not None:
+        starts = unet_names(denoiser.module) | {f"{old}.": f"{new}." for old, new in family.kohya.items()}
+    for start, original in starts.items():
+        if name.startswith(start):
+            return (original + name.removeprefix(start)).removesuffix(".weight")
+    known = (
+        f"knows only {', '.join(start.rstrip('.') for start in starts)}" if starts else "has no such model"
+    )
+    raise ExportError(
+        f'`{layer}` of {family.name} has no name in format="comfyui", which {known}. Pass format="peft".'
+    )
 
 
 def _record(erasure: Erasure) -> dict:

@@ -30,6 +30,8 @@ import more_hf
 from more_hf.core.views import experts_forced
 from more_hf.diffusion.encoder import Encoder
 from more_hf.diffusion.families import denoiser_names
+from more_hf.diffusion.sites import find_denoiser
+from more_hf.saving.lora import original_name
 
 
 # Of what takes longest the fast tests see four: a layer that reads text with nothing in front, one behind a
@@ -276,17 +278,94 @@ def test_lora_on_the_original_is_the_erased_pipeline(originals, erased, family, 
         assert torch.allclose(fused[name], value, rtol=1e-4, atol=1e-5)
 
 
-# Layers as ComfyUI's `comfy/lora.py` spells them for a LoRA, where it knows them by their names in diffusers.
-@pytest.mark.parametrize("family", WITH_LORA)
-def test_what_comfyui_reads(erased, family, tmp_path):
-    tensors = load_file(more_hf.save_lora(erased[family], tmp_path))
-    names = {name.rpartition(".lora_")[0] for name in tensors}
-    part = "unet" if hasattr(erased[family], "unet") else "transformer"
-    assert names == {f"{part}.{name}" for name in TINY[family].sites}
-    if family not in WITH_KOHYA:
-        reads = "diffusers and ComfyUI read for" if TINY[family].comfyui else "ComfyUI does not, for"
-        with pytest.raises(more_hf.ExportError, match=reads):
-            more_hf.save_lora(erased[family], tmp_path, format="kohya")
+# What reads text -> its name in ComfyUI's model (`comfy/ldm`), from which its `comfy/lora.py` makes the key
+TXT_IN = {"context_embedder": "txt_in"}
+SD = {
+    "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "mid_block.attentions.0": "middle_block.1",
+    "up_blocks.1.attentions.0": "output_blocks.2.1",
+    "up_blocks.1.attentions.1": "output_blocks.3.1",
+}
+SDXL = {
+    "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "mid_block.attentions.0": "middle_block.1",
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "add_embedding.linear_1": "label_emb.0.0",
+}
+AS_IN_DIFFUSERS = {"": ""}
+COMFYUI = {
+    "sd-1": SD,
+    "sd-2": SD,
+    "sdxl": SDXL,
+    "sd3": {"context": "context", "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0"},
+    "flux": {**TXT_IN, "time_text_embed.text_embedder.linear_1": "vector_in.in_layer"},
+    "pixart": {"caption_projection.linear_1": "y_embedder.y_proj.fc1"},
+    "chroma": TXT_IN,
+    "wan": {"condition_embedder.text_embedder.linear_1": "text_embedding.0"},
+    "z-image": AS_IN_DIFFUSERS,
+    "qwen-image": AS_IN_DIFFUSERS,
+    "hunyuan-image": {
+        "context_embedder.proj_in": "txt_in.input_embedder",
+        "context_embedder.time_text_embed.text_embedder.linear_1": "txt_in.c_embedder.in_layer",
+    },
+    "klein": TXT_IN,
+    "flux-2": TXT_IN,
+    "sana": {"caption_projection.linear_1": "y_embedder.y_proj.fc1"},
+    "lumina-2": {"time_caption_embed.caption_embedder.1": "cap_embedder.1"},
+    "kandinsky-5": AS_IN_DIFFUSERS,
+    "hidream": AS_IN_DIFFUSERS,
+    "auraflow": {"context_embedder": "cond_seq_linear"},
+}
+# `load_lora_weights` of diffusers applies these files too; those of FLUX it takes, and does nothing
+READS_COMFYUI = ["z-image", "qwen-image"]
+
+
+def in_comfyui(family, layer):
+    """The parameter of ComfyUI's model."""
+    start = next(start for start in COMFYUI[family] if layer.startswith(start))
+    return f"diffusion_model.{COMFYUI[family][start]}{layer.removeprefix(start)}.weight"
+
+
+@pytest.mark.parametrize("family", COMFYUI)
+def test_patched_by_comfyui_it_is_the_erased_model(originals, erased, family, tmp_path):
+    """ComfyUI adds up · down · alpha / rank to the parameter that a key without its end is named after."""
+    lora = load_file(more_hf.save_lora(erased[family], tmp_path, format="comfyui", dtype=torch.float32))
+    before, after = (denoiser_of(pipes[family]).get_submodule for pipes in (originals, erased))
+    names = {in_comfyui(family, layer): layer for layer in TINY[family].sites}
+    keys = {key.removesuffix("weight") for key in names}
+    assert lora.keys() == {
+        key + part for key in keys for part in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    for key, layer in names.items():
+        up, down, alpha = (
+            lora[key.removesuffix("weight") + part]
+            for part in ("lora_up.weight", "lora_down.weight", "alpha")
+        )
+        patched = before(layer).weight + alpha / len(down) * up @ down
+        assert torch.allclose(patched, after(layer).weight, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(patched, before(layer).weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", READS_COMFYUI)
+def test_diffusers_reads_what_is_for_comfyui(originals, erased, family, tmp_path):
+    pipe = copied(originals[family])
+    file = more_hf.save_lora(erased[family], tmp_path, format="comfyui", dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path, weight_name=file.name)
+    wanted = draw(erased[family], family, FORGET)
+    apart = (wanted - draw(originals[family], family, FORGET)).norm()
+    assert (draw(pipe, family, FORGET) - wanted).norm() < 0.01 * apart
+
+
+def test_what_comfyui_has_no_model_or_name_for(erased, tmp_path):
+    for family in set(MATRIX) - COMFYUI.keys():
+        with pytest.raises(more_hf.ExportError, match="has no such model"):
+            more_hf.save_lora(erased[family], tmp_path / "lora", format="comfyui")
+    with pytest.raises(more_hf.ExportError, match="knows only context_embedder"):
+        original_name(find_denoiser(erased["flux"]), "transformer_blocks.0.attn.to_q")
+    with pytest.raises(more_hf.ExportError, match='Pass format="comfyui"'):
+        more_hf.save_lora(erased["flux"], tmp_path / "lora", format="kohya")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kohya_keys_of_sdxl(erased, tmp_path):

@@ -349,7 +349,7 @@ def test_refuses_without_the_original_weights(original, erased, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("lora", {"format": "a1111"}, "Choose one of 'peft', 'kohya'"),
+        ("lora", {"format": "a1111"}, "Choose one of 'peft', 'kohya', 'comfyui'"),
         ("lora", {"dtype": torch.int8}, "Choose one of torch.float16"),
         ("lora.ckpt", {}, "ends in .safetensors"),
     ],

@@ -261,8 +261,6 @@ class Tiny:
             `(parts so far) ->` other parts.
         attributes (`Mapping[str, Any]`):
             Of the pipeline, so that it draws small pictures from short prompts.
-        comfyui (`bool`):
-            Whether ComfyUI knows the layers by their names in diffusers.
         loud (`float`, *optional*):
             How large the denoiser's weights are. `None` leaves them as they are drawn.
     """
@@ -279,7 +277,6 @@ class Tiny:
     scheduler: Callable[[], diffusers.SchedulerMixin] = diffusers.FlowMatchEulerDiscreteScheduler
     more: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    comfyui: bool = False
     loud: float | None = 2.0
 
 
@@ -339,7 +336,6 @@ TINY = {
         {"tokens": {"last": 1, "end": 2, "padding": 3, "T5 last": 4, "T5 end": 5, "T5 padding": 6}, **POOLED},
         SHORT,
         bare_length=3,
-        comfyui=True,
         loud=None,
     ),
     "flux": Tiny(
@@ -351,7 +347,6 @@ TINY = {
         {"tokens": {"last": 0, "end": 1, "padding": 2}, **POOLED},
         SHORT,
         bare_length=3,
-        comfyui=True,
         loud=None,
     ),
     "pixart": Tiny(
@@ -383,7 +378,6 @@ TINY = {
         {"tokens": {"last": 0, "end": 1, "padding": 2}},
         SHORT,
         bare_length=3,
-        comfyui=True,
         loud=None,
     ),
     "wan": Tiny(
@@ -425,7 +419,6 @@ TINY = {
         {"cap_embedder.1": "tokens"},
         {"tokens": {"last": 3, "end": 4, **{f"end {i}": 3 + i for i in range(2, 6)}}},
         {**SHORT, "guidance_scale": 0.0},
-        comfyui=True,
     ),
     "qwen-image": Tiny(
         "QwenImagePipeline",
@@ -443,7 +436,6 @@ TINY = {
         {"txt_in": "tokens"},
         {"tokens": {"last": 0, "end": 1, **{f"end {i}": i for i in range(2, 6)}}},
         vae=qwen_image_vae,
-        comfyui=True,
     ),
     "hunyuan-image": Tiny(
         "HunyuanImagePipeline",
@@ -481,7 +473,6 @@ TINY = {
         SHORT,
         bare_length=14,
         vae=flux_2_vae,
-        comfyui=True,
     ),
     "flux-2": Tiny(
         "Flux2Pipeline",
@@ -494,7 +485,6 @@ TINY = {
         {"max_sequence_length": SYSTEM_LENGTH},
         bare_length=40,
         vae=flux_2_vae,
-        comfyui=True,
     ),
     "sana": Tiny(
         "SanaPipeline",
@@ -574,7 +564,6 @@ TINY = {
         {"tokens": {"last": 16, "end": 17}, **POOLED},
         bare_length=512,
         attributes={"resolutions": [(32, 32)]},
-        comfyui=True,
     ),
     "hidream": Tiny(
         "HiDreamImagePipeline",
@@ -612,7 +601,6 @@ TINY = {
         },
         SHORT,
         bare_length=3,
-        comfyui=True,
         attributes={"default_sample_size": 16},
         loud=1.0,  # louder ones overflow float16
     ),
@@ -634,7 +622,6 @@ TINY = {
         {"tokens": {"last": 0, "end": 1}},
         SHORT,
         vae=tiny_vae,
-        comfyui=True,
     ),
     # Stable Diffusion XL's UNet, which reads a language model through one projection
     "kolors": Tiny(
