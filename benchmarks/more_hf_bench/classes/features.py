@@ -244,12 +244,13 @@ class FeatureSet(ImageSet):
 
 
 def splits_of_features(splits: Splits, train: ImageSet, inputs: Tensor) -> Splits:
-    """Replace the images of `f` and `r` by the head's inputs `(n, d)` for the n images of `train`."""
-    features = torch.zeros(int(train.rows.max()) + 1, inputs.shape[1])
-    features.index_copy_(0, train.rows, inputs)
+    """Replace the images of `f` and `r` by the head's inputs `(n, d)` for the n images of `train`, of which
+    none is copied: they may be in a file."""
+    place = torch.zeros(int(train.rows.max()) + 1, dtype=torch.int64)
+    place[train.rows] = torch.arange(len(train))
 
     def part(images: ImageSet) -> FeatureSet:
-        return FeatureSet(features, images.labels, images.rows, images.image_size)
+        return FeatureSet(inputs, images.labels, place[images.rows], images.image_size)
 
     return replace(splits, f=part(splits.f), r=part(splits.r))
 
