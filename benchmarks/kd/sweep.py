@@ -30,17 +30,19 @@ from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.measure import Shared
 from more_hf_bench.classes.run import classes_of, run_kd
 from more_hf_bench.classes.summary import RELOADED
+from more_hf_bench.classes.tables import by_rate
 from more_hf_bench.cli.classes import KDOptions
 from more_hf_bench.cli.options import read_options
 from more_hf_bench.cli.rehearse import OF_CLASSES, check_filled, rehearse_classes
-from more_hf_bench.columns import write_rows
+from more_hf_bench.columns import read_rows, write_rows
 from more_hf_bench.figures import write_figure
 from more_hf_bench.methods.classification.router_training import COMBINATIONS
 from more_hf_bench.splits import KDData, split_by_class
 
 
 SHOWN = ("hm_t", "kr_hm_t", "kr_converged_hm_t")
-COLUMNS = ("acc_ft", "acc_rt", "hm_t", "kr_acc_ft", "kr_acc_rt", "kr_hm_t", "kr_converged_hm_t", "load_cv")
+COLUMNS = ("acc_ft", "acc_rt", "hm_t", "kr_acc_ft", "kr_acc_rt", "kr_hm_t", "kr_hm_t_0.01", "kr_hm_t_0.001")
+COLUMNS += ("kr_converged_hm_t", "load_cv")
 WITHOUT = ("erase-without-po", "remap-without-po", "erase-without-complement", "remap-without-complement")
 ROUTED = (8, 10, 40, 80)  # numbers of experts in Tables 6 and 15
 SAMPLES_SEEN = 500_000  # by a router in training: ten epochs of 50,000
@@ -138,12 +140,13 @@ def main() -> None:
     shared = Shared()
     lines, own = [], []
     for variant in FACTORS[args.factor](args.values, data, remaining):
+        output = args.output / f"{args.factor}-{variant.label}".replace(" ", "-")
         summary = run_kd(
             options.dataset,
             options.model,
             [variant.method],
             entry,
-            output=args.output / f"{args.factor}-{variant.label}".replace(" ", "-"),
+            output=output,
             seeds=options.seeds,
             path=options.data,
             epochs=options.epochs,
@@ -154,12 +157,17 @@ def main() -> None:
             tuned={variant.method: variant.settings},
             shared=shared,
         )
-        labelled = [{args.factor: variant.label, **line} for line in summary]
+        if not summary:  # another process than the first
+            continue
+        rates = by_rate(read_rows(output / "probes.csv"))
+        labelled = [{args.factor: variant.label, **line, **rates[line["method"]]} for line in summary]
         lines += labelled
         own += [line for line in labelled if line["method"] == variant.method]
         if args.rehearse:
             check_filled(summary, [variant.method], OF_CLASSES)
         write_rows(args.output / "sweep.csv", lines)
+    if not own:
+        return
     write_figure(args.output / "sweep.png", draw(args.factor, own))
     shown = [line for line in lines if not line["method"].endswith(RELOADED)]
     table = markdown_table(shown, [args.factor, "method", *COLUMNS])

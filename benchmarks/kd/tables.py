@@ -8,11 +8,12 @@ does not. `tables/MODEL-trained.md` is about all methods, on the classes and see
 run on: (0) all of them, (1) a short table. `tables/allcnn-covariance.md` is about ours with the covariance
 solver: (0) means, (1) and (2) as (2) and (3) above. `tables/emoji-100.md` is about ten classes of a hundred
 forgotten together, `tables/samples.md` about single samples, `tables/MODEL-fitted.md` about originals that
-know every training image; `tables/paper.md` puts ours beside the paper's.
+know every training image; `tables/paper.md` puts ours beside the paper's. `tables/rates.md` is Table 9, the
+new heads by learning rate: (0) AllCNN, (1) ViT, (2) ten classes of a hundred.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf_bench.classes import samples as kd_samples
 from more_hf_bench.classes.summary import REFERENCES, summarise
+from more_hf_bench.classes.tables import by_rate
 from more_hf_bench.columns import read_rows
 from more_hf_bench.methods.registry import CLASSIFICATION
 from more_hf_bench.tables import pivot
@@ -79,6 +81,7 @@ def main() -> None:
     for model, folder in FITTED.items():
         write(f"{model}-fitted", read(folder), membership)
     write("paper", read("emoji-100"), beside_the_paper)
+    write_tables("rates", map(rates, ("fashion-mnist-allcnn", "fashion-mnist-vit", "emoji-100")))
     samples = read("fashion-mnist-samples")
     write("samples", samples, lambda rows: kd_samples.short_table(kd_samples.summarise(rows)))
 
@@ -93,8 +96,11 @@ def read(folder: str) -> pd.DataFrame:
 
 def write(name: str, rows: pd.DataFrame, *tables: Callable[[pd.DataFrame], Table]) -> None:
     """Write tables of rows one below the other."""
-    texts = [markdown_table(table(rows)) for table in tables]
-    write_text(HERE / "tables" / f"{name}.md", "\n\n".join(texts) + "\n")
+    write_tables(name, [table(rows) for table in tables])
+
+
+def write_tables(name: str, tables: Iterable[Table]) -> None:
+    write_text(HERE / "tables" / f"{name}.md", "\n\n".join(map(markdown_table, tables)) + "\n")
 
 
 def together(closed: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
@@ -118,6 +124,15 @@ def base(method: str) -> str:
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per method: means over classes and seeds."""
     return pd.DataFrame(summarise(rows.assign(forget="")))
+
+
+def rates(folder: str) -> Table:
+    """The mean HM of each method's new heads at each learning rate, over classes, seeds and probe seeds."""
+    found = by_rate(read_rows(HERE / folder / "probes.csv"))
+    return [
+        {"method": method, **{name: percent(hm) for name, hm in line.items()}}
+        for method, line in found.items()
+    ]
 
 
 def membership(rows: pd.DataFrame) -> Table:

@@ -254,6 +254,16 @@ def _every_probe(probes: pd.DataFrame) -> list[dict[str, Any]]:
     return pivot(texts.rename("cell").reset_index(), ["method", "forget", "seed"], "learning_rate")
 
 
+def by_rate(probes: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Each method's mean HM of its new heads at each learning rate (Tables 9 and 15): `kr_hm_0.01`, ..."""
+    means = probes.groupby(["method", "learning_rate"], sort=False)[["hm", "hm_t"]].mean()
+    found: dict[str, dict[str, float]] = {}
+    for (method, rate), line in means.iterrows():
+        own = {f"kr_{name}_{rate}": round(value, 6) for name, value in line.items()}
+        found.setdefault(method, {}).update(own)
+    return found
+
+
 def _facts(config: ClassesConfig) -> list[str]:
     """The configuration in sentences, for table.md."""
     training = config.training

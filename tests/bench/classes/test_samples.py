@@ -170,11 +170,23 @@ def test_sweep_gives_a_line_per_value(folder, tmp_path, monkeypatch, capsys):
     for value in "58":
         assert read_lines(tmp_path / f"target-{value}" / "rows.csv")[0]["sent_to"] == value
     assert lines[0]["kr_hm_t"] != lines[2]["kr_hm_t"]
+    for line in lines:  # the paper's rate, then the others of Tables 9 and 15
+        assert float(line["kr_hm_t_0.1"]) == pytest.approx(float(line["kr_hm_t"]), abs=1e-5)
+        assert line["kr_hm_t_0.001"] != line["kr_hm_t_0.01"] != line["kr_hm_t_0.1"]
     assert (tmp_path / "sweep.png").stat().st_size > 1000
     text = (tmp_path / "sweep.md").read_text()
     assert "--models MODELS --output SWEEP" in text
     assert str(tmp_path) not in text
     assert text.count("| remap ") == 2
+
+
+def test_another_process_than_the_first_writes_nothing_of_a_sweep(tmp_path, monkeypatch):
+    sweep = script("sweep")
+    monkeypatch.setattr(sweep, "run_kd", lambda *args, **options: [])
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "experts", "--dataset", "digits", "--forget", "3"])
+    sys.argv += ["--output", str(tmp_path)]
+    sweep.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_sweep_over_depth_edits_inner_modules_which_are_not_saved(folder, tmp_path, monkeypatch, capsys):
