@@ -9,14 +9,18 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 import transformers
 
 from more_hf.cli.main import main, parse
+from more_hf_bench.artists.kinds import ARTISTS
+from more_hf_bench.artists.prompts import read_prompts
 from more_hf_bench.classes.sources import HUB
 from more_hf_bench.cli.artists import ArtistsOptions
 from more_hf_bench.cli.classes import KDOptions
 from more_hf_bench.cli.options import presets, read_options
 from more_hf_bench.cli.rehearse import OF_CLASSES, check_filled, rehearse_artists, rehearse_classes
+from more_hf_bench.columns import read_cells
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import find_classification_method, find_diffusion_method
 from more_hf_bench.run import refuse_unused_settings
@@ -64,6 +68,11 @@ def test_rehearsal(bench, name, tmp_path, monkeypatch):
     """On the first CUDA device where there is one."""
     assert run(monkeypatch, "bench", bench, "--preset", name, "--rehearse", "--output", tmp_path) == 0
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    if torch.cuda.is_available():
+        assert config["runs"][0]["hardware"] == torch.cuda.get_device_name(0)
+        costs = [line["peak_memory"] for line in read_cells(tmp_path / "summary.csv") if line["peak_memory"]]
+        assert costs  # Figure 5: of the GPU
+        assert min(map(float, costs)) > 0
     assert f"--preset {name} --rehearse" in config["runs"][0]["command"]
     assert list(config["methods"]) == options_of(bench, "--preset", name).methods
 
@@ -101,6 +110,17 @@ def test_the_page_has_every_table_and_the_counted_hours():
     assert re.findall(r"^\| Figures? ([\d, ]+) \|", page, re.MULTILINE) == ["1", "3, 6", "4", "5", "7"]
     for name in re.findall(r"sweep.py \w+ --preset (\S+)", page):
         assert ("kd", name) in EVERY
+
+
+def test_figure_4_is_its_prompt_and_the_artists_of_its_group():
+    first, *others = read_prompts(str(BENCHMARKS / "paper" / "figure4.csv"), ARTISTS).rows
+    assert (
+        first.prompt
+        == "A depiction of a starry night over a quiet town, reminiscent of Van Gogh's famous painting"
+    )
+    group = {row.artist for row in read_prompts("artists10", ARTISTS).rows if row.group == first.group}
+    assert {row.artist for row in (first, *others)} == group
+    assert all(row.thing in row.prompt for row in others)
 
 
 def test_a_stand_in_has_the_form_of_what_it_stands_for(tmp_path):

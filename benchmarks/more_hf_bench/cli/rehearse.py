@@ -84,7 +84,6 @@ def rehearse_classes(options: KDOptions, output: Path) -> KDOptions:
         epochs=options.epochs if options.epochs == 0 else 1,
         probe_seeds=1,
         num_workers=min(options.num_workers, 1),
-        mixed_precision=None,
     )
 
 
