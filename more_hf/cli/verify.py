@@ -14,8 +14,8 @@ def add_to(commands) -> None:
         purpose="check a saved model's files against its record",
         details="Exits with 1 if a check fails.",
         examples=(
-            "more-hf verify without_blobmoji",
             "more-hf verify to_push --run && echo ready",
+            "more-hf verify downloaded --rerun --base CompVis/stable-diffusion-v1-4",
         ),
     )
     add_import(parser)
@@ -26,6 +26,14 @@ def add_to(commands) -> None:
         action="store_true",
         help="also load the denoiser and run it: nothing but the edited layers may read the prompt",
     )
+    parser.add_argument(
+        "--rerun",
+        action="store_true",
+        help="also erase again from the original, and compare every tensor: bit for bit, or how far apart",
+    )
+    parser.add_argument(
+        "--base", metavar="MODEL", help="that original: a folder, or a Hub id (as the record says)"
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -33,6 +41,6 @@ def _verify(args: argparse.Namespace) -> int:
 
     import more_hf
 
-    result = more_hf.verify(args.folder, run=args.runs_model)
+    result = more_hf.verify(args.folder, run=args.runs_model, rerun=args.rerun, base=args.base)
     print(result.to_markdown())
     return 0 if result.ok else 1

@@ -41,6 +41,7 @@ class ConceptFacts(Facts):
     """The facts of a pipeline."""
 
     pipeline: str  # its class
+    device: str  # where the prototypes were made: its kind, and which one
     # the farthest that any prototype of each retained name moved, as a share of its length
     retained_moved: dict[str, float]
     leaks: list[str]  # what the edit does not cover, in words and numbers

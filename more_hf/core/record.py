@@ -30,10 +30,13 @@ FILE = re.compile(r"[^./\\:\0][^/\\:\0]*(/[^./\\:\0][^/\\:\0]*)*")  # a path ins
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The content of `more_hf.json`: every field is needed; those of newer versions give a warning."""
+    """
+    The content of `more_hf.json`, with all that it takes to erase again and compare: `verify(rerun=True)`.
+    Every field is needed; those of newer versions give a warning.
+    """
 
     more_hf: str  # the version that wrote the record
-    versions: dict[str, str]  # of torch, diffusers and transformers
+    versions: dict[str, str]  # of Python, torch, diffusers and transformers
     request: ConceptRequest | ClassRequest  # what was asked for
     sites: dict[str, list[int]]  # the shape of each edited weight
     guarantees: dict[str, float]  # the measurements of `Remap.verify`
@@ -45,6 +48,8 @@ class Record:
     variant: str | None  # the variant of the weight files, as passed to `save_pretrained`
     layout: str  # sha256 of the names and shapes of the component's tensors, which are the same as the base's
     edited: str  # fingerprint of the edited weights as saved
+    # the sha256 of the original's files, if it was a folder; on the Hub, `base_revision` stands for them
+    sources: dict[str, str]
     files: dict[str, str]  # the sha256 of every file that `save` wrote next to the record
 
     @property
@@ -118,8 +123,8 @@ class Record:
             raise ValueError(f"`head` is {list(self.request.head)}, but `sites` are {list(self.sites)}")
         if self.variant is not None and not VARIANT.fullmatch(self.variant):
             raise ValueError(f"`variant` is {self.variant!r}, which is no part of a file's name")
-        if outside := [name for name in self.files if not FILE.fullmatch(name)]:
-            raise ValueError(f"`files` has {outside[0]!r}, which is no file in the folder")
+        if outside := [name for name in (*self.sources, *self.files) if not FILE.fullmatch(name)]:
+            raise ValueError(f"{outside[0]!r} is no file in the folder")
         if self.facts.base_revision is not None and not COMMIT.fullmatch(self.facts.base_revision):
             raise ValueError(f"`base_revision` is {self.facts.base_revision!r}, which is no commit")
         if not self.sites:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
@@ -320,6 +322,7 @@ def _erasure(
         leaks=_leaks(encoder, request, remaps),
         base=current.facts.base if current else str(pipe.config.get("_name_or_path") or ""),
         pipeline=type(pipe).__name__,
+        device=_name_of(pipe._execution_device),
         fingerprint=fingerprint(originals),
         spaces={name: site.space for name, site in sites.items() if site.space != "tokens"},
         tokens=solution.tokens if solution.tokens != request.tokens else None,
@@ -328,6 +331,14 @@ def _erasure(
         extra_bytes=sum(pair.extra_bytes for pair in quantized.values()),
     )
     return ConceptErasure(request, facts, sites, remaps, originals, _guarantees(remaps))
+
+
+def _name_of(device: torch.device) -> str:
+    """A device's kind, and which one, as far as results depend on it."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
 def _leaks(encoder: Encoder, request: ConceptRequest, remaps: Mapping[str, Remap]) -> list[str]:

@@ -106,7 +106,13 @@ class StoredWeights:
     edited: dict[str, Tensor]  # the edited part of each layer that the record names, if the files have it
 
 
-def verify(folder: str | os.PathLike, *, run: bool = False) -> Verification:
+def verify(
+    folder: str | os.PathLike,
+    *,
+    run: bool = False,
+    rerun: bool = False,
+    base: str | os.PathLike | None = None,
+) -> Verification:
     """
     Check a saved folder against its record, from the files alone: are these weights the edited ones?
 
@@ -125,12 +131,20 @@ def verify(folder: str | os.PathLike, *, run: bool = False) -> Verification:
             Of a pipeline, also load the denoiser and run it: with the installed version of diffusers, no
             other layer than the edited ones may read the prompt, and each must compute with its stored
             weight.
+        rerun (`bool`, *optional*, defaults to `False`):
+            Of a pipeline, also erase again from the original, as the record says, and compare every tensor:
+            the finding says whether they are the same bit for bit, by how much they are apart, and in what
+            versions and device the two runs differ. Passes where each edited layer is the same to a tenth of
+            its edit and the rest to rounding. Needs the time of an erasure, and room for another copy.
+        base (`str` or `os.PathLike`, *optional*):
+            The original's folder or name on the Hub for `rerun`; by default where the record says.
 
     Returns:
         [`Verification`]: true if every check passed; `print` shows the checks and their findings.
 
     Raises:
-        `MoreError`: the folder has no record. `IncompatibleBaseError`: the record is malformed.
+        `MoreError`: the folder has no record, or `rerun` has no original. `IncompatibleBaseError`: the record
+        is malformed, or the original cannot be read.
 
     Example:
 
@@ -159,6 +173,10 @@ def verify(folder: str | os.PathLike, *, run: bool = False) -> Verification:
     checks = [unchanged, *check_folder(folder, record, layers, removed).checks]
     if run and record.kind == "pipeline" and not isinstance(removed, MoreError):
         checks.append(_run(folder, record, denoiser, removed))
+    if rerun:
+        from .rerun import erased_again  # which saves, and saving checks
+
+        checks += erased_again(folder, record, None if base is None else os.fspath(base))
     return Verification(tuple(checks))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.record import RECORD, Record
+from ..data import FOLDER
 from .files import reading
 
 
@@ -79,6 +81,21 @@ def hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
         with (folder / path).open("rb") as file:
             found[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def folder_of_base(base: str) -> Path:
+    """Where an original is that a record names: a folder, the embedded pipeline's, or a name on the Hub."""
+    return FOLDER / "emoji_sd" if base == "emoji-sd" else Path(base)
+
+
+def sources_of(base: str) -> dict[str, str]:
+    """The sha256 of the files of an original's components, if it was opened from a folder."""
+    folder = folder_of_base(base)
+    if not base or not (folder / MODEL_INDEX).is_file():
+        return {}
+    with reading(folder):
+        index = json.loads((folder / MODEL_INDEX).read_text("utf-8"))
+        return hashes(folder, [path for path in entries(folder) if path.parts[0] in (MODEL_INDEX, *index)])
 
 
 def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -44,7 +45,7 @@ from .check import (
     shapes_of,
 )
 from .classifier import load_classifier, savable_classifier
-from .contents import CARD, DELTA, entries, hashes, is_foreign
+from .contents import CARD, DELTA, entries, hashes, is_foreign, sources_of
 from .delta import read_delta, write_delta
 from .files import reading, replace_folder, writing
 from .layers import pipeline_class, require_importable
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 # arguments of `from_pretrained` that could run code or open a pickle
 UNSAFE = ("trust_remote_code", "custom_pipeline", "use_safetensors")
+PACKAGES = ("torch", "diffusers", "transformers")
 FOR_THE_HUB = ("revision", "token", "cache_dir", "local_files_only")
 
 
@@ -229,7 +231,7 @@ def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | 
     sites = {name: site.read() for name, site in erasure.sites.items()}
     record = Record(
         more_hf=__version__,
-        versions={package: version(package) for package in ("torch", "diffusers", "transformers")},
+        versions={"python": python_version(), **{package: version(package) for package in PACKAGES}},
         request=erasure.request,
         sites={name: list(weight.shape) for name, weight in sites.items()},
         guarantees=erasure.guarantees,
@@ -239,6 +241,7 @@ def make_record(savable: Savable, erasure: Erasure, draft: Path, variant: str | 
         variant=variant,
         layout=layout_of(shapes_of(savable.module)),
         edited=fingerprint(sites),
+        sources=sources_of(erasure.facts.base),
         files=hashes(draft, [path for path in entries(draft) if path != Path(CARD)]),
     )
     quantized = any(getattr(part, "hf_quantizer", None) for part in savable.parts.values())

@@ -20,10 +20,9 @@ from .. import __version__
 from ..core.errors import ExportError
 from ..core.files import write_json, write_text
 from ..core.record import RECORD, Record
-from ..data import FOLDER
 from .card import HUB_ID, make_card
 from .check import verify
-from .contents import CARD, DELTA, MODEL_INDEX, PICTURES, hashes, is_loadable, survey
+from .contents import CARD, DELTA, MODEL_INDEX, PICTURES, folder_of_base, hashes, is_loadable, survey
 from .files import reading, replace_folder, writing
 from .folder import save
 
@@ -247,7 +246,7 @@ def _existing_card(
 def _base_card(record: Record, api: HfApi) -> ModelCard | None:
     """The original model's card, for its license and tags; a warning and `None` if it cannot be read."""
     base = record.facts.base
-    local = FOLDER / "emoji_sd" if base == "emoji-sd" else Path(base)
+    local = folder_of_base(base)
     try:
         if base and local.is_dir():
             return ModelCard.load(local / CARD)

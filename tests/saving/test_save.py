@@ -57,7 +57,7 @@ def test_record(tiny_sd, tmp_path):
     record = json.loads((folder / RECORD).read_text("utf-8"))
     erasure = more_hf.get_erasure(pipe)
     assert record["more_hf"] == more_hf.__version__
-    assert set(record["versions"]) == {"torch", "diffusers", "transformers"}
+    assert set(record["versions"]) == {"python", "torch", "diffusers", "transformers"}
     assert record["request"] == {
         "concepts": {"van gogh": ["vincent van gogh"]},
         "remap_to": {"van gogh": ["claude monet", "johannes vermeer"]},
@@ -83,6 +83,8 @@ def test_record(tiny_sd, tmp_path):
     assert record["facts"]["rank"] == 8
     assert record["facts"]["fingerprint"] == erasure.facts.fingerprint
     assert record["denoiser"] == "unet"
+    assert record["facts"]["device"].startswith("cpu (")
+    assert record["sources"] == {}  # it was never in a folder
     written = {name: hashlib.sha256(data).hexdigest() for name, data in content(folder).items()}
     del written[RECORD]
     assert record["files"] == written
