@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
 from sklearn.datasets import load_digits
@@ -94,18 +93,6 @@ def test_one_image_many_images_and_loader_agree(digits):
     assert shuffled[0].equal(shuffled[1])
     assert not shuffled[0].equal(shuffled[2])
     assert shuffled[0].sort().values.equal(many["labels"].sort().values)
-
-
-def test_accelerate_shards_the_loader(digits):
-    part = digits.test.subset(torch.arange(10))
-    shards = [
-        prepare_data_loader(part.loader(2), num_processes=2, process_index=i, put_on_device=False)
-        for i in (0, 1)
-    ]
-    assert all(isinstance(shard.batch_sampler, BatchSamplerShard) for shard in shards)
-    labels = [torch.cat([batch["labels"] for batch in shard]).tolist() for shard in shards]
-    assert [len(some) for some in labels] == [6, 6]  # accelerate fills up the last round
-    assert set(labels[0][:4] + labels[1][:4] + labels[0][4:]) == set(part.labels.tolist())
 
 
 def test_size_channels_and_normalisation():

@@ -49,9 +49,8 @@ def test_save_and_load_give_the_same_logits(name, digits, tmp_path):
 def test_the_seed_alone_decides_the_weights(digits):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, same, other = (
-        build_classifier("allcnn-narrow", digits, seed=seed).state_dict() for seed in (0, 0, 1)
-    )
+    built = (build_classifier("allcnn-narrow", digits, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (model.state_dict() for model in built)
     assert torch.get_rng_state().equal(before)
     assert all(one[key].equal(same[key]) for key in one)
     assert not one["classifier.weight"].equal(other["classifier.weight"])
@@ -96,28 +95,16 @@ def test_resnet18_sizes(digits):
     assert count(model) - count(model.classifier) == 11_220_132 - (512 * 100 + 100)
     with torch.no_grad():
         assert model.resnet(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 512, 4, 4)
-        shape = {
-            "embedding_size": 64,
-            "hidden_sizes": [64, 128, 256, 512],
-            "depths": [2] * 4,
-            "layer_type": "basic",
-        }
-        plain = ResNetForImageClassification(ResNetConfig(**shape)).eval()
+        shape = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2] * 4}
+        plain = ResNetForImageClassification(ResNetConfig(**shape, layer_type="basic")).eval()
         assert plain.resnet(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 512, 1, 1)
 
 
 def test_vit_base_is_vit_b_16():
     config = MODELS["vit-base"](224, num_channels=3, num_labels=1000)
     theirs = ViTConfig(num_labels=1000)
-    sizes = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-    )
-    for key in (*sizes, "initializer_range"):
+    sizes = "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size"
+    for key in (*sizes.split(), "initializer_range"):
         assert getattr(config, key) == getattr(theirs, key)
 
 

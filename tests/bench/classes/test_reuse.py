@@ -56,16 +56,8 @@ def test_a_closed_form_on_cached_features_is_the_one_on_images(method, original,
 
 
 def test_only_the_first_cells_of_a_closed_form_have_a_price(tmp_path):
-    summary = kd.run_kd(
-        "digits",
-        "allcnn-narrow",
-        ["esc", "esc-t"],
-        ["3", "4"],
-        output=tmp_path,
-        seeds=2,
-        epochs=1,
-        probe_seeds=1,
-    )
+    options = {"output": tmp_path, "seeds": 2, "epochs": 1, "probe_seeds": 1}
+    summary = kd.run_kd("digits", "allcnn-narrow", ["esc", "esc-t"], ["3", "4"], **options)
     rows = {(row["method"], row["forget"], row["seed"]): row for row in records(tmp_path / "rows.csv")}
     priced = {key for key, row in rows.items() if row["seconds"] is not None}
     assert priced == {("esc", "3", 0), *(("esc-t", forget, seed) for forget in "34" for seed in (0, 1))}

@@ -2,6 +2,7 @@
 committed ones."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -22,14 +23,14 @@ def tables():
     return module
 
 
-def row(method, forget="a", seed=0, acc_ft=0.0, acc_rt=90.0, seconds=1.0):
+def row(method, forget="a", seed=0, acc_ft=0.0, acc_rt=90.0, **numbers):
     empty = {column.name: None for column in NUMBERS}
-    numbers = {f"{group}acc_{split}": 50.0 for group in ("", "kr_", "kr_converged_") for split in SPLITS}
-    numbers |= {f"{group}{hm}": 50.0 for group in ("", "kr_", "kr_converged_") for hm in ("hm", "hm_t")}
-    numbers |= {"kr_converged_auc_rest": 50.0, **{f"n_{split}": 10 for split in SPLITS}}
+    for group in ("", "kr_", "kr_converged_"):
+        empty |= {f"{group}{name}": 50.0 for name in ("acc_f", "acc_r", "acc_ft", "acc_rt", "hm", "hm_t")}
+    empty |= {"kr_converged_auc_rest": 50.0, **{f"n_{split}": 10 for split in SPLITS}, "seconds": 1.0}
     key = {"method": method, "forget": forget, "seed": seed, "sent_to": ""}
     hm_t = 2 * (100 - acc_ft) * acc_rt / (100 - acc_ft + acc_rt)
-    return {**empty, **key, **numbers, "acc_ft": acc_ft, "acc_rt": acc_rt, "hm_t": hm_t, "seconds": seconds}
+    return {**empty, **key, "acc_ft": acc_ft, "acc_rt": acc_rt, "hm_t": hm_t, **numbers}
 
 
 def test_misses_by_hand(tables):
@@ -49,22 +50,14 @@ def test_misses_by_hand(tables):
     assert [line["misses"] for line in found.values()] == [1, 0, 1]
     assert found["remap"]["most acc_rt lost"] == "0.51"
     assert found["more-hash"]["largest acc_ft"] == "0.60"
-    assert tables.by_class(pd.DataFrame(rows))[1] == {
-        "forget": "b",
-        "remap": "1 of 1 (0.5, 0.0)",
-        "more-x16": "",
-        "more-hash": "",
-    }
+    by_class = {"forget": "b", "remap": "1 of 1 (0.5, 0.0)", "more-x16": "", "more-hash": ""}
+    assert tables.by_class(pd.DataFrame(rows))[1] == by_class
     assert tables.misses(pd.DataFrame(rows[:3]))[0]["method"] == "none"
 
 
 def test_the_same_classes_and_seeds_side_by_side(tables):
-    closed = [
-        row(name, forget, seed)
-        for name in ("original", "more-x16", "esc")
-        for forget in "ab"
-        for seed in (0, 1)
-    ]
+    cells = itertools.product(("original", "more-x16", "esc"), "ab", (0, 1))
+    closed = [row(*cell) for cell in cells]
     trained = [
         row(name, "a", acc_rt=acc)
         for name, acc in (("original", 80), ("finetune", 70), ("salun", 60), ("scrub", 50), ("lau", 40))
@@ -72,24 +65,10 @@ def test_the_same_classes_and_seeds_side_by_side(tables):
     trained.append(row("original", "b"))  # b was not run with the others
     both = tables.together(pd.DataFrame(closed), pd.DataFrame(trained))
     assert set(zip(both["forget"], both["seed"], strict=True)) == {("a", 0)}
-    assert both["method"].tolist() == [
-        "original",
-        "finetune",
-        "salun",
-        "scrub",
-        "lau",
-        "esc",
-        "more-x16",
-    ]
+    assert both["method"].tolist() == "original finetune salun scrub lau esc more-x16".split()
     assert both["acc_rt"].iloc[0] == 80  # the second folder's own
-    assert [line["method"] for line in tables.short(both)] == [
-        "original",
-        "finetune",
-        "salun",
-        "scrub",
-        "esc",
-        "more-x16",
-    ]
+    short = [line["method"] for line in tables.short(both)]
+    assert short == "original finetune salun scrub esc more-x16".split()
 
 
 def test_every_seed_is_told(tables):
@@ -111,7 +90,7 @@ def test_the_tables_are_those_of_the_rows(tables, tmp_path, monkeypatch):
 
 def test_the_share_of_the_way_to_retrain_by_hand():
     def found(method, percent, forget="a"):
-        return {**row(method, forget=forget), "kr_converged_acc_ft": percent}
+        return row(method, forget=forget, kr_converged_acc_ft=percent)
 
     rows = [found("original", 90), found("retrain", 80), found("esc", 85), found("remap", 40)]
     # nothing to close, and no Retrain
