@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from more_hf_bench.bootstrap import ClusterBootstrap, draw_accuracies, draw_counts, draw_means, interval
+from more_hf_bench.bootstrap import ClusterBootstrap, draw_accuracies, draw_counts, draw_means
 
 
 def clusters(names, stratum="A"):
@@ -60,16 +60,6 @@ def test_draws_are_those_of_the_written_out_loops():
     assert (drawn["acc_r"] == 100).all()
     assert (drawn["acc_f"][picks == 0] == 0).all()
     assert drawn["acc_f"][picks == 1].mean() == pytest.approx(50, abs=1)
-
-
-def test_the_interval_of_a_mean_is_that_of_scipy():
-    from scipy.stats import bootstrap
-
-    values = np.random.default_rng(1).normal(size=40)
-    theirs = bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    )
-    assert interval(draw_means(values)) == pytest.approx(tuple(theirs.confidence_interval))
 
 
 def quantiles(values, names=None, stratum="A", **options):

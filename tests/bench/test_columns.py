@@ -41,11 +41,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_numbers_of_a_table():
-    up, down, neither = (
-        Column("acc_r", "%", "up"),
-        Column("lpips_r", better="down"),
-        Column("mia_loss"),
-    )
+    up, down = Column("acc_r", "%", "up"), Column("lpips_r", better="down")
+    neither = Column("mia_loss")
     assert [column.header for column in (up, down, neither)] == ["acc_r ↑", "lpips_r ↓", "mia_loss"]
     assert [up.format(99.123, 2), down.format(0.00012, 2), up.format(None, 2)] == ["99.12", "1.2e-04", ""]
     assert rounded({"a": 0.12345678, "b": np.nan, "c": 3, "d": "x"}) == {
