@@ -12,13 +12,8 @@ from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, 
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# a pipeline of Stable Diffusion's classes at a tiny size
-SMALL_UNET = {
-    "block_out_channels": (32,) * 4,
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-    "attention_head_dim": 2,
-}
+SMALL_UNET = {"block_out_channels": (32,) * 4, "layers_per_block": 1}
+SMALL_UNET |= {"cross_attention_dim": 32, "attention_head_dim": 2}
 SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -47,17 +42,15 @@ def test_what_is_timed_is_the_closed_form_of_the_baselines(script):
 
     adversarial = adversarial_embeddings(sum(W.T @ W for W in layers), A, C, 1e-3)
     A = A @ edit_matrix(adversarial, G, R, lamb=0.1, **scales)
-    assert all(
-        torch.allclose(new, W @ A) for new, W in zip(speed.rece(layers, C, G, [R]), layers, strict=True)
-    )
+    edited = speed.rece(layers, C, G, [R])
+    assert all(torch.allclose(new, W @ A) for new, W in zip(edited, layers, strict=True))
 
 
 @pytest.mark.slow
 def test_every_part_of_the_speed_table(script):
     speed = script("speed", "speed")
-    lines = speed.measure(
-        {**speed.SD14, **SMALL_UNET}, {**speed.CLIP_L, **SMALL_TEXT}, 8, names=(2,), prompts=(2,)
-    )
+    unet, text = {**speed.SD14, **SMALL_UNET}, {**speed.CLIP_L, **SMALL_TEXT}
+    lines = speed.measure(unet, text, 8, names=(2,), prompts=(2,))
     assert lines[0]["times the merge"] == 1
     assert [line["what"].split(",")[0] for line in lines[:4]] == [
         "more", "floor: read and write the edited matrices once", "UCE", "UCE",
@@ -85,9 +78,8 @@ def test_real_imagenet_weights_forget_the_daisy(script):
     z = imagenet.features(model, imagenet.views((flower,), 6, seed=0))
     before = imagenet.logits(model, z)
     assert (before.argmax(1) == daisy).double().mean() > 0.8
-    prototypes = imagenet.prototypes_of(
-        model, imagenet.features(model, imagenet.views(imagenet.SEEN, 2, seed=0))
-    )
+    seen = imagenet.features(model, imagenet.views(imagenet.SEEN, 2, seed=0))
+    prototypes = imagenet.prototypes_of(model, seen)
     row = imagenet.measure(model, prototypes, z, [daisy], "pinv")
 
     assert row["views_forgotten"] == int((before.argmax(1) == daisy).sum())
@@ -131,36 +123,20 @@ def test_targets_are_chosen_by_score_then_by_the_smallest_change(script, monkeyp
     choose = script("artists", "choose")
     monkeypatch.setattr(choose, "EMOJI_ARTISTS", tuple("ABCDE"))
 
-    def line(forget, remap_to, score, lpips):
-        return {"forget": forget, "remap_to": remap_to, "score": str(score), "lpips_f": str(lpips)}
+    def lines(forget, **measured):
+        return [
+            {"forget": forget, "remap_to": name, "score": str(score), "lpips_f": str(lpips)}
+            for name, (score, lpips) in measured.items()
+        ]
 
-    a = [
-        line("A", "B", 390, 0.4),
-        line("A", "C", 386, 0.2),
-        line("A", "D", 399, 0.1),
-        line("A", "E", 300, 0.5),
-    ]
-    assert choose.best_targets(a, ["A"]) == [
-        "C",
-        "B",
-        "E",
-    ]  # D can hardly be seen; C is within five points of B and changes less
-    assert choose.best_targets([a[0], line("A", "C", 385, 0.2), *a[2:]], ["A"]) == [
-        "B",
-        "C",
-        "E",
-    ]  # five points are too many
-    b = [
-        line("B", "A", 399, 0.5),
-        line("B", "C", 200, 0.2),
-        line("B", "D", 399, 0.3),
-        line("B", "E", 390, 0.5),
-    ]
-    assert choose.best_targets([*a, *b], ["A", "B"]) == [
-        "D",
-        "E",
-        "C",
-    ]  # the mean of both, and neither itself
+    a = {"B": (390, 0.4), "C": (386, 0.2), "D": (399, 0.1), "E": (300, 0.5)}
+    # D can hardly be seen; C is within five points of B and changes less
+    assert choose.best_targets(lines("A", **a), ["A"]) == ["C", "B", "E"]
+    further = {**a, "C": (385, 0.2)}
+    assert choose.best_targets(lines("A", **further), ["A"]) == ["B", "C", "E"]
+    b = {"A": (399, 0.5), "C": (200, 0.2), "D": (399, 0.3), "E": (390, 0.5)}
+    # the mean of both, and neither itself
+    assert choose.best_targets(lines("A", **a) + lines("B", **b), ["A", "B"]) == ["D", "E", "C"]
 
 
 def test_a_cell_of_the_defaults_is_a_request(script):
@@ -172,12 +148,8 @@ def test_a_cell_of_the_defaults_is_a_request(script):
         return choose.request_for("Blobmoji", ranked, choose.FACTORS[cell], tokenizer)
 
     centre = ask("centre")
-    assert (centre.solver, centre.tokens, centre.retain, centre.targets) == (
-        "covariance",
-        "positions",
-        (),
-        ["Noto"],
-    )
+    asked = (centre.solver, centre.tokens, centre.retain, centre.targets)
+    assert asked == ("covariance", "positions", (), ["Noto"])
     assert ask("shrinkage=1e-2").shrinkage == 1e-2
     assert ask("templates=two").templates == choose.BARE
     assert ask("sigma=1 of 4").everyday == centre.everyday[::4]
@@ -188,18 +160,10 @@ def test_a_cell_of_the_defaults_is_a_request(script):
 
 
 def test_the_best_two_factors_are_crossed(script):
-    choose = script("artists", "choose")
-    scores = {
-        "centre": 400,
-        "tokens=last": 399,
-        "tokens=end": 398,
-        "shrinkage=1e-3": 390,
-        "tokens=last + solver=pinv": 401,
-    }
-    assert choose.best_two([{"cell": cell, "score": str(score)} for cell, score in scores.items()]) == [
-        "tokens=last",
-        "shrinkage=1e-3",
-    ]
+    scores = {"centre": 400, "tokens=last": 399, "tokens=end": 398, "shrinkage=1e-3": 390}
+    scores["tokens=last + solver=pinv"] = 401
+    lines = [{"cell": cell, "score": str(score)} for cell, score in scores.items()]
+    assert script("artists", "choose").best_two(lines) == ["tokens=last", "shrinkage=1e-3"]
 
 
 def test_folding_edits_all_that_is_added_to_the_residual_stream(script):

@@ -101,9 +101,8 @@ def test_push_unlearned_pipeline_opens_without_more_hf(run, tmp_path, emoji_sd):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    before = emoji_sd(
-        prompts, generator=generators, num_inference_steps=10, guidance_scale=4.0, output_type="np"
-    ).images
+    settings = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "np"}
+    before = emoji_sd(prompts, generator=generators, **settings).images
 
     judges, recognised = EmojiJudges(), {}
     for name, images in (("before", before), ("after", numpy.load(tmp_path / "after.npy"))):

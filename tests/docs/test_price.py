@@ -28,23 +28,11 @@ def test_a_line_is_what_both_have(monkeypatch):
     attacks += [attack("more-denoiser", "150", "20.0"), attack("more-denoiser", "150", "30.0")]  # two runs
     lines = price.prices(costs, attacks)
     first, second = lines
-    assert first == {
-        "method": "more",
-        "forget": "Noto",
-        "lpips_r": 0.001,
-        "lpips_none": None,
-        "content_r": 95.5,
-        "after 15 steps": 55.0,
-        "after 150 steps": 70.0,
-    }
-    assert second == {
-        "method": "more-denoiser",
-        "forget": "Noto",
-        "lpips_r": 0.038,
-        "lpips_none": 0.1,
-        "content_r": 95.5,
-        "after 15 steps": 0.0,
-        "after 150 steps": 25.0,
-    }
+    steps = {"after 15 steps": 55.0, "after 150 steps": 70.0}
+    moved = {"lpips_r": 0.001, "lpips_none": None, "content_r": 95.5}
+    assert first == {"method": "more", "forget": "Noto", **moved, **steps}
+    steps = {"after 15 steps": 0.0, "after 150 steps": 25.0}
+    moved = {"lpips_r": 0.038, "lpips_none": 0.1, "content_r": 95.5}
+    assert second == {"method": "more-denoiser", "forget": "Noto", **moved, **steps}
     (panel,) = price.price_figure(lines).axes
     assert panel.lines[0].get_xydata().tolist() == [[0.001, 70.0], [0.038, 25.0]]
