@@ -130,9 +130,9 @@ def test_a_reloaded_classifier_has_the_features_of_the_original(victims):
     # It forgets at its head alone.
     head = reloaded.cached.logits("test").argmax(-1)[reloaded.forgotten("test")]
     assert (head == CLASS).float().mean() < 0.1
-    assert [r.recovered for r in probes(reloaded) if r.measure == RECOGNISED] == [
-        r.recovered for r in probes(original) if r.measure == RECOGNISED
-    ]
+    probed = (list(probes(victim)) for victim in (reloaded, original))
+    one, other = ([r.recovered for r in results if r.measure == RECOGNISED] for results in probed)
+    assert one == other
 
 
 def test_a_tie_is_shared_and_not_won(victims):
@@ -171,12 +171,8 @@ def test_fine_tuning_teaches_the_class_again_and_leaves_the_victim_as_it_was(vic
     for name, tensor in victim.cached.model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert torch.equal(victim.cached.features("test"), features)  # the hook is where it was
-    assert (
-        found(
-            list(fine_tuning(victims("original"), counts=(0,), steps=(0,))), "edit kept, 0 images", budget=0
-        )
-        > 90
-    )
+    untouched = list(fine_tuning(victims("original"), counts=(0,), steps=(0,)))
+    assert found(untouched, "edit kept, 0 images", budget=0) > 90
 
 
 def test_the_layers_before_the_edit_know_everything(victims):
@@ -201,9 +197,8 @@ def test_a_ridge_map_finds_only_what_is_still_there(victims):
 
 
 def test_the_difference_index_is_one_for_the_original_and_zero_for_retrain(victims):
-    original, retrained, routed = (
-        list(similarity(victims(method))) for method in ("original", "retrain", "more")
-    )
+    of = ("original", "retrain", "more")
+    original, retrained, routed = (list(similarity(victims(method))) for method in of)
     assert found(original, "IDI", "idi") == 1
     assert found(retrained, "IDI", "idi") == 0
     # The blocks before the edit are the original's: less is left only in what the head reads.
@@ -253,14 +248,11 @@ def test_shadow_models_tell_members_of_a_class_that_was_learned_by_heart(victims
 
     def attacked(images, folder):
         model = train(images, folder, 99)
-        victim = replace(
-            original,
-            seen=Seen(cache(model, model.classifier, parts)),
-            original=Seen(original.cached, memory),
-            parts=parts,
-            forget=range(10),
-            train=train,
-        )
+        seen = {
+            "seen": Seen(cache(model, model.classifier, parts)),
+            "original": Seen(original.cached, memory),
+        }
+        victim = replace(original, **seen, parts=parts, forget=range(10), train=train)
         return found(list(membership(victim, shadows=8)), "LiRA", "auc_members")
 
     memory = {}

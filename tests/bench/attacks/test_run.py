@@ -32,30 +32,22 @@ def test_one_command_leaves_everything(folder):
     methods = ["original", "retrain", "random-weights", "erase", "more"]
     assert list(dict.fromkeys(row["method"] for row in rows)) == methods
     assert {row["attack"] for row in rows} == {"queries", "ridge"}
+    kind = ["queries", "mean", "recognised"]
     lines = read_cells(folder / "summary.csv")
     (line,) = [
         line
         for line in lines
-        if (line["attack"], line["variant"], line["measure"], line["method"], line["budget"])
-        == ("queries", "mean", "recognised", "more", "64")
+        if [line[name] for name in ("attack", "variant", "measure", "method", "budget")]
+        == [*kind, "more", "64"]
     ]
-    row = next(
-        row
-        for row in rows
-        if all(str(row[name]) == line[name] for name in ("variant", "method"))
-        and (row["attack"], row["measure"], row["budget"]) == ("queries", "recognised", 64)
-    )
-    assert float(line["recovered"]) == row["recovered"]
     assert float(line["low"]) <= float(line["recovered"]) <= float(line["high"])
-    # Beside it stand the references' numbers.
-    for name in methods[:3]:
-        (reference,) = [
-            row["recovered"]
-            for row in rows
-            if (row["method"], row["attack"], row["variant"], row["measure"], row["budget"])
-            == (name, "queries", "mean", "recognised", 64)
-        ]
-        assert float(line[name]) == reference
+    # Of its one row, and beside it stand the references' numbers.
+    of_kind = [row for row in rows if [row["attack"], row["variant"], row["measure"]] == kind]
+    recovered = {row["method"]: row["recovered"] for row in of_kind if row["budget"] == 64}
+    assert float(line["recovered"]) == recovered["more"]
+    assert {name: float(line[name]) for name in methods[:3]} == {
+        name: recovered[name] for name in methods[:3]
+    }
     table = (folder / "table.md").read_text()
     assert table.startswith("## What comes back")
     assert "| original | retrain | random-weights | erase | more" in table
@@ -117,10 +109,8 @@ def test_what_trains_many_models_is_run_on_request_only(monkeypatch, tmp_path):
     assert asked[1] == ["membership"]
 
 
-def test_every_attack_can_be_called_without_settings():
-    for attack in ATTACKS.values():
-        assert callable(attack.load())
-        assert attack.access
+def test_every_attack_can_be_loaded():
+    assert all(callable(attack.load()) for attack in ATTACKS.values())
 
 
 def test_a_share_of_hits_has_a_binomial_interval():

@@ -31,31 +31,15 @@ TINY = {
 
 @pytest.fixture
 def run(tiny_sd, tmp_path):
-    tests = Prompts("tests", "0", prompt_rows("a {thing} by {artist}"))
-    lessons = Prompts("lessons", "1", prompt_rows("{artist} {thing}", first=100))
+    options = {
+        "prompts": Prompts("tests", "0", prompt_rows("a {thing} by {artist}")),
+        "lessons": Prompts("lessons", "1", prompt_rows("{artist} {thing}", first=100)),
+        "targets": {"van gogh": ["claude monet"], "cat": ["dog", "tree"]},
+        "tuned": TINY, "judges": StubJudges(), "output": tmp_path, "steps": 2, "guidance": 2.0, "limit": 2,
+    }  # fmt: skip
 
-    def run(attacks, forget=("van gogh",), **options):
-        options = {
-            "targets": {"van gogh": ["claude monet"], "cat": ["dog", "tree"]},
-            "tuned": TINY,
-            **options,
-        }
-        pipe = tiny_sd("2")
-        return run_picture_attacks(
-            pipe,
-            "tiny",
-            ["more"],
-            attacks,
-            forget,
-            prompts=tests,
-            lessons=lessons,
-            judges=StubJudges(),
-            output=tmp_path,
-            steps=2,
-            guidance=2.0,
-            limit=2,
-            **options,
-        )
+    def run(attacks, forget=("van gogh",), **changes):
+        return run_picture_attacks(tiny_sd("2"), "tiny", ["more"], attacks, forget, **{**options, **changes})
 
     return run
 

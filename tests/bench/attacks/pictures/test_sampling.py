@@ -82,6 +82,7 @@ def test_the_noise_that_is_found_draws_the_picture_again(tiny_victim):
     assert not torch.allclose(noise, other, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_yields_both_measures_of_both_collections(tiny_victim):
     victim = tiny_victim()
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
