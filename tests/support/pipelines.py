@@ -14,6 +14,14 @@ TEXT_WIDTH = 32
 TEXT_LENGTH = 48
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
+UNET = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "cross_attention_dim": TEXT_WIDTH}
+UNET |= {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+UNET |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+UNET |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+# One attention that reads text, so that tracing is quick.
+ONE_ATTENTION = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+ONE_ATTENTION |= {"mid_block_type": None, "block_out_channels": (4,)}
+
 FORGET = "van gogh"
 TARGETS = ["claude monet", "johannes vermeer"]
 
@@ -54,10 +62,8 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = tiny_tokenizer()
-    layout = {
-        "1": {"attention_head_dim": 2},
-        "2": {"attention_head_dim": [1, 2], "use_linear_projection": True},
-    }[version]
+    layout = {"attention_head_dim": 2} if version == "1" else {"attention_head_dim": [1, 2]}
+    layout |= {"use_linear_projection": version == "2"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
@@ -74,21 +80,7 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        unet = UNet2DConditionModel(
-            **{
-                "sample_size": 16,
-                "in_channels": 4,
-                "out_channels": 4,
-                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-                "block_out_channels": (4, 8),
-                "layers_per_block": 1,
-                "norm_num_groups": 2,
-                "cross_attention_dim": TEXT_WIDTH,
-                **layout,
-                **unet_options,
-            }
-        )
+        unet = UNet2DConditionModel(**{**UNET, **layout, **unet_options})
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
             up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
@@ -100,9 +92,8 @@ def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
     if version == "1":
         scheduler = PNDMScheduler(skip_prk_steps=True, **NOISE)
     else:
-        scheduler = DDIMScheduler(
-            prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **NOISE
-        )
+        options = {"clip_sample": False, "set_alpha_to_one": False, **NOISE}
+        scheduler = DDIMScheduler(prediction_type="v_prediction", **options)
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.compare import changed, state
 from support.families import build, images
+from support.pipelines import ONE_ATTENTION
 
 import more_hf
 from more_hf.core.errors import SiteNotFoundError
@@ -67,7 +68,7 @@ INSIDE = {"more-denoiser": 1.0, "more-denoiser-soft": 4.0, "more-denoiser-hard":
 @pytest.mark.parametrize(("name", "softness"), INSIDE.items())
 def test_inside_the_denoiser(name, softness, tiny_sd):
     """Which families it works on is in `tests/diffusion/test_activations.py`: it draws 160 pictures."""
-    pipe = tiny_sd()
+    pipe = tiny_sd(**ONE_ATTENTION)
     before = state(pipe)
     assert DIFFUSION[name].targets == "one"
     DIFFUSION[name].load()(pipe, CONCEPT, remap_to=[TARGET], retain=None, sampling_steps=2, guidance=3.0)
