@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
 import more_hf
 from more_hf.classification.features import features_of
@@ -51,9 +50,8 @@ def means(features, labels):
 
 
 def probe(features, labels, **settings):
-    return LogisticRegression(**{"C": 1e4, "max_iter": 3000, "tol": 1e-8, **settings}).fit(
-        features.numpy(), labels.numpy()
-    )
+    fitter = LogisticRegression(**{"C": 1e4, "max_iter": 3000, "tol": 1e-8, **settings})
+    return fitter.fit(features.numpy(), labels.numpy())
 
 
 def recovered(features, labels, rows=EVERY):
@@ -106,9 +104,8 @@ def test_g4_the_change_is_the_forget_coordinate_times_the_shift(erased, original
     model, remap = erased()
     change = passed(model, digits) - original
     torch.testing.assert_close(change, (original @ remap.D_F.T) @ remap.shift().T, rtol=1e-4, atol=1e-5)
-    untouched = (
-        original - (original @ remap.D_F.T) @ torch.linalg.pinv(remap.D_F).T
-    )  # the part of every image with no such coordinate
+    # the part of every image with no such coordinate
+    untouched = original - (original @ remap.D_F.T) @ torch.linalg.pinv(remap.D_F).T
     assert (remap.apply(untouched) - untouched).abs().max() < 1e-9
     assert untouched.norm() > 0.5 * original.norm()
 
@@ -138,9 +135,8 @@ def test_g5_a_regularised_probe_gives_both_classes_the_same_weights(digit_classi
     images, labels = digits
     rows = balanced(labels)
     model = copy.deepcopy(digit_classifier)
-    more_hf.erase_classes(
-        model, [(images[rows], labels[rows])], FORGET, remap_to=TARGET
-    )  # the probe's own data
+    own = [(images[rows], labels[rows])]  # the probe's own data
+    more_hf.erase_classes(model, own, FORGET, remap_to=TARGET)
     remap = more_hf.get_erasure(model).remap
 
     after = probe_gap(remap.apply(original), labels, rows)
@@ -151,7 +147,7 @@ def test_g5_a_regularised_probe_gives_both_classes_the_same_weights(digit_classi
     half = rows[::2]
     assert probe_gap(remap.apply(original), labels, half)[0] > 0.03
     more_hf.restore(model)
-    more_hf.erase_classes(model, [(images[rows], labels[rows])], FORGET, remap_to=None)
+    more_hf.erase_classes(model, own, FORGET, remap_to=None)
     assert probe_gap(passed(model, digits), labels, rows)[0] > 0.1
 
 
@@ -222,11 +218,8 @@ def test_a_layer_of_ones_own_sees_the_original_features_without_the_hook(erased,
     model, _ = erased()
     copied = copy.deepcopy(model)  # as a reload: weights without the hook
     features = passed(copied, digits)
-
-    assert torch.equal(features, passed(copied, digits))
     torch.testing.assert_close(features, original, rtol=1e-6, atol=1e-6)
     assert recovered(features, digits[1]) > 90
     with torch.no_grad():
         predicted = copied(digits[0][1200:]).logits.argmax(1)
     assert (predicted[digits[1][1200:] == FORGET] != FORGET).all()
-    assert isinstance(copied.classifier[1], nn.Linear)

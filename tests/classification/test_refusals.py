@@ -41,18 +41,10 @@ def everything(images, labels):
         (everything, {"forget": []}, "`forget` is empty"),
         (everything, {"forget": [4, "four"]}, "'four' is in `forget` twice"),
         (everything, {"forget": list(range(10))}, "`forget` has all 10 classes"),
-        (
-            everything,
-            {"forget": 4, "remap_to": ["five", "four"]},
-            "'four' is both in `forget` and in `remap_to`",
-        ),
+        (everything, {"forget": 4, "remap_to": ["five", "four"]}, "'four' is both in `forget` and in"),
         (everything, {"forget": 4, "remap_to": []}, "`remap_to` is empty"),
         (everything, {"forget": 4, "remap_to": "tree"}, "no class 'tree'"),
-        (
-            everything,
-            {"forget": 4, "num_experts": 0},
-            "`num_experts` must be at least 1, got 0",
-        ),
+        (everything, {"forget": 4, "num_experts": 0}, "`num_experts` must be at least 1, got 0"),
         (everything, {"forget": 4, "router": "best"}, "Unknown router 'best'"),
         (everything, {"forget": 4, "solver": "lsq"}, "Unknown solver 'lsq'"),
         (everything, {"forget": 4, "solver": "soft"}, "Unknown solver 'soft'"),
@@ -119,10 +111,9 @@ def test_offloaded_to_the_cpu_is_edited_and_to_disk_refused(
 
 def test_the_proof_by_run_rolls_back(model, prototypes):
     before = state(model)
-    keep = copy.deepcopy(model.classifier[1])
-    handle = model.classifier[1].register_forward_hook(
-        lambda module, args, output: output + keep(args[0])
-    )  # a branch beside it
+    keep, head = copy.deepcopy(model.classifier[1]), model.classifier[1]
+    # a branch beside it
+    handle = head.register_forward_hook(lambda module, args, output: output + keep(args[0]))
     with pytest.raises(SiteNotFoundError, match="proof by run failed"):
         more_hf.erase_classes(model, prototypes, "four", head=HEAD)
     assert same(model, before)
