@@ -68,10 +68,8 @@ def test_softness_weighs_ordinary_features(features, softness):
 
 def test_forgotten_features_move_more_than_ordinary_ones(features):
     remap, (named, ordinary) = fitted(features), features
-    steps = {
-        "cat": named["fox"].mean(0) - named["cat"].mean(0),
-        "dog": named["wolf"].mean(0) - named["dog"].mean(0),
-    }
+    means = {name: z.mean(0) for name, z in named.items()}
+    steps = {"cat": means["fox"] - means["cat"], "dog": means["wolf"] - means["dog"]}
     for name, step in steps.items():
         moved = (remap.apply(named[name]) - named[name]).mean(0)
         assert 0.4 < moved @ step / (step @ step) < 1

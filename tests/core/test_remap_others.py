@@ -34,9 +34,8 @@ def test_one_expert_is_uce_as_its_ridge_vanishes():
     merged = remap.merged(weight, 0)
 
     def error(strength, targets):
-        return float(
-            (uce(weight, columns[:2], targets, columns[2:], strength) - merged).norm() / merged.norm()
-        )
+        edited = uce(weight, columns[:2], targets, columns[2:], strength)
+        return float((edited - merged).norm() / merged.norm())
 
     errors = [error(10.0**-power, columns[remap.targets[0]]) for power in (3, 5, 7, 9)]
     # P has singular values down to 0.1, so the ridge costs about strength / 0.1².
@@ -65,9 +64,8 @@ def test_covariance_is_the_exact_edit_that_moves_features_least():
 
     for remap in (pinv, least):
         close(remap.apply(P.T[:2]), P.T[2:4], 1e-12)
-    assert moved(least.dual) == pytest.approx(
-        float((least.apply(features) - features).square().sum(1).mean())
-    )
+    change = (least.apply(features) - features).square().sum(1).mean()
+    assert moved(least.dual) == pytest.approx(float(change))
     assert moved(least.dual) < 0.5 * moved(pinv.dual)
     assert read(least.dual) < 0.5 * read(pinv.dual)
     # Every other exact dual is D + N with N P = 0.
@@ -95,11 +93,8 @@ def test_the_scale_of_other_prototypes_does_not_matter(solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_rotation_of_the_features_rotates_the_edit(solver):
     prototypes, z, rotation = make_prototypes(12, 6), randn(5, 12), torch.linalg.qr(randn(12, 12, seed=8))[0]
-    rotated = dataclasses.replace(
-        prototypes,
-        matrix=rotation @ prototypes.matrix,
-        second_moment=rotation @ prototypes.second_moment @ rotation.T,
-    )
+    moment = rotation @ prototypes.second_moment @ rotation.T
+    rotated = dataclasses.replace(prototypes, matrix=rotation @ prototypes.matrix, second_moment=moment)
     fits = [Remap.fit(p, ["p0", "p1"], [["p2", "p5"]], solver=solver) for p in (prototypes, rotated)]
 
     close(fits[1].apply(z @ rotation.T), fits[0].apply(z) @ rotation.T, 1e-11)
