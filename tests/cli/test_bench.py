@@ -71,10 +71,8 @@ def start():
 
 def done(output: Path) -> dict[Path, int]:
     """When each picture that counts was written."""
-    return {
-        path.with_suffix(".png"): path.with_suffix(".png").stat().st_mtime_ns
-        for path in output.glob("images/*/[0-9]*.json")
-    }
+    pictures = [path.with_suffix(".png") for path in output.glob("images/*/[0-9]*.json")]
+    return {path: path.stat().st_mtime_ns for path in pictures}
 
 
 def kill_at(output: Path, count: int, process, log) -> dict[Path, int]:
@@ -117,17 +115,7 @@ def test_killed_twice_then_two_processes(bench, start, tmp_path, capsys):
     rows, wanted = rows_of(output), rows_of(whole)
     assert len(rows) == 2 * ROWS
     exact = (
-        "method",
-        "forget",
-        "remap_to",
-        "case_number",
-        "sample",
-        "evaluation_seed",
-        "artist",
-        "thing",
-        "prompt",
-        "before",
-        "after",
+        "method forget remap_to case_number sample evaluation_seed artist thing prompt before after".split()
     )
     for row, want in zip(rows, wanted, strict=True):
         assert all(getattr(row, key) == getattr(want, key) for key in exact)

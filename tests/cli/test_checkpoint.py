@@ -72,9 +72,8 @@ def test_a_pipeline_stays_in_the_dtype_that_it_is_stored_in(stored, tmp_path, fa
     assert main(["erase", str(folder), *WORDS, str(output)]) == 0
     denoiser = "unet" if family == "sdxl" else "transformer"
     assert stored_dtype(output / denoiser) == dtype
-    assert {str(value.dtype) for value in load_file(output / "text_encoder/model.safetensors").values()} == {
-        f"torch.{dtype}"
-    }
+    text = load_file(output / "text_encoder/model.safetensors").values()
+    assert {str(value.dtype) for value in text} == {f"torch.{dtype}"}
     assert main(["verify", str(output)]) == 0
 
 
@@ -124,11 +123,8 @@ def test_offloaded_is_the_same(stored, tmp_path, monkeypatch, family, offload):
     # The CPU in place of a device: the same hooks move the same weights. accelerate's of single layers fail
     # there for text encoders, so that only the denoiser's are tried.
     monkeypatch.setattr(checkpoint, "find_device", lambda name, offload: CPU)
-    monkeypatch.setattr(
-        DiffusionPipeline,
-        "enable_sequential_cpu_offload",
-        lambda pipe, device: cpu_offload(denoiser_of(pipe), device),
-    )
+    offloaded = lambda pipe, device: cpu_offload(denoiser_of(pipe), device)  # noqa: E731
+    monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", offloaded)
     assert main(["erase", str(folder), *WORDS, str(tmp_path / "out"), "--offload", offload]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
     for file in (tmp_path / "plain").rglob("*.safetensors"):
@@ -155,12 +151,10 @@ def test_offloading_is_of_the_device_that_was_asked_for(monkeypatch, tmp_path):
 
 
 def test_devices_that_are_not_here():
-    with pytest.raises(ValueError, match="no device 'gpu'"):
-        find_device("gpu", "none")
-    with pytest.raises(ValueError, match="no device 'cuda:99' here"):
-        find_device("cuda:99", "none")
-    with pytest.raises(ValueError, match="the device is the CPU"):
-        find_device("cpu", "model")
+    wrong = (("gpu", "none", "no device 'gpu'"), ("cuda:99", "none", "no device 'cuda:99' here"))
+    for device, offload, message in (*wrong, ("cpu", "model", "the device is the CPU")):
+        with pytest.raises(ValueError, match=message):
+            find_device(device, offload)
     assert find_device("cpu", "none") == torch.device("cpu")
 
 

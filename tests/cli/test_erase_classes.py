@@ -18,9 +18,8 @@ def folders(digit_classifier, digits, tmp_path_factory):
     """A saved classifier with its image processor, and 200 images in folders by name, number and synonym."""
     model, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
     digit_classifier.save_pretrained(model)
-    ViTImageProcessor(
-        do_resize=False, do_rescale=True, rescale_factor=1 / 255, do_normalize=False
-    ).save_pretrained(model)
+    options = {"do_resize": False, "do_rescale": True, "do_normalize": False}
+    ViTImageProcessor(rescale_factor=1 / 255, **options).save_pretrained(model)
     names = ["0", "one", "2", "3", "four", "5", "six", "Seven", "8", "9"]
     for i, (image, label) in enumerate(zip(digits[0][:200, 0], digits[1][:200].tolist(), strict=True)):
         folder = data / "train" / names[label]
@@ -30,29 +29,14 @@ def folders(digit_classifier, digits, tmp_path_factory):
 
 
 def run(folders, output, *arguments):
-    model, data = folders
-    return main(
-        ["erase-classes", "--model", str(model), "--data", str(data), "--output", str(output), *arguments]
-    )
+    places = zip(("--model", "--data", "--output"), (*folders, output), strict=True)
+    words = [str(word) for place in places for word in place]
+    return main(["erase-classes", *words, *arguments])
 
 
 def test_the_command_is_the_call(folders, digit_classifier, digits, tmp_path, capsys):
-    done = run(
-        folders,
-        tmp_path / "out",
-        "--forget",
-        "four",
-        "7",
-        "--remap_to",
-        "nine",
-        "1",
-        "--router",
-        "hash",
-        "--seed",
-        "3",
-        "--include_delta",
-    )
-    assert done == 0
+    words = "--forget four 7 --remap_to nine 1 --router hash --seed 3 --include_delta"
+    assert run(folders, tmp_path / "out", *words.split()) == 0
     out = capsys.readouterr().out
     assert re.search(r"^forgotten +four, seven$", out, re.MULTILINE)
     assert f"more-hf verify {tmp_path / 'out'}" in out
@@ -77,10 +61,9 @@ def test_the_defaults_are_the_calls(folders, digits, tmp_path):
     assert erasure.request.remap_to == {"four": "remain"}
     assert erasure.facts.num_experts == 9
     assert not (tmp_path / "out" / "more_hf_delta.safetensors").exists()
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        predicted = AutoModelForImageClassification.from_pretrained(tmp_path / "out")(
-            digits[0][1200:]
-        ).logits.argmax(1)
+        predicted = plain(digits[0][1200:]).logits.argmax(1)
     assert (predicted[digits[1][1200:] == 4] == 4).float().mean() < 0.05
     assert (predicted[digits[1][1200:] == 0] == 0).float().mean() > 0.9
     assert run(folders, tmp_path / "none", "--forget", "four", "--remap_to", "none") == 0

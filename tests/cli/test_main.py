@@ -38,8 +38,8 @@ sys.exit(f"imported {heavy}" if heavy else status)
 """
 
 
-def light(*argv):
-    return subprocess.run([sys.executable, "-c", LIGHT, *argv], capture_output=True, text=True)
+def light(*argv, **options):
+    return subprocess.run([sys.executable, "-c", LIGHT, *argv], capture_output=True, text=True, **options)
 
 
 def help_of(command, capsys):
@@ -86,9 +86,7 @@ def test_help_is_light(argv):
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_heavy(command, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LIGHT, *command.split()], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = light(*command.split(), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("Error: ")
     assert message in done.stderr
@@ -157,11 +155,8 @@ def test_both_forms_of_a_model_and_of_what_to_forget():
         "{} --model MODEL {} --forget a b --output out",
         "{} {} --forget a --concept b --model MODEL --output out",
     )
-    for command, rest in (
-        ("erase", "--remap_to none"),
-        ("lora", "--remap_to none"),
-        ("erase-classes", "--data ."),
-    ):
+    commands = {"erase": "--remap_to none", "lora": "--remap_to none", "erase-classes": "--data ."}
+    for command, rest in commands.items():
         for form in forms:
             args = parse(form.format(command, rest).split())
             assert read_model(args) == "MODEL"
@@ -178,8 +173,7 @@ def test_a_class_that_a_folder_does_not_name_is_refused_before_anything_heavy(tm
     (tmp_path / "model" / "config.json").write_text(json.dumps({"id2label": labels}))
     words = "erase-classes ./model --data . --output out --forget"
     for wanted, message in (("tensh", "no class 'tensh'"), ("crane", "2 classes"), ("3", "no class 3")):
-        argv = [sys.executable, "-c", LIGHT, *words.split(), wanted]
-        done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+        done = light(*words.split(), wanted, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
 

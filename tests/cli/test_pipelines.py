@@ -1,8 +1,8 @@
-import csv
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from support.pipelines import ONE_ATTENTION
 
 import more_hf
 from more_hf.cli.concept_list import read_concepts
@@ -10,6 +10,7 @@ from more_hf.cli.main import main, parse
 from more_hf.cli.request import read_request
 from more_hf.data import EMOJI_ARTISTS
 from more_hf_bench.artists.demo import demo_rows
+from more_hf_bench.columns import read_cells
 
 
 @pytest.fixture
@@ -47,14 +48,9 @@ def test_demo(tmp_path, capsys, remap_to):
     out = capsys.readouterr().out
     assert "is recognised in" in out
     assert "Open " in out.splitlines()[-2]
-    assert sorted(path.name for path in output.iterdir()) == [
-        "before_after.webp",
-        "report.html",
-        "rows.csv",
-        "table.md",
-    ]
-    with open(output / "rows.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    written = sorted(path.name for path in output.iterdir())
+    assert written == ["before_after.webp", "report.html", "rows.csv", "table.md"]
+    rows = read_cells(output / "rows.csv")
     assert list(rows[0]) == [
         "method", "forget", "group", "case_number", "prompt", "evaluation_seed", "artist", "thing", "lpips",
         "style_before", "style_after", "content_before", "content_after",
@@ -62,9 +58,8 @@ def test_demo(tmp_path, capsys, remap_to):
     assert [row["group"] for row in rows] == ["forget"] * 2 + ["remain"] * 2 + ["no artist"] * 2
     assert {row["forget"] for row in rows} == {"High Contrast"}
     assert [row["evaluation_seed"] for row in rows] == [str(seed) for seed in range(3, 9)]
-    assert all(
-        float(row["lpips"]) > 0 for row in rows[:2]
-    )  # the edit changed the forgotten artist's pictures
+    # the edit changed the forgotten artist's pictures
+    assert all(float(row["lpips"]) > 0 for row in rows[:2])
     assert ("distance to Fluent" in (output / "table.md").read_text()) == (remap_to != "none")
     Image.open(output / "before_after.webp").verify()
     page = (output / "report.html").read_text(encoding="utf-8")
@@ -79,8 +74,8 @@ def test_demo_of_two_artists_fills_its_picture(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert "Noto+Fluent" in text
     assert "Twemoji" in text  # Fluent is no target where it is erased
-    with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
-        assert [row["artist"] for row in csv.DictReader(file)][:2] == ["Noto", "Fluent"]
+    artists = [row["artist"] for row in read_cells(tmp_path / "rows.csv")]
+    assert artists[:2] == ["Noto", "Fluent"]
     picture = Image.open(tmp_path / "before_after.webp")
     assert picture.width < 500  # two columns of 128 pixels, or the title
 
@@ -96,17 +91,9 @@ def test_demo_names_the_artist_meant(failure):
 def test_erase_then_verify(tiny_sd, tmp_path, capsys):
     base, output = tmp_path / "base", tmp_path / "erased"
     tiny_sd().save_pretrained(base)
-    argv = [
-        "erase",
-        base,
-        "--concept",
-        "Van Gogh",
-        "--concept",
-        "Picasso",
-        "--alias",
-        "Van Gogh=Vincent van Gogh",
-    ]
-    argv += ["--remap_to", "Claude Monet", "Johannes Vermeer", "--retain", "a dog", "--output", output]
+    argv = ["erase", base, "--concept", "Van Gogh", "--concept", "Picasso", "--output", output]
+    argv += ["--alias", "Van Gogh=Vincent van Gogh", "--retain", "a dog"]
+    argv += ["--remap_to", "Claude Monet", "Johannes Vermeer"]
     assert main([str(arg) for arg in argv]) == 0
     out = capsys.readouterr().out
     assert "Van Gogh" in out
@@ -123,19 +110,10 @@ def test_erase_then_verify(tiny_sd, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
-    tiny_sd().save_pretrained(tmp_path / "base")
-    argv = [
-        "erase",
-        str(tmp_path / "base"),
-        "--concept",
-        "Van Gogh",
-        "--remap_to",
-        "Claude Monet",
-        "--output",
-    ]
-    argv += [str(tmp_path / "erased"), "--steps", "2", "--guidance", "2.5"]
+    tiny_sd(**ONE_ATTENTION).save_pretrained(tmp_path / "base")
+    argv = ["erase", str(tmp_path / "base"), "--concept", "Van Gogh", "--remap_to", "Claude Monet"]
+    argv += ["--output", str(tmp_path / "erased"), "--steps", "2", "--guidance", "2.5"]
     assert "Leave `--steps` and `--guidance` out" in failure(*argv)
     assert main([*argv, "--reach", "denoiser", "--softness", "0.5"]) == 0
     request = more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request
@@ -173,9 +151,8 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(more_hf, "load_emoji_sd", load_emoji_sd, raising=False)
     monkeypatch.setattr(more_hf, "erase_concept", erase_concept, raising=False)
-    monkeypatch.setattr(
-        more_hf, "save", lambda pipe, folder, **options: seen.update(folder=folder, **options), raising=False
-    )
+    save = lambda pipe, folder, **options: seen.update(folder=folder, **options)  # noqa: E731
+    monkeypatch.setattr(more_hf, "save", save, raising=False)
     monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: "facts", raising=False)
     argv = "erase --concept Noto crab --alias Noto=noto-emoji --remap-to none --retain pizza --num-experts 2 "
     argv += "--router hash --include_delta --solver covariance --tokens positions --seed=4 --dtype bfloat16"
@@ -183,22 +160,11 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
     assert main([*argv.split(), "--model", "emoji-sd", "--output", str(tmp_path / "out")]) == 0
     assert str(seen.pop("dtype")) == "torch.bfloat16"
     assert seen == {
-        "concepts": {"Noto": ["noto-emoji"], "crab": []},
-        "remap_to": None,
-        "retain": ["pizza"],
-        "num_experts": 2,
-        "router": "hash",
-        "solver": "covariance",
-        "tokens": "positions",
-        "reach": "denoiser",
-        "softness": 2.0,
-        "strength": 1.0,
-        "sampling": {"num_inference_steps": 10},
-        "seed": 4,
-        "device": "cpu",
-        "folder": tmp_path / "out",
-        "include_delta": True,
-    }
+        "concepts": {"Noto": ["noto-emoji"], "crab": []}, "remap_to": None, "retain": ["pizza"],
+        "num_experts": 2, "router": "hash", "solver": "covariance", "tokens": "positions",
+        "reach": "denoiser", "softness": 2.0, "strength": 1.0, "seed": 4, "device": "cpu",
+        "sampling": {"num_inference_steps": 10}, "folder": tmp_path / "out", "include_delta": True,
+    }  # fmt: skip
     assert capsys.readouterr().out.startswith("facts\n")
 
 
