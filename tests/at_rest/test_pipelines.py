@@ -16,20 +16,14 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
-from support.compare import state
-from support.pipelines import TARGETS, erase, random_ip_adapter
+from support.compare import changed, state
+from support.pipelines import ONE_ATTENTION, TARGETS, erase, random_ip_adapter
 
 import more_hf
 
 
 CPU = torch.device("cpu")
-# One attention that reads text, so that tracing is quick.
-ONE_ATTENTION = {
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "mid_block_type": None,
-    "up_block_types": ("UpBlock2D",),
-    "block_out_channels": (4,),
-}
+ONE_ATTENTION |= {"mid_block_type": None, "block_out_channels": (4,)}
 
 
 def texts(pipe, expert=None):
@@ -43,15 +37,11 @@ def texts(pipe, expert=None):
 def outputs(unet, text, **kwargs):
     """The denoiser's output for each sample of text features, on one fixed latent."""
     dtype = next(p.dtype for p in unet.parameters() if p.is_floating_point())
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(
-        len(text), -1, -1, -1
-    )
-    kwargs = {key: value.to(dtype) for key, value in kwargs.items()}
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(len(text), 1, 1, 1)
     if kwargs:
-        kwargs = {"added_cond_kwargs": {"image_embeds": [kwargs["image_embeds"]]}}
-    return unet(
-        latents.to(dtype), torch.tensor(500), encoder_hidden_states=text.to(dtype), **kwargs
-    ).sample.double()
+        kwargs = {"added_cond_kwargs": {"image_embeds": [kwargs["image_embeds"].to(dtype)]}}
+    kwargs["encoder_hidden_states"] = text.to(dtype)
+    return unet(latents.to(dtype), torch.tensor(500), **kwargs).sample.double()
 
 
 def assert_erased(unet, original, text, tolerance=1e-3, **kwargs):
@@ -64,9 +54,8 @@ def assert_erased(unet, original, text, tolerance=1e-3, **kwargs):
 
 
 def assert_same(unet, original, text, **kwargs):
-    assert torch.allclose(
-        outputs(unet, text, **kwargs), outputs(original, text, **kwargs), rtol=1e-5, atol=1e-6
-    )
+    found, expected = (outputs(model, text, **kwargs) for model in (unet, original))
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def assert_erased_until_restored(pipe, original, text):
@@ -304,16 +293,12 @@ def test_routing_seeds_change_experts_in_compiled_code(tiny_sd):
 
 
 def random_lora(unet, rank=2, scale=0.3):
-    generator = torch.Generator().manual_seed(1)
-    lora = {}
+    generator, lora = torch.Generator().manual_seed(1), {}
     for name, module in unet.named_modules():
         if name.endswith(("attn2.to_q", "attn2.to_k", "attn2.to_v")):
-            lora[f"unet.{name}.lora_A.weight"] = scale * torch.randn(
-                rank, module.in_features, generator=generator
-            )
-            lora[f"unet.{name}.lora_B.weight"] = scale * torch.randn(
-                module.out_features, rank, generator=generator
-            )
+            shapes = {"lora_A": (rank, module.in_features), "lora_B": (module.out_features, rank)}
+            for factor, shape in shapes.items():
+                lora[f"unet.{name}.{factor}.weight"] = scale * torch.randn(shape, generator=generator)
     return lora
 
 
@@ -338,10 +323,8 @@ def test_lora(pipe, original, when, router):
         base = pipe.unet.get_submodule(name).get_base_layer()
         assert torch.allclose(base.weight, expected[f"{name}.weight"], rtol=1e-5, atol=1e-6)
     if when == "before":
-        said = "LoRA beside them, which " + (
-            "still reads the unedited prompt" if router is None else "reads the routed features"
-        )
-        assert said in more_hf.get_erasure(pipe).to_markdown()
+        reads = "still reads the unedited prompt" if router is None else "reads the routed features"
+        assert f"LoRA beside them, which {reads}" in more_hf.get_erasure(pipe).to_markdown()
 
     pipe.unload_lora_weights()
     assert_erased(pipe.unet, original.unet, text)
@@ -375,13 +358,9 @@ def test_ip_adapter(pipe, original, when):
 
     image = torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(3))[:1].expand(2, -1, -1)
     assert_erased(pipe.unet, original.unet, text, image_embeds=image)
-    untouched = {
-        name: value
-        for name, value in original.unet.state_dict().items()
-        if "_ip" in name or "encoder_hid_proj" in name
-    }
-    assert len(untouched) > 8
-    assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in untouched.items())
+    adapted = [name for name in state(original.unet) if "_ip" in name or "encoder_hid_proj" in name]
+    assert len(adapted) > 8
+    assert changed(pipe.unet, state(original.unet)).isdisjoint(adapted)
     more_hf.restore(pipe)
     assert_same(pipe.unet, original.unet, text, image_embeds=image)
 

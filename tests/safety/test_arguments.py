@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.compare import same, state
-from support.pipelines import build_tiny_sd
+from support.pipelines import ONE_ATTENTION, build_tiny_sd
 from torch import nn
 
 import more_hf
@@ -70,12 +70,7 @@ def outcome_of(function):
 def pipe():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: ("a dog and a tree",))
-        yield build_tiny_sd(
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            mid_block_type=None,
-            block_out_channels=(4,),
-        )
+        yield build_tiny_sd(**ONE_ATTENTION)
 
 
 ROUTERS = st.sampled_from(["random", "hash", "prototype", "prototype_random"]) | ODD
@@ -162,12 +157,7 @@ def one_of(changes):
     return st.sampled_from(list(changes.values()))
 
 
-@given(
-    batches=one_of(BATCHES),
-    image=one_of(IMAGES),
-    label=one_of(LABELS),
-    solver=st.sampled_from(["pinv", "covariance", "auto"]),
-)
+@given(one_of(BATCHES), one_of(IMAGES), one_of(LABELS), st.sampled_from(["pinv", "covariance", "auto"]))
 def test_data_of_a_classifier(classifier, batches, image, label, solver):
     model, images, labels = classifier
     images, labels = image(images), label(labels)
@@ -177,13 +167,10 @@ def test_data_of_a_classifier(classifier, batches, image, label, solver):
     call(lambda: more_hf.erase_classes(model, data, 0, remap_to=[1], solver=solver), model, model)
 
 
-@given(
-    forget=CLASSES,
-    remap_to=CLASSES | st.just("remain"),
-    options=options(
-        head=st.sampled_from(["2", "1", "0", ["2"]]) | ODD, at=st.sampled_from(["2", "1", "0"]) | ODD
-    ),
-)
+HEADS, INNER = st.sampled_from(["2", "1", "0", ["2"]]) | ODD, st.sampled_from(["2", "1", "0"]) | ODD
+
+
+@given(forget=CLASSES, remap_to=CLASSES | st.just("remain"), options=options(head=HEADS, at=INNER))
 def test_erase_classes(classifier, forget, remap_to, options):
     model, images, labels = classifier
     data = [(images, labels)]
@@ -209,9 +196,8 @@ def test_what_holds_labels(classifier, change):
     model, images, labels = classifier
     expected = more_hf.collect_prototypes(model, [(images, labels)])
     given_as = change(labels) if change is not list else labels.tolist()
-    found = more_hf.collect_prototypes(
-        model, [(images[:0], labels[:0]), {"image": images.numpy(), "label": given_as}]
-    )
+    batches = [(images[:0], labels[:0]), {"image": images.numpy(), "label": given_as}]
+    found = more_hf.collect_prototypes(model, batches)
     assert torch.equal(found.matrix, expected.matrix)
 
 

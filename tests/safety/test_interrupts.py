@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support.compare import same, state
-from support.pipelines import build_tiny_sd
+from support.pipelines import ONE_ATTENTION, build_tiny_sd
 from torch import nn
 
 import more_hf
@@ -98,13 +98,7 @@ class Pipeline:
     names = ("van gogh", "pablo picasso")
 
     def __init__(self):
-        self.model = build_tiny_sd(
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            mid_block_type=None,
-            block_out_channels=(4,),
-            norm_num_groups=2,
-        )
+        self.model = build_tiny_sd(**ONE_ATTENTION)
         self.core = self.model.unet
 
     def erase(self, concept=0, **options):

@@ -52,6 +52,7 @@ def check(model, core, original):
 
 
 CONCEPTS = ("van gogh", "pablo picasso", "andy warhol")
+OPTIONS = {"remap_to": "claude monet", "solver": "pinv", "tokens": "last"}
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
@@ -60,9 +61,7 @@ def test_pipeline(tiny_sd, one_ordinary_prompt, seed):
     original = state(pipe.unet)
 
     def erase(concept, router):
-        more_hf.erase_concept(
-            pipe, concept, remap_to="claude monet", solver="pinv", tokens="last", router=router
-        )
+        more_hf.erase_concept(pipe, concept, **OPTIONS, router=router)
 
     calls = [lambda concept=concept: erase(concept, "hash") for concept in CONCEPTS]
     calls += [lambda: more_hf.restore(pipe), lambda: more_hf.restore(pipe, "van gogh")]
@@ -83,11 +82,8 @@ def test_classifier(seed):
         more_hf.erase_classes(model, data, number, remap_to=[4], head="3", router=("hash", None)[number % 2])
 
     calls = [lambda number=number: erase(number) for number in range(3)]
-    calls += [
-        lambda: more_hf.restore(model),
-        lambda: more_hf.restore(model, [1]),
-        lambda: more_hf.restore(model),
-    ]
+    calls += [lambda: more_hf.restore(model), lambda: more_hf.restore(model, [1])]
+    calls += [lambda: more_hf.restore(model)]
     random.Random(seed).shuffle(calls)
     in_threads(*calls, ignored=more_hf.MoreError)
     check(model, model, original)
@@ -95,13 +91,10 @@ def test_classifier(seed):
 
 def test_all_that_is_erased_at_once_is_erased(tiny_sd, one_ordinary_prompt):
     pipe = tiny_sd()
-    options = {"remap_to": "claude monet", "solver": "pinv", "tokens": "last"}
-    in_threads(
-        *[lambda concept=concept: more_hf.erase_concept(pipe, concept, **options) for concept in CONCEPTS],
-        ignored=more_hf.MoreError,
-    )
+    calls = [lambda concept=concept: more_hf.erase_concept(pipe, concept, **OPTIONS) for concept in CONCEPTS]
+    in_threads(*calls, ignored=more_hf.MoreError)
     assert sorted(more_hf.get_erasure(pipe).concepts) == sorted(CONCEPTS)
-    together = more_hf.erase_concept(tiny_sd(), list(more_hf.get_erasure(pipe).concepts), **options)
+    together = more_hf.erase_concept(tiny_sd(), list(more_hf.get_erasure(pipe).concepts), **OPTIONS)
     assert same(pipe.unet, state(together.unet))
 
 
@@ -122,7 +115,7 @@ def test_an_erasure_waits_for_the_other(tiny_sd, one_ordinary_prompt, monkeypatc
     order = []
 
     def erase():
-        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet", solver="pinv", tokens="last")
+        more_hf.erase_concept(pipe, "van gogh", **OPTIONS)
         order.append("erased")
 
     def restore():
