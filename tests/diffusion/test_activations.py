@@ -98,61 +98,69 @@ def positions_before_features(layer, z):
     return z.flatten(2).mT if isinstance(layer, nn.Conv2d) else z
 
 
-def heard(pipe, prompts, name=LAYER):
+def heard(pipe, prompts, *names):
     """
-    What a layer reads of pictures, each noised to six levels, without and with the prompt:
-    `(pictures, 6, 2, positions, d)`.
+    What layers read of pictures, each noised to six levels, without and with the prompt:
+    `(pictures, 6, 2, positions, d)` by the layer's name.
     """
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(7)
-    found = []
+    found = {name: [] for name in names}
+
+    def read(name, layer, args):
+        found[name].append(positions_before_features(layer, args[0]))
+
     for i, prompt in enumerate(prompts):
         finished = draw(pipe, prompt, generator=torch.Generator().manual_seed(i))
         features = torch.cat(pipe.encode_prompt(prompt, "cpu", 1, True)[::-1])
         noise = torch.randn(finished.shape, generator=torch.Generator().manual_seed(i))
-        handle = pipe.unet.get_submodule(name).register_forward_pre_hook(
-            lambda layer, args: found.append(positions_before_features(layer, args[0]))
-        )
+        layers = {name: pipe.unet.get_submodule(name) for name in names}
+        handles = [layer.register_forward_pre_hook(partial(read, name)) for name, layer in layers.items()]
         for t in scheduler.timesteps[1:]:
             pipe.unet(scheduler.add_noise(finished, noise, t[None]).repeat(2, 1, 1, 1), t, features)
-        handle.remove()
-    return torch.stack(found).double().unflatten(0, (len(prompts), 6))
+        for handle in handles:
+            handle.remove()
+    shape = (len(prompts), 6)
+    return {name: torch.stack(rows).double().unflatten(0, shape) for name, rows in found.items()}
 
 
 def sentences(name):
     return [TEMPLATES[i].format(name) for i in range(PICTURES)]
 
 
-@pytest.mark.parametrize("layer", [LAYER, CONVOLUTION])
 @torch.no_grad()
-def test_prototypes_and_moments_are_those_that_an_independent_hook_finds(original, layer):
-    request = request_for(everyday=("a red house", "two dogs", "the sea at night"))
+def test_prototypes_and_moments_are_those_that_an_independent_hook_finds(original):
+    request, layers = (
+        request_for(everyday=("a red house", "two dogs", "the sea at night")),
+        (LAYER, CONVOLUTION),
+    )
     activations = recorded(original, request)
-    own = activations.prototypes[layer]
-    forgotten, target = (heard(original, sentences(name), layer) for name in (FORGET, TARGET))
-    for i, part in enumerate(PART_NAMES):
-        for name, features in ((column(FORGET, part), forgotten), (target_of(column(FORGET, part)), target)):
-            mean = features[:, 2 * i : 2 * i + 2, 1, ::4].mean((0, 1, 2))  # 64 of 256 positions
-            assert (own[name] - mean).norm() < 1e-5 * mean.norm()
-    z, other = own[column(FORGET, PART_NAMES[0])], own[target_of(column(FORGET, PART_NAMES[0]))]
-    assert (z - other).norm() > 1e-3 * z.norm()
-    for moment, features in (
-        (own.moment, heard(original, request.everyday, layer)[:, :, :, ::4]),
-        (activations.own[layer], forgotten[:, :, 1, ::4]),
-    ):
-        rows = features.flatten(0, -2)
-        expected = rows.T @ rows / len(rows)
-        assert (moment.dense - expected).norm() < 1e-5 * expected.norm()
+    named, targeted = (heard(original, sentences(name), *layers) for name in (FORGET, TARGET))
+    everyday = heard(original, request.everyday, *layers)
+    for layer in layers:
+        own, forgotten, target = activations.prototypes[layer], named[layer], targeted[layer]
+        for i, part in enumerate(PART_NAMES):
+            wanted = {column(FORGET, part): forgotten, target_of(column(FORGET, part)): target}
+            for name, features in wanted.items():
+                mean = features[:, 2 * i : 2 * i + 2, 1, ::4].mean((0, 1, 2))  # 64 of 256 positions
+                assert (own[name] - mean).norm() < 1e-5 * mean.norm()
+        z, other = own[column(FORGET, PART_NAMES[0])], own[target_of(column(FORGET, PART_NAMES[0]))]
+        assert (z - other).norm() > 1e-3 * z.norm()
+        moments = (
+            (own.moment, everyday[layer][:, :, :, ::4]),
+            (activations.own[layer], forgotten[:, :, 1, ::4]),
+        )
+        for moment, features in moments:
+            rows = features.flatten(0, -2)
+            expected = rows.T @ rows / len(rows)
+            assert (moment.dense - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_sentences_that_the_model_knows_come_before_templates():
     everyday = ("a dog by Monet", "a rocket", "the Dog", "a house by Monet", "two rockets")
     request = request_for("dog", remap_to="cat", retain=["Monet"], pictures=3)
-    assert _sentences(request, ["dog", "cat", "Monet"], everyday) == [
-        "a {} by Monet",
-        "the {}",
-        "a dog by {}",
-    ]
+    found = _sentences(request, ["dog", "cat", "Monet"], everyday)
+    assert found == ["a {} by Monet", "the {}", "a dog by {}"]
     more = replace(request, pictures=5)
     assert _sentences(more, ["dog", "cat", "Monet"], everyday)[3:] == ["a house by {}", TEMPLATES[0]]
     others = _other_prompts(request, everyday)
@@ -166,9 +174,8 @@ def test_layers_that_read_the_same_share_a_space(original):
     attention = LAYER.removesuffix("to_q")
     assert {spaces[attention + name] for name in ("to_q", "to_k", "to_v")} == {LAYER}
     assert spaces[attention + "to_out.0"] == attention + "to_out.0"
-    assert set(spaces) < set(
-        find_listeners(find_denoiser(original))
-    )  # which also knows the timestep's layers
+    # the listeners are also the timestep's layers
+    assert set(spaces) < set(find_listeners(find_denoiser(original)))
     inside = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"}
     inside |= {"ff.net.0.proj", "ff.net.2"}
     inside |= {"proj_in", "proj_out"}  # around the block
@@ -190,9 +197,8 @@ def test_every_inner_layer_is_edited_by_the_regression(original, erased):
         metric += 1e-3 * metric.trace() / len(metric) * torch.eye(len(metric))
         readers = torch.linalg.solve(metric, torch.stack([own[part] for part in forget], 1)).T / 3
         weight = modules[name].weight.double().flatten(1)
-        torch.testing.assert_close(
-            site.read().double(), weight + weight @ steps @ readers, rtol=1e-5, atol=1e-6
-        )
+        expected = weight + weight @ steps @ readers
+        torch.testing.assert_close(site.read().double(), expected, rtol=1e-5, atol=1e-6)
         assert (site.read() - weight).norm() > 1e-4 * weight.norm()
     text = more_hf.get_erasure(erased).remaps["tokens"]
     assert text.verify()["forget_to_target"] < 1e-9  # the name's own edit is there, too
@@ -254,7 +260,7 @@ def test_a_second_concept_is_fitted_from_the_original(original):
 def test_without_a_target_it_goes_to_ordinary_pictures(original):
     request = request_for(remap_to=None, everyday=("a red house", "two dogs", "the sea at night"))
     own = recorded(original, request, {FORGET: [None]}).prototypes[LAYER]
-    features = heard(original, request.everyday)
+    features = heard(original, request.everyday, LAYER)[LAYER]
     for i, part in enumerate(PART_NAMES):
         mean = features[:, 2 * i : 2 * i + 2, 1, ::4].mean((0, 1, 2))
         assert (own[target_of(column(FORGET, part))] - mean).norm() < 1e-5 * mean.norm()

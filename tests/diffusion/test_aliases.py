@@ -54,6 +54,7 @@ def test_nothing_to_choose_from_and_nothing_to_tell_it_from(emoji_sd):
         more_hf.find_aliases(emoji_sd, "Blobmoji", [3], others=OTHERS)
 
 
+@pytest.mark.slow
 def test_the_described_method_erases_the_name_and_what_reads_like_it(copy_of_emoji_sd):
     pipe = copy_of_emoji_sd()
     more_described(pipe, ["Blobmoji"], remap_to=["Noto"], retain=["Monotone"], candidates=SAID)

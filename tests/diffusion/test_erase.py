@@ -13,16 +13,13 @@ from more_hf.core.views import experts_forced
 from more_hf.diffusion.encoder import TOKENS, Encoder
 
 
-SITES = [
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
-    "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
-    "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v",
-    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k",
-    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v",
+BLOCKS = [
+    "down_blocks.0.attentions.0",
+    "mid_block.attentions.0",
+    "up_blocks.1.attentions.0",
+    "up_blocks.1.attentions.1",
 ]
+SITES = [f"{block}.transformer_blocks.0.attn2.{to}" for block in BLOCKS for to in ("to_k", "to_v")]
 # Of a weight after the edit and a refit: float64 inside, one rounding to the dtype at the end.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -35,9 +32,7 @@ def close(pipe, other):
 @torch.no_grad()
 def outputs(unet, text):
     """The denoiser's output for each sample of text features, on one fixed latent."""
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(
-        len(text), -1, -1, -1
-    )
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(len(text), 1, 1, 1)
     return unet(latents.to(unet.dtype), torch.tensor(500), encoder_hidden_states=text.to(unet.dtype)).sample
 
 
@@ -64,18 +59,13 @@ def test_edits_exactly_the_layers_that_read_text(tiny_sd, version):
 
 @pytest.mark.slow
 def test_edits_attention_in_every_block(tiny_sd):
-    pipe = tiny_sd(
-        "2", down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2
-    )
-    more = [
-        *(f"down_blocks.1.attentions.0.transformer_blocks.0.attn2.{to}" for to in ("to_k", "to_v")),
-        *(
-            f"up_blocks.0.attentions.{i}.transformer_blocks.0.attn2.{to}"
-            for i in (0, 1)
-            for to in ("to_k", "to_v")
-        ),
-    ]
-    assert sorted(more_hf.get_erasure(erase(pipe)).sites) == sorted([*SITES, *more])
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    }
+    places = ["down_blocks.1.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]
+    more = [f"{place}.transformer_blocks.0.attn2.{to}" for place in places for to in ("to_k", "to_v")]
+    assert sorted(more_hf.get_erasure(erase(tiny_sd("2", **blocks))).sites) == sorted([*SITES, *more])
 
 
 def test_self_attention_of_the_text_width_is_not_edited(tiny_sd):
@@ -118,17 +108,14 @@ def assert_exact(pipe, originals, relative=1e-4):
     P, forget = remap.prototypes.matrix.float(), list(remap.forget)
     remain = [i for i in range(P.shape[1]) if i not in forget]
     for name in SITES:
-        weight, original = (
-            pipe.unet.get_submodule(name).weight.detach().float(),
-            originals[f"unet.{name}.weight"].float(),
-        )
+        weight = pipe.unet.get_submodule(name).weight.detach().float()
+        original = originals[f"unet.{name}.weight"].float()
         goal = original @ (P[:, forget] + remap.shift().float())
         scale = (original @ remap.shift().float()).norm()
         assert (weight @ P[:, forget] - original @ P[:, forget]).norm() > (1 - relative) * scale
         assert (weight @ P[:, forget] - goal).norm() < relative * scale
-        assert (weight @ P[:, remain] - original @ P[:, remain]).norm() < relative * (
-            original @ P[:, remain]
-        ).norm()
+        kept = original @ P[:, remain]
+        assert (weight @ P[:, remain] - kept).norm() < relative * kept.norm()
 
 
 @pytest.mark.parametrize("solver", ["pinv", "covariance"])
@@ -140,13 +127,8 @@ def test_exact_for_every_mode_and_solver(pipe, tokens, solver):
     erasure = more_hf.get_erasure(pipe)
     assert erasure.facts.rank == len(TOKENS[tokens])
     assert erasure.facts.solver == solver
-    assert (
-        max(
-            erasure.guarantees[key]
-            for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left")
-        )
-        < 1e-8
-    )
+    for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left"):
+        assert erasure.guarantees[key] < 1e-8
     assert_proved(erasure)
 
 
@@ -155,11 +137,7 @@ def test_erase_without_remapping(pipe):
     erase(pipe, remap_to=None)
     assert_exact(pipe, before)
     remap = more_hf.get_erasure(pipe).remap
-    assert torch.allclose(
-        remap.apply(remap.prototypes.matrix[:, list(remap.forget)].T),
-        torch.zeros(4, 32, dtype=torch.float64),
-        atol=1e-8,
-    )
+    assert remap.apply(remap.prototypes.matrix[:, list(remap.forget)].T).abs().max() < 1e-8
 
 
 def test_several_concepts_and_aliases(pipe):
@@ -186,14 +164,8 @@ def test_several_targets_are_their_mean(pipe, tokens):
 def test_retained_names_are_exact_with_pinv(pipe):
     erase(pipe, retain=["cat"], solver="pinv")
     erasure = more_hf.get_erasure(pipe)
-    for name in (
-        "cat · last",
-        "cat · end",
-        "claude monet · padding",
-        "begin token",
-        "empty prompt, end",
-        "empty prompt, padding",
-    ):
+    kept = ["cat · last", "cat · end", "claude monet · padding"]
+    for name in [*kept, "begin token", "empty prompt, end", "empty prompt, padding"]:
         prototype = erasure.remap.prototypes[name]
         assert torch.allclose(erasure.remap.apply(prototype), prototype, atol=1e-8)
     assert erasure.facts.retained_moved["cat"] < 1e-8
@@ -246,9 +218,8 @@ def test_dtypes(tiny_sd, dtype):
         exact = original.double() + original.double() @ erasure.remap.shift() @ erasure.remap.D_F
         kind = torch.finfo(dtype)
         rounding = kind.eps / 2 * exact.abs() + kind.smallest_normal * kind.eps  # one rounding, at the end
-        assert (
-            (weight.double() - exact).abs() <= rounding + 1e-14
-        ).all()  # and the order in which a processor sums in float64
+        # and the order in which a processor sums in float64
+        assert ((weight.double() - exact).abs() <= rounding + 1e-14).all()
     assert all(site.read().dtype == dtype for site in erasure.sites.values())
     assert same(more_hf.restore(pipe), before)
 
@@ -290,9 +261,8 @@ def test_second_erasure_keeps_each_concepts_own_target(pipe):
     assert_exact(pipe, before)
     remap = more_hf.get_erasure(pipe).remap
     for name, target in ((FORGET, "claude monet"), ("pablo picasso", "johannes vermeer")):
-        assert torch.allclose(
-            remap.apply(remap.prototypes[f"{name} · last"]), remap.prototypes[f"{target} · last"], rtol=1e-6
-        )
+        sent = remap.apply(remap.prototypes[f"{name} · last"])
+        assert torch.allclose(sent, remap.prototypes[f"{target} · last"], rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -345,9 +315,8 @@ def test_changed_weights_are_refused(pipe, again):
     with torch.no_grad():
         pipe.unet.get_submodule(SITES[3]).weight.add_(1e-3)
     after = state(pipe)
-    with pytest.raises(
-        more_hf.IncompatibleBaseError, match=f"1 of 8 edited layers changed since the edit .*{SITES[3]}"
-    ):
+    changed = f"1 of 8 edited layers changed since the edit .*{SITES[3]}"
+    with pytest.raises(more_hf.IncompatibleBaseError, match=changed):
         again(pipe)
     assert same(pipe, after)
 
@@ -361,19 +330,18 @@ def test_a_cast_is_no_change(pipe, dtype):
     erase(pipe, "pablo picasso")  # a refit starts from the originals as they were
     more_hf.restore(pipe, "pablo picasso")
     more_hf.restore(pipe)
-    assert all(
-        torch.equal(pipe.unet.get_submodule(name).weight, before[f"unet.{name}.weight"]) for name in SITES
-    )
+    for name in SITES:
+        assert torch.equal(pipe.unet.get_submodule(name).weight, before[f"unet.{name}.weight"])
 
 
 @pytest.mark.slow
 def test_report_has_bounds_and_marks(tiny_sd):
     erasure = more_hf.get_erasure(erase(tiny_sd()))
     lines = str(erasure).splitlines()
-    assert any(
-        line.startswith("guarantee nothing_left ") and line.endswith("below 1e-06 ✓") for line in lines
-    )
-    assert any(line.startswith("measured ordinary_moved ") and "below" not in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("guarantee nothing_left ")]
+    assert line.endswith("below 1e-06 ✓")
+    (line,) = [line for line in lines if line.startswith("measured ordinary_moved ")]
+    assert "below" not in line
     assert any(line.endswith("exact: no other layer reads the prompt") for line in lines)
     text = " ".join(str(erasure).split())  # lines are as long as the terminal
     assert "times the rounding of one layer (limit 4; with its old weight" in text
@@ -462,9 +430,8 @@ def test_hook_is_the_expert(tiny_sd):
     erasure = more_hf.get_erasure(pipe)
     text, experts = ordinary_text(), torch.tensor([0, 1])
     with experts_forced(erasure, experts):
-        assert torch.allclose(
-            erasure.hook.route(text), erasure.remap.apply(text, experts), rtol=1e-4, atol=1e-4
-        )
+        expected = erasure.remap.apply(text, experts)
+        assert torch.allclose(erasure.hook.route(text), expected, rtol=1e-4, atol=1e-4)
         routed = outputs(pipe.unet, text)
     for expert in (0, 1):  # the expert merged into the original weights, without any hook
         for name, weight in erasure.originals.items():
@@ -524,11 +491,8 @@ def test_forgotten_images_become_the_targets_and_others_stay(copy_of_emoji_sd):
         prompts = [f"{subject} in the style of {name}" for name in names for subject in subjects]
         generators = [torch.Generator().manual_seed(i % 2) for i in range(len(prompts))]
         options = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "pt"}
-        return dict(
-            zip(
-                names, pipe(prompts, generator=generators, **options).images.split(len(subjects)), strict=True
-            )
-        )
+        drawn = pipe(prompts, generator=generators, **options).images
+        return dict(zip(names, drawn.split(len(subjects)), strict=True))
 
     def distance(a, b):
         return float((a - b).abs().mean())
@@ -539,10 +503,8 @@ def test_forgotten_images_become_the_targets_and_others_stay(copy_of_emoji_sd):
     apart = distance(before["Blobmoji"], before["Fluent"])
     # The edit is exact for means over prompts and not for each prompt, and guidance amplifies what is left:
     # so halves and quarters.
-    assert distance(after["Blobmoji"], before["Blobmoji"]) > 0.5 * apart
-    assert distance(after["Blobmoji"], before["Fluent"]) < 0.75 * apart
-    assert distance(after["Blobmoji"], before["Fluent"]) < 0.75 * distance(
-        after["Blobmoji"], before["Blobmoji"]
-    )
+    moved, left = (distance(after["Blobmoji"], before[name]) for name in ("Blobmoji", "Fluent"))
+    assert moved > 0.5 * apart
+    assert left < 0.75 * min(apart, moved)
     assert distance(after["Noto"], before["Noto"]) < 0.25 * apart
     assert_proved(more_hf.get_erasure(pipe))

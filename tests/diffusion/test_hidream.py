@@ -41,10 +41,8 @@ def test_the_report_has_the_dearest_layer_and_the_worst_guarantee(original):
     moved = {space: erasure.remaps[space].ordinary_moved for space in LLAMA}
     dearest = max(moved, key=moved.get)
     reasons = erasure.facts.solver_reason.split("; ")
-    assert [reason.split(":")[0] for reason in reasons if ": pinv" in reason] == [
-        f"{dearest}, the most expensive of 3",
-        "pooled",
-    ]
+    chosen = [reason.split(":")[0] for reason in reasons if ": pinv" in reason]
+    assert chosen == [f"{dearest}, the most expensive of 3", "pooled"]
     assert erasure.guarantees["layers_ordinary_moved"] == pytest.approx(moved[dearest])
     for key in ("forget_to_target", "remain_fixed", "idempotent", "nothing_left"):
         assert erasure.guarantees[f"layers_{key}"] < 1e-8
@@ -77,20 +75,16 @@ def test_layers_are_routed_as_a_tensor_as_a_list_and_by_position(original):
 def test_what_is_given_is_not_written_to(original):
     pipe = erase(copied(original), remap_to=[TARGET, OTHER], router="hash")
     llama = torch.ones(4, 1, 5, 64)
+    given = torch.ones(1, 4, 4, 4), torch.tensor([500.0]), torch.ones(1, 5, 48)
     with torch.no_grad():
-        pipe.transformer(
-            torch.ones(1, 4, 4, 4), torch.tensor([500.0]), torch.ones(1, 5, 48), llama, torch.ones(1, 40)
-        )
+        pipe.transformer(*given, llama, torch.ones(1, 40))
     assert torch.equal(llama, torch.ones(4, 1, 5, 64))
 
 
 def test_without_an_end_token_the_padding_stands_for_the_prompt(original):
     kinds = kinds_of(text_of(original, find_denoiser(original)), "last+end", pooled=True)
-    assert kinds == {
-        "tokens": ["last", "end"],
-        **dict.fromkeys(LLAMA, ["last", "padding"]),
-        "pooled": ["pooled"],
-    }
+    expected = {"tokens": ["last", "end"], **dict.fromkeys(LLAMA, ["last", "padding"])}
+    assert kinds == {**expected, "pooled": ["pooled"]}
 
 
 def test_padding_in_front_has_read_nothing_and_is_no_prototype(original):
@@ -113,9 +107,8 @@ def test_padding_in_front_has_read_nothing_and_is_no_prototype(original):
 
 def test_names_that_begin_alike_share_vectors_in_llama(original, monkeypatch):
     shorten(monkeypatch)  # the names have several tokens
-    pipe = erase_names(
-        copied(original), "kelly mckernan", retain=["kelly clarkson"], solver="covariance", tokens="last"
-    )
+    options = {"retain": ["kelly clarkson"], "solver": "covariance", "tokens": "last"}
+    pipe = erase_names(copied(original), "kelly mckernan", **options)
     erasure = more_hf.get_erasure(pipe)
     leaks = [leak for leak in erasure.facts.leaks if leak.startswith("'kelly clarkson' starts with the same")]
     features = Encoder(original).features(["kelly clarkson", "kelly mckernan"])

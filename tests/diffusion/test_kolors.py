@@ -38,15 +38,11 @@ def test_the_padding_in_front_tells_the_prompt_and_the_begin_tokens_do_not(origi
     assert not torch.allclose(first[-1], second[-1], atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "kinds"),
-    [
-        ("positions", ["last", "after", "padding"]),
-        ("last+end", ["last", "padding"]),
-        ("subject+end", ["subject", "padding"]),
-        ("end", ["padding"]),
-    ],
-)
+KINDS = {"positions": ["last", "after", "padding"], "last+end": ["last", "padding"]}
+KINDS |= {"subject+end": ["subject", "padding"], "end": ["padding"]}
+
+
+@pytest.mark.parametrize(("tokens", "kinds"), KINDS.items())
 def test_every_choice_of_positions_has_its_prototypes(original, short, tokens, kinds):
     P = fit_prototypes(Encoder(original), [VAN_GOGH], tokens, sigma_prompts={})["tokens"]
     begins = ["begin token", "begin token 2", "empty prompt, padding"]

@@ -27,10 +27,7 @@ WRONG = {
         r"'Vincent Van Gogh' in `retain` contains 'van gogh'.*alias, "
         r"concepts=\{'van gogh': \['Vincent Van Gogh'\]\}",
     ),
-    "target_contains_forgotten": (
-        {"remap_to": "school of (van gogh)"},
-        "in `remap_to` contains 'van gogh'.*alias",
-    ),
+    "target_contains_forgotten": ({"remap_to": "school of (van gogh)"}, "contains 'van gogh'.*alias"),
     "retained_contains_alias": (
         {"concepts": {"van gogh": ["vincent"]}, "retain": ["Vincent's house"]},
         "contains 'vincent'.*alias",
@@ -75,11 +72,8 @@ def test_wrong_names_leave_the_pipeline_untouched(tiny_sd, case):
 def test_wrong_names_leave_an_earlier_erasure_in_force(tiny_sd):
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", remap_to="claude monet", router="random")
     erasure, before = more_hf.get_erasure(pipe), state(pipe)
-    for concepts, remap_to in [
-        ("claude monet", "johannes vermeer"),
-        ("pablo picasso", "van gogh"),
-        ("Van Gogh", "andy warhol"),
-    ]:
+    wrong = {"claude monet": "johannes vermeer", "pablo picasso": "van gogh", "Van Gogh": "andy warhol"}
+    for concepts, remap_to in wrong.items():
         with pytest.raises(more_hf.PrototypeError):
             more_hf.erase_concept(pipe, concepts, remap_to=remap_to)
     assert more_hf.get_erasure(pipe) is erasure
@@ -102,9 +96,8 @@ def test_wrong_names_leave_an_earlier_erasure_in_force(tiny_sd):
     ids=lambda arguments: ",".join(arguments),
 )
 def test_names_that_are_fine(tiny_sd, arguments):
-    pipe = more_hf.erase_concept(
-        tiny_sd(), **{"concepts": "van gogh", "remap_to": "claude monet", **arguments}
-    )
+    defaults = {"concepts": "van gogh", "remap_to": "claude monet"}
+    pipe = more_hf.erase_concept(tiny_sd(), **{**defaults, **arguments})
     assert more_hf.get_erasure(pipe) is not None
 
 

@@ -135,9 +135,8 @@ def custom_diffusion(pipe, folder):
     for name in processors:
         if "attn2" in name:
             layer = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k
-            processors[name] = CustomDiffusionAttnProcessor(
-                hidden_size=layer.out_features, cross_attention_dim=layer.in_features
-            )
+            sizes = {"hidden_size": layer.out_features, "cross_attention_dim": layer.in_features}
+            processors[name] = CustomDiffusionAttnProcessor(**sizes)
     pipe.unet.set_attn_processor(processors)
     return pipe
 
@@ -211,28 +210,20 @@ def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+XL["projection_class_embeddings_input_dim"] = 56
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+PLAIN["mid_block_type"] = "UNetMidBlock2D"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 4,
-                "projection_class_embeddings_input_dim": 56,
-            },
-            ["Stable Diffusion XL", "CLIPTextModelWithProjection", "right text encoder"],
-        ),
+        (XL, ["Stable Diffusion XL", "CLIPTextModelWithProjection", "right text encoder"]),
         ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32}, ["encoder_hid_dim_type='text_proj'"]),
         ({"cross_attention_dim": 48}, ["attn2.to_k", "32 features", "right text encoder"]),
-        (
-            {
-                "down_block_types": ("DownBlock2D",) * 2,
-                "mid_block_type": "UNetMidBlock2D",
-                "up_block_types": ("UpBlock2D",) * 2,
-            },
-            ["UNet2DConditionModel", "no attention that reads text"],
-        ),
+        (PLAIN, ["UNet2DConditionModel", "no attention that reads text"]),
     ],
     ids=["sdxl", "text_proj", "other_width", "no_cross_attention"],
 )
@@ -285,13 +276,12 @@ def cached_forward(unet):
 
 def features_that_bypass_sites(unet):
     extra = nn.Linear(32, 4)
-    unet.register_forward_pre_hook(
-        lambda module, args, kwargs: (
-            (args[0] + extra(kwargs["encoder_hidden_states"]).mean(1)[:, :, None, None], *args[1:]),
-            kwargs,
-        ),
-        with_kwargs=True,
-    )
+
+    def bypass(module, args, kwargs):
+        added = extra(kwargs["encoder_hidden_states"]).mean(1)[:, :, None, None]
+        return (args[0] + added, *args[1:]), kwargs
+
+    unet.register_forward_pre_hook(bypass, with_kwargs=True)
 
 
 SABOTAGE = [cached_forward, frozen_processor, features_that_bypass_sites]
