@@ -41,12 +41,7 @@ def test_card_carries_licence_and_tags(saved, tmp_path, hub):
     assert "the mean of claude monet, johannes vermeer" in text
     assert "![The same prompts and seeds before and after](before_after.jpg)" in text
     assert "restrictions on use included" in text
-    for claim in (
-        "Exact: To rounding",
-        "Not exact",
-        "The weights tell what was erased",
-        "Whoever has the original has the concept",
-    ):
+    for claim in ("Exact: To rounding", "Not exact", "The weights tell", "Whoever has the original"):
         assert claim in text
 
 
@@ -73,13 +68,8 @@ def test_an_existing_card_is_kept_and_its_section_replaced(saved, hub):
     more_hf.push_to_hub(saved, "me/erased")
     first = card_of(hub)
     assert (first.data.license, first.data.base_model) == ("mit", "me/base")
-    assert set(first.data.tags) == {
-        "mine",
-        "stable-diffusion",
-        "more-hf",
-        "concept-erasure",
-        "machine-unlearning",
-    }
+    tags = {"stable-diffusion", "more-hf", "concept-erasure", "machine-unlearning"}
+    assert set(first.data.tags) == {"mine", *tags}
     assert "# Mine\n\nWords above." in first.text
 
     readme = hub.repos["me/erased"]["main"]["README.md"].decode() + "\nWords below.\n"
@@ -163,10 +153,8 @@ def test_names_and_results_stay_plain_text(saved, hub, text):
 
 
 def test_a_licence_cannot_break_the_card(saved):
-    base = ModelCard(
-        '---\nlicense: other\nlicense_name: "x](https://evil.example) | <b>"\nlicense_link: '
-        "'javascript:alert(1)'\n---\n"
-    )
+    named = 'license: other\nlicense_name: "x](https://evil.example) | <b>"\n'
+    base = ModelCard(f"---\n{named}license_link: 'javascript:alert(1)'\n---\n")
     card = make_card(Record.read(saved), "me/erased", base=base)
     _, _, body = card.split("---", 2)
     assert "javascript" not in body

@@ -76,9 +76,8 @@ def test_links_do_not_go_up(saved, tmp_path, hub, kind):
     else:
         shutil.move(saved / "unet", outside)
         os.symlink(outside, saved / "unet")
-    assert bool(more_hf.verify(saved)) == (
-        kind == "file"
-    )  # as in the Hub's cache, where every file is a link
+    # in the Hub's cache every file is a link
+    assert bool(more_hf.verify(saved)) == (kind == "file")
     with pytest.raises(more_hf.ExportError, match="replace links"):
         more_hf.push_to_hub(saved, "me/erased")
     assert hub.writes == []
@@ -150,10 +149,8 @@ def test_an_index_that_leads_elsewhere(tiny_sd, tmp_path):
     folder = more_hf.save(erase(tiny_sd()), tmp_path / "sharded", max_shard_size="20KB")
     outside = shutil.copytree(folder / "unet", tmp_path / "outside")
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    text = index.read_text("utf-8").replace(
-        "diffusion_pytorch_model-", f"../../{outside.name}/diffusion_pytorch_model-"
-    )
-    index.write_text(text, "utf-8")
+    name = "diffusion_pytorch_model-"
+    index.write_text(index.read_text("utf-8").replace(name, f"../../{outside.name}/{name}"), "utf-8")
     assert not more_hf.verify(folder)
     with pytest.raises(more_hf.IncompatibleBaseError):
         more_hf.load(folder)

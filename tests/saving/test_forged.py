@@ -18,6 +18,7 @@ from more_hf.core.site import fingerprint
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+EDITED = "each sends p_f where p_t goes"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -130,9 +131,7 @@ def forge(folder, original, layers):
 def test_the_originals_weights_with_their_own_fingerprint(saved, saved_once):
     forge(saved, saved_once[1], read_record(saved)["sites"])
     verification = more_hf.verify(saved)
-    assert [check.name for check in verification.checks if not check.passed] == [
-        "each sends p_f where p_t goes"
-    ]
+    assert [check.name for check in verification.checks if not check.passed] == [EDITED]
 
 
 @pytest.mark.parametrize("tokens", ["nonsense", "last"])
@@ -141,9 +140,7 @@ def test_a_record_of_tokens_that_its_request_cannot_have_led_to(saved, tokens):
     record["facts"]["tokens"] = tokens
     write_record(saved, record)
     verification = more_hf.verify(saved)
-    assert [check.name for check in verification.checks if not check.passed] == [
-        "each sends p_f where p_t goes"
-    ]
+    assert [check.name for check in verification.checks if not check.passed] == [EDITED]
     assert tokens in verification.failures
 
 
@@ -154,25 +151,18 @@ def test_a_record_that_names_the_edited_layers_alone(saved, saved_once):
     mixed = {**saved_once[1], f"{first}.weight": erased[f"{first}.weight"]}
     forge(saved, mixed, [first])
     verification = more_hf.verify(saved)
-    assert {check.name for check in verification.checks if not check.passed} == {
-        "every edited layer is there",
-        "each sends p_f where p_t goes",
-    }
+    failed = {check.name for check in verification.checks if not check.passed}
+    assert failed == {"every edited layer is there", EDITED}
 
 
 def test_a_text_encoder_of_another_model(saved):
     path = saved / "text_encoder" / "model.safetensors"
     tensors = load_file(path)
     generator = torch.Generator().manual_seed(0)
-    save_file(
-        {name: torch.randn(value.shape, generator=generator) for name, value in tensors.items()},
-        path,
-        {"format": "pt"},
-    )
+    drawn = {name: torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+    save_file(drawn, path, {"format": "pt"})
     list_files_again(saved)
-    assert [check.name for check in more_hf.verify(saved).checks if not check.passed] == [
-        "each sends p_f where p_t goes"
-    ]
+    assert [check.name for check in more_hf.verify(saved).checks if not check.passed] == [EDITED]
 
 
 def test_a_text_encoder_that_changed_since_the_erasure_is_not_saved(tiny_sd, tmp_path):

@@ -46,9 +46,8 @@ def saved_twice(tmp_path_factory):
 
     folder, original = tmp_path_factory.mktemp("saved"), build_tiny_sd()
     for name in ("van gogh", "pablo picasso"):
-        pipe = more_hf.erase_concept(
-            build_tiny_sd(), name, remap_to=["claude monet", "andy warhol"], router="hash"
-        )
+        options = {"remap_to": ["claude monet", "andy warhol"], "router": "hash"}
+        pipe = more_hf.erase_concept(build_tiny_sd(), name, **options)
         more_hf.save(pipe, folder / name, include_delta=True)
     return folder / "van gogh", folder / "pablo picasso", original.unet.state_dict()
 
@@ -102,9 +101,8 @@ def test_the_bases_commit_is_recorded(tiny_sd, tmp_path):
     cache.add(FIRST, tmp_path / "base")
     cache.point("main", FIRST)
     pipe = DiffusionPipeline.from_pretrained("me/erased", cache_dir=cache.folder)
-    folder = more_hf.save(
-        more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet"), tmp_path / "saved"
-    )
+    erased = more_hf.erase_concept(pipe, "van gogh", remap_to="claude monet")
+    folder = more_hf.save(erased, tmp_path / "saved")
     facts = json.loads((folder / "more_hf.json").read_text())["facts"]
     assert (facts["base"], facts["base_revision"]) == ("me/erased", FIRST)
 
@@ -122,9 +120,8 @@ def test_other_weights_raise_with_both_fingerprints(cache, saved_twice, tmp_path
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, SITE: saved_twice[2][SITE]}, folder / WEIGHTS)
     written = json.loads((folder / "more_hf.json").read_text())["edited"]
-    with pytest.raises(
-        more_hf.IncompatibleBaseError, match=rf"fingerprint [0-9a-f]{{64}}, .* written for {written}"
-    ) as raised:
+    both = rf"fingerprint [0-9a-f]{{64}}, .* written for {written}"
+    with pytest.raises(more_hf.IncompatibleBaseError, match=both) as raised:
         more_hf.load(folder, dtype=dtype)
     assert str(raised.value).count(written) == 1
 

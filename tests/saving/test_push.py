@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 DELTA = "more_hf_delta.safetensors"
 
 
+def content(folder):
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 # What goes up
 
 
@@ -44,9 +50,7 @@ def test_a_folder_goes_up_in_one_commit(tiny_sd, tmp_path, hub, options):
 
     assert hub.writes == [("create_repo", True), ("upload_folder", "Upload the model without van gogh")]
     files = hub.repos["me/erased"]["main"]
-    assert set(files) == {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    } | {"README.md"}
+    assert set(files) == set(content(folder)) | {"README.md"}
     downloaded = hub.to_folder("me/erased", tmp_path / "downloaded_repo")
     assert more_hf.verify(downloaded).ok
     loaded = more_hf.load(downloaded)
@@ -61,9 +65,8 @@ def test_a_pipeline_goes_up_as_its_folder_does(tiny_sd, tmp_path, hub):
     more_hf.push_to_hub(more_hf.save(pipe, tmp_path / "erased"), "me/folder")
     more_hf.push_to_hub(pipe, "me/pipeline")
     folder, pushed = hub.repos["me/folder"]["main"], hub.repos["me/pipeline"]["main"]
-    assert folder.pop("README.md").replace(b"me/folder", b"me/pipeline").replace(
-        b"# folder", b"# pipeline"
-    ) == pushed.pop("README.md")
+    card = folder.pop("README.md").replace(b"me/folder", b"me/pipeline")
+    assert card.replace(b"# folder", b"# pipeline") == pushed.pop("README.md")
     assert folder == pushed
     assert same(pipe.unet, before)
 
@@ -76,9 +79,8 @@ def test_record_has_the_base_and_its_revision(saved, hub):
 
 def test_base_revision_outlives_a_second_save(saved, tmp_path):
     pipe = more_hf.load(saved)
-    pipe.unet.register_to_config(
-        _name_or_path=f"/cache/models--me--erased/snapshots/{'2' * 40}/unet"
-    )  # the erased one's, not the base's
+    erased = f"/cache/models--me--erased/snapshots/{'2' * 40}/unet"  # not the base's
+    pipe.unet.register_to_config(_name_or_path=erased)
     again = more_hf.save(pipe, tmp_path / "again")
     assert json.loads((again / "more_hf.json").read_text())["facts"]["base_revision"] == REVISION
 
@@ -88,14 +90,11 @@ def test_no_path_of_this_machine_goes_up(tiny_sd, tmp_path, hub):
     tiny_sd().save_pretrained(base)
     (base / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n")
     pipe = more_hf.erase_concept(DiffusionPipeline.from_pretrained(base), "van gogh", remap_to="claude monet")
-    assert (
-        str(tmp_path) in (more_hf.save(pipe, tmp_path / "erased") / "more_hf.json").read_text()
-    )  # as long as it stays here
+    record = (more_hf.save(pipe, tmp_path / "erased") / "more_hf.json").read_text()
+    assert str(tmp_path) in record  # as long as it stays here
 
     more_hf.push_to_hub(pipe, "me/erased")
-    assert not [
-        name for name, content in hub.repos["me/erased"]["main"].items() if str(tmp_path).encode() in content
-    ]
+    assert not any(str(tmp_path).encode() in file for file in hub.repos["me/erased"]["main"].values())
     card = card_of(hub)
     assert (card.data.license, card.data.base_model) == ("mit", None)
     assert "mine" in card.data.tags
@@ -103,9 +102,8 @@ def test_no_path_of_this_machine_goes_up(tiny_sd, tmp_path, hub):
 
 
 def test_a_branch(saved, hub):
-    hub.repos["me/erased"] = {
-        "main": {"README.md": b"---\nlicense: mit\n---\n# Mine\n", "notes.txt": b"notes"}
-    }
+    card = b"---\nlicense: mit\n---\n# Mine\n"
+    hub.repos["me/erased"] = {"main": {"README.md": card, "notes.txt": b"notes"}}
     more_hf.push_to_hub(saved, "me/erased", revision="no-van-gogh")
     assert hub.writes[1] == ("create_branch", "no-van-gogh")
     assert set(hub.repos["me/erased"]["main"]) == {"README.md", "notes.txt"}
@@ -134,9 +132,7 @@ def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
     folder = more_hf.push_to_hub(saved, "me/erased", dry_run=tmp_path / "new" / "to_push", grid=grid)
     assert hub.writes == []
     more_hf.push_to_hub(saved, "me/erased", grid=grid)
-    written = {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    written = content(folder)
     assert written == hub.repos["me/erased"]["main"]
     assert written["before_after.png"] == b"a picture"
     assert not [name for name in written if "cache" in name]
@@ -150,10 +146,7 @@ def test_dry_run_writes_what_would_be_pushed(saved, tmp_path, hub):
 
 
 def refused(hub, model, match, **kwargs):
-    before = {
-        repo_id: {branch: dict(files) for branch, files in repo.items()}
-        for repo_id, repo in hub.repos.items()
-    }
+    before = copy.deepcopy(hub.repos)
     with pytest.raises(more_hf.ExportError, match=match):
         more_hf.push_to_hub(model, "me/erased", **kwargs)
     assert hub.writes == []
@@ -236,25 +229,23 @@ def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
     from diffusers.utils import hub_utils
 
     pipe, original = erase(tiny_sd()), tiny_sd()
+
+    def upload(folder_path, **kwargs):
+        shutil.copytree(folder_path, tmp_path / "pushed")
+
     for module in (pipeline_utils, hub_utils):
         monkeypatch.setattr(
-            module, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id})
+            module, "create_repo", lambda repo_id, **options: SimpleNamespace(repo_id=repo_id)
         )
-    monkeypatch.setattr(
-        hub_utils, "load_or_create_model_card", lambda *args, **kwargs: ModelCard("---\n{}\n---\n")
-    )
-    monkeypatch.setattr(
-        hub_utils,
-        "upload_folder",
-        lambda folder_path, **kwargs: shutil.copytree(folder_path, tmp_path / "pushed"),
-    )
+    card = ModelCard("---\n{}\n---\n")
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: card)
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
     pipe.push_to_hub("me/erased")
 
     pushed = load_file(tmp_path / "pushed" / WEIGHTS)
     assert same(pipe.unet, pushed)
-    changed = {
-        name for name, value in original.unet.state_dict().items() if not torch.equal(value, pushed[name])
-    }
+    before = original.unet.state_dict().items()
+    changed = {name for name, value in before if not torch.equal(value, pushed[name])}
     assert changed == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
 
 
@@ -264,20 +255,8 @@ def test_the_command(saved, tmp_path, hub, capsys):
     assert hub.writes[:2] == [("create_repo", True), ("create_branch", "erased")]
     assert "more_hf.json" in hub.repos["me/erased"]["erased"]
 
-    assert (
-        main(
-            [
-                "push",
-                str(saved),
-                "me/erased",
-                "--dry_run",
-                str(tmp_path / "dry"),
-                "--no_card",
-                "--include_delta",
-            ]
-        )
-        == 0
-    )
+    dry = f"push {saved} me/erased --dry_run {tmp_path / 'dry'} --no_card --include_delta"
+    assert main(dry.split()) == 0
     assert str(tmp_path / "dry") in capsys.readouterr().out
     assert (tmp_path / "dry" / DELTA).is_file()
     assert not (tmp_path / "dry" / "README.md").exists()
@@ -293,14 +272,10 @@ def test_the_command(saved, tmp_path, hub, capsys):
 @pytest.fixture
 def classifier(digits, digit_classifier):
     model = copy.deepcopy(digit_classifier)
-    images, labels = digits
-    rows = [
-        {"pixel_values": image, "labels": label}
-        for image, label in zip(images[:300], labels[:300], strict=True)
-    ]
-    return more_hf.erase_classes(
-        model, DataLoader(rows, batch_size=100), forget=["three"], remap_to=["eight"]
-    )
+    pairs = zip(digits[0][:300], digits[1][:300], strict=True)
+    rows = [{"pixel_values": image, "labels": label} for image, label in pairs]
+    loader = DataLoader(rows, batch_size=100)
+    return more_hf.erase_classes(model, loader, forget=["three"], remap_to=["eight"])
 
 
 def test_a_classifier_goes_up(classifier, digits, tmp_path, hub, monkeypatch):
@@ -347,9 +322,8 @@ def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch)
     expected, original = (find_denoiser(each).module.state_dict() for each in (pipe, build(family)))
     found = find_denoiser(loaded).module.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
-    assert {key for key, value in found.items() if not torch.equal(value, original[key])} == {
-        f"{site}.weight" for site in more_hf.get_erasure(pipe).sites
-    }
+    edited = {key for key, value in found.items() if not torch.equal(value, original[key])}
+    assert edited == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
     assert "DiffusionPipeline.from_pretrained" in card_of(hub).text
     with pytest.raises(more_hf.ExportError, match="Stable Diffusion 1.x"):
         more_hf.save_checkpoint(pipe, tmp_path / "erased.safetensors")

@@ -42,17 +42,18 @@ def test_round_trip_through_diffusers(tiny_sd, tmp_path, version, dtype):
 @pytest.mark.slow
 def test_embedded_pipeline_draws_the_same(copy_of_emoji_sd, tmp_path):
     pipe = erase(copy_of_emoji_sd(), "High Contrast", remap_to="Fluent")
-    opened = open_single_file(
-        more_hf.save_checkpoint(pipe, tmp_path / "erased.safetensors"), pipe, tmp_path / "configs"
-    )
+    file = more_hf.save_checkpoint(pipe, tmp_path / "erased.safetensors")
+    opened = open_single_file(file, pipe, tmp_path / "configs")
     opened.to(torch.float32)
     opened.set_progress_bar_config(disable=True)
-    draw = {"prompt": "a house in the style of High Contrast", "num_inference_steps": 4, "output_type": "np"}
-    erased, again = (
-        torch.tensor(p(**draw, generator=torch.Generator().manual_seed(0)).images) for p in (pipe, opened)
-    )
+    ask = {"prompt": "a house in the style of High Contrast", "num_inference_steps": 4, "output_type": "np"}
+
+    def draw(pipe):
+        return torch.tensor(pipe(**ask, generator=torch.Generator().manual_seed(0)).images)
+
+    erased, again = draw(pipe), draw(opened)
     with more_hf.disabled(pipe):
-        before = torch.tensor(pipe(**draw, generator=torch.Generator().manual_seed(0)).images)
+        before = draw(pipe)
     assert (again - erased).abs().max() < 0.05  # the file is float16
     assert (again - before).abs().mean() > 0.1
 
@@ -104,39 +105,31 @@ def test_text_encoder_of_stable_diffusion_2_in_open_clip(tiny_sd):
 
     pipe = tiny_sd("2")
     generator = torch.Generator().manual_seed(0)
-    for (
-        parameter
-    ) in pipe.text_encoder.parameters():  # fresh norms and biases are all alike: a mix-up would not show
+    for parameter in pipe.text_encoder.parameters():  # fresh norms are all alike: a mix-up would not show
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     prefix = "cond_stage_model.model."
-    state = {
-        name.removeprefix(prefix): value
-        for name, value in original_layout(pipe).items()
-        if name.startswith(prefix)
-    }
+    own = [(name, value) for name, value in original_layout(pipe).items() if name.startswith(prefix)]
+    state = {name.removeprefix(prefix): value for name, value in own}
     config = pipe.text_encoder.config
     size = {"vocab_size": config.vocab_size, "width": config.hidden_size, "heads": config.num_attention_heads}
     tower = _build_text_tower(32, CLIPTextCfg(context_length=48, layers=2, mlp_ratio=2, **size)).eval()
     missing, unexpected = tower.load_state_dict(state, strict=False)
     assert (missing, unexpected) == (["text_projection"], [])
 
-    tokens = pipe.tokenizer(
-        "a painting by van gogh", padding="max_length", max_length=48, return_tensors="pt"
-    ).input_ids
-    with torch.no_grad():
-        z = tower.token_embedding(tokens) + tower.positional_embedding
-        z = tower.ln_final(tower.transformer(z, attn_mask=tower.attn_mask))
-        expected = pipe.text_encoder(tokens).last_hidden_state
-    assert torch.allclose(z, expected, atol=1e-5)
+    padded = {"padding": "max_length", "max_length": 48}
+    tokens = pipe.tokenizer("a painting by van gogh", **padded, return_tensors="pt").input_ids
 
-    swapped = {
-        name: value.roll(32, 0) if ".in_proj_" in name else value for name, value in state.items()
-    }  # not q, k, v
-    tower.load_state_dict(swapped, strict=False)
-    with torch.no_grad():
+    def features():
         z = tower.token_embedding(tokens) + tower.positional_embedding
-        z = tower.ln_final(tower.transformer(z, attn_mask=tower.attn_mask))
-    assert not torch.allclose(z, expected, atol=1e-2)
+        return tower.ln_final(tower.transformer(z, attn_mask=tower.attn_mask))
+
+    with torch.no_grad():
+        expected = pipe.text_encoder(tokens).last_hidden_state
+        assert torch.allclose(features(), expected, atol=1e-5)
+        # the control: not q, k, v
+        swapped = {name: value.roll(32, 0) if ".in_proj_" in name else value for name, value in state.items()}
+        tower.load_state_dict(swapped, strict=False)
+        assert not torch.allclose(features(), expected, atol=1e-2)
 
 
 def test_says_what_it_is(tiny_sd, tmp_path):
@@ -169,9 +162,8 @@ def test_refusals(tiny_sd, tmp_path):
     refused(pipe, file, "still tells the concept from its target")
     weight.data.copy_(edited)
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    pipe.load_lora_weights(
-        {f"{layer}.lora_A.weight": torch.ones(1, 8), f"{layer}.lora_B.weight": torch.ones(8, 1)}
-    )
+    factors = {"lora_A": torch.ones(1, 8), "lora_B": torch.ones(8, 1)}
+    pipe.load_lora_weights({f"{layer}.{name}.weight": factor for name, factor in factors.items()})
     refused(pipe, file, "LoRA or adapter is loaded")
     pipe.unload_lora_weights()
     folder = more_hf.save(pipe, tmp_path / "saved")
@@ -187,21 +179,8 @@ def test_another_model_has_no_place(tiny_sd, tmp_path):
 @pytest.mark.slow
 def test_the_command(tmp_path):
     file = tmp_path / "erased.safetensors"
-    argv = [
-        "erase",
-        "emoji-sd",
-        "--concept",
-        "Blobmoji",
-        "--remap_to",
-        "Fluent",
-        "--output",
-        str(tmp_path / "folder"),
-    ]
-    assert main([*argv, "--single_file", str(file)]) == 0
-    saved, single = (
-        load_file(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"),
-        load_file(file),
-    )
-    assert torch.equal(
-        single["model.diffusion_model.input_blocks.0.0.weight"], saved["conv_in.weight"].half()
-    )
+    command = f"erase emoji-sd --concept Blobmoji --remap_to Fluent --output {tmp_path / 'folder'}"
+    assert main([*command.split(), "--single_file", str(file)]) == 0
+    saved = load_file(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
+    written = load_file(file)["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(written, saved["conv_in.weight"].half())

@@ -26,11 +26,8 @@ class Hub:
     """What the tests need of a Hub, in memory: `repos[repo_id][branch][path]` is a file's bytes."""
 
     def __init__(self, tmp_path):
-        self.tmp_path, self.repos, self.writes = (
-            tmp_path,
-            {BASE: {REVISION: {"README.md": BASE_CARD.encode()}}},
-            [],
-        )
+        self.tmp_path, self.writes = tmp_path, []
+        self.repos = {BASE: {REVISION: {"README.md": BASE_CARD.encode()}}}
 
     def repo_exists(self, repo_id):
         return repo_id in self.repos
@@ -77,9 +74,8 @@ class Hub:
 def erase(pipe, concepts="van gogh", **kwargs):
     """As if the pipeline had come from the Hub."""
     pipe.register_to_config(_name_or_path=BASE)
-    pipe.unet.register_to_config(
-        _name_or_path=f"/cache/models--CompVis--stable-diffusion-v1-4/snapshots/{REVISION}/unet"
-    )
+    cached = f"/cache/models--CompVis--stable-diffusion-v1-4/snapshots/{REVISION}/unet"
+    pipe.unet.register_to_config(_name_or_path=cached)
     return pipelines.erase(pipe, concepts, **kwargs)
 
 

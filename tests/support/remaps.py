@@ -27,21 +27,18 @@ def make_prototypes(d, k, condition=10.0, seed=0):
     """
     left, right = torch.linalg.qr(randn(d, k, seed=seed))[0], torch.linalg.qr(randn(k, k, seed=seed + 1))[0]
     P = left * torch.logspace(0, -math.log10(condition), k, dtype=torch.float64) @ right.T
-    features = randn(2 * d, d, seed=seed + 2) * torch.logspace(0, -1, d, dtype=torch.float64) + randn(
-        d, seed=seed + 3
-    )
-    return Prototypes(
-        P, tuple(f"p{i}" for i in range(k)), torch.ones(k), features.T @ features / len(features)
-    )
+    spread = torch.logspace(0, -1, d, dtype=torch.float64)
+    features = randn(2 * d, d, seed=seed + 2) * spread + randn(d, seed=seed + 3)
+    names = tuple(f"p{i}" for i in range(k))
+    return Prototypes(P, names, torch.ones(k), features.T @ features / len(features))
 
 
 def make_remap(d=12, k=7, f=2, num_experts=3, solver="pinv", condition=10.0, seed=0):
     """Forgets p0 … p(f−1); targets are drawn from all others."""
     drawn = torch.randint(f, k, (num_experts, f), generator=torch.Generator().manual_seed(seed)).tolist()
     targets = [[f"p{t}" for t in expert] for expert in drawn]
-    return Remap.fit(
-        make_prototypes(d, k, condition, seed), [f"p{i}" for i in range(f)], targets, solver=solver
-    )
+    prototypes, forget = make_prototypes(d, k, condition, seed), [f"p{i}" for i in range(f)]
+    return Remap.fit(prototypes, forget, targets, solver=solver)
 
 
 def metric(prototypes, solver):

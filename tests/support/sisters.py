@@ -21,19 +21,8 @@ from support.pipelines import random_ip_adapter
 
 class Sister(NamedTuple):
     """
-    A pipeline that shares a family's denoiser.
-
-    Args:
-        family (`str`):
-            Of the denoiser.
-        pipeline (`str`):
-            The class of the pipeline in diffusers.
-        call (`Mapping[str, Any]`):
-            What its call takes besides the prompt.
-        config (`Mapping[str, Any]`):
-            What is other in the denoiser's configuration.
-        parts (`Callable`):
-            `(its parts so far) -> other parts`.
+    A pipeline that shares a family's denoiser: its class in diffusers, what its call takes besides the
+    prompt, what is other in the denoiser's configuration, and `(its parts so far) -> other parts`.
     """
 
     family: str
