@@ -24,7 +24,7 @@ from train_judges import MIN_ARTISTS, THING_FOLDS, describe, held_out, percent
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import load_lpips
-from more_hf.tune.judge import pooled_features
+from more_hf.tuning.judge import pooled_features
 from more_hf_bench.columns import write_rows
 
 

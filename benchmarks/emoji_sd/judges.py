@@ -12,7 +12,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from more_hf.tune.judge import pooled_features
+from more_hf.tuning.judge import pooled_features
 
 
 THING_FOLDS = 4

@@ -23,7 +23,7 @@ from dataset import EmojiData, load_dataset
 from safetensors.torch import save_file
 
 from more_hf.data import load_emoji_sd, load_lpips
-from more_hf.tune.judge import pooled_features
+from more_hf.tuning.judge import pooled_features
 from more_hf_bench.artists.judges import JUDGES_FILE
 
 

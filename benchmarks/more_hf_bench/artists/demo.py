@@ -19,7 +19,7 @@ from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table, number
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
 from more_hf.diffusion.grid import draw_grid
-from more_hf.tune.judge import lpips_distance
+from more_hf.tuning.judge import lpips_distance
 
 from ..columns import write_rows
 from ..figures import write_picture

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate, normalize
 
 from more_hf.core.errors import MoreError
 from more_hf.data import FOLDER, load_lpips
-from more_hf.tune.judge import pooled_features
+from more_hf.tuning.judge import pooled_features
 
 from .prompts import PromptRow
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from more_hf.tune.judge import lpips_distance
+from more_hf.tuning.judge import lpips_distance
 
 
 NATIVE, ANTIALIASED, PLAIN = COLUMNS = ("lpips", "lpips_64", "lpips_64_rece")  # of `rows.csv`

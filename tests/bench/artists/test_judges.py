@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from more_hf.data import EMOJI_ARTISTS
-from more_hf.tune.judge import pooled_features
+from more_hf.tuning.judge import pooled_features
 from more_hf_bench.artists.generate import generate
 from more_hf_bench.artists.judges import ClipJudges, EmojiJudges, JudgeError, without_artist
 from more_hf_bench.artists.prompts import PromptRow, read_prompts

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from more_hf.tune.judge import lpips_distance
+from more_hf.tuning.judge import lpips_distance
 from more_hf_bench.artists.lpips import all_distances, resize_64
 
 

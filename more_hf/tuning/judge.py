@@ -128,7 +128,7 @@ class Judge:
     Example:
 
         >>> import torch
-        >>> from more_hf.tune.judge import Judge
+        >>> from more_hf.tuning.judge import Judge
         >>> dark = torch.randint(0, 90, (8, 3, 64, 64), dtype=torch.uint8)
         >>> judge = Judge.fit({"night": dark, "day": 255 - dark})
         >>> judge.recognized(dark, "night").value
@@ -154,17 +154,22 @@ class Judge:
         Raises:
             `MoreError`: there are fewer than two names, or fewer pictures of a name than folds.
         """
-        few = [name for name, own in pictures.items() if len(own) < FOLDS]
-        if len(pictures) < 2 or few:
+        return cls.of_features({name: features_of(own) for name, own in pictures.items()})
+
+    @classmethod
+    def of_features(cls, features: Mapping[str, Tensor]) -> Judge:
+        """`fit`, with each name's features from `features_of`."""
+        few = [name for name, own in features.items() if len(own) < FOLDS]
+        if len(features) < 2 or few:
             raise MoreError(
                 f"A judge needs pictures of at least two names and {FOLDS} of each, got "
-                f"{', '.join(f'{len(own)} of {name!r}' for name, own in pictures.items()) or 'none'}. "
+                f"{', '.join(f'{len(own)} of {name!r}' for name, own in features.items()) or 'none'}. "
                 "Draw more of them."
             )
-        names = tuple(pictures)
-        z = torch.cat([features_of(own) for own in pictures.values()])
-        labels = torch.cat([torch.full((len(own),), i) for i, own in enumerate(pictures.values())])
-        fold = torch.cat([torch.arange(len(own)) % FOLDS for own in pictures.values()])
+        names = tuple(features)
+        z = torch.cat(list(features.values()))
+        labels = torch.cat([torch.full((len(own),), i) for i, own in enumerate(features.values())])
+        fold = torch.cat([torch.arange(len(own)) % FOLDS for own in features.values()])
         # 1. What judges make of the pictures that they were not fitted on.
         confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
         for left_out in range(FOLDS):
@@ -175,14 +180,14 @@ class Judge:
         # 2. The judge itself, fitted on all pictures.
         return cls(names, *_fit(z, labels, len(names)), confusion)
 
-    def taken_for(self, pictures: Tensor) -> list[str]:
-        """The name that each picture is taken for."""
-        scores = features_of(pictures) @ self.weight.T + self.bias
+    def taken_for(self, features: Tensor) -> list[str]:
+        """The name that each picture is taken for, by features from `features_of`."""
+        scores = features @ self.weight.T + self.bias
         return [self.names[i] for i in scores.argmax(1).tolist()]
 
     def recognized(self, pictures: Tensor, name: str) -> Estimate:
         """The share of pictures that are taken for `name`, with Wilson's interval."""
-        return Estimate.share(self.taken_for(pictures).count(name), len(pictures))
+        return Estimate.share(self.taken_for(features_of(pictures)).count(name), len(pictures))
 
     @property
     def accuracy(self) -> Estimate:
@@ -218,7 +223,7 @@ def _fit(z: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     x = x @ basis.T
     # 2. Minimize; the objective is convex.
     w = torch.zeros(classes, x.shape[1] + 1, dtype=z.dtype, requires_grad=True)
-    precise = {"max_iter": 1000, "tolerance_grad": 1e-8, "tolerance_change": 0, "history_size": 20}
+    precise = {"max_iter": 300, "tolerance_grad": 1e-6, "tolerance_change": 0, "history_size": 20}
     optimizer = torch.optim.LBFGS([w], line_search_fn="strong_wolfe", **precise)
 
     def loss() -> Tensor:

@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 from more_hf.core.errors import MoreError
-from more_hf.tune.judge import FOLDS, PENALTY, Estimate, Judge, features_of
+from more_hf.tuning.judge import FOLDS, PENALTY, Estimate, Judge, features_of
 
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 210)}
@@ -55,7 +55,7 @@ def test_it_is_the_regression_of_scikit_learn(drawn):
 def test_recognized_is_the_share_of_a_name(drawn):
     judge = Judge.fit(drawn)
     mixed = torch.cat([pictures(COLORS["red"], 6, seed=9), pictures(COLORS["blue"], 2, seed=10)])
-    assert judge.taken_for(mixed) == ["red"] * 6 + ["blue"] * 2
+    assert judge.taken_for(features_of(mixed)) == ["red"] * 6 + ["blue"] * 2
     assert judge.recognized(mixed, "red") == Estimate.share(6, 8)
     assert judge.recognized(mixed, "green").value == 0
     assert judge.can_tell("red")
