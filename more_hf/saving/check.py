@@ -39,6 +39,7 @@ from .layers import pipeline_class, read_denoiser, read_index
 # weights and prototypes leaves 1e-7 (float32), 6e-4 (float16) and 7e-3 (bfloat16); an original layer has 0.5
 # to 2.
 TOLERANCE = 0.05
+MOST = 2  # that is left of a direction in an original layer
 # A soft edit is checked in the directions of which it leaves at most this share.
 SOFT_SHARE = TOLERANCE / 2
 # A soft or scaled edit that leaves more than this of every direction looks like the original: never passes.
@@ -316,13 +317,8 @@ def left_over(weight: Tensor, removed: Removed) -> float:
 
 
 def most_left(removed: Removed) -> float:
-    """
-    The limit for `left_over`. For a soft edit that removes no direction almost completely, it is the
-    geometric mean of the share that the edit leaves and the original's.
-    """
-    if removed.share > SOFTEST:
-        return 0.0
-    return TOLERANCE if removed.share <= SOFT_SHARE else removed.share**0.5
+    """The limit for `left_over`: the share that the edit leaves of what the original has, and rounding."""
+    return TOLERANCE + MOST * removed.share if removed.share <= SOFTEST else 0.0
 
 
 def _remapped(

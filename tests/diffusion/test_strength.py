@@ -84,3 +84,15 @@ def test_out_of_range(strength):
 def test_a_router_needs_the_whole_edit():
     with pytest.raises(more_hf.PrototypeError, match="A router needs the whole edit"):
         ConceptRequest.of("cat", remap_to="dog", strength=0.7, router="hash")
+
+
+@pytest.mark.slow
+def test_the_weakest_edit_of_the_embedded_pipeline_is_saved(copy_of_emoji_sd, tmp_path):
+    pipe = more_hf.erase_concept(copy_of_emoji_sd(), "Blobmoji", remap_to="Fluent", strength=0.5)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    folder = more_hf.save(pipe, tmp_path / "weakest")
+    more_hf.restore(pipe)
+    with_original(folder, pipe.unet.state_dict())
+    assert not more_hf.verify(folder)
+    with_original(folder, before)
+    assert more_hf.verify(folder)
