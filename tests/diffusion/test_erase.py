@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from support.compare import assert_proved, changed, same, state
+from support.families import SD_BLOCKS, keys_and_values
 from support.pipelines import FORGET, TARGETS, erase
 
 import more_hf
@@ -13,13 +14,7 @@ from more_hf.core.views import experts_forced
 from more_hf.diffusion.encoder import TOKENS, Encoder
 
 
-BLOCKS = [
-    "down_blocks.0.attentions.0",
-    "mid_block.attentions.0",
-    "up_blocks.1.attentions.0",
-    "up_blocks.1.attentions.1",
-]
-SITES = [f"{block}.transformer_blocks.0.attn2.{to}" for block in BLOCKS for to in ("to_k", "to_v")]
+SITES = sorted(keys_and_values(SD_BLOCKS))
 # Of a weight after the edit and a refit: float64 inside, one rounding to the dtype at the end.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 

@@ -4,6 +4,7 @@ the documented key rules.
 """
 
 import copy
+import itertools
 import json
 import re
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.compare import same, state
+from support.families import SD_BLOCKS, keys_and_values
 from support.pipelines import TARGETS, erase
 
 import more_hf
@@ -25,22 +27,10 @@ PEFT, KOHYA = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.sa
 # weights and of the run.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
-EDITED = [
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
-    "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
-    "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v",
-    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k",
-    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v",
-]
+EDITED = sorted(keys_and_values(SD_BLOCKS))
 PEFT_KEYS = [f"unet.{layer}.{part}.weight" for layer in EDITED for part in ("lora_A", "lora_B")]
-KOHYA_KEYS = [
-    f"lora_unet_{layer.replace('.', '_')}.{part}"
-    for layer in EDITED
-    for part in ("alpha", "lora_down.weight", "lora_up.weight")
-]
+PARTS = ("alpha", "lora_down.weight", "lora_up.weight")
+KOHYA_KEYS = [f"lora_unet_{layer.replace('.', '_')}.{part}" for layer in EDITED for part in PARTS]
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +92,16 @@ def test_on_the_original_it_is_the_erased_pipeline(original, erased, tmp_path, f
 def test_sd2_in_half_precision_with_a_router(tiny_sd, tmp_path, format):
     original, erased = tiny_sd("2").to(torch.float16), erase(tiny_sd("2").to(torch.float16), router="random")
     before = output(original)
-    assert (
-        more_hf.save_lora(erased, tmp_path / "a b.safetensors", format=format) == tmp_path / "a b.safetensors"
-    )
+    file = tmp_path / "a b.safetensors"
+    assert more_hf.save_lora(erased, file, format=format) == file
     original.load_lora_weights(tmp_path, weight_name="a b.safetensors")
 
     mean = copy.deepcopy(erased)  # without the hook, so that it is the mean expert
     assert output(original).isfinite().all()
     assert_is(output(original.to(torch.float32)), output(mean.to(torch.float32)), before, 2e-2)
-    with safe_open(tmp_path / "a b.safetensors", "pt") as file:
-        assert (
-            file.metadata().get("modelspec.architecture")
-            == {"peft": None, "kohya": "stable-diffusion-v2-768-v/lora"}[format]
-        )
-        assert file.metadata().get("ss_v2") == {"peft": None, "kohya": "True"}[format]
+    with safe_open(file, "pt") as opened:
+        said = [opened.metadata().get(name) for name in ("modelspec.architecture", "ss_v2")]
+    assert said == ([None, None] if format == "peft" else ["stable-diffusion-v2-768-v/lora", "True"])
 
 
 def test_fused_and_unloaded_it_is_the_merged_weights(original, erased, tmp_path):
@@ -128,35 +114,14 @@ def test_fused_and_unloaded_it_is_the_merged_weights(original, erased, tmp_path)
     assert state.keys() == merged.keys()
     for name, weight in merged.items():
         assert torch.allclose(state[name], weight, rtol=1e-5, atol=1e-6)
-    changed = {
-        name
-        for name, weight in merged.items()
-        if not torch.allclose(before[name], weight, rtol=1e-3, atol=1e-4)
-    }
-    assert len(changed) == 8
-
-
-def with_expert(pipe, remap, expert):
-    """
-    The pipeline with W E_e written out in full: every forget prototype's share of the input goes to its
-    target.
-    """
-    pipe = copy.deepcopy(pipe)
-    P = remap.prototypes.matrix
-    E = torch.eye(len(P), dtype=P.dtype)
-    for i, (forget, target) in enumerate(zip(remap.forget, remap.targets[expert].tolist(), strict=True)):
-        E += torch.outer(P[:, target] - P[:, forget], remap.dual[remap.forget[i]])
-    for name, layer in pipe.unet.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            layer.weight.data = (layer.weight.double() @ E).float()
-    return pipe
+    far = [not torch.allclose(before[name], W, rtol=1e-3, atol=1e-4) for name, W in merged.items()]
+    assert sum(far) == 8
 
 
 def test_whoever_has_the_file_and_the_erased_weights_has_the_concept_back(original, erased, tmp_path):
     public = copy.deepcopy(erased)  # no originals, nothing of more_hf: only the weights
-    public.load_lora_weights(
-        more_hf.save_lora(erased, tmp_path, dtype=torch.float32).parent, adapter_name="inverse"
-    )
+    file = more_hf.save_lora(erased, tmp_path, dtype=torch.float32)
+    public.load_lora_weights(file.parent, adapter_name="inverse")
     public.set_adapters("inverse", -1.0)
     assert_is(output(public), output(original), output(erased), 1e-4)
 
@@ -272,7 +237,6 @@ BLOCKS = {
     "up_blocks_3_attentions_2": "output_blocks_11_1",
 }
 LAYERS = ("transformer_blocks_0_attn2_to_k", "transformer_blocks_0_attn2_to_v")
-PARTS = ("lora_up.weight", "lora_down.weight", "alpha")
 
 
 def in_comfyui(key):
@@ -280,11 +244,8 @@ def in_comfyui(key):
     A module is known by its diffusers name with underscores after `lora_unet_`; the rest is one of the
     suffixes.
     """
-    known = {
-        f"lora_unet_{block}_{layer}": f"{place}_{layer}"
-        for block, place in BLOCKS.items()
-        for layer in LAYERS
-    }
+    pairs = itertools.product(BLOCKS.items(), LAYERS)
+    known = {f"lora_unet_{block}_{layer}": f"{place}_{layer}" for (block, place), layer in pairs}
     return next((place for stem, place in known.items() if key in {f"{stem}.{part}" for part in PARTS}), None)
 
 
@@ -294,9 +255,8 @@ def in_a1111(key):
     convolution.
     """
     stem, _, part = key.partition(".")
-    found = re.fullmatch(
-        r"lora_unet_(down|up)_blocks_(\d+)_attentions_(\d+)_(.+)|lora_unet_mid_block_attentions_0_(.+)", stem
-    )
+    sides, middle = r"(down|up)_blocks_(\d+)_attentions_(\d+)_(.+)", r"mid_block_attentions_0_(.+)"
+    found = re.fullmatch(rf"lora_unet_(?:{sides}|{middle})", stem)
     if found is None or part not in PARTS:
         return None
     side, level, index, layer, middle = found.groups()
@@ -338,10 +298,7 @@ def test_refuses_what_is_not_erased(original, erased, tmp_path):
 def test_refuses_without_the_original_weights(original, erased, tmp_path):
     loaded = more_hf.load(more_hf.save(erased, tmp_path / "erased"))
     for pipe in (loaded, erase(original, keep_originals=False)):
-        with pytest.raises(
-            more_hf.AlreadyErasedError,
-            match="keep_originals",
-        ):
+        with pytest.raises(more_hf.AlreadyErasedError, match="keep_originals"):
             more_hf.save_lora(pipe, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
@@ -385,29 +342,12 @@ def test_refuses_what_half_precision_cannot_hold(original, tmp_path, scale):
 @pytest.mark.slow
 def test_command(original, tmp_path, capsys):
     original.save_pretrained(tmp_path / "base")
-    request = [
-        "lora",
-        tmp_path / "base",
-        "--concept",
-        "van gogh",
-        "--remap_to",
-        *TARGETS,
-        "--alias",
-        "van gogh=vincent",
-    ]
+    request = ["lora", tmp_path / "base", "--concept", "van gogh", "--alias", "van gogh=vincent"]
+    request += ["--remap_to", *TARGETS]
     assert main([str(arg) for arg in [*request, "--output", tmp_path / "lora"]]) == 0
     assert f"Saved to {tmp_path / 'lora' / PEFT}" in capsys.readouterr().out
-    argv = [
-        *request,
-        "--output",
-        tmp_path / "a.safetensors",
-        "--format",
-        "kohya",
-        "--dtype",
-        "float32",
-        "--tokens",
-        "last",
-    ]
+    options = "--format kohya --dtype float32 --tokens last --output"
+    argv = [*request, *options.split(), tmp_path / "a.safetensors"]
     assert main([str(arg) for arg in argv]) == 0
 
     before = output(original)
@@ -417,27 +357,15 @@ def test_command(original, tmp_path, capsys):
     assert_is(output(original), output(erased), before, 1e-2)
     tensors = load_file(tmp_path / "a.safetensors")
     assert sorted(tensors) == KOHYA_KEYS
-    assert {(tensor.dtype, tensor.shape[:-1]) for key, tensor in tensors.items() if "lora_down" in key} == {
-        (torch.float32, (2,))
-    }
+    down = [tensor for key, tensor in tensors.items() if "lora_down" in key]
+    assert {(tensor.dtype, tensor.shape[:-1]) for tensor in down} == {(torch.float32, (2,))}
 
 
 def test_command_fails_in_one_line(original, tmp_path, capsys):
     original.save_pretrained(tmp_path / "base")
-    argv = [
-        "lora",
-        tmp_path / "base",
-        "--concept",
-        "van gogh",
-        "--remap_to",
-        "none",
-        "--output",
-        tmp_path / "lora.pt",
-    ]
+    base, file = tmp_path / "base", tmp_path / "lora.pt"
+    argv = ["lora", base, "--concept", "van gogh", "--remap_to", "none", "--output", file]
     assert main([str(arg) for arg in argv]) == 2
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .startswith(f"Error: {tmp_path / 'lora.pt'} would be a pickle.")
-    )
-    assert not (tmp_path / "lora.pt").exists()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"Error: {file} would be a pickle.")
+    assert not file.exists()
