@@ -65,18 +65,10 @@ def clip(number, width, encoder=CLIPTextModelWithProjection, projection=None, po
     tokenizer = tiny_tokenizer()
     if number:
         tokenizer.pad_token = "!"  # as Stable Diffusion XL's second one
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        projection_dim=projection or width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"max_position_embeddings": positions, "projection_dim": projection or width}
+    config = CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **special)
     return {f"text_encoder{number}": encoder(config).eval(), f"tokenizer{number}": tokenizer}
 
 
@@ -140,25 +132,23 @@ def wan_vae():
 
 
 def hunyuan_vae():
-    channels = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 32)}
-    return diffusers.AutoencoderKLHunyuanImage(
-        **channels, layers_per_block=1, spatial_compression_ratio=2, sample_size=32, scaling_factor=1.0
-    ).eval()
+    options = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 32)}
+    options |= {
+        "layers_per_block": 1,
+        "spatial_compression_ratio": 2,
+        "sample_size": 32,
+        "scaling_factor": 1.0,
+    }
+    return diffusers.AutoencoderKLHunyuanImage(**options).eval()
 
 
 def sana_vae():
     blocks = {"block_types": "ResBlock", "block_out_channels": (8, 8), "qkv_multiscales": ((), ())}
     blocks["layers_per_block"] = (1, 1)
-    return diffusers.AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=1.0,
-        **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()},
-    ).eval()
+    sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()}
+    sides |= {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
+    sides |= {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "scaling_factor": 1.0}
+    return diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=2, **sides).eval()
 
 
 # Denoisers
@@ -183,19 +173,11 @@ ONE_OF_EACH = {"num_layers": 1, "num_single_layers": 1}
 FLUX = {**ONE_OF_EACH, **HEADS, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8), "patch_size": 1}
 FLUX |= {"in_channels": 16, "joint_attention_dim": T5_WIDTH}
 FLUX_2 = {**ONE_OF_EACH, **HEADS, "axes_dims_rope": (2, 2, 2, 2), "in_channels": 16}
-UNET = {
-    "sample_size": 16,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (4, 8),
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-    "attention_head_dim": 2,
-    "use_linear_projection": True,
-    "transformer_layers_per_block": (1, 2),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 4,
-}
+UNET = {"sample_size": 16, "block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+UNET |= {"attention_head_dim": 2, "use_linear_projection": True, "transformer_layers_per_block": (1, 2)}
+UNET |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
 TIME_IDS = 6 * 4  # numbers, behind the pooled text
 
 
@@ -209,16 +191,9 @@ def second_transformer(parts):
 SD_BLOCKS = ["down_blocks.0.attentions.0.transformer_blocks.0.attn2"]
 SD_BLOCKS += [f"up_blocks.1.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1)]
 SD_BLOCKS += ["mid_block.attentions.0.transformer_blocks.0.attn2"]
-SDXL_BLOCKS = [
-    "down_blocks.1.attentions.0.transformer_blocks.0.attn2",
-    "down_blocks.1.attentions.0.transformer_blocks.1.attn2",
-    "up_blocks.0.attentions.0.transformer_blocks.0.attn2",
-    "up_blocks.0.attentions.0.transformer_blocks.1.attn2",
-    "up_blocks.0.attentions.1.transformer_blocks.0.attn2",
-    "up_blocks.0.attentions.1.transformer_blocks.1.attn2",
-    "mid_block.attentions.0.transformer_blocks.0.attn2",
-    "mid_block.attentions.0.transformer_blocks.1.attn2",
-]
+SDXL_PLACES = ["down_blocks.1.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]
+SDXL_PLACES += ["mid_block.attentions.0"]
+SDXL_BLOCKS = [f"{place}.transformer_blocks.{i}.attn2" for place in SDXL_PLACES for i in (0, 1)]
 
 
 def keys_and_values(blocks):
@@ -228,89 +203,50 @@ def keys_and_values(blocks):
 CONTEXT = {"context_embedder": "tokens"}
 POOLED_CONTEXT = {**CONTEXT, "time_text_embed.text_embedder.linear_1": "pooled"}
 POOLED = {"pooled": {"pooled": 0}}
-QWEN_ENDS = {f"end {i}" for i in range(2, 6)}
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """
-    A family at tiny size.
+    """A family at tiny size. `parts` are those besides denoiser, autoencoder and scheduler."""
 
-    Args:
-        pipeline (`str`):
-            Its text-to-image pipeline in diffusers.
-        denoiser (`str`):
-            The class of the denoiser in diffusers. Empty if it is among the parts.
-        config (`Mapping[str, Any]`):
-            The denoiser's.
-        parts (`Callable`):
-            `() ->` the parts besides denoiser, autoencoder and scheduler.
-        sites (`Mapping[str, str]`):
-            Every layer that reads text -> the space of what it reads.
-        positions (`Mapping[str, Mapping[str, int]]`):
-            Space -> where the token of a prompt that is a bare name is, what follows it, and the padding that
-            is read.
-        call (`Mapping[str, Any]`):
-            What the pipeline's call takes besides the prompt.
-        bare_length (`int`):
-            Of a bare name's prompt, with one position of padding behind it where padding is read: a mean over
-            more is exact for no single one.
-        vae, scheduler (`Callable`):
-            `() ->` the part.
-        more (`Callable`):
-            `(parts so far) ->` other parts.
-        attributes (`Mapping[str, Any]`):
-            Of the pipeline, so that it draws small pictures from short prompts.
-        loud (`float`, *optional*):
-            How large the denoiser's weights are. `None` leaves them as they are drawn.
-    """
-
-    pipeline: str
-    denoiser: str
-    config: Mapping[str, Any]
+    pipeline: str  # of text to image, in diffusers
+    denoiser: str  # its class in diffusers; empty if it is among the parts
+    config: Mapping[str, Any]  # the denoiser's
     parts: Callable[[], dict[str, Any]]
-    sites: Mapping[str, str]
+    sites: Mapping[str, str]  # every layer that reads text -> the space of what it reads
+    # space -> where the token of a prompt that is a bare name is, what follows it, the padding that is read
     positions: Mapping[str, Mapping[str, int]]
-    call: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)  # what its call takes besides the prompt
+    # of a bare name's prompt, with one position of padding: a mean over more is exact for no single one
     bare_length: int = T5_LENGTH
     vae: Callable[[], torch.nn.Module] = plain_vae
     scheduler: Callable[[], diffusers.SchedulerMixin] = diffusers.FlowMatchEulerDiscreteScheduler
-    more: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    more: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}  # other parts, from those so far
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # so that it draws small pictures
+    # how large the denoiser's weights are; None leaves them as they are drawn
     loud: float | None = 2.0
 
 
 SHORT = {"max_sequence_length": T5_LENGTH}
 ANY_SIZE = {"use_resolution_binning": False}
+CLIP_TOKENS = {"last": 1, "end": 2, "padding": 3}
+SD = keys_and_values(SD_BLOCKS), {"tokens": CLIP_TOKENS}
+SD_1 = Tiny("StableDiffusionPipeline", "", {}, lambda: build_tiny_sd("1").components, *SD)
 # T5 has nothing in front, the template of Qwen3 `<|im_start|>user\n`, Qwen-Image and HunyuanImage drop what
 # is in front, and FLUX.2 [dev] has a system message of 32 tokens there, Lumina 2 one of 26. Sana keeps the
 # begin token of its instruction, whose last space joins the name; CogView4 pads in front to a multiple of 16;
 # Kandinsky 5 drops 40 of the tokens, of which the real tokenizer makes fewer. Kolors pads in front, and all
 # of its padding is alike. FLUX.2 [dev] has its padding in front, where nothing of the prompt was read yet.
 TINY = {
-    "sd-1": Tiny(
-        "StableDiffusionPipeline",
-        "",
-        {},
-        lambda: build_tiny_sd("1").components,
-        keys_and_values(SD_BLOCKS),
-        {"tokens": {"last": 1, "end": 2, "padding": 3}},
-    ),
-    "sd-2": Tiny(
-        "StableDiffusionPipeline",
-        "",
-        {},
-        lambda: build_tiny_sd("2").components,
-        keys_and_values(SD_BLOCKS),
-        {"tokens": {"last": 1, "end": 2, "padding": 3}},
-    ),
+    "sd-1": SD_1,
+    "sd-2": replace(SD_1, parts=lambda: build_tiny_sd("2").components),
     "sdxl": Tiny(
         "StableDiffusionXLPipeline",
         "UNet2DConditionModel",
         {**UNET, "cross_attention_dim": 16 + 24, "projection_class_embeddings_input_dim": 20 + TIME_IDS},
         lambda: clip("", 16, CLIPTextModel) | clip("_2", 24, projection=20) | {"add_watermarker": False},
         {**keys_and_values(SDXL_BLOCKS), "add_embedding.linear_1": "pooled"},
-        {"tokens": {"last": 1, "end": 2, "padding": 3}, **POOLED},
+        {"tokens": CLIP_TOKENS, **POOLED},
         vae=tiny_vae,
         scheduler=lambda: diffusers.DDIMScheduler(**NOISE),
         loud=None,

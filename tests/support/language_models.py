@@ -155,9 +155,8 @@ def qwen_processor(more=""):
 
 
 def gemma(tokenizer, width=LLM_WIDTH, layers=3):
-    return Gemma2Model(
-        Gemma2Config(**sizes(tokenizer, width, layers) | {"max_position_embeddings": 4096}, head_dim=16)
-    ).eval()
+    long = sizes(tokenizer, width, layers) | {"max_position_embeddings": 4096}
+    return Gemma2Model(Gemma2Config(**long, head_dim=16)).eval()
 
 
 def glm(tokenizer, width=LLM_WIDTH, layers=3):
@@ -169,16 +168,9 @@ def llama(tokenizer, width=LLM_WIDTH, layers=4):
 
 
 def sizes(tokenizer, width, layers=3):
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 256,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    found = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers}
+    found |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    return found | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
 
 
 def qwen3(tokenizer, width=LLM_WIDTH, layers=3):
@@ -221,21 +213,11 @@ def chat_glm_tokenizer():
 
 
 def chat_glm(tokenizer, width=LLM_WIDTH):
-    config = ChatGLMConfig(
-        num_layers=3,
-        padded_vocab_size=tokenizer.tokenizer.n_words,
-        hidden_size=width,
-        ffn_hidden_size=2 * width,
-        kv_channels=width // 4,
-        num_attention_heads=4,
-        multi_query_attention=True,
-        multi_query_group_num=2,
-        add_qkv_bias=True,
-        rmsnorm=True,
-        original_rope=True,
-        post_layer_norm=True,
-        seq_length=64,
-    )
+    sizes = {"hidden_size": width, "ffn_hidden_size": 2 * width, "kv_channels": width // 4}
+    sizes |= {"num_layers": 3, "num_attention_heads": 4, "multi_query_group_num": 2, "seq_length": 64}
+    switches = ("multi_query_attention", "add_qkv_bias", "rmsnorm", "original_rope", "post_layer_norm")
+    sizes |= {"padded_vocab_size": tokenizer.tokenizer.n_words, **dict.fromkeys(switches, True)}
+    config = ChatGLMConfig(**sizes)
     model = ChatGLMModel(config, empty_init=False)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # which the class leaves to the checkpoint

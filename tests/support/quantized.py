@@ -25,27 +25,15 @@ def wide_text():
     return clip("", WIDTH, CLIPTextModel) | {"text_encoder_2": encoder.eval(), "tokenizer_2": tokenizer}
 
 
-WIDE = {
-    **families.FLUX,
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "axes_dims_rope": (8, 12, 12),
-    "in_channels": WIDTH,
-    "joint_attention_dim": WIDTH,
-    "pooled_projection_dim": WIDTH,
-    "guidance_embeds": True,
-}
+WIDE = {**families.FLUX, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
+WIDE |= dict.fromkeys(("in_channels", "joint_attention_dim", "pooled_projection_dim"), WIDTH)
+WIDE |= {"guidance_embeds": True}
 
 
 def build_wide_flux():
     """The tiny FLUX with every layer 64 numbers wide, which every library takes."""
-    wide = dataclasses.replace(
-        TINY["flux"],
-        config=WIDE,
-        parts=wide_text,
-        vae=lambda: plain_vae(latent_channels=WIDTH // 4),
-        call=SHORT,
-    )
+    parts = {"parts": wide_text, "vae": lambda: plain_vae(latent_channels=WIDTH // 4)}
+    wide = dataclasses.replace(TINY["flux"], config=WIDE, call=SHORT, **parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TINY, "flux", wide)
         return families.build("flux")
@@ -60,9 +48,8 @@ def quanto_config(skip=None, dtype="int8"):
 
 
 def bitsandbytes_4bit(skip=None):
-    return diffusers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip
-    )
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return diffusers.BitsAndBytesConfig(**options, llm_int8_skip_modules=skip)
 
 
 def bitsandbytes_8bit(skip=None):
@@ -107,13 +94,10 @@ def from_gguf(folder):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    transformer = diffusers.FluxTransformer2DModel.from_single_file(
-        str(path),
-        config=str(folder),
-        subfolder="transformer",
-        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
-        torch_dtype=torch.float32,
-    )
+    config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
+    options = {"config": str(folder), "subfolder": "transformer", "torch_dtype": torch.float32}
+    options["quantization_config"] = config
+    transformer = diffusers.FluxTransformer2DModel.from_single_file(str(path), **options)
     return with_transformer(folder, transformer)
 
 

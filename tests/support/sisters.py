@@ -45,6 +45,7 @@ FILL = {**CHANGE, "mask_image": MASK}
 CONTROL = {"control_image": PICTURE}
 NO_RESIZE = {"max_area": 32 * 32, "_auto_resize": False}
 FILM = {"num_frames": 5}
+LONG_FILM = {"num_frames": 21}
 
 
 # Other parts of a pipeline
@@ -83,10 +84,8 @@ def told_of_guidance(parts):
 def layered_parts(parts):
     """Pictures with an alpha channel, and more channels than that inside."""
     scales = {"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
-    return {
-        "vae": changed(parts["vae"], **scales, z_dim=8, input_channels=4),
-        "processor": qwen_processor(),
-    }
+    vae = changed(parts["vae"], **scales, z_dim=8, input_channels=4)
+    return {"vae": vae, "processor": qwen_processor()}
 
 
 def picture_reader(parts):
@@ -103,13 +102,10 @@ def film_parts(parts):
 
 
 def refiner_parts(parts):
-    vae = diffusers.AutoencoderKLHunyuanImageRefiner(
-        latent_channels=2,  # of two frames together
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=2,
-        temporal_compression_ratio=1,
-    ).eval()
+    sizes = {"latent_channels": 2}  # of two frames together
+    sizes |= {"block_out_channels": (32, 32), "layers_per_block": 1}
+    sizes |= {"spatial_compression_ratio": 2, "temporal_compression_ratio": 1}
+    vae = diffusers.AutoencoderKLHunyuanImageRefiner(**sizes).eval()
     return {"vae": vae, **language_model("qwen_vl", qwen_tokenizer(HEADERS))}
 
 
@@ -131,68 +127,37 @@ def without(*names):
 
 
 SPRINT = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+LCM = {"config": {"time_cond_proj_dim": 8}, "parts": scheduler("LCMScheduler")}
+ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}
+TRAILING = scheduler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
+EMBEDS = {"ip_adapter_image_embeds": [torch.ones(1, 1, 12)]}
+ADAPTED = {"sd": t2i_adapter(downscale_factor=2, adapter_type="full_adapter")}
+ADAPTED["sdxl"] = t2i_adapter(downscale_factor=4, adapter_type="full_adapter_xl")
+UPSCALED = {"in_channels": 7, "num_class_embeds": 1000}
+SMALL = {"image": PICTURE[..., :16, :16]}
+SIXTEEN = {"in_channels": 16, "out_channels": 16}
+REFINER = {"in_channels": 8, "patch_size": (1, 1, 1), "rope_axes_dim": (2, 2, 4)}
+REFINER |= {"guidance_embeds": True, "text_embed_2_dim": None}
+TWICE = {**SIXTEEN, "in_channels": 32}
 SISTERS = {
     "sd image-to-image": Sister("sd-1", "StableDiffusionImg2ImgPipeline", CHANGE),
     "sd inpainting": Sister("sd-1", "StableDiffusionInpaintPipeline", FILL),
     "sd inpainting UNet": Sister("sd-1", "StableDiffusionInpaintPipeline", FILL, {"in_channels": 9}),
-    "lcm": Sister(
-        "sd-1",
-        "LatentConsistencyModelPipeline",
-        {"guidance_scale": 8.5},
-        {"time_cond_proj_dim": 8},
-        scheduler("LCMScheduler"),
-    ),
-    "lcm image-to-image": Sister(
-        "sd-1",
-        "LatentConsistencyModelImg2ImgPipeline",
-        CHANGE,
-        {"time_cond_proj_dim": 8},
-        scheduler("LCMScheduler"),
-    ),
-    "sd turbo": Sister(
-        "sd-1",
-        "StableDiffusionPipeline",
-        {"num_inference_steps": 1, "guidance_scale": 0.0},
-        parts=scheduler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
-    ),
-    "sd ip-adapter": Sister(
-        "sd-1", "StableDiffusionPipeline", {"ip_adapter_image_embeds": [torch.ones(1, 1, 12)]}, {}, ip_adapter
-    ),
+    "lcm": Sister("sd-1", "LatentConsistencyModelPipeline", {"guidance_scale": 8.5}, **LCM),
+    "lcm image-to-image": Sister("sd-1", "LatentConsistencyModelImg2ImgPipeline", CHANGE, **LCM),
+    "sd turbo": Sister("sd-1", "StableDiffusionPipeline", ONE_STEP, parts=TRAILING),
+    "sd ip-adapter": Sister("sd-1", "StableDiffusionPipeline", EMBEDS, parts=ip_adapter),
     "sd pag": Sister("sd-1", "StableDiffusionPAGPipeline", {"pag_scale": 3.0}),
-    "sd t2i-adapter": Sister(
-        "sd-1",
-        "StableDiffusionAdapterPipeline",
-        {"image": PICTURE},
-        parts=t2i_adapter(downscale_factor=2, adapter_type="full_adapter"),
-    ),
-    "sd upscaler": Sister(
-        "sd-1",
-        "StableDiffusionUpscalePipeline",
-        {"image": PICTURE[..., :16, :16]},
-        {"in_channels": 7, "num_class_embeds": 1000},
-        low_res_scheduler,
-    ),
+    "sd t2i-adapter": Sister("sd-1", "StableDiffusionAdapterPipeline", {"image": PICTURE}, {}, ADAPTED["sd"]),
+    "sd upscaler": Sister("sd-1", "StableDiffusionUpscalePipeline", SMALL, UPSCALED, low_res_scheduler),
     "sdxl image-to-image": Sister("sdxl", "StableDiffusionXLImg2ImgPipeline", CHANGE),
     "sdxl inpainting": Sister("sdxl", "StableDiffusionXLInpaintPipeline", FILL),
-    "sdxl turbo": Sister(
-        "sdxl",
-        "StableDiffusionXLPipeline",
-        {"num_inference_steps": 1, "guidance_scale": 0.0},
-        parts=scheduler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
-    ),
+    "sdxl turbo": Sister("sdxl", "StableDiffusionXLPipeline", ONE_STEP, parts=TRAILING),
     "sdxl lcm": Sister("sdxl", "StableDiffusionXLPipeline", parts=scheduler("LCMScheduler")),
-    "sdxl ip-adapter": Sister(
-        "sdxl",
-        "StableDiffusionXLPipeline",
-        {"ip_adapter_image_embeds": [torch.ones(1, 1, 12)]},
-        parts=ip_adapter,
-    ),
+    "sdxl ip-adapter": Sister("sdxl", "StableDiffusionXLPipeline", EMBEDS, parts=ip_adapter),
     "sdxl pag": Sister("sdxl", "StableDiffusionXLPAGPipeline", {"pag_scale": 3.0}),
     "sdxl t2i-adapter": Sister(
-        "sdxl",
-        "StableDiffusionXLAdapterPipeline",
-        {"image": PICTURE},
-        parts=t2i_adapter(downscale_factor=4, adapter_type="full_adapter_xl"),
+        "sdxl", "StableDiffusionXLAdapterPipeline", {"image": PICTURE}, parts=ADAPTED["sdxl"]
     ),
     "sdxl instruct": Sister(
         "sdxl", "StableDiffusionXLInstructPix2PixPipeline", {"image": PICTURE}, {"in_channels": 8}
@@ -202,8 +167,8 @@ SISTERS = {
         "sd3",
         "StableDiffusion3InpaintPipeline",
         FILL,
-        {"in_channels": 16, "out_channels": 16},
-        lambda parts: {"vae": plain_vae(latent_channels=16)},
+        SIXTEEN,
+        lambda _: {"vae": plain_vae(latent_channels=16)},
     ),
     "sd3 pag": Sister(
         "sd3", "StableDiffusion3PAGPipeline", parts=lambda parts: {"pag_applied_layers": ["blocks.1"]}
@@ -213,27 +178,14 @@ SISTERS = {
     "flux kontext": Sister("flux", "FluxKontextPipeline", {"image": PICTURE, **NO_RESIZE}),
     "flux kontext inpainting": Sister("flux", "FluxKontextInpaintPipeline", {**FILL, **NO_RESIZE}),
     "flux fill": Sister(
-        "flux",
-        "FluxFillPipeline",
-        {"image": PICTURE, "mask_image": MASK},
-        {"in_channels": 48, "out_channels": 16},
+        "flux", "FluxFillPipeline", {"image": PICTURE, "mask_image": MASK}, {**SIXTEEN, "in_channels": 48}
     ),
-    **{
-        f"flux {name}": Sister(
-            "flux", f"Flux{pipeline}Pipeline", {**call, **CONTROL}, {"in_channels": 32, "out_channels": 16}
-        )
-        for name, pipeline, call in (
-            ("control", "Control", {}),
-            ("control image-to-image", "ControlImg2Img", CHANGE),
-            ("control inpainting", "ControlInpaint", FILL),
-        )
-    },
+    "flux control": Sister("flux", "FluxControlPipeline", CONTROL, TWICE),
+    "flux control image-to-image": Sister("flux", "FluxControlImg2ImgPipeline", {**CHANGE, **CONTROL}, TWICE),
+    "flux control inpainting": Sister("flux", "FluxControlInpaintPipeline", {**FILL, **CONTROL}, TWICE),
     "pixart-α": Sister("pixart", "PixArtAlphaPipeline"),
     "pixart pag": Sister(
-        "pixart",
-        "PixArtSigmaPAGPipeline",
-        {"pag_scale": 3.0},
-        parts=lambda parts: {"pag_applied_layers": "1"},
+        "pixart", "PixArtSigmaPAGPipeline", {"pag_scale": 3.0}, parts=lambda _: {"pag_applied_layers": "1"}
     ),
     "chroma image-to-image": Sister("chroma", "ChromaImg2ImgPipeline", CHANGE),
     "chroma inpainting": Sister("chroma", "ChromaInpaintPipeline", FILL, parts=told_of_guidance),
@@ -262,13 +214,7 @@ SISTERS = {
         "hunyuan-image",
         "HunyuanImageRefinerPipeline",
         {"image": PICTURE},
-        {
-            "in_channels": 8,
-            "patch_size": (1, 1, 1),
-            "rope_axes_dim": (2, 2, 4),
-            "guidance_embeds": True,
-            "text_embed_2_dim": None,
-        },
+        REFINER,
         refiner_parts,
     ),
     "wan image-to-video 2.1": Sister(
@@ -290,7 +236,7 @@ SISTERS = {
     "kandinsky-5 image-to-video": Sister(
         "kandinsky-5",
         "Kandinsky5I2VPipeline",
-        {"num_frames": 21, "image": PICTURE},
+        {**LONG_FILM, "image": PICTURE},
         {"visual_cond": True},
         film_parts,
     ),
