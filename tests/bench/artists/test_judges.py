@@ -30,9 +30,8 @@ def test_what_ships_says_what_it_is_worth(judges):
 @pytest.mark.slow
 def test_they_beat_chance_on_the_pipelines_pictures(emoji_sd, judges):
     rows = [row for row in read_prompts("emoji10").rows if row.artist and row.case_number % 20 in (1, 6, 13)]
-    images = generate(
-        emoji_sd, [row.prompt for row in rows], [row.evaluation_seed for row in rows], steps=8, guidance=5.0
-    )
+    prompts, seeds = [row.prompt for row in rows], [row.evaluation_seed for row in rows]
+    images = generate(emoji_sd, prompts, seeds, steps=8, guidance=5.0)
     style, content = judges.judge(images, rows)
     right = sum(artist == row.artist for artist, row in zip(style, rows, strict=True))
     assert right / len(rows) > 0.25  # chance is 0.1
@@ -94,15 +93,13 @@ def test_clip_judges_against_a_plain_loop(tiny_clip):
     model, tokenizer = tiny_clip
     judges = ClipJudges(model, tokenizer, CLIP_ROWS)
     judges.check(CLIP_ROWS)
-    images = torch.randint(
-        0, 256, (6, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (6, 3, 64, 48), dtype=torch.uint8, generator=generator)
     style, content = judges.judge(images, CLIP_ROWS)
 
     def similarity(image, text):
-        small = torch.nn.functional.interpolate(
-            image[None] / 255, (32, 32), mode="bicubic", antialias=True
-        ).clamp(0, 1)
+        resized = torch.nn.functional.interpolate(image[None] / 255, (32, 32), mode="bicubic", antialias=True)
+        small = resized.clamp(0, 1)
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
         deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
         with torch.no_grad():

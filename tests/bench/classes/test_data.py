@@ -51,10 +51,8 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
 def test_digits_are_scikit_learns(digits):
     """Every image of scikit-learn is in exactly one part, scaled from 0..16 to [-1, 1], under its label."""
     raw = load_digits()
-    expected = sorted(
-        (*(image / 8 - 1).round(2).ravel(), label)
-        for image, label in zip(raw.images, raw.target, strict=True)
-    )
+    pairs = zip(raw.images, raw.target, strict=True)
+    expected = sorted((*(image / 8 - 1).round(2).ravel(), label) for image, label in pairs)
     found = []
     for part in (digits.train, digits.validation, digits.test):
         batch = part[torch.arange(len(part))]
@@ -62,9 +60,8 @@ def test_digits_are_scikit_learns(digits):
         assert batch["pixel_values"].shape == (len(part), 1, 8, 8)
         rows = batch["pixel_values"].flatten(1).double().numpy()
         found += [(*row, label) for row, label in zip(rows, batch["labels"].tolist(), strict=True)]
-    np.testing.assert_allclose(
-        sorted((*np.round(row[:-1], 2), row[-1]) for row in found), expected, atol=0.011
-    )
+    found = sorted((*np.round(row[:-1], 2), row[-1]) for row in found)
+    np.testing.assert_allclose(found, expected, atol=0.011)
     assert digits.class_names == tuple("0123456789")
 
 
@@ -101,19 +98,17 @@ def test_size_channels_and_normalisation():
     pixels = data.test[0]["pixel_values"]
     assert data.channels == 3
     assert pixels.shape == (3, 16, 16)
-    grey = torch.nn.functional.interpolate(
-        (plain / 2 + 0.5)[None], (16, 16), mode="bilinear", antialias=True
-    )[0, 0]
+    larger = {"size": (16, 16), "mode": "bilinear", "antialias": True}
+    grey = torch.nn.functional.interpolate((plain / 2 + 0.5)[None], **larger)[0, 0]
     torch.testing.assert_close(pixels, torch.stack([(grey - 0.5) / 0.5, grey, (grey - 0.25) / 0.5]))
 
 
 @pytest.mark.parametrize("forget", [["3"], [3], ["0", 8]])
 def test_split_by_class(digits, forget):
     splits, ids = split_by_class(digits, forget), {int(c) for c in forget}
-    for part, forgotten, remaining in (
-        (digits.train, splits.f, splits.r),
-        (digits.validation, splits.fv, splits.rv),
-        (digits.test, splits.ft, splits.rt),
+    sides = ((splits.f, splits.r), (splits.fv, splits.rv), (splits.ft, splits.rt))
+    for part, (forgotten, remaining) in zip(
+        (digits.train, digits.validation, digits.test), sides, strict=True
     ):
         assert set(forgotten.labels.tolist()) == ids
         assert not set(remaining.labels.tolist()) & ids
@@ -158,10 +153,8 @@ def test_fashion_mnist_from_idx_files(tmp_path, monkeypatch):
     written = {}
     for part, count in (("train", 20), ("t10k", 10)):
         pixels, labels = colours((count, 28, 28), seed=count), np.arange(count, dtype=np.uint8) % 10
-        for name, array in (
-            (f"{part}-images-idx3-ubyte.gz", pixels),
-            (f"{part}-labels-idx1-ubyte.gz", labels),
-        ):
+        files = {f"{part}-images-idx3-ubyte.gz": pixels, f"{part}-labels-idx1-ubyte.gz": labels}
+        for name, array in files.items():
             head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
             (tmp_path / name).write_bytes(gzip.compress(head + array.tobytes()))
         written[part] = pixels
@@ -213,9 +206,8 @@ def test_hub_data_sets(tmp_path, name, columns, test, size):
     batch = data.test[torch.tensor([5, 2])]["pixel_values"]
     expected = torch.from_numpy(pixels[[5, 2]]).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(batch, expected)
-    assert isinstance(data.train.images, torch.Tensor) == (
-        name != "imagenet-1k"
-    )  # ImageNet is not read into memory
+    # ImageNet is not read into memory
+    assert isinstance(data.train.images, torch.Tensor) == (name != "imagenet-1k")
 
 
 @pytest.mark.parametrize("test", ["test", "validation"])
@@ -234,9 +226,8 @@ def test_a_folder_of_images(tmp_path, test):
     assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 8)
     pixels = data.test[torch.arange(8)]["pixel_values"]
     assert pixels.shape == (8, 3, 8, 8)
-    torch.testing.assert_close(
-        pixels[..., 2:-2].mean((0, 2, 3)), torch.tensor([1.0, -1.0, -1.0]), atol=0.02, rtol=0
-    )
+    red = torch.tensor([1.0, -1.0, -1.0])
+    torch.testing.assert_close(pixels[..., 2:-2].mean((0, 2, 3)), red, atol=0.02, rtol=0)
 
 
 def test_a_folder_without_test_images(tmp_path):
@@ -255,12 +246,10 @@ def rendered(tmp_path):
     of_drawing = [name for i in range(103) for name in [i] * (3 if i in (1, 2) else 10)]
     colour = np.random.default_rng(0).integers(0, 200, (103, 3), dtype=np.uint8)
     images = np.broadcast_to(colour[of_drawing][:, None, None], (len(of_drawing), 64, 64, 3)).copy()
-    images[:, :, :, 0] += (np.arange(len(of_drawing)) % 50).astype(np.uint8)[
-        :, None, None
-    ]  # every drawing is a little different
-    np.savez(
-        tmp_path / "images.npz", images=images, artist=np.zeros(len(of_drawing)), name=np.array(of_drawing)
-    )
+    # every drawing is a little different
+    images[:, :, :, 0] += (np.arange(len(of_drawing)) % 50).astype(np.uint8)[:, None, None]
+    artists = np.zeros(len(of_drawing))
+    np.savez(tmp_path / "images.npz", images=images, artist=artists, name=np.array(of_drawing))
     (tmp_path / "meta.json").write_text(json.dumps({"names": names, "things": things}))
     return tmp_path
 
@@ -268,9 +257,8 @@ def rendered(tmp_path):
 @pytest.mark.slow
 def test_emoji_100(rendered):
     data = load_kd_data("emoji-100", path=rendered, image_size=8)
-    assert data.class_names == tuple(
-        f"thing {i}" for i in range(2, 102)
-    )  # the two that fewest artists drew are left out
+    # the two that fewest artists drew are left out
+    assert data.class_names == tuple(f"thing {i}" for i in range(2, 102))
     assert len(data.train) + len(data.validation) == 100 * 8 * 25
     assert len(data.test) == 100 * 2 * 5
     assert data.test.images.shape == (1000, 3, 8, 8)
@@ -280,9 +268,8 @@ def test_emoji_100(rendered):
     views = data.test.images[:5].double()
     assert all(not views[0].equal(view) for view in views[1:])
     middle = data.train.images[:, :, 3:5, 3:5].double().mean((2, 3))
-    centres = torch.stack(
-        [middle[data.train.rows][data.train.labels == label].mean(0) for label in range(100)]
-    )
+    of_rows = middle[data.train.rows]
+    centres = torch.stack([of_rows[data.train.labels == label].mean(0) for label in range(100)])
     nearest = torch.cdist(data.test.images[:, :, 3:5, 3:5].double().mean((2, 3)), centres).argmin(1)
     right = (nearest == data.test.labels).double().mean()
     wrong = (nearest == data.test.labels.roll(10)).double().mean()
@@ -291,16 +278,14 @@ def test_emoji_100(rendered):
 
 def test_emoji_holds_out_drawings(rendered, monkeypatch):
     """Without moving or recolouring, no image of the test set is one of the training set."""
-    monkeypatch.setattr(
-        kd_sources, "views", lambda pixels, generator: ((pixels + 1) * 127.5).round().to(torch.uint8)
-    )
+    plain = lambda pixels, generator: ((pixels + 1) * 127.5).round().to(torch.uint8)  # noqa: E731
+    monkeypatch.setattr(kd_sources, "views", plain)
     data = load_kd_data("emoji-100", path=rendered, image_size=2)
-    train, test = (
-        {
-            (*part.images[row].flatten().tolist(), label)
-            for row, label in zip(part.rows.tolist(), part.labels.tolist(), strict=True)
-        }
-        for part in (data.train, data.test)
-    )
+
+    def seen(part):
+        pairs = zip(part.rows.tolist(), part.labels.tolist(), strict=True)
+        return {(*part.images[row].flatten().tolist(), label) for row, label in pairs}
+
+    train, test = seen(data.train), seen(data.test)
     assert len(test) == 200
     assert not train & test

@@ -29,7 +29,7 @@ def letters(digits):
     return replace(digits, class_names=tuple("abcdefghij"))
 
 
-def test_the_recipe_is_that_of_the_architecture(digits, letters, tmp_path):
+def test_the_recipe_is_that_of_the_architecture(letters, tmp_path):
     assert Recipe.of(letters, VIT) == replace(FINE_TUNING["vit"], flip=False)
     assert Recipe.of(letters, VIT, learning_rate=0.5).learning_rate == 0.5
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")

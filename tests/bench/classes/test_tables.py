@@ -80,7 +80,7 @@ def test_every_seed_is_told(tables):
 
 
 @pytest.mark.slow
-def test_the_tables_are_those_of_the_rows(tables, tmp_path, monkeypatch):
+def test_the_tables_are_those_of_the_rows(tables, monkeypatch):
     committed = {path.name: path.read_text("utf-8") for path in (KD / "tables").iterdir()}
     written = {}
     monkeypatch.setattr(tables, "write_text", lambda path, text: written.setdefault(path.name, text))

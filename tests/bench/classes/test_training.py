@@ -69,15 +69,10 @@ def train(output, name="allcnn-narrow", recipe=RECIPE, validation=None):
 
 
 def start(output, name, kill_after, **environment):
-    script = SCRIPT.format(
-        tests=[str(Path(__file__).parent), str(Path(__file__).parents[2])],
-        kill_after=kill_after,
-        output=str(output),
-        name=name,
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
-    )
+    tests = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    script = SCRIPT.format(tests=tests, kill_after=kill_after, output=str(output), name=name)
+    options = {"env": {**os.environ, **environment}, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script], **options)
 
 
 @pytest.mark.slow
@@ -113,11 +108,9 @@ def test_killed_and_run_again_it_ends_the_same(tmp_path):
     (killed / ".checkpoint.part" / "model.safetensors").write_bytes(b"torn")
     one, other = train(killed), train(whole)
     assert same(one, other.state_dict())
-    logs = [
-        [{**row, "seconds": ""} for row in csv.DictReader((folder / "log.csv").open())]
-        for folder in (killed, whole)
-    ]
-    assert logs[0] == logs[1]
+    logs = (csv.DictReader((folder / "log.csv").open()) for folder in (killed, whole))
+    first, second = ([{**row, "seconds": ""} for row in log] for log in logs)
+    assert first == second
     third = train(tmp_path / "other", recipe=replace(RECIPE, seed=1))
     assert not same(other, third.state_dict())
 
@@ -128,15 +121,11 @@ def test_two_processes_train_the_same_model(tmp_path, digits):
     both = [start(tmp_path / "two", "vit-narrow", 1_000, **environment) for environment in launched(2)]
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
-    one, two = (
-        train(tmp_path / "one", "vit-narrow"),
-        train(tmp_path / "two", "vit-narrow"),
-    )  # the second is only loaded
+    one, two = (train(tmp_path / name, "vit-narrow") for name in ("one", "two"))  # the second is only loaded
+    models = (one, two, build_classifier("vit-narrow", digits).eval())
     pixels = digits.test[torch.arange(100)]["pixel_values"]
     with torch.no_grad():
-        one, two, before = (
-            m(pixel_values=pixels).logits for m in (one, two, build_classifier("vit-narrow", digits).eval())
-        )
+        one, two, before = (model(pixel_values=pixels).logits for model in models)
     assert (one - two).abs().max() < 0.02 < 0.5 < (one - before).abs().max()
 
 
@@ -162,12 +151,10 @@ def test_batches_visit_every_image_once_in_an_epoch():
     later = list(Batches(10, recipe, 3, range(4, 6), slice(None)))
     assert [batch.tolist() for batch in later] == [batch.tolist() for batch in whole[4:]]
     halves = [list(Batches(10, recipe, 3, range(0, 6), slice(rank, None, 2))) for rank in range(2)]
-    assert [sorted(torch.cat(pair).tolist()) for pair in zip(*halves, strict=True)] == [
-        sorted(batch.tolist()) for batch in whole
-    ]
-    assert [Batches(10, recipe, 3, range(0, 6), slice(None)).size(step) for step in range(6)] == [
-        len(batch) for batch in whole
-    ]
+    joined = [sorted(torch.cat(pair).tolist()) for pair in zip(*halves, strict=True)]
+    assert joined == [sorted(batch.tolist()) for batch in whole]
+    batches = Batches(10, recipe, 3, range(0, 6), slice(None))
+    assert [batches.size(step) for step in range(6)] == [len(batch) for batch in whole]
 
 
 def test_augment_moves_and_mirrors():
@@ -181,14 +168,12 @@ def test_augment_moves_and_mirrors():
     # mirrored crops are crops of the padded image read from right to left
     assert seen == {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(1))}
     straight = augment(images, 1, False, torch.Generator().manual_seed(0), *everything)[:, 0]
-    assert {tuple(one.flatten().tolist()) for one in straight} == {
-        tuple(crop.flatten().tolist()) for crop in crops
-    }
+    seen = {tuple(one.flatten().tolist()) for one in straight}
+    assert seen == {tuple(crop.flatten().tolist()) for crop in crops}
     assert augment(image, 0, False, torch.Generator(), 1, slice(None)).equal(image)
     share = slice(1, None, 2)
-    assert augment(images[share], 1, True, torch.Generator().manual_seed(0), 2000, share)[:, 0].equal(
-        made[share]
-    )
+    part = augment(images[share], 1, True, torch.Generator().manual_seed(0), 2000, share)
+    assert part[:, 0].equal(made[share])
 
 
 def test_learning_rate_rises_and_falls_to_zero():
@@ -206,10 +191,9 @@ def test_predict_leaves_the_model_as_it_was(digits):
     predicted = predict(model, digits.test, batch_size=100)
     assert model.training
     assert same(model, before)
+    pixels = digits.test[torch.arange(len(digits.test))]["pixel_values"]
     with torch.no_grad():
-        assert predicted.equal(
-            model.eval()(digits.test[torch.arange(len(digits.test))]["pixel_values"]).logits.argmax(1)
-        )
+        assert predicted.equal(model.eval()(pixels).logits.argmax(1))
 
 
 @pytest.fixture
