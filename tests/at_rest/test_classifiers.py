@@ -246,7 +246,7 @@ def test_verify_and_save_find_other_weights(model, digit_classifier, prototypes,
         more_hf.save(model, folder)
 
 
-def test_variants_and_shards(model, prototypes, digits, tmp_path):
+def test_variants_and_shards(model, prototypes, tmp_path):
     more_hf.erase_classes(model.half(), prototypes, "four")
     options = {"variant": "fp16", "max_shard_size": "20KB", "include_delta": True}
     folder = more_hf.save(model, tmp_path / "erased", **options)

@@ -128,7 +128,7 @@ def test_the_proof_by_run_rolls_back(model, prototypes):
 # Undoing and adding
 
 
-def test_a_second_call_fits_both_jointly(model, loader, digits, digit_classifier, prototypes):
+def test_a_second_call_fits_both_jointly(model, loader, digits, digit_classifier):
     more_hf.erase_classes(model, loader, "four", remap_to="nine", router="random", num_experts=2)
     more_hf.erase_classes(model, loader, "seven", remap_to="one")
     joint = more_hf.erase_classes(copy.deepcopy(digit_classifier), loader, ["four", "seven"], remap_to="nine")

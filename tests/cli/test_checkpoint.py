@@ -132,7 +132,7 @@ def test_offloaded_is_the_same(stored, tmp_path, monkeypatch, family, offload):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_offloading_is_of_the_device_that_was_asked_for(monkeypatch, tmp_path):
+def test_offloading_is_of_the_device_that_was_asked_for(monkeypatch):
     calls = []
 
     class Pipe:
@@ -175,7 +175,7 @@ def test_stored_dtype_is_that_of_the_weights_that_are_loaded(tmp_path):
         stored_dtype(tmp_path)
 
 
-def test_a_hub_id_keeps_its_name(stored, tmp_path, monkeypatch):
+def test_a_hub_id_keeps_its_name(stored, monkeypatch):
     folder, seen = stored("flux", "float16"), {}
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda model, name: str(folder / name))
     monkeypatch.setattr(DiffusionPipeline, "download", lambda model, **options: str(folder))

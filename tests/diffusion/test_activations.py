@@ -269,7 +269,7 @@ def test_without_a_target_it_goes_to_ordinary_pictures(original):
 
 
 @pytest.mark.slow
-def test_saved_loaded_and_verified(original, erased, tmp_path):
+def test_saved_loaded_and_verified(erased, tmp_path):
     folder = more_hf.save(erased, tmp_path / "erased")
     assert more_hf.verify(folder)
     loaded = more_hf.load(folder)

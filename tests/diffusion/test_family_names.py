@@ -22,7 +22,6 @@ from more_hf.core.views import experts_forced, routing_off
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
-PROMPT = "a house by van gogh"
 FOUR = ["sdxl", "sd3", "flux", "pixart"]
 SLOW_NEWER = [pytest.param(family, marks=() if family in FOUR else pytest.mark.slow) for family in MATRIX]
 WITH_POOLED = ["sdxl", "sd3", "flux", "kandinsky-5", "kolors", "hidream"]

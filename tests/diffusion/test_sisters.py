@@ -156,7 +156,7 @@ def test_a_controlnet_of_many_is_refused_too():
         erase(pipe)
 
 
-def test_a_controlnet_that_has_the_edited_layers(originals):
+def test_a_controlnet_that_has_the_edited_layers():
     """Z-Image's takes the layers that read text from the denoiser: given an erased one, it is erased, too."""
     (sister,) = [sister for sister in WITH_CONTROLNET if sister.pipeline == "ZImageControlNetPipeline"]
     original = build_sister(sister)

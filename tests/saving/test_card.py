@@ -130,7 +130,7 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_names_and_results_stay_plain_text(saved, hub, text):
+def test_names_and_results_stay_plain_text(saved, text):
     """Names, aliases, targets, reasons and results come from whoever made the record."""
     record = json.loads((saved / "more_hf.json").read_text("utf-8"))
     record["request"]["concepts"] = {"van gogh": [text]}

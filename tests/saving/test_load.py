@@ -134,7 +134,7 @@ def test_no_code_and_no_pickle_by_argument(cache, argument):
         cache.load(**argument)
 
 
-def test_no_pickle_in_place_of_safetensors(cache, saved_twice, tmp_path):
+def test_no_pickle_in_place_of_safetensors(saved_twice, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(saved_twice[0], folder)
     torch.save(load_file(folder / WEIGHTS), folder / WEIGHTS.replace(".safetensors", ".bin"))

@@ -60,7 +60,7 @@ def test_options_of_a_lora(erased, tmp_path, options):
         ("me/erased", {"grid": __file__}),
     ],
 )
-def test_arguments_of_a_push(erased, tmp_path, hub, repo_id, options):
+def test_arguments_of_a_push(erased, hub, repo_id, options):
     with pytest.raises(more_hf.ExportError):
         more_hf.push_to_hub(erased, repo_id, **options)
     assert hub.writes == []

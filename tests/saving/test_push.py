@@ -204,7 +204,7 @@ def test_a_repository_with_the_originals_weights(saved, hub, name, branch):
     refused(hub, saved, rf"{re.escape(name)}.*delete_files.*git history keeps old files", revision=branch)
 
 
-def test_weights_under_the_same_names_are_replaced_and_history_told(saved, saved_once, hub, caplog):
+def test_weights_under_the_same_names_are_replaced_and_history_told(saved, hub, caplog):
     hub.repos["me/erased"] = {"main": {WEIGHTS: b"the original's"}}
     with caplog.at_level(logging.WARNING, logger="more_hf"):
         more_hf.push_to_hub(saved, "me/erased")

@@ -77,7 +77,7 @@ def test_each_level_says_the_artist_in_its_own_way():
         assert len(used) >= least
 
 
-def test_the_file_is_what_its_script_writes(tmp_path, monkeypatch):
+def test_the_file_is_what_its_script_writes(monkeypatch):
     import runpy
 
     path = Path(__file__).parents[3] / "benchmarks" / "artists" / "levels" / "prompts.py"
@@ -116,7 +116,7 @@ def few(tmp_path):
     return path
 
 
-def test_levels_are_chosen_and_limited(few, tmp_path):
+def test_levels_are_chosen_and_limited(few):
     prompts = read_prompts(few)
     assert prompts.levels == ["name", "short", "near"]
     assert [r.case_number for r in prompts.at(["short"]).rows] == [2, 3, 6, 7]

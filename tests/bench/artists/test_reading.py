@@ -57,7 +57,7 @@ def test_all_is_refused_where_nobody_is_known(emoji_sd, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_case_is_folded_between_prompts_targets_and_what_is_asked(tiny_sd, tmp_path, caplog):
+def test_case_is_folded_between_prompts_targets_and_what_is_asked(tiny_sd, tmp_path):
     (tmp_path / "field.csv").write_text(FIELD, encoding="utf-8")
     output = tmp_path / "out"
     run_artists(

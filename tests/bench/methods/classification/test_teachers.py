@@ -38,7 +38,7 @@ def test_bad_teacher_moves_to_the_bad_one_on_forget_and_to_the_good_one_on_remai
         assert (answers[0] - answers[1]).abs().mean() < 0.25 * (answers[0] - answers[2]).abs().mean()
 
 
-def test_boundary_shrink_attacks_along_the_gradient(splits):
+def test_boundary_shrink_attacks_along_the_gradient():
     """Logits ±w·x: the attack moves every pixel by the bound against its class, which has a closed form."""
     flat = nn.Sequential(nn.Flatten(), nn.Linear(25, 2, bias=False))
     w = torch.linspace(-1, 1, 25)

@@ -46,7 +46,7 @@ def test_the_papers_experts_are_algorithm_1(tiny_sd):
     assert (erasure.request.router, erasure.remaps["tokens"].solver) == ("random", "pinv")
 
 
-def test_the_papers_targets_are_drawn_uniformly_with_repeats(tiny_sd, monkeypatch):
+def test_the_papers_targets_are_drawn_uniformly_with_repeats(monkeypatch):
     """Every seed by itself, each forgotten name by itself. Without replacement no name would come twice."""
     asked = []
     monkeypatch.setattr(
