@@ -113,9 +113,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def saved_once(tmp_path_factory):
-    """
-    A folder that `save` wrote, with the factors, and the state of the original denoiser. Not to be modified.
-    """
+    """A folder that `save` wrote, with the factors, and the original denoiser's state. Read only."""
     from support.hub import erase
 
     pipe = build_tiny_sd()
@@ -176,9 +174,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @pytest.fixture(scope="session")
 def digits():
-    """
-    scikit-learn's digits: images `(1797, 1, 8, 8)` in [0, 1], labels `(1797,)`. Train on the first 1200.
-    """
+    """scikit-learn's digits `(1797, 1, 8, 8)` in [0, 1], and labels. Train on the first 1200."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -187,10 +183,7 @@ def digits():
 
 @pytest.fixture(scope="session")
 def digit_classifier(digits):
-    """
-    A small ResNet of Transformers (features of 32), trained here on digits to 94 % on the last 597. Copy it
-    before changing it.
-    """
+    """A small ResNet, trained here on digits to 94 % on the last 597. Copy it before changing it."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     images, labels = digits

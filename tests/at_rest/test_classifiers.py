@@ -1,7 +1,4 @@
-"""
-Whatever saves, copies, compiles or reloads an erased classifier: it stays erased. Without the hook it has the
-original's features.
-"""
+"""Whatever saves, copies, compiles or reloads an erased classifier, it stays erased, at its head at least."""
 
 import copy
 import json

@@ -1,7 +1,4 @@
-"""
-Features are the head's input: means of them, whatever the batches, and nothing of the model changes by
-looking.
-"""
+"""Features are the head's input: means of them, whatever the batches; looking changes nothing."""
 
 import multiprocessing
 import os
@@ -239,10 +236,7 @@ def test_bad_places(model, data):
 
 
 def shard(rank, environment, folder):
-    """
-    One of two processes, with 37 samples in batches of 8: shuffled, plain, prepared by the user, and a list
-    that is not sharded.
-    """
+    """One of two processes, with 37 samples in batches of 8, loaded in four ways."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     from accelerate import PartialState

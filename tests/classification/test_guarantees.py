@@ -1,7 +1,4 @@
-"""
-What the method promises, on features of a trained classifier, and what it does not: the controls stay in the
-suite.
-"""
+"""What the method promises, on features of a trained classifier, and what it does not."""
 
 import copy
 
@@ -27,9 +24,7 @@ def original(digit_classifier, digits):
 
 @pytest.fixture
 def erased(digit_classifier, prototypes):
-    """
-    A factory of `(model, remap)`, with the forget class sent to the target unless settings say otherwise.
-    """
+    """A factory of `(model, remap)`: the class is sent to the target unless settings say otherwise."""
 
     def build(**settings):
         model = copy.deepcopy(digit_classifier)
@@ -55,10 +50,7 @@ def probe(features, labels, **settings):
 
 
 def recovered(features, labels, rows=EVERY):
-    """
-    Percent of held-out images of the forgotten class that a new linear probe, fitted on the others, finds
-    again.
-    """
+    """Percent of held-out images of the forgotten class that a new linear probe finds again."""
     scaled = features / features[rows].std(0).clamp_min(1e-6)
     fitted = probe(scaled[rows], labels[rows], C=100.0, tol=1e-4)
     held = labels[1200:] == FORGET
@@ -122,10 +114,7 @@ def balanced(labels, generator=0):
 
 
 def probe_gap(features, labels, rows):
-    """
-    The largest difference between the probe's weights for the forgotten class and for the target, and of
-    their intercepts.
-    """
+    """How far the probe's weights for the forgotten class and the target differ, and their intercepts."""
     fitted = probe(features[rows], labels[rows], C=1.0)
     difference = torch.tensor(fitted.coef_[FORGET] - fitted.coef_[TARGET])
     return float(difference.abs().max()), float(abs(fitted.intercept_[FORGET] - fitted.intercept_[TARGET]))
@@ -211,10 +200,7 @@ def test_two_queries_do_not_invert_hash_routing(erased, digits):
 
 
 def test_a_layer_of_ones_own_sees_the_original_features_without_the_hook(erased, digits, original):
-    """
-    The checkpoint forgets at the logits only: its features are the original's, and a new probe has the class
-    back.
-    """
+    """The checkpoint forgets at the logits only: a new probe has the class back."""
     model, _ = erased()
     copied = copy.deepcopy(model)  # as a reload: weights without the hook
     features = passed(copied, digits)

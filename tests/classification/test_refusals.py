@@ -1,7 +1,4 @@
-"""
-What cannot be forgotten as asked is refused, with the reason, before anything is changed; and how an edit is
-undone.
-"""
+"""What cannot be forgotten as asked is refused before anything is changed; and how an edit is undone."""
 
 import copy
 

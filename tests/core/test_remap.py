@@ -1,6 +1,4 @@
-"""
-The guarantees G1 to G5 and G7 under their conditions, against references that share no code with the method.
-"""
+"""The guarantees G1 to G5 and G7, against references that share no code with the method."""
 
 import math
 
@@ -114,9 +112,7 @@ def auc(positive, negative):
 
 
 def probe_f_against_t(counts, l2):
-    """
-    Fit a probe before and after; for both return w_f − w_t, and s_f − s_t on the features of f and of t.
-    """
+    """A probe before and after; of both w_f − w_t, and s_f − s_t on the features of f and of t."""
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
     # classes overlap: a minimiser exists
     features = randn(len(labels), 6, seed=3) + 1.5 * randn(4, 6, seed=4)[labels]

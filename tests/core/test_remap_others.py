@@ -1,7 +1,4 @@
-"""
-The edit beside others: UCE's closed form, the least movement, and what must not depend on scale, rotation or
-random state.
-"""
+"""The edit beside others: UCE, the least movement, and what scale and rotation must not change."""
 
 import dataclasses
 

@@ -1,6 +1,4 @@
-"""
-Which expert a sample takes: draws that depend on seed and call alone, and hashes that repeat themselves.
-"""
+"""Which expert a sample takes: draws that depend on seed and call alone, hashes that repeat themselves."""
 
 import pytest
 import torch

@@ -18,8 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def wave(size, phase):
-    """Three planes of crossed waves in [-1, 1], computed in float64 so that every machine has the same
-    picture."""
+    """Three planes of crossed waves in [-1, 1], in float64: the same picture on every machine."""
     y, x = torch.arange(size).double()[:, None], torch.arange(size).double()[None, :]
     planes = [torch.sin(0.11 * k * x + 0.07 * y + phase) * torch.cos(0.05 * k * y - phase) for k in (1, 2, 3)]
     return torch.stack(planes).unsqueeze(0).float()
@@ -127,8 +126,7 @@ def test_the_wheel_has_the_data_and_works_from_elsewhere(tmp_path):
 
 @pytest.mark.usefixtures("every_ordinary_prompt")
 def test_everyday_prompts_are_the_list_that_the_tokenizer_knows(emoji_sd, tiny_sd):
-    """The tiny tokenizer's words are of the general list (`van`, `gogh`, `painting`), the embedded one's of
-    its own captions."""
+    """The tiny tokenizer's words are of the general list, the embedded one's of its own captions."""
     own, general = everyday_prompts(emoji_sd.tokenizer), everyday_prompts(tiny_sd().tokenizer)
     for artist in EMOJI_ARTISTS:
         assert sum(artist in prompt for prompt in own) == 40

@@ -96,9 +96,7 @@ def test_changes_no_global_state(pipe):
 
 
 def assert_exact(pipe, originals, relative=1e-4):
-    """
-    At every site: forget prototypes read as their targets did, every other prototype as before, and it moved.
-    """
+    """Forget prototypes read as their targets did, all others as before, at every site; and it moved."""
     remap = more_hf.get_erasure(pipe).remap
     P, forget = remap.prototypes.matrix.float(), list(remap.forget)
     remain = [i for i in range(P.shape[1]) if i not in forget]

@@ -1,7 +1,4 @@
-"""
-Every family, every verb: prompts as a user types them, through the pipeline's own template, text encoders and
-norms.
-"""
+"""Every family, every verb: prompts as typed, through the pipeline's own template and encoders."""
 
 import copy
 

@@ -1,7 +1,4 @@
-"""
-What cannot be edited safely is refused by name, with a remedy, and the pipeline is left bit for bit as it
-was.
-"""
+"""What cannot be edited safely is refused by name, with a remedy, and the pipeline stays as it was."""
 
 import copy
 import io

@@ -1,7 +1,4 @@
-"""
-Every other pipeline of the families' denoisers: each is erased as the text-to-image pipeline is, or refused
-by name.
-"""
+"""Every other pipeline of the families' denoisers is erased as theirs is, or refused by name."""
 
 import inspect
 import re

@@ -48,8 +48,7 @@ def run(monkeypatch):
 
 @pytest.mark.slow
 def test_train_and_package(run, tmp_path, monkeypatch):
-    """The packaged file, the row and the README's table are of one model; the command names no folder of this
-    machine."""
+    """Packaged file, row and table are of one model; the command names no folder of this machine."""
     shutil.copy(SCRIPTS / "README.md", tmp_path)
     monkeypatch.setattr(more_hf.data, "FOLDER", tmp_path)
 

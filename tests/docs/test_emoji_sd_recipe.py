@@ -1,6 +1,4 @@
-"""
-The recipe of the embedded pipeline: the whole chain, tiny, and a killed run that ends like one never killed.
-"""
+"""The recipe of the embedded pipeline, tiny, and a killed run that ends like one never killed."""
 
 import itertools
 import json
@@ -47,9 +45,7 @@ def run(script: str, **flags) -> None:
 
 
 def write_packages(folder: Path) -> None:
-    """
-    Ten sets of four drawings laid out like the npm packages; each artist has its own shade and corner radius.
-    """
+    """Ten sets of four drawings, laid out like the npm packages; each artist has a shade of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(RECIPE)
         from data import ARTISTS

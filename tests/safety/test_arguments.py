@@ -42,9 +42,7 @@ def snapshot(model, core):
 
 
 def call(function, model, core):
-    """
-    The function's result or its error, after which the model must be what it was; else it is restored.
-    """
+    """The result or the error, after which the model must be what it was; else it is restored."""
     found, before = snapshot(model, core), state(core)
     outcome = outcome_of(function)
     if isinstance(outcome, Exception):

@@ -166,14 +166,15 @@ def test_what_is_copied_inside_the_block_is_erased(pair, tmp_path, name):
     assert all(torch.equal(copied[key], value) for key, value in expected.items())
 
 
-def test_projections_fused_inside_the_block(pair):
+def test_projections_fused_inside_the_block(pair, tmp_path):
     pipe, erased, _ = pair
     with pytest.raises(more_hf.MoreError, match="fused|replaced"), more_hf.disabled(pipe):
         pipe.fuse_qkv_projections()
     assert torch.allclose(run(pipe), erased, atol=1e-5)  # what was fused is the erased weights
-    for verb in (lambda: more_hf.disabled(pipe).__enter__(), lambda: more_hf.restore(pipe)):
+    verbs = (more_hf.restore, lambda pipe: more_hf.save(pipe, tmp_path / "saved"))
+    for verb in (lambda pipe: more_hf.disabled(pipe).__enter__(), *verbs):
         with pytest.raises(more_hf.SiteNotFoundError, match="fused|replaced"):
-            verb()
+            verb(pipe)
     assert more_hf.get_erasure(pipe) is not None
     pipe.unfuse_qkv_projections()
 
@@ -214,10 +215,7 @@ def test_compiled_inside_the_block(pair):
 
 
 def test_the_stance_of_overlapping_blocks(pair):
-    """
-    The first block to open must not put the compiler back while a second one is open, nor the second one
-    afterwards.
-    """
+    """Neither block may put the compiler back while the other is open, nor the second one afterwards."""
     pipe, _, _ = pair
     before = stance()
     with ExitStack() as first, ExitStack() as second:

@@ -20,9 +20,7 @@ ROUNDS = 4
 
 @pytest.fixture(autouse=True)
 def switch_often(monkeypatch):
-    """
-    Another thread's turn after every write of a site, so that interleavings are met that a fast model hides.
-    """
+    """Another thread's turn after every write: interleavings that a fast model hides."""
     write = Site.write
 
     def slow(site, value):

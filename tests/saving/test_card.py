@@ -1,7 +1,4 @@
-"""
-The model card that goes up: licence and tags of the original, what the edit is and is not, and a card that
-exists is kept.
-"""
+"""The model card: license and tags of the original, what the edit is, and a card that exists is kept."""
 
 import json
 import logging
@@ -41,6 +38,7 @@ def test_card_carries_licence_and_tags(saved, tmp_path, hub):
     assert "the mean of claude monet, johannes vermeer" in text
     assert "![The same prompts and seeds before and after](before_after.jpg)" in text
     assert "restrictions on use included" in text
+    assert f"[creativeml-openrail-m]({data['license_link']})" in text
     for claim in ("Exact: To rounding", "Not exact", "The weights tell", "Whoever has the original"):
         assert claim in text
 

@@ -1,6 +1,4 @@
-"""
-A LoRA, or another folder, from a folder: of the denoiser's shards only the layers that read text are read.
-"""
+"""A LoRA, or another folder, from a folder: only the layers that read text are read of the shards."""
 
 import copy
 import re

@@ -1,7 +1,4 @@
-"""
-`load` from the Hub: one commit for record, factors and weights; no code, no pickle; the weights that the
-record is of.
-"""
+"""`load` from the Hub: one commit for all; no code, no pickle; the weights that the record is of."""
 
 import json
 import shutil

@@ -1,7 +1,4 @@
-"""
-The LoRA of an erasure: on the original pipeline it is the erased one, in diffusers by running, elsewhere by
-the documented key rules.
-"""
+"""The LoRA of an erasure: in diffusers by running it, elsewhere by the documented key rules."""
 
 import copy
 import itertools
@@ -240,20 +237,14 @@ LAYERS = ("transformer_blocks_0_attn2_to_k", "transformer_blocks_0_attn2_to_v")
 
 
 def in_comfyui(key):
-    """
-    A module is known by its diffusers name with underscores after `lora_unet_`; the rest is one of the
-    suffixes.
-    """
+    """Knows a module by its diffusers name with underscores after `lora_unet_`, and the suffixes."""
     pairs = itertools.product(BLOCKS.items(), LAYERS)
     known = {f"lora_unet_{block}_{layer}": f"{place}_{layer}" for (block, place), layer in pairs}
     return next((place for stem, place in known.items() if key in {f"{stem}.{part}" for part in PARTS}), None)
 
 
 def in_a1111(key):
-    """
-    What is before the first dot is rewritten by arithmetic: three modules to a level, counted after the first
-    convolution.
-    """
+    """Rewrites what is before the first dot: three modules to a level, after the first convolution."""
     stem, _, part = key.partition(".")
     sides, middle = r"(down|up)_blocks_(\d+)_attentions_(\d+)_(.+)", r"mid_block_attentions_0_(.+)"
     found = re.fullmatch(rf"lora_unet_(?:{sides}|{middle})", stem)

@@ -603,10 +603,7 @@ UNKNOWN = Tiny(
 
 
 def build(family=""):
-    """
-    The text-to-image pipeline of a family, or of one that the package does not know. Does not change the
-    global random state.
-    """
+    """The pipeline of a family, or of one that the package does not know. The global seed stays."""
     tiny = TINY[family] if family else UNKNOWN
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

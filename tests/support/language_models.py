@@ -1,7 +1,4 @@
-"""
-Tokenizers and language models of the newest families' text encoders: the real classes, random weights, a few
-numbers wide.
-"""
+"""Tokenizers and language models of the newest families: real classes, random weights, few numbers wide."""
 
 import io
 import string
@@ -195,9 +192,7 @@ def mistral(tokenizer, width=48, layers=31):
 
 
 def chat_glm_tokenizer():
-    """
-    Kolors': every printable character, and the words of the CLIP tokenizer. It is saved by copying its file.
-    """
+    """Kolors': every printable character, and CLIP's words. It is saved by copying its file."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter([WORDS, string.ascii_letters, string.digits, string.punctuation] * 20),

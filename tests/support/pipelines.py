@@ -47,11 +47,7 @@ def tiny_tokenizer():
 
 
 def build_tiny_sd(version: str = "1", seed: int = 0, **unet_options):
-    """
-    Build a StableDiffusionPipeline in the layout of SD `version` "1" or "2": random weights, 32x32 images,
-    text width 32.
-    Does not change the global random state.
-    """
+    """In the layout of SD 1.x or 2.x: random weights, 32x32 images. The global random state stays."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,

@@ -32,10 +32,7 @@ def denoiser_in(family, dtype):
 
 
 def erasure_by_chance(pipe, denoiser, seed, close=False, router=None):
-    """
-    An edit whose prototypes are random, two of them forgotten and sent to two others; `close` to them on
-    demand.
-    """
+    """An edit with random prototypes, two of them sent to two others, `close` to them on demand."""
     generator = torch.Generator().manual_seed(seed)
     sites = find_sites(pipe, denoiser, pooled=True)
     remaps = {}

@@ -21,10 +21,7 @@ def randn(*shape, seed=0):
 
 
 def make_prototypes(d, k, condition=10.0, seed=0):
-    """
-    k prototypes p0, p1, … whose matrix has this condition number, and a second moment that is not the
-    identity.
-    """
+    """p0, p1, … whose matrix has this condition number; the second moment is not the identity."""
     left, right = torch.linalg.qr(randn(d, k, seed=seed))[0], torch.linalg.qr(randn(k, k, seed=seed + 1))[0]
     P = left * torch.logspace(0, -math.log10(condition), k, dtype=torch.float64) @ right.T
     spread = torch.logspace(0, -1, d, dtype=torch.float64)
@@ -56,16 +53,12 @@ def condition(prototypes, solver):
 
 
 def tolerance(remap):
-    """
-    A pseudo-inverse through an SVD leaves D P − I at about d · 2e-16 · condition; d ≤ 64, the rest is slack.
-    """
+    """Through an SVD, D P − I is about d · 2e-16 · condition; d ≤ 64, the rest is slack."""
     return 1e-13 * condition(remap.prototypes, remap.solver)
 
 
 def dense_experts(remap):
-    """
-    Every E as a `(d, d)` matrix, from the generalised least squares formula as it is written in the design.
-    """
+    """Every E as a `(d, d)` matrix, from the generalised least squares formula."""
     P, S_inv = remap.prototypes.matrix.numpy(), np.linalg.inv(metric(remap.prototypes, remap.solver))
     D = np.linalg.inv(P.T @ S_inv @ P) @ P.T @ S_inv
     experts = []

@@ -1,7 +1,4 @@
-"""
-Other pipelines of the families' denoisers, which take a picture, make a film, or draw in another way: the
-real classes at tiny sizes.
-"""
+"""Other pipelines of the families' denoisers: with a picture, of a film, or drawn in another way."""
 
 import inspect
 from collections.abc import Callable, Mapping

@@ -1,6 +1,4 @@
-"""
-Every method in one table: ours in its variants, several artists in one erasure, tuned settings, who wins.
-"""
+"""Every method in one table: ours in its variants, several artists in one erasure, tuned settings."""
 
 import copy
 import json

@@ -5,10 +5,7 @@ from more_hf_bench.artists.ranking import rank, winner
 
 
 def rows_of(method, far, near, *, styles=1, content=10, prompts=10, forget="A"):
-    """
-    Ten forgotten pictures and ten others; `styles` of the first still recognised, `content` of ten things
-    still there.
-    """
+    """Ten forgotten pictures, `styles` of them recognised, `content` with their thing; and ten others."""
     common = {"method": method, "forget": forget, "content_before": 1}
     rows = []
     for i in range(prompts):

@@ -31,8 +31,7 @@ def png(array):
 
 
 def write_parquet(folder, split, columns, names, shape, count):
-    """A split as the Hub has it: one parquet file with an image and a label column. Returns what was
-    written."""
+    """A split as the Hub has it: one parquet file of images and labels. Returns what was written."""
     image, label = columns
     pixels, labels = colours((count, *shape), seed=len(split)), [i % len(names) for i in range(count)]
     features = Features({image: Image(), label: ClassLabel(names=names)})
@@ -148,8 +147,7 @@ def test_errors(digits, call, message):
 
 
 def test_fashion_mnist_from_idx_files(tmp_path, monkeypatch):
-    """Files written by hand after the format's description, small: the reader has to find shape, bytes and
-    labels."""
+    """Small files by the format's description: the reader has to find shape, bytes and labels."""
     written = {}
     for part, count in (("train", 20), ("t10k", 10)):
         pixels, labels = colours((count, 28, 28), seed=count), np.arange(count, dtype=np.uint8) % 10
@@ -212,8 +210,7 @@ def test_hub_data_sets(tmp_path, name, columns, test, size):
 
 @pytest.mark.parametrize("test", ["test", "validation"])
 def test_a_folder_of_images(tmp_path, test):
-    """Images of any size: the shorter side is resized, the centre taken. Here white with a red middle that
-    alone is kept."""
+    """The shorter side is resized, the centre taken: here of white pictures a red middle."""
     for split in ("train", test):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -239,8 +236,7 @@ def test_a_folder_without_test_images(tmp_path):
 
 @pytest.fixture
 def rendered(tmp_path):
-    """A folder as benchmarks/emoji_sd/data.py writes it: 102 things, ten drawings each but for the first two,
-    one colour per thing."""
+    """As benchmarks/emoji_sd/data.py writes it: ten drawings of most of 102 things, one colour per thing."""
     things = [f"thing-{i}" for i in range(102)]
     names = ["not-chosen", *things]
     of_drawing = [name for i in range(103) for name in [i] * (3 if i in (1, 2) else 10)]

@@ -1,5 +1,4 @@
-"""Numbers of the knowledge-deletion benchmark, each against scikit-learn, numpy, a loop, or a case by
-hand."""
+"""Numbers of the class benchmark, each against scikit-learn, numpy, a loop, or a case by hand."""
 
 import numpy as np
 import pytest
@@ -173,8 +172,7 @@ def test_probe_scores_by_hand():
 
 
 def test_no_probe_tells_a_remapped_class_from_its_target_and_one_tells_an_erased_one():
-    """G5: prototypes fitted on the probe's own data. The controls are the unedited features and erasure
-    without a target."""
+    """G5 on the probe's own data. The controls: unedited features, and erasure without a target."""
     z, labels = blobs(n=800, d=12)
     prototypes = PrototypeFitter(12, [*"abcd"]).update(z, labels).prototypes
     scores = {}

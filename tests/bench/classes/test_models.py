@@ -58,8 +58,7 @@ def test_the_seed_alone_decides_the_weights(digits):
 
 
 def test_allcnn_is_the_network_of_the_unlearning_literature(digits):
-    """The same numbers from convolutions written out one by one: widths 48 and 96, strides, BatchNorm, ReLU,
-    mean over positions."""
+    """The same numbers from convolutions written out one by one."""
     model = build_classifier("allcnn", load_kd_data("digits", channels=3, image_size=32)).eval()
     weights = model.state_dict()
     assert [w.shape for key, w in weights.items() if w.ndim == 4] == [
@@ -88,8 +87,7 @@ def test_allcnn_is_the_network_of_the_unlearning_literature(digits):
 
 @pytest.mark.slow
 def test_resnet18_sizes(digits):
-    """The field's ResNet-18 for CIFAR-100 has 11,220,132 parameters, and with the small stem its last map is
-    4×4 at 32 pixels."""
+    """11,220,132 parameters with 100 classes; with the small stem the last map is 4×4 at 32 pixels."""
     data = load_kd_data("digits", channels=3, image_size=32)
     model = build_classifier("resnet18", data).eval()
     assert count(model) - count(model.classifier) == 11_220_132 - (512 * 100 + 100)
@@ -135,8 +133,7 @@ def test_no_such_classifier(digits):
 
 @pytest.fixture(scope="module")
 def imagenet_resnet(tmp_path_factory):
-    """A tiny ResNet of transformers' own class with its 7×7 first convolution, five labels and an image
-    processor, saved."""
+    """A tiny ResNet with its 7×7 first convolution, five labels and an image processor, saved."""
     folder = tmp_path_factory.mktemp("resnet")
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5

@@ -1,5 +1,4 @@
-"""What the benchmark does once instead of often: features of the original for closed forms, samples of many
-probe steps."""
+"""What the benchmark does once instead of often: features of the original, samples of many probe steps."""
 
 import copy
 

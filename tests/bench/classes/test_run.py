@@ -1,5 +1,4 @@
-"""The knowledge-deletion benchmark from one call: cells, resume, rows, tables, plots; against independent
-recomputation."""
+"""The class benchmark from one call: cells, resume, rows, tables, plots; against recomputation."""
 
 import copy
 import html
@@ -254,8 +253,7 @@ kd_measure = kd.measure
 
 
 def test_killed_and_run_again(tmp_path, folder):
-    """kill -9 while cells are being measured: the second run keeps every finished cell's file and ends with
-    the same rows."""
+    """The second run keeps every finished cell's file, and ends with the same rows."""
     output = tmp_path / "killed"
     methods = METHODS[:4]
     settings = {"output": str(output), "models": str(folder / "models"), **SMALL}
@@ -367,8 +365,7 @@ def test_a_setting_that_a_folder_does_not_know_is_left_out_at_its_default():
 
 
 def test_cells_keep_their_names():
-    """A committed folder is continued: its configuration gives the names that its cells were written
-    under."""
+    """A committed folder is continued: its configuration gives the names of its cells."""
     folder = Path(__file__).parents[3] / "benchmarks" / "kd" / "fashion-mnist-allcnn"
     config = ClassesConfig.read(folder)
     assert config.to_dict() == json.loads((folder / "config.json").read_text())

@@ -1,5 +1,4 @@
-"""Random samples forgotten: rows against recomputation, the gap by hand, resume; and the scripts beside the
-benchmark."""
+"""Random samples forgotten: rows against recomputation, the gap by hand; and the scripts beside."""
 
 import importlib.util
 import inspect

@@ -1,5 +1,4 @@
-"""The tables of benchmarks/kd: who misses, by hand; which rows are put side by side; the README holds the
-committed ones."""
+"""The tables of benchmarks/kd: who misses, by hand; which rows are put side by side."""
 
 import importlib.util
 import itertools

@@ -96,8 +96,7 @@ def test_training_learns_and_is_only_loaded_the_second_time(digits, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_run_again_it_ends_the_same(tmp_path):
-    """Killed in the second epoch's second step, and with a half-written checkpoint beside, weights and log
-    are those of one run."""
+    """Also with a half-written checkpoint beside, weights and log are those of one run."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(killed, "allcnn-narrow", kill_after=8)
     process.communicate()

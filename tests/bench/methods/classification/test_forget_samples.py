@@ -31,9 +31,7 @@ def means(model, splits):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-allcnn", "digits-vit"])
 def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
-    """
-    W E with the textbook's E, and nothing else changed; the backbone's features, and so the means, stay.
-    """
+    """W E with the textbook's E, and nothing else changed: the features, and so the means, stay."""
     model = load_classifier(name)
     before = state(model)
     P_f, P_r = means(model, splits)
@@ -57,10 +55,7 @@ def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
 
 
 def test_what_does_not_hold_is_said(splits):
-    """
-    E is near the identity, no projection, moves the remain means, and what it lets through still shows the
-    forgotten means.
-    """
+    """E is near the identity, no projection, moves the remain means, and still shows the forgotten ones."""
     facts = forget_samples(load_classifier("digits-allcnn"), splits.f.loader(100), splits.r.loader(500)).facts
     assert facts["forget_to_remain"] < 1e-8
     assert facts["remain_moved"] > 0.3
@@ -71,9 +66,7 @@ def test_what_does_not_hold_is_said(splits):
 
 
 def test_as_printed_sends_a_mean_elsewhere(splits):
-    """
-    Algorithm 3's P_r P_r⁺ in place of P_r P_f⁺: E p_f is p_f's projection on the span of the remain means.
-    """
+    """With Algorithm 3's P_r P_r⁺, E p_f is p_f's projection on the span of the remain means."""
     model = load_classifier("digits-allcnn")
     original = model.classifier.weight.detach().double()
     P_f, P_r = means(model, splits)

@@ -34,10 +34,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def cached(digits):
-    """
-    Features, labels and head of the digits AllCNN, and a remap of class 3 with eight experts, one target
-    each.
-    """
+    """Features, labels and head of the digits AllCNN, and a remap of class 3 with eight experts."""
     model = load_classifier("digits-allcnn")
     features, labels = (
         torch.cat(parts) for parts in zip(*features_of(model, digits.train.loader(500)), strict=True)
@@ -54,10 +51,7 @@ def fit(cached, weight=None, **options):
 
 
 def reference_losses(remap, head, features, labels, forgotten, weight):
-    """
-    L_R, L_F and L_FLB of appendix D.2 sample by sample, with materialised experts: top-1's value, the
-    mixture's gradient.
-    """
+    """L_R, L_F and L_FLB of appendix D.2 sample by sample: top-1's value, the mixture's gradient."""
     weight = weight.clone().requires_grad_()
     eye = torch.eye(len(remap.prototypes.matrix), dtype=torch.float64)
     experts = [eye + remap.shift(e) @ remap.D_F for e in range(remap.num_experts)]
@@ -86,10 +80,7 @@ def reference_losses(remap, head, features, labels, forgotten, weight):
 
 @pytest.mark.parametrize("losses", [None, *COMBINATIONS])
 def test_one_step_is_adams_on_the_written_out_loss(cached, losses):
-    """
-    One batch of 60: the logged losses are the reference's, and W moves by Adam's first step, −lr g / (|g| +
-    eps). By default the losses are the two of the paper's -T-B.
-    """
+    """W moves by Adam's first step, −lr g / (|g| + eps); by default on the two losses of the paper's -T-B."""
     remap, head, features, labels, forgotten = cached
     index = torch.cat([forgotten.nonzero()[:20, 0], (~forgotten).nonzero()[:40, 0]])
     batch = (remap, head, features[index], labels[index], forgotten[index])
@@ -112,10 +103,7 @@ def test_one_step_is_adams_on_the_written_out_loss(cached, losses):
 
 
 def test_the_balance_loss_evens_out_the_forgotten(cached):
-    """
-    From a random start, with a learning rate that shows it in ten epochs; without a learning rate nothing
-    moves.
-    """
+    """From a random start, with a learning rate that shows it in ten epochs, and with none."""
     start = 0.1 * torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
     still = fit(cached, start, losses=["balance"], learning_rate=0.0)
     trained = fit(cached, start, losses=["balance"], learning_rate=1e-2)
@@ -146,9 +134,7 @@ def test_same_seed_same_router_and_papers_settings(cached):
 
 
 def test_more_experts_than_remain_classes(cached):
-    """
-    Algorithm 4 takes the first N_E rows of P_R⁺, which has nine: experts 9 to 11 have none and stay idle.
-    """
+    """P_R⁺ has nine rows (Algorithm 4): experts 9 to 11 have none and stay idle."""
     remap, *rest = cached
     wide = Remap.fit(remap.prototypes, [FORGET], [[name] for name in "012456789012"])
     start = PrototypeRouter.initial(wide)
@@ -161,9 +147,7 @@ def test_more_experts_than_remain_classes(cached):
 
 
 def test_batches_without_one_side(cached):
-    """
-    A batch may hold forgotten samples only, or none: the losses that need the other side are left out of it.
-    """
+    """Losses that need the side that a batch lacks are left out of it."""
     remap, head, features, labels, forgotten = cached
     side = {
         rows: (remap, head, features[index], labels[index], forgotten[index])
