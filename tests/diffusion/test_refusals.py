@@ -27,7 +27,6 @@ from torch import nn
 
 import more_hf
 from more_hf.core.registry import find_erasure
-from more_hf.core.site import Site
 
 
 CPU = torch.device("cpu")
@@ -195,16 +194,6 @@ def assert_refused(pipe, words):
 @pytest.mark.parametrize("prepare", PREPARED, ids=lambda prepare: prepare.__name__)
 def test_refused(tiny_sd, tmp_path, prepare):
     assert_refused(prepare(tiny_sd(), tmp_path), PREPARED[prepare])
-
-
-@pytest.mark.slow
-def test_disk_offload_leaves_the_files_as_they_were(tiny_sd, tmp_path):
-    pipe = offloaded_to_disk(tiny_sd(), tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(more_hf.SiteNotFoundError):
-        erase(pipe)
-    assert len(before) > 100
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
@@ -375,59 +364,6 @@ def test_proof_by_run_keeps_the_earlier_erasure(tiny_sd, sabotage, router):
     with pytest.raises(more_hf.SiteNotFoundError, match="proof by run failed"):
         erase(pipe, "pablo picasso", router=router)
     assert_still_in_force(pipe, erasure, before)
-
-
-@pytest.fixture
-def fail_at(monkeypatch):
-    """`fail_at(k, error)`: the k-th write of a site from now on fails, once."""
-
-    def install(k, error=RuntimeError):
-        real, writes = Site.write, iter(range(1, 10**6))
-
-        def write(site, value):
-            if next(writes) == k:
-                raise error("interrupted")
-            real(site, value)
-
-        monkeypatch.setattr(Site, "write", write)
-
-    return install
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("router", [None, "random"])
-def test_interrupted_edit(tiny_sd, fail_at, router, error):
-    pipe = tiny_sd()
-    before = snapshot(pipe)
-    fail_at(5, error)
-    with pytest.raises(error, match="interrupted"):
-        erase(pipe, router=router)
-    assert changed(pipe, before) == []
-    assert more_hf.get_erasure(pipe) is None
-    assert not pipe.unet._forward_pre_hooks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("k", [1, 5, 8])
-@pytest.mark.parametrize("router", [None, "random"])
-def test_interrupted_refit(tiny_sd, fail_at, router, k):
-    pipe = erase(tiny_sd(), router=router)
-    erasure, before = more_hf.get_erasure(pipe), snapshot(pipe)
-    fail_at(k)
-    with pytest.raises(RuntimeError, match="interrupted"):
-        erase(pipe, "pablo picasso", router=router)
-    assert_still_in_force(pipe, erasure, before)
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_interrupted_restore(tiny_sd, fail_at, k):
-    pipe = erase(tiny_sd(), router="random")
-    erasure, before = more_hf.get_erasure(pipe), snapshot(pipe)
-    fail_at(k)
-    with pytest.raises(RuntimeError, match="interrupted"):
-        more_hf.restore(pipe)
-    assert_still_in_force(pipe, erasure, before)
-    assert changed(more_hf.restore(pipe), snapshot(tiny_sd())) == []
 
 
 def test_denoiser_that_fails_during_the_proof(tiny_sd, monkeypatch):

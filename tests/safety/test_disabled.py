@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers.hooks import apply_group_offloading
 from support.compare import same, state
 from support.processes import in_threads
@@ -51,6 +50,16 @@ def pair(tiny_sd):
     erased = run(pipe)
     assert (original - erased).abs().max() > 1e-4
     return pipe, erased, original
+
+
+def test_it_gives_the_pipeline_that_it_was_given(pair):
+    pipe, _, original = pair
+    with more_hf.disabled(pipe) as inside:
+        assert inside is pipe
+        assert torch.equal(run(inside), original)
+    more_hf.restore(pipe)
+    with pytest.raises(more_hf.MoreError, match="nothing to disable"), more_hf.disabled(pipe):
+        pass
 
 
 def test_blocks_that_overlap_in_one_context(pair):
@@ -224,36 +233,6 @@ def test_the_stance_of_overlapping_blocks(pair):
         first.close()
         assert stance() == "force_eager"
     assert stance() == before
-
-
-OFFLOADS = {
-    "sequential": lambda unet: cpu_offload(unet, execution_device=torch.device("cpu")),
-    "model": lambda unet: cpu_offload_with_hook(unet, execution_device=torch.device("cpu")),
-    "group": lambda unet: apply_group_offloading(
-        unet, onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-    ),
-}
-
-
-@pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_offloaded(tiny_sd, offload, when):
-    pipe = tiny_sd()
-    original = run(pipe)
-    if when == "before":
-        OFFLOADS[offload](pipe.unet)
-    erase(pipe)
-    erased = run(pipe)
-    if when == "after":
-        OFFLOADS[offload](pipe.unet)
-    assert not torch.equal(erased, original)
-    hooks = hooks_of(pipe.unet)
-    with more_hf.disabled(pipe):
-        assert torch.equal(run(pipe), original)
-    assert torch.equal(run(pipe), erased)
-    assert hooks_of(pipe.unet) == hooks
-    more_hf.restore(pipe)
-    assert torch.equal(run(pipe), original)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

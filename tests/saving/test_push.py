@@ -4,14 +4,11 @@ import copy
 import json
 import logging
 import re
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from support.compare import same, state
 from support.families import TINY, build, shorten
 from support.hub import BASE, REVISION, card_of, erase
@@ -220,33 +217,7 @@ def test_factors_that_are_not_there(saved, hub):
     refused(hub, saved, f"has no {DELTA}", include_delta=True)
 
 
-# Plain diffusers, and the command
-
-
-@pytest.mark.slow
-def test_plain_push_to_hub_is_erased(tiny_sd, tmp_path, monkeypatch):
-    from diffusers.pipelines import pipeline_utils
-    from diffusers.utils import hub_utils
-
-    pipe, original = erase(tiny_sd()), tiny_sd()
-
-    def upload(folder_path, **kwargs):
-        shutil.copytree(folder_path, tmp_path / "pushed")
-
-    for module in (pipeline_utils, hub_utils):
-        monkeypatch.setattr(
-            module, "create_repo", lambda repo_id, **options: SimpleNamespace(repo_id=repo_id)
-        )
-    card = ModelCard("---\n{}\n---\n")
-    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: card)
-    monkeypatch.setattr(hub_utils, "upload_folder", upload)
-    pipe.push_to_hub("me/erased")
-
-    pushed = load_file(tmp_path / "pushed" / WEIGHTS)
-    assert same(pipe.unet, pushed)
-    before = original.unet.state_dict().items()
-    changed = {name for name, value in before if not torch.equal(value, pushed[name])}
-    assert changed == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
+# The command
 
 
 def test_the_command(saved, tmp_path, hub, capsys):
