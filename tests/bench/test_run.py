@@ -1,15 +1,11 @@
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from more_hf_bench.artists.run import GIVEN
-from more_hf_bench.classes.run import NOT_SETTINGS
 from more_hf_bench.machine import processes
-from more_hf_bench.methods.registry import find_classification_method, find_diffusion_method
 from more_hf_bench.run import (
     BenchmarkConfig,
     BenchmarkError,
@@ -18,10 +14,6 @@ from more_hf_bench.run import (
     read_config,
     refuse_unused_settings,
 )
-
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-COMMITTED = sorted(path.parent for path in BENCHMARKS.rglob("config.json") if held_settings(path.parent))
 
 
 @dataclass(frozen=True)
@@ -106,23 +98,6 @@ def test_a_setting_newer_than_a_folder_is_left_out_at_its_default(tmp_path):
     assert other == {"lamb": 1.0, **held}
     with pytest.raises(BenchmarkError, match="m: lamb is None there, 1.0 here"):
         config(methods={"m": other}).joined_with(tmp_path)
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(BENCHMARKS)))
-def test_committed_folders_can_be_continued(path):
-    """Today's methods have the settings that the folder holds of them, when they are given the same."""
-    about = json.loads((path / "config.json").read_text("utf-8"))
-    of_pictures = "lpips" in about or about["benchmark"] == "attacks-pictures"
-    for name, settings in about["methods"].items():
-        if name in about.get("references", ()):
-            continue
-        if of_pictures:
-            function, without = find_diffusion_method(name), GIVEN
-        else:
-            forgets = "samples" if about["benchmark"] == "kd-samples" else "classes"
-            method = name.removesuffix("-reloaded")
-            function, without = find_classification_method(method, forgets=forgets), NOT_SETTINGS
-        assert method_settings(function, settings, without=without, held=settings) == settings, name
 
 
 def test_settings_that_nobody_takes_are_refused():

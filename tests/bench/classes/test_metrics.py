@@ -7,8 +7,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from more_hf.core.prototypes import PrototypeFitter
-from more_hf.core.remap import Remap
 from more_hf_bench.classes.membership import (
     confidence,
     loss_attack,
@@ -149,13 +147,6 @@ def test_converged_probe_on_singular_features_beats_short_training():
     assert losses[0] < 0.7 * losses[1]
 
 
-def splits_of(z, labels, forget=0):
-    """The same samples as training and as test data."""
-    gone = labels == forget
-    features = {"f": z[gone], "ft": z[gone], "r": z[~gone], "rt": z[~gone]}
-    return features, {"f": labels[gone], "ft": labels[gone], "r": labels[~gone], "rt": labels[~gone]}
-
-
 def test_probe_scores_by_hand():
     probe = Probe(torch.eye(3), torch.zeros(3))
     answers = {"f": [0, 0, 1], "r": [1, 2], "ft": [0, 1], "rt": [1, 1, 2, 0]}
@@ -169,21 +160,6 @@ def test_probe_scores_by_hand():
     assert scores["auc_rest"] == pytest.approx(100 * (3 + 4 / 2) / 8)
     assert scores["auc_target"] == pytest.approx(100 * (2 + 2 / 2) / 4)
     assert np.isnan(probe_scores(probe, features, labels, forget=[0])["auc_target"])
-
-
-def test_no_probe_tells_a_remapped_class_from_its_target_and_one_tells_an_erased_one():
-    """G5 on the probe's own data. The controls: unedited features, and erasure without a target."""
-    z, labels = blobs(n=800, d=12)
-    prototypes = PrototypeFitter(12, [*"abcd"]).update(z, labels).prototypes
-    scores = {}
-    for name, targets in (("before", None), ("erase", [[None]]), ("remap", [["c"]])):
-        after = z.double() if targets is None else Remap.fit(prototypes, ["a"], targets).apply(z.double())
-        probe = converged_probe(after, labels, C=1.0)
-        scores[name] = probe_scores(probe, *splits_of(after, labels), forget=[0], targets=[2])
-    assert scores["remap"]["auc_target"] == 50
-    assert scores["before"]["auc_target"] > 99
-    assert scores["erase"]["auc_target"] > 90
-    assert scores["remap"]["auc_rest"] < scores["before"]["auc_rest"]
 
 
 # membership
