@@ -22,6 +22,7 @@ _EXPORTS = {
     "disabled": "api",
     "erase_classes": "classification.erase",
     "erase_concept": "diffusion.erase",
+    "erase_file": "saving.one_file",
     "erase_to_folder": "saving.shards",
     "erase_to_lora": "saving.lora",
     "find_aliases": "diffusion.aliases",
@@ -36,6 +37,7 @@ _EXPORTS = {
     "save_checkpoint": "saving.single_file",
     "save_lora": "saving.lora",
     "verify": "saving.check",
+    "verify_file": "saving.one_file",
 }
 
 __all__ = sorted(_EXPORTS)

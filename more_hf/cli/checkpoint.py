@@ -37,6 +37,11 @@ class Checkpoint:
     pipeline: str  # its class
     parts: dict[str, str]  # component -> its class
 
+    @property
+    def in_one_file(self) -> bool:
+        """Whether the model is a single file, whose pipeline is found out from it."""
+        return not self.pipeline
+
 
 def add_device(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--device", metavar="DEVICE", help=f"cpu, cuda, cuda:1, mps, ... ({default})")
@@ -68,6 +73,8 @@ def read_checkpoint(model: str) -> Checkpoint:
     Raises:
         FileNotFoundError: the folder has no index.
     """
+    if Path(model).is_file():
+        return Checkpoint(model, "", {})
     folder = FOLDER / "emoji_sd" if model == EMOJI_SD else Path(model)
     file = folder / INDEX
     if not folder.is_dir():

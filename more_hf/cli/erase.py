@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import add_dtype, find_device, place
-from .options import add_command, add_router
+from .options import add_command, add_router, add_text_encoder
 from .request import (
     Request,
     add_layers_only,
     add_request,
     drawing_options,
     erased_pipeline,
+    needs_denoiser,
     read_layers_only,
     read_request,
 )
@@ -35,7 +36,8 @@ def add_to(commands) -> None:
         purpose="erase concepts from a pipeline and save it with a record",
         examples=(
             "more-hf erase emoji-sd --concept Blobmoji --remap_to Fluent --output without_blobmoji",
-            'more-hf erase MODEL --concept "Van Gogh" cat --remap_to "Van Gogh=Monet" cat=dog --output DIR',
+            'more-hf erase model.safetensors --concept "Van Gogh" cat --remap_to "Van Gogh=Monet" cat=dog '
+            "--output erased.safetensors",
         ),
     )
     add = parser.add_argument
@@ -43,7 +45,14 @@ def add_to(commands) -> None:
     add_router(parser)
     add_dtype(parser)
     add_layers_only(parser)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to save the pipeline to")
+    add_text_encoder(parser)
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR_OR_FILE",
+        help="folder to save the pipeline to, or the erased file of a MODEL in one file",
+    )
     add(
         "--single_file",
         type=Path,
@@ -61,7 +70,7 @@ def add_to(commands) -> None:
 
 def _erase(args: argparse.Namespace) -> int:
     request = read_request(args)
-    if args.layers_only:
+    if args.layers_only or request.checkpoint.in_one_file:
         return _from_layers(args, request)
     if args.single_file is not None:
         from more_hf.saving.single_file import refuse_other_suffix
@@ -86,14 +95,19 @@ def _erase(args: argparse.Namespace) -> int:
 
 
 def _from_layers(args: argparse.Namespace, request: Request) -> int:
-    """`erase_to_folder` with the command's arguments."""
+    """`erase_to_folder`, or `erase_file` for a model in one file, with the command's arguments."""
     for flag in ("compare", "single_file", "dtype"):
         if getattr(args, flag) is not None:
-            raise ValueError(f"`--{flag}` needs the denoiser, and `--layers_only` loads none. Leave one out.")
+            raise needs_denoiser(flag, request)
     given = read_layers_only(args, request)
 
     import more_hf
 
+    if request.checkpoint.in_one_file:
+        if args.include_delta:
+            raise ValueError("`--include_delta` writes a file beside the weights of a folder. Leave it out.")
+        erasure = more_hf.erase_file(file=args.output, **given)
+        return _report(erasure, args.output)
     erasure = more_hf.erase_to_folder(folder=args.output, include_delta=args.include_delta, **given)
     return _report(erasure, args.output)
 

@@ -7,8 +7,15 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import DTYPES, add_command
-from .request import add_layers_only, add_request, erased_pipeline, read_layers_only, read_request
+from .options import DTYPES, add_command, add_text_encoder
+from .request import (
+    Request,
+    add_layers_only,
+    add_request,
+    erased_pipeline,
+    read_layers_only,
+    read_request,
+)
 
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ def add_to(commands) -> None:
     )
     add("--dtype", choices=DTYPES, default="float16", help="precision of the factors in the file (float16)")
     add_layers_only(parser)
+    add_text_encoder(parser)
     add(
         "--output",
         type=Path,
@@ -56,6 +64,8 @@ def add_to(commands) -> None:
 def _lora(args: argparse.Namespace) -> int:
     request = read_request(args)
     parts = request.checkpoint.parts
+    if request.checkpoint.in_one_file:
+        return _from_file(args, request)
     if args.format == "kohya" and "unet" not in parts:
         denoiser = parts.get("transformer", "no UNet")
         raise ValueError(
@@ -85,6 +95,19 @@ def _lora(args: argparse.Namespace) -> int:
     logger.info("Writing the LoRA")
     file = more_hf.save_lora(pipe, args.output, format=args.format, dtype=dtype)
     return _report(more_hf.get_erasure(pipe), file, len(denoisers))
+
+
+def _from_file(args: argparse.Namespace, request: Request) -> int:
+    """`erase_to_lora` of a model in one file."""
+    given = read_layers_only(args, request)
+
+    import torch
+
+    import more_hf
+    from more_hf.saving.lora import lora_path
+
+    path, dtype = lora_path(args.output, args.format), getattr(torch, args.dtype)
+    return _report(more_hf.erase_to_lora(path=path, format=args.format, dtype=dtype, **given), path, 1)
 
 
 def _report(erasure: ConceptErasure, file: Path, denoisers: int) -> int:

@@ -106,6 +106,15 @@ def add_remap_to(parser: argparse.ArgumentParser, *, note: str = "", **options: 
     )
 
 
+def add_text_encoder(parser: argparse.ArgumentParser) -> None:
+    """Add where the text encoder of a checkpoint in one file is."""
+    parser.add_argument(
+        "--text_encoder",
+        metavar="FOLDER_OR_ID",
+        help="a diffusers folder or Hub id of the same model, for a MODEL in one file without text encoder",
+    )
+
+
 def add_router(parser: argparse.ArgumentParser) -> None:
     """Add the router and the flag that saves its factors; `save` warns of a router without them."""
     parser.add_argument(
@@ -158,8 +167,8 @@ def refuse_missing_model(model: str) -> None:
     """Refuse a path that does not exist; `name` or `owner/name` may also be a Hub id."""
     path = Path(model)
     written_as_path = model.startswith(".") or path.is_absolute() or len(path.parts) > 2
-    if written_as_path:
-        refuse_missing_folder(path, f"A model is a folder, a Hub id like owner/name, or {EMOJI_SD}.")
+    if written_as_path and not path.is_file():
+        refuse_missing_folder(path, f"A model is a folder, a file, a Hub id like owner/name, or {EMOJI_SD}.")
 
 
 def refuse_typo(name: str) -> None:

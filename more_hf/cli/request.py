@@ -57,7 +57,7 @@ class Request:
 def add_request(parser: argparse.ArgumentParser) -> None:
     """Add the model and what to erase from it."""
     add = parser.add_argument
-    add_model(parser, f"a folder, a Hub id, or {EMOJI_SD}")
+    add_model(parser, f"a folder, a checkpoint in one file, a Hub id, or {EMOJI_SD}")
     add_import(parser)
     add_concepts(parser, "concept", "what to erase", default=[])
     add(
@@ -125,7 +125,10 @@ def read_request(args: argparse.Namespace) -> Request:
     logger.info("To erase:\n%s", _plan(wanted))
     if model == EMOJI_SD:
         _warn_about_unknown(wanted)
-    return Request(read_checkpoint(model), concepts, options)
+    checkpoint = read_checkpoint(model)
+    if args.text_encoder is not None and not checkpoint.in_one_file:
+        raise ValueError("`--text_encoder` is for a model in one file; a folder has its own. Leave it out.")
+    return Request(checkpoint, concepts, options)
 
 
 def _refuse_typos(names: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -165,6 +168,16 @@ def add_layers_only(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def needs_denoiser(flag: str, request: Request) -> ValueError:
+    """The error for a flag that needs the denoiser, which is not loaded."""
+    why = (
+        "of a model in one file none is loaded"
+        if request.checkpoint.in_one_file
+        else ("`--layers_only` loads none")
+    )
+    return ValueError(f"`--{flag}` needs the denoiser, and {why}. Leave that flag out.")
+
+
 def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, Any]:
     """
     The keyword arguments that `erase_to_lora` and `erase_to_folder` share.
@@ -173,16 +186,15 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
         ValueError: an argument needs the denoiser.
     """
     if args.offload != "none":
-        raise ValueError("`--offload` moves a denoiser, and `--layers_only` loads none. Leave one out.")
+        raise needs_denoiser("offload", request)
     if request.edits_denoiser:
-        raise ValueError(
-            "`--reach denoiser` draws pictures, and `--layers_only` loads no denoiser. Leave one out."
-        )
+        raise needs_denoiser("reach denoiser", request)
     model = request.checkpoint.model
     return {
         "source": FOLDER / "emoji_sd" if model == EMOJI_SD else model,
         "concepts": request.concepts,
         "device": find_device(args.device, "none"),
+        **({"text_encoder": args.text_encoder} if request.checkpoint.in_one_file else {}),
         **request.options,
     }
 

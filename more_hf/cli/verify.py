@@ -1,8 +1,9 @@
 """`more-hf verify`: check a saved model's files against its record."""
 
 import argparse
+from pathlib import Path
 
-from .options import add_command, add_import, refuse_missing_folder
+from .options import add_command, add_import, add_text_encoder, refuse_missing_folder
 
 
 def add_to(commands) -> None:
@@ -19,7 +20,10 @@ def add_to(commands) -> None:
         ),
     )
     add_import(parser)
-    parser.add_argument("folder", metavar="DIR", help="a folder that `more-hf erase` or `more_hf.save` wrote")
+    parser.add_argument(
+        "folder", metavar="DIR_OR_FILE", help="a folder or file that `more-hf erase` or `more_hf.save` wrote"
+    )
+    add_text_encoder(parser)
     parser.add_argument(
         "--run",
         dest="runs_model",  # `run` is the command's function
@@ -37,10 +41,17 @@ def add_to(commands) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    refuse_missing_folder(args.folder, "`verify` reads what `more-hf erase` or `more_hf.save` wrote.")
+    in_one_file = Path(args.folder).is_file()
+    if not in_one_file:
+        refuse_missing_folder(args.folder, "`verify` reads what `more-hf erase` or `more_hf.save` wrote.")
+    if in_one_file and (args.runs_model or args.rerun):
+        raise ValueError("`--run` and `--rerun` load a folder, and this is one file. Leave them out.")
 
     import more_hf
 
-    result = more_hf.verify(args.folder, run=args.runs_model, rerun=args.rerun, base=args.base)
+    if in_one_file:
+        result = more_hf.verify_file(args.folder, text_encoder=args.text_encoder)
+    else:
+        result = more_hf.verify(args.folder, run=args.runs_model, rerun=args.rerun, base=args.base)
     print(result.to_markdown())
     return 0 if result.ok else 1

@@ -103,7 +103,7 @@ class Record:
             logger.warning("%s has keys that this version ignores: %s", path, ", ".join(newer))
         hints = get_type_hints(cls)
         check_type("request", data["request"], dict[str, Any])
-        parsed = {"request": request.from_dict(data["request"]), "facts": _read_fields(facts, data["facts"])}
+        parsed = {"request": request.from_dict(data["request"]), "facts": read_fields(facts, data["facts"])}
         # request and facts were checked by their own classes
         for name in known:
             if name not in parsed:
@@ -163,7 +163,7 @@ def refuse_erased_source(source: str | None, sites: Callable[[Record], Mapping[s
         )
 
 
-def _read_fields(cls: type, data: Any) -> Any:
+def read_fields(cls: type, data: Any) -> Any:
     """A dataclass from a mapping; keys that it does not know are ignored."""
     check_type("facts", data, dict[str, Any])
     hints = get_type_hints(cls)

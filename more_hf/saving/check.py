@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from ..diffusion.sites import Denoiser, as_one_denoiser, find_layers
 from .contents import DELTA, INDEX, changed_files, survey, variant_of, weight_files
 from .delta import read_delta
 from .files import reading
-from .layers import pipeline_class, read_denoiser, read_index
+from .layers import pipeline_class, read_denoiser, read_index, read_tensors
 
 
 # How much of ‖W (p_f − p̄_t)‖ may be left, relative to a weight that does not know the direction. Rounding of
@@ -234,7 +235,7 @@ def check_folder(
         checks.append(Check(name, False, str(removed)))
     elif removed:
         recomputed = [layer for layer in layers if layer not in inside]
-        checks.append(_remapped(name, stored.edited, recomputed, removed))
+        checks.append(remapped(name, stored.edited, recomputed, removed))
     if inside:  # only the original can show what they read (see `verify`)
         found = f"{len(inside)} of {len(expected)} layers, by the fingerprint alone"
         checks.append(Check("those inside the denoiser are the saved ones", saved_as == record.edited, found))
@@ -321,7 +322,7 @@ def most_left(removed: Removed) -> float:
     return TOLERANCE + MOST * removed.share if removed.share <= SOFTEST else 0.0
 
 
-def _remapped(
+def remapped(
     name: str, edited: Mapping[str, Tensor], layers: Iterable[Layer], removed: Mapping[str, Removed]
 ) -> Check:
     """Whether no layer reads the removed directions any more; the finding names the worst layer."""
@@ -401,7 +402,7 @@ def _read_denoisers(folder: Path, record: Record) -> Denoiser:
     denoisers = []
     for component in record.prefixes:
         files = [folder / path for path in weight_files(record, component)]
-        denoisers.append(read_denoiser(folder, component, files, layers=False))
+        denoisers.append(read_denoiser(folder, component, partial(read_tensors, files), layers=False))
     names = denoiser_names(*read_index(folder))
     if others := set(names).difference(record.prefixes):
         raise IncompatibleBaseError(

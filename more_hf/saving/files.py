@@ -24,6 +24,8 @@ PASSED_ON = (
     torch.OutOfMemoryError,
 )
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # the suffixes of files that can carry code
+
 
 def reading(place: object) -> AbstractContextManager[None]:
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import diffusers
@@ -19,7 +19,9 @@ from ..diffusion.sites import Denoiser
 from .files import reading
 
 
-def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: bool) -> Denoiser:
+def read_denoiser(
+    folder: Path, name: str, read: Callable[[str], dict[str, Tensor]], *, layers: bool
+) -> Denoiser:
     """
     A denoiser on the meta device, with the class and configuration that it was saved with.
 
@@ -31,8 +33,8 @@ def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: boo
             The pipeline's folder.
         name (`str`):
             The denoiser's component name.
-        files (`Sequence[Path]`):
-            Its safetensors files.
+        read (`Callable`):
+            `prefix ->` the tensors whose names start with it, without it, as `read_tensors` does.
         layers (`bool`):
             Whether to load the layers that read text.
 
@@ -51,7 +53,7 @@ def read_denoiser(folder: Path, name: str, files: Sequence[Path], *, layers: boo
                 "the concept was erased."
             )
         for part in [*family.norms.values(), *(family.find(module) if layers else ())]:
-            module.get_submodule(part).load_state_dict(_tensors_of(files, f"{part}."), assign=True)
+            module.get_submodule(part).load_state_dict(read(f"{part}."), assign=True)
     return Denoiser(name, module, family)
 
 
@@ -120,7 +122,7 @@ def _is_in_module(cls: type) -> bool:
     return getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
 
 
-def _tensors_of(files: Iterable[Path], prefix: str) -> dict[str, Tensor]:
+def read_tensors(files: Iterable[Path], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix`, without it."""
     tensors = {}
     for path in files:

@@ -28,10 +28,11 @@ from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import FAMILIES
 from ..diffusion.sites import Denoiser, find_denoiser
-from .files import reading, writing
+from .files import PICKLES, reading, writing
 from .folder import refuse_saved_folder
 from .layers import pipeline_class
-from .shards import folder_of, open_without_denoiser, refuse_inner_edit
+from .one_file import OpenedFile, open_file
+from .shards import Opened, folder_of, open_without_denoiser, refuse_inner_edit, refuse_router
 from .single_file import _unet_names as unet_names
 
 
@@ -44,7 +45,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The largest ‖B A − ΔW‖ / ‖ΔW‖ of a layer, in units of the dtype's eps. Rounding two balanced factors costs
 # about a third of one eps.
 TOLERANCE = 4
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def save_lora(
@@ -119,6 +119,7 @@ def erase_to_lora(
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
     format: str = "peft",
     dtype: torch.dtype = torch.float16,
+    text_encoder: str | os.PathLike | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> ConceptErasure:
@@ -132,13 +133,15 @@ def erase_to_lora(
     Args:
         source (`str` or `os.PathLike`):
             The folder of an original pipeline with safetensors files, sharded or not, or a Hub id, which is
-            downloaded.
+            downloaded; or a checkpoint in one file, as in [`erase_file`], in fp8 as well.
         path, format:
             As in [`save_lora`].
         concepts, remap_to, options:
             As in [`erase_concept`], except `router` and `reach`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors; the models are loaded in the dtype in which the denoiser is stored.
+        text_encoder (`str` or `os.PathLike`, *optional*):
+            As in [`erase_file`], for a checkpoint in one file.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
 
@@ -158,17 +161,23 @@ def erase_to_lora(
     path = lora_path(path, format)
     request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
     refuse_inner_edit(request)
-    if request.router is not None:
-        raise ExportError(
-            f"A LoRA file holds the mean expert alone, so `router={request.router!r}` would be lost. Leave "
-            "it out, or write a folder with `more_hf.erase_to_folder(..., include_delta=True)`."
-        )
+    refuse_router(request, "A LoRA")
+    if Path(source).is_file():
+        opened = open_file(Path(source), text_encoder, device)
+        refuse_without_loader(type(opened.pipe), format)
+        return _erase_layers(path, opened, request, format, dtype)
     folder = folder_of(source)
     with reading(source):
         pipeline = DiffusionPipeline.load_config(folder)["_class_name"]
     refuse_without_loader(pipeline_class(pipeline), format)
     # The metadata of a kohya file has the size of pictures, which depends on the VAE.
     opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
+    return _erase_layers(path, opened, request, format, dtype)
+
+
+def _erase_layers(
+    path: Path, opened: Opened | OpenedFile, request: ConceptRequest, format: str, dtype: torch.dtype
+) -> ConceptErasure:
     erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
     _write(path, opened.pipe, opened.denoiser, erasure, format=format, dtype=dtype)
     return erasure

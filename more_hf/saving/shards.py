@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core.errors import IncompatibleBaseError, PrototypeError
+from ..core.errors import ExportError, IncompatibleBaseError, PrototypeError
 from ..core.install import edited_weights
 from ..core.record import refuse_erased_source
 from ..core.request import ConceptRequest, with_options
@@ -28,7 +28,8 @@ from .check import removed_from
 from .contents import INDEX, MODEL_INDEX, entries, is_loadable, variant_of
 from .files import reading, replace_folder, writing
 from .folder import Savable, finish_draft, refuse_leftovers
-from .layers import pipeline_class, read_denoiser, read_index
+from .layers import pipeline_class, read_denoiser, read_index, read_tensors
+from .tensor_file import bytes_of, read_tensor_file
 
 
 # components that an edit does not need
@@ -36,7 +37,6 @@ UNUSED = ("safety_checker", "image_encoder", "feature_extractor")
 # The class names of components without weights match this.
 WEIGHTLESS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler$|Guidance$")
 CONFIGS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what else a component's folder holds
-LENGTH = 8  # a safetensors file starts with the length of its header, in this many bytes
 
 
 class Opened(NamedTuple):
@@ -72,22 +72,53 @@ def open_without_denoiser(
     denoisers = {}
     for name in denoiser_names(cls, parts):
         files = [folder / path for path in _weights_of(folder, name)]
-        denoisers[name] = read_denoiser(folder, name, files, layers=True).module
+        denoisers[name] = read_denoiser(folder, name, partial(read_tensors, files), layers=True).module
 
-    # 2. Load the rest. Some pipelines look at their denoiser on creation, but none can be moved with it.
-    left_out = {name: None for name in (*UNUSED, *without) if name in parts}
-    if "safety_checker" in left_out:
-        left_out["requires_safety_checker"] = False
+    # 2. Load the rest.
     stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
-    with reading(source):
+    pipe, denoiser = pipeline_around(folder, denoisers, stored, device, dict.fromkeys(without))
+    refuse_erased_source(str(folder), lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
+    return Opened(folder, pipe, denoiser)
+
+
+def pipeline_around(
+    folder: Path,
+    denoisers: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    given: Mapping[str, Any],
+) -> tuple[DiffusionPipeline, Denoiser]:
+    """
+    A saved pipeline around denoisers that are on the meta device, and these as one.
+
+    Args:
+        folder (`Path`):
+            The pipeline's folder.
+        denoisers (`Mapping[str, nn.Module]`):
+            Its denoisers, by component.
+        dtype (`torch.dtype`):
+            What the others are loaded in.
+        device (`torch.device` or `str`):
+            Where they go.
+        given (`Mapping[str, Any]`):
+            Other components that are not loaded from the folder; `None` leaves one out, as all of `UNUSED`
+            are.
+
+    Raises:
+        `SiteNotFoundError`: as from `find_denoiser`. `IncompatibleBaseError`: a component cannot be read.
+    """
+    cls, parts = read_index(folder)
+    others = {name: part for name, part in {**dict.fromkeys(UNUSED), **given}.items() if name in parts}
+    if "safety_checker" in others:
+        others["requires_safety_checker"] = False
+    # Some pipelines look at their denoiser on creation, but none can be moved with it.
+    with reading(folder):
         pipe = pipeline_class(cls).from_pretrained(
-            folder, dtype=stored, use_safetensors=True, **left_out, **denoisers
+            folder, dtype=dtype, use_safetensors=True, **{**others, **denoisers}
         )
     pipe.register_modules(**dict.fromkeys(denoisers))
     pipe.to(device)
-    denoiser = find_denoiser(pipe, denoisers)
-    refuse_erased_source(str(folder), lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
-    return Opened(folder, pipe, denoiser)
+    return pipe, find_denoiser(pipe, denoisers)
 
 
 def folder_of(source: str | os.PathLike) -> Path:
@@ -103,6 +134,15 @@ def refuse_inner_edit(request: ConceptRequest) -> None:
         raise PrototypeError(
             f"`reach={request.reach!r}` draws pictures with the denoiser, which is not loaded here. Leave it "
             "out, or load the pipeline and call `more_hf.erase_concept`."
+        )
+
+
+def refuse_router(request: ConceptRequest, what: str) -> None:
+    """Raises `ExportError` for a request with a router, of which one file has no place for the factors."""
+    if request.router is not None:
+        raise ExportError(
+            f"{what} holds the mean expert alone, so `router={request.router!r}` would be lost. Leave it "
+            "out, or write a folder with `more_hf.erase_to_folder(..., include_delta=True)`."
         )
 
 
@@ -215,10 +255,8 @@ def overwrite_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Overwrite tensors inside a safetensors file without reading the rest. Tensors that the file does not have
     are skipped; the others must have the shape and dtype that they have there.
     """
+    stored = read_tensor_file(path).tensors
     with path.open("r+b") as file:
-        length = int.from_bytes(file.read(LENGTH), "little")
-        header = json.loads(file.read(length))
-        for name in header.keys() & tensors.keys():
-            begin, _ = header[name]["data_offsets"]
-            file.seek(LENGTH + length + begin)
-            file.write(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        for name in stored.keys() & tensors.keys():
+            file.seek(stored[name].start)
+            file.write(bytes_of(tensors[name]))

@@ -1,8 +1,7 @@
-"""Export a Stable Diffusion 1.x or 2.x pipeline as one file under the names that ComfyUI and A1111 open."""
+"""Export a pipeline as one file under the names of the original checkpoints, which ComfyUI and A1111 open."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import LDM_UNET_KEY
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .. import __version__
 from ..core.errors import ExportError
 from ..core.files import replacing
 from ..core.site import EDITABLE
@@ -23,16 +22,27 @@ from ..diffusion.sites import find_denoiser
 from .check import left_over, most_left, removed_from
 from .files import writing
 from .folder import refuse_saved_folder
+from .original import COUNTED, original_tensors, origins
+from .tensor_file import NOTE, note_of
 
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+VAE = "first_stage_model."
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
+# family -> what stands in front of the tensors of each text encoder
+TEXT_ENCODERS = {
+    "Stable Diffusion 1.x and 2.x": ("cond_stage_model.transformer.",),
+    "Stable Diffusion XL": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+    "Stable Diffusion 3": (CLIP_L, CLIP_G, T5),
+    "FLUX": (CLIP_L, T5),
+}
 
 # beginning of a diffusers name -> beginning of the original name
 _UNET = {
     "conv_in.": "input_blocks.0.0.",
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
     "mid_block.attentions.0.": "middle_block.1.",
     "conv_norm_out.": "out.0.",
     "conv_out.": "out.2.",
@@ -79,35 +89,47 @@ def original_layout(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     All weights of the pipeline under the original checkpoint's names. The pipeline is not changed; most
     tensors are its own.
 
-    The text encoder keeps transformers' names in Stable Diffusion 1.x; in 2.x it has OpenCLIP's, with query,
-    key and value in one matrix. The last text layer and the projection of the 2.x checkpoint are left out,
-    because no 2.x pipeline uses or has them.
+    Text encoders keep transformers' names, except those of OpenCLIP, with query, key and value in one matrix:
+    of Stable Diffusion 2.x and the second one of XL. The last text layer and the projection of the 2.x
+    checkpoint are left out, because no 2.x pipeline uses or has them.
 
     Raises:
         `ExportError`: a tensor has no place in a checkpoint: another model, an adapter, or an unfused LoRA.
     """
-    denoiser = find_denoiser(pipe)
-    unet = denoiser.module
-    if denoiser.name != "unet":
+    denoiser, vae = find_denoiser(pipe), pipe.vae
+    module, places = denoiser.module, TEXT_ENCODERS.get(denoiser.family.name)
+    if places is None:
         raise ExportError(
-            f"A {type(unet).__name__} has no Stable Diffusion 1.x or 2.x checkpoint. Save a folder with "
-            "`more_hf.save`."
+            f"A {type(module).__name__} of {denoiser.family.name} has no checkpoint in one file here; "
+            f"{', '.join(TEXT_ENCODERS)} have. Save a folder with `more_hf.save`."
         )
-    tensors = _renamed(unet.state_dict(), _unet_names(unet), UNET)
-    for name, tensor in _renamed(pipe.vae.state_dict(), _vae_names(pipe.vae), VAE).items():
+    if denoiser.name == "unet":
+        tensors = _renamed(module.state_dict(), _unet_names(module), LDM_UNET_KEY)
+        if module.config.use_linear_projection and len(places) == 1:
+            places = ("cond_stage_model.model.",)  # Stable Diffusion 2.x
+    else:
+        own = original_tensors(module, COUNTED[type(module).__name__](module.config))
+        tensors = {LDM_UNET_KEY + name: tensor for name, tensor in own.items()}
+    for name, tensor in _renamed(vae.state_dict(), _vae_names(vae), VAE).items():
         is_projection = ".mid.attn_1." in name and tensor.ndim == 2
         tensors[name] = tensor[:, :, None, None] if is_projection else tensor  # a 1×1 convolution there
-    encoder = pipe.text_encoder
-    text = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
-    if unet.config.use_linear_projection:  # Stable Diffusion 2.x
-        return {**tensors, **_open_clip(text, encoder.config.num_hidden_layers)}
-    return {**tensors, **{CLIP + name: tensor for name, tensor in text.items()}}
+    encoders = sorted(name for name in pipe.components if name.startswith("text_encoder"))
+    for name, place in zip(encoders, places, strict=True):
+        tensors |= _text_tensors(getattr(pipe, name), place)
+    return tensors
 
 
-def site_keys(pipe: DiffusionPipeline, sites: Mapping[str, object]) -> dict[str, str]:
-    """Site -> the name of its weight in `original_layout`."""
-    names = _unet_names(find_denoiser(pipe).module)
-    return {site: UNET + _rename(f"{site}.weight", names) for site in sites}
+def _text_tensors(encoder: nn.Module, place: str) -> dict[str, Tensor]:
+    """A text encoder's tensors; OpenCLIP's are in a `model`."""
+    tensors = encoder.state_dict()
+    if "CLIP" not in type(encoder).__name__:
+        # the same tensor twice; files hold no tensor that shares another's memory
+        return {place + name: tensor.clone() for name, tensor in tensors.items()}
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    if place.endswith(".model."):
+        return _open_clip(tensors, encoder.config.num_hidden_layers, place)
+    inner = {name: "" if name.startswith("text_projection.") else "text_model." for name in tensors}
+    return {f"{place}{inner[name]}{name}": tensor for name, tensor in tensors.items()}
 
 
 def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
@@ -118,7 +140,7 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
     start = next((start for start in names if name.startswith(start)), None)
     if start is None or "lora_" in name or ".processor." in name:
         raise ExportError(
-            f"`{name}` has no place in a Stable Diffusion 1.x or 2.x checkpoint: this is another model, or a "
+            f"`{name}` has no place in a checkpoint of Stable Diffusion: this is another model, or a "
             "LoRA or adapter is loaded. Fuse or unload it first, or save the pipeline as a folder with "
             "`more_hf.save`."
         )
@@ -165,16 +187,18 @@ def _vae_names(vae: nn.Module) -> dict[str, str]:
     return names
 
 
-def _open_clip(text: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+def _open_clip(text: dict[str, Tensor], layers: int, prefix: str) -> dict[str, Tensor]:
     names, joined = dict(_OPEN_CLIP), {}
     for i in range(layers):
         place = f"transformer.resblocks.{i}."
         names |= _inside(f"encoder.layers.{i}.", place, _OPEN_CLIP_LAYER)
         for kind in ("weight", "bias"):
             parts = [text[f"encoder.layers.{i}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
-            joined[f"{OPEN_CLIP}{place}attn.in_proj_{kind}"] = torch.cat(parts)
+            joined[f"{prefix}{place}attn.in_proj_{kind}"] = torch.cat(parts)
+    if "text_projection.weight" in text:
+        joined[f"{prefix}text_projection"] = text.pop("text_projection.weight").T
     others = {name: tensor for name, tensor in text.items() if not re.search(r"\.[qkv]_proj\.", name)}
-    return {**_renamed(others, names, OPEN_CLIP), **joined}
+    return {**_renamed(others, names, prefix), **joined}
 
 
 def _inside(start: str, place: str, parts: Mapping[str, str]) -> dict[str, str]:
@@ -194,8 +218,8 @@ def save_checkpoint(
     pipe: DiffusionPipeline, file: str | os.PathLike, *, dtype: torch.dtype = torch.float16
 ) -> Path:
     """
-    Write an erased Stable Diffusion 1.x or 2.x pipeline as one checkpoint file, for ComfyUI, A1111 and
-    `from_single_file`.
+    Write an erased pipeline of Stable Diffusion 1.x, 2.x, XL or 3 or of FLUX as one checkpoint file, for
+    ComfyUI, A1111 and `from_single_file`.
 
     It holds the text encoder, the denoiser and the VAE under the names of the original checkpoints. The
     pipeline is not changed.
@@ -234,15 +258,19 @@ def save_checkpoint(
     if erasure is None:
         raise ExportError("Nothing was erased from this pipeline. Call `more_hf.erase_concept` first.")
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original_layout(pipe).items()}
-    removed = removed_from(Encoder.of(pipe, erasure.request), erasure.request, erasure.facts)["tokens"]
-    for site, name in site_keys(pipe, erasure.sites).items():
-        left = left_over(tensors[name], removed)
-        if not left < most_left(removed):
+    denoiser = find_denoiser(pipe)
+    made_of = origins(type(denoiser.module).__name__, denoiser.module.config, tensors)
+    removed = removed_from(Encoder.of(pipe, erasure.request), erasure.request, erasure.facts)
+    edited = {}
+    for site, layer in erasure.sites.items():
+        (part,) = made_of[f"{site}.weight"].parts
+        edited[site], gone = tensors[part.name][:, : layer.columns], removed[layer.space]
+        left = left_over(edited[site], gone)
+        if not left < most_left(gone):
             raise ExportError(
                 f"`{site}` still tells the concept from its target ({left:.1e} is left). Was a LoRA fused, "
                 "or the model or its text encoder changed since? Undo that, then save."
             )
-    facts = {"more_hf": __version__, "request": erasure.request.to_dict(), "base": erasure.facts.base}
     with writing(file), replacing(file) as draft:
-        draft.write_bytes(to_bytes(tensors, metadata={"format": "pt", "more_hf": json.dumps(facts)}))
+        draft.write_bytes(to_bytes(tensors, metadata={"format": "pt", NOTE: note_of(erasure, edited)}))
     return file

@@ -107,5 +107,5 @@ def test_a_plain_installation_brings_what_is_imported():
     distributions = packages_distributions()
     for file, (package, *_) in modules():
         brought = bench if package == "more_hf_bench" else plain
-        for module in outside(file) - {"peft", "bitsandbytes"}:  # asked only where they are used
+        for module in outside(file) - {"peft", "bitsandbytes", "gguf"}:  # asked only where they are used
             assert {canonicalize_name(name) for name in distributions[module]} & brought, f"{file}: {module}"

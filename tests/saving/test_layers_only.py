@@ -102,7 +102,7 @@ def test_on_the_command_line(shards, tmp_path, capsys):
     assert main(["lora", str(folder), *words, "--offload", "model"]) == 2
     assert "loads none" in capsys.readouterr().err
     assert main(["lora", str(folder), *words, "--reach", "denoiser"]) == 2
-    assert "`--layers_only` loads no denoiser" in capsys.readouterr().err
+    assert "`--layers_only` loads none" in capsys.readouterr().err
 
 
 def test_a_kohya_file_of_the_embedded_pipeline(tmp_path, monkeypatch):

@@ -1,0 +1,335 @@
+"""Erase from a checkpoint in one file, of which only the layers that read text are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import (
+    CHECKPOINT_KEY_NAMES,
+    create_diffusers_clip_model_from_ldm,
+    create_diffusers_t5_model_from_checkpoint,
+    is_clip_model_in_single_file,
+    is_t5_in_single_file,
+)
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from ..core.claims import check_of
+from ..core.errors import AlreadyErasedError, ExportError, IncompatibleBaseError
+from ..core.facts import ConceptFacts
+from ..core.install import edited_weights
+from ..core.record import read_fields
+from ..core.request import ConceptRequest, with_options
+from ..core.site import EDITABLE, fingerprint, write_weights
+from ..data import FOLDER
+from ..diffusion.encoder import Encoder
+from ..diffusion.erase import erasure_of_layers
+from ..diffusion.erasure import ConceptErasure
+from ..diffusion.sites import Denoiser, find_layers
+from .check import Check, Layer, Verification, remapped, removed_from
+from .files import reading
+from .folder import refuse_saved_folder
+from .layers import read_denoiser, read_index
+from .original import bare_names, origins, recognized
+from .shards import UNUSED, pipeline_around, refuse_inner_edit, refuse_router
+from .tensor_file import TensorFile, note_of, read_tensor_file
+
+
+# what is downloaded of a model on the Hub: configurations, tokenizers and text encoders
+NEEDED = ("*.json", "*.txt", "*.model", "*.jinja", "text_encoder*/*.safetensors")
+TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")  # in front of a text encoder's tensors
+# folder of configurations in the package -> the text encoder by which a file is known, what pads its prompts
+PACKAGED = {
+    "sdxl": ("xl_base", {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}),
+    "sd-2": ("open_clip", {"tokenizer": "!"}),
+    "sd-1": ("clip", {"tokenizer": "<|endoftext|>"}),
+}
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class OpenedFile(NamedTuple):
+    """A checkpoint whose denoiser was left on the disk."""
+
+    file: TensorFile
+    pipe: DiffusionPipeline  # the text encoders and tokenizers
+    denoiser: Denoiser  # on the meta device except for the layers that read text
+    names: dict[str, str]  # layer -> its weight in the file
+
+
+@with_options
+def erase_file(
+    source: str | os.PathLike,
+    file: str | os.PathLike,
+    concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
+    *,
+    remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
+    text_encoder: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> ConceptErasure:
+    """
+    Erase concepts from a checkpoint in one file into another, without loading the denoiser.
+
+    The file is copied, the edited layers are overwritten in the copy, and a line is added to its metadata.
+    Every other byte stays as it was. The proof by run is missing, and the report says so.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A `.safetensors` file under the names of the original checkpoints, as ComfyUI and A1111 read it.
+            The model is recognized by them.
+        file (`str` or `os.PathLike`):
+            The copy, which is replaced if it exists.
+        concepts, remap_to, options:
+            As in [`erase_concept`], except `router` and `reach`.
+        text_encoder (`str` or `os.PathLike`, *optional*):
+            A folder of the same model in the layout of diffusers, or a Hub id, of which text encoders,
+            tokenizers and configurations are downloaded. Not needed for Stable Diffusion 1.x, 2.x and XL,
+            whose text encoders are in the file.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where the text encoders run.
+
+    Returns:
+        `ConceptErasure`: the report; `print` shows it.
+
+    Raises:
+        `IncompatibleBaseError`: the source cannot be read, is no known model, or is stored in a precision
+        that an edit does not fit. `AlreadyErasedError`: it was erased before. `ExportError`: the copy cannot
+        be written. `SiteNotFoundError` and `PrototypeError`: as from `erase_concept`. The source is never
+        changed, and no half-written copy is left.
+
+    Example:
+
+        >>> import more_hf
+        >>> from more_hf.data import FOLDER
+        >>> from more_hf.saving.single_file import original_layout
+        >>> from safetensors.torch import save_file
+        >>> save_file(original_layout(more_hf.load_emoji_sd()), "emoji-sd.safetensors")
+        >>> options = {"remap_to": "Fluent", "text_encoder": FOLDER / "emoji_sd"}
+        >>> report = more_hf.erase_file("emoji-sd.safetensors", "erased.safetensors", "Blobmoji", **options)
+        >>> assert more_hf.verify_file("erased.safetensors", text_encoder=FOLDER / "emoji_sd")
+    """
+    source, file = Path(source), Path(file)
+    request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
+    refuse_inner_edit(request)
+    refuse_router(request, "One file")
+    _refuse_target(source, file)
+    opened = open_file(source, text_encoder, device)
+    _refuse_rounding(opened)
+    erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
+    write_weights(erasure.sites, edited_weights(erasure))
+    edited = {opened.names[name]: site.module.weight.detach() for name, site in erasure.sites.items()}
+    note = note_of(erasure, {name: site.read() for name, site in erasure.sites.items()})
+    opened.file.copy(file, edited, note)
+    return erasure
+
+
+def open_file(source: Path, text_encoder: str | os.PathLike | None, device: torch.device | str) -> OpenedFile:
+    """
+    Open a checkpoint without its denoiser.
+
+    Args:
+        source (`Path`):
+            The file.
+        text_encoder (`str` or `os.PathLike`, *optional*):
+            As in `erase_file`.
+        device (`torch.device` or `str`):
+            Where the text encoders run.
+
+    Raises:
+        `IncompatibleBaseError`: it cannot be read, is no known model, or has no text encoder.
+        `SiteNotFoundError`: as from `erase_concept`.
+    """
+    # 1. Recognize the model, and find its configurations.
+    file = read_tensor_file(source)
+    cls = recognized(source, file.tensors)
+    folder, tokenizers = _configurations(file, cls, text_encoder)
+    pipeline, parts = read_index(folder)
+    component = next((name for name, part in parts.items() if part == cls), None)
+    if component is None:
+        raise IncompatibleBaseError(
+            f"{source} has a {cls}, which {text_encoder}, a {pipeline}, has not. Pass the text encoder of "
+            "the same model."
+        )
+    # 2. Build the denoiser with no weights except those of the layers that read text.
+    with reading(source):
+        config = getattr(diffusers, cls).load_config(folder / component)
+        made_of = origins(cls, config, file.tensors)
+    denoiser = read_denoiser(folder, component, lambda prefix: _read(file, made_of, prefix), layers=True)
+    # 3. Load the text encoders, from the file where it has them.
+    sizes: Counter[Any] = Counter()
+    for name in bare_names(file.tensors).values():
+        stored = file.tensors[name]
+        sizes[stored.dtype] += stored.stop - stored.start
+    dtype = next((dtype for dtype, _ in sizes.most_common(1) if dtype in EDITABLE), torch.bfloat16)
+    left_out = {name: None for name, part in parts.items() if name in (*UNUSED, "vae") or part == cls}
+    with reading(source):
+        given = {**left_out, **tokenizers, **_text_encoders(file, folder, parts, dtype)}
+    pipe, denoiser = pipeline_around(folder, {component: denoiser.module}, dtype, device, given)
+    pipe.register_to_config(_name_or_path=str(source))
+    names = {}
+    for name in find_layers(denoiser, pooled=True):
+        (part,) = made_of[f"{name}.weight"].parts
+        names[name] = part.name
+    return OpenedFile(file, pipe, denoiser, names)
+
+
+def _configurations(
+    file: TensorFile, cls: str, text_encoder: str | os.PathLike | None
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model's configurations, and the tokenizers that it does not have."""
+    if text_encoder is not None:
+        with reading(text_encoder):
+            if Path(text_encoder).is_dir():
+                return Path(text_encoder), {}
+            return Path(snapshot_download(str(text_encoder), allow_patterns=NEEDED)), {}
+    for folder, (key, pads) in PACKAGED.items():
+        if CHECKPOINT_KEY_NAMES[key] in file.tensors:
+            return FOLDER / "configs" / folder, {name: clip_tokenizer(pad) for name, pad in pads.items()}
+    raise IncompatibleBaseError(
+        f"{file.path} has a {cls} without the text encoder that prototypes are made with. Pass "
+        "`text_encoder=` (on the command line `--text_encoder`): a folder of the same model in the layout of "
+        "diffusers, or its Hub id."
+    )
+
+
+def clip_tokenizer(pad: str) -> transformers.CLIPTokenizer:
+    """CLIP's tokenizer, from the vocabulary that is installed with open_clip."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    plain = SimpleTokenizer()
+    vocabulary = dict(plain.encoder)
+    for theirs, ours in (("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>")):
+        vocabulary[ours] = vocabulary.pop(theirs)
+    return transformers.CLIPTokenizer(
+        vocab=vocabulary, merges=list(plain.bpe_ranks), pad_token=pad, model_max_length=plain.context_length
+    )
+
+
+def _read(file: TensorFile, made_of: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a layer, by their names without its prefix; fp8 ones in float32."""
+    tensors = {}
+    for name, origin in made_of.items():
+        if not name.startswith(prefix):
+            continue
+        (part,) = origin.parts
+        tensor = file.read(part.name)
+        if tensor.dtype in FP8:
+            tensor = tensor.float()
+            layer = part.name.removesuffix(".weight")
+            for scale in (f"{layer}.scale_weight", f"{layer}.weight_scale"):
+                if scale in file.tensors:
+                    tensor *= file.read(scale)
+        tensors[name.removeprefix(prefix)] = tensor
+    return tensors
+
+
+def _text_encoders(
+    file: TensorFile, folder: Path, parts: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """The text encoders that the file holds."""
+    held = {name: file.read(name) for name in file.tensors if name.startswith(TEXT)}
+    found = {}
+    for name, part in parts.items():
+        options = {"subfolder": name, "config": str(folder), "torch_dtype": dtype, "local_files_only": True}
+        cls = getattr(transformers, part, None)
+        if not name.startswith("text_encoder"):
+            continue
+        if is_clip_model_in_single_file(cls, held):
+            found[name] = create_diffusers_clip_model_from_ldm(cls, held, **options)
+        elif cls is transformers.T5EncoderModel and is_t5_in_single_file(held):
+            found[name] = create_diffusers_t5_model_from_checkpoint(cls, held, **options)
+    return found
+
+
+def _refuse_target(source: Path, file: Path) -> None:
+    if file.suffix != source.suffix:
+        raise ExportError(
+            f"{file} should end in {source.suffix}, as the source does. Give it a name that does."
+        )
+    if file.exists() and source.exists() and file.samefile(source):
+        raise ExportError(f"{file} is the original itself, which is never changed. Choose another name.")
+    refuse_saved_folder(file, "whose record does not cover a second set of weights")
+
+
+def _refuse_rounding(opened: OpenedFile) -> None:
+    """Raises `IncompatibleBaseError` for a file whose precision an edit does not fit."""
+    file = opened.file
+    if file.note is not None:
+        raise AlreadyErasedError(
+            f"{file.path} was saved erased (its metadata say so), and the original weights are not there. "
+            "Start from the original file and erase everything at once."
+        )
+    if any(name.startswith("model_ema.") for name in file.tensors):
+        raise IncompatibleBaseError(
+            f"{file.path} also has a moving average of the weights (`model_ema.`), which would keep the "
+            "concept. Remove it first, or take the model's file that is called pruned."
+        )
+    if any(file.tensors[name].dtype in FP8 for name in bare_names(file.tensors).values()):
+        raise IncompatibleBaseError(
+            f"{file.path} is stored in fp8, which rounds a weight by more than an edit changes it, and "
+            "programs round all layers of such a file when they load it. Write a LoRA for it: `more-hf "
+            "lora`, or `more_hf.erase_to_lora`."
+        )
+
+
+def verify_file(
+    file: str | os.PathLike,
+    *,
+    text_encoder: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
+) -> Verification:
+    """
+    Check a checkpoint in one file against what its metadata say was erased.
+
+    The prototypes are computed again with the text encoder, and every layer that reads text must send each
+    forgotten one where its target goes.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            A file that `erase_file` or `save_checkpoint` wrote.
+        text_encoder, device:
+            As in [`erase_file`].
+
+    Returns:
+        [`Verification`]: true if every check passed; `print` shows the checks and their findings.
+
+    Raises:
+        `IncompatibleBaseError`: the file cannot be read, or says nothing of an erasure.
+    """
+    opened = open_file(Path(file), text_encoder, device)
+    request, facts, saved_as = _read_note(opened.file)
+    layers, edited = [], {}
+    for name, reader in find_layers(opened.denoiser, pooled=request.pooled).items():
+        edited[name] = reader.module.weight.detach()[:, : reader.columns]
+        layers.append(Layer(name, reader.space, list(edited[name].shape)))
+    found = fingerprint(edited)
+    checks = [Check("the edited layers are those that were saved", found == saved_as, f"sha256 {found[:12]}")]
+    removed = removed_from(Encoder.of(opened.pipe, request, opened.denoiser), request, facts)
+    name = check_of(facts, request.remap_to.values(), request.strength)
+    checks.append(remapped(name, edited, layers, removed))
+    return Verification(tuple(checks))
+
+
+def _read_note(file: TensorFile) -> tuple[ConceptRequest, ConceptFacts, str]:
+    """What the metadata say was erased, and the fingerprint of the edited weights."""
+    with reading(file.path):
+        if file.note is None:
+            raise IncompatibleBaseError(
+                f"The metadata of {file.path} say nothing of an erasure, so there is nothing to check it "
+                "against. Erase with `more_hf.erase_file`, which writes what it did."
+            )
+        note = json.loads(file.note)
+        return (
+            ConceptRequest.from_dict(note["request"]),
+            read_fields(ConceptFacts, note["facts"]),
+            note["edited"],
+        )

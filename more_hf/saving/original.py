@@ -1,0 +1,195 @@
+"""Which tensors of an original checkpoint a denoiser of diffusers is made of, by diffusers' conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from diffusers.loaders.single_file_utils import LDM_UNET_KEY
+from torch import Tensor, nn
+
+from ..core.errors import ExportError, IncompatibleBaseError
+
+
+PREFIXES = (LDM_UNET_KEY, "diffusion_model.")  # in front of the denoiser's tensors, or nothing
+# A denoiser's class -> tensors that its original files have, and no file of a class above it. The first ones
+# read text.
+MARKS = {
+    "UNet2DConditionModel": (
+        "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "input_blocks.0.0.weight",
+    ),
+    "SD3Transformer2DModel": (
+        "context_embedder.weight",
+        "y_embedder.mlp.0.weight",
+        "joint_blocks.0.x_block.attn.qkv.weight",
+    ),
+    "FluxTransformer2DModel": (
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+        "double_blocks.0.img_mod.lin.weight",
+    ),
+    "ChromaTransformer2DModel": ("txt_in.weight", "distilled_guidance_layer.in_proj.weight"),
+    "Flux2Transformer2DModel": ("txt_in.weight", "double_stream_modulation_txt.lin.weight"),
+    "ZImageTransformer2DModel": ("cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight"),
+    "Lumina2Transformer2DModel": ("cap_embedder.1.weight", "layers.0.adaLN_modulation.1.weight"),
+    "QwenImageTransformer2DModel": (
+        "txt_in.weight",
+        "txt_norm.weight",
+        "transformer_blocks.0.txt_mod.1.weight",
+    ),
+    "WanTransformer3DModel": ("text_embedding.0.weight", "head.modulation"),
+    "AuraFlowTransformer2DModel": ("cond_seq_linear.weight", "double_layers.0.attn.w1q.weight"),
+    "SanaTransformer2DModel": ("y_embedder.y_proj.fc1.weight", "attention_y_norm.weight"),
+    "PixArtTransformer2DModel": (
+        "y_embedder.y_proj.fc1.weight",
+        "t_block.1.weight",
+        "blocks.0.scale_shift_table",
+    ),
+}
+# A denoiser's class -> `config ->` names by which its conversion counts layers and knows the parts they have.
+COUNTED = {
+    "SD3Transformer2DModel": lambda config: [
+        *(f"joint_blocks.{i}." for i in range(config.num_layers)),
+        *(["joint_blocks.0.x_block.attn.ln_q"] if config.qk_norm else []),
+        *(f"joint_blocks.{i}.x_block.attn2." for i in config.dual_attention_layers),
+    ],
+    "FluxTransformer2DModel": lambda config: [
+        *(f"double_blocks.{i}." for i in range(config.num_layers)),
+        *(f"single_blocks.{i}." for i in range(config.num_single_layers)),
+        *(["guidance_in."] if config.guidance_embeds else []),
+    ],
+}
+LORA = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "_lora.", ".hada_w1_a", ".lokr_w1")
+VAE = ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# what some quantized files store beside a layer
+SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+
+
+class Part(NamedTuple):
+    """One of `count` parts of an original tensor, cut by rows."""
+
+    name: str
+    index: int = 0
+    count: int = 1
+
+
+class Origin:
+    """
+    Stands for a tensor in a conversion, which cuts and joins tensors by rows, and knows what it is made of.
+    """
+
+    shape = (1, 1)
+
+    def __init__(self, *parts: Part):
+        self.parts = parts
+
+    def chunk(self, count: int, dim: int = 0) -> list[Origin]:
+        """As torch's."""
+        (part,) = self.parts
+        return [Origin(Part(part.name, i, count)) for i in range(count)]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.cat:
+            return cls(*(part for origin in args[0] for part in origin.parts))
+        origin, parts = args[:2]  # of `torch.chunk` the number of parts, of `torch.split` their sizes
+        return origin.chunk(parts if isinstance(parts, int) else len(parts))
+
+
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """The denoiser's tensors: name without prefix -> name in the file."""
+    names = [name for name in names if not name.endswith(SCALES)]
+    prefix = next((start for start in PREFIXES if any(name.startswith(start) for name in names)), "")
+    return {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+
+
+def recognized(path: Path, names: Iterable[str]) -> str:
+    """
+    The class of the denoiser in an original checkpoint, by its tensors' names.
+
+    Raises:
+        `IncompatibleBaseError`: it is none that is known. The message names the nearest one.
+    """
+    names = list(names)
+    bare = bare_names(names)
+    missing = {cls: [mark for mark in marks if mark not in bare] for cls, marks in MARKS.items()}
+    for cls, lacks in missing.items():
+        if not lacks:
+            return cls
+    if any(kind in name for name in names for kind in LORA):
+        raise IncompatibleBaseError(
+            f"{path} is a LoRA, which changes a model and is none. Name the checkpoint that it is for, and "
+            "load it into the erased model afterwards."
+        )
+    if all(name.startswith(VAE) for name in names):
+        raise IncompatibleBaseError(
+            f"{path} holds a VAE alone, which reads no text. Name the file with the denoiser."
+        )
+    nearest = max(missing, key=lambda cls: len(MARKS[cls]) - len(missing[cls]))
+    message = f"{path} is no checkpoint of a known model in its original layout."
+    if len(missing[nearest]) < len(MARKS[nearest]):
+        message += (
+            f" The nearest is {nearest}, without {', '.join(f'`{mark}`' for mark in missing[nearest])}."
+        )
+    raise IncompatibleBaseError(
+        f"{message} Known are {', '.join(MARKS)}. Name one of these, or a folder of diffusers "
+        "(`more_hf.erase_to_folder`)."
+    )
+
+
+def origins(cls: str, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Origin]:
+    """diffusers' name of every tensor of a denoiser -> what it is made of in a file with these tensors."""
+    prefix = LDM_UNET_KEY if cls == "UNet2DConditionModel" else ""
+    stand_ins = {prefix + bare: Origin(Part(name)) for bare, name in bare_names(names).items()}
+    return conversion(cls)(checkpoint=stand_ins, config=config)
+
+
+def conversion(cls: str) -> Callable[..., dict[str, Any]]:
+    """`(checkpoint, config) ->` its tensors under diffusers' names."""
+    if cls == "PixArtTransformer2DModel":  # for which diffusers has none: what reads text
+        return lambda checkpoint, config: {
+            name.replace("y_embedder.y_proj.fc", "caption_projection.linear_"): origin
+            for name, origin in checkpoint.items()
+        }
+    return SINGLE_FILE_LOADABLE_CLASSES[cls]["checkpoint_mapping_fn"]
+
+
+class _Asked(dict):
+    """A checkpoint that has every tensor that a conversion asks for."""
+
+    def pop(self, name: str, default: Any = None) -> Origin:
+        return Origin(Part(name))
+
+    __missing__ = pop
+
+
+def original_tensors(module: nn.Module, counted: Iterable[str]) -> dict[str, Tensor]:
+    """
+    A denoiser's tensors under the names of its original, where diffusers' conversion asks for these.
+
+    Args:
+        module (`nn.Module`):
+            The denoiser.
+        counted (`Iterable[str]`):
+            Names by which the conversion counts the layers.
+
+    Raises:
+        `ExportError`: some tensors have no place in an original file.
+    """
+    made_of = conversion(type(module).__name__)(checkpoint=_Asked.fromkeys(counted), config=module.config)
+    tensors = module.state_dict()
+    if strange := sorted(made_of.keys() ^ tensors.keys()):
+        raise ExportError(
+            f"`{strange[0]}` has no place in a checkpoint of the original {type(module).__name__}: this is "
+            "another model, or a LoRA or adapter is loaded. Fuse or unload it first, or save the pipeline as "
+            "a folder with `more_hf.save`."
+        )
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for name, origin in made_of.items():
+        for part, tensor in zip(origin.parts, tensors[name].chunk(len(origin.parts)), strict=True):
+            pieces.setdefault(part.name, {})[part.index] = tensor
+    return {name: torch.cat([found[i] for i in sorted(found)]) for name, found in pieces.items()}
