@@ -111,7 +111,7 @@ def short_table(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             **{column.name: column.format(line[column.name], 2) for column in MEMBERS},
             "mia_loss": with_interval(line, "mia_loss", ".2f", ".1f"),
             "gap ↓": "" if line[GAP] is None else f"{line['gap']:.2f}",
-            "seconds": f"{line['seconds']:.2f}",
+            COST[0].name: COST[0].format(line[COST[0].name], 2),
         }
         for line in summary
     ]
