@@ -134,6 +134,9 @@ def _rows_of(
             continue
         if erasure.cases is not None and measured["case_number"] not in erasure.cases:
             continue
+        clip = {}
+        if "clip_score" in measured:
+            clip = {"clip_before": before[name].get("clip_score"), "clip_after": measured["clip_score"]}
         rows.append(
             dict(
                 method=cell.method,
@@ -160,6 +163,7 @@ def _rows_of(
                 before=f"{original.folder.name}/{name}.png",
                 after=f"{cell.folder.name}/{name}.png",
                 level=measured.get("level", ""),  # missing in older cells
+                **clip,
             )
         )
     return rows

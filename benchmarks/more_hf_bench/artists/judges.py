@@ -209,6 +209,20 @@ class ClipJudges:
             self.model.encode_text(self.tokenizer(list(sentences)).to(self.device)).float(), dim=1
         )
 
+    @torch.no_grad()
+    def _embed(self, images: Tensor) -> Tensor:
+        side = self.model.visual.image_size
+        size = (side, side) if isinstance(side, int) else tuple(side)
+        x = images.to(self.device).float() / 255
+        x = interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return normalize(self.model.encode_image((x - self.mean) / self.deviation).float(), dim=1)
+
+    def scores(self, images: Tensor, rows: Sequence[PromptRow]) -> list[float]:
+        """The CLIP score of each image's content: 100 times its cosine with what its row asks for besides
+        the artist."""
+        sentences = self._encode([sentence_of(row) for row in rows])
+        return (100 * (self._embed(images) * sentences).sum(1)).tolist()
+
     def check(self, rows: Sequence[PromptRow]) -> None:
         """Raises `JudgeError` if the judges were not built for a row."""
         for row in rows:
@@ -221,11 +235,7 @@ class ClipJudges:
     @torch.no_grad()
     def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
         """Judge images; see `Judges.judge`."""
-        side = self.model.visual.image_size
-        size = (side, side) if isinstance(side, int) else tuple(side)
-        x = images.to(self.device).float() / 255
-        x = interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        z = normalize(self.model.encode_image((x - self.mean) / self.deviation).float(), dim=1)
+        z = self._embed(images)
         style = [self.artists[i] for i in (z @ self.styles.T).argmax(1).tolist()]
         content: list[int | None] = []
         for image, row in zip(z, rows, strict=True):

@@ -37,7 +37,7 @@ COLUMNS = (
     "before",  # the two picture files
     "after",
     "level",
-)
+)  # and with CLIP as a judge `clip_before` and `clip_after`, the scores of the content
 
 
 def measured(rows: pd.DataFrame, config: ArtistsConfig | None = None) -> pd.DataFrame:

@@ -34,7 +34,7 @@ from .cells import Case, Picture, Pictures
 from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
 from .generate import generate, takes_pictures
 from .grid import read_image
-from .judges import Judges
+from .judges import ClipJudges, Judges
 from .prompts import IMAGE, Prompts, read_prompts, spread
 from .reading import cut_off, known
 from .rows import ORIGINAL
@@ -286,6 +286,7 @@ class _Artists(Run):
         style, content = [None] * len(batch), [None] * len(batch)
         if self.judges is not None:
             style, content = self.judges.judge(images, rows)
+        scores = self.judges.scores(images, rows) if isinstance(self.judges, ClipJudges) else None
         before = images
         if batch[0].method != ORIGINAL:
             before = torch.stack([read_image(picture.image) for picture in self.original.of(cases)])
@@ -293,6 +294,8 @@ class _Artists(Run):
         for i, picture in enumerate(batch):
             measured = {name: round(values[i].item(), 6) for name, values in distances.items()}
             measured |= {"style": style[i], "content": content[i], "seconds": seconds}
+            if scores is not None:
+                measured["clip_score"] = round(scores[i], 4)
             picture.write(measured, images[i])
 
 

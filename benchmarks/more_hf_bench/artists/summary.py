@@ -38,6 +38,8 @@ COLUMNS = {
         Column("content_f", "%", "up"),
         Column("content_r", "%", "up"),
         Column("content_none", "%", "up"),
+        Column("clip_f", "CLIP score"),
+        Column("clip_r", "CLIP score"),
     )
 }
 
@@ -90,6 +92,8 @@ def _line(
 
     # A prompt without an artist asks for no style.
     judgements = {"style": ("f", "r", "unnamed"), "content": ("f", "r", "unnamed", "none")}
+    if "clip_after" in rows:
+        judgements["clip"] = judgements["content"]
     for judged, names in judgements.items():
         for name in names:
             before, after = (draws.mean(groups[name][f"{judged}_{when}"]) for when in ("before", "after"))

@@ -31,7 +31,7 @@ from .summary import COLUMNS, summarise
 
 ARTISTS_A_TABLE = 2  # erasures side by side, as in the paper
 PAPER = ("lpips_f", "lpips_r", "lpips_d")
-JUDGED = ("style_f", "content_f", "style_r", "content_r")
+JUDGED = ("style_f", "content_f", "style_r", "content_r", "clip_f", "clip_r")
 REMAIN = ("lpips_r", "lpips_r_group", "lpips_named", "lpips_unnamed", "lpips_none")
 COST = ("seconds_prepare", "seconds_per_image", "peak_memory")
 
@@ -96,6 +96,8 @@ WORDS = {
     "content_f": "the forgotten: thing recognised, %",
     "style_r": "others: style recognised, %",
     "content_r": "others: thing recognised, %",
+    "clip_f": "the forgotten: CLIP score of the content",
+    "clip_r": "others: CLIP score of the content",
     "lpips_f": "the forgotten moved",
     "lpips_r": "others moved",
     "lpips_d": "difference",

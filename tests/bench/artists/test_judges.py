@@ -121,6 +121,8 @@ def test_clip_judges_against_a_plain_loop(tiny_clip):
         for image, row in zip(images, CLIP_ROWS, strict=True)
     ]
     assert content == [int(a == b) for a, b in zip(best, own, strict=True)]
+    found = [similarity(image, text) for image, text in zip(images, own, strict=True)]
+    assert judges.scores(images, CLIP_ROWS) == pytest.approx([100 * cosine for cosine in found], abs=1e-3)
     assert content[2] == content[3] == 1  # the same sentence twice counts as one
     with pytest.raises(JudgeError, match="No CLIP judge nothing openai"):
         ClipJudges.load(CLIP_ROWS, model="nothing", pretrained="openai")

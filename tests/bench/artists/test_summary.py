@@ -4,6 +4,7 @@ import pytest
 from support.rows import frame, row
 
 from more_hf_bench.artists.summary import summarise
+from more_hf_bench.artists.tables import short_table
 
 
 TEN_ROWS = """
@@ -49,6 +50,16 @@ def test_the_summary_of_ten_rows_by_hand():
         "seconds_prepare": 3.0, "seconds_per_image": 4.5, "peak_memory": 100.0,
     }  # fmt: skip
     assert {key: line[key] for key in by_hand} == pytest.approx(by_hand)
+
+
+def test_clip_scores_are_columns_where_clip_judged():
+    (without,) = summarise(frame(ten_rows()))
+    assert not [name for name in without if name.startswith("clip")]
+    scored = [{**cells, "clip_before": 30.0, "clip_after": 20.0 + i} for i, cells in enumerate(ten_rows())]
+    (line,) = summarise(frame(scored))
+    assert (line["clip_f_before"], line["clip_f"]) == (30.0, 21.5)  # rows 0 to 3
+    assert (line["clip_r"], line["clip_r_change"]) == (25.5, -4.5)  # rows 4 to 7
+    assert short_table([line])[0]["clip_f"] == "30.0 → 21.5"
 
 
 def test_erasures_are_pooled_over_prompts():
