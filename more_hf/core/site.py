@@ -40,9 +40,10 @@ def feature_dim(module: nn.Module) -> int:
 class Site:
     """A linear layer that reads the features, and where its weight really lives.
 
-    Under sequential CPU offload the parameter is an empty stand-in on the meta device, and the weight is in
-    the `weights_map` of accelerate's hook. `read` and `write` go there; everything else in the library goes
-    through them.
+    Under sequential offload the parameter is an empty stand-in on the meta device, and the weight is in the
+    `weights_map` of accelerate's hook, or in a file that this names. `read` and `write` go there; everything
+    else in the library goes through them. No file is changed: what was on the disk is kept in memory once it
+    is edited.
 
     Args:
         name (`str`):
@@ -90,14 +91,12 @@ class Site:
                 f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be "
                 "edited in place. Erase from the unquantized model, save it, and quantize what was saved."
             )
-        offload = self._offload_map("weight")
-        if offload is not None and not isinstance(offload[0], dict):
-            raise SiteNotFoundError(
-                f"The weight of {where} is offloaded to disk, where an edit would not reach it. "
-                "Load the model without an offload folder, erase, save, and load it with offloading again. A "
-                "pipeline in a folder need not be loaded at all: `more_hf.erase_to_folder`."
-            )
         weight = self.read()
+        if type(weight).__name__ == "DTensor":
+            raise SiteNotFoundError(
+                f"The weight of {where} is split over processes (FSDP or tensor parallelism), and an edit "
+                "needs the whole matrix. Erase from the whole model, save it, and shard what was saved."
+            )
         plain = type(weight) is Tensor and not weight.is_meta and weight.ndim == 2
         if not plain or weight.dtype not in EDITABLE:
             raise SiteNotFoundError(
@@ -117,9 +116,7 @@ class Site:
             data, key = single.weights_map, parameter
             while hasattr(data, "prefix"):  # PrefixedDataset
                 data, key = data.dataset, data.prefix + key
-            # an OffloadedWeightsLoader holds the part that is in memory in its `state_dict`
-            resident = getattr(data, "state_dict", {})
-            return (resident if key in resident else data), key
+            return data, key
         return None
 
     def _whole(self, parameter: str = "weight") -> Tensor:
@@ -156,7 +153,10 @@ class Site:
         self._part(weight).copy_(value)
         offload = self._offload_map("weight")
         if offload is not None:
-            offload[0][offload[1]] = weight  # a mapping that returns copies needs the new value written back
+            data, key = offload
+            # A mapping that returns copies needs the new value written back. An OffloadedWeightsLoader has
+            # the part that is in memory in its `state_dict`, and looks there first.
+            getattr(data, "state_dict", data)[key] = weight
 
     def with_part(self, value: Tensor) -> Tensor:
         """

@@ -34,6 +34,7 @@ HARMLESS_HOOKS = {
     "layerwise_casting",
     "peft_autocast_disable",
 }
+SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # what torch makes a model of several processes of
 LISTED = 12  # how many layers the refusal of an unknown family names
 
 
@@ -142,6 +143,7 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
     for name, part in {**pipe.components, **(absent or {})}.items():
         if isinstance(part, nn.Module):
             modules[name] = unwrap_module(part)
+    _refuse_sharded(modules)
     families = {name: family_of(part) for name, part in modules.items()}
     denoisers = [
         Denoiser(name, modules[name], family) for name, family in families.items() if family is not None
@@ -170,6 +172,16 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
                 "`StableDiffusionPipeline.from_pipe(pipe)`)."
             )
     return denoiser
+
+
+def _refuse_sharded(modules: Mapping[str, nn.Module]) -> None:
+    for name, part in modules.items():
+        if not name.startswith("text_encoder") and SHARDED & {base.__name__ for base in type(part).__mro__}:
+            raise SiteNotFoundError(
+                f"`{name}` ({type(part).__name__}) is sharded by FSDP: each process holds a part of every "
+                "weight, and an edit needs them whole. Erase from the whole model, save it, and shard what "
+                "was saved."
+            )
 
 
 def text_of(pipe: DiffusionPipeline, denoiser: Denoiser) -> Text:

@@ -5,7 +5,7 @@ import copy
 import diffusers
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from support.bare import (
@@ -31,6 +31,7 @@ from more_hf.diffusion.sites import find_denoiser
 from more_hf.saving.lora import original_name
 
 
+CPU = torch.device("cpu")
 # Of what takes longest the fast tests see four: a layer that reads text with nothing in front, one behind a
 # norm, one behind a norm of all samples joined, and a pooled one besides.
 FOUR = ["chroma", "qwen-image", "z-image", "kandinsky-5"]
@@ -220,18 +221,47 @@ def test_half_precision(originals, family, dtype):
     assert same(denoiser_of(pipe), before)
 
 
-# In sequence offload a layer with columns of its own, and two behind a norm
+def files_in(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# A layer with columns of its own, and two behind a norm; what is on the disk stays what it was
+@pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("family", ["sdxl", "z-image", "qwen-image"])
-def test_under_sequential_offload(originals, family):
+def test_under_sequential_offload(originals, family, where, tmp_path):
     pipe, site = copied(originals[family]), list(TINY[family].sites)[-1]
-    cpu_offload(denoiser_of(pipe), torch.device("cpu"))
-    layer = denoiser_of(pipe).get_submodule(site)
+    if where == "memory":
+        cpu_offload(denoiser_of(pipe), CPU)
+    else:
+        disk_offload(denoiser_of(pipe), tmp_path, CPU)
+    layer, files = denoiser_of(pipe).get_submodule(site), files_in(tmp_path)
     held = layer._hf_hook.weights_map
     erase(pipe)
     assert layer.weight.is_meta
     assert torch.equal(held["weight"], weights(erase(copied(originals[family])))[f"{site}.weight"])
     more_hf.restore(pipe)
     assert torch.equal(held["weight"], weights(originals[family])[f"{site}.weight"])
+    assert files_in(tmp_path) == files
+    assert (where == "disk") == (len(files) > 10)
+
+
+@pytest.mark.parametrize("text_layers", ["cpu", "disk"])
+def test_split_by_a_device_map(originals, erased, text_layers, tmp_path):
+    pipe, model = copied(originals["flux"]), originals["flux"].transformer
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name, _ in model.named_children()}
+    places |= dict.fromkeys(["context_embedder", "time_text_embed"], text_layers)
+    folders = {"offload_folder": tmp_path / "offload", "device_map": places}
+    pipe.register_modules(transformer=type(model).from_pretrained(tmp_path / "model", **folders))
+    assert pipe.transformer.hf_device_map == places
+    before, wanted = (draw(pipes["flux"], "flux", FORGET) for pipes in (originals, erased))
+    files = files_in(tmp_path)
+    apart = (before - wanted).norm()
+    erase(pipe, retain=[OTHER])
+    assert (draw(pipe, "flux", FORGET) - wanted).norm() < 1e-3 * apart
+    more_hf.restore(pipe)
+    assert (draw(pipe, "flux", FORGET) - before).norm() < 1e-3 * apart
+    assert files_in(tmp_path) == files
 
 
 @pytest.mark.parametrize(("family", "text"), [("sdxl", 20), ("kolors", 64)])

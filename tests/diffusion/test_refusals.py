@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from accelerate import disk_offload
+import torch.distributed as dist
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
@@ -24,6 +24,9 @@ from support.families import build
 from support.language_models import mistral, mistral_processor
 from support.pipelines import erase
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import more_hf
 from more_hf.core.registry import find_erasure
@@ -107,11 +110,6 @@ def quantized_tensor(pipe, folder):
     return pipe
 
 
-def offloaded_to_disk(pipe, folder):
-    disk_offload(pipe.unet, str(folder), execution_device=CPU)
-    return pipe
-
-
 def group_offloaded_to_disk(pipe, folder, offload_type="leaf_level", **kwargs):
     apply_group_offloading(pipe.unet, CPU, CPU, offload_type, offload_to_disk_path=str(folder), **kwargs)
     return pipe
@@ -166,7 +164,6 @@ PREPARED = {
     merged_lora_of_peft: ["attn2.to_k", "merged LoRA", "unfuse_lora()"],
     quantized_module: ["attn2.to_k", "quantized", "Erase from the unquantized model"],
     quantized_tensor: [SITE, "PackedTensor", "Erase from the full-precision model"],
-    offloaded_to_disk: ["attn2.to_k", "offloaded to disk", "Load the model without an offload folder"],
     group_offloaded_to_disk: ["denoiser", "group-offloaded to disk", "without it"],
     group_offloaded_to_disk_by_block: ["denoiser", "group-offloaded to disk", "without it"],
     not_loaded: ["attn2.to_k", "meta", "not loaded", "Erase from"],
@@ -194,6 +191,29 @@ def assert_refused(pipe, words):
 @pytest.mark.parametrize("prepare", PREPARED, ids=lambda prepare: prepare.__name__)
 def test_refused(tiny_sd, tmp_path, prepare):
     assert_refused(prepare(tiny_sd(), tmp_path), PREPARED[prepare])
+
+
+def tensor_parallel(model, mesh):
+    parallelize_module(model.get_submodule(SITE.removesuffix(".to_v")), mesh, {"to_v": ColwiseParallel()})
+
+
+def fsdp(model, mesh):
+    fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("shard", "said"),
+    [(tensor_parallel, f"{SITE}.*FSDP or tensor parallelism"), (fsdp, "`unet` .*is sharded by FSDP")],
+)
+def test_what_several_processes_share_is_refused_by_name(tiny_sd, tmp_path, shard, said):
+    pipe = tiny_sd()
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        shard(pipe.unet, init_device_mesh("cpu", (1,)))
+        with pytest.raises(more_hf.SiteNotFoundError, match=said):
+            erase(pipe)
+    finally:
+        dist.destroy_process_group()
 
 
 XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
