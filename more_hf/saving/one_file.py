@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,7 @@ from .folder import refuse_saved_folder
 from .layers import read_denoiser, read_index
 from .original import bare_names, origins, recognized
 from .shards import UNUSED, pipeline_around, refuse_inner_edit, refuse_router
-from .tensor_file import TensorFile, note_of, read_tensor_file
+from .tensor_file import FP8, TensorFile, note_of, read_tensor_file
 
 
 # what is downloaded of a model on the Hub: configurations, tokenizers and text encoders
@@ -53,7 +52,6 @@ PACKAGED = {
     "sd-2": ("open_clip", {"tokenizer": "!"}),
     "sd-1": ("clip", {"tokenizer": "<|endoftext|>"}),
 }
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class OpenedFile(NamedTuple):
@@ -84,8 +82,9 @@ def erase_file(
 
     Args:
         source (`str` or `os.PathLike`):
-            A `.safetensors` file under the names of the original checkpoints, as ComfyUI and A1111 read it.
-            The model is recognized by them.
+            A `.safetensors` file under the names of the original checkpoints, as ComfyUI and A1111 read it,
+            or a `.gguf` file in which the layers that read text are not quantized. The model is recognized by
+            its tensors' names.
         file (`str` or `os.PathLike`):
             The copy, which is replaced if it exists.
         concepts, remap_to, options:
@@ -165,11 +164,8 @@ def open_file(source: Path, text_encoder: str | os.PathLike | None, device: torc
         made_of = origins(cls, config, file.tensors)
     denoiser = read_denoiser(folder, component, lambda prefix: _read(file, made_of, prefix), layers=True)
     # 3. Load the text encoders, from the file where it has them.
-    sizes: Counter[Any] = Counter()
-    for name in bare_names(file.tensors).values():
-        stored = file.tensors[name]
-        sizes[stored.dtype] += stored.stop - stored.start
-    dtype = next((dtype for dtype, _ in sizes.most_common(1) if dtype in EDITABLE), torch.bfloat16)
+    dtypes = {stored.stop - stored.start: stored.dtype for stored in file.tensors.values()}
+    dtype = dtypes[max(dtypes)] if dtypes[max(dtypes)] in EDITABLE else torch.bfloat16  # the largest one's
     left_out = {name: None for name, part in parts.items() if name in (*UNUSED, "vae") or part == cls}
     with reading(source):
         given = {**left_out, **tokenizers, **_text_encoders(file, folder, parts, dtype)}
@@ -215,20 +211,12 @@ def clip_tokenizer(pad: str) -> transformers.CLIPTokenizer:
 
 
 def _read(file: TensorFile, made_of: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The tensors of a layer, by their names without its prefix; fp8 ones in float32."""
+    """The tensors of a layer, by their names without its prefix."""
     tensors = {}
     for name, origin in made_of.items():
-        if not name.startswith(prefix):
-            continue
-        (part,) = origin.parts
-        tensor = file.read(part.name)
-        if tensor.dtype in FP8:
-            tensor = tensor.float()
-            layer = part.name.removesuffix(".weight")
-            for scale in (f"{layer}.scale_weight", f"{layer}.weight_scale"):
-                if scale in file.tensors:
-                    tensor *= file.read(scale)
-        tensors[name.removeprefix(prefix)] = tensor
+        if name.startswith(prefix):
+            (part,) = origin.parts
+            tensors[name.removeprefix(prefix)] = file.read_dense(part.name)
     return tensors
 
 
@@ -247,7 +235,8 @@ def _text_encoders(
             found[name] = create_diffusers_clip_model_from_ldm(cls, held, **options)
         elif cls is transformers.T5EncoderModel and is_t5_in_single_file(held):
             found[name] = create_diffusers_t5_model_from_checkpoint(cls, held, **options)
-    return found
+    # which diffusers does not do for T5
+    return {name: encoder.eval() for name, encoder in found.items()}
 
 
 def _refuse_target(source: Path, file: Path) -> None:
@@ -273,11 +262,15 @@ def _refuse_rounding(opened: OpenedFile) -> None:
             f"{file.path} also has a moving average of the weights (`model_ema.`), which would keep the "
             "concept. Remove it first, or take the model's file that is called pruned."
         )
-    if any(file.tensors[name].dtype in FP8 for name in bare_names(file.tensors).values()):
+    # Programs that load a file with fp8 in it may round every layer to that.
+    names = bare_names(file.tensors).values()
+    if not any(file.tensors[name].dtype in FP8 for name in names):
+        names = opened.names.values()
+    if rough := [name for name in names if file.tensors[name].dtype not in EDITABLE]:
         raise IncompatibleBaseError(
-            f"{file.path} is stored in fp8, which rounds a weight by more than an edit changes it, and "
-            "programs round all layers of such a file when they load it. Write a LoRA for it: `more-hf "
-            "lora`, or `more_hf.erase_to_lora`."
+            f"`{rough[0]}` in {file.path} is stored in {file.tensors[rough[0]].dtype}, which rounds a weight "
+            "by more than an edit changes it. Write a LoRA for this file: `more-hf lora`, or "
+            "`more_hf.erase_to_lora`."
         )
 
 

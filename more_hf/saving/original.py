@@ -15,40 +15,21 @@ from ..core.errors import ExportError, IncompatibleBaseError
 
 
 PREFIXES = (LDM_UNET_KEY, "diffusion_model.")  # in front of the denoiser's tensors, or nothing
-# A denoiser's class -> tensors that its original files have, and no file of a class above it. The first ones
+# A denoiser's class -> weights that its original files have, and no file of a class above it. The first ones
 # read text.
 MARKS = {
-    "UNet2DConditionModel": (
-        "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-        "input_blocks.0.0.weight",
-    ),
-    "SD3Transformer2DModel": (
-        "context_embedder.weight",
-        "y_embedder.mlp.0.weight",
-        "joint_blocks.0.x_block.attn.qkv.weight",
-    ),
-    "FluxTransformer2DModel": (
-        "txt_in.weight",
-        "vector_in.in_layer.weight",
-        "double_blocks.0.img_mod.lin.weight",
-    ),
-    "ChromaTransformer2DModel": ("txt_in.weight", "distilled_guidance_layer.in_proj.weight"),
-    "Flux2Transformer2DModel": ("txt_in.weight", "double_stream_modulation_txt.lin.weight"),
-    "ZImageTransformer2DModel": ("cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight"),
-    "Lumina2Transformer2DModel": ("cap_embedder.1.weight", "layers.0.adaLN_modulation.1.weight"),
-    "QwenImageTransformer2DModel": (
-        "txt_in.weight",
-        "txt_norm.weight",
-        "transformer_blocks.0.txt_mod.1.weight",
-    ),
-    "WanTransformer3DModel": ("text_embedding.0.weight", "head.modulation"),
-    "AuraFlowTransformer2DModel": ("cond_seq_linear.weight", "double_layers.0.attn.w1q.weight"),
-    "SanaTransformer2DModel": ("y_embedder.y_proj.fc1.weight", "attention_y_norm.weight"),
-    "PixArtTransformer2DModel": (
-        "y_embedder.y_proj.fc1.weight",
-        "t_block.1.weight",
-        "blocks.0.scale_shift_table",
-    ),
+    "UNet2DConditionModel": "middle_block.1.transformer_blocks.0.attn2.to_k input_blocks.0.0",
+    "SD3Transformer2DModel": "context_embedder y_embedder.mlp.0 joint_blocks.0.x_block.attn.qkv",
+    "FluxTransformer2DModel": "txt_in vector_in.in_layer double_blocks.0.img_mod.lin",
+    "ChromaTransformer2DModel": "txt_in distilled_guidance_layer.in_proj",
+    "Flux2Transformer2DModel": "txt_in double_stream_modulation_txt.lin",
+    "ZImageTransformer2DModel": "cap_embedder.1 layers.0.adaLN_modulation.0",
+    "Lumina2Transformer2DModel": "cap_embedder.1 layers.0.adaLN_modulation.1",
+    "QwenImageTransformer2DModel": "txt_in txt_norm transformer_blocks.0.txt_mod.1",
+    "WanTransformer3DModel": "text_embedding.0 blocks.0.cross_attn.norm_k",
+    "AuraFlowTransformer2DModel": "cond_seq_linear double_layers.0.attn.w1q",
+    "SanaTransformer2DModel": "y_embedder.y_proj.fc1 attention_y_norm",
+    "PixArtTransformer2DModel": "y_embedder.y_proj.fc1 blocks.0.cross_attn.kv_linear",
 }
 # A denoiser's class -> `config ->` names by which its conversion counts layers and knows the parts they have.
 COUNTED = {
@@ -116,9 +97,9 @@ def recognized(path: Path, names: Iterable[str]) -> str:
     """
     names = list(names)
     bare = bare_names(names)
-    missing = {cls: [mark for mark in marks if mark not in bare] for cls, marks in MARKS.items()}
-    for cls, lacks in missing.items():
-        if not lacks:
+    marks = {cls: [f"{mark}.weight" for mark in of_cls.split()] for cls, of_cls in MARKS.items()}
+    for cls, of_cls in marks.items():
+        if bare.keys() >= set(of_cls):
             return cls
     if any(kind in name for name in names for kind in LORA):
         raise IncompatibleBaseError(
@@ -129,12 +110,11 @@ def recognized(path: Path, names: Iterable[str]) -> str:
         raise IncompatibleBaseError(
             f"{path} holds a VAE alone, which reads no text. Name the file with the denoiser."
         )
-    nearest = max(missing, key=lambda cls: len(MARKS[cls]) - len(missing[cls]))
+    nearest = max(marks, key=lambda cls: len(bare.keys() & set(marks[cls])))
     message = f"{path} is no checkpoint of a known model in its original layout."
-    if len(missing[nearest]) < len(MARKS[nearest]):
-        message += (
-            f" The nearest is {nearest}, without {', '.join(f'`{mark}`' for mark in missing[nearest])}."
-        )
+    if bare.keys() & set(marks[nearest]):
+        lacks = [f"`{mark}`" for mark in marks[nearest] if mark not in bare]
+        message += f" The nearest is {nearest}, without {', '.join(lacks)}."
     raise IncompatibleBaseError(
         f"{message} Known are {', '.join(MARKS)}. Name one of these, or a folder of diffusers "
         "(`more_hf.erase_to_folder`)."
@@ -169,13 +149,7 @@ class _Asked(dict):
 
 def original_tensors(module: nn.Module, counted: Iterable[str]) -> dict[str, Tensor]:
     """
-    A denoiser's tensors under the names of its original, where diffusers' conversion asks for these.
-
-    Args:
-        module (`nn.Module`):
-            The denoiser.
-        counted (`Iterable[str]`):
-            Names by which the conversion counts the layers.
+    A denoiser's tensors under the names for which diffusers' conversion asks; it counts layers by others.
 
     Raises:
         `ExportError`: some tensors have no place in an original file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ LENGTH = 8  # a safetensors file starts with the length of its header, in this m
 NOTE = "more_hf"  # the line of metadata that tells what was erased
 STRING = 8  # the type of a text in the metadata of a GGUF file
 BLOCK = 1 << 24  # how much is copied at once
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (".scale_weight", ".weight_scale")  # of an fp8 weight, beside it
 # what safetensors and GGUF call a type -> torch's; others, all quantized, keep their name
 DTYPES = {
     "F64": torch.float64,
@@ -65,6 +69,23 @@ class TensorFile:
         with self.path.open("rb") as file:
             file.seek(start)
             return torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtype).reshape(shape)
+
+    def read_dense(self, name: str) -> Tensor:
+        """Read one tensor, in float32 if it is quantized."""
+        dtype, shape, start, stop = self.tensors[name]
+        if isinstance(dtype, str):
+            from gguf import GGMLQuantizationType, dequantize
+
+            with self.path.open("rb") as file:
+                file.seek(start)
+                rows = np.frombuffer(file.read(stop - start), np.uint8).reshape(*shape[:-1], -1)
+            return torch.from_numpy(dequantize(rows, GGMLQuantizationType[dtype]))
+        tensor = self.read(name)
+        if dtype not in FP8:
+            return tensor
+        layer = name.removesuffix(".weight")
+        scales = [self.read(layer + end) for end in SCALES if layer + end in self.tensors]
+        return math.prod([tensor.float(), *scales])
 
     def copy(self, target: Path, edited: Mapping[str, Tensor], note: str) -> None:
         """

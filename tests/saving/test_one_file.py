@@ -1,23 +1,39 @@
 """Erase from one file: diffusers' `from_single_file` reads it, and a whole pipeline is the reference."""
 
+import re
 import shutil
 
+import gguf
+import open_clip
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+import transformers
+from diffusers import (
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import LDM_UNET_KEY as PREFIX
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.families import FORGET, TARGET, copied, denoiser_of, images
-from support.originals import any_size, original_of
+from support.originals import COUNTED, RENAMED, any_size, original_of
+from transformers import CLIPTextConfig
 
 import more_hf
 from more_hf.cli.main import main
-from more_hf.saving.single_file import original_layout
+from more_hf.data import FOLDER
+from more_hf.diffusion.sites import find_denoiser
+from more_hf.saving.lora import original_name
+from more_hf.saving.one_file import clip_tokenizer
+from more_hf.saving.original import origins
+from more_hf.saving.single_file import _rename, _unet_names, original_layout
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
-FAMILIES = ["sd-1", "sd-2", "sdxl", "sd3", "flux"]
-UNREAD = ["pixart"]  # diffusers opens no original file of these
+FAMILIES = ["sd-1", "sdxl", "sd3", "flux", "z-image"]
+MORE = ["sd-2", "chroma", "flux-2", "klein", "lumina-2", "qwen-image", "wan", "auraflow", "sana"]
+FAMILIES += [pytest.param(family, marks=pytest.mark.slow) for family in MORE]
 
 
 @pytest.fixture
@@ -74,22 +90,96 @@ def test_diffusers_reads_the_erased_model(families, stored, tmp_path, monkeypatc
     assert more_hf.verify_file(out, text_encoder=folder), more_hf.verify_file(out, text_encoder=folder)
 
 
-def test_a_file_with_its_text_encoders_needs_only_configurations(families, tmp_path):
+def test_a_family_that_diffusers_opens_no_file_of(families, stored, tmp_path):
+    folder, file = stored("pixart")
+    out = tmp_path / "erased.safetensors"
+    more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=folder)
+    erased = more_hf.erase_concept(copied(families["pixart"]), FORGET, remap_to=TARGET)
+    old, new = load_file(file), load_file(out)
+    expected = erased.transformer.caption_projection.linear_1.weight
+    assert torch.equal(new.pop("y_embedder.y_proj.fc1.weight"), expected)
+    assert not torch.equal(old.pop("y_embedder.y_proj.fc1.weight"), expected)
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+
+
+@pytest.mark.parametrize("family", [*COUNTED, *RENAMED, "sd-2", "sdxl"])
+def test_the_layers_have_the_names_of_a_lora_for_comfyui(families, family):
+    """Two sources, diffusers' conversion and the table behind `format="comfyui"`, name the same tensors."""
+    denoiser = find_denoiser(families[family])
+    cls, config = type(denoiser.module).__name__, denoiser.module.config
+    made_of = origins(cls, config, original_of(families[family], family))
+    for layer in denoiser.find():
+        (part,) = made_of[f"{layer}.weight"].parts
+        assert part.name.removeprefix(PREFIX) == f"{original_name(denoiser, layer)}.weight"
+
+
+def test_known_sizes_of_the_packaged_configurations():
+    """The numbers of parameters that their publishers state."""
+    sizes = {"sd-1/unet": 859_520_964, "sd-2/unet": 865_910_724, "sdxl/unet": 2_567_463_684}
+    sizes |= {"sd-1/text_encoder": 123_060_480, "sd-2/text_encoder": 340_387_840}
+    sizes |= {"sdxl/text_encoder": 123_060_480, "sdxl/text_encoder_2": 694_659_840}
+    for place, size in sizes.items():
+        folder = FOLDER / "configs" / place
+        with torch.device("meta"):
+            if place.endswith("unet"):
+                model = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+            else:
+                (cls,) = CLIPTextConfig.from_pretrained(folder).architectures
+                model = getattr(transformers, cls)(CLIPTextConfig.from_pretrained(folder))
+        assert sum(parameter.numel() for parameter in model.parameters()) == size, place
+
+
+def test_the_packaged_tokenizer_is_the_one_of_open_clip():
+    texts = ["a Photo by Vincent van Gogh, 1889", "", "naïve café's #1 😀 x" * 9]
+    for pad, id in (("!", 0), ("<|endoftext|>", 49407)):
+        found = clip_tokenizer(pad)(texts, padding="max_length", truncation=True)["input_ids"]
+        expected = open_clip.tokenize(texts)
+        for own, row in zip(found, expected.tolist(), strict=True):
+            end = row.index(49407) + 1
+            assert own == row[:end] + [id] * (77 - end)
+
+
+@pytest.mark.slow
+def test_a_file_of_the_real_layout_needs_no_folder(tmp_path):
+    """Stable Diffusion 1.5's names; of the denoiser only what reads text has its real shape, for room."""
+    configs = FOLDER / "configs" / "sd-1"
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet"))
+    names, tensors = _unet_names(unet), {}
+    for name, tensor in unet.state_dict().items():
+        reads_text = re.search(r"attn2\.to_[kv]", name) is not None
+        tensors[PREFIX + _rename(name, names)] = torch.randn(tensor.shape) if reads_text else torch.zeros(1)
+    text = transformers.CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
+    for name, tensor in text.state_dict().items():
+        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    file, out = tmp_path / "original.safetensors", tmp_path / "erased.safetensors"
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
+    more_hf.erase_file(file, out, "Van Gogh", remap_to="Monet")
+    assert more_hf.verify_file(out), more_hf.verify_file(out)
+    old, new = load_file(file), load_file(out)
+    changed = {name for name, tensor in old.items() if not torch.equal(new[name], tensor)}
+    assert changed == {name for name in old if re.search(r"attn2\.to_[kv]", name)}
+    assert len(changed) == 32
+
+
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
+def test_a_file_with_its_text_encoders_needs_only_configurations(families, tmp_path, monkeypatch, family):
     """Its own encoders make the prototypes: those of a fine-tune differ from the base's."""
-    pipe = copied(families["sdxl"])
-    pipe.save_pretrained(tmp_path / "configs")
-    for weights in (tmp_path / "configs").rglob("*.safetensors"):
+    any_size(monkeypatch, family)
+    pipe, configs = copied(families[family]), tmp_path / "configs"
+    pipe.save_pretrained(configs)
+    for weights in configs.rglob("*.safetensors"):
         weights.unlink()
     file, out = tmp_path / "all.safetensors", tmp_path / "erased.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in original_layout(pipe).items()}, file)
-    more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=tmp_path / "configs")
+    more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=configs)
 
-    opened = StableDiffusionXLPipeline.from_single_file(str(out), config=str(tmp_path / "configs"))
-    before = StableDiffusionXLPipeline.from_single_file(str(file), config=str(tmp_path / "configs"))
-    erased = more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
-    expected = images(erased, "sdxl", FORGET)
-    torch.testing.assert_close(images(opened, "sdxl", FORGET), expected, rtol=0, atol=1e-5)
-    assert (images(before, "sdxl", FORGET) - expected).abs().mean() > 1e-3
+    opened, before = (type(pipe).from_single_file(str(place), config=str(configs)) for place in (out, file))
+    for encoder in (opened.text_encoder_2, before.text_encoder_2):
+        encoder.eval()  # which diffusers forgets for T5
+    expected = images(more_hf.erase_concept(pipe, FORGET, remap_to=TARGET), family, FORGET)
+    torch.testing.assert_close(images(opened, family, FORGET), expected, rtol=0, atol=1e-5)
+    assert (images(before, family, FORGET) - expected).abs().mean() > 1e-4
 
 
 def test_the_command(stored, tmp_path, capsys):
@@ -142,7 +232,7 @@ def in_fp8(file):
         (saved(["lora_unet_a.lora_up.weight"]), "is a LoRA"),
         (saved(["first_stage_model.decoder.conv_in.weight"]), "a VAE alone"),
         (with_average, "model_ema"),
-        (in_fp8, "stored in fp8"),
+        (in_fp8, "stored in torch.float8.*more-hf lora"),
     ],
 )
 def test_bad_input_is_refused_with_the_next_step(stored, tmp_path, damage, says):
@@ -202,3 +292,63 @@ def test_an_fp8_file_has_its_lora(stored, tmp_path):
     up, down = (found[f"transformer.context_embedder.lora_{side}.weight"].double() for side in "BA")
     expected = erasure.remap.merged(weight.float()).double() - weight
     torch.testing.assert_close(up @ down, expected, rtol=1e-2, atol=1e-3)
+
+
+def write_gguf(tensors, file, plain):
+    """As city96's quantizer does: what a pattern matches stays as it is."""
+    writer = gguf.GGUFWriter(file, "flux")
+    writer.add_string("general.name", "tiny")
+    for name, tensor in tensors.items():
+        data, kind = tensor.numpy(), gguf.GGMLQuantizationType.Q8_0
+        if tensor.ndim == 1 or data.shape[1] % 32 or re.search(plain, name):
+            writer.add_tensor(name, data)
+        else:
+            writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(families, stored, tmp_path, monkeypatch):
+    any_size(monkeypatch, "flux")
+    (folder, _), pipe = stored("flux"), families["flux"]
+    file, out = tmp_path / "original.gguf", tmp_path / "erased.gguf"
+    write_gguf(original_of(pipe, "flux"), file, "txt_in|vector_in")
+    more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=folder)
+    old, new = gguf.GGUFReader(file), gguf.GGUFReader(out)
+    assert new.fields.keys() - old.fields.keys() == {"more_hf"}
+    assert new.fields["general.name"].contents() == "tiny"
+    assert {tensor.tensor_type.name for tensor in old.tensors} == {"F32", "Q8_0"}
+    changed = [a.name for a, b in zip(old.tensors, new.tensors, strict=True) if (a.data != b.data).any()]
+    assert changed == ["vector_in.in_layer.weight", "txt_in.weight"]
+    assert more_hf.verify_file(out, text_encoder=folder)
+
+    config = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    options = {"config": str(folder), "subfolder": "transformer", "quantization_config": config}
+    read = FluxTransformer2DModel.from_single_file(str(out), torch_dtype=torch.float32, **options)
+    pipe = copied(pipe)
+    pipe.register_modules(
+        text_encoder_2=pipe.text_encoder_2.bfloat16(), text_encoder=pipe.text_encoder.bfloat16()
+    )
+    erased = more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
+    for site in more_hf.get_erasure(erased).sites:
+        expected = erased.transformer.get_submodule(site).weight
+        torch.testing.assert_close(read.get_submodule(site).weight.data, expected.data, rtol=0, atol=1e-5)
+
+
+def test_a_gguf_file_with_quantized_layers_has_its_lora(families, stored, tmp_path):
+    (folder, _), pipe = stored("flux"), families["flux"]
+    file, lora = tmp_path / "original.gguf", tmp_path / "lora.safetensors"
+    write_gguf(original_of(pipe, "flux"), file, "txt_in")
+    options = {"remap_to": TARGET, "text_encoder": folder}
+    with pytest.raises(more_hf.IncompatibleBaseError, match="stored in Q8_0.*more-hf lora"):
+        more_hf.erase_file(file, tmp_path / "erased.gguf", FORGET, **options)
+    assert not (tmp_path / "erased.gguf").exists()
+    erasure = more_hf.erase_to_lora(file, lora, FORGET, dtype=torch.float32, **options)
+    weight, found = pipe.transformer.time_text_embed.text_embedder.linear_1.weight.detach(), load_file(lora)
+    up, down = (
+        found[f"transformer.time_text_embed.text_embedder.linear_1.lora_{side}.weight"] for side in "BA"
+    )
+    expected = erasure.remaps["pooled"].merged(weight).float() - weight
+    assert 0 < (up @ down - expected).norm() < 0.02 * expected.norm()  # rounded to 8 bits, but not 0

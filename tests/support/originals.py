@@ -87,8 +87,10 @@ WAN = {
     r"\.norm3\.": ".norm2.",
     r"\.norm!\.": ".norm3.",
 }
-PIXART = {r"caption_projection\.linear_": "y_embedder.y_proj.fc", r"adaln_single\.linear": "t_block.1"}
-PIXART |= {"^transformer_blocks": "blocks"}
+PIXART = {r"caption_projection\.linear_": "y_embedder.y_proj.fc", "^transformer_blocks": "blocks"}
+PIXART |= {r"attn2\.to_[kv]\.": "cross_attn.kv_linear."}
+# tensors that an original file has and diffusers does not read
+UNREAD = {"sana": {"pos_embed": torch.zeros(2), "y_embedder.y_embedding": torch.zeros(2)}}
 RENAMED = {
     "flux-2": FLUX_2,
     "klein": FLUX_2,
@@ -104,7 +106,7 @@ def original_of(pipe, family):
     """The denoiser's tensors, without a prefix."""
     denoiser = denoiser_of(pipe)
     if family in COUNTED:
-        return original_tensors(denoiser, COUNTED[family])
+        return original_tensors(denoiser, COUNTED[family]) | UNREAD.get(family, {})
     if family not in RENAMED:
         return _renamed(denoiser.state_dict(), _unet_names(denoiser), LDM_UNET_KEY)
     joined = {}
