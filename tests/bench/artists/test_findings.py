@@ -7,8 +7,7 @@ from more_hf_bench.tables import share
 
 
 @pytest.mark.parametrize(
-    ("percent", "text"),
-    [(0, "none"), (100, "all"), (79.6, "80 %"), (0.4, "under 1 %"), (99.6, "over 99 %")],
+    ("percent", "text"), [(0, "none"), (100, "all"), (79.6, "80 %"), (0.4, "under 1 %"), (99.6, "over 99 %")]
 )
 def test_share(percent, text):
     assert share(percent) == text

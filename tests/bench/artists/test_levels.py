@@ -1,6 +1,5 @@
 """Asked in other words: the prompts, what is measured at each level, and what cannot be asked."""
 
-import csv
 import json
 import re
 from collections import Counter
@@ -27,7 +26,8 @@ from more_hf_bench.artists.kinds import THINGS
 from more_hf_bench.artists.prompts import PromptFileError, PromptRow, read_prompts
 from more_hf_bench.artists.ranking import level_lines
 from more_hf_bench.artists.run import run_artists
-from more_hf_bench.artists.tables import level_tables, rebuild
+from more_hf_bench.artists.tables import level_tables
+from more_hf_bench.columns import read_cells
 from more_hf_bench.errors import BenchmarkError
 
 
@@ -69,12 +69,6 @@ def test_each_level_says_the_artist_in_its_own_way():
             assert named == []
             assert len(said_in(r.prompt, own["trained" if trained else "held_out"])) == 1
             assert not said_in(r.prompt, own["held_out" if trained else "trained"])
-    # every held-out text is there, and the trained ones are not fewer
-    for level, least in (("variant", 10), ("short", 20), ("long", 10), ("short-trained", 40)):
-        kind, _, trained = level.partition("-")
-        texts = [t for a in WORDS.values() for t in a[kind]["trained" if trained else "held_out"]]
-        used = {t for r in rows if r.level == level for t in said_in(r.prompt, texts)}
-        assert len(used) >= least
 
 
 def test_the_file_is_what_its_script_writes(monkeypatch):
@@ -164,11 +158,7 @@ def asked(method, named, described, *, other="B", near=1):
 
 
 def test_what_is_left_and_what_is_lost_by_level():
-    rows = [
-        *asked("original", 2, 2),
-        *asked("by-name", 0, 2),
-        *asked("described", 0, 1, other="A", near=0),
-    ]
+    rows = [*asked("original", 2, 2), *asked("by-name", 0, 2), *asked("described", 0, 1, other="A", near=0)]
     lines = {(line["level"], line["method"]): line for line in level_lines(frame(rows))}
     assert list(lines)[:3] == [("name", "original"), ("name", "by-name"), ("name", "described")]
     # nothing done leaves all, and loses nothing
@@ -265,8 +255,7 @@ def spoil(pipe, concepts, *, remap_to, retain):
 def test_a_run_by_level(tiny_sd, few, tmp_path):
     output = tmp_path / "out"
     run(tiny_sd(), few, output, {"keep": keep, "spoil": spoil})
-    with open(output / "levels.csv", newline="", encoding="utf-8") as file:
-        lines = {(line["level"], line["method"]): line for line in csv.DictReader(file)}
+    lines = {(line["level"], line["method"]): line for line in read_cells(output / "levels.csv")}
     assert list(lines) == [(level, name) for level in ("name", "short", "near") for name in ("keep", "spoil")]
     for level in ("name", "short"):
         assert [lines[level, name]["left"] for name in ("keep", "spoil")] == ["100.0", "0.0"]
@@ -280,13 +269,7 @@ def test_a_run_by_level(tiny_sd, few, tmp_path):
     with Image.open(output / "words.webp") as words:
         assert words.width > 2 * 128
         assert 3 * 128 < words.height < 4 * 128
-
-    # and all of it again from the rows alone
     assert Counter(r.level for r in rows_of(output)) == {"name": 8, "short": 8, "near": 4}
-    before = {name: (output / name).read_bytes() for name in ("levels.csv", "table.md")}
-    (output / "images").rename(tmp_path / "images")
-    rebuild(output)
-    assert {name: (output / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from more_hf_bench.artists.ranking import rank, rank_sizes, winner
 from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import _erasure, run_artists
 from more_hf_bench.artists.summary import summarise
-from more_hf_bench.artists.tables import rebuild
 from more_hf_bench.columns import read_rows
 from more_hf_bench.errors import BenchmarkError
 
@@ -136,23 +135,13 @@ def test_things_by_size(tiny_sd, prompts, tmp_path):
     ranked = rank_sizes(rows, THINGS)
     assert {line["at_once"] for line in ranked} == {1, 6}
     six = [line for line in ranked if line["at_once"] == 6]
-    assert {tuple(line[name] for name in ("qualifies", "gone_f", "kept_f", "gone_r")) for line in six} == {
-        ("yes", 0, 100, 0)
-    }
+    columns = ("qualifies", "gone_f", "kept_f", "gone_r")
+    assert {tuple(line[name] for name in columns) for line in six} == {("yes", 0, 100, 0)}
     table = (output / "table.md").read_text("utf-8")
     assert "| content_f ↓ | style_f ↑" in table
     assert "leave the thing in at most 10 %" in table
     assert (output / "sizes.png").stat().st_size > 10_000
-    sizes = (output / "sizes.csv").read_text("utf-8")
-    assert sizes.startswith("at_once,method,")
-
-    # and all of it again from the rows alone
-    (output / "images").rename(tmp_path / "images")
-    assert rebuild(output) == summary
-    assert ((output / "table.md").read_text("utf-8"), (output / "sizes.csv").read_text("utf-8")) == (
-        table,
-        sizes,
-    )
+    assert (output / "sizes.csv").read_text("utf-8").startswith("at_once,method,")
 
     with pytest.raises(BenchmarkError, match="cases is"):
         run(tiny_sd(), prompts, output, methods, tuned=tuned, tuned_by_size=by_size, pictures=(6, 14))
