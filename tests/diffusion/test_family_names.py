@@ -5,17 +5,7 @@ import re
 import pytest
 import torch
 from support.compare import same
-from support.families import (
-    FORGET,
-    MATRIX,
-    RETAINED,
-    TARGET,
-    TINY,
-    copied,
-    denoiser_of,
-    erase,
-    weights,
-)
+from support.families import FORGET, MATRIX, RETAINED, TARGET, TINY, copied, denoiser_of, erase, weights
 
 import more_hf
 from more_hf.core.views import experts_forced, routing_off

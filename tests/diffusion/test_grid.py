@@ -20,10 +20,7 @@ def test_labels_make_room_for_themselves():
     pictures = [Image.effect_noise((16, 16), 50).convert("RGB")] * 2
     plain = draw_grid({"": pictures}, scale=4)
     labelled = draw_grid(
-        {"before": pictures, "after": pictures},
-        column_labels=["cat face Fluent", "x"],
-        scale=4,
-        title="T",
+        {"before": pictures, "after": pictures}, column_labels=["cat face Fluent", "x"], scale=4, title="T"
     )
     assert labelled.width > plain.width
     assert labelled.height > 2 * plain.height + 60

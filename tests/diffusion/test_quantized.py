@@ -12,14 +12,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from optimum.quanto import freeze, qint8, quantize
 from support import bare
 from support.bare import FORGET, LENGTHS, OTHER, TARGET, erase, use_bare_names
-from support.quantized import (
-    CONFIGS,
-    READERS,
-    bitsandbytes_on_the_cpu,
-    build_wide_flux,
-    from_gguf,
-    quantized,
-)
+from support.quantized import CONFIGS, READERS, bitsandbytes_on_the_cpu, build_wide_flux, from_gguf, quantized
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

@@ -4,15 +4,7 @@ import diffusers
 import torch
 
 import more_hf
-from support.families import (
-    MATRIX,
-    TINY,
-    build,
-    denoiser_of,
-    few_ordinary_prompts,
-    images,
-    set_length,
-)
+from support.families import MATRIX, TINY, build, denoiser_of, few_ordinary_prompts, images, set_length
 
 
 FORGET, TARGET, OTHER = "gogh", "monet", "cat"  # one token each in every tokenizer here

@@ -208,11 +208,7 @@ SISTERS = {
     "kolors pag": Sister("kolors", "KolorsPAGPipeline", {"pag_scale": 0.3}),  # more magnifies rounding
     "cogview-4 control": Sister("cogview-4", "CogView4ControlPipeline", CONTROL, {"in_channels": 8}),
     "hunyuan-image refiner": Sister(
-        "hunyuan-image",
-        "HunyuanImageRefinerPipeline",
-        {"image": PICTURE},
-        REFINER,
-        refiner_parts,
+        "hunyuan-image", "HunyuanImageRefinerPipeline", {"image": PICTURE}, REFINER, refiner_parts
     ),
     "wan image-to-video 2.1": Sister(
         "wan",
@@ -285,10 +281,7 @@ REFUSED = [
         ),
         ["class_embed_type='projection'"],
     ),
-    (
-        Sister("sd-1", "StableDiffusionPipeline", {}, {"attention_type": "gated"}),
-        ["attention_type='gated'"],
-    ),
+    (Sister("sd-1", "StableDiffusionPipeline", {}, {"attention_type": "gated"}), ["attention_type='gated'"]),
     (
         Sister("sd-1", "StableDiffusionPipeline", parts=lambda parts: umt5()),
         ["reads prompts of CLIPTextModel", "encodes them with UMT5EncoderModel", "right text encoder"],
