@@ -128,23 +128,16 @@ def test_names_dtypes_and_header(erased, tmp_path):
         assert record["fingerprint"] == erasure.facts.fingerprint
         if file.name == PEFT:
             assert metadata == {}  # `lora_adapter_metadata` would replace what loaders infer
+    assert metadata.pop("modelspec.usage_hint").startswith(
+        "Weight 1 on the original model erases, 0 does not."
+    )
     assert metadata == {
-        "ss_output_name": "Without_van_gogh",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": "4",
-        "ss_network_alpha": "4",
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
-        "ss_sd_model_name": "",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": "Without van gogh",
-        "modelspec.resolution": "32x32",
-        "modelspec.prediction_type": "epsilon",
-        "modelspec.usage_hint": "Weight 1 on the original model erases, 0 does not. Not for a model that is "
-        "erased already.",
-    }
+        "ss_output_name": "Without_van_gogh", "ss_network_module": "networks.lora", "ss_network_dim": "4",
+        "ss_network_alpha": "4", "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_sd_model_name": "",
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers", "modelspec.title": "Without van gogh",
+        "modelspec.resolution": "32x32", "modelspec.prediction_type": "epsilon",
+    }  # fmt: skip
 
 
 def test_a_file_is_replaced_and_the_erased_pipeline_is_not_changed(erased, tmp_path):

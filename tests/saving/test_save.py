@@ -60,24 +60,11 @@ def test_record(tiny_sd, tmp_path):
     assert record["more_hf"] == more_hf.__version__
     assert set(record["versions"]) == {"python", "torch", "diffusers", "transformers"}
     assert record["request"] == {
-        "concepts": {"van gogh": ["vincent van gogh"]},
-        "remap_to": {"van gogh": ["claude monet", "johannes vermeer"]},
-        "retain": ["cat"],
-        "tokens": "positions",
-        "solver": "auto",
-        "num_experts": None,
-        "router": None,
-        "seed": 0,
-        "pooled": True,
-        "templates": None,
-        "everyday": None,
-        "shrinkage": 1e-4,
-        "softness": 1.0,
-        "strength": 1.0,
-        "reach": "name",
-        "pictures": 32,
-        "sampling": {},
-    }
+        "concepts": {"van gogh": ["vincent van gogh"]}, "retain": ["cat"], "tokens": "positions",
+        "remap_to": {"van gogh": ["claude monet", "johannes vermeer"]}, "solver": "auto", "seed": 0,
+        "num_experts": None, "router": None, "pooled": True, "templates": None, "everyday": None,
+        "shrinkage": 1e-4, "softness": 1.0, "strength": 1.0, "reach": "name", "pictures": 32, "sampling": {},
+    }  # fmt: skip
     assert Record.read(folder).request == erasure.request
     assert record["sites"] == {name: list(site.read().shape) for name, site in erasure.sites.items()}
     assert len(record["sites"]) == 8
