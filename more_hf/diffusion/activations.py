@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -31,8 +29,9 @@ from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.request import ConceptRequest, names_in
 from ..core.site import Site, check_unshared, feature_dim, is_linear
 from ..core.views import running_eagerly
+from .draw import call
 from .encoder import column
-from .prompts import TEMPLATES, everyday_prompts
+from .prompts import TEMPLATES, evenly, everyday_prompts, sentences_around
 from .quantized import scheme_of
 from .sites import Denoiser, base_layer, find_sites, is_lora
 
@@ -138,14 +137,14 @@ def record_activations(
             seeds = [(request.seed + i) % 2**63 for i in range(first, first + len(batch))]
             # 1. Draw the pictures, and keep only their latents.
             with _capture_latents(pipe) as latents:
-                _call(pipe, batch, seeds, request.sampling)
+                call(pipe, batch, seeds, request.sampling, "latent")
             # 2. Show them to the denoiser at each level of noise, and listen to its layers.
             recorder.start(name, len(batch))
             with (
                 recorder.listening(denoiser.module, layers),
                 _replay_latents(pipe, latents[-1], seeds, recorder),
             ):
-                _call(pipe, batch, seeds, shown_with)
+                call(pipe, batch, seeds, shown_with, "latent")
             progress.update(len(batch))
     activations = recorder.activations(sent_to)
     if not activations.prototypes:
@@ -183,12 +182,8 @@ def _sentences(request: ConceptRequest, names: Sequence[str], everyday: Sequence
     Sentences with `{}` for a concept, one for each picture: evenly spaced ordinary prompts that hold the
     concept, a target or a retained name (the model knows such sentences), or all of them and the templates.
     """
-    sentences = []
-    for name in names:
-        word = rf"(?<!\w){re.escape(name)}(?!\w)"
-        # so that the same sentence serves the concept, its targets and retained names
-        sentences += [re.sub(word, "{}", line, flags=re.I) for line in everyday if names_in(line, name)]
-    return _evenly(list(dict.fromkeys(sentences)), request.pictures, request.templates or TEMPLATES)
+    sentences = sentences_around(names, everyday)
+    return evenly(sentences, request.pictures, request.templates or TEMPLATES)
 
 
 def _other_prompts(request: ConceptRequest, everyday: Sequence[str]) -> dict[str, list[str]]:
@@ -200,40 +195,13 @@ def _other_prompts(request: ConceptRequest, everyday: Sequence[str]) -> dict[str
     retained = [line for line in kept if any(names_in(line, name) for name in request.retain)]
     plain = [line for line in kept if line not in set(retained)]
     if not request.retain:
-        return {ORDINARY: _evenly(plain, 2 * request.pictures)}
+        return {ORDINARY: evenly(plain, 2 * request.pictures)}
     templates = request.templates or TEMPLATES
     named = [template.format(name) for template in templates for name in request.retain]
     return {
-        ORDINARY: _evenly(plain, request.pictures),
-        RETAINED: _evenly(retained, 2 * request.pictures, named),
+        ORDINARY: evenly(plain, request.pictures),
+        RETAINED: evenly(retained, 2 * request.pictures, named),
     }
-
-
-def _evenly(lines: Sequence[str], count: int, rest: Sequence[str] = ()) -> list[str]:
-    """`count` lines, evenly spaced in the list; or all of them, filled up from `rest` in turn."""
-    if len(lines) >= count:
-        return [lines[i * len(lines) // count] for i in range(count)]
-    return [*lines, *islice(cycle(rest), count - len(lines))]
-
-
-def _call(
-    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Mapping[str, Any]
-) -> None:
-    """
-    Let the pipeline draw, each picture from its own seed. Its result is not needed.
-
-    Raises:
-        `SiteNotFoundError`: the pipeline cannot draw from a prompt and these arguments alone.
-    """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    try:
-        pipe(prompt=list(prompts), generator=generators, output_type="latent", **sampling)
-    # an image-to-image pipeline, an argument it does not take, or more positions than it has embeddings
-    except (TypeError, ValueError, IndexError) as error:
-        raise SiteNotFoundError(
-            f"{type(pipe).__name__} cannot draw from a prompt and `sampling` alone ({error}). Erase from the "
-            "model's text-to-image pipeline and pass its components on, or correct `sampling`."
-        ) from error
 
 
 @contextmanager

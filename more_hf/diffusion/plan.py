@@ -122,13 +122,25 @@ def prepare(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -
     The same request draws the same targets for all spaces, and the same text encoders give the same
     prototypes; `verify` relies on both.
     """
-    # 1. Fit the prototypes of every name, with the kinds of the requested token positions.
+    return pose(encoder, request, fit_request(encoder, request, metric=metric))
+
+
+def fit_request(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -> dict[str, Prototypes]:
+    """The prototypes of every name in a request, by the requested token positions, with Σ if asked for."""
     names = [*request.surfaces, *request.targets, *request.retain]
     # The prompts of retained names count towards Σ; `verify` of an exact edit needs none.
     retained_prompts = encoder.prompts_of(request.retain) if metric else {}
     prototypes = fit_prototypes(encoder, names, request.tokens, sigma_prompts=retained_prompts)
-    if metric:
-        prototypes = with_ordinary_moment(prototypes, encoder, request)
+    return with_ordinary_moment(prototypes, encoder, request) if metric else prototypes
+
+
+def pose(
+    encoder: Encoder, request: ConceptRequest, prototypes: Mapping[str, Prototypes]
+) -> dict[str, Problem]:
+    """
+    The problem of each space: its prototypes, of exactly the request's names, and every expert's targets.
+    """
+    # 1. The kinds of prototype of the requested token positions.
     choices = {}
     for tokens in token_choices(request):
         choices[tokens] = kinds_of(encoder.text, tokens, pooled=request.pooled)
@@ -163,9 +175,11 @@ def token_choices(request: ConceptRequest) -> tuple[str, ...]:
     return (request.tokens,)
 
 
-def solve(encoder: Encoder, request: ConceptRequest) -> Solution:
+def solve(
+    encoder: Encoder, request: ConceptRequest, prototypes: Mapping[str, Prototypes] | None = None
+) -> Solution:
     """
-    Solve a request; changes nothing.
+    Solve a request; changes nothing. `prototypes` are those of its names, if they are there already.
 
     `auto` decides by features alone, and alike at every strength. A single concept is erased exactly. For
     several, it takes the first of these edits that at strength 1 moves ordinary prompts by at most
@@ -176,7 +190,7 @@ def solve(encoder: Encoder, request: ConceptRequest) -> Solution:
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
     """
-    problems = prepare(encoder, request)
+    problems = pose(encoder, request, prototypes or fit_request(encoder, request))
     if request.solver != "auto":
         return _solution(problems, (request.solver,), request.tokens, "as asked for")
 
