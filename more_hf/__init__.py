@@ -36,6 +36,7 @@ _EXPORTS = {
     "save": "saving.folder",
     "save_checkpoint": "saving.single_file",
     "save_lora": "saving.lora",
+    "tune": "tuning.study",
     "verify": "saving.check",
     "verify_file": "saving.one_file",
 }

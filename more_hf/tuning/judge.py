@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -116,11 +116,16 @@ class Judge:
     Says which of several names a picture shows: a multinomial logistic regression over the features of LPIPS,
     fitted on pictures that the model draws of these names. Frozen; on the CPU.
 
+    Pictures come in cases: the same sentence around each name, and the same noise. What all names of a case
+    have in common says nothing of any, so their mean is subtracted from whatever is judged in this case.
+
     Args:
         names (`tuple[str, ...]`):
             The names that it can tell apart.
         weight (`Tensor`), bias (`Tensor`):
             `(len(names), d)` and `(len(names),)`, float64.
+        centers (`Tensor`):
+            `(cases, d)`: the mean features of each case.
         confusion (`Tensor`):
             `(len(names), len(names))`, int64: how many pictures of a row's name were taken for a column's, by
             judges that were fitted without them.
@@ -138,56 +143,59 @@ class Judge:
     names: tuple[str, ...]
     weight: Tensor
     bias: Tensor
+    centers: Tensor
     confusion: Tensor
 
     @classmethod
     def fit(cls, pictures: Mapping[str, Tensor]) -> Judge:
         """
-        Fit a judge, and measure it on pictures that it was not fitted on. The same pictures give the same
-        judge.
+        Fit a judge, and measure it on cases that it was not fitted on. The same pictures give the same judge.
 
         Args:
             pictures (`Mapping[str, Tensor]`):
-                For each name uint8 pictures `(n, 3, H, W)`. The i-th pictures of all names are left out
-                together, so that a prompt and a seed that they share tell the judge nothing.
+                For each name uint8 pictures `(n, 3, H, W)`; the i-th ones of all names are the i-th case.
 
         Raises:
-            `MoreError`: there are fewer than two names, or fewer pictures of a name than folds.
+            `MoreError`: there are fewer than two names or `FOLDS` cases, or names differ in their number.
         """
         return cls.of_features({name: features_of(own) for name, own in pictures.items()})
 
     @classmethod
-    def of_features(cls, features: Mapping[str, Tensor]) -> Judge:
-        """`fit`, with each name's features from `features_of`."""
-        few = [name for name, own in features.items() if len(own) < FOLDS]
-        if len(features) < 2 or few:
+    def of_features(cls, features: Mapping[str, Tensor], *, centered: bool = True) -> Judge:
+        """`fit`, by features from `features_of`; pictures that come in no cases are not `centered`."""
+        counts = {name: len(own) for name, own in features.items()}
+        if len(counts) < 2 or len({*counts.values()}) > 1 or min(counts.values()) < FOLDS:
             raise MoreError(
-                f"A judge needs pictures of at least two names and {FOLDS} of each, got "
-                f"{', '.join(f'{len(own)} of {name!r}' for name, own in features.items()) or 'none'}. "
-                "Draw more of them."
+                f"A judge needs as many pictures of each name, at least {FOLDS}, and at least two names, got "
+                f"{', '.join(f'{count} of {name!r}' for name, count in counts.items()) or 'none'}. Draw more."
             )
-        names = tuple(features)
-        z = torch.cat(list(features.values()))
-        labels = torch.cat([torch.full((len(own),), i) for i, own in enumerate(features.values())])
-        fold = torch.cat([torch.arange(len(own)) % FOLDS for own in features.values()])
-        # 1. What judges make of the pictures that they were not fitted on.
-        confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
-        for left_out in range(FOLDS):
-            seen = fold != left_out
-            weight, bias = _fit(z[seen], labels[seen], len(names))
-            taken_for = (z[~seen] @ weight.T + bias).argmax(1)
-            confusion.index_put_((labels[~seen], taken_for), torch.tensor(1), accumulate=True)
-        # 2. The judge itself, fitted on all pictures.
-        return cls(names, *_fit(z, labels, len(names)), confusion)
+        z = torch.stack(list(features.values()))  # (names, cases, d)
+        names, cases = z.shape[:2]
+        centers = z.mean(0) if centered else torch.zeros_like(z[0])
+        z = z - centers
+        # 1. What judges make of the cases that they were not fitted on.
+        confusion = torch.zeros(names, names, dtype=torch.int64)
+        own = torch.arange(names)[:, None]
+        for fold in range(FOLDS):
+            left_out = torch.arange(cases) % FOLDS == fold
+            weight, bias = _fit(z[:, ~left_out])
+            taken_for = (z[:, left_out] @ weight.T + bias).argmax(-1)
+            confusion.index_put_((own.expand_as(taken_for), taken_for), torch.tensor(1), accumulate=True)
+        # 2. The judge itself, fitted on all cases.
+        return cls(tuple(features), *_fit(z), centers, confusion)
 
-    def taken_for(self, features: Tensor) -> list[str]:
-        """The name that each picture is taken for, by features from `features_of`."""
-        scores = features @ self.weight.T + self.bias
+    def taken_for(self, features: Tensor, cases: Sequence[int] | None = None) -> list[str]:
+        """The name that each picture is taken for, by `features_of` it and its case; by default in order."""
+        centers = self.centers[: len(features)] if cases is None else self.centers[list(cases)]
+        scores = (features - centers) @ self.weight.T + self.bias
         return [self.names[i] for i in scores.argmax(1).tolist()]
 
-    def recognized(self, pictures: Tensor, name: str) -> Estimate:
-        """The share of pictures that are taken for `name`, with Wilson's interval."""
-        return Estimate.share(self.taken_for(features_of(pictures)).count(name), len(pictures))
+    def recognized(self, pictures: Tensor, name: str, cases: Sequence[int] | None = None) -> Estimate:
+        """
+        The share of pictures that are taken for `name`, with Wilson's interval. Each was drawn in one of the
+        cases that the judge was fitted on: by default the i-th picture in the i-th case.
+        """
+        return Estimate.share(self.taken_for(features_of(pictures), cases).count(name), len(pictures))
 
     @property
     def accuracy(self) -> Estimate:
@@ -210,19 +218,22 @@ class Judge:
         return self.found(name).low > self.mistaken(name).high
 
 
-def _fit(z: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def _fit(z: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Weight `(classes, d)` and bias `(classes,)` of the multinomial logistic regression with the smallest mean
-    log loss plus `PENALTY` times the squared weights, over features scaled to unit deviation.
+    Weight `(names, d)` and bias `(names,)` of the multinomial logistic regression over features `(names,
+    cases, d)`, scaled to unit deviation, with the smallest mean log loss plus `PENALTY` times the squared
+    weights.
     """
+    names, cases, d = z.shape
+    labels, z = torch.arange(names).repeat_interleave(cases), z.reshape(-1, d)
     # 1. There are fewer pictures than features, and the best weights lie in the span of the pictures, so that
     # an orthonormal basis of it gives the same solution in fewer dimensions.
     mean, deviation = z.mean(0), z.std(0).clamp_min(1e-9)
     x = (z - mean) / deviation
-    _, _, basis = torch.linalg.svd(x, full_matrices=False)
+    basis = torch.linalg.svd(x, full_matrices=False).Vh
     x = x @ basis.T
     # 2. Minimize; the objective is convex.
-    w = torch.zeros(classes, x.shape[1] + 1, dtype=z.dtype, requires_grad=True)
+    w = torch.zeros(names, x.shape[1] + 1, dtype=z.dtype, requires_grad=True)
     precise = {"max_iter": 300, "tolerance_grad": 1e-6, "tolerance_change": 0, "history_size": 20}
     optimizer = torch.optim.LBFGS([w], line_search_fn="strong_wolfe", **precise)
 

@@ -76,6 +76,15 @@ def test_erase_van_gogh(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_tune(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = run("tune.py")
+    assert "Recommended: 1, to " in printed
+    assert more_hf.verify(tmp_path / "tuned" / "without_high_contrast").ok
+    assert (tmp_path / "tuned" / "sheet.webp").is_file()
+
+
+@pytest.mark.slow
 def test_export_comfyui_lora(run, tmp_path):
     printed = run("export_comfyui_lora.py", "--tiny", "--output", tmp_path)
     assert float(re.search(r"erased pipeline: (\S+) of 1", printed)[1]) < 0.02

@@ -40,15 +40,15 @@ def test_the_mean_and_its_interval():
 
 def test_it_is_the_regression_of_scikit_learn(drawn):
     judge = Judge.fit(drawn)
-    z = torch.cat([features_of(own) for own in drawn.values()]).numpy()
+    z = torch.stack([features_of(own) for own in drawn.values()]).numpy()
+    z = (z - z.mean(0)).reshape(-1, z.shape[-1])  # less what the names of a case have in common
     scaled = (z - z.mean(0)) / np.maximum(z.std(0, ddof=1), 1e-9)
     labels = np.repeat(range(3), 8)
     theirs = LogisticRegression(C=1 / (2 * PENALTY * len(z)), tol=1e-10, max_iter=5000).fit(scaled, labels)
-    scores = torch.from_numpy(z) @ judge.weight.T + judge.bias
-    expected = theirs.decision_function(scaled)
+    scores, expected = z @ judge.weight.numpy().T + judge.bias.numpy(), theirs.decision_function(scaled)
     # adding the same to all scores changes nothing
-    scores, expected = scores - scores.mean(1, keepdim=True), expected - expected.mean(1, keepdims=True)
-    np.testing.assert_allclose(scores.numpy(), expected, rtol=0.02, atol=0.02)
+    scores, expected = (own - own.mean(1, keepdims=True) for own in (scores, expected))
+    np.testing.assert_allclose(scores, expected, rtol=0.02, atol=0.02)
     assert np.abs(expected).max() > 1  # and it is sure of something
 
 
@@ -56,6 +56,7 @@ def test_recognized_is_the_share_of_a_name(drawn):
     judge = Judge.fit(drawn)
     mixed = torch.cat([pictures(COLORS["red"], 6, seed=9), pictures(COLORS["blue"], 2, seed=10)])
     assert judge.taken_for(features_of(mixed)) == ["red"] * 6 + ["blue"] * 2
+    assert judge.recognized(mixed, "red", cases=[7, 6, 5, 4, 3, 2, 1, 0]).n == 8
     assert judge.recognized(mixed, "red") == Estimate.share(6, 8)
     assert judge.recognized(mixed, "green").value == 0
     assert judge.can_tell("red")
@@ -75,8 +76,20 @@ def test_a_name_that_draws_what_another_draws_cannot_be_told(drawn):
     assert judge.mistaken("azure") == Estimate.share(sum(column) - column[own], 24)
 
 
+def test_what_the_names_of_a_case_share_says_nothing(drawn):
+    """A bright and a dark half of the cases, by as much as the names differ: all are still told."""
+    light = torch.tensor([0, 100] * 4).view(8, 1, 1, 1)
+    lit = {name: (own // 2 + light).to(torch.uint8) for name, own in drawn.items()}
+    judge = Judge.fit(lit)
+    assert judge.accuracy.value == 1
+    dark = lit["green"][:2].flip(0)  # in the other's case, each is off by the difference
+    assert judge.taken_for(features_of(dark), [1, 0]) == ["green"] * 2
+
+
 def test_what_it_needs(drawn):
     with pytest.raises(MoreError, match="at least two names"):
         Judge.fit({"red": drawn["red"]})
-    with pytest.raises(MoreError, match="3 of 'blue'"):
-        Judge.fit({**drawn, "blue": drawn["blue"][: FOLDS - 1]})
+    with pytest.raises(MoreError, match="3 of 'red'"):
+        Judge.fit({name: own[: FOLDS - 1] for name, own in drawn.items()})
+    with pytest.raises(MoreError, match="5 of 'blue'"):
+        Judge.fit({**drawn, "blue": drawn["blue"][:5]})

@@ -1,0 +1,533 @@
+"""`tune`: one word in, and a study of the edits that suit this model out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..core.errors import IncompatibleBaseError, MoreError, PrototypeError
+from ..core.files import replacing, write_json
+from ..core.markdown import markdown_table
+from ..core.registry import require_editable
+from ..core.request import REACHES, ConceptRequest, check_choice, names_in, read_count, read_names
+from ..core.site import copy_weights, fingerprint
+from ..diffusion.aliases import find_aliases
+from ..diffusion.erase import erase
+from ..diffusion.grid import draw_grid
+from ..diffusion.sites import as_pipeline, find_denoiser, find_sites
+from .candidates import find_candidates, find_nameless, find_sentences, kind_of
+from .judge import Estimate
+from .search import (
+    MOST,
+    ROUNDS,
+    STAY,
+    Figures,
+    Judgment,
+    Setup,
+    Trial,
+    Workshop,
+    front,
+    original_cases,
+    search,
+    spread_candidates,
+)
+
+
+HEAD, JUDGMENTS, ORIGINALS, SHEET = "study.json", "judgments.jsonl", "originals.safetensors", "sheet.webp"
+FEWEST_PICTURES = 16
+SENTENCES = 8  # around a name
+SHOWN = {"concept": 3, "retained": 1, "nameless": 1}  # columns of the sheet
+SIDE = 256  # pixels of its pictures at most
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One edit to choose from, and what its pictures say."""
+
+    label: str
+    request: ConceptRequest
+    ordinary_moved: float  # how far ordinary prompts move in the text encoder's features
+    figures: Figures
+
+    @property
+    def call(self) -> str:
+        """The call that makes it."""
+        request = self.request
+        ((concept, aliases),) = request.concepts.items()
+        options = {"remap_to": list(request.targets), "retain": list(request.retain)}
+        for name in ("tokens", "solver", "reach"):
+            if getattr(request, name) != getattr(ConceptRequest, name):
+                options[name] = getattr(request, name)
+        words = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        named = {concept: list(aliases)} if aliases else concept
+        return f"more_hf.erase_concept(pipe, {named!r}, {words})"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `asdict`, also after a round trip through JSON."""
+        figures = {
+            name: Estimate(**value) if isinstance(value, Mapping) else value
+            for name, value in data["figures"].items()
+        }
+        request = ConceptRequest.from_dict(data["request"])
+        return cls(**{**data, "request": request, "figures": Figures(**figures)})
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """
+    The edits that are left of a search, best first. Frozen.
+
+    Args:
+        setup (`Setup`):
+            What was asked for, with the candidates and prompts that were used.
+        model (`dict[str, str]`):
+            `version` of more_hf, the pipeline's `name`, and the `fingerprint` of its layers that read text.
+        judge (`dict[str, Estimate]`):
+            On the original's pictures that it was not fitted on: the judge's `accuracy`, how many pictures of
+            the concept are `found`, how many of other names are `mistaken` for it, and the `sentences`
+            judge's accuracy.
+        choices (`tuple[Choice, ...]`):
+            At most six edits; the first one is recommended.
+        judgments (`tuple[Judgment, ...]`):
+            What became of every picture.
+        sheet (`PIL.Image.Image`):
+            The same prompts and noise by the original, by each edit, and by the original with the first
+            edit's target.
+    """
+
+    setup: Setup
+    model: dict[str, str]
+    judge: dict[str, Estimate] = field(default_factory=dict)
+    choices: tuple[Choice, ...] = ()
+    judgments: tuple[Judgment, ...] = field(default=(), repr=False)
+    sheet: Image.Image | None = field(default=None, repr=False)
+
+    @property
+    def reason(self) -> str:
+        """Why the first choice is recommended."""
+        best, figures = self.choices[0], self.choices[0].figures
+        return (
+            f"{best.label}: the judge takes {_percent(figures.recognized)} of its pictures for "
+            f"{self.setup.concept}, {_percent(figures.kept)} show what else the prompt asks for (of the "
+            f"original's: {self.judge['sentences'].value:.0%}), and of all it has the largest distance by "
+            f"which its pictures change ({figures.changed.value:.3f}) more than the others do "
+            f"({figures.moved:.3f}), less both shares"
+        )
+
+    def erase(
+        self, pipe: DiffusionPipeline, pick: int = 1, *, keep_originals: bool = True
+    ) -> DiffusionPipeline:
+        """
+        Erase the concept in place by one of the choices, as `erase_concept` does, with its proof.
+
+        Args:
+            pipe (`DiffusionPipeline`):
+                The pipeline that was studied, or the same one loaded again.
+            pick (`int`, *optional*, defaults to 1):
+                The number of the choice.
+            keep_originals (`bool`, *optional*, defaults to `True`):
+                As in `erase_concept`.
+
+        Returns:
+            `DiffusionPipeline`: the same pipeline.
+
+        Raises:
+            `IncompatibleBaseError`: this is another model. `MoreError`: there is no such choice. Also what
+            `erase_concept` raises.
+        """
+        if not 1 <= pick <= len(self.choices):
+            raise MoreError(f"There is no choice {pick}. Choose a number from 1 to {len(self.choices)}.")
+        found = identify(as_pipeline(pipe))
+        if found["fingerprint"] != self.model["fingerprint"]:
+            raise IncompatibleBaseError(
+                f"The study is of {self.model['name']!r}, and the weights of this pipeline "
+                f"({found['name']!r}) are others, or in another precision. Load the model as it was studied, "
+                "or run `tune` on this one."
+            )
+        return erase(pipe, self.choices[pick - 1].request, keep_originals=keep_originals)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the study into a folder, which `load` reads; returns the folder."""
+        folder = Path(folder)
+        head = {"setup": asdict(self.setup), "model": self.model, "judge": _as_dicts(self.judge)}
+        with replacing(folder / JUDGMENTS) as draft:
+            draft.write_text("".join(map(_line, self.judgments)), encoding="utf-8")
+        if self.sheet is not None:
+            with replacing(folder / SHEET) as draft:
+                self.sheet.save(draft, "WEBP", quality=90)
+        choices = [asdict(choice) for choice in self.choices]
+        write_json(folder / HEAD, {**head, "choices": choices, "table": self.to_markdown()})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """
+        Read what `save` wrote.
+
+        Raises:
+            `FileNotFoundError`: there is no study. `MoreError`: it has not ended, or is no study.
+        """
+        folder = Path(folder)
+        head = _read_head(folder)
+        if not head.get("choices"):
+            raise MoreError(f"The study in {folder} has not ended. Run the same `tune` again to go on.")
+        return cls(
+            setup=_setup_from(head["setup"]),
+            model=head["model"],
+            judge={name: Estimate(**value) for name, value in head["judge"].items()},
+            choices=tuple(map(Choice.from_dict, head["choices"])),
+            judgments=tuple(_read_judgments(folder / JUDGMENTS)),
+            sheet=Image.open(folder / SHEET) if (folder / SHEET).exists() else None,
+        )
+
+    def to_markdown(self) -> str:
+        """A table of the choices."""
+        rows = []
+        for number, choice in enumerate(self.choices, 1):
+            figures = choice.figures
+            rows.append(
+                {
+                    "": number,
+                    f"{self.setup.concept}": choice.label,
+                    "recognized": _percent(figures.recognized),
+                    "kept": _percent(figures.kept),
+                    "changed": _distance(figures.changed),
+                    "moved, retained": _distance(figures.retained),
+                    "moved, nameless": _distance(figures.nameless),
+                    "pictures": figures.recognized.n,
+                }
+            )
+        return markdown_table(rows)
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+    def __str__(self) -> str:
+        judge = self.judge
+        return (
+            f"{self.to_markdown()}\n\nShares and LPIPS distances with 95 % intervals. The judge is fitted on "
+            f"the original's own pictures; of those that it did not see it is right on "
+            f"{judge['accuracy'].value:.0%}, finds {judge['found'].value:.0%} of {self.setup.concept}, and "
+            f"takes {judge['mistaken'].value:.0%} of the others for it.\n\nRecommended: 1, {self.reason}.\n"
+            f"{self.choices[0].call}"
+        )
+
+
+def tune(
+    pipe: DiffusionPipeline,
+    concept: str,
+    *,
+    candidates: Sequence[str] | None = None,
+    retain: Sequence[str] | None = None,
+    aliases: Sequence[str] = (),
+    sentences: Sequence[str] | None = None,
+    reach: str = "name",
+    pictures: int = 24,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    folder: str | Path | None = None,
+) -> Study:
+    """
+    Find the erasure of a concept that suits a model: what to send it to, and how, judged by the model itself.
+
+    The original draws the concept and other names; a judge is fitted on these pictures. Every candidate is
+    then a closed form over the same prototypes, which takes no time to apply and to undo: few pictures of
+    each, and more of those that stay. The pipeline is the original again afterwards.
+
+    Args:
+        pipe (`DiffusionPipeline`):
+            A text-to-image pipeline from which nothing is erased.
+        concept (`str`):
+            What to forget.
+        candidates (`Sequence[str]`, *optional*):
+            Names that it may be sent to. By default other names of its kind from a list of the package.
+        retain (`Sequence[str]`, *optional*):
+            Names whose pictures should not change. By default the candidates.
+        aliases (`Sequence[str]`, *optional*):
+            Words to look for aliases in: those that `find_aliases` takes for the concept go with it.
+        sentences (`Sequence[str]`, *optional*):
+            Prompts with `{}` for a name, at least two. By default such as suit its kind.
+        reach (`str`, *optional*, defaults to `"name"`):
+            `"denoiser"` also tries, for the two best targets, edits inside the denoiser, which draw pictures
+            of their own.
+        pictures (`int`, *optional*, defaults to 24):
+            Of each name, for the judge, and of the concept, for each edit that stays to the end; at least 16.
+        sampling (`Mapping[str, Any]`, *optional*):
+            Arguments of the pipeline's call with which to draw, such as `{"num_inference_steps": 20}`.
+        seed (`int`, *optional*, defaults to 0):
+            Of the first picture's noise.
+        batch_size (`int`, *optional*, defaults to 8):
+            Pictures per call of the pipeline.
+        folder (`str` or `Path`, *optional*):
+            Where the study is kept while it grows. The same call continues it after an interruption.
+
+    Returns:
+        [`Study`]: at most six edits, best first.
+
+    Raises:
+        `PrototypeError`: a name or an option is wrong, or there are too few candidates.
+        `SiteNotFoundError`: the pipeline cannot be edited or cannot draw. `MoreError`: something is erased
+        from it, the judge cannot tell the concept from other names, or the folder has another study.
+
+    Example:
+
+        >>> import more_hf
+        >>> pipe = more_hf.load_emoji_sd()
+        >>> drawn = {"num_inference_steps": 6, "guidance_scale": 4.0}
+        >>> names = ["Fluent", "Streamline", "Noto"]
+        >>> study = more_hf.tune(pipe, "High Contrast", candidates=names, pictures=16, sampling=drawn)
+        >>> pipe = study.erase(pipe)
+    """
+    pipe = as_pipeline(pipe)
+    if require_editable(find_denoiser(pipe).module) is not None:
+        raise MoreError(
+            f"Something is erased from this {type(pipe).__name__}, and a study starts from the original. "
+            "Restore it first, or load the original."
+        )
+    setup = _setup(pipe, concept, candidates, retain, aliases, sentences, reach, pictures, sampling, seed)
+    model = identify(pipe)
+    with _Log(folder, setup, model) as log, _bar(pipe, setup, log) as bar:
+        workshop = Workshop(
+            pipe,
+            setup,
+            judged=log.judged,
+            record=log.record,
+            progress=bar.update,
+            batch_size=read_count("batch_size", batch_size),
+        )
+        originals = log.read_originals()
+        if originals is None:
+            originals = workshop.draw_originals()
+            log.keep_originals(originals)
+        workshop.fit_judges(originals)
+        trials = front(search(workshop))
+        sheet = _sheet(workshop, trials)
+    study = Study(
+        setup=setup,
+        model=model,
+        judge={
+            "accuracy": workshop.names_judge.accuracy,
+            "found": workshop.names_judge.found(setup.concept),
+            "mistaken": workshop.names_judge.mistaken(setup.concept),
+            "sentences": workshop.sentence_judge.accuracy,
+        },
+        choices=tuple(_choice(trial) for trial in trials),
+        judgments=tuple(workshop.judged.values()),
+        sheet=sheet,
+    )
+    if folder is not None:
+        study.save(folder)
+    return study
+
+
+def identify(pipe: DiffusionPipeline) -> dict[str, str]:
+    """What a study is of: the version of more_hf, the pipeline's name, and its weights that read text."""
+    weights = copy_weights(find_sites(pipe, find_denoiser(pipe), pooled=True), "cpu")
+    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    return {"version": __version__, "name": name, "fingerprint": fingerprint(weights)}
+
+
+def _setup(
+    pipe: DiffusionPipeline,
+    concept: str,
+    candidates: Sequence[str] | None,
+    retain: Sequence[str] | None,
+    aliases: Sequence[str],
+    sentences: Sequence[str] | None,
+    reach: str,
+    pictures: int,
+    sampling: Mapping[str, Any] | None,
+    seed: int,
+) -> Setup:
+    """Read the arguments of `tune`, and find what they leave open."""
+    check_choice("reach", reach, REACHES)
+    if read_count("pictures", pictures) < FEWEST_PICTURES:
+        raise PrototypeError(f"`pictures` must be at least {FEWEST_PICTURES}, got {pictures}.")
+    (concept,) = read_names("concept", concept)
+    kind = kind_of(pipe, concept)
+    names = find_candidates(pipe, concept, kind, candidates)
+    found = tuple(find_aliases(pipe, concept, aliases, others=names)) if aliases else ()
+    parts = {"reach": reach, "pictures": pictures, "sampling": dict(sampling or {}), "seed": seed}
+    setup = Setup(
+        concept=concept, aliases=found, candidates=names, retain=(), sentences=(), nameless=(), **parts
+    )
+    if len(names) > MOST:
+        names = spread_candidates(pipe, setup)
+    kept = tuple(name for name in read_names("retain", retain) if not names_in(name, concept)) or names
+    every = [concept, *names, *kept]
+    return Setup(
+        concept=concept,
+        aliases=found,
+        candidates=names,
+        retain=kept,
+        sentences=find_sentences(pipe, kind, sentences, SENTENCES),
+        nameless=find_nameless(pipe, every, max(2, pictures // 6)),
+        **parts,
+    )
+
+
+@contextmanager
+def _bar(pipe: DiffusionPipeline, setup: Setup, log: _Log) -> Iterator[tqdm]:
+    """A bar over the pictures, with the time left; it heeds the pipeline's settings for its own."""
+    total, left, before = 0, len(setup.candidates), 0
+    for part in ROUNDS:
+        cases = len(setup.cases(setup.pictures // part))
+        total += left * (cases - before)
+        left, before = max(STAY, left // 3), cases
+    config = {
+        "desc": f"Tuning {setup.concept}",
+        "unit": "picture",
+        **getattr(pipe, "_progress_bar_config", {}),
+    }
+    total += sum(map(len, original_cases(setup).values()))
+    with tqdm(total=total, initial=0, **config) as bar:
+        yield bar
+
+
+def _choice(trial: Trial) -> Choice:
+    edit = trial.edit
+    return Choice(edit.key, edit.request, edit.solution.ordinary_moved, trial.figures)
+
+
+def _sheet(workshop: Workshop, trials: Sequence[Trial]) -> Image.Image:
+    """The same prompts and noise by the original, by each edit, and of the first edit's target."""
+    setup, columns = workshop.setup, []
+    for case in setup.cases(setup.pictures):
+        if case.number < SHOWN[case.role]:
+            columns.append(case)
+    rows: dict[str, list[Image.Image | None]] = {
+        "original": [_picture(workshop.originals[case.name][case.number]) for case in columns]
+    }
+    for number, trial in enumerate(trials, 1):
+        with workshop.edited(trial.edit):
+            pictures = [one for _, batch in workshop.draw(columns) for one in batch]
+        rows[f"{number}: {trial.edit.key}"] = [_picture(one) for one in pictures]
+    (target,) = trials[0].edit.request.targets
+    own = [case for case in columns if case.role == "concept"]
+    rows[target] = [_picture(workshop.originals[target][case.number]) for case in own]
+    title = f"{setup.concept}: the edits to choose from"
+    return draw_grid(rows, column_labels=[case.prompt for case in columns], scale=1, title=title)
+
+
+def _picture(pixels: Any) -> Image.Image:
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    scale = max(1, 128 // picture.width)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    picture.thumbnail((SIDE, SIDE))
+    return picture
+
+
+class _Log:
+    """
+    What a study has drawn and judged so far: in its folder, or in memory only without one.
+
+    Raises:
+        `MoreError`: the folder has a study of another model, concept, version or setting.
+    """
+
+    def __init__(self, folder: str | Path | None, setup: Setup, model: dict[str, str]):
+        self.folder = None if folder is None else Path(folder)
+        self.judged: list[Judgment] = []
+        if self.folder is None:
+            return
+        head = {"setup": json.loads(json.dumps(asdict(setup))), "model": model}
+        if (self.folder / HEAD).exists():
+            _refuse_other(self.folder, _read_head(self.folder), head)
+            self.judged += _read_judgments(self.folder / JUDGMENTS)
+        else:
+            write_json(self.folder / HEAD, {**head, "choices": []})
+
+    def __enter__(self) -> Self:
+        if self.folder is not None:
+            path = self.folder / JUDGMENTS
+            # A line that an interruption cut off goes before the next one comes.
+            with replacing(path) as draft:
+                draft.write_text("".join(map(_line, self.judged)), encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            self.file.close()
+
+    def record(self, judgments: Sequence[Judgment]) -> None:
+        """Write judgments to the disk."""
+        if self.folder is not None:
+            self.file.write("".join(map(_line, judgments)))
+            self.file.flush()
+
+    def read_originals(self) -> dict[str, Any] | None:
+        """The original's pictures, if they were kept."""
+        path = None if self.folder is None else self.folder / ORIGINALS
+        return load_file(path) if path is not None and path.exists() else None
+
+    def keep_originals(self, originals: Mapping[str, Any]) -> None:
+        """Write the original's pictures."""
+        if self.folder is not None:
+            with replacing(self.folder / ORIGINALS) as draft:
+                save_file(dict(originals), draft)
+
+
+def _refuse_other(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises `MoreError` if a folder's study was asked for something else."""
+    for part in ("model", "setup"):
+        for name, value in wanted[part].items():
+            if held[part].get(name) != value:
+                raise MoreError(
+                    f"{folder} holds a study with another {name}: {held[part].get(name)!r} there, {value!r} "
+                    "here. Choose another folder, or delete it to start over."
+                )
+
+
+def _read_head(folder: Path) -> dict[str, Any]:
+    path = folder / HEAD
+    if not path.exists():
+        raise FileNotFoundError(f"There is no study in {folder}: no {HEAD}.")
+    try:
+        head = json.loads(path.read_text("utf-8"))
+        if {"setup", "model", "choices"} <= head.keys():
+            return head
+    except (json.JSONDecodeError, AttributeError):
+        pass
+    raise MoreError(f"{path} is no study of `more_hf.tune`. Choose another folder, or delete the file.")
+
+
+def _read_judgments(path: Path) -> Iterator[Judgment]:
+    """The judgments in a file, as far as its lines are whole."""
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            yield Judgment(**json.loads(line))
+        except (json.JSONDecodeError, TypeError):  # an interruption cut it off
+            return
+
+
+def _setup_from(data: Mapping[str, Any]) -> Setup:
+    return Setup(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
+def _line(judgment: Judgment) -> str:
+    return json.dumps(asdict(judgment), ensure_ascii=False) + "\n"
+
+
+def _as_dicts(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {name: asdict(estimate) for name, estimate in estimates.items()}
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.0f} % ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
+
+
+def _distance(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
