@@ -1,4 +1,4 @@
-"""A linear map in front of the head, from D_f's features: ESC, ESC-T and LEACE."""
+"""A linear map in front of the head: ESC, ESC-T, POUR-P and LEACE."""
 
 from __future__ import annotations
 
@@ -123,6 +123,15 @@ def esc_t_step(
 def masked_logits(Z: Tensor, V: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Logits `(n, k)` of the features V Vᵀ z."""
     return linear(Z @ V, W @ V, b)
+
+
+def pour(model: nn.Module, splits: Splits, *, seed: int = 0) -> nn.Module:
+    """z becomes (I − Q Qᵀ) z, Q an orthonormal basis of the forgotten classes' rows of the head: POUR-P (Le
+    et al., 2026). It reads no image: by neural collapse a class's row is its direction in the features.
+    """
+    _, head = find_head(model, splits.f)
+    Q = torch.linalg.qr(head.weight.detach()[splits.f.labels.unique()].double().T).Q
+    return attach(model, head, torch.eye(len(Q)).to(Q) - Q @ Q.T)
 
 
 AGAINST = ("rest", "target")
