@@ -14,7 +14,7 @@ from ..core.errors import PrototypeError
 from ..core.markdown import markdown_table
 from .erase import get_erasure
 from .features import inputs_of, plain_model
-from .heads import evaluating, logits_of
+from .heads import evaluating, run
 from .names import class_names
 
 
@@ -96,19 +96,19 @@ def compare(
     labels: list[Tensor] = []
     seen = 0
     with evaluating(plain):
-        for pixels, batch_labels in inputs_of(plain, data):
+        for samples, batch_labels in inputs_of(plain, data):
             labels.append(batch_labels.cpu())
-            # What a router does with an image depends on its place in the data, not on what ran before.
-            seeds = range(seen, seen + len(pixels))
-            seen += len(pixels)
+            # What a router does with a sample depends on its place in the data, not on what ran before.
+            seeds = range(seen, seen + len(batch_labels))
+            seen += len(batch_labels)
             with seeded(model, seeds):
-                logits = logits_of(plain(pixels))
+                logits = run(plain, samples)
             hits["after"].append(logits.argmax(1).cpu() == labels[-1])
             with show_original() as source:
                 if source is not None:
                     original = plain_model(source)
                     with evaluating(original):
-                        before = logits_of(original(pixels)).argmax(1).cpu()
+                        before = run(original, samples).argmax(1).cpu()
                     hits["before"].append(before == labels[-1])
     if not labels:
         raise PrototypeError("The data has no batch. Accuracies need at least one.")

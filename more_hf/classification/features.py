@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,12 +23,13 @@ from ..core.prototypes import PrototypeFitter, Prototypes, is_integer
 from ..core.registry import find_erasure, locked
 from ..core.views import routing_off
 from .erasure import ClassErasure
-from .heads import evaluating, find_heads, find_module
+from .heads import Inputs, evaluating, find_heads, find_module, nearest_tokens, pick, run
 from .hook import channel_dim
 from .names import class_names
 
 
 DELAY = 2  # seconds after which a progress bar shows
+IMAGES = "pixel_values"
 
 
 def collect_prototypes(
@@ -47,12 +49,13 @@ def collect_prototypes(
 
     Args:
         model (`nn.Module`):
-            A Transformers or timm image classifier, or your own with `head` named; DDP and compiled ones too.
+            A Transformers or timm classifier, or your own with `head` named; DDP and compiled ones too.
         loader (`Iterable`):
-            Of `(images, labels)` or of mappings with `pixel_values` (or `image`) and `labels` (or `label`):
-            tensors, arrays or lists of numbers; images in any dtype, labels `(batch,)` of any integer dtype,
-            negative ones left out. A `DataLoader`, or any iterable of batches, which every process reads
-            whole. A batch without an image is passed over.
+            Of `(images, labels)`, or of mappings with `labels` (or `label`) and what the model's processor or
+            tokenizer gives (`pixel_values`, `input_values`, `input_ids` with `attention_mask`, ...): tensors,
+            arrays or lists of numbers, labels `(batch,)` of any integer dtype, negative ones left out. What
+            the model's `forward` does not name is not passed to it. A `DataLoader`, or any iterable of
+            batches, which every process reads whole. An empty batch is passed over.
         head (`str` or `Sequence[str]`, *optional*):
             Name of the head where it cannot be found by running the model.
         at (`str`, *optional*):
@@ -111,7 +114,7 @@ def collect(
         inputs = inputs_of(model, bar)
         first = next(inputs, None)
         if first is None:
-            raise PrototypeError("The data has no image. Prototypes need at least one of every class.")
+            raise PrototypeError("The data has no sample. Prototypes need at least one of every class.")
         heads = _heads(model, first[0], head)
         on_heads(heads)
         names = class_names(model, len(next(iter(heads.values())).weight))
@@ -119,8 +122,8 @@ def collect(
         # 2. One pass over all batches. Totals stay on the GPU; other accelerators may have no float64.
         fitter = None
         with _reading(model, heads if at is None else {at: find_module(model, at)}) as read:
-            for pixels, labels in chain([first], inputs):
-                features, labels = read(pixels, labels)
+            for samples, labels in chain([first], inputs):
+                features, labels = read(samples, labels)
                 if fitter is None:
                     device = features.device if features.is_cuda else "cpu"
                     fitter = PrototypeFitter(features.shape[1], names, device=device)
@@ -156,12 +159,12 @@ def features_of(
     model = plain_model(model)
     with _every_sample_once(loader) as (batches, _):
         modules: dict[str, nn.Module] = {}
-        for pixels, labels in inputs_of(model, batches):
+        for samples, labels in inputs_of(model, batches):
             if not modules:
-                modules = _heads(model, pixels, head) if at is None else {at: find_module(model, at)}
+                modules = _heads(model, samples, head) if at is None else {at: find_module(model, at)}
             # for one batch: what the caller does between batches finds the model in its own mode
             with _reading(model, modules) as read:
-                features, labels = read(pixels, labels)
+                features, labels = read(samples, labels)
             yield features, labels
 
 
@@ -184,87 +187,106 @@ def plain_model(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _heads(model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """The named heads, else those that were edited, else those that a run on two images shows."""
+def _heads(model: nn.Module, inputs: Inputs, head: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    """The named heads, else those that were edited, else those that a run on two samples shows."""
     current = find_erasure(model)
     if head is None and current is not None:
         head = current.request.head
-    return find_heads(model, pixels[:2], head)
+    two = {name: value[:2] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[:2]
+    return find_heads(model, two, head)
 
 
 @contextmanager
 def _reading(
     model: nn.Module, modules: Mapping[str, nn.Module]
-) -> Iterator[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+) -> Iterator[Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]]:
     """
-    Yield the function that runs the model on images and returns their features, and their labels on the same
+    Yield the function that runs the model on samples and returns their features, and their labels on the same
     device.
 
     Hooks and eval mode are set once for all batches: a walk over all modules for each batch costs a small
     model several percent.
     """
     inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}
 
-    def record(name: str, module: nn.Module, args: tuple) -> None:
+    def record(name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
             raise SiteNotFoundError(
                 f"`{name}` ({type(module).__name__}) is not called with a tensor of features as its first "
                 "argument. Name another module."
             )
-        # A feature map or a row of tokens counts as one feature, the mean over its positions.
         z = args[0].movedim(channel_dim(module, args[0]), -1).float()
-        inputs[name] = z.reshape(len(z), -1, z.shape[-1]).mean(1)
+        inputs[name] = z.reshape(len(z), -1, z.shape[-1])
+        outputs[name] = output
 
-    def read(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def feature(name: str, logits: Tensor) -> Tensor:
+        """One row a sample: the token that the logits come from, else the mean over positions."""
+        z, output = inputs[name], outputs[name]
+        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[::2] == logits.shape:
+            return pick(z, nearest_tokens(output, logits))
+        return z.mean(1)
+
+    def read(samples: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         inputs.clear()
-        model(pixels)
+        logits = run(model, samples)
         if missing := [name for name in modules if name not in inputs]:
             raise SiteNotFoundError(
                 f"The model does not call `{missing[0]}` in its forward pass, so it has no features there. "
                 "Name another module."
             )
-        features = torch.cat([inputs[name] for name in modules], dim=1)
+        features = torch.cat([feature(name, logits) for name in modules], dim=1)
         return features, labels.to(features.device)
 
     with unwound() as hooks, evaluating(model):
         for name, module in modules.items():
-            # registered last: after the edit's hook
-            hooks.callback(module.register_forward_pre_hook(partial(record, name)).remove)
+            # a forward hook is given what the edit's pre-hook made
+            hooks.callback(module.register_forward_hook(partial(record, name)).remove)
         yield read
 
 
-def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every batch that is not empty: images on the model's device in its dtype, and their labels, int64."""
+def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Inputs, Tensor]]:
+    """Every batch that is not empty: samples on the model's device in its dtype, and their labels, int64."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    named = set(inspect.signature(model.forward).parameters)
     for batch in batches:
-        pixels, labels = _as_tensors(batch)
-        if not is_integer(labels) or pixels.ndim < 2 or labels.shape != pixels.shape[:1]:
+        samples, labels = _as_tensors(batch, named)
+        first = next(iter(samples.values()))
+        if not is_integer(labels) or first.ndim < 2 or labels.shape != first.shape[:1]:
             raise PrototypeError(
-                f"Labels must be one class number per image, got {tuple(labels.shape)} {labels.dtype} for "
-                f"images {tuple(pixels.shape)}. For soft or one-hot labels pass `labels.argmax(1)`."
+                f"Labels must be one class number per sample, got {tuple(labels.shape)} {labels.dtype} for "
+                f"samples {tuple(first.shape)}. For soft or one-hot labels pass `labels.argmax(1)`."
             )
-        if not pixels.isfinite().all():
-            raise PrototypeError("Some images hold NaN or infinite values. Leave them out.")
-        if len(pixels):
-            # under offload accelerate's hooks move the images
-            yield pixels.to(like.dtype) if like.is_meta else pixels.to(like), labels.long()
+        for name, value in samples.items():
+            if not value.isfinite().all():
+                raise PrototypeError(f"Some `{name}` are NaN or infinite. Leave these samples out.")
+            cast = value.to(like.dtype) if value.is_floating_point() or name == IMAGES else value
+            # under offload accelerate's hooks move the samples
+            samples[name] = cast if like.is_meta else cast.to(like.device)
+        if len(first):
+            # images alone are passed by place, for models of one's own
+            yield samples[IMAGES] if set(samples) == {IMAGES} else samples, labels.long()
 
 
-def _as_tensors(batch: Any) -> tuple[Tensor, Tensor]:
-    """A batch's images and labels. Raises `PrototypeError` if it has none."""
-    pixels = labels = None
+def _as_tensors(batch: Any, named: set[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch's samples by name and its labels. Raises `PrototypeError` if it has none."""
+    samples: dict[str, Any] = {}
+    labels = None
     if isinstance(batch, Mapping):
-        pixels = batch.get("pixel_values", batch.get("image"))
         labels = batch.get("labels", batch.get("label"))
+        samples = {name: batch[name] for name in batch if name in named and name not in ("labels", "label")}
+        if not samples and (images := batch.get(IMAGES, batch.get("image"))) is not None:
+            samples = {IMAGES: images}
     elif isinstance(batch, Sequence) and len(batch) == 2:
-        pixels, labels = batch
-    if pixels is None or labels is None:
+        images, labels = batch
+        samples = {IMAGES: images}
+    if not samples or labels is None:
         found = f"a mapping with {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise PrototypeError(
-            f"The data has no labels: a batch is {found}. Pass (images, labels), or a mapping with "
-            "`pixel_values` and `labels`."
+            f"The data has no labels, or nothing that the model reads: a batch is {found}. Pass (images, "
+            "labels), or a mapping with what the model's processor gives and `labels`."
         )
-    return torch.as_tensor(pixels), torch.as_tensor(labels)
+    return {name: torch.as_tensor(value) for name, value in samples.items()}, torch.as_tensor(labels)
 
 
 @contextmanager

@@ -18,22 +18,28 @@ from ..core.site import is_linear
 from ..core.views import running_eagerly
 
 
+# What a model is called with: a tensor of images, or its processor's tensors by the names of its arguments.
+Inputs = Tensor | dict[str, Tensor]
+
+
 def find_heads(
-    model: nn.Module, pixels: Tensor, head: str | Sequence[str] | None = None
+    model: nn.Module, inputs: Inputs, head: str | Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
     """
     Find the linear layers that give the logits, by name, in the order in which the model calls them.
 
-    The rule: run the model once on `pixels` and look at the output of every `nn.Linear` and every 1×1
-    `nn.Conv2d`, of a map its mean over positions. The head is the one layer whose output is the logits;
+    The rule: run the model once on `inputs` and look at the output of every `nn.Linear` and every 1×1
+    `nn.Conv2d`, of a map its mean over positions, of a row of tokens the token nearest to the logits (a
+    language model classifies by its last token). The head is the one layer whose output is the logits;
     several heads are all the layers of the logits' shape whose mean is the logits (DeiT with its teacher's
     token).
 
     Args:
         model (`nn.Module`):
             A classifier that returns logits `(batch, num_classes)`, as a tensor or as `.logits`.
-        pixels (`Tensor`):
-            `(batch, channels, height, width)`, any images that the model takes.
+        inputs (`Tensor` or `dict[str, Tensor]`):
+            Any samples that the model takes: images `(batch, channels, height, width)`, or what its processor
+            or tokenizer gives, by name.
         head (`str` or `Sequence[str]`, *optional*):
             The name or names, where the rule does not apply. Nothing is run then.
 
@@ -65,13 +71,14 @@ def find_heads(
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     outputs: dict[str, Tensor] = {}
 
-    def record(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        outputs[name] = output.mean((2, 3)) if isinstance(module, nn.Conv2d) else output
+    def record(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, Tensor):  # a router of experts gives more than one
+            outputs[name] = output.mean((2, 3)) if isinstance(module, nn.Conv2d) else output
 
     with unwound() as hooks, evaluating(model):
         for name, module in linear.items():
             hooks.callback(module.register_forward_hook(partial(record, name)).remove)
-        logits = logits_of(model(pixels))
+        logits = run(model, inputs)
     if not logits.isfinite().all():
         raise SiteNotFoundError(
             f"The logits of this {type(model).__name__} are NaN or infinite, so its head cannot be known by "
@@ -81,6 +88,10 @@ def find_heads(
     # 2. The one that is the logits, or those whose mean is.
     shaped = {name: output for name, output in outputs.items() if output.shape == logits.shape}
     equal = [name for name, output in shaped.items() if _same(output, logits)]
+    for name, output in outputs.items():
+        if output.ndim == 3 and output.shape[::2] == logits.shape:
+            if _same(pick(output, nearest_tokens(output, logits)), logits):
+                equal.append(name)
     if not equal and len(shaped) > 1 and _same(torch.stack([*shaped.values()]).mean(0), logits):
         equal = list(shaped)
     elif len(equal) != 1:
@@ -110,6 +121,21 @@ def _same(output: Tensor, logits: Tensor) -> bool:
     return bool((output.float() - logits.float()).abs().max() <= 1e-3 * logits.float().abs().max())
 
 
+def run(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The model's logits `(batch, num_classes)`. Raises `SiteNotFoundError` for none."""
+    return logits_of(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+
+
+def nearest_tokens(outputs: Tensor, logits: Tensor) -> Tensor:
+    """Of each sample the position `(batch,)` whose output `(batch, tokens, num_classes)` is its logits."""
+    return (outputs - logits[:, None]).abs().amax(-1).argmin(1)
+
+
+def pick(rows: Tensor, positions: Tensor) -> Tensor:
+    """One position's row of each sample: `(batch, tokens, d)` becomes `(batch, d)`."""
+    return rows[torch.arange(len(rows), device=rows.device), positions]
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits `(batch, num_classes)` in a classifier's output. Raises `SiteNotFoundError` for none."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -117,7 +143,7 @@ def logits_of(output: Any) -> Tensor:
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise SiteNotFoundError(
             f"The model returned {what}, not logits (batch, num_classes), as a tensor or as `.logits`. Is it "
-            "an image classifier?"
+            "a classifier?"
         )
     return logits
 
@@ -127,8 +153,12 @@ def example_pixels(model: nn.Module) -> Tensor:
     One image of fixed noise, `(1, channels, height, width)`, of the size in the model's configuration.
 
     Raises:
-        `SiteNotFoundError`: the model has no configuration of Transformers or timm.
+        `SiteNotFoundError`: the model has no configuration of Transformers or timm, or reads no images.
     """
+    if (reads := getattr(model, "main_input_name", "pixel_values")) != "pixel_values":
+        raise SiteNotFoundError(
+            f"{type(model).__name__} reads `{reads}`, not images. Pass `head`, or data in place of prototypes."
+        )
     inner = getattr(model, "timm_model", model)
     if hasattr(inner, "pretrained_cfg"):
         shape = inner.pretrained_cfg["input_size"]

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from ..classification.erasure import ClassErasure
 from ..classification.features import plain_model
@@ -41,6 +42,13 @@ def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
     return model
 
 
+def classifier_class(source: str | os.PathLike, **kwargs: Any) -> Any:
+    """The class of Transformers that a folder's or repository's configuration names, of images, text or sound."""
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    architectures = AutoConfig.from_pretrained(source, **hub).architectures or [""]
+    return getattr(transformers, architectures[0], AutoModelForImageClassification)
+
+
 def load_classifier(
     source: str | os.PathLike, folder: Path, record: Record, **kwargs: Any
 ) -> PreTrainedModel:
@@ -50,7 +58,7 @@ def load_classifier(
     Raises:
         `IncompatibleBaseError`: the weights are not those of the record.
     """
-    model = AutoModelForImageClassification.from_pretrained(
+    model = classifier_class(source, **kwargs).from_pretrained(
         source, variant=record.variant, use_safetensors=True, **kwargs
     )
     require_saved_weights(folder, record)

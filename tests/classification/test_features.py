@@ -195,7 +195,7 @@ def test_features_after_an_edit_and_before(model, data):
         (lambda images, labels: images, "a batch is a Tensor"),
         (lambda images, labels: (images,), "a batch is a tuple"),
         (lambda images, labels: {"pixel_values": images}, r"a mapping with \['pixel_values'\]"),
-        (lambda images, labels: {"pictures": images, "labels": labels}, "`pixel_values` and `labels`"),
+        (lambda images, labels: {"pictures": images, "labels": labels}, "nothing that the model reads"),
         (lambda images, labels: (images, labels.float()), r"got \(200,\) torch.float32"),
         (lambda images, labels: (images, nn.functional.one_hot(labels)), r"got \(200, 10\) torch.int64"),
         (lambda images, labels: (images, labels + 1), "Label 10 has no name"),
@@ -211,7 +211,7 @@ def test_bad_batches(model, data, batch, message):
 
 
 def test_no_batches(model):
-    with pytest.raises(PrototypeError, match="no image"):
+    with pytest.raises(PrototypeError, match="no sample"):
         more_hf.collect_prototypes(model, [])
     assert list(features_of(model, [])) == []
 

@@ -1,0 +1,291 @@
+"""Erase a class from every classifier that transformers lists, and from one of each family of timm.
+
+    python benchmarks/classifiers/architectures.py    # architectures.csv and .md; about twenty minutes on a CPU
+
+Each model is built from its own configuration class, small and with random weights, and fed noise in the
+form that its processor gives. An edit that is accepted is saved, opened by plain transformers, verified and
+undone. The outcome is `works`, `refused` with the reason, `not built` here, or `raised`; with the last the
+script ends with status 1.
+"""
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+from timm.models import list_modules
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.models.auto import modeling_auto
+
+import more_hf
+from more_hf.classification.heads import evaluating, run
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
+from more_hf_bench.columns import write_rows
+
+
+HERE = Path(__file__).parent
+CLASSES, TOKENS = 4, 10
+KINDS = {
+    "image": "IMAGE",
+    "video": "VIDEO",
+    "sound": "AUDIO",
+    "text": "SEQUENCE",
+}
+# what makes a configuration small, wherever it has the argument
+SMALL = {
+    "hidden_size": 32,
+    "d_model": 32,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "d_ff": 48,
+    "vocab_size": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# of images and sounds the configurations stay as they are but for the depth
+SHALLOW = {
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "num_spatial_layers": 1,
+    "num_temporal_layers": 1,
+    "num_auxiliary_layers": 1,
+    "num_pooler_layers": 1,
+    "num_frames": 4,
+    "frames_per_clip": 4,
+    "crop_size": 64,
+}
+# attention in a low-rank latent
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+MIXED = {"num_hidden_layers": 4}  # every fourth layer is one of attention
+# what a configuration needs besides
+OWN: dict[str, dict[str, Any]] = {
+    "AXK1Config": LATENT,
+    "AXK2Config": LATENT,
+    "DeepseekV2Config": LATENT,
+    "DeepseekV3Config": LATENT,
+    "EsmcConfig": {"num_key_value_heads": 4},
+    "GPTJConfig": {"rotary_dim": 4},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "JambaConfig": {"attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False},
+    "LayoutLMv3Config": {"visual_embed": False, "coordinate_size": 5, "shape_size": 6},
+    "LiltConfig": {"hidden_size": 24, "channel_shrink_ratio": 4},
+    "MiniCPM3Config": LATENT,
+    "Mistral4Config": LATENT,
+    "Qwen3NextConfig": MIXED,
+    "Qwen3_5TextConfig": MIXED,
+    "PerceiverConfig": {"num_cross_attention_heads": 1},
+    "ReformerConfig": {"axial_pos_embds": False},
+    "SqueezeBertConfig": {"embedding_size": 32},
+    "T5Config": {"decoder_start_token_id": 0},
+}
+
+
+def small(config_class: type, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that make a configuration and its parts small."""
+    default = config_class()
+    known = set(default.to_dict())
+    if "vocab_size" in sizes:  # of images, depth has other meanings under its other names
+        known |= set(getattr(default, "attribute_map", {}))
+    arguments = {name: size for name, size in sizes.items() if name in known}
+    for part, inner in getattr(config_class, "sub_configs", {}).items():
+        if hasattr(inner, "model_type"):
+            arguments[part] = small(inner, sizes)
+    return arguments | OWN.get(config_class.__name__, {})
+
+
+def listed() -> Iterator[tuple[str, type[PreTrainedModel]]]:
+    """Every class of transformers' own lists, by kind."""
+    for kind, word in KINDS.items():
+        names = getattr(modeling_auto, f"MODEL_FOR_{word}_CLASSIFICATION_MAPPING_NAMES").values()
+        seen: dict[str, None] = {}
+        for name in names:
+            seen.update(dict.fromkeys(name if isinstance(name, tuple) else [name]))
+        for name in seen:
+            yield kind, getattr(transformers, name)
+
+
+def build(kind: str, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    sizes = SMALL if kind == "text" else SHALLOW
+    config = cls.config_class(**small(cls.config_class, sizes))
+    config.num_labels = CLASSES
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        text.num_labels = CLASSES
+    torch.manual_seed(0)
+    return cls(config).eval()
+
+
+def samples(kind: str, model: PreTrainedModel) -> dict[str, Tensor]:
+    """A sample of noise of each class, in the form that the model's processor gives."""
+    draw, config = torch.Generator().manual_seed(0), model.config
+    name = model.main_input_name
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(CLASSES, *shape, generator=draw)
+
+    if name in ("input_ids", "inputs") and kind == "text":
+        ids = torch.randint(3, 100, (CLASSES, TOKENS), generator=draw)
+        ids[:, -1] = 2  # some read the token that ends a text
+        given = {name: ids, "attention_mask": torch.ones_like(ids)}
+    elif name == "input_ids":  # pictures as tokens
+        given = {name: torch.randint(0, 500, (CLASSES, 64), generator=draw)}
+    elif kind == "video":
+        frames = getattr(config, "num_frames", None) or config.frames_per_clip
+        size = getattr(config, "crop_size", None) or config.image_size
+        given = {name: noise(frames, 3, size, size)}
+    elif kind == "sound" and name == "input_values":
+        length = (config.max_length, config.num_mel_bins) if hasattr(config, "num_mel_bins") else (4000,)
+        given = {name: noise(*length)}
+    elif kind == "sound":
+        bins = getattr(config, "num_mel_bins", None) or config.feature_projection_input_dim
+        given = {name: noise(bins, 2 * getattr(config, "max_source_positions", 25))}
+        if not hasattr(config, "num_mel_bins"):
+            given = {name: noise(50, bins)}
+    else:
+        size = getattr(getattr(config, "vision_config", config), "image_size", 64)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        given = {name: noise(getattr(config, "num_channels", 3), height, width)}
+    return {**given, "labels": torch.arange(CLASSES)}
+
+
+def settle(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Give BatchNorm the statistics of these inputs: with those of no data, random weights die away."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model(**inputs)
+    model.eval()
+
+
+def outcome_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[str, str]:
+    """What comes of an erasure, and in which words."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        with evaluating(model):
+            original = run(model, inputs)
+        more_hf.erase_classes(model, [batch], [1], remap_to=[2], most_lost=100)
+        head = ", ".join(more_hf.get_erasure(model).request.head)
+        with evaluating(model):
+            edited = run(model, inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            more_hf.save(model, folder)
+            plain = type(model).from_pretrained(folder).eval()
+            with evaluating(plain):
+                opened = run(plain, inputs)
+            if not (verified := more_hf.verify(folder)).ok:
+                return "raised", f"verify: {verified}"
+        more_hf.restore(model)
+    except more_hf.MoreError as error:
+        return "refused", f"{error}"
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return "raised", f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    now = model.state_dict()
+    if not all(torch.equal(now[name], value) for name, value in before.items()):
+        return "raised", "`restore` is not the original"
+    off = float((opened - edited).abs().max() / original.abs().max())
+    moved = float((edited - original).abs().max() / original.abs().max())
+    if off > 1e-3 or moved < 1e-3:
+        return "raised", f"opened again it is off by {off:.1e}, and the edit moved the logits by {moved:.1e}"
+    return "works", f"head `{head}`"
+
+
+def line_of(kind: str, cls: type[PreTrainedModel]) -> dict[str, str]:
+    line = {"kind": kind, "model": cls.__name__}
+    try:
+        model = build(kind, cls)
+        batch = samples(kind, model)
+        settle(model, {name: value for name, value in batch.items() if name != "labels"})
+    except Exception as error:
+        return {**line, "outcome": "not built", "words": f"{type(error).__name__}: {error}"[:300]}
+    outcome, words = outcome_of(model, batch)
+    return {**line, "outcome": outcome, "words": words[:300]}
+
+
+def looks_large(name: str) -> tuple[bool, int]:
+    """How timm's names sort: those that say that they are small come first, then shorter ones."""
+    return not any(word in name for word in ("test_", "atto", "nano", "tiny", "_xxs", "_s0", "small")), len(
+        name
+    )
+
+
+def lines_of_timm() -> Iterator[dict[str, str]]:
+    """One of each family of timm, which is a small one by its name."""
+    for module in list_modules():
+        names = sorted(timm.list_models(module=module), key=looks_large)
+        if names:
+            line = {"kind": "timm", "model": names[0]}
+            try:
+                torch.manual_seed(0)
+                config = TimmWrapperConfig(architecture=names[0], num_labels=CLASSES, do_pooling=True)
+                model = TimmWrapperForImageClassification(config).eval()
+                size = model.timm_model.pretrained_cfg["input_size"][-1]
+                model.config.image_size = size
+                batch = samples("image", model)
+                settle(model, {name: value for name, value in batch.items() if name != "labels"})
+            except Exception as error:
+                yield {**line, "outcome": "not built", "words": f"{type(error).__name__}: {error}"[:300]}
+                continue
+            outcome, words = outcome_of(model, batch)
+            yield {**line, "outcome": outcome, "words": words[:300]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="models whose name holds this word")
+    parser.add_argument("--kinds", nargs="+", default=[*KINDS, "timm"])
+    parser.add_argument("--output", type=Path, default=HERE)
+    args = parser.parse_args()
+    lines = []
+    for kind, cls in listed():
+        if kind in args.kinds and args.only in cls.__name__:
+            lines.append(line_of(kind, cls))
+            print(*lines[-1].values(), file=sys.stderr, flush=True)
+    if "timm" in args.kinds:
+        for line in lines_of_timm():
+            lines.append(line)
+            print(*line.values(), file=sys.stderr, flush=True)
+    write_rows(args.output / "architectures.csv", lines)
+    counts = Counter((line["kind"], line["outcome"]) for line in lines)
+    outcomes = ("works", "refused", "not built", "raised")
+    table = [{"kind": kind, **{what: counts[kind, what] for what in outcomes}} for kind in args.kinds]
+    write_text(args.output / "architectures.md", markdown_table(table) + "\n")
+    print(markdown_table(table))
+    return int(any(line["outcome"] == "raised" for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
