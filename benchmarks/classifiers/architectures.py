@@ -1,6 +1,6 @@
 """Erase a class from every classifier that transformers lists, and from one of each family of timm.
 
-    python benchmarks/classifiers/architectures.py    # architectures.csv and .md; about twenty minutes on a CPU
+    python benchmarks/classifiers/architectures.py    # architectures.csv and .md; twenty minutes on a CPU
 
 Each model is built from its own configuration class, small and with random weights, and fed noise in the
 form that its processor gives. An edit that is accepted is saved, opened by plain transformers, verified and

@@ -1,4 +1,4 @@
-"""`erase_classes`, `restore` and `get_erasure` for image classifiers."""
+"""`erase_classes`, `restore` and `get_erasure` for classifiers."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def erase_classes(
     most_lost: float = 20.0,
 ) -> nn.Module:
     """
-    Make an image classifier forget classes, in place, and return it: in closed form, in one pass over the
-    data.
+    Make a classifier forget classes, in place, and return it: in closed form, in one pass over the data.
 
     The feature that the head reads goes through a remapping expert first, by a forward pre-hook, and the mean
     expert is merged into the head's weight as well; the state dict's keys and shapes stay as they are. So
@@ -62,8 +61,8 @@ def erase_classes(
 
     Args:
         model (`nn.Module`):
-            A Transformers or timm image classifier, or your own with `head` named, in fp16, bf16, fp32 or
-            fp64. A model inside DDP or `torch.compile` is edited inside. With two heads (DeiT with its
+            A Transformers classifier of images, video, sound or text, a timm model, or your own with `head`
+            named, in fp16, bf16, fp32 or fp64. A model inside DDP or `torch.compile` is edited inside. With two heads (DeiT with its
             teacher's token) both are edited.
         data (`Iterable` or `Prototypes`):
             Batches as in `collect_prototypes`, of every class, or what it returned.
