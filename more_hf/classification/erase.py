@@ -62,8 +62,8 @@ def erase_classes(
     Args:
         model (`nn.Module`):
             A Transformers classifier of images, video, sound or text, a timm model, or your own with `head`
-            named, in fp16, bf16, fp32 or fp64. A model inside DDP or `torch.compile` is edited inside. With two heads (DeiT with its
-            teacher's token) both are edited.
+            named, in fp16, bf16, fp32 or fp64. A model inside DDP or `torch.compile` is edited inside. With
+            two heads (DeiT with its teacher's token) both are edited.
         data (`Iterable` or `Prototypes`):
             Batches as in `collect_prototypes`, of every class, or what it returned.
         forget (`str`, `int` or a sequence of them):

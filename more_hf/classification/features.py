@@ -23,7 +23,7 @@ from ..core.prototypes import PrototypeFitter, Prototypes, is_integer
 from ..core.registry import find_erasure, locked
 from ..core.views import routing_off
 from .erasure import ClassErasure
-from .heads import Inputs, evaluating, find_heads, find_module, nearest_tokens, pick, run
+from .heads import Inputs, evaluating, find_heads, find_module, is_of_tokens, nearest_tokens, pick, run
 from .hook import channel_dim
 from .names import class_names
 
@@ -223,7 +223,7 @@ def _reading(
     def feature(name: str, logits: Tensor) -> Tensor:
         """One row a sample: the token that the logits come from, else the mean over positions."""
         z, output = inputs[name], outputs[name]
-        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[::2] == logits.shape:
+        if is_of_tokens(output, logits):
             return pick(z, nearest_tokens(output, logits))
         return z.mean(1)
 

@@ -56,16 +56,7 @@ def find_heads(
         {'3': Linear(in_features=5, out_features=2, bias=True)}
     """
     if head is not None:
-        named = {name: find_module(model, name) for name in read_names("head", head)}
-        if not named:
-            raise SiteNotFoundError("`head` is empty. Name the layer that makes the logits, or leave it out.")
-        for name, module in named.items():
-            if not is_linear(module):
-                raise SiteNotFoundError(
-                    f"`{name}` ({type(module).__name__}) is not a linear layer. Name the nn.Linear or "
-                    "1×1 nn.Conv2d that makes the logits."
-                )
-        return named
+        return _named_heads(model, read_names("head", head))
 
     # 1. The output of every linear layer in one run.
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -88,10 +79,10 @@ def find_heads(
     # 2. The one that is the logits, or those whose mean is.
     shaped = {name: output for name, output in outputs.items() if output.shape == logits.shape}
     equal = [name for name, output in shaped.items() if _same(output, logits)]
-    for name, output in outputs.items():
-        if output.ndim == 3 and output.shape[::2] == logits.shape:
-            if _same(pick(output, nearest_tokens(output, logits)), logits):
-                equal.append(name)
+    of_tokens = [name for name, output in outputs.items() if is_of_tokens(output, logits)]
+    for name in of_tokens:
+        if _same(pick(outputs[name], nearest_tokens(outputs[name], logits)), logits):
+            equal.append(name)
     if not equal and len(shaped) > 1 and _same(torch.stack([*shaped.values()]).mean(0), logits):
         equal = list(shaped)
     elif len(equal) != 1:
@@ -102,6 +93,20 @@ def find_heads(
             "`head`."
         )
     return {name: linear[name] for name in equal}
+
+
+def _named_heads(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers of these names. Raises `SiteNotFoundError` for none, or for what is not linear."""
+    if not names:
+        raise SiteNotFoundError("`head` is empty. Name the layer that makes the logits, or leave it out.")
+    named = {name: find_module(model, name) for name in names}
+    for name, module in named.items():
+        if not is_linear(module):
+            raise SiteNotFoundError(
+                f"`{name}` ({type(module).__name__}) is not a linear layer. Name the nn.Linear or "
+                "1×1 nn.Conv2d that makes the logits."
+            )
+    return named
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -124,6 +129,11 @@ def _same(output: Tensor, logits: Tensor) -> bool:
 def run(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's logits `(batch, num_classes)`. Raises `SiteNotFoundError` for none."""
     return logits_of(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+
+
+def is_of_tokens(output: Any, logits: Tensor) -> bool:
+    """Whether a layer gives logits for every token: `(batch, tokens, num_classes)`."""
+    return isinstance(output, Tensor) and output.ndim == 3 and output.shape[::2] == logits.shape
 
 
 def nearest_tokens(outputs: Tensor, logits: Tensor) -> Tensor:
@@ -157,7 +167,8 @@ def example_pixels(model: nn.Module) -> Tensor:
     """
     if (reads := getattr(model, "main_input_name", "pixel_values")) != "pixel_values":
         raise SiteNotFoundError(
-            f"{type(model).__name__} reads `{reads}`, not images. Pass `head`, or data in place of prototypes."
+            f"{type(model).__name__} reads `{reads}`, not images. Pass `head`, or data in place of "
+            "prototypes."
         )
     inner = getattr(model, "timm_model", model)
     if hasattr(inner, "pretrained_cfg"):

@@ -43,8 +43,9 @@ def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
 
 
 def classifier_class(source: str | os.PathLike, **kwargs: Any) -> Any:
-    """The class of Transformers that a folder's or repository's configuration names, of images, text or sound."""
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    """The class of Transformers that a configuration names, of images, text or sound."""
+    about_the_hub = ("revision", "token", "cache_dir", "trust_remote_code")
+    hub = {key: kwargs[key] for key in about_the_hub if key in kwargs}
     architectures = AutoConfig.from_pretrained(source, **hub).architectures or [""]
     return getattr(transformers, architectures[0], AutoModelForImageClassification)
 
