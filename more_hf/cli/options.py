@@ -20,6 +20,7 @@ SEVERAL_PROCESSES = (
     "on GPUs, `torchrun --nproc_per_node N -m more_hf {0} ...` on CPUs."
 )
 DTYPES = ("float32", "float16", "bfloat16")
+ONE_FILE = (".safetensors", ".gguf", ".ckpt")  # the suffixes of a model in one file
 
 
 def add_command(
@@ -167,7 +168,7 @@ def refuse_missing_model(model: str) -> None:
     """Refuse a path that does not exist; `name` or `owner/name` may also be a Hub id."""
     path = Path(model)
     written_as_path = model.startswith(".") or path.is_absolute() or len(path.parts) > 2
-    if written_as_path and not path.is_file():
+    if (written_as_path or path.suffix in ONE_FILE) and not path.is_file():
         refuse_missing_folder(path, f"A model is a folder, a file, a Hub id like owner/name, or {EMOJI_SD}.")
 
 

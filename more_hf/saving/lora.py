@@ -34,6 +34,7 @@ from .layers import pipeline_class
 from .one_file import OpenedFile, open_file
 from .shards import Opened, folder_of, open_without_denoiser, refuse_inner_edit, refuse_router
 from .single_file import _unet_names as unet_names
+from .tensor_file import read_tensor_file
 
 
 FILE_NAMES = {
@@ -163,7 +164,7 @@ def erase_to_lora(
     refuse_inner_edit(request)
     refuse_router(request, "A LoRA")
     if Path(source).is_file():
-        opened = open_file(Path(source), text_encoder, device)
+        opened = open_file(read_tensor_file(source), text_encoder, device)
         refuse_without_loader(type(opened.pipe), format)
         return _erase_layers(path, opened, request, format, dtype)
     folder = folder_of(source)

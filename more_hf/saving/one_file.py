@@ -12,13 +12,8 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import (
-    CHECKPOINT_KEY_NAMES,
-    create_diffusers_clip_model_from_ldm,
-    create_diffusers_t5_model_from_checkpoint,
-    is_clip_model_in_single_file,
-    is_t5_in_single_file,
-)
+from diffusers.loaders.single_file import load_single_file_sub_model
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
@@ -45,6 +40,7 @@ from .tensor_file import FP8, TensorFile, note_of, read_tensor_file
 
 # what is downloaded of a model on the Hub: configurations, tokenizers and text encoders
 NEEDED = ("*.json", "*.txt", "*.model", "*.jinja", "text_encoder*/*.safetensors")
+VARIANTS = ("*.fp16.safetensors", "*.fp16-*.safetensors")  # the same weights again
 TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")  # in front of a text encoder's tensors
 # folder of configurations in the package -> the text encoder by which a file is known, what pads its prompts
 PACKAGED = {
@@ -120,8 +116,9 @@ def erase_file(
     request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
     refuse_inner_edit(request)
     refuse_router(request, "One file")
+    stored = read_tensor_file(source)
     _refuse_target(source, file)
-    opened = open_file(source, text_encoder, device)
+    opened = open_file(stored, text_encoder, device)
     _refuse_rounding(opened)
     erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
     write_weights(erasure.sites, edited_weights(erasure))
@@ -131,12 +128,14 @@ def erase_file(
     return erasure
 
 
-def open_file(source: Path, text_encoder: str | os.PathLike | None, device: torch.device | str) -> OpenedFile:
+def open_file(
+    file: TensorFile, text_encoder: str | os.PathLike | None, device: torch.device | str
+) -> OpenedFile:
     """
     Open a checkpoint without its denoiser.
 
     Args:
-        source (`Path`):
+        file (`TensorFile`):
             The file.
         text_encoder (`str` or `os.PathLike`, *optional*):
             As in `erase_file`.
@@ -144,11 +143,11 @@ def open_file(source: Path, text_encoder: str | os.PathLike | None, device: torc
             Where the text encoders run.
 
     Raises:
-        `IncompatibleBaseError`: it cannot be read, is no known model, or has no text encoder.
+        `IncompatibleBaseError`: it is no known model, or has no text encoder.
         `SiteNotFoundError`: as from `erase_concept`.
     """
     # 1. Recognize the model, and find its configurations.
-    file = read_tensor_file(source)
+    source = file.path
     cls = recognized(source, file.tensors)
     folder, tokenizers = _configurations(file, cls, text_encoder)
     pipeline, parts = read_index(folder)
@@ -186,7 +185,9 @@ def _configurations(
         with reading(text_encoder):
             if Path(text_encoder).is_dir():
                 return Path(text_encoder), {}
-            return Path(snapshot_download(str(text_encoder), allow_patterns=NEEDED)), {}
+            return Path(
+                snapshot_download(str(text_encoder), allow_patterns=NEEDED, ignore_patterns=VARIANTS)
+            ), {}
     for folder, (key, pads) in PACKAGED.items():
         if CHECKPOINT_KEY_NAMES[key] in file.tensors:
             return FOLDER / "configs" / folder, {name: clip_tokenizer(pad) for name, pad in pads.items()}
@@ -223,20 +224,15 @@ def _read(file: TensorFile, made_of: Mapping[str, Any], prefix: str) -> dict[str
 def _text_encoders(
     file: TensorFile, folder: Path, parts: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, nn.Module]:
-    """The text encoders that the file holds."""
+    """All text encoders if the file holds any; those that it lacks are the folder's."""
     held = {name: file.read(name) for name in file.tensors if name.startswith(TEXT)}
-    found = {}
-    for name, part in parts.items():
-        options = {"subfolder": name, "config": str(folder), "torch_dtype": dtype, "local_files_only": True}
-        cls = getattr(transformers, part, None)
-        if not name.startswith("text_encoder"):
-            continue
-        if is_clip_model_in_single_file(cls, held):
-            found[name] = create_diffusers_clip_model_from_ldm(cls, held, **options)
-        elif cls is transformers.T5EncoderModel and is_t5_in_single_file(held):
-            found[name] = create_diffusers_t5_model_from_checkpoint(cls, held, **options)
-    # which diffusers does not do for T5
-    return {name: encoder.eval() for name, encoder in found.items()}
+    names = [name for name in parts if name.startswith("text_encoder")] if held else []
+    options = {"cached_model_config_path": str(folder), "torch_dtype": dtype, "local_files_only": True}
+    options |= {"pipelines": None, "is_pipeline_module": False}
+    found = {
+        name: load_single_file_sub_model("transformers", parts[name], name, held, **options) for name in names
+    }
+    return {name: encoder.eval() for name, encoder in found.items()}  # diffusers leaves T5 in training
 
 
 def _refuse_target(source: Path, file: Path) -> None:
@@ -298,8 +294,9 @@ def verify_file(
     Raises:
         `IncompatibleBaseError`: the file cannot be read, or says nothing of an erasure.
     """
-    opened = open_file(Path(file), text_encoder, device)
-    request, facts, saved_as = _read_note(opened.file)
+    stored = read_tensor_file(file)
+    request, facts, saved_as = _read_note(stored)
+    opened = open_file(stored, text_encoder, device)
     layers, edited = [], {}
     for name, reader in find_layers(opened.denoiser, pooled=request.pooled).items():
         edited[name] = reader.module.weight.detach()[:, : reader.columns]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import LDM_UNET_KEY
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, LDM_UNET_KEY
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -38,14 +38,9 @@ TEXT_ENCODERS = {
 
 # beginning of a diffusers name -> beginning of the original name
 _UNET = {
-    "conv_in.": "input_blocks.0.0.",
-    "time_embedding.linear_1.": "time_embed.0.",
-    "time_embedding.linear_2.": "time_embed.2.",
-    "add_embedding.linear_1.": "label_emb.0.0.",
-    "add_embedding.linear_2.": "label_emb.0.2.",
+    **DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"],
+    **DIFFUSERS_TO_LDM_MAPPING["unet"]["addition_embed_type"],
     "mid_block.attentions.0.": "middle_block.1.",
-    "conv_norm_out.": "out.0.",
-    "conv_out.": "out.2.",
 }
 _UNET_RESNET = {
     "norm1.": "in_layers.0.",

@@ -58,7 +58,7 @@ def test_the_default_of_an_option_is_written_once():
     assert copies("def f(*, softness=1.0): add('--reach', default='name')") == ["softness", "reach"]
 
 
-@pytest.mark.parametrize("name", ["erase_concept", "erase_to_lora", "erase_to_folder"])
+@pytest.mark.parametrize("name", ["erase_concept", "erase_to_lora", "erase_to_folder", "erase_file"])
 def test_the_signature_shows_every_option(name):
     parameters = inspect.signature(getattr(more_hf, name)).parameters
     assert {option: parameters[option].default for option in OPTIONS} == OPTIONS

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import gguf
 import open_clip
@@ -12,11 +13,13 @@ from diffusers import (
     FluxTransformer2DModel,
     GGUFQuantizationConfig,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY as PREFIX
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.families import FORGET, TARGET, copied, denoiser_of, images
+from support.families import FORGET, TARGET, build, copied, denoiser_of, images
 from support.originals import COUNTED, RENAMED, any_size, original_of
 from transformers import CLIPTextConfig
 
@@ -24,6 +27,7 @@ import more_hf
 from more_hf.cli.main import main
 from more_hf.data import FOLDER
 from more_hf.diffusion.sites import find_denoiser
+from more_hf.saving import one_file
 from more_hf.saving.lora import original_name
 from more_hf.saving.one_file import clip_tokenizer
 from more_hf.saving.original import origins
@@ -88,6 +92,22 @@ def test_diffusers_reads_the_erased_model(families, stored, tmp_path, monkeypatc
     assert metadata.pop("more_hf")
     assert metadata == {"format": "pt", "modelspec.title": "tiny"}
     assert more_hf.verify_file(out, text_encoder=folder), more_hf.verify_file(out, text_encoder=folder)
+
+
+@pytest.mark.slow
+def test_one_of_two_denoisers(tmp_path):
+    """Each of Wan 2.2 has a file of its own, and the prototypes are the same for both."""
+    pipe, folder = build("wan-2.2"), tmp_path / "folder"
+    pipe.save_pretrained(folder)
+    erased = more_hf.erase_concept(build("wan-2.2"), FORGET, remap_to=TARGET)
+    for name in ("transformer", "transformer_2"):
+        file, out = tmp_path / f"{name}.safetensors", tmp_path / f"{name}_erased.safetensors"
+        save_file(original_of(SimpleNamespace(transformer=getattr(pipe, name)), "wan"), file)
+        more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=folder)
+        expected, before = getattr(erased, name).state_dict(), getattr(pipe, name).state_dict()
+        read = WanTransformer3DModel.from_single_file(str(out), config=str(folder), subfolder=name)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in read.state_dict().items())
+        assert any(not torch.equal(tensor, expected[key]) for key, tensor in before.items())
 
 
 def test_a_family_that_diffusers_opens_no_file_of(families, stored, tmp_path):
@@ -182,6 +202,31 @@ def test_a_file_with_its_text_encoders_needs_only_configurations(families, tmp_p
     assert (images(before, family, FORGET) - expected).abs().mean() > 1e-4
 
 
+def test_a_hub_id_brings_the_text_encoders_alone(stored, tmp_path, monkeypatch):
+    folder, file = stored("flux")
+    wanted = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def download(name, allow_patterns, ignore_patterns):
+        brought = filter_repo_objects(
+            (path.relative_to(folder).as_posix() for path in wanted),
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+        )
+        for path in brought:
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / path, tmp_path / name / path)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(one_file, "snapshot_download", download)
+    out = tmp_path / "erased.safetensors"
+    more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder="me/flux")
+    assert {path.parent.name for path in (tmp_path / "me").rglob("*.safetensors")} == {
+        "text_encoder",
+        "text_encoder_2",
+    }
+    assert more_hf.verify_file(out, text_encoder=folder)
+
+
 def test_the_command(stored, tmp_path, capsys):
     folder, file = stored("flux")
     words = ["--concept", FORGET, "--remap_to", TARGET, "--text_encoder", str(folder), "--output"]
@@ -190,6 +235,8 @@ def test_the_command(stored, tmp_path, capsys):
     assert main(["verify", str(out), "--text_encoder", str(folder)]) == 0
     assert main(["verify", str(file), "--text_encoder", str(folder)]) == 2
     assert "say nothing of an erasure" in capsys.readouterr().err
+    assert main(["erase", "missing.safetensors", *words, str(out)]) == 2
+    assert "There is no folder 'missing.safetensors'. A model is a folder, a file" in capsys.readouterr().err
 
     # the LoRA that the same words make is what the folder's is
     assert main(["lora", str(file), *words, str(tmp_path / "file.safetensors")]) == 0
@@ -255,7 +302,7 @@ def test_other_refusals(stored, tmp_path):
 
     pickle = tmp_path / "model.ckpt"
     torch.save({"state_dict": load_file(file)}, pickle)
-    refused(more_hf.IncompatibleBaseError, "is a pickle", pickle, tmp_path / "out.ckpt")
+    refused(more_hf.IncompatibleBaseError, "is a pickle", pickle)
     refused(more_hf.ExportError, "the original itself", target=file)
     refused(more_hf.ExportError, "should end in .safetensors", target=tmp_path / "out.ckpt")
     refused(more_hf.ExportError, "mean expert alone", router="random")
