@@ -121,8 +121,9 @@ def record_activations(
         raise SiteNotFoundError(
             f"{len(quantized)} of the {len(layers)} layers inside the denoiser are quantized (first: "
             f"`{first}`, {quantized[first]}), and `reach='denoiser'` would have to keep every one of them "
-            "plain. Leave `reach` at 'name', or erase from the unquantized model, save it, and quantize what "
-            "was saved."
+            "plain. Leave `reach` at 'name', or erase from the unquantized model, and quantize what "
+            "`more_hf.save` writes. Or load here what `more_hf.save_lora` writes then, which lies beside the "
+            "weights, tells what was erased and can be taken off."
         )
     prompts = _prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.

@@ -269,11 +269,22 @@ def test_the_report_says_what_is_kept_plain(folder):
         more_hf.restore(pipe)
 
 
-def test_inside_a_quantized_denoiser_nothing_is_edited(folder):
-    pipe = quantized(folder, "torchao")
-    before = draw(pipe)
-    with pytest.raises(more_hf.SiteNotFoundError, match=r"layers inside the denoiser are quantized.*torchao"):
-        erase(pipe, reach="denoiser", pictures=2)
+@pytest.mark.parametrize("scheme", ["torchao", "bitsandbytes 4-bit"])
+def test_inside_a_quantized_denoiser_only_a_lora_edits(folder, scheme, tmp_path):
+    pipe, plain = quantized(folder, scheme), build_wide_flux()
+    before, original = draw(pipe), draw(plain)
+    small = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 3}
+    options = {"reach": "denoiser", "pictures": 2, "sampling": small}
+    with pytest.raises(more_hf.SiteNotFoundError, match=f"inside the denoiser are quantized.*{scheme}"):
+        erase(pipe, **options)
+    assert torch.equal(draw(pipe), before)
+
+    # what the message says to do; whoever takes the LoRA off has the concept back
+    more_hf.save_lora(erase(plain, **options), tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    change = draw(plain) - original
+    assert (draw(pipe) - before - change).norm() < 0.5 * change.norm()
+    pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), before)
 
 
