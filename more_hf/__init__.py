@@ -25,6 +25,7 @@ _EXPORTS = {
     "erase_file": "saving.one_file",
     "erase_to_folder": "saving.shards",
     "erase_to_lora": "saving.lora",
+    "evaluate": "tuning.evaluate",
     "find_aliases": "diffusion.aliases",
     "get_erasure": "api",
     "load": "saving.folder",

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from more_hf import __version__
 from more_hf.core.errors import MoreError
 
-from . import compare, erase, erase_classes, lora, push, tune, verify
+from . import compare, erase, erase_classes, evaluate, lora, push, tune, verify
 from .options import import_module_of_user, show_examples
 
 
-COMMANDS = (erase, erase_classes, tune, compare, lora, verify, push)
+COMMANDS = (erase, erase_classes, tune, compare, evaluate, lora, verify, push)
 OTHERS = "more_hf.commands"  # entry points of modules with a command: the benchmarks' `demo` and `bench`
 BENCH = ("concept_erasure", "matplotlib", "sklearn")  # the packages of the extra `bench`
 

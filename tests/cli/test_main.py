@@ -20,7 +20,7 @@ from more_hf_bench.classes import DATASETS
 from more_hf_bench.classes.sources import SOURCES
 
 
-COMMANDS = ["", "demo", "erase", "erase-classes", "tune", "compare", "lora", "verify", "push"]
+COMMANDS = ["", "demo", "erase", "erase-classes", "tune", "compare", "evaluate", "lora", "verify", "push"]
 COMMANDS += ["bench", "bench artists", "bench kd", "bench attacks", "bench report"]
 
 # Runs one command in a process of its own and reports which heavy libraries it imported.
