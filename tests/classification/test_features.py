@@ -154,8 +154,8 @@ def test_tokens_of_an_inner_block_are_routed_one_by_one(digits):
     model = token_classifier(num_hidden_layers=2)
     seen = []
     (place,) = [name for name, module in model.named_modules() if name.endswith("layers.1")]
-    looking = lambda module, args: seen.append(args[0])  # noqa: E731
-    handle = model.get_submodule(place).register_forward_pre_hook(looking)  # the last to look
+    block = model.get_submodule(place)
+    handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # the last to look
     with torch.no_grad():
         model(images)
         more_hf.erase_classes(model, [(images, labels)], [4], remap_to=[9], at=place, solver="covariance")

@@ -123,8 +123,11 @@ def test_offloaded_is_the_same(stored, tmp_path, monkeypatch, family, offload):
     # The CPU in place of a device: the same hooks move the same weights. accelerate's of single layers fail
     # there for text encoders, so that only the denoiser's are tried.
     monkeypatch.setattr(checkpoint, "find_device", lambda name, offload: CPU)
-    offloaded = lambda pipe, device: cpu_offload(denoiser_of(pipe), device)  # noqa: E731
-    monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", offloaded)
+
+    def offload_denoiser(pipe, device):
+        cpu_offload(denoiser_of(pipe), device)
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", offload_denoiser)
     assert main(["erase", str(folder), *WORDS, str(tmp_path / "out"), "--offload", offload]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
     for file in (tmp_path / "plain").rglob("*.safetensors"):

@@ -151,7 +151,10 @@ def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(more_hf, "load_emoji_sd", load_emoji_sd, raising=False)
     monkeypatch.setattr(more_hf, "erase_concept", erase_concept, raising=False)
-    save = lambda pipe, folder, **options: seen.update(folder=folder, **options)  # noqa: E731
+
+    def save(pipe, folder, **options):
+        seen.update(folder=folder, **options)
+
     monkeypatch.setattr(more_hf, "save", save, raising=False)
     monkeypatch.setattr(more_hf, "get_erasure", lambda pipe: "facts", raising=False)
     argv = "erase --concept Noto crab --alias Noto=noto-emoji --remap-to none --retain pizza --num-experts 2 "

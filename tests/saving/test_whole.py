@@ -108,7 +108,9 @@ def interrupt(erased, tmp_path, existing, events):
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over_an_earlier_save"])
 def test_an_exception_at_some_points(erased, tmp_path, existing):
-    some = lambda count: [*range(1, count, count // 8), *range(count - 40, count, 5)]  # noqa: E731
+    def some(count):
+        return [*range(1, count, count // 8), *range(count - 40, count, 5)]
+
     interrupt(erased, tmp_path, existing, some)
 
 

@@ -274,8 +274,11 @@ def test_emoji_100(rendered):
 
 def test_emoji_holds_out_drawings(rendered, monkeypatch):
     """Without moving or recolouring, no image of the test set is one of the training set."""
-    plain = lambda pixels, generator: ((pixels + 1) * 127.5).round().to(torch.uint8)  # noqa: E731
-    monkeypatch.setattr(kd_sources, "views", plain)
+
+    def unmoved(pixels, generator):
+        return ((pixels + 1) * 127.5).round().to(torch.uint8)
+
+    monkeypatch.setattr(kd_sources, "views", unmoved)
     data = load_kd_data("emoji-100", path=rendered, image_size=2)
 
     def seen(part):

@@ -401,7 +401,11 @@ def test_a_baseline_that_diverges_does_not_stop_the_others(folder, tmp_path, cap
 def test_what_is_shared_is_not_found_again(folder, tmp_path, monkeypatch):
     trained, collected, shared = [], [], measuring.Shared()
     monkeypatch.setattr(kd, "cache", lambda *args, **given: collected.append(args) or cache(*args, **given))
-    counting = lambda *args, **given: trained.append(args) or sgd_probes(*args, **given)  # noqa: E731
+
+    def counting(*args, **given):
+        trained.append(args)
+        return sgd_probes(*args, **given)
+
     monkeypatch.setattr(measuring, "sgd_probes", counting)
     for name in ("first", "second"):
         settings = {"models": folder / "models", "output": tmp_path / name, "shared": shared, **SMALL}
