@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -17,7 +16,6 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from more_hf.cli.main import main
 from more_hf.data import EMOJI_ARTISTS, FOLDER
-from more_hf_bench.artists import rows as artist_rows
 from more_hf_bench.artists.config import Erasure
 from more_hf_bench.artists.generate import generate
 from more_hf_bench.artists.grid import read_image
@@ -278,11 +276,6 @@ def test_pictures_are_of_each_level(tiny_sd, few, tmp_path):
     counted = Counter((r.level, r.artist) for r in rows_of(tmp_path / "out"))
     cells = [(level, artist) for level in ("name", "short") for artist in ("Van Gogh", "Picasso")]
     assert counted == dict.fromkeys([*cells, ("near", "")], 1)
-
-
-def test_rows_from_before_there_were_levels():
-    rows = pd.DataFrame([row(method="m")]).drop(columns="level")
-    assert level_lines(artist_rows.measured(rows.assign(content_before=1.0, content_after=1.0))) == []
 
 
 def test_levels_that_cannot_be_asked_for(tiny_sd, tmp_path, capsys):

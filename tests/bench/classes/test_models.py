@@ -5,7 +5,6 @@ from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
-    ViTConfig,
     ViTImageProcessorPil,
 )
 
@@ -96,14 +95,6 @@ def test_resnet18_sizes(digits):
         shape = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2] * 4}
         plain = ResNetForImageClassification(ResNetConfig(**shape, layer_type="basic")).eval()
         assert plain.resnet(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 512, 1, 1)
-
-
-def test_vit_base_is_vit_b_16():
-    config = MODELS["vit-base"](224, num_channels=3, num_labels=1000)
-    theirs = ViTConfig(num_labels=1000)
-    sizes = "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size"
-    for key in (*sizes.split(), "initializer_range"):
-        assert getattr(config, key) == getattr(theirs, key)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
