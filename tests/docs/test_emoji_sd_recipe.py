@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import more_hf.data
 from more_hf_bench.columns import read_cells
@@ -130,6 +131,13 @@ def test_exported_folder_opens_in_plain_diffusers_and_is_measured(chain):
     of_all = {(line["level"], line["split"]): line["n"] for line in words if line["artist"] == "all"}
     levels = itertools.product(("variant", "short", "long"), ("trained", "held_out"))
     assert of_all == dict.fromkeys([("name", "trained"), *levels], "20")  # ten artists, two things
+
+
+def test_curves_are_drawn_from_a_log(chain, recipe):
+    from curves import draw
+
+    with Image.open(draw(chain / "denoiser" / "log.csv")) as drawn:
+        assert len(drawn.convert("L").getcolors(256)) > 2  # lines on paper
 
 
 def test_killed_run_resumes_to_the_same_weights(chain):

@@ -173,6 +173,9 @@ def test_what_is_copied_inside_the_block_is_erased(pair, tmp_path, name):
             copied = type(pipe.unet).from_pretrained(tmp_path).state_dict()
     assert copied.keys() == expected.keys()
     assert all(torch.equal(copied[key], value) for key, value in expected.items())
+    if name == "deepcopy":
+        with more_hf.disabled(pipe):
+            assert torch.equal(run(twin), erased)
 
 
 def test_projections_fused_inside_the_block(pair, tmp_path):
