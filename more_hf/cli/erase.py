@@ -107,14 +107,15 @@ def _from_layers(args: argparse.Namespace, request: Request) -> int:
         if args.include_delta:
             raise ValueError("`--include_delta` writes a file beside the weights of a folder. Leave it out.")
         erasure = more_hf.erase_file(file=args.output, **given)
-        return _report(erasure, args.output)
+        encoder = f" --text_encoder {args.text_encoder}" if args.text_encoder is not None else ""
+        return _report(erasure, args.output, with_flag=encoder)
     erasure = more_hf.erase_to_folder(folder=args.output, include_delta=args.include_delta, **given)
     return _report(erasure, args.output)
 
 
-def _report(erasure: ConceptErasure, folder: Path, *also: Path) -> int:
+def _report(erasure: ConceptErasure, folder: Path, *also: Path, with_flag: str = "") -> int:
     print(erasure)
     for file in also:
         print(f"\nWrote {file}.")
-    print(f"\nSaved to {folder}. Check it with: more-hf verify {folder}")
+    print(f"\nSaved to {folder}. Check it with: more-hf verify {folder}{with_flag}")
     return 0

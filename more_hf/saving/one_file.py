@@ -161,7 +161,13 @@ def open_file(
     with reading(source):
         config = getattr(diffusers, cls).load_config(folder / component)
         made_of = origins(cls, config, file.tensors)
-    denoiser = read_denoiser(folder, component, lambda prefix: _read(file, made_of, prefix), layers=True)
+    try:
+        denoiser = read_denoiser(folder, component, lambda prefix: _read(file, made_of, prefix), layers=True)
+    except IncompatibleBaseError as error:
+        raise IncompatibleBaseError(
+            f"{source} does not fit the configuration in {folder / component} ({error.__cause__}). Pass the "
+            "text encoder of the same model, of the same size."
+        ) from error
     # 3. Load the text encoders, from the file where it has them.
     dtypes = {stored.stop - stored.start: stored.dtype for stored in file.tensors.values()}
     dtype = dtypes[max(dtypes)] if dtypes[max(dtypes)] in EDITABLE else torch.bfloat16  # the largest one's

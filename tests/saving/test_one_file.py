@@ -307,6 +307,16 @@ def test_other_refusals(stored, tmp_path):
     refused(more_hf.ExportError, "should end in .safetensors", target=tmp_path / "out.ckpt")
     refused(more_hf.ExportError, "mean expert alone", router="random")
     refused(more_hf.PrototypeError, "not loaded here", reach="denoiser")
+    config = folder / "transformer" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"joint_attention_dim": 48', '"joint_attention_dim": 40'))
+    refused(more_hf.IncompatibleBaseError, "(?s)does not fit.*size mismatch.*of the same size")
+    config.write_text(text)
+    index = folder / "model_index.json"
+    text = index.read_text()
+    index.write_text(text.replace("FluxTransformer2DModel", "SD3Transformer2DModel"))
+    refused(more_hf.IncompatibleBaseError, "has a FluxTransformer2DModel, which .* has not")
+    index.write_text(text)
     with pytest.raises(more_hf.IncompatibleBaseError, match="Pass `text_encoder=`"):
         more_hf.erase_file(file, out, FORGET, remap_to=TARGET)
     more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=folder)
