@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from more_hf.core.markdown import markdown_table
-from more_hf.core.request import REACHES, TOKENS, ConceptRequest
+from more_hf.core.request import ENCODER_BITS, REACHES, TOKENS, ConceptRequest
 from more_hf.data import FOLDER
 
 from .checkpoint import Checkpoint, add_placement, find_device, load_pipeline, read_checkpoint
@@ -128,6 +128,11 @@ def read_request(args: argparse.Namespace) -> Request:
     checkpoint = read_checkpoint(model)
     if args.text_encoder is not None and not checkpoint.in_one_file:
         raise ValueError("`--text_encoder` is for a model in one file; a folder has its own. Leave it out.")
+    if args.quantize_text_encoder is not None and not (args.layers_only or checkpoint.in_one_file):
+        raise ValueError(
+            "`--quantize_text_encoder` is for `--layers_only`: a whole pipeline is edited with the text "
+            "encoder that it runs with. Pass both, or leave it out."
+        )
     return Request(checkpoint, concepts, options)
 
 
@@ -166,6 +171,11 @@ def add_layers_only(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not load the denoiser, only read the layers to edit from its files; no proof by run then",
     )
+    parser.add_argument(
+        "--quantize_text_encoder",
+        choices=ENCODER_BITS,
+        help="with --layers_only: load the text encoder in a half or a quarter of the memory (bitsandbytes)",
+    )
 
 
 def needs_denoiser(flag: str, request: Request) -> ValueError:
@@ -195,6 +205,7 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
         "concepts": request.concepts,
         "device": find_device(args.device, "none"),
         **({"text_encoder": args.text_encoder} if request.checkpoint.in_one_file else {}),
+        "quantize_text_encoder": args.quantize_text_encoder,
         **request.options,
     }
 

@@ -27,6 +27,9 @@ TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 Reach = Literal["name", "denoiser"]
 REACHES: tuple[Reach, ...] = get_args(Reach)
 
+EncoderBits = Literal["8bit", "4bit"]
+ENCODER_BITS: tuple[EncoderBits, ...] = get_args(EncoderBits)
+
 REMAIN: Literal["remain"] = "remain"
 
 STRONGEST = 1.5  # such an edit passes its target by half of the way

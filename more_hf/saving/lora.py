@@ -22,7 +22,7 @@ from ..core.erasure import Erasure
 from ..core.errors import AlreadyErasedError, ExportError
 from ..core.files import replacing
 from ..core.registry import require_editable
-from ..core.request import ConceptRequest, with_options
+from ..core.request import ConceptRequest, EncoderBits, with_options
 from ..diffusion.encoder import Encoder
 from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
@@ -122,6 +122,7 @@ def erase_to_lora(
     dtype: torch.dtype = torch.float16,
     text_encoder: str | os.PathLike | None = None,
     device: torch.device | str = "cpu",
+    quantize_text_encoder: EncoderBits | None = None,
     **options: Any,
 ) -> ConceptErasure:
     """
@@ -145,6 +146,8 @@ def erase_to_lora(
             As in [`erase_file`], for a checkpoint in one file.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
+        quantize_text_encoder (`"8bit"` or `"4bit"`, *optional*):
+            As in [`erase_to_folder`].
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -164,7 +167,7 @@ def erase_to_lora(
     refuse_inner_edit(request)
     refuse_router(request, "A LoRA")
     if Path(source).is_file():
-        opened = open_file(read_tensor_file(source), text_encoder, device)
+        opened = open_file(read_tensor_file(source), text_encoder, device, quantize_text_encoder)
         refuse_without_loader(type(opened.pipe), format)
         return _erase_layers(path, opened, request, format, dtype)
     folder = folder_of(source)
@@ -172,7 +175,8 @@ def erase_to_lora(
         pipeline = DiffusionPipeline.load_config(folder)["_class_name"]
     refuse_without_loader(pipeline_class(pipeline), format)
     # The metadata of a kohya file has the size of pictures, which depends on the VAE.
-    opened = open_without_denoiser(folder, device, without=() if format == "kohya" else ("vae",))
+    without = () if format == "kohya" else ("vae",)
+    opened = open_without_denoiser(folder, device, without=without, quantize=quantize_text_encoder)
     return _erase_layers(path, opened, request, format, dtype)
 
 

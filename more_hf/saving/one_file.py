@@ -22,7 +22,7 @@ from ..core.errors import AlreadyErasedError, ExportError, IncompatibleBaseError
 from ..core.facts import ConceptFacts
 from ..core.install import edited_weights
 from ..core.record import read_fields
-from ..core.request import ConceptRequest, with_options
+from ..core.request import ConceptRequest, EncoderBits, with_options
 from ..core.site import EDITABLE, fingerprint, write_weights
 from ..data import FOLDER
 from ..diffusion.encoder import Encoder
@@ -68,6 +68,7 @@ def erase_file(
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
     text_encoder: str | os.PathLike | None = None,
     device: torch.device | str = "cpu",
+    quantize_text_encoder: EncoderBits | None = None,
     **options: Any,
 ) -> ConceptErasure:
     """
@@ -91,6 +92,8 @@ def erase_file(
             whose text encoders are in the file.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
+        quantize_text_encoder (`"8bit"` or `"4bit"`, *optional*):
+            As in [`erase_to_folder`], for text encoders that are not in the file.
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -118,7 +121,7 @@ def erase_file(
     refuse_router(request, "One file")
     stored = read_tensor_file(source)
     _refuse_target(source, file)
-    opened = open_file(stored, text_encoder, device)
+    opened = open_file(stored, text_encoder, device, quantize_text_encoder)
     _refuse_rounding(opened)
     erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
     write_weights(erasure.sites, edited_weights(erasure))
@@ -129,7 +132,10 @@ def erase_file(
 
 
 def open_file(
-    file: TensorFile, text_encoder: str | os.PathLike | None, device: torch.device | str
+    file: TensorFile,
+    text_encoder: str | os.PathLike | None,
+    device: torch.device | str,
+    quantize: EncoderBits | None = None,
 ) -> OpenedFile:
     """
     Open a checkpoint without its denoiser.
@@ -141,6 +147,8 @@ def open_file(
             As in `erase_file`.
         device (`torch.device` or `str`):
             Where the text encoders run.
+        quantize (`"8bit"` or `"4bit"`, *optional*):
+            As in `pipeline_around`.
 
     Raises:
         `IncompatibleBaseError`: it is no known model, or has no text encoder.
@@ -174,7 +182,7 @@ def open_file(
     left_out = {name: None for name, part in parts.items() if name in (*UNUSED, "vae") or part == cls}
     with reading(source):
         given = {**left_out, **tokenizers, **_text_encoders(file, folder, parts, dtype)}
-    pipe, denoiser = pipeline_around(folder, {component: denoiser.module}, dtype, device, given)
+    pipe, denoiser = pipeline_around(folder, {component: denoiser.module}, dtype, device, given, quantize)
     pipe.register_to_config(_name_or_path=str(source))
     names = {}
     for name in find_layers(denoiser, pooled=True):

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from ..core.errors import ExportError, IncompatibleBaseError, PrototypeError
 from ..core.install import edited_weights
 from ..core.record import refuse_erased_source
-from ..core.request import ConceptRequest, with_options
+from ..core.request import ENCODER_BITS, ConceptRequest, EncoderBits, check_choice, with_options
 from ..core.site import write_weights
 from ..diffusion.encoder import Encoder
 from ..diffusion.erase import erasure_of_layers
@@ -48,7 +50,11 @@ class Opened(NamedTuple):
 
 
 def open_without_denoiser(
-    source: str | os.PathLike, device: torch.device | str, *, without: Sequence[str] = ()
+    source: str | os.PathLike,
+    device: torch.device | str,
+    *,
+    without: Sequence[str] = (),
+    quantize: EncoderBits | None = None,
 ) -> Opened:
     """
     Open a saved pipeline without its denoiser, in the dtype in which that is stored.
@@ -60,6 +66,8 @@ def open_without_denoiser(
             Where the text encoders run.
         without (`Sequence[str]`, *optional*):
             Components that are not needed, besides `UNUSED`.
+        quantize (`"8bit"` or `"4bit"`, *optional*):
+            As in `pipeline_around`.
 
     Raises:
         `SiteNotFoundError`: the denoiser's family is not supported. `AlreadyErasedError`: the pipeline was
@@ -76,7 +84,8 @@ def open_without_denoiser(
 
     # 2. Load the rest.
     stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
-    pipe, denoiser = pipeline_around(folder, denoisers, stored, device, dict.fromkeys(without))
+    given = dict.fromkeys(without)
+    pipe, denoiser = pipeline_around(folder, denoisers, stored, device, given, quantize)
     refuse_erased_source(str(folder), lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
     return Opened(folder, pipe, denoiser)
 
@@ -87,6 +96,7 @@ def pipeline_around(
     dtype: torch.dtype,
     device: torch.device | str,
     given: Mapping[str, Any],
+    quantize: EncoderBits | None = None,
 ) -> tuple[DiffusionPipeline, Denoiser]:
     """
     A saved pipeline around denoisers that are on the meta device, and these as one.
@@ -103,6 +113,8 @@ def pipeline_around(
         given (`Mapping[str, Any]`):
             Other components that are not loaded from the folder; `None` leaves one out, as all of `UNUSED`
             are.
+        quantize (`"8bit"` or `"4bit"`, *optional*):
+            How bitsandbytes quantizes the text encoders that are loaded.
 
     Raises:
         `SiteNotFoundError`: as from `find_denoiser`. `IncompatibleBaseError`: a component cannot be read.
@@ -111,6 +123,9 @@ def pipeline_around(
     others = {name: part for name, part in {**dict.fromkeys(UNUSED), **given}.items() if name in parts}
     if "safety_checker" in others:
         others["requires_safety_checker"] = False
+    if quantize is not None:
+        encoders = [name for name in parts if name.startswith("text_encoder") and name not in given]
+        others["quantization_config"] = _quantization(quantize, encoders, dtype)
     # Some pipelines look at their denoiser on creation, but none can be moved with it.
     with reading(folder):
         pipe = pipeline_class(cls).from_pretrained(
@@ -119,6 +134,30 @@ def pipeline_around(
     pipe.register_modules(**dict.fromkeys(denoisers))
     pipe.to(device)
     return pipe, find_denoiser(pipe, denoisers)
+
+
+def _quantization(
+    bits: EncoderBits, encoders: Sequence[str], dtype: torch.dtype
+) -> PipelineQuantizationConfig:
+    """
+    What quantizes the text encoders while they are loaded.
+
+    Raises:
+        `PrototypeError`: bitsandbytes is not installed, or the choice is unknown.
+    """
+    check_choice("quantize_text_encoder", bits, ENCODER_BITS)
+    if not is_bitsandbytes_available():
+        raise PrototypeError(
+            f"`quantize_text_encoder={bits!r}` needs bitsandbytes, which is not installed. Install it with "
+            "`pip install bitsandbytes`, or leave the argument out."
+        )
+    config = BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(encoders, config))
 
 
 def folder_of(source: str | os.PathLike) -> Path:
@@ -155,6 +194,7 @@ def erase_to_folder(
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
     include_delta: bool = False,
     device: torch.device | str = "cpu",
+    quantize_text_encoder: EncoderBits | None = None,
     **options: Any,
 ) -> ConceptErasure:
     """
@@ -174,6 +214,9 @@ def erase_to_folder(
             As in [`erase_concept`], except `reach`.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
+        quantize_text_encoder (`"8bit"` or `"4bit"`, *optional*):
+            Load the text encoders quantized by bitsandbytes, in a half or a quarter of the memory. Their
+            features are a little off those of the whole ones, and so is the edit; the report says so.
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -193,7 +236,7 @@ def erase_to_folder(
     folder = Path(folder)
     request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
     refuse_inner_edit(request)
-    opened = open_without_denoiser(source, device, without=("vae",))
+    opened = open_without_denoiser(source, device, without=("vae",), quantize=quantize_text_encoder)
     pipe, denoiser = opened.pipe, opened.denoiser
     encoder = Encoder.of(pipe, request, denoiser)
     erasure = erasure_of_layers(encoder, request)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, edit_matrix
@@ -94,6 +95,22 @@ def test_both_forms_of_a_wide_metric_agree(script):
     assert float(lines[1]["D_F apart"]) < 1e-9
     assert lines[1]["times the thin one's seconds"] > 0
     assert lines[0]["MiB"] >= 0
+
+
+@pytest.mark.slow
+def test_layers_of_a_model_on_the_disk(script, tmp_path):
+    layers_only = script("speed", "layers_only")
+    loaded, *commands = layers_only.measure(tmp_path, layers=1, shard=10**8, width=256)
+    assert loaded["beyond the text encoder"] == 0
+    assert loaded["MiB at most"] > 100
+    assert all(line["beyond the text encoder"] < 2048 for line in commands)
+    shards = sorted((tmp_path / "qwen-image" / "transformer").glob("*.safetensors"))
+    assert len(shards) > 3
+    changed = []
+    for shard in shards:
+        before, after = load_file(shard), load_file(tmp_path / "erased" / "transformer" / shard.name)
+        changed += [name for name, value in before.items() if not torch.equal(after[name], value)]
+    assert changed == ["txt_in.weight"]
 
 
 def test_geometry_measures_by_hand(script, monkeypatch):

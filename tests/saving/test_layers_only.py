@@ -99,10 +99,39 @@ def test_on_the_command_line(shards, tmp_path, capsys):
     found = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     expected = load_file(tmp_path / "same.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert main(["lora", str(folder), *words, "--format", "comfyui"]) == 0
+    keys = load_file(tmp_path / "lora" / "pytorch_lora_weights_comfyui.safetensors")
+    layers = ("diffusion_model.txt_in", "diffusion_model.vector_in.in_layer")
+    parts = ("alpha", "lora_down.weight", "lora_up.weight")
+    assert sorted(keys) == [f"{layer}.{part}" for layer in layers for part in parts]
     assert main(["lora", str(folder), *words, "--offload", "model"]) == 2
     assert "loads none" in capsys.readouterr().err
     assert main(["lora", str(folder), *words, "--reach", "denoiser"]) == 2
     assert "`--layers_only` loads none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantized_text_encoder_gives_its_own_edit(shards, tmp_path, capsys, monkeypatch, bits):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # too small to be packed
+    folder, _ = shards("sd-1")
+    words = ["--concept", FORGET, "--remap_to", TARGET, "--output", str(tmp_path / "found")]
+    words = ["lora", str(folder), *words, "--quantize_text_encoder", bits]
+    assert main(words) == 2
+    assert "is for `--layers_only`" in capsys.readouterr().err
+    assert main([*words, "--layers_only"]) == 0
+    assert f"bitsandbytes {bits[0]}-bit" in capsys.readouterr().out
+    more_hf.erase_to_lora(folder, tmp_path / "wanted", FORGET, remap_to=TARGET)
+    found, wanted = (change(tmp_path / name) for name in ("found", "wanted"))
+    off = float((found - wanted).norm() / wanted.norm())
+    assert off > 0
+    assert (off < 0.1) == (bits == "8bit"), off  # this encoder is so small that 4 bits make another one of it
+
+
+def change(folder):
+    """What a LoRA of Stable Diffusion adds to one of the layers that read text."""
+    factors = load_file(folder / "pytorch_lora_weights.safetensors")
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    return factors[f"{layer}.lora_B.weight"].double() @ factors[f"{layer}.lora_A.weight"].double()
 
 
 def test_a_kohya_file_of_the_embedded_pipeline(tmp_path, monkeypatch):
