@@ -42,13 +42,15 @@ def draw(
 ) -> Tensor:
     """
     Draw one batch of pictures, one for each prompt: uint8 `(n, 3, H, W)`, on the CPU. The pipeline is not
-    modified.
+    modified, and its safety checker, which would turn pictures black, is not asked.
 
     Raises:
         `SiteNotFoundError`: the pipeline cannot draw pictures from a prompt and these arguments alone.
     """
     silent = copy.copy(pipe)
     silent.set_progress_bar_config(disable=True)
+    if getattr(silent, "safety_checker", None) is not None:
+        silent.register_modules(safety_checker=None)
     pictures = getattr(call(silent, prompts, seeds, sampling, "pt"), "images", None)
     if pictures is None:
         raise SiteNotFoundError(f"{type(pipe).__name__} draws no pictures. Pass a text-to-image pipeline.")

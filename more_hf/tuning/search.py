@@ -46,9 +46,9 @@ class Setup:
     sampling: Mapping[str, Any]
     seed: int
     candidates: tuple[str, ...]
-    retain: tuple[str, ...]  # names whose pictures should not change
-    sentences: tuple[str, ...]  # with `{}` for a name
-    nameless: tuple[str, ...]  # prompts that name nobody
+    retain: tuple[str, ...] = ()  # names whose pictures should not change
+    sentences: tuple[str, ...] = ()  # with `{}` for a name
+    nameless: tuple[str, ...] = ()  # prompts that name nobody
 
     @property
     def names(self) -> list[str]:
@@ -128,10 +128,15 @@ class Figures:
 
     def beats(self, other: Figures) -> bool:
         """Whether no figure is worse than the other's, and one is better beyond both intervals."""
-        small = [(own, getattr(other, name)) for name, own in vars(self).items() if name in LESS]
-        large = [(own, getattr(other, name)) for name, own in vars(self).items() if name in MORE]
-        better = [own.high < its.low for own, its in small] + [own.low > its.high for own, its in large]
-        worse = [own.value > its.value for own, its in small] + [own.value < its.value for own, its in large]
+        better, worse = [], []
+        for name in LESS:
+            own, its = getattr(self, name), getattr(other, name)
+            better.append(own.high < its.low)
+            worse.append(own.value > its.value)
+        for name in MORE:
+            own, its = getattr(self, name), getattr(other, name)
+            better.append(own.low > its.high)
+            worse.append(own.value < its.value)
         return any(better) and not any(worse)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from ..core.errors import IncompatibleBaseError, MoreError, PrototypeError
 from ..core.files import replacing, write_json
 from ..core.markdown import markdown_table
 from ..core.registry import require_editable
-from ..core.request import REACHES, ConceptRequest, check_choice, names_in, read_count, read_names
+from ..core.request import REACHES, ConceptRequest, check_choice, read_count, read_names
 from ..core.site import copy_weights, fingerprint
 from ..diffusion.aliases import find_aliases
 from ..diffusion.erase import erase
@@ -323,7 +323,9 @@ def tune(
             "mistaken": workshop.names_judge.mistaken(setup.concept),
             "sentences": workshop.sentence_judge.accuracy,
         },
-        choices=tuple(_choice(trial) for trial in trials),
+        choices=tuple(
+            Choice(edit.key, edit.request, edit.solution.ordinary_moved, figures) for edit, figures in trials
+        ),
         judgments=tuple(workshop.judged.values()),
         sheet=sheet,
     )
@@ -359,22 +361,24 @@ def _setup(
     kind = kind_of(pipe, concept)
     names = find_candidates(pipe, concept, kind, candidates)
     found = tuple(find_aliases(pipe, concept, aliases, others=names)) if aliases else ()
-    parts = {"reach": reach, "pictures": pictures, "sampling": dict(sampling or {}), "seed": seed}
     setup = Setup(
-        concept=concept, aliases=found, candidates=names, retain=(), sentences=(), nameless=(), **parts
+        concept=concept,
+        aliases=found,
+        reach=reach,
+        pictures=pictures,
+        sampling=dict(sampling or {}),
+        seed=seed,
+        candidates=names,
     )
     if len(names) > MOST:
         names = spread_candidates(pipe, setup)
-    kept = tuple(name for name in read_names("retain", retain) if not names_in(name, concept)) or names
-    every = [concept, *names, *kept]
-    return Setup(
-        concept=concept,
-        aliases=found,
+    kept = read_names("retain", retain) or names
+    return replace(
+        setup,
         candidates=names,
         retain=kept,
         sentences=find_sentences(pipe, kind, sentences, SENTENCES),
-        nameless=find_nameless(pipe, every, max(2, pictures // 6)),
-        **parts,
+        nameless=find_nameless(pipe, [concept, *names, *kept], max(2, pictures // 6)),
     )
 
 
@@ -391,14 +395,10 @@ def _bar(pipe: DiffusionPipeline, setup: Setup, log: _Log) -> Iterator[tqdm]:
         "unit": "picture",
         **getattr(pipe, "_progress_bar_config", {}),
     }
-    total += sum(map(len, original_cases(setup).values()))
-    with tqdm(total=total, initial=0, **config) as bar:
+    originals = sum(map(len, original_cases(setup).values()))
+    done = len(log.judged) + (0 if log.read_originals() is None else originals)
+    with tqdm(total=total + originals, initial=done, **config) as bar:
         yield bar
-
-
-def _choice(trial: Trial) -> Choice:
-    edit = trial.edit
-    return Choice(edit.key, edit.request, edit.solution.ordinary_moved, trial.figures)
 
 
 def _sheet(workshop: Workshop, trials: Sequence[Trial]) -> Image.Image:
