@@ -71,6 +71,12 @@ def erased(original):
     return erase(copied(original), request_for())
 
 
+@pytest.fixture(scope="module")
+def activations(original):
+    """What the layers read, for the request behind `erased`."""
+    return recorded(original)
+
+
 def copied(pipe):
     """The pipeline with a denoiser of its own."""
     other = copy.copy(pipe)
@@ -169,8 +175,8 @@ def test_sentences_that_the_model_knows_come_before_templates():
     assert len(others[RETAINED]) == 6
 
 
-def test_layers_that_read_the_same_share_a_space(original):
-    spaces = recorded(original).spaces
+def test_layers_that_read_the_same_share_a_space(original, activations):
+    spaces = activations.spaces
     attention = LAYER.removesuffix("to_q")
     assert {spaces[attention + name] for name in ("to_q", "to_k", "to_v")} == {LAYER}
     assert spaces[attention + "to_out.0"] == attention + "to_out.0"
@@ -187,8 +193,8 @@ def test_layers_that_read_the_same_share_a_space(original):
 
 
 @torch.no_grad()
-def test_every_inner_layer_is_edited_by_the_regression(original, erased):
-    activations, modules = recorded(original), dict(original.unet.named_modules())
+def test_every_inner_layer_is_edited_by_the_regression(original, erased, activations):
+    modules = dict(original.unet.named_modules())
     for name, site in inner_sites(erased).items():
         space = activations.spaces[name]
         own, forget = activations.prototypes[space], [column(FORGET, part) for part in PART_NAMES]
@@ -206,9 +212,9 @@ def test_every_inner_layer_is_edited_by_the_regression(original, erased):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_pictures_of_the_concept_look_more_like_the_target_inside(original, erased):
+def test_pictures_of_the_concept_look_more_like_the_target_inside(original, erased, activations):
     """Without the name: the layers are shown the same pictures with the target's prompt."""
-    activations, site = recorded(original), inner_sites(erased)[LAYER]
+    site = inner_sites(erased)[LAYER]
     own, weight = activations.prototypes[LAYER], original.unet.get_submodule(LAYER).weight.double()
     forgotten, target = own[column(FORGET, PART_NAMES[2])], own[target_of(column(FORGET, PART_NAMES[2]))]
     before = (weight @ (forgotten - target)).norm()

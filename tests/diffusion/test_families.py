@@ -114,7 +114,7 @@ def test_a_typed_name_gives_what_its_target_gives(originals, erased, family):
         assert torch.equal(draw(erased[family], family, FORGET), before[FORGET])
 
 
-@pytest.mark.parametrize("family", MATRIX)
+@pytest.mark.parametrize("family", FOUR_FAST)
 def test_a_second_erasure_and_restore(originals, family):
     before, pipe = weights(originals[family]), erase(copied(originals[family]))
     more_hf.erase_concept(pipe, OTHER, remap_to=TARGET, solver="pinv", router="hash")
@@ -188,7 +188,7 @@ def test_plain_save_pretrained_is_erased(originals, erased, family, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "site"), LAYERS)
-@pytest.mark.parametrize("router", [None, "random"])
+@pytest.mark.parametrize("router", [None, pytest.param("random", marks=pytest.mark.slow)])
 def test_the_proof_sees_a_missed_layer(originals, family, site, router):
     pipe = copied(originals[family])
     layer = denoiser_of(pipe).get_submodule(site)

@@ -25,8 +25,8 @@ PLACES = {
 }
 FIRST = ("sd-1", "sdxl", "sd3", "flux", "pixart")  # the newer families read the prompt in ways of their own
 NEWER = [name for name, sister in SISTERS.items() if sister.family not in FIRST]
-SLOW_FIRST = [pytest.param(name, marks=() if name in NEWER else pytest.mark.slow) for name in SISTERS]
-SOME = NEWER[::4]  # what follows is the family's: `test_families.py` has every one
+SOME = NEWER[::4]  # of what is the family's, which `test_families.py` has for every one
+SLOW = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in SISTERS]
 # The loader of Kolors' two sisters is Stable Diffusion XL's, which asks for a second text encoder.
 LOADERS = [name for name in NEWER if SISTERS[name].family != "kolors"]
 WITH_LORA = [name for name in LOADERS if hasattr(SISTERS[name].cls, "load_lora_weights")][::4]
@@ -52,7 +52,7 @@ def drawn(pipe, name, prompt):
     return draw(pipe, SISTERS[name].family, prompt, **SISTERS[name].call)
 
 
-@pytest.mark.parametrize("name", SLOW_FIRST)
+@pytest.mark.parametrize("name", SLOW)
 def test_erases_as_the_family_does(originals, name):
     sister, original, tiny = SISTERS[name], originals[name], TINY[SISTERS[name].family]
     pipe = erase(copied(original))
