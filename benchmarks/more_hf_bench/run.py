@@ -6,14 +6,15 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from more_hf.core.files import write_json
 
-from .errors import BenchmarkError
+from .errors import BenchmarkError, MethodError
 
 
 SOURCE = "source"  # the setting of a method of the user's own: a hash of its module and those beside it
@@ -174,6 +175,7 @@ class Run:
 
         self.state = processes()
         self.output = Path(output)
+        self.failed: list[str] = []  # what is left out, because a method of the user's own failed
         self.config = config.joined_with(self.output)
         self.state.wait_for_everyone()  # no process writes before all have read
         if self.state.is_main_process:
@@ -192,11 +194,32 @@ class Run:
         # `split_between_processes` would give the last item to every process without one.
         return work[self.state.process_index :: self.state.num_processes]
 
+    @contextmanager
+    def going_on(self, method: str, what: str) -> Iterator[None]:
+        """Inside the block, an error of a method of the user's own is reported with its traceback."""
+        try:
+            yield
+        except Exception as error:  # the user's code may raise anything
+            if SOURCE not in self.config.methods[method]:
+                raise
+            logger.error("%s is left out: %s: %s", what, type(error).__name__, error, exc_info=error)
+            self.failed.append(what)
+
     def finish(self, write_outputs: Callable[[Path, Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """Write the tables when all processes are done; their summary, which only the first process has."""
+        """
+        Write the tables when all processes are done; their summary, which only the first process has.
+
+        Raises:
+            MethodError: afterwards, if a method of the user's own failed.
+        """
         self.state.wait_for_everyone()
         summary = write_outputs(self.output, self.config) if self.state.is_main_process else []
         self.state.wait_for_everyone()
+        if self.failed:
+            raise MethodError(
+                f"{', '.join(self.failed)} failed, as said above; everything else is measured and in "
+                f"{self.output / 'table.md'}. Mend it and run the same command again."
+            )
         return summary
 
 
@@ -244,8 +267,9 @@ def method_settings(
     values = {name: value for mapping in given for name, value in mapping.items()}
     settings = {}
     for name, parameter in _parameters(function, without).items():
-        value = values.get(name, parameter.default)
-        newer = held is not None and name not in held and value == parameter.default
+        # the source is what it is now, whatever an earlier configuration says
+        value = parameter.default if name == SOURCE else values.get(name, parameter.default)
+        newer = held is not None and name not in held and value == parameter.default and name != SOURCE
         if value is not inspect.Parameter.empty and not newer:
             settings[name] = value
     return settings

@@ -146,7 +146,8 @@ class Splits:
     """The images to forget and those that remain.
 
     Of the training data they are `f` and `r`, of the validation data `fv` and `rv`, of the test data `ft` and
-    `rt`. Accuracies are named after them: `acc_f`, `acc_r`, `acc_ft`, `acc_rt`.
+    `rt`. Accuracies are named after them: `acc_f`, `acc_r`, `acc_ft`, `acc_rt`. `classes` are the numbers of
+    the forgotten classes; there are none where samples of all classes are forgotten.
     """
 
     f: ImageSet
@@ -155,6 +156,7 @@ class Splits:
     rv: ImageSet
     ft: ImageSet
     rt: ImageSet
+    classes: tuple[int, ...] = ()
 
 
 def split_by_class(data: KDData, forget: Sequence[str | int]) -> Splits:
@@ -163,7 +165,8 @@ def split_by_class(data: KDData, forget: Sequence[str | int]) -> Splits:
     Raises:
         `DatasetError`: for an unknown class, and unless some classes are forgotten and some remain.
     """
-    ids = torch.tensor(data.class_ids(forget), dtype=torch.int64)
+    classes = data.class_ids(forget)
+    ids = torch.tensor(classes, dtype=torch.int64)
     if not 0 < len(ids) < len(data.class_names):
         raise DatasetError(
             f"{len(ids)} of the {len(data.class_names)} classes of {data.name} are to be forgotten. "
@@ -174,7 +177,7 @@ def split_by_class(data: KDData, forget: Sequence[str | int]) -> Splits:
         forgotten = torch.isin(part.labels, ids)
         return part.subset(forgotten), part.subset(~forgotten)
 
-    return Splits(*divide(data.train), *divide(data.validation), *divide(data.test))
+    return Splits(*divide(data.train), *divide(data.validation), *divide(data.test), classes)
 
 
 def split_by_sample(data: KDData, fraction: float = 0.1, *, seed: int = 0) -> Splits:

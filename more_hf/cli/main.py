@@ -29,8 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     Run one command, by default with the process's own arguments, and return its exit status.
 
     Returns:
-        `int`: 0 for success, 1 if `verify` found a difference, 2 for an expected failure, which is reported
-        in one line on stderr (or raised, with `MORE_HF_DEBUG=1`), 130 if the command was interrupted.
+        `int`: 0 for success, 1 if `verify` found a difference or a benchmark went on without a method that
+        failed, 2 for an expected failure, which is reported in one line on stderr (or raised, with
+        `MORE_HF_DEBUG=1`), 130 if the command was interrupted.
 
     Raises:
         SystemExit: from argparse, for `--help`, `--version` and unknown arguments.
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = " Install what the benchmarks need: pip install 'more_hf[bench]'."
         text = f"{error}.{hint}" if isinstance(error, ModuleNotFoundError) else str(error)
         print(f"Error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
+        return error.exit_status if isinstance(error, MoreError) else 2
 
 
 class _AboveBars(logging.Handler):

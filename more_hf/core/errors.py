@@ -9,6 +9,8 @@ LONGEST = 120  # characters of a value in a message
 class MoreError(Exception):
     """Base of all errors of more_hf."""
 
+    exit_status = 2  # of the command line
+
 
 class SiteNotFoundError(MoreError, ValueError):
     """The model has no layer to edit, or stores it in a form that cannot be edited safely."""

@@ -40,7 +40,11 @@ def attack_settings(
 
 
 def run_attacks(
-    config: AttackConfig, build: Callable[[Cell], Any], *, output: str | Path
+    config: AttackConfig,
+    build: Callable[[Cell], Any],
+    *,
+    output: str | Path,
+    write: Callable[[Path, AttackConfig], list[dict[str, Any]]] = write_outputs,
 ) -> list[dict[str, Any]]:
     """Run what is missing of a folder of attacks, and write its tables and its picture.
 
@@ -52,12 +56,14 @@ def run_attacks(
         build (`Callable`): makes the victim of a cell, which is what the attacks take. It is called once for
             all cells of one victim that are left.
         output (`str` or `Path`): the folder for cells, rows, tables and the picture.
+        write (`Callable`, *optional*): writes what is made of the cells, in the first process.
 
     Returns:
         `list[dict]`: the lines of `summary.csv`; empty but in the first process.
 
     Raises:
-        `BenchmarkError`: before anything is run, if `output` holds another benchmark.
+        `BenchmarkError`: before anything is run, if `output` holds another benchmark. `MethodError`: after
+            everything else, if a method of the user's own failed.
     """
     run = Run(config, output)
     # Only what this call names is run, though the folder may have more that is unfinished.
@@ -67,14 +73,16 @@ def run_attacks(
     mine = run.share(groups)
     bar = tqdm(total=sum(map(len, mine)), unit="attack", main_process_only=False)
     for cells in mine:
-        victim = build(cells[0])
-        for cell in cells:
-            bar.set_postfix_str(f"{cell.attack}: {cell.model}, {cell.method} without {cell.forget}")
-            found = ATTACKS[cell.attack].run(victim, **run.config.attacks[cell.attack])
-            cell.write([rounded(asdict(result)) for result in found])
-            bar.update()
+        method, what = cells[0].method, f"{cells[0].method} without {cells[0].forget}"
+        with run.going_on(method, f"{what}, {cells[0].model}, seed {cells[0].seed},"):
+            victim = build(cells[0])
+            for cell in cells:
+                bar.set_postfix_str(f"{cell.attack}: {cell.model}, {what}")
+                found = ATTACKS[cell.attack].run(victim, **run.config.attacks[cell.attack])
+                cell.write([rounded(asdict(result)) for result in found])
+                bar.update()
     bar.close()
-    return run.finish(write_outputs)
+    return run.finish(write)
 
 
 def victim_of(cell: Cell) -> tuple[str, str, str, int]:

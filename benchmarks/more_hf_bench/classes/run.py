@@ -25,7 +25,6 @@ from more_hf.core.files import replacing
 from ..columns import rounded
 from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run
-from ..methods.own import MethodError
 from ..methods.registry import CLASSIFICATION, UNREGISTERED, find_classification_method
 from ..run import Cell, Run, held_settings, method_settings, refuse_unused_settings
 from ..splits import KDData, Splits, some_of_each, split_by_class, split_by_sample
@@ -178,10 +177,10 @@ def run_kd(
                 trainer.retrained(splits[entry].r, trained_without(entry, run.config), seed)
         mine = run.share(of_seed)
         if mine and of_samples:
-            _measure_samples(mine, trainer, original, run.config, functions, splits)
+            _measure_samples(mine, trainer, original, run, functions, splits)
         elif mine:
-            of_classes = _Seed(trainer, seed, original, run.config, functions, classes, splits, shared)
-            of_classes.run(mine)
+            of_classes = _Seed(trainer, seed, original, run, functions, classes, splits, shared)
+            of_classes.measure_all(mine)
     return run.finish(write_outputs)
 
 
@@ -194,15 +193,15 @@ def _measure_samples(
     cells: Sequence[Cell],
     trainer: Trainer,
     original: nn.Module,
-    config: ClassesConfig,
+    run: Run,
     functions: Methods,
     splits: Mapping[str, Splits],
 ) -> None:
     """Measure the cells of one seed that forget samples."""
     desc = f"{trainer.data.name}, seed {cells[0].seed}"
     for cell in tqdm(cells, desc=desc, unit="cell", main_process_only=False):
-        with skipping_divergence(cell):
-            edited, cost = forget_cell(cell, original, splits[cell.forget], trainer, config, functions)
+        with skipping_failure(cell, run):
+            edited, cost = forget_cell(cell, original, splits[cell.forget], trainer, run.config, functions)
             measured = measure_samples(edited, splits[cell.forget], original.device)
             key = {"method": cell.method, "forget": cell.forget, "seed": cell.seed}
             cell.write({"rows": [rounded({**key, **measured, **vars(cost)})], "probes": []})
@@ -239,18 +238,14 @@ def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def skipping_divergence(cell: Cell) -> Iterator[None]:
-    """
-    If a baseline diverges, or a method of the user's own fails, skip its cell with a warning; the next run
-    retries it.
-    """
+def skipping_failure(cell: Cell, run: Run) -> Iterator[None]:
+    """If a baseline diverges, or a method of the user's own fails, skip its cell; the next run retries it."""
+    what = f"{cell.method} without {cell.forget}, seed {cell.seed},"
     try:
-        yield
-    except MethodError as error:
-        where = f"{cell.method} without {cell.forget}, seed {cell.seed}"
-        logger.error("%s, is left out. %s", where, error, exc_info=error.__cause__)
+        with run.going_on(cell.method, what):
+            yield
     except IncompatibleBaseError as error:
-        logger.warning("%s without %s, seed %d, is left out. %s", cell.method, cell.forget, cell.seed, error)
+        logger.warning("%s is left out. %s", what, error)
 
 
 @dataclass(frozen=True)
@@ -296,13 +291,14 @@ class _Seed:
         trainer: Trainer,
         seed: int,
         original: nn.Module,
-        config: ClassesConfig,
+        run: Run,
         functions: Methods,
         classes: Mapping[str, Sequence[int]],
         splits: Mapping[str, Splits],
         shared: Shared,
     ):
-        self.trainer, self.seed, self.config, self.functions = trainer, seed, config, functions
+        self.trainer, self.seed, self.run, self.functions = trainer, seed, run, functions
+        self.config = run.config
         self.classes, self.splits, self.shared = classes, splits, shared
         self.data, self.original = trainer.data, original
         sample = self.data.test[torch.arange(2)]["pixel_values"].to(original.device)
@@ -320,7 +316,7 @@ class _Seed:
         self.labelled = {"train": self.data.train.subset(some), "test": self.data.test}
         self.blocks: list[Features] = []  # of the original, once somebody asks
 
-    def run(self, cells: Sequence[Cell]) -> None:
+    def measure_all(self, cells: Sequence[Cell]) -> None:
         description = f"{self.data.name}, seed {self.seed}"
         bar = tqdm(total=len(cells), desc=description, unit="cell", main_process_only=False)
         for entry in dict.fromkeys(cell.forget for cell in cells):
@@ -332,7 +328,7 @@ class _Seed:
             for cell in cells:
                 if cell.forget == entry:
                     bar.set_postfix_str(f"{cell.method} without {entry}")
-                    with skipping_divergence(cell):
+                    with skipping_failure(cell, self.run):
                         self._measure(cell, splits, retrained, informed)
                     bar.update()
         bar.close()

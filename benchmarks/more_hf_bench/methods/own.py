@@ -1,4 +1,4 @@
-"""A method of the user's own: its source is one of its settings, and a failure says which method failed."""
+"""A method of the user's own: its source is one of its settings, and what it returns is checked."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import copy
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-from ..errors import BenchmarkError
 from ..run import SOURCE
 
 
 logger = logging.getLogger(__name__)
-
-
-class MethodError(BenchmarkError):
-    """A method of the user's own raised, or did not return a model."""
 
 
 def own_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,57 +25,58 @@ def own_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     Its additional setting `source` makes results of another source results of another configuration. All
     components of a pipeline that it gets are its own, so that whatever it changes, the original stays.
+
+    Raises:
+        `TypeError`: from the method, if what it returns is not what it was given one of.
     """
 
     @wraps(function)
     def method(model: Any, forgotten: Any, *, source: str = "", **arguments: Any) -> Any:
-        if hasattr(model, "register_modules"):
+        parts = {"": model}
+        if is_pipeline(model):
             parts = {key: part for key, part in model.components.items() if hasattr(part, "parameters")}
-            model.register_modules(**copy.deepcopy(parts))
-        try:
-            result = function(model, forgotten, **arguments)
-        except Exception as error:
-            raised = f"{name} raised {type(error).__name__}: {error}"
-            raise MethodError(f"{raised}. Mend it and run again.") from error
-        if not callable(result):
-            raise MethodError(f"{name} returned {result!r}, not a model. Let it return the one it was given.")
+            parts = copy.deepcopy(parts)
+            model.register_modules(**parts)
+        before = _totals(parts)
+        result = function(model, forgotten, **arguments)
+        if not callable(result) or is_pipeline(result) != is_pipeline(model):
+            raise TypeError(
+                f"{name} returned {type(result).__name__}, not {type(model).__name__}. "
+                "Let it return the model that it was given."
+            )
+        if result is model and _totals(parts) == before:
+            logger.warning(
+                "%s changed no weight of the model that it was given. If it is meant to, look whether it "
+                "changes a copy.",
+                name,
+            )
         return result
 
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
     last = len(parameters) - (parameters[-1].kind is Parameter.VAR_KEYWORD)
-    parameters.insert(last, Parameter(SOURCE, Parameter.KEYWORD_ONLY, default=_source_of(function)))
+    parameters.insert(last, Parameter(SOURCE, Parameter.KEYWORD_ONLY, default=_source_of(name)))
     method.__signature__ = signature.replace(parameters=parameters)
     return method
 
 
-def _source_of(function: Callable[..., Any]) -> str:
-    """A hash of the function's module and of the modules beside it."""
+def is_pipeline(model: Any) -> bool:
+    """Whether it is a pipeline rather than a classifier."""
+    return hasattr(model, "register_modules")
+
+
+def _totals(parts: Mapping[str, Any]) -> list[float]:
+    """The sum of each weight's magnitudes, which tells whether one was changed."""
+    return [
+        float(weight.detach().double().abs().sum()) for part in parts.values() for weight in part.parameters()
+    ]
+
+
+def _source_of(name: str) -> str:
+    """A hash of the module of `"module:function"` and of the modules beside it."""
+    # by name, since a decorated function may say that it is from the decorator's file
+    file = sys.modules[name.partition(":")[0]].__file__
     digest = hashlib.sha256()
-    for path in sorted(Path(inspect.getfile(function)).parent.glob("*.py")):
+    for path in sorted(Path(file).parent.glob("*.py")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-class Failures:
-    """The failures of methods in a run, which goes on without them."""
-
-    def __init__(self) -> None:
-        self.failed: dict[str, None] = {}  # an ordered set
-
-    @contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
-        """Inside the block, a method that fails is reported with its traceback, and left out."""
-        try:
-            yield
-        except MethodError as error:
-            logger.error("%s is left out. %s", what, error, exc_info=error.__cause__)
-            self.failed[what] = None
-
-    def raise_any(self) -> None:
-        """Raises `MethodError` if there were any: after everything else was done."""
-        if self.failed:
-            raise MethodError(
-                f"{', '.join(self.failed)} failed, as said above; everything else is measured. Mend it and "
-                "run the same command again."
-            )

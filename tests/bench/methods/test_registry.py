@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import (
@@ -77,9 +78,10 @@ def my_module(tmp_path, monkeypatch):
 
 def test_ones_own_method(my_module):
     erase = find_diffusion_method(f"{my_module}:my_erase")
-    assert erase(len, "a", remap_to=None, retain=None) is len
+    model = torch.nn.Identity()
+    assert erase(model, "a", remap_to=None, retain=None) is model
     forget = find_classification_method(f"{my_module}:my_forget", forgets="samples")
-    assert forget(len, None, seed=0) is len
+    assert forget(model, None, seed=0) is model
     assert DIFFUSION.get(f"{my_module}:my_erase", UNREGISTERED).targets == "one"
 
 

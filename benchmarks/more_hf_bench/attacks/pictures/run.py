@@ -23,6 +23,7 @@ from ...methods.registry import find_diffusion_method
 from ...run import Cell, held_settings, method_settings
 from ..run import attack_settings, run_attacks
 from ..store import AttackConfig
+from ..tables import write_outputs
 from .grid import write_grids
 from .studio import Studio
 from .victim import Victim
@@ -142,10 +143,11 @@ def run_picture_attacks(
         folder = output / "pictures" / cell.forget / cell.method
         return Victim(erased, studio, cell.forget, other, cell.seed, folder)
 
-    summary = run_attacks(config, build, output=output)
-    if state.is_main_process:
-        write_grids(output)
-    return summary
+    def write(folder: Path, joined: AttackConfig) -> list[dict[str, Any]]:
+        write_grids(folder)
+        return write_outputs(folder, joined)
+
+    return run_attacks(config, build, output=output, write=write)
 
 
 def _erasure(concept: str, targets: Mapping[str, Sequence[str]], studio: Studio, prompts: Prompts) -> Erasure:
