@@ -98,7 +98,7 @@ def solve(prototypes: Prototypes, widths: Sequence[int], request: ClassRequest) 
 
     # 1. Every expert's targets; by default as many experts as use each target equally often.
     options = [remain if is_remain(targets) else targets or (None,) for targets in request.remap_to.values()]
-    room = len(remain) if solver == "pinv" else max(1, min(widths) // 2 - len(forget))
+    room = len(remain) if solver == "pinv" else min(widths) // 2 - len(forget)
     experts = draw_experts(options, request.num_experts, max_distinct=room, seed=request.seed)
 
     # 2. One remap per head. What is not a target need not stay exact under `covariance`.

@@ -507,15 +507,13 @@ def draw_experts(
             Number of experts. `None` takes the fewest that use every option of every concept equally often,
             so that the mean expert sends a concept to the plain mean of its options.
         max_distinct (`int`):
-            The largest number of different targets. Beyond it, experts share targets.
+            The largest number of different targets, unless the concepts need more to have one each. Beyond
+            it, experts share targets.
         seed (`int`, *optional*, defaults to 0):
             Seed of the order of the options.
 
     Returns:
         `list[list[str | None]]`: for each expert, one target per concept.
-
-    Raises:
-        `PrototypeError`: `max_distinct` is too small to give every concept a target.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = []
@@ -529,12 +527,6 @@ def draw_experts(
     while uncovered := [names for names in shuffled if allowed.keys().isdisjoint(names)]:
         shared = Counter(chain.from_iterable(uncovered))
         allowed[max(shared, key=shared.get)] = None
-    if len(allowed) - 1 > max_distinct:
-        raise PrototypeError(
-            f"No exact edit exists: {len(shuffled)} concepts need at least one target each, and there is "
-            f"room for {max_distinct} different targets. Forget fewer concepts, let them share targets, or "
-            "erase without remapping (remap_to=None)."
-        )
 
     # 2. Fill the remaining room in turns: every concept's first option, then every concept's second, ...
     for turn in zip_longest(*shuffled):

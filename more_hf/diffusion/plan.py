@@ -153,7 +153,7 @@ def pose(
     experts = draw_experts(
         [names or (None,) for names in request.remap_to.values()],
         request.num_experts,
-        max_distinct=max(1, room - len(request.surfaces)),
+        max_distinct=room - len(request.surfaces),
         seed=request.seed,
     )
 
