@@ -21,6 +21,7 @@ from .sites import as_pipeline
 
 logger = logging.getLogger(__name__)
 
+MOST_COLUMNS = 6  # further prompts stand below
 READABLE = 128  # pixels; smaller pictures are enlarged, so that there is room for their prompts
 
 
@@ -81,7 +82,7 @@ def compare(
             if any(wanted):
                 rows["target"] = draw(source, wanted)
     scale = -(-READABLE // after[0].width)
-    return draw_grid(rows, column_labels=prompts, scale=scale, title=title)
+    return draw_grid(rows, column_labels=prompts, scale=scale, title=title, most_columns=MOST_COLUMNS)
 
 
 def target_prompt(prompt: str, request: ConceptRequest) -> str | None:

@@ -1,7 +1,8 @@
+import numpy as np
+import pytest
 from PIL import Image
 
-from more_hf.diffusion.grid import draw_grid
-from more_hf_bench.artists.grid import stack
+from more_hf.diffusion.grid import draw_grid, stack
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -30,3 +31,31 @@ def test_labels_make_room_for_themselves():
     words = ["a house at the sea, painted in the evening by one who is no longer known to the model"]
     tall = draw_grid({"": large}, column_labels=words).height - draw_grid({"": large}).height
     assert tall > 60
+
+
+@pytest.mark.parametrize("label", ["a portrait by Blobmoji and others", "Donaudampfschifffahrtsgesellschaft"])
+def test_a_label_stays_above_its_own_column(label):
+    """Black ink only within the width of the column, whatever is in it, and the neighbor's is the same."""
+    pictures = [Image.new("RGB", (128, 128), "red")] * 3
+    sheet = draw_grid({"": pictures}, column_labels=["", label, ""])
+    ink = (np.asarray(sheet.convert("L")) < 60).nonzero()[1]
+    left = sheet.width - 2 * (128 + 4)
+    assert left <= ink.min()
+    assert ink.max() < left + 128
+    assert ink.max() - ink.min() > 64  # and there is ink
+
+
+def test_many_columns_go_on_below():
+    red, green, blue = (Image.new("RGB", (32, 32), color) for color in COLOURS)
+    rows = {"before": [red, green, blue], "after": [blue, red, green]}
+    whole = draw_grid(rows, column_labels="abc", title="two blocks", most_columns=2)
+    upper = draw_grid({name: row[:2] for name, row in rows.items()}, column_labels="ab", title="two blocks")
+    lower = draw_grid({name: row[2:] for name, row in rows.items()}, column_labels="c")
+    assert whole.tobytes() == stack([upper, lower]).tobytes()
+
+
+def test_a_long_title_has_several_lines():
+    pictures = [Image.new("RGB", (128, 128), "red")] * 4
+    one, many = (draw_grid({"": pictures}, title=" and ".join(["Noto"] * n)) for n in (2, 20))
+    assert one.width == many.width
+    assert many.height > one.height + 20

@@ -18,7 +18,7 @@ import more_hf
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table, number
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
-from more_hf.diffusion.grid import draw_grid
+from more_hf.diffusion.grid import draw_grid, stack
 from more_hf.tuning.judge import lpips_distance
 
 from ..columns import write_rows
@@ -27,7 +27,7 @@ from ..page import Section, write_page
 from .config import JOINT
 from .findings import Finding, spelt
 from .generate import generate
-from .grid import stack, to_pil
+from .grid import to_pil
 from .judges import EmojiJudges
 from .prompts import PromptRow
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from more_hf.diffusion.grid import draw_grid
+from more_hf.diffusion.grid import draw_grid, stack
 
 from ..figures import write_picture
 from .rows import ORIGINAL
@@ -30,17 +30,6 @@ def to_pil(image: Tensor) -> Image.Image:
 def read_image(path: Path) -> Tensor:
     """Read a picture as uint8 `(3, H, W)`."""
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
-def stack(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Put pictures below each other on white, aligned on the left."""
-    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
-    whole = Image.new("RGB", size, "white")
-    y = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, y))
-        y += sheet.height
-    return whole
 
 
 def write_grids(output: Path, images: Path, rows: pd.DataFrame) -> None:

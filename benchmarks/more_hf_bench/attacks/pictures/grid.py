@@ -6,9 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from more_hf.diffusion.grid import draw_grid
+from more_hf.diffusion.grid import draw_grid, stack
 
-from ...artists.grid import stack
 from ...figures import write_picture
 from ..store import AttackConfig
 
