@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,21 @@ class Accuracies:
     """
 
     classes: tuple[ClassAccuracy, ...]
+
+    @classmethod
+    def from_facts(cls, accuracy: Mapping[str, Mapping[str, float]], forgotten: Collection[str]) -> Self:
+        """The inverse of `to_facts`."""
+        classes = []
+        for name, one in accuracy.items():
+            found = name in forgotten, int(one["images"]), one["before"], one["after"]
+            classes.append(ClassAccuracy(name, *found))
+        return cls(tuple(classes))
+
+    def to_facts(self) -> dict[str, dict[str, float]]:
+        """The accuracies as `ClassFacts.accuracy` holds them."""
+        return {
+            one.name: {"images": one.count, "before": one.before, "after": one.after} for one in self.classes
+        }
 
     @property
     def listed(self) -> tuple[ClassAccuracy, ...]:

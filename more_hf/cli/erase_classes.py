@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from more_hf.classification.names import find_class, unique_names
@@ -54,7 +55,7 @@ def add_to(commands) -> None:
         type=Path,
         metavar="DIR",
         help="other images, as DIR/CLASS/*.png or DIR/test/CLASS/*.png (else validation, else train): print "
-        "every class's accuracy on them, before and after",
+        "every class's accuracy on them, before and after, also for the card",
     )
     add_concepts(parser, "forget", "what to forget", required=True, metavar="CLASS")
     add(
@@ -113,13 +114,17 @@ def _erase_classes(args: argparse.Namespace) -> int:
         most_lost=args.most_lost,
     )
     if state.is_main_process:
-        logger.info("Saving to %s", args.output)
-        more_hf.save(model, args.output, include_delta=args.include_delta, processor=processor)
-        print(more_hf.get_erasure(model))
+        erasure, table = more_hf.get_erasure(model), None
         if args.test is not None:
             test = load_image_folder(args.test, names, processor, splits=HELD_OUT, **settings)
-            print(f"\nPercent of the images in {args.test} that are classified rightly:\n")
-            print(more_hf.compare(model, test))
+            table = more_hf.compare(model, test)
+            split = f"the {len(test.dataset)} images in {args.test.name} (split {str(test.dataset.split)!r})"
+            erasure.facts = replace(erasure.facts, accuracy=table.to_facts(), measured_on=split)
+        logger.info("Saving to %s", args.output)
+        more_hf.save(model, args.output, include_delta=args.include_delta, processor=processor)
+        print(erasure)
+        if table is not None:
+            print(f"\nPercent of {erasure.facts.measured_on} that are classified rightly:\n\n{table}")
         print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
     return 0
 
@@ -129,8 +134,10 @@ def _refuse_unknown_classes(model: str, classes: list[str]) -> None:
     file = Path(model) / "config.json"
     if not file.is_file():
         return
-    labels = json.loads(file.read_text("utf-8")).get("id2label", {})
-    names = unique_names([labels[number] for number in sorted(labels, key=int)])
+    config = json.loads(file.read_text("utf-8"))
+    labels = config.get("id2label", {})
+    # timm has a list of them
+    names = unique_names(config.get("label_names") or [labels[number] for number in sorted(labels, key=int)])
     for name in classes:
         if names and name != "remain":
             find_class(names, name)

@@ -21,6 +21,7 @@ from .site import Site, fingerprint
 logger = logging.getLogger(__name__)
 
 RECORD = "more_hf.json"
+MEASURED = {"images", "before", "after"}  # of each class in `ClassFacts.accuracy`
 CLASSIFIER = "."  # the folder of a classifier's weights; a pipeline's denoiser has a folder of its own
 TOGETHER = "+"  # joins the names of denoisers that were edited as one
 VARIANT = re.compile(r"[A-Za-z0-9_-]+")
@@ -121,6 +122,8 @@ class Record:
             self._check_pipeline()
         elif set(self.request.head) != set(self.sites):
             raise ValueError(f"`head` is {list(self.request.head)}, but `sites` are {list(self.sites)}")
+        elif any(one.keys() != MEASURED for one in self.facts.accuracy.values()):
+            raise ValueError(f"`accuracy` needs {', '.join(sorted(MEASURED))} of each class")
         if self.variant is not None and not VARIANT.fullmatch(self.variant):
             raise ValueError(f"`variant` is {self.variant!r}, which is no part of a file's name")
         if outside := [name for name in (*self.sources, *self.files) if not FILE.fullmatch(name)]:

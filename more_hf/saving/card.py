@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..classification.compare import Accuracies
 from ..classification.erasure import ClassErasure
 from ..core.erasure import Erasure
 from ..core.facts import Facts
@@ -116,6 +118,7 @@ def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record)
 def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | None, with_delta: bool) -> str:
     request, facts, erasure = record.request, record.facts, _erasure(record, with_delta)
     own_class = record.kind == "pipeline" and not hasattr(diffusers, facts.pipeline)
+    measured = getattr(facts, "accuracy", None)  # of a classifier
     environment = Environment(
         finalize=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -138,8 +141,16 @@ def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | N
         claims=list(erasure.claims()),
         checked=checked_before_upload(record),
         report=Markup(bare_table((escape(name), escape(finding)) for name, finding in erasure.rows())),
+        accuracy=measured and Markup(_accuracies(measured, request.concepts)),
+        measured_on=measured and facts.measured_on,
         explained=Markup(erasure.explain()),
     )
+
+
+def _accuracies(accuracy: Mapping[str, Mapping[str, float]], forgotten: Collection[str]) -> str:
+    """The table of every class's accuracy."""
+    found = Accuracies.from_facts(accuracy, forgotten)
+    return Accuracies(tuple(replace(one, name=escape(one.name)) for one in found.classes)).to_markdown()
 
 
 def _model(facts: Facts) -> str:

@@ -1,9 +1,11 @@
 """Somebody makes a classifier of their own forget a class, named as it is in their folders."""
 
+from pathlib import Path
+
 import pytest
-import torch
+import timm
 from PIL import Image
-from transformers import ViTImageProcessor
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, ViTImageProcessor
 
 import more_hf
 from more_hf.classification.names import class_names
@@ -31,10 +33,43 @@ def test_a_class_is_forgotten_and_measured_on_other_images(folders, capsys):
     assert "Reading 250 images in images (split 'train')" in err
     assert "Reading 50 images in images (split 'test')" in err
     assert "To rounding" in " ".join(out.split())
+    table = out[out.index("Percent of the 50 images in images (split 'test') that are classified rightly") :]
+    assert "three (forgotten)" in table
     assert more_hf.verify("erased")
 
+    # The table goes along: into the record, and from there into the card.
+    assert main(["push", "erased", "me/without-three", "--dry_run", "to_push"]) == 0
+    card = Path("to_push/README.md").read_text()
+    for line in table.splitlines()[:14]:
+        assert line in card
 
-def test_a_timm_models_own_labels():
-    model = torch.nn.Linear(2, 3)
-    model.pretrained_cfg = {"label_names": ["tench", "goldfish", "hen"]}
-    assert class_names(model, 3) == ("tench", "goldfish", "hen")
+
+@pytest.mark.slow
+def test_a_timm_model_forgets_a_class_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    labels = ["tench", "goldfish", "hen"]
+    model = timm.create_model("test_resnet", num_classes=3)
+    config = TimmWrapperConfig(
+        architecture="test_resnet",
+        pretrained_cfg=model.pretrained_cfg,
+        num_labels=3,
+        id2label=dict(enumerate(labels)),
+    )
+    wrapper = TimmWrapperForImageClassification(config)
+    wrapper.timm_model.load_state_dict(model.state_dict())
+    wrapper.save_pretrained("timm-model")
+    for i in range(12):
+        folder = tmp_path / "images" / labels[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((160, 160), 20 + 60 * (i % 3)).convert("RGB").save(folder / f"{i}.png")
+
+    argv = ["erase-classes", "--model", "timm-model", "--data", "images", "--output", "erased"]
+    assert main([*argv, "--forget", "tensh"]) == 2
+    assert "no class 'tensh'. Did you mean 'tench'" in capsys.readouterr().err
+    assert main([*argv, "--forget", "hen", "--most_lost", "100"]) == 0
+    assert more_hf.verify("erased")
+    assert more_hf.get_erasure(more_hf.load("erased")).concepts == ["hen"]
+
+    # in memory, the labels are in timm's own configuration
+    model.pretrained_cfg["label_names"] = labels
+    assert class_names(model, 3) == tuple(labels)
