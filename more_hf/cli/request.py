@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 
 # flags that are arguments of `erase_concept`, which has their defaults
 OPTIONS = ("num_experts", "router", "solver", "tokens", "softness", "strength", "seed")
+# flags that `--like` stands for
+LIKE = (
+    *("concept", "concepts_file", "alias", "remap_to", "retain", "num_experts"),
+    *("solver", "tokens", "reach", "softness", "strength"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +51,7 @@ class Request:
     """What to erase from which pipeline."""
 
     checkpoint: Checkpoint  # the pipeline, not loaded yet
-    concepts: dict[str, list[str]]  # name -> aliases
+    concepts: Mapping[str, Sequence[str]]  # name -> aliases
     options: dict[str, Any]  # keyword arguments of [`~more_hf.erase_concept`]
 
     @property
@@ -66,6 +72,13 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='a list of what to erase, a line each: "NAME" or "NAME -> TARGET, TARGET"; # starts a comment; '
         "or FILE.toml, with aliases, what to retain and the reach of each (see the examples)",
+    )
+    add(
+        "--like",
+        type=Path,
+        metavar="DIR",
+        help="erase what an erased folder's record says, by default from the model that it says; in place of "
+        "the flags from --concept to --softness",
     )
     add(
         "--alias",
@@ -105,6 +118,8 @@ def add_request(parser: argparse.ArgumentParser) -> None:
 
 def read_request(args: argparse.Namespace) -> Request:
     """Read the arguments of `add_request` and check names and files, without heavy imports."""
+    if args.like is not None:
+        return _recorded(args)
     model = read_model(args)
     listed = ConceptList() if args.concepts_file is None else read_concepts(args.concepts_file)
     for name in args.concept:
@@ -112,7 +127,10 @@ def read_request(args: argparse.Namespace) -> Request:
             raise ValueError(f"`--concept {name}` is no name. Pass its target by `--remap_to NAME=TARGET`.")
     names = [*args.concept, *listed.concepts]
     if not names:
-        raise ValueError("Nothing to erase is named. Pass `--concept NAME`, or `--concepts_file FILE`.")
+        raise ValueError(
+            "Nothing to erase is named. Pass `--concept NAME`, `--concepts_file FILE`, or `--like DIR` for "
+            "what was erased in DIR."
+        )
     given = {name: getattr(args, name, None) for name in OPTIONS}  # `more-hf lora` has no router
     given["retain"] = [*listed.retain, *(args.retain or [])] or None
     given["reach"] = _reach(args.reach, names, listed)
@@ -134,6 +152,25 @@ def read_request(args: argparse.Namespace) -> Request:
             "encoder that it runs with. Pass both, or leave it out."
         )
     return Request(checkpoint, concepts, options)
+
+
+def _recorded(args: argparse.Namespace) -> Request:
+    """The request in an erased folder's record, without a router: that is not in the weights."""
+    if given := [name for name in LIKE if getattr(args, name) not in (None, [])]:
+        raise ValueError(f"`--like` takes what to erase from {args.like}. Leave `--{given[0]}` out.")
+
+    from more_hf.core.record import Record  # imports torch
+
+    record = Record.read(args.like)
+    if record.kind == "classifier":
+        raise ValueError(f"{args.like} holds a classifier. Name the folder of an erased pipeline.")
+    if args.model is None and args.model_flag is None:
+        args.model = record.facts.base or None
+    options = {name: getattr(record.request, name) for name in signature(ConceptRequest).parameters}
+    concepts = options.pop("concepts")
+    options["router"] = getattr(args, "router", None)
+    logger.info("To erase:\n%s", _plan(record.request))
+    return Request(read_checkpoint(read_model(args)), concepts, options)
 
 
 def _refuse_typos(names: Sequence[str], options: Mapping[str, Any]) -> None:

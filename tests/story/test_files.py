@@ -1,9 +1,14 @@
 """An engineer takes the edit along: as a LoRA, as one file; and looks at pictures."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from more_hf.cli.main import main
+from more_hf.core.record import Record
 
 
 NOTO = ["emoji-sd", "--concept", "Noto", "--remap_to", "Fluent"]
@@ -16,6 +21,26 @@ def test_a_lora(tmp_path, format, capsys):
     out = capsys.readouterr().out
     (file,) = tmp_path.glob("*.safetensors")
     assert f"Saved to {file}" in out
+
+
+@pytest.mark.slow
+def test_what_was_typed_once_is_not_typed_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    request = [*NOTO, "--alias", "Noto=noto emoji", "--retain", "Twemoji", "--solver", "soft"]
+    assert main(["erase", *request, "--softness", "0.3", "--output", "erased"]) == 0
+    assert main(["lora", *request, "--softness", "0.3", "--output", "typed.safetensors"]) == 0
+    assert main(["lora", "--like", "erased", "--output", "like.safetensors"]) == 0
+    assert main(["lora", *NOTO, "--output", "other.safetensors"]) == 0
+    typed, like, other = (load_file(f"{name}.safetensors") for name in ("typed", "like", "other"))
+    assert all(torch.equal(like[name], typed[name]) for name in typed)
+    assert not all(name in other and torch.equal(other[name], typed[name]) for name in typed)
+
+    again = ["erase", "--like", "erased", "--single_file", "noto.safetensors", "--output", "again"]
+    assert main(again) == 0
+    assert "| Noto      | noto emoji | Fluent  | name  |" in capsys.readouterr().err
+    assert Record.read(Path("again")).edited == Record.read(Path("erased")).edited
+    assert main([*again, "--concept", "Noto"]) == 2
+    assert "`--like` takes what to erase from erased. Leave `--concept` out" in capsys.readouterr().err
 
 
 @pytest.mark.slow
