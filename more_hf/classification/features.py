@@ -68,9 +68,9 @@ def collect_prototypes(
         concatenated.
 
     Raises:
-        `PrototypeError`: the data has no labels, a label has no output of the head, a class has no sample, or
-        images or features are not finite. `SiteNotFoundError`: the head cannot be found. And what the model
-        itself raises for images that it does not take.
+        `PrototypeError`: the data has no labels or too few, a label has no output of the head, a class has no
+        sample, or images or features are not finite. `SiteNotFoundError`: the head cannot be found. And what
+        the model itself raises for images that it does not take.
 
     Source: MoRE, Algorithm 1, step 1; the released code of ESC collects in train mode, which overwrites
     BatchNorm statistics.
@@ -249,7 +249,7 @@ def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Inputs
     """Every batch that is not empty: samples on the model's device in its dtype, and their labels, int64."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     named = set(inspect.signature(model.forward).parameters)
-    for batch in batches:
+    for batch in _to_the_end(batches):
         samples, labels = _as_tensors(batch, named)
         first = next(iter(samples.values()))
         if not is_integer(labels) or first.ndim < 2 or labels.shape != first.shape[:1]:
@@ -266,6 +266,20 @@ def inputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Inputs
         if len(first):
             # images alone are passed by place, for models of one's own
             yield samples[IMAGES] if set(samples) == {IMAGES} else samples, labels.long()
+
+
+def _to_the_end(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches. Raises `PrototypeError` if a generator of the user's stops in the middle of one."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        # what Python makes of a `StopIteration` inside a generator
+        if not isinstance(error.__cause__, StopIteration):
+            raise
+        raise PrototypeError(
+            "The data stops in the middle of a batch: its generator calls `next` on what is at its end, such "
+            "as labels that are fewer than the samples. Pass a label for every sample."
+        ) from error
 
 
 def _as_tensors(batch: Any, named: set[str]) -> tuple[dict[str, Tensor], Tensor]:

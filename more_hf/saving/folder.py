@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -307,8 +309,8 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
     folder = Path(source)
     if not folder.is_dir():
         hub = {key: kwargs[key] for key in FOR_THE_HUB if key in kwargs}
-        with reading(source):
-            folder = _download_record(source, hub)
+        with _found(source):
+            folder = Path(snapshot_download(str(source), allow_patterns=[RECORD, DELTA], **hub))
         kwargs["revision"] = folder.name  # the commit
     record = Record.read(folder)
     if (variant := kwargs.pop("variant", record.variant)) != record.variant:
@@ -316,19 +318,21 @@ def load(source: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline | nn.Mod
             f"The record in {folder} describes the files of variant {record.variant!r}, not {variant!r}. "
             "Leave `variant` out."
         )
-    with reading(source):
+    with _found(source):
         opened = load_classifier if record.kind == "classifier" else _load_pipeline
         return opened(source, folder, record, **kwargs)
 
 
-def _download_record(source: str | os.PathLike, hub: dict[str, Any]) -> Path:
-    """The folder with a repository's record and factors."""
+@contextmanager
+def _found(source: str | os.PathLike) -> Iterator[None]:
+    """Inside the block, read a folder or a repository's files. Raises `MoreError` if they are not there."""
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[RECORD, DELTA], **hub))
+        with reading(source):
+            yield
     except LocalEntryNotFoundError as error:
         raise MoreError(
-            f"There is no folder {str(source)!r}, and no repository of this name in the cache; the Hub was "
-            "not asked or did not answer. Check the spelling and the connection."
+            f"There is no folder {str(source)!r}, and the cache has not all files of a repository of this "
+            "name; the Hub was not asked or did not answer. Check the spelling and the connection."
         ) from error
 
 

@@ -22,6 +22,12 @@ def without_labels(images, labels):
     return [images]
 
 
+def fewer_labels(images, labels):
+    left = iter([labels])
+    for part in (images[:300], images[300:]):
+        yield part, next(left)[: len(part)]
+
+
 def without_seven(images, labels):
     return [(images[labels != 7], labels[labels != 7])]
 
@@ -46,6 +52,7 @@ def everything(images, labels):
         (everything, {"forget": 4, "solver": "lsq"}, "Unknown solver 'lsq'"),
         (everything, {"forget": 4, "solver": "soft"}, "Unknown solver 'soft'"),
         (without_labels, {"forget": 4}, "The data has no labels"),
+        (fewer_labels, {"forget": 4}, "labels that are fewer than the samples"),
         (without_seven, {"forget": 4}, "No feature was seen for 'seven'"),
         (everything, {"forget": 4, "head": "resnet"}, "is not a linear layer"),
         (everything, {"forget": 4, "at": "nowhere"}, "no module 'nowhere'"),

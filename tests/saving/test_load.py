@@ -159,3 +159,19 @@ def test_the_variant_is_the_records(tiny_sd, tmp_path):
     assert more_hf.get_erasure(more_hf.load(folder)).concepts == ["van gogh"]
     with pytest.raises(more_hf.IncompatibleBaseError, match="variant"):
         more_hf.load(folder, variant=None)
+
+
+@pytest.mark.parametrize("missing", ["", "more_hf.json", "model_index.json", WEIGHTS])
+def test_files_that_are_not_in_the_cache(cache, missing):
+    """No error of the Hub's client, and none at all with every file there."""
+    if not missing:
+        assert cache.load()
+        return
+    (cache.repo / "snapshots" / FIRST / missing).unlink()
+    with pytest.raises(more_hf.MoreError):
+        cache.load()
+
+
+def test_a_repository_that_is_not_there(tmp_path):
+    with pytest.raises(more_hf.MoreError, match="no folder 'me/nothing', and the cache has not all files"):
+        more_hf.load("me/nothing", cache_dir=tmp_path)
