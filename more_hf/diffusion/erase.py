@@ -26,7 +26,7 @@ from .activations import edited_sites, find_activation_sites, record_activations
 from .encoder import Encoder, shared_first_tokens
 from .erasure import ConceptErasure
 from .hook import hooked_modules, make_hooks
-from .plan import Solution, solve
+from .plan import MAX_COST, Solution, solve
 from .proof import prover
 from .quantized import precision_of
 from .sites import (
@@ -240,7 +240,9 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
             solution.remaps["tokens"].solver,
         )
     ordinary = solution.ordinary_moved
-    if far := [name for name, moved in solution.retained_moved.items() if moved > ordinary]:
+    # A retained name's worst prototype moves about as far as ordinary prompts do; that alone is no harm.
+    visible = max(ordinary, MAX_COST)
+    if far := [name for name, moved in solution.retained_moved.items() if moved > visible]:
         logger.warning(
             "%s: moves farther than ordinary prompts do (%.1f %%), although retained. Pass solver='pinv', "
             "which keeps it exactly, or another target.",

@@ -51,6 +51,14 @@ def test_softness_is_a_dial(tiny_sd, soft):
     assert four["way_left"] > 1.1 * one["way_left"]
 
 
+def test_every_name_may_have_a_target_of_its_own(tiny_sd):
+    targets = ["claude monet", "andy warhol", "painting", "sky", "sea", "bird", "boat"]
+    pipe = more_hf.erase_concept(tiny_sd(), NAMES, remap_to=dict(zip(NAMES, targets, strict=True)))
+    erasure = more_hf.get_erasure(pipe)
+    assert erasure.facts.solver == "soft"
+    assert erasure.guarantees["way_left"] < 1
+
+
 @pytest.mark.parametrize("softness", [-1, float("inf"), float("nan")])
 def test_a_softness_that_is_none(tiny_sd, softness):
     with pytest.raises(more_hf.PrototypeError, match="`softness`"):
@@ -144,6 +152,6 @@ def test_a_retained_name_that_moves_far_is_warned_of(tiny_sd, caplog):
     assert "although retained" not in caplog.text
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", solver="covariance", **options)
     erasure = more_hf.get_erasure(pipe)
-    far = erasure.facts.retained_moved[options["retain"][0]] > erasure.guarantees["ordinary_moved"]
-    assert ("although retained" in caplog.text) == far
-    assert far
+    moved = erasure.facts.retained_moved["van goghs"]
+    assert moved > max(erasure.guarantees["ordinary_moved"], 0.12)
+    assert f"van goghs ({100 * moved:.1f} %): moves farther" in caplog.text

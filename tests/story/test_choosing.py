@@ -7,8 +7,11 @@ import more_hf
 
 @pytest.mark.slow
 def test_what_is_reported_and_what_it_means(copy_of_emoji_sd, tmp_path, caplog):
-    pipe = more_hf.erase_concept(copy_of_emoji_sd(), "Noto", remap_to=["Fluent", "Twemoji"], router="hash")
+    targets, retain = ["Fluent", "Twemoji"], ["Blobmoji", "Monotone", "dog face"]
+    pipe = more_hf.erase_concept(copy_of_emoji_sd(), "Noto", remap_to=targets, router="hash", retain=retain)
     erasure = more_hf.get_erasure(pipe)
+    assert erasure.facts.retained_moved.keys() == set(retain)
+    assert "although retained" not in caplog.text  # they move as other prompts do
     assert "To rounding" in " ".join(str(erasure).split())
     for name, _ in erasure.rows():
         assert f"| {name} |" in erasure.explain()
