@@ -1,9 +1,11 @@
 """The benchmark scripts: what is timed is the published closed form, choices are made as docstrings say."""
 
 import importlib
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -111,6 +113,22 @@ def test_layers_of_a_model_on_the_disk(script, tmp_path):
         before, after = load_file(shard), load_file(tmp_path / "erased" / "transformer" / shard.name)
         changed += [name for name, value in before.items() if not torch.equal(after[name], value)]
     assert changed == ["txt_in.weight"]
+
+
+def test_the_lists_behind_the_order_of_auto_and_their_table(script, monkeypatch, tmp_path):
+    order = script("artists/many/order", "order")
+    for size, which in itertools.product(order.SIZES, order.LISTS):
+        own = order.draw_list(size, which)
+        assert len(own.targets) == size
+        assert own.targets.keys().isdisjoint(own.targets.values())
+        forgotten = [len(own.targets.keys() & {row.thing, row.artist}) for row in own.rows]
+        assert forgotten == [1] * 20 + [0] * 16
+    assert own.rows != order.draw_list(size, order.LISTS[0]).rows
+
+    rows, committed = pd.read_csv(order.HERE / "rows.csv"), (order.HERE / "table.md").read_text()
+    monkeypatch.setattr(order, "HERE", tmp_path)
+    order.write_tables(rows)
+    assert (tmp_path / "table.md").read_text() == committed
 
 
 def test_geometry_measures_by_hand(script, monkeypatch):
