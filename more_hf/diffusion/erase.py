@@ -26,7 +26,7 @@ from .activations import edited_sites, find_activation_sites, record_activations
 from .encoder import Encoder, shared_first_tokens
 from .erasure import ConceptErasure
 from .hook import hooked_modules, make_hooks
-from .plan import MAX_COST, Solution, solve
+from .plan import MAX_COST, MOST_MOVED, Solution, solve
 from .proof import prover
 from .quantized import precision_of
 from .sites import (
@@ -86,7 +86,8 @@ def erase_concept(
             `"pinv"` (the paper), `"covariance"` (exact, and ordinary prompts move least) or `"soft"` (leaves
             a part of the way for the sake of ordinary prompts). `"auto"` erases a concept alone exactly,
             and several while that moves ordinary prompts by at most 12 %, if need be with `"last+end"`
-            for tokens; beyond that softly. No list is too long. The report says what was taken and why.
+            for tokens; beyond that softly, with all positions while that moves them by at most 20 %. No list
+            is too long. The report says what was taken and why.
         tokens (`str`, *optional*, defaults to `"positions"`):
             Which prompt positions make prototypes: `"positions"` (the name's last token, the tokens after it,
             the end token and the padding, one prototype each), `"last+end"`, `"subject"`, `"end"`,
@@ -240,6 +241,13 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
             solution.remaps["tokens"].solver,
         )
     ordinary = solution.ordinary_moved
+    if ordinary > MOST_MOVED:
+        logger.warning(
+            "Ordinary prompts move by %.1f %%. Beyond %.0f %%, pictures of forgotten names often show "
+            "nothing in particular instead of the targets. Look at some, and erase fewer names at once.",
+            100 * ordinary,
+            100 * MOST_MOVED,
+        )
     # A retained name's worst prototype moves about as far as ordinary prompts do; that alone is no harm.
     visible = max(ordinary, MAX_COST)
     if far := [name for name, moved in solution.retained_moved.items() if moved > visible]:

@@ -1,12 +1,19 @@
 """Many concepts at once: what `auto` takes, and that a soft edit has everything that an exact one has."""
 
+import itertools
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.records import read_record, with_original, write_record
 
 import more_hf
+from more_hf.core.request import ConceptRequest
+from more_hf.diffusion.encoder import Encoder
+from more_hf.diffusion.plan import solve
 from more_hf.saving.check import SOFT_SHARE
+from more_hf_bench.artists.kinds import KINDS
+from more_hf_bench.artists.prompts import read_prompts
 
 
 NAMES = ["van gogh", "pablo picasso", "cat", "dog", "house", "tree", "car"]
@@ -29,10 +36,9 @@ def test_one_is_exact_and_many_are_soft(tiny_sd, soft):
     assert one.facts.tokens is None
     many = more_hf.get_erasure(soft)
     assert many.facts.solver == "soft"
-    assert many.facts.tokens == "last+end"
-    assert many.facts.rank == 2 * len(NAMES)
+    assert many.facts.tokens is None  # all kinds
+    assert many.facts.rank == 4 * len(NAMES)
     assert "exact with last+end would move them by" in many.facts.solver_reason
-    assert "last+end, of positions" in many.to_markdown()
     assert "measured `way_left`" in many.to_markdown()
 
 
@@ -44,11 +50,34 @@ def test_the_softer_edit_moves_ordinary_prompts_less(tiny_sd, soft):
 
 def test_softness_is_a_dial(tiny_sd, soft):
     """The larger, the less ordinary prompts move and the more of the way is left."""
-    options = {"solver": "soft", "tokens": "last+end", "softness": 4.0, **OPTIONS}
+    options = {"solver": "soft", "softness": 4.0, **OPTIONS}
     softer = more_hf.erase_concept(tiny_sd(), NAMES, **options)
     one, four = (more_hf.get_erasure(pipe).guarantees for pipe in (soft, softer))
     assert 0 < four["ordinary_moved"] < 0.9 * one["ordinary_moved"]
     assert four["way_left"] > 1.1 * one["way_left"]
+
+
+@pytest.mark.slow
+def test_a_long_list_takes_fewer_prototypes(emoji_sd):
+    things = read_prompts("emoji108", KINDS["things"]).names
+    targets = dict(zip(things[:60], itertools.cycle(things[60:66]), strict=False))
+
+    def solved(**options):
+        request = ConceptRequest.of(list(targets), remap_to=targets, **options)
+        return solve(Encoder.of(emoji_sd, request), request)
+
+    wide, few, chosen = solved(solver="soft"), solved(solver="soft", tokens="last+end"), solved()
+    assert few.ordinary_moved < wide.ordinary_moved
+    assert wide.ordinary_moved > 0.2
+    assert chosen.tokens == "last+end"
+    assert chosen.ordinary_moved == pytest.approx(few.ordinary_moved, rel=1e-6)
+
+
+@pytest.mark.parametrize(("names", "far"), [(NAMES[:3], False), (NAMES, True)])
+def test_what_moves_ordinary_prompts_far_is_warned_of(tiny_sd, caplog, names, far):
+    erasure = more_hf.get_erasure(more_hf.erase_concept(tiny_sd(), names, **OPTIONS))
+    assert (erasure.guarantees["ordinary_moved"] > 0.2) == far
+    assert ("often show nothing in particular" in caplog.text) == far
 
 
 def test_every_name_may_have_a_target_of_its_own(tiny_sd):
