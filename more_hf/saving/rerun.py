@@ -44,8 +44,8 @@ def erased_again(folder: Path, record: Record, base: str | None) -> list[Check]:
     source = folder_of_base(base or record.facts.base)
     if not source.is_dir() and not HUB_ID.fullmatch(str(source)):
         raise MoreError(
-            f"{folder} was erased from {record.facts.base or 'a model without a name'}, which is not here. "
-            "Pass `base=` (`--base`), the original's folder or its name on the Hub."
+            f"{folder} was erased from {record.facts.base or 'a model without a name'}, and there is no such "
+            "folder here. Pass `base=` (`--base`), the original's folder or its name on the Hub."
         )
     # 1. Open the original in the precision and on the kind of device of the first time.
     pipe = _original(source, record, read_weights(folder, record).edited)
@@ -67,10 +67,11 @@ def erased_again(folder: Path, record: Record, base: str | None) -> list[Check]:
 
 def _original(source: Path, record: Record, edited: Mapping[str, Tensor]) -> DiffusionPipeline:
     dtype = next((weight.dtype for weight in edited.values()), torch.float32)
-    from_hub = {} if source.is_dir() else {"revision": record.facts.base_revision}
+    # another repository has other commits
+    revision = record.facts.base_revision if str(source) == record.facts.base else None
     with reading(source):
         cls = pipeline_class(record.facts.pipeline)
-        pipe = cls.from_pretrained(source, dtype=dtype, use_safetensors=True, **from_hub)
+        pipe = cls.from_pretrained(str(source), dtype=dtype, use_safetensors=True, revision=revision)
         kind = record.facts.device.split()[0]
         return pipe.to(kind if torch.get_device_module(kind).is_available() else "cpu")
 

@@ -93,6 +93,24 @@ def test_on_the_command_line(base, erased, capsys):
     assert "bit for bit" in capsys.readouterr().out
 
 
+def test_a_commit_is_of_its_repository(erased, monkeypatch):
+    record = read_record(erased)
+    record["facts"] |= {"base": "me/base", "base_revision": "1" * 40}
+    write_record(erased, record)
+    load, asked = StableDiffusionPipeline.from_pretrained, []
+
+    def from_pretrained(source, **options):
+        if source == erased:  # the check of the folder
+            return load(source, **options)
+        asked.append((source, options["revision"]))
+        return build_tiny_sd()
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    assert "bit for bit" in rerun(erased)[AGAIN].finding
+    rerun(erased, base="you/base")
+    assert asked == [("me/base", "1" * 40), ("you/base", None)]
+
+
 def test_a_classifier_needs_its_data(model, loader, tmp_path):
     folder = more_hf.save(more_hf.erase_classes(model, loader, forget=["four"]), tmp_path / "erased")
     with pytest.raises(more_hf.MoreError, match="samples of somebody's data"):
