@@ -27,6 +27,10 @@ STYLES = (
     "a woman reading at a window in the style of {}",
     "trees along a river, painting by {}",
     "a night sky above a town in the style of {}",
+    "a ship in a storm, painting by {}",
+    "a cat on a chair in the style of {}",
+    "mountains behind a lake by {}",
+    "a vase of flowers in the style of {}",
 )
 PEOPLE = (
     "a photo of {}",
@@ -37,6 +41,10 @@ PEOPLE = (
     "{} giving a speech",
     "{} drinking coffee in a kitchen",
     "a black and white photo of {}",
+    "{} riding a bicycle",
+    "{} on a mountain in winter",
+    "{} playing the piano",
+    "an oil painting of {} in a red coat",
 )
 THINGS = (
     "a photo of a {}",
@@ -47,6 +55,10 @@ THINGS = (
     "a {} in front of a blue wall",
     "a {} at sunset on the beach",
     "an oil painting of a {}",
+    "a {} next to a window",
+    "a {} on grass in the sun",
+    "a black and white photo of a {}",
+    "a {} on a shelf of books",
 )
 
 
@@ -119,7 +131,7 @@ def find_sentences(
     if speaks_emoji(pipe.tokenizer):
         names = packaged_names(emoji=True)[kind]
         return tuple(evenly(sentences_around(names, everyday_prompts(pipe.tokenizer)), count))
-    return {"artists": STYLES, "people": PEOPLE}.get(kind, THINGS)
+    return tuple(evenly({"artists": STYLES, "people": PEOPLE}.get(kind, THINGS), count))
 
 
 def find_nameless(pipe: DiffusionPipeline, names: Sequence[str], count: int) -> tuple[str, ...]:

@@ -161,8 +161,8 @@ class Judge:
         return cls.of_features({name: features_of(own) for name, own in pictures.items()})
 
     @classmethod
-    def of_features(cls, features: Mapping[str, Tensor], *, centered: bool = True) -> Judge:
-        """`fit`, by features from `features_of`; pictures that come in no cases are not `centered`."""
+    def of_features(cls, features: Mapping[str, Tensor]) -> Judge:
+        """`fit`, by each name's features from `features_of`."""
         counts = {name: len(own) for name, own in features.items()}
         if len(counts) < 2 or len({*counts.values()}) > 1 or min(counts.values()) < FOLDS:
             raise MoreError(
@@ -171,18 +171,18 @@ class Judge:
             )
         z = torch.stack(list(features.values()))  # (names, cases, d)
         names, cases = z.shape[:2]
-        centers = z.mean(0) if centered else torch.zeros_like(z[0])
+        centers = z.mean(0)
         z = z - centers
         # 1. What judges make of the cases that they were not fitted on.
         confusion = torch.zeros(names, names, dtype=torch.int64)
         own = torch.arange(names)[:, None]
         for fold in range(FOLDS):
             left_out = torch.arange(cases) % FOLDS == fold
-            weight, bias = _fit(z[:, ~left_out])
+            weight, bias = fit_classes(z[:, ~left_out])
             taken_for = (z[:, left_out] @ weight.T + bias).argmax(-1)
             confusion.index_put_((own.expand_as(taken_for), taken_for), torch.tensor(1), accumulate=True)
         # 2. The judge itself, fitted on all cases.
-        return cls(tuple(features), *_fit(z), centers, confusion)
+        return cls(tuple(features), *fit_classes(z), centers, confusion)
 
     def taken_for(self, features: Tensor, cases: Sequence[int] | None = None) -> list[str]:
         """The name that each picture is taken for, by `features_of` it and its case; by default in order."""
@@ -218,9 +218,9 @@ class Judge:
         return self.found(name).low > self.mistaken(name).high
 
 
-def _fit(z: Tensor) -> tuple[Tensor, Tensor]:
+def fit_classes(z: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Weight `(names, d)` and bias `(names,)` of the multinomial logistic regression over features `(names,
+    Fit weight `(names, d)` and bias `(names,)` of the multinomial logistic regression over features `(names,
     cases, d)`, scaled to unit deviation, with the smallest mean log loss plus `PENALTY` times the squared
     weights.
     """

@@ -21,7 +21,7 @@ from ..diffusion.draw import draw
 from ..diffusion.encoder import Encoder, column, kinds_of
 from ..diffusion.plan import Solution, fit_request, solve, token_choices
 from ..diffusion.sites import find_sites
-from .judge import Estimate, Judge, features_of, lpips_distance
+from .judge import Estimate, Judge, features_of, fit_classes, lpips_distance
 
 
 MOST = 10  # candidates of which pictures are drawn
@@ -201,6 +201,7 @@ class Workshop:
         self.sites = find_sites(pipe, self.denoiser, pooled=self.whole.pooled)
         self.prototypes = fit_request(self.encoder, self.whole)
         self.activations: dict[str, Activations] = {}  # by target
+        self.sentence_judges: dict[str, tuple[Tensor, Tensor]] = {}  # by the name that is left out
 
     def edit(self, target: str, **options: Any) -> Edit:
         """Solve an edit on the shared prototypes. Draws nothing, unless it reaches into the denoiser."""
@@ -261,20 +262,18 @@ class Workshop:
 
     def fit_judges(self, originals: Mapping[str, Tensor]) -> None:
         """
-        Fit one judge of names and one of sentences on the original's pictures.
+        Fit a judge of names on the original's pictures, and measure how many of the concept's show what else
+        their sentence asks for.
 
         Raises:
             `MoreError`: the judge cannot tell the concept.
         """
         setup, self.originals = self.setup, originals
-        features = {name: features_of(originals[name]) for name in setup.names}
-        self.names_judge = Judge.of_features(features)
-        by_sentence: dict[str, list[Tensor]] = {}
-        for number in range(setup.pictures // len(setup.sentences) * len(setup.sentences)):
-            own = by_sentence.setdefault(setup.sentences[number % len(setup.sentences)], [])
-            own += [features[name][number] for name in setup.names]
-        by_sentence = {sentence: torch.stack(own) for sentence, own in by_sentence.items()}
-        self.sentence_judge = Judge.of_features(by_sentence, centered=False)
+        self.features = {name: features_of(originals[name]) for name in setup.names}
+        self.names_judge = Judge.of_features(self.features)
+        own = self.features[setup.concept]
+        shown = self.shows_sentence(own, range(len(own)), setup.concept)
+        self.kept_before = Estimate.share(sum(shown), len(shown))
         judge, concept = self.names_judge, setup.concept
         if not judge.can_tell(concept):
             found, mistaken = judge.found(concept), judge.mistaken(concept)
@@ -284,6 +283,24 @@ class Workshop:
                 f"{mistaken.value:.0%} of the others' for it. The model may not draw it. Check the spelling, "
                 "name `candidates` that look different, or draw more `pictures`."
             )
+
+    def shows_sentence(self, features: Tensor, numbers: Sequence[int], style: str) -> list[bool]:
+        """
+        Whether pictures of these numbers show what else their sentence asks for. The judge of sentences is
+        fitted without pictures of the name whose style they are in: what that does to a thing counts.
+        """
+        setup = self.setup
+        if style not in self.sentence_judges:
+            whole = setup.pictures // len(setup.sentences) * len(setup.sentences)
+            by_sentence: list[list[Tensor]] = [[] for _ in setup.sentences]
+            for number in range(whole):
+                others = [self.features[name][number] for name in setup.names if name != style]
+                by_sentence[number % len(setup.sentences)] += others
+            z = torch.stack([torch.stack(own) for own in by_sentence])
+            self.sentence_judges[style] = fit_classes(z)
+        weight, bias = self.sentence_judges[style]
+        taken_for = (features @ weight.T + bias).argmax(1).tolist()
+        return [i == n % len(setup.sentences) for i, n in zip(taken_for, numbers, strict=True)]
 
     def trial(self, edit: Edit, count: int) -> Trial:
         """Draw and judge the pictures of an edit that were not judged before."""
@@ -301,13 +318,14 @@ class Workshop:
         before = torch.stack([self.originals[case.name][case.number] for case in batch])
         distances = lpips_distance(before, after).tolist()
         z = features_of(after)
-        names = self.names_judge.taken_for(z, [case.number for case in batch])
-        sentences = self.sentence_judge.taken_for(z, [0] * len(batch))
+        numbers, (target,) = [case.number for case in batch], edit.request.targets
+        names = self.names_judge.taken_for(z, numbers)
+        shown = self.shows_sentence(z, numbers, target)
         judgments = []
-        for case, distance, name, sentence in zip(batch, distances, names, sentences, strict=True):
+        for case, distance, name, kept in zip(batch, distances, names, shown, strict=True):
             seen = {}
             if case.role == "concept":
-                seen = {"recognized": name == case.name, "kept": sentence == case.sentence}
+                seen = {"recognized": name == case.name, "kept": kept}
             judgments.append(Judgment(edit.key, case.role, case.number, round(distance, 6), **seen))
         return judgments
 
@@ -327,7 +345,7 @@ class Workshop:
             changed=distances["concept"],
             retained=distances["retained"],
             nameless=distances["nameless"],
-            lost=max(0.0, self.sentence_judge.accuracy.value - kept.value),
+            lost=max(0.0, self.kept_before.value - kept.value),
         )
 
 

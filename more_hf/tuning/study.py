@@ -45,7 +45,7 @@ from .search import (
 
 HEAD, JUDGMENTS, ORIGINALS, SHEET = "study.json", "judgments.jsonl", "originals.safetensors", "sheet.webp"
 FEWEST_PICTURES = 16
-SENTENCES = 8  # around a name
+SENTENCES = 12  # around a name, at most; each is drawn at least twice
 SHOWN = {"concept": 3, "retained": 1, "nameless": 1}  # columns of the sheet
 SIDE = 256  # pixels of its pictures at most
 
@@ -95,8 +95,8 @@ class Study:
             `version` of more_hf, the pipeline's `name`, and the `fingerprint` of its layers that read text.
         judge (`dict[str, Estimate]`):
             On the original's pictures that it was not fitted on: the judge's `accuracy`, how many pictures of
-            the concept are `found`, how many of other names are `mistaken` for it, and the `sentences`
-            judge's accuracy.
+            the concept are `found`, how many of other names are `mistaken` for it, and how many of its own
+            show what else the sentence asks for (`kept`).
         choices (`tuple[Choice, ...]`):
             At most six edits; the first one is recommended.
         judgments (`tuple[Judgment, ...]`):
@@ -120,7 +120,7 @@ class Study:
         return (
             f"{best.label}: the judge takes {_percent(figures.recognized)} of its pictures for "
             f"{self.setup.concept}, {_percent(figures.kept)} show what else the prompt asks for (of the "
-            f"original's: {self.judge['sentences'].value:.0%}), and of all it has the largest distance by "
+            f"original's: {self.judge['kept'].value:.0%}), and of all it has the largest distance by "
             f"which its pictures change ({figures.changed.value:.3f}) more than the others do "
             f"({figures.moved:.3f}), less both shares"
         )
@@ -321,7 +321,7 @@ def tune(
             "accuracy": workshop.names_judge.accuracy,
             "found": workshop.names_judge.found(setup.concept),
             "mistaken": workshop.names_judge.mistaken(setup.concept),
-            "sentences": workshop.sentence_judge.accuracy,
+            "kept": workshop.kept_before,
         },
         choices=tuple(
             Choice(edit.key, edit.request, edit.solution.ordinary_moved, figures) for edit, figures in trials
@@ -377,7 +377,7 @@ def _setup(
         setup,
         candidates=names,
         retain=kept,
-        sentences=find_sentences(pipe, kind, sentences, SENTENCES),
+        sentences=find_sentences(pipe, kind, sentences, min(SENTENCES, pictures // 2)),
         nameless=find_nameless(pipe, [concept, *names, *kept], max(2, pictures // 6)),
     )
 

@@ -43,7 +43,8 @@ class Painter:
             noise = torch.randint(-30, 30, (3, 64, 64), generator=torch.Generator().manual_seed(seed))
             # the thing is a square in a corner
             thing = next((i for i, line in enumerate(SENTENCES) if line.split()[1] in prompt), 0)
-            noise[:, 32 * (thing // 2) :, 32 * (thing % 2) :] += 50
+            top, left = 32 * (thing // 2), 32 * (thing % 2)
+            noise[:, top : top + 32, left : left + 32] += 50
             color = torch.tensor(self.colors[min(far, key=far.get)]).view(3, 1, 1)
             pictures.append((color + noise).clamp(0, 255).to(torch.uint8))
         return torch.stack(pictures)
