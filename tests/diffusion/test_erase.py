@@ -174,6 +174,9 @@ def test_auto_says_why(pipe):
     assert erasure.facts.solver in ("pinv", "covariance")
     assert f"| solver | {erasure.facts.solver}: {erasure.facts.solver_reason} |" in erasure.to_markdown()
     assert "%" in erasure.facts.solver_reason  # chosen by measurement
+    rows = dict(erasure.rows())
+    assert rows["condition number of P"] == f"{erasure.facts.condition_number:.1f}"
+    assert "strength" not in rows  # which is whole
 
 
 # Undoing and adding
