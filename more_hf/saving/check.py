@@ -338,19 +338,24 @@ def remapped(
     return Check(name, passed, finding)
 
 
-def removed_from(encoder: Encoder, request: ConceptRequest, facts: ConceptFacts) -> dict[str, Removed]:
-    """
-    Space -> the directions that the edit removes, computed with the pipeline's text encoders.
-
-    Raises:
-        `ExportError`: the edit is so weak that no check can tell it from the original.
-    """
+def refuse_weak(request: ConceptRequest) -> None:
+    """Raises `ExportError` for an edit so weak that no check can tell it from the original."""
     if abs(1 - request.strength) > SOFTEST:
         raise ExportError(
             f"At strength {request.strength:g} more than half of what was erased is left, and the weights "
             "cannot be told from the original's. Write such an edit with `more_hf.save_lora`, or erase with "
             f"a strength of at least {1 - SOFTEST:g}."
         )
+
+
+def removed_from(encoder: Encoder, request: ConceptRequest, facts: ConceptFacts) -> dict[str, Removed]:
+    """
+    Space -> the directions that the edit removes, computed with the pipeline's text encoders.
+
+    Raises:
+        `ExportError`: as from `refuse_weak`.
+    """
+    refuse_weak(request)
     if facts.solver == "soft":
         remaps = solve(encoder, request).remaps
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}

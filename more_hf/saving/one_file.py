@@ -29,7 +29,7 @@ from ..diffusion.encoder import Encoder
 from ..diffusion.erase import erasure_of_layers
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.sites import Denoiser, find_layers
-from .check import Check, Layer, Verification, remapped, removed_from
+from .check import Check, Layer, Verification, refuse_weak, remapped, removed_from
 from .files import reading
 from .folder import refuse_saved_folder
 from .layers import read_denoiser, read_index
@@ -119,6 +119,7 @@ def erase_file(
     request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
     refuse_inner_edit(request)
     refuse_router(request, "One file")
+    refuse_weak(request)
     stored = read_tensor_file(source)
     _refuse_target(source, file)
     opened = open_file(stored, text_encoder, device, quantize_text_encoder)

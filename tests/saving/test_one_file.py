@@ -306,6 +306,7 @@ def test_other_refusals(stored, tmp_path):
     refused(more_hf.ExportError, "the original itself", target=file)
     refused(more_hf.ExportError, "should end in .safetensors", target=tmp_path / "out.ckpt")
     refused(more_hf.ExportError, "mean expert alone", router="random")
+    refused(more_hf.ExportError, "cannot be told from the original's", strength=0.3)
     refused(more_hf.PrototypeError, "not loaded here", reach="denoiser")
     config = folder / "transformer" / "config.json"
     text = config.read_text()
