@@ -117,18 +117,20 @@ class Judge:
     fitted on pictures that the model draws of these names. Frozen; on the CPU.
 
     Pictures come in cases: the same sentence around each name, and the same noise. What all names of a case
-    have in common says nothing of any, so their mean is subtracted from whatever is judged in this case.
+    have in common says nothing of any, so their mean is subtracted from whatever is judged in this case. And
+    an edited picture may be the target's, which would be known again: each is judged by a regression that saw
+    no picture of its case.
 
     Args:
         names (`tuple[str, ...]`):
             The names that it can tell apart.
         weight (`Tensor`), bias (`Tensor`):
-            `(len(names), d)` and `(len(names),)`, float64.
+            `(FOLDS, len(names), d)` and `(FOLDS, len(names))`, float64; the i-th saw no case whose number
+            leaves the remainder i.
         centers (`Tensor`):
             `(cases, d)`: the mean features of each case.
         confusion (`Tensor`):
-            `(len(names), len(names))`, int64: how many pictures of a row's name were taken for a column's, by
-            judges that were fitted without them.
+            `(len(names), len(names))`, int64: how many pictures of a row's name were taken for a column's.
 
     Example:
 
@@ -149,7 +151,7 @@ class Judge:
     @classmethod
     def fit(cls, pictures: Mapping[str, Tensor]) -> Judge:
         """
-        Fit a judge, and measure it on cases that it was not fitted on. The same pictures give the same judge.
+        Fit a judge, and measure it on the same cases. The same pictures give the same judge.
 
         Args:
             pictures (`Mapping[str, Tensor]`):
@@ -172,22 +174,23 @@ class Judge:
         z = torch.stack(list(features.values()))  # (names, cases, d)
         names, cases = z.shape[:2]
         centers = z.mean(0)
-        z = z - centers
-        # 1. What judges make of the cases that they were not fitted on.
-        confusion = torch.zeros(names, names, dtype=torch.int64)
-        own = torch.arange(names)[:, None]
+        fitted = []
         for fold in range(FOLDS):
-            left_out = torch.arange(cases) % FOLDS == fold
-            weight, bias = fit_classes(z[:, ~left_out])
-            taken_for = (z[:, left_out] @ weight.T + bias).argmax(-1)
-            confusion.index_put_((own.expand_as(taken_for), taken_for), torch.tensor(1), accumulate=True)
-        # 2. The judge itself, fitted on all cases.
-        return cls(tuple(features), *fit_classes(z), centers, confusion)
+            seen = torch.arange(cases) % FOLDS != fold
+            fitted.append(fit_classes(z[:, seen] - centers[seen]))
+        weight, bias = (torch.stack(parts) for parts in zip(*fitted, strict=True))
+        judge = cls(tuple(features), weight, bias, centers, torch.zeros(names, names, dtype=torch.int64))
+        for row, own in enumerate(z):
+            for name in judge.taken_for(own):
+                judge.confusion[row, judge.names.index(name)] += 1
+        return judge
 
     def taken_for(self, features: Tensor, cases: Sequence[int] | None = None) -> list[str]:
         """The name that each picture is taken for, by `features_of` it and its case; by default in order."""
-        centers = self.centers[: len(features)] if cases is None else self.centers[list(cases)]
-        scores = (features - centers) @ self.weight.T + self.bias
+        cases = list(range(len(features)) if cases is None else cases)
+        folds = torch.tensor(cases) % FOLDS
+        centered = features - self.centers[cases]
+        scores = (self.weight[folds] @ centered[..., None])[..., 0] + self.bias[folds]
         return [self.names[i] for i in scores.argmax(1).tolist()]
 
     def recognized(self, pictures: Tensor, name: str, cases: Sequence[int] | None = None) -> Estimate:

@@ -41,14 +41,16 @@ def test_the_mean_and_its_interval():
 def test_it_is_the_regression_of_scikit_learn(drawn):
     judge = Judge.fit(drawn)
     z = torch.stack([features_of(own) for own in drawn.values()]).numpy()
-    z = (z - z.mean(0)).reshape(-1, z.shape[-1])  # less what the names of a case have in common
+    z = (z - z.mean(0))[:, [1, 2, 3, 5, 6, 7]]  # less what the names of a case have in common
+    z = z.reshape(-1, z.shape[-1])
     scaled = (z - z.mean(0)) / np.maximum(z.std(0, ddof=1), 1e-9)
-    labels = np.repeat(range(3), 8)
+    labels = np.repeat(range(3), 6)
     theirs = LogisticRegression(C=1 / (2 * PENALTY * len(z)), tol=1e-10, max_iter=5000).fit(scaled, labels)
-    scores, expected = z @ judge.weight.numpy().T + judge.bias.numpy(), theirs.decision_function(scaled)
+    scores = z @ judge.weight[0].numpy().T + judge.bias[0].numpy()
+    expected = theirs.decision_function(scaled)
     # adding the same to all scores changes nothing
     scores, expected = (own - own.mean(1, keepdims=True) for own in (scores, expected))
-    np.testing.assert_allclose(scores, expected, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(scores, expected, rtol=0.05, atol=0.05)
     assert np.abs(expected).max() > 1  # and it is sure of something
 
 
@@ -84,6 +86,14 @@ def test_what_the_names_of_a_case_share_says_nothing(drawn):
     assert judge.accuracy.value == 1
     dark = lit["green"][:2].flip(0)  # in the other's case, each is off by the difference
     assert judge.taken_for(features_of(dark), [1, 0]) == ["green"] * 2
+
+
+def test_a_picture_that_it_was_fitted_on_is_not_known_again():
+    """Else an edit that gives the target's very picture would never be taken for the concept."""
+    alike = {"here": pictures((120, 120, 120), 16, seed=1), "there": pictures((120, 120, 120), 16, seed=2)}
+    judge = Judge.fit(alike)
+    assert judge.recognized(alike["there"], "there") == judge.found("there")
+    assert judge.accuracy.value < 0.8
 
 
 def test_what_it_needs(drawn):
