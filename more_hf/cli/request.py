@@ -217,11 +217,9 @@ def add_layers_only(parser: argparse.ArgumentParser) -> None:
 
 def needs_denoiser(flag: str, request: Request) -> ValueError:
     """The error for a flag that needs the denoiser, which is not loaded."""
-    why = (
-        "of a model in one file none is loaded"
-        if request.checkpoint.in_one_file
-        else ("`--layers_only` loads none")
-    )
+    why = "`--layers_only` loads none"
+    if request.checkpoint.in_one_file:
+        why = "of a model in one file none is loaded"
     return ValueError(f"`--{flag}` needs the denoiser, and {why}. Leave that flag out.")
 
 

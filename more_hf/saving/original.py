@@ -29,6 +29,7 @@ MARKS = {
     "WanTransformer3DModel": "text_embedding.0 blocks.0.cross_attn.norm_k",
     "AuraFlowTransformer2DModel": "cond_seq_linear double_layers.0.attn.w1q",
     "SanaTransformer2DModel": "y_embedder.y_proj.fc1 attention_y_norm",
+    "HiDreamImageTransformer2DModel": "caption_projection.0.linear p_embedder.pooled_embedder.linear_1",
     "PixArtTransformer2DModel": "y_embedder.y_proj.fc1 blocks.0.cross_attn.kv_linear",
 }
 # A denoiser's class -> `config ->` names by which its conversion counts layers and knows the parts they have.

@@ -36,7 +36,7 @@ from more_hf.saving.single_file import _rename, _unet_names, original_layout
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
 FAMILIES = ["sd-1", "sdxl", "sd3", "flux", "z-image"]
-MORE = ["sd-2", "chroma", "flux-2", "klein", "lumina-2", "qwen-image", "wan", "auraflow", "sana"]
+MORE = ["sd-2", "chroma", "flux-2", "klein", "lumina-2", "qwen-image", "wan", "auraflow", "sana", "hidream"]
 FAMILIES += [pytest.param(family, marks=pytest.mark.slow) for family in MORE]
 
 

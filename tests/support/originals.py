@@ -98,6 +98,7 @@ RENAMED = {
     "lumina-2": LUMINA_2,
     "wan": WAN,
     "qwen-image": {},
+    "hidream": {},
     "pixart": PIXART,
 }
 
