@@ -53,6 +53,13 @@ def quantized_layers(pipe):
     return {name for name, layer in pipe.transformer.named_modules() if scheme_of(layer) is not None}
 
 
+def left_plain(pipe):
+    """What the configuration names as not quantized."""
+    config = getattr(getattr(pipe.transformer, "hf_quantizer", None), "quantization_config", None)
+    lists = ("llm_int8_skip_modules", "modules_to_not_convert")
+    return [name for key in lists for name in getattr(config, key, None) or ()]
+
+
 def answers(layer):
     """W of a layer, from what it answers: column by column."""
     width = layer.in_features
@@ -64,7 +71,7 @@ def answers(layer):
 def test_the_layers_that_read_text_become_plain(folder, scheme):
     pipe = quantized(folder, scheme)
     before, all_layers = draw(pipe), quantized_layers(pipe)
-    target = draw(pipe, TARGET)
+    target, named = draw(pipe, TARGET), left_plain(pipe)
     layers = {name: reader(pipe, name) for name in READERS}
     weights = {name: answers(layer) for name, layer in layers.items()}
     assert set(READERS) < all_layers
@@ -97,6 +104,7 @@ def test_the_layers_that_read_text_become_plain(folder, scheme):
     more_hf.restore(pipe)
     assert {name: reader(pipe, name) for name in READERS} == layers
     assert quantized_layers(pipe) == all_layers
+    assert left_plain(pipe) == named
     assert torch.equal(draw(pipe), before)
 
 

@@ -29,7 +29,11 @@ def call(transformer, text):
     return transformer(latent, text["tokens"].to(latent), time, size, size, size).sample
 
 
+ENCODED = []
+
+
 def encode(pipe, prompts):
+    ENCODED.extend(prompts)
     embeds, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     return {"tokens": embeds}
 
@@ -53,8 +57,10 @@ def test_an_unknown_family_is_refused_with_the_way_to_add_it(cogview_3):
 def test_registered_it_is_erased_saved_and_restored(cogview_3, tmp_path):
     more_hf.register_family(DENOISER, Family("CogView3-Plus", find, call), TEXT)
     original = copy.deepcopy(cogview_3)
+    ENCODED.clear()
 
     pipe = more_hf.erase_concept(cogview_3, "van gogh", remap_to="claude monet")
+    assert any("van gogh" in prompt for prompt in ENCODED)  # by what was registered
     erasure = more_hf.get_erasure(pipe)
     assert list(erasure.sites) == [SITE]
     assert_proved(erasure)
