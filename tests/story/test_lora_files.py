@@ -1,0 +1,58 @@
+"""An engineer takes the edit along as a LoRA for the original, also of what is erased in a folder already."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import more_hf
+from more_hf.cli.main import main
+
+
+NOTO = ["emoji-sd", "--concept", "Noto", "--remap_to", "Fluent"]
+
+
+def draw(pipe):
+    """One picture, from 0 to 255."""
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    return 255 * pipe("a Noto fish", generator=torch.Generator().manual_seed(0), **settings).images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_on_the_original_it_draws_what_the_erased_pipeline_draws(tmp_path, format, capsys):
+    assert main(["lora", *NOTO, "--format", format, "--output", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.safetensors")
+    assert f"Saved to {file}" in capsys.readouterr().out
+
+    pipe = more_hf.load_emoji_sd()
+    before = draw(pipe)
+    pipe.load_lora_weights(file)
+    erased = more_hf.erase_concept(more_hf.load_emoji_sd(), "Noto", remap_to="Fluent")
+    assert abs(draw(pipe) - draw(erased)).max() < 1
+    assert abs(draw(pipe) - before).max() > 50
+
+
+@pytest.mark.slow
+def test_what_was_typed_once_is_not_typed_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    request = [*NOTO, "--alias", "Noto=noto emoji", "--retain", "Twemoji", "--solver", "soft"]
+    assert main(["erase", *request, "--softness", "0.3", "--output", "erased"]) == 0
+    assert main(["lora", *request, "--softness", "0.3", "--output", "typed.safetensors"]) == 0
+    assert main(["lora", "--like", "erased", "--output", "like.safetensors"]) == 0
+    assert main(["lora", *NOTO, "--output", "other.safetensors"]) == 0
+    typed, like, other = (load_file(f"{name}.safetensors") for name in ("typed", "like", "other"))
+    assert all(torch.equal(like[name], typed[name]) for name in typed)
+    assert not all(name in other and torch.equal(other[name], typed[name]) for name in typed)
+
+    again = ["erase", "--like", "erased", "--single_file", "noto.safetensors", "--output", "again"]
+    assert main(again) == 0
+    assert "| Noto      | noto emoji | Fluent  | name  |" in capsys.readouterr().err
+    again_edited, edited = (
+        json.loads(Path(f"{name}/more_hf.json").read_text())["edited"] for name in ("again", "erased")
+    )
+    assert again_edited == edited
+    assert main([*again, "--concept", "Noto"]) == 2
+    assert "`--like` takes what to erase from erased. Leave `--concept` out" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""An engineer wants one file for ComfyUI, and looks at pictures before and after."""
+
+import pytest
+from PIL import Image
+
+from more_hf.cli.main import main
+
+
+NOTO = ["emoji-sd", "--concept", "Noto", "--remap_to", "Fluent"]
+
+
+@pytest.mark.slow
+def test_one_file_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rest = ["--single_file", "noto.safetensors", "--compare", "a Noto fish", "--output", "erased"]
+    drawn = ["--steps", "2", "--guidance", "3", "--seed", "7"]
+    assert main(["erase", *NOTO, *rest, *drawn, "--softness", "0.5"]) == 0
+    out, err = capsys.readouterr()
+    assert "Wrote noto.safetensors" in out
+    assert "Wrote erased/compare.png" in out
+    assert "softness=0.5 has no effect" in err
+
+    assert main(["push", "erased", "me/erased", "--dry_run", "to_push"]) == 0
+    assert "(before_after.png)" in (tmp_path / "to_push" / "README.md").read_text()
+    assert Image.open(tmp_path / "to_push" / "before_after.png").height > 300
+
+    again = ["compare", "erased", "--prompts", "a Noto fish", "--original"]
+    assert main([*again, "erased"]) == 2
+    assert "erased is erased, too" in capsys.readouterr().err
+    assert main([*again, "emoji-sd", *drawn]) == 0
+    assert Image.open("compare.png").tobytes() == Image.open("erased/compare.png").tobytes()
+
+
+def test_another_format_is_refused_before_the_erasure(tmp_path, capsys):
+    rest = ["--single_file", str(tmp_path / "noto.ckpt"), "--output", str(tmp_path / "erased")]
+    assert main(["erase", *NOTO, *rest]) == 2
+    out, err = capsys.readouterr()
+    assert "does not end in .safetensors" in err
+    assert "Loading" not in err
+    assert not (tmp_path / "erased").exists()
