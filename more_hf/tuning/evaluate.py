@@ -311,7 +311,7 @@ def _sheet(
 
 
 def _distance(moved: Estimate) -> str:
-    return f"{moved.value:.3f} ({moved.low:.3f} to {moved.high:.3f})"
+    return f"{moved.value:.3f} ({max(0.0, moved.low):.3f} to {moved.high:.3f})"  # no distance is negative
 
 
 def _percent(share: Estimate) -> str:
