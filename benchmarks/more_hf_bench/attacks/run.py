@@ -74,7 +74,7 @@ def run_attacks(
     bar = tqdm(total=sum(map(len, mine)), unit="attack", main_process_only=False)
     for cells in mine:
         method, what = cells[0].method, f"{cells[0].method} without {cells[0].forget}"
-        with run.going_on(method, f"{what}, {cells[0].model}, seed {cells[0].seed},"):
+        with run.going_on(method, f"{what}, {cells[0].model}, seed {cells[0].seed}"):
             victim = build(cells[0])
             for cell in cells:
                 bar.set_postfix_str(f"{cell.attack}: {cell.model}, {what}")

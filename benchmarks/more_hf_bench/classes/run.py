@@ -240,12 +240,12 @@ def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def skipping_failure(cell: Cell, run: Run) -> Iterator[None]:
     """If a baseline diverges, or a method of the user's own fails, skip its cell; the next run retries it."""
-    what = f"{cell.method} without {cell.forget}, seed {cell.seed},"
+    what = f"{cell.method} without {cell.forget}, seed {cell.seed}"
     try:
         with run.going_on(cell.method, what):
             yield
     except IncompatibleBaseError as error:
-        logger.warning("%s is left out. %s", what, error)
+        logger.warning("%s, is left out. %s", what, error)
 
 
 @dataclass(frozen=True)
