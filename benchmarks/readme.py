@@ -20,7 +20,7 @@ HEAD = """\
 | family | merge | router | LoRA, peft | LoRA, kohya | LoRA, comfyui | push, load |
 |---|:-:|:-:|:-:|:-:|:-:|:-:|
 """
-CLASSIFIERS = "| image classifiers of transformers (timm models: not saved) | ✓ | ✓ | | | | ✓ |\n"
+CLASSIFIERS = "| classifiers of transformers: images, video, sound, text (no timm) | ✓ | ✓ | | | | ✓ |\n"
 MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))? -->\n\n)((?:\|.*\n)*)\n?")
 
 
