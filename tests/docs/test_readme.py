@@ -6,11 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from support.families import TINY, build, denoiser_of
-from transformers import ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 import more_hf
+from more_hf.classification.names import class_names
 from more_hf.cli.main import parse
 from more_hf.diffusion.families import FAMILIES, family_of
 from more_hf_bench.methods.registry import find_diffusion_method
@@ -48,9 +50,18 @@ def is_family(block):
     return "register_family(" in block
 
 
+def is_timm(block):
+    return block.startswith("import timm")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "block", [block for block in [*blocks(README), *blocks(EXAMPLES)[:-1]] if not is_family(block)]
+    "block",
+    [
+        block
+        for block in [*blocks(README), *blocks(EXAMPLES)[:-1]]
+        if not is_family(block) and not is_timm(block)
+    ],
 )
 def test_every_python_block_runs(block, here):
     names = {}
@@ -62,6 +73,18 @@ def test_every_python_block_runs(block, here):
     erased = names["pipe"] if "pipe" in names else names["model"]
     known = (["Blobmoji"], ["Blobmoji", "crab"], ["Van Gogh"], ["3"], ["three"])
     assert more_hf.get_erasure(erased).concepts in known
+
+
+def test_a_model_of_timm_is_wrapped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = filter(is_timm, blocks(EXAMPLES))
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    saved = AutoModelForImageClassification.from_pretrained("my-timm-model").eval()
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(saved(pixels).logits, names["own"].eval()(pixels))
+    assert class_names(saved, 3) == ("tench", "goldfish", "hen")
 
 
 def test_a_family_of_ones_own(cogview_3):
