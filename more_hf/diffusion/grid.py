@@ -35,14 +35,15 @@ def draw_grid(
         title (`str`, *optional*):
             A line above everything, or several where it is wider than the pictures.
         most_columns (`int`, *optional*):
-            Further columns begin a new block below, with all rows.
+            Further columns begin a new block below, without the rows that have no picture there.
     """
     columns = max(map(len, rows.values()))
     if most_columns is not None and columns > most_columns:
         blocks = []
         for start in range(0, columns, most_columns):
             part = slice(start, start + most_columns)
-            block = {label: pictures[part] for label, pictures in rows.items()}
+            shown = {label: pictures[part] for label, pictures in rows.items()}
+            block = {label: some for label, some in shown.items() if any(one is not None for one in some)}
             labels, above = column_labels[part], "" if start else title
             blocks.append(draw_grid(block, column_labels=labels, scale=scale, title=above))
         return stack(blocks)

@@ -52,6 +52,10 @@ def test_many_columns_go_on_below():
     upper = draw_grid({name: row[:2] for name, row in rows.items()}, column_labels="ab", title="two blocks")
     lower = draw_grid({name: row[2:] for name, row in rows.items()}, column_labels="c")
     assert whole.tobytes() == stack([upper, lower]).tobytes()
+    # a row without a picture in a block is not in it
+    without = draw_grid(rows | {"target": [red, green, None]}, column_labels="abc", most_columns=2)
+    first = {name: row[:2] for name, row in rows.items()} | {"target": [red, green]}
+    assert without.tobytes() == stack([draw_grid(first, column_labels="ab"), lower]).tobytes()
 
 
 def test_a_long_title_has_several_lines():
