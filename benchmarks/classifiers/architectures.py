@@ -5,7 +5,7 @@
 Each model is built from its own configuration class, small and with random weights, and fed noise in the
 form that its processor gives. An edit that is accepted is saved, opened by plain transformers, verified and
 undone. The outcome is `works`, `refused` with the reason, `not built` here, or `raised`; with the last the
-script ends with status 1.
+script ends with status 1. A model that is in the CSV file is not tried again.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import more_hf
 from more_hf.classification.heads import evaluating, run
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
-from more_hf_bench.columns import write_rows
+from more_hf_bench.columns import read_cells, write_rows
 
 
 HERE = Path(__file__).parent
@@ -108,6 +109,11 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+TOO_LARGE = {
+    "ShieldGemma2ForImageClassification": "four billion parameters; it answers by tokens, without a head"
+}
+
+
 def small(config_class: type, sizes: dict[str, Any]) -> dict[str, Any]:
     """The arguments that make a configuration and its parts small."""
     default = config_class()
@@ -121,25 +127,28 @@ def small(config_class: type, sizes: dict[str, Any]) -> dict[str, Any]:
     return arguments | OWN.get(config_class.__name__, {})
 
 
-def listed() -> Iterator[tuple[str, type[PreTrainedModel]]]:
-    """Every class of transformers' own lists, by kind."""
+def listed() -> Iterator[tuple[str, str, Callable[[], PreTrainedModel]]]:
+    """Kind, name and builder of every class in transformers' own lists, and of one of each family of timm."""
     for kind, word in KINDS.items():
         names = getattr(modeling_auto, f"MODEL_FOR_{word}_CLASSIFICATION_MAPPING_NAMES").values()
-        seen: dict[str, None] = {}
         for name in names:
-            seen.update(dict.fromkeys(name if isinstance(name, tuple) else [name]))
-        for name in seen:
-            yield kind, getattr(transformers, name)
+            for one in name if isinstance(name, tuple) else (name,):
+                yield kind, one, partial(build, kind, getattr(transformers, one))
+    for module in list_modules():
+        if names := timm.list_models(module=module):
+            name = min(names, key=looks_large)
+            yield "timm", name, partial(build_timm, name)
 
 
 def build(kind: str, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    if cls.__name__ in TOO_LARGE:
+        raise MemoryError(TOO_LARGE[cls.__name__])
     sizes = SMALL if kind == "text" else SHALLOW
     config = cls.config_class(**small(cls.config_class, sizes))
     config.num_labels = CLASSES
     text = getattr(config, "text_config", None)
     if text is not None:
         text.num_labels = CLASSES
-    torch.manual_seed(0)
     return cls(config).eval()
 
 
@@ -221,10 +230,11 @@ def outcome_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[str, str]:
     return "works", f"head `{head}`"
 
 
-def line_of(kind: str, cls: type[PreTrainedModel]) -> dict[str, str]:
-    line = {"kind": kind, "model": cls.__name__}
+def line_of(kind: str, name: str, make: Callable[[], PreTrainedModel]) -> dict[str, str]:
+    line = {"kind": kind, "model": name}
     try:
-        model = build(kind, cls)
+        torch.manual_seed(0)
+        model = make()
         batch = samples(kind, model)
         settle(model, {name: value for name, value in batch.items() if name != "labels"})
     except Exception as error:
@@ -235,30 +245,15 @@ def line_of(kind: str, cls: type[PreTrainedModel]) -> dict[str, str]:
 
 def looks_large(name: str) -> tuple[bool, int]:
     """How timm's names sort: those that say that they are small come first, then shorter ones."""
-    return not any(word in name for word in ("test_", "atto", "nano", "tiny", "_xxs", "_s0", "small")), len(
-        name
-    )
+    small = ("test_", "atto", "nano", "tiny", "_xxs", "_s0", "small")
+    return not any(word in name for word in small), len(name)
 
 
-def lines_of_timm() -> Iterator[dict[str, str]]:
-    """One of each family of timm, which is a small one by its name."""
-    for module in list_modules():
-        names = sorted(timm.list_models(module=module), key=looks_large)
-        if names:
-            line = {"kind": "timm", "model": names[0]}
-            try:
-                torch.manual_seed(0)
-                config = TimmWrapperConfig(architecture=names[0], num_labels=CLASSES, do_pooling=True)
-                model = TimmWrapperForImageClassification(config).eval()
-                size = model.timm_model.pretrained_cfg["input_size"][-1]
-                model.config.image_size = size
-                batch = samples("image", model)
-                settle(model, {name: value for name, value in batch.items() if name != "labels"})
-            except Exception as error:
-                yield {**line, "outcome": "not built", "words": f"{type(error).__name__}: {error}"[:300]}
-                continue
-            outcome, words = outcome_of(model, batch)
-            yield {**line, "outcome": outcome, "words": words[:300]}
+def build_timm(name: str) -> TimmWrapperForImageClassification:
+    config = TimmWrapperConfig(architecture=name, num_labels=CLASSES, do_pooling=True)
+    model = TimmWrapperForImageClassification(config).eval()
+    model.config.image_size = model.timm_model.pretrained_cfg["input_size"][-1]
+    return model
 
 
 def main() -> int:
@@ -269,16 +264,15 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", default=[*KINDS, "timm"])
     parser.add_argument("--output", type=Path, default=HERE)
     args = parser.parse_args()
-    lines = []
-    for kind, cls in listed():
-        if kind in args.kinds and args.only in cls.__name__:
-            lines.append(line_of(kind, cls))
+    file = args.output / "architectures.csv"
+    lines = read_cells(file)
+    done = {line["model"] for line in lines}
+    for kind, name, make in listed():
+        if kind in args.kinds and args.only in name and name not in done:
+            done.add(name)
+            lines.append(line_of(kind, name, make))
             print(*lines[-1].values(), file=sys.stderr, flush=True)
-    if "timm" in args.kinds:
-        for line in lines_of_timm():
-            lines.append(line)
-            print(*line.values(), file=sys.stderr, flush=True)
-    write_rows(args.output / "architectures.csv", lines)
+            write_rows(file, lines)
     counts = Counter((line["kind"], line["outcome"]) for line in lines)
     outcomes = ("works", "refused", "not built", "raised")
     table = [{"kind": kind, **{what: counts[kind, what] for what in outcomes}} for kind in args.kinds]
