@@ -153,6 +153,16 @@ def cogview_3(monkeypatch):
     return build()
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps the precision of a process's first `Accelerator`."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 @pytest.fixture(scope="module")
 def families():
     """The newer families, by name. Not to be modified."""

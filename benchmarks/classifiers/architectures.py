@@ -230,6 +230,10 @@ def outcome_of(model: nn.Module, batch: dict[str, Tensor]) -> tuple[str, str]:
     return "works", f"head `{head}`"
 
 
+def in_a_line(words: str) -> str:
+    return " ".join(words.split())[:300]
+
+
 def line_of(kind: str, name: str, make: Callable[[], PreTrainedModel]) -> dict[str, str]:
     line = {"kind": kind, "model": name}
     try:
@@ -238,9 +242,9 @@ def line_of(kind: str, name: str, make: Callable[[], PreTrainedModel]) -> dict[s
         batch = samples(kind, model)
         settle(model, {name: value for name, value in batch.items() if name != "labels"})
     except Exception as error:
-        return {**line, "outcome": "not built", "words": f"{type(error).__name__}: {error}"[:300]}
+        return {**line, "outcome": "not built", "words": in_a_line(f"{type(error).__name__}: {error}")}
     outcome, words = outcome_of(model, batch)
-    return {**line, "outcome": outcome, "words": words[:300]}
+    return {**line, "outcome": outcome, "words": in_a_line(words)}
 
 
 def looks_large(name: str) -> tuple[bool, int]:

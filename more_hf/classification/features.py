@@ -294,7 +294,7 @@ def _as_tensors(batch: Any, named: set[str]) -> tuple[dict[str, Tensor], Tensor]
     elif isinstance(batch, Sequence) and len(batch) == 2:
         images, labels = batch
         samples = {IMAGES: images}
-    if not samples or labels is None:
+    if not samples or any(value is None for value in (labels, *samples.values())):
         found = f"a mapping with {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise PrototypeError(
             f"The data has no labels, or nothing that the model reads: a batch is {found}. Pass (images, "

@@ -11,7 +11,7 @@ from more_hf.cli.main import main
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TABLES = ("summary.csv", "sizes.csv", "levels.csv", "table.md")
-OTHERS = ("demo", "evaluation")  # not of `more-hf bench`
+OTHERS = ("demo", "evaluation", "order", "tune")  # not of `more-hf bench`
 FOLDERS = sorted(path.parent for path in BENCHMARKS.glob("**/rows.csv") if path.parent.name not in OTHERS)
 
 

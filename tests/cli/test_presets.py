@@ -63,6 +63,7 @@ def test_a_preset_names_methods_that_take_its_settings(bench, name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(("bench", "name"), EVERY)
 def test_rehearsal(bench, name, tmp_path, monkeypatch):
     """On the first CUDA device where there is one."""

@@ -1,5 +1,6 @@
 """Erase from one file: diffusers' `from_single_file` reads it, and a whole pipeline is the reference."""
 
+import copy
 import re
 import shutil
 from types import SimpleNamespace
@@ -386,9 +387,8 @@ def test_a_gguf_file(families, stored, tmp_path, monkeypatch):
     options = {"config": str(folder), "subfolder": "transformer", "quantization_config": config}
     read = FluxTransformer2DModel.from_single_file(str(out), torch_dtype=torch.float32, **options)
     pipe = copied(pipe)
-    pipe.register_modules(
-        text_encoder_2=pipe.text_encoder_2.bfloat16(), text_encoder=pipe.text_encoder.bfloat16()
-    )
+    for name in ("text_encoder", "text_encoder_2"):  # `copied` shares them
+        pipe.register_modules(**{name: copy.deepcopy(getattr(pipe, name)).bfloat16()})
     erased = more_hf.erase_concept(pipe, FORGET, remap_to=TARGET)
     for site in more_hf.get_erasure(erased).sites:
         expected = erased.transformer.get_submodule(site).weight

@@ -113,7 +113,7 @@ CLASSIFICATION: dict[str, Method] = {
     "esc-t": Method(".classification.subspaces:esc_t", trained=True),
     "esc-t-as-released": Method(".classification.subspaces:esc_t_as_released", trained=True),
     "pour": Method(".classification.subspaces:pour", **_OF_CLASSES),
-    "kodge": Method(".classification.layers:kodge", **_OF_CLASSES),
+    "kodge": Method(".classification.layers:kodge", forgets="classes"),
     "leace-rest": Method(".classification.subspaces:leace_rest", **_OF_CLASSES),
     "leace-target": Method(".classification.subspaces:leace_target", **_OF_CLASSES),
     "erase-without-po": Method(".classification.ours:erase_without_po", **_OF_CLASSES),

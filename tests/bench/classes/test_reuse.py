@@ -47,6 +47,8 @@ def test_a_closed_form_on_cached_features_is_the_one_on_images(method, original,
     for part in (splits.ft, splits.rt):
         assert torch.allclose(logits(found, part), logits(expected, part), atol=2e-3)
     assert not torch.allclose(logits(found, splits.ft), logits(original, splits.ft), atol=0.1)
+    if method == "pour":  # which reads the head alone
+        return
     shuffled = splits_of_features(splits, data.train, inputs.flip(0))  # other features: another edit
     model = copy.deepcopy(original)
     with head_only(model, model.classifier):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from support.compare import same, state
 from support.processes import launched
 
@@ -193,14 +192,6 @@ def test_predict_leaves_the_model_as_it_was(digits):
     pixels = digits.test[torch.arange(len(digits.test))]["pixel_values"]
     with torch.no_grad():
         assert predicted.equal(model.eval()(pixels).logits.argmax(1))
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """accelerate keeps the precision of a process's first `Accelerator`."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
