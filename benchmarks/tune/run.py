@@ -225,6 +225,9 @@ def collect(output: Path, kinds: Sequence[str]) -> None:
             fresh = measured(read_rows(FIELD / "fresh/rows.csv"), FRESH)
             committed = {"more": HAND_PICKED, **{rival: f"{rival}, hand-picked" for rival in RIVALS}}
             fresh = fresh[fresh["method"].isin(committed)]
+            # the same cases of the names that were tuned, and no others
+            same = ["forget", "case_number"]
+            fresh = fresh.merge(parts[0][same].drop_duplicates(), on=same)
             parts.append(fresh.assign(method=fresh["method"].map(committed)))
         part = pd.concat(parts)
         part = part[part["method"] != "original"]
