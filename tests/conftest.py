@@ -130,12 +130,13 @@ def saved(saved_once, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def short_prompts():
-    """See `support.families.shorten`."""
+def short_prompts(tmp_path_factory):
+    """See `support.families.shorten`. The moments of prompts in other lengths are in another cache."""
     from support.families import shorten
 
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
+        patch.setattr("more_hf.diffusion.ordinary.CACHE", tmp_path_factory.mktemp("short"))
         yield
 
 
