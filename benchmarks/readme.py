@@ -20,7 +20,14 @@ HEAD = """\
 | family | merge | router | LoRA, peft | LoRA, kohya | LoRA, comfyui | push, load |
 |---|:-:|:-:|:-:|:-:|:-:|:-:|
 """
-CLASSIFIERS = "| classifiers of transformers: images, video, sound, text (no timm) | ✓ | ✓ | | | | ✓ |\n"
+# What is no family: classifiers, and weights that are not a folder in 16 or 32 bits.
+QUANTIZED, ONE_FILE = (f"(examples/README.md#{heading})" for heading in ("quantized-weights", "one-file"))
+OTHERS = {
+    "classifiers of transformers: images, video, sound, text (no timm)": "✓ | ✓ | | | | ✓",
+    f"[quantized]{QUANTIZED}: bitsandbytes, torchao, quanto, fp8 casting": "✓ | | ✓ | | | ✓",
+    f"[one file]{ONE_FILE}: `.safetensors`, or `.gguf` with plain text layers": "✓ | refused | ✓ | | |",
+    "one file in fp8, or `.gguf` with quantized text layers": "refused | refused | ✓ | | |",
+}
 MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))? -->\n\n)((?:\|.*\n)*)\n?")
 
 
@@ -34,7 +41,8 @@ def families_table() -> str:
         marks = " | ".join("✓" if read else "refused" for read in reads)
         rows.setdefault(f"✓ | ✓ | {marks} | ✓ |", []).append(family.name)
     lines = [f"| {', '.join(names)} | {marks}\n" for marks, names in rows.items()]
-    return HEAD + "".join(lines) + CLASSIFIERS
+    lines += [f"| {name} | {marks} |\n" for name, marks in OTHERS.items()]
+    return HEAD + "".join(lines)
 
 
 def filled(text: str) -> str:
