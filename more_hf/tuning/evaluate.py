@@ -19,6 +19,7 @@ from ..core.errors import MoreError
 from ..core.files import write_text
 from ..core.markdown import markdown_table
 from ..core.request import ConceptRequest, read_names
+from ..diffusion.compare import READABLE
 from ..diffusion.draw import draw
 from ..diffusion.grid import draw_grid
 from ..diffusion.prompts import evenly
@@ -30,7 +31,6 @@ from .judge import FOLDS, Estimate, Judge, features_of, lpips_distance
 NAMELESS = "no name"  # the label of ordinary prompts
 OTHERS = 4  # names of its kind that the judge knows if none are retained
 SHOWN = 2  # columns of the sheet for each group of prompts
-READABLE = 128  # pixels; smaller pictures are enlarged
 
 
 class Group(NamedTuple):
@@ -69,16 +69,16 @@ class Evaluation:
                 "prompts": finding.prompts,
                 "pictures": finding.moved.n,
                 "recognized as": finding.judged,
-                "base": finding.base and _percent(finding.base),
-                "erased": finding.erased and _percent(finding.erased),
-                "moved (LPIPS)": _distance(finding.moved),
+                "base": finding.base and finding.base.percent,
+                "erased": finding.erased and finding.erased.percent,
+                "moved (LPIPS)": finding.moved.distance,
             }
             for finding in self.findings
         ]
         found, mistaken = self.judge.found(self.concept), self.judge.mistaken(self.concept)
         notes = [
             f"The judge was fitted on other pictures by the base. Of pictures that it did not see, it finds "
-            f"{_percent(found)} of {self.concept!r}, and takes {_percent(mistaken)} of the others for it.",
+            f"{found.percent} of {self.concept!r}, and takes {mistaken.percent} of the others for it.",
             f"The two pipelines differ in: {'; '.join(self.differences) or 'nothing'}.",
         ]
         if not self.judge.can_tell(self.concept):
@@ -308,11 +308,3 @@ def _sheet(
     prompts = [prompt for group in groups for prompt in group.prompts[:SHOWN]]
     scale = -(-READABLE // rows["base"][0].width)
     return draw_grid(rows, column_labels=prompts, scale=scale, title=f"{concept}: before and after")
-
-
-def _distance(moved: Estimate) -> str:
-    return f"{moved.value:.3f} ({max(0.0, moved.low):.3f} to {moved.high:.3f})"  # no distance is negative
-
-
-def _percent(share: Estimate) -> str:
-    return f"{100 * share.value:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f})"

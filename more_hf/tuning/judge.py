@@ -47,6 +47,16 @@ class Estimate:
         mean, half = float(values.mean()), Z * float(values.std() / math.sqrt(len(values)))
         return cls(mean, mean - half, mean + half, len(values))
 
+    @property
+    def percent(self) -> str:
+        """A share in words."""
+        return f"{100 * self.value:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"
+
+    @property
+    def distance(self) -> str:
+        """A distance in words; none is negative."""
+        return f"{self.value:.3f} ({max(0.0, self.low):.3f} to {self.high:.3f})"
+
 
 @functools.lru_cache(maxsize=1)
 def _network(device: torch.device) -> nn.Module:

@@ -118,8 +118,8 @@ class Study:
         """Why the first choice is recommended."""
         best, figures = self.choices[0], self.choices[0].figures
         return (
-            f"{best.label}: the judge takes {_percent(figures.recognized)} of its pictures for "
-            f"{self.setup.concept}, {_percent(figures.kept)} show what else the prompt asks for (of the "
+            f"{best.label}: the judge takes {figures.recognized.percent} of its pictures for "
+            f"{self.setup.concept}, {figures.kept.percent} show what else the prompt asks for (of the "
             f"original's: {self.judge['kept'].value:.0%}), and of all it has the largest distance by "
             f"which its pictures change ({figures.changed.value:.3f}) more than the others do "
             f"({figures.moved:.3f}), less both shares"
@@ -200,11 +200,11 @@ class Study:
                 {
                     "": number,
                     f"{self.setup.concept}": choice.label,
-                    "recognized": _percent(figures.recognized),
-                    "kept": _percent(figures.kept),
-                    "changed": _distance(figures.changed),
-                    "moved, retained": _distance(figures.retained),
-                    "moved, nameless": _distance(figures.nameless),
+                    "recognized": figures.recognized.percent,
+                    "kept": figures.kept.percent,
+                    "changed": figures.changed.distance,
+                    "moved, retained": figures.retained.distance,
+                    "moved, nameless": figures.nameless.distance,
                     "pictures": figures.recognized.n,
                 }
             )
@@ -307,9 +307,8 @@ def tune(
             progress=bar.update,
             batch_size=read_count("batch_size", batch_size),
         )
-        originals = log.read_originals()
-        if originals is None:
-            originals = workshop.draw_originals()
+        originals = log.read_originals() if log.has_originals else workshop.draw_originals()
+        if not log.has_originals:
             log.keep_originals(originals)
         workshop.fit_judges(originals)
         trials = front(search(workshop))
@@ -396,7 +395,7 @@ def _bar(pipe: DiffusionPipeline, setup: Setup, log: _Log) -> Iterator[tqdm]:
         **getattr(pipe, "_progress_bar_config", {}),
     }
     originals = sum(map(len, original_cases(setup).values()))
-    done = len(log.judged) + (0 if log.read_originals() is None else originals)
+    done = len(log.judged) + (originals if log.has_originals else 0)
     with tqdm(total=total + originals, initial=done, **config) as bar:
         yield bar
 
@@ -468,10 +467,14 @@ class _Log:
             self.file.write("".join(map(_line, judgments)))
             self.file.flush()
 
-    def read_originals(self) -> dict[str, Any] | None:
-        """The original's pictures, if they were kept."""
-        path = None if self.folder is None else self.folder / ORIGINALS
-        return load_file(path) if path is not None and path.exists() else None
+    @property
+    def has_originals(self) -> bool:
+        """Whether the original's pictures were kept."""
+        return self.folder is not None and (self.folder / ORIGINALS).exists()
+
+    def read_originals(self) -> dict[str, Any]:
+        """The original's pictures."""
+        return load_file(self.folder / ORIGINALS)
 
     def keep_originals(self, originals: Mapping[str, Any]) -> None:
         """Write the original's pictures."""
@@ -523,11 +526,3 @@ def _line(judgment: Judgment) -> str:
 
 def _as_dicts(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
     return {name: asdict(estimate) for name, estimate in estimates.items()}
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.0f} % ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
-
-
-def _distance(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
