@@ -33,7 +33,7 @@ from .folder import refuse_saved_folder
 from .layers import pipeline_class
 from .one_file import OpenedFile, open_file
 from .shards import Opened, folder_of, open_without_denoiser, refuse_inner_edit, refuse_router
-from .single_file import _unet_names as unet_names
+from .single_file import unet_names
 from .tensor_file import read_tensor_file
 
 

@@ -99,7 +99,7 @@ def original_layout(pipe: DiffusionPipeline) -> dict[str, Tensor]:
             f"{', '.join(TEXT_ENCODERS)} have. Save a folder with `more_hf.save`."
         )
     if denoiser.name == "unet":
-        tensors = _renamed(module.state_dict(), _unet_names(module), LDM_UNET_KEY)
+        tensors = _renamed(module.state_dict(), unet_names(module), LDM_UNET_KEY)
         if module.config.use_linear_projection and len(places) == 1:
             places = ("cond_stage_model.model.",)  # Stable Diffusion 2.x
     else:
@@ -142,7 +142,8 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
     return names[start] + name[len(start) :]
 
 
-def _unet_names(unet: nn.Module) -> dict[str, str]:
+def unet_names(unet: nn.Module) -> dict[str, str]:
+    """Beginning of a name in diffusers' UNet -> its beginning in the original's."""
     names = {**_UNET, **_inside("mid_block.resnets.0.", "middle_block.0.", _UNET_RESNET)}
     names |= _inside("mid_block.resnets.1.", "middle_block.2.", _UNET_RESNET)
     number = 1

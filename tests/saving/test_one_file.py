@@ -31,7 +31,7 @@ from more_hf.saving import one_file
 from more_hf.saving.lora import original_name
 from more_hf.saving.one_file import clip_tokenizer
 from more_hf.saving.original import origins
-from more_hf.saving.single_file import _rename, _unet_names, original_layout
+from more_hf.saving.single_file import _rename, original_layout, unet_names
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -166,7 +166,7 @@ def test_a_file_of_the_real_layout_needs_no_folder(tmp_path):
     configs = FOLDER / "configs" / "sd-1"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet"))
-    names, tensors = _unet_names(unet), {}
+    names, tensors = unet_names(unet), {}
     for name, tensor in unet.state_dict().items():
         reads_text = re.search(r"attn2\.to_[kv]", name) is not None
         tensors[PREFIX + _rename(name, names)] = torch.randn(tensor.shape) if reads_text else torch.zeros(1)

@@ -6,7 +6,7 @@ import torch
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY
 
 from more_hf.saving.original import original_tensors
-from more_hf.saving.single_file import _renamed, _unet_names
+from more_hf.saving.single_file import _renamed, unet_names
 from support.families import denoiser_of
 
 
@@ -109,7 +109,7 @@ def original_of(pipe, family):
     if family in COUNTED:
         return original_tensors(denoiser, COUNTED[family]) | UNREAD.get(family, {})
     if family not in RENAMED:
-        return _renamed(denoiser.state_dict(), _unet_names(denoiser), LDM_UNET_KEY)
+        return _renamed(denoiser.state_dict(), unet_names(denoiser), LDM_UNET_KEY)
     joined = {}
     for name, tensor in denoiser.state_dict().items():
         if name.startswith("norm_out.linear.") and family in ("flux-2", "klein"):
