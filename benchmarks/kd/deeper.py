@@ -43,7 +43,7 @@ from more_hf_bench.classes.features import cache, reloaded
 from more_hf_bench.classes.probes import converged_probe
 from more_hf_bench.classes.training import Recipe, accuracy, train_classifier, without
 from more_hf_bench.columns import read_cells, write_rows
-from more_hf_bench.methods.classification.layers import scaled_projection
+from more_hf_bench.methods.classification.layers import projected
 from more_hf_bench.splits import ImageSet, KDData, some_of_each, split_by_class
 
 
@@ -122,8 +122,7 @@ def kodge(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: 
     """Kodge et al.'s, with their settings for CIFAR-10: what the class fills of the inputs and no other does
     goes, by what the layer read before all edits."""
     others, own = (before[mask].flatten(0, 1) for mask in (~task.own, task.own))
-    P_r, P_f = scaled_projection(others.T @ others, 100.0), scaled_projection(own.T @ own, 3.0)
-    return weight - (weight - weight @ P_r) @ P_f, bias
+    return projected(weight, others.T @ others, own.T @ own, 100.0, 3.0), bias
 
 
 def remapping(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor) -> Weights:

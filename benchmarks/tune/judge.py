@@ -65,9 +65,9 @@ def main() -> None:
         line["shipped"] = 100 * taken_for[target].count(concept) / PICTURES
         pairs.append({**line, "edit": edits.loc[(concept, target), "style_f"]})
     for artist in EMOJI_ARTISTS:
-        line = {"artist": artist, "found": 100 * own.found(artist).value}
-        line |= {"mistaken": 100 * own.mistaken(artist).value}
-        line["found by the shipped judge"] = 100 * taken_for[artist].count(artist) / PICTURES
+        shares = {"found": own.found(artist).value, "mistaken": own.mistaken(artist).value}
+        shares["found by the shipped judge"] = taken_for[artist].count(artist) / PICTURES
+        line = {"artist": artist, **{key: f"{100 * share:.1f}" for key, share in shares.items()}}
         names.append({**line, "can tell": "yes" if own.can_tell(artist) else "no"})
     write_rows(HERE / "judge.csv", [{**line, "own": round(line["own"], 2)} for line in pairs])
     write_rows(HERE / "names.csv", names)

@@ -52,10 +52,7 @@ from more_hf_bench.methods.registry import DIFFUSION
 
 HERE = Path(__file__).parent
 FIELD = HERE.parent / "artists"
-SAMPLING = {
-    "num_inference_steps": 6,
-    "guidance_scale": 4.0,
-}  # the measurements take ten steps
+SAMPLING = {"num_inference_steps": 6, "guidance_scale": 4.0}  # the measurements take ten steps
 BATCH = 24
 # the things of emoji10 that are animals, food or vehicles, less the last
 TEN_THINGS = (
@@ -233,18 +230,7 @@ def collect(output: Path, kinds: Sequence[str]) -> None:
         part = part[part["method"] != "original"]
         role = part["is_forgotten"].map({True: "f", False: "r"}).where(part["concept"] != "", "none")
         part = part.assign(kind=kind, role=role, recognized=part["gone_after"], kept=part["kept_after"])
-        columns = [
-            "kind",
-            "method",
-            "forget",
-            "remap_to",
-            "case_number",
-            "role",
-            "recognized",
-            "kept",
-            "lpips",
-        ]
-        rows += part[columns].round(4).to_dict("records")
+        rows += part[list(ROW)].round(4).to_dict("records")
     write_rows(HERE / "studies.csv", studies)
     write_rows(HERE / "rows.csv", rows)
     write_rows(HERE / "agreement.csv", read_rows(output / "agreement.csv"))

@@ -44,10 +44,9 @@ def kodge(
         model, splits.f.subset(torch.arange(len(splits.f))[:samples]).loader(batch_size)
     )
     for name, layer in layers(model):
-        P_r = scaled_projection(moments_r[name], alpha_r)
-        P_f = scaled_projection(moments_f[name], alpha_f)
         W = layer.weight.detach().flatten(1).double()
-        layer.weight.data = (W - (W - W @ P_r) @ P_f).view_as(layer.weight).to(layer.weight)
+        W = projected(W, moments_r[name], moments_f[name], alpha_r, alpha_f)
+        layer.weight.data = W.view_as(layer.weight).to(layer.weight)
     return model.eval()
 
 
@@ -75,6 +74,12 @@ def input_moments(model: nn.Module, loader: Iterable[dict[str, Tensor]]) -> dict
         for images, _ in batches(loader, model):
             model(images)
     return moments
+
+
+def projected(W: Tensor, moment_r: Tensor, moment_f: Tensor, alpha_r: float, alpha_f: float) -> Tensor:
+    """W (I − (I − P_r) P_f), by the second moments `(d, d)` of what remains and what is forgotten."""
+    P_r, P_f = scaled_projection(moment_r, alpha_r), scaled_projection(moment_f, alpha_f)
+    return W - (W - W @ P_r) @ P_f
 
 
 def scaled_projection(moment: Tensor, alpha: float) -> Tensor:
