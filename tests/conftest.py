@@ -130,13 +130,12 @@ def saved(saved_once, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def short_prompts(tmp_path_factory):
-    """See `support.families.shorten`. The moments of prompts in other lengths are in another cache."""
+def short_prompts():
+    """See `support.families.shorten`."""
     from support.families import shorten
 
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        patch.setattr("more_hf.diffusion.ordinary.CACHE", tmp_path_factory.mktemp("short"))
         yield
 
 

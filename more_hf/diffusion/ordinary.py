@@ -101,6 +101,7 @@ def _key(encoder: Encoder, prompts: Sequence[str]) -> str | None:
     facts = [HELD, type(pipe).__name__, diffusers.__version__, transformers.__version__, *prompts]
     modules = dict(encoder.norms)
     for segment in encoder.text.segments:
+        facts.append(segment.length(pipe))  # a longer prompt has more padding
         facts += [] if segment.template is None else segment.template(pipe)
         facts += segment.spaces if segment.layers else []
     for name, part in pipe.components.items():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.families import T5_LENGTH, build, set_length
 
 import more_hf
 from more_hf.core.request import ConceptRequest
@@ -96,6 +97,16 @@ def test_another_encoder_and_other_prompts_are_not_mistaken(tiny_sd, cache, enco
     after = ordinary.everyday_moments(Encoder(pipe), prompts)
     assert encoded == list(prompts)
     assert not torch.equal(before["tokens"].matrix, after["tokens"].matrix)
+
+
+def test_prompts_with_another_padding_are_not_mistaken(cache, monkeypatch):
+    """FLUX reads the padding, and how much of it there is, is the pipeline's."""
+    pipe, counts = build("flux"), []
+    for length in (T5_LENGTH, T5_LENGTH // 2, T5_LENGTH):
+        set_length(monkeypatch, type(pipe), length)
+        counts.append(ordinary.everyday_moments(Encoder(pipe), PROMPTS)["tokens"].count)
+    assert counts == [len(PROMPTS) * length for length in (T5_LENGTH, T5_LENGTH // 2, T5_LENGTH)]
+    assert len(list(cache.iterdir())) == 2  # the third is the first one again
 
 
 def test_a_lora_on_the_text_encoder_is_not_kept(tiny_sd, cache):
