@@ -110,7 +110,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 TOO_LARGE = {
-    "ShieldGemma2ForImageClassification": "four billion parameters; it answers by tokens, without a head"
+    "ShieldGemma2ForImageClassification": "four billion parameters; it answers by tokens, without a head",
+    "UltraVBertForSequenceClassification": "a part that keeps its full size",
 }
 
 
