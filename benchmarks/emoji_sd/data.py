@@ -11,7 +11,6 @@ held-out pairs) and, with --attribution, ATTRIBUTION.md from the packages' own m
 by this script.
 """
 
-import argparse
 import collections
 import io
 import json
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -41,44 +42,7 @@ VOTERS = ("twemoji", "noto", "fluent-emoji-flat", "emojione", "noto-v1")  # thes
 
 # Names that a set gives to a thing against the Unicode name; checked by eye. In Firefox OS the plain animal
 # name is the face.
-OTHER_NAMES = {
-    "fxemoji": {
-        "acorn": "chestnut", "aubergine": "eggplant", "blackscissors": "scissors", "bouquetofflowers":
-        "bouquet", "bunny": "rabbit-face",
-        "cat": "cat-face", "catside": "cat", "chilipepper": "hot-pepper", "dog": "dog-face", "dogside":
-        "dog", "doveofpeace": "dove",
-        "dragonhead": "dragon-face", "dragonside": "dragon", "earofmaize": "ear-of-corn", "electrictorch":
-        "flashlight",
-        "europeancastle": "castle", "evergreen": "evergreen-tree", "flexbicep": "flexed-biceps",
-        "foxsmiling": "fox", "gem": "gem-stone",
-        "hampster": "hamster", "heartblue": "blue-heart", "heartgreen": "green-heart", "heartpurple":
-        "purple-heart",
-        "heartyellow": "yellow-heart", "heels": "high-heeled-shoe", "hocho": "kitchen-knife", "hourglass":
-        "hourglass-done",
-        "housebuilding": "house", "leftmagnifyingglass": "magnifying-glass-tilted-left", "lips": "mouth",
-        "lock": "locked",
-        "mouse": "mouse-face", "mouseside": "mouse", "openlock": "unlocked", "pandaface": "panda", "pig":
-        "pig-face", "pigside": "pig",
-        "poo": "pile-of-poo", "present": "wrapped-gift", "printericon": "printer", "racecar": "racing-car",
-        "ringingbell": "bell",
-        "screen": "desktop-computer", "sliceofpizza": "pizza", "snowmountains": "snow-capped-mountain",
-        "spurtingwhale": "spouting-whale",
-        "steamlocomotive": "locomotive", "sunrays": "sun", "tennisball": "tennis", "tie": "necktie",
-        "tiger": "tiger-face",
-        "tigerside": "tiger", "verticaltrafficlight": "vertical-traffic-light", "whitemediumstar": "star",
-        "wolfface": "wolf",
-        "cellphone": "mobile-phone", "fatherchristmas": "santa-claus", "medicalmask":
-        "face-with-medical-mask",
-        "stormcloud": "cloud-with-lightning", "raincloud": "cloud-with-rain", "snowcloud": "cloud-with-snow",
-    },
-    "streamline-emojis": {
-        "bear-face": "bear", "fox-face-1": "fox", "frog-face": "frog", "hamster-face": "hamster",
-        "lion-face": "lion",
-        "panda-face": "panda", "red-wine-glass": "wine-glass", "robot-face-1": "robot", "school-backpack":
-        "backpack",
-        "unicorn-face": "unicorn", "wolf-face": "wolf", "game-dice": "game-die",
-    },
-}  # fmt: skip
+OTHER_NAMES = json.loads((HERE / "other_names.json").read_text())
 
 
 # Of the Unicode keywords, those that are another name of their thing and not a word about it; of the short
@@ -234,9 +198,7 @@ def write_attribution(node_modules: Path, counts: dict[str, int], path: Path) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--node_modules", type=Path, required=True, help="folder with @iconify-json and emojibase-data"
     )
