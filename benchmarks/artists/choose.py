@@ -12,7 +12,6 @@ and by the judges. `score` is what is maximised: style removed + content kept (f
 content kept (others), each in percent of what the original has, less 100 × lpips_r.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -35,6 +34,7 @@ from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import EMOJI, Method, run_artists
 from more_hf_bench.columns import read_cells, read_rows
+from more_hf_bench.script import argument_parser
 from more_hf_bench.search import Point, search
 
 
@@ -260,9 +260,7 @@ def measure_defaults(points: Sequence[Point]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("what", choices=("targets", "defaults"))
     parser.add_argument(
         "--cells", nargs="+", default=[], choices=[*FACTORS, CROSSED], help="only these cells of the defaults"

@@ -11,7 +11,6 @@ target and the same names to keep as in the benchmark. Ours is listed with its d
 chose on the same prompts. The test prompts are not touched.
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from choose import HERE, PROMPTS, STYLES, THINGS, erasure_of, measure
 from more_hf.core.files import write_json
 from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.methods.registry import DIFFUSION
+from more_hf_bench.script import argument_parser
 from more_hf_bench.search import Point, best_settings, grid, points_of, search
 
 
@@ -64,9 +64,7 @@ def measure_methods(points: Sequence[Point]) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS), help="only these")
     args = parser.parse_args()
     points = [point for point in points_of(GRIDS) if point["method"] in args.methods]

@@ -8,7 +8,6 @@ undone. The outcome is `works`, `refused` with the reason, `not built` here, or 
 script ends with status 1. A model that is in the CSV file is not tried again.
 """
 
-import argparse
 import sys
 import tempfile
 import traceback
@@ -31,6 +30,7 @@ from more_hf.classification.heads import evaluating, run
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf_bench.columns import read_cells, write_rows
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -262,9 +262,7 @@ def build_timm(name: str) -> TimmWrapperForImageClassification:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--only", default="", help="models whose name holds this word")
     parser.add_argument("--kinds", nargs="+", default=[*KINDS, "timm"])
     parser.add_argument("--output", type=Path, default=HERE)

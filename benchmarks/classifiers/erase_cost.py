@@ -21,12 +21,10 @@ from torch.utils.data import DataLoader
 
 import more_hf
 from more_hf.classification.heads import evaluating
-from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
 from more_hf.data import CLASSIFIERS, load_classifier
 from more_hf_bench.classes.data import load_kd_data
-from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import hardware, peak_memory, processes
+from more_hf_bench.script import argument_parser, write_table
 from more_hf_bench.splits import ImageSet
 
 
@@ -49,15 +47,11 @@ The erasure and a bare forward pass over the same images take turns batch by bat
 {repeats} repeats of each turn counts. `overhead` in percent of the forward pass; `overhead_each` is that \
 of every repeat as a whole. `peak_extra_mib` is the growth of the process's peak memory during an erasure \
 over that during a pass, after a first erasure, `statistics_mib` what the prototypes, counts and second \
-moment hold, 8 (dk + k + d²) bytes. On {hardware}. Written by `erase_cost.py`.
-
-"""
+moment hold, 8 (dk + k + d²) bytes. On {hardware}. Written by `erase_cost.py`."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--classifiers", nargs="+", choices=CLASSIFIERS, default=FASHION, metavar="NAME")
     parser.add_argument("--limit", type=int, default=60_000, help="training images at most")
     parser.add_argument("--repeats", type=int, default=3)
@@ -66,11 +60,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(name, args) for name in args.classifiers]
-    write_rows(args.output / "erase_cost.csv", rows)
     note = NOTE.format(repeats=args.repeats, hardware=rows[0]["hardware"])
-    table = markdown_table(rows, COLUMNS)
-    write_text(args.output / "erase_cost.md", f"{note}{table}\n")
-    print(table)
+    write_table(args.output / "erase_cost", rows, COLUMNS, above=note)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:

@@ -11,7 +11,6 @@ views' covariance, with the prototypes' own, is the Σ of the covariance solver.
 on views of other pictures, `HELD_OUT`.
 """
 
-import argparse
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -23,10 +22,8 @@ from torch import Tensor, nn
 
 import more_hf
 from more_hf.classification.features import features_of
-from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
-from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import hardware, peak_memory, processes
+from more_hf_bench.script import argument_parser, write_table
 
 
 HERE = Path(__file__).parent
@@ -73,15 +70,11 @@ estimate, percent of features drawn around the remaining prototypes. `agreement`
 `views`, which the original gives to a remaining class, that are given to the same one afterwards; \
 `agreement_top5`: in which that class is among the first five. `still_recognised`: percent of the \
 `views_forgotten`, which the original gives to a forgotten class, that are still given to it. Written by \
-`imagenet.py`.
-
-"""
+`imagenet.py`."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--views", type=int, default=100, help="of each picture")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of forgotten classes")
     parser.add_argument("--output", type=Path, default=HERE)
@@ -97,13 +90,8 @@ def main() -> None:
         for solver in ("pinv", "covariance"):
             rows.append(measure(model, prototypes, held_out, order[:count], solver))
             print(rows[-1], flush=True)
-    write_rows(args.output / "imagenet.csv", rows)
-    note = NOTE.format(
-        seen=args.views * len(SEEN),
-        held_out=len(held_out),
-        hardware=rows[0]["hardware"],
-    )
-    write_text(args.output / "imagenet.md", f"{note}{markdown_table(rows, COLUMNS)}\n")
+    facts = {"seen": args.views * len(SEEN), "held_out": len(held_out), "hardware": rows[0]["hardware"]}
+    write_table(args.output / "imagenet", rows, COLUMNS, above=NOTE.format(**facts))
 
 
 def load_model() -> nn.Module:

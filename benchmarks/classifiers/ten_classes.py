@@ -9,7 +9,6 @@ backbone. `reloaded` is what `save_pretrained` wrote, loaded by plain `from_pret
 router.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from more_hf.data import CLASSIFIERS, load_classifier
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.training import accuracy
 from more_hf_bench.columns import write_rows
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -71,9 +71,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--classifiers", nargs="+", choices=CLASSIFIERS, default=FASHION, metavar="NAME")
     parser.add_argument("--forget", nargs="+", metavar="CLASS", help="all classes by default")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of targets")

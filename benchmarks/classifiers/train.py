@@ -24,6 +24,7 @@ from more_hf_bench.classes.models import MODELS, build_classifier, load_pretrain
 from more_hf_bench.classes.training import Recipe, accuracy, predict, train_classifier
 from more_hf_bench.columns import read_cells, write_rows
 from more_hf_bench.machine import hardware, processes
+from more_hf_bench.script import argument_parser
 from more_hf_bench.splits import ImageSet, KDData
 
 
@@ -44,9 +45,7 @@ README_COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="a name of load_kd_data, or a folder of images")
     parser.add_argument("--data", type=Path, help="where the data lie, if not in their usual place")
     weights = parser.add_mutually_exclusive_group(required=True)

@@ -3,11 +3,12 @@
 python curves.py logs/*.csv
 """
 
-import argparse
 import csv
 from pathlib import Path
 
 import matplotlib
+
+from more_hf_bench.script import argument_parser
 
 
 matplotlib.use("Agg")
@@ -33,9 +34,7 @@ def draw(log: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("logs", type=Path, nargs="+", help="log.csv files")
     for log in parser.parse_args().logs:
         print(draw(log))

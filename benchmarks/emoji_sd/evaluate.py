@@ -9,7 +9,6 @@ description stands for the name, apart for those that training saw and those tha
 values of --steps or --guidance are compared on --limit pairs in settings.csv, and nothing else is written.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -34,6 +33,7 @@ from more_hf.data import FOLDER, load_lpips
 from more_hf_bench.bootstrap import draw_means, interval
 from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import weights_sha256
+from more_hf_bench.script import argument_parser
 
 
 PROMPT = "a {thing} in the style of {artist}"
@@ -262,9 +262,7 @@ def compare_settings(pipe, data, judges, pairs, args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of the StableDiffusionPipeline")
     parser.add_argument("--output", type=Path, required=True)

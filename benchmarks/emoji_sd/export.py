@@ -5,7 +5,6 @@
 The folder opens in plain diffusers: StableDiffusionPipeline.from_pretrained("emoji_sd").
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +18,8 @@ from diffusers import (
 )
 from train_denoiser import NOISE, build_unet
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from more_hf_bench.script import argument_parser
 
 
 def load_ema(denoiser: Path, text_width: int) -> UNet2DConditionModel:
@@ -58,9 +59,7 @@ def build_pipeline(vae: Path, text: Path, denoiser: Path) -> StableDiffusionPipe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--denoiser", type=Path, required=True)

@@ -9,7 +9,6 @@ its stages, and has the penalty that suits it best. Of the images besides the tw
 used, so the numbers are below those of the packaged judges.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from train_judges import MIN_ARTISTS, THING_FOLDS, describe, held_out, percent
 
-from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
 from more_hf.data import load_lpips
 from more_hf.tuning.judge import pooled_features
-from more_hf_bench.columns import write_rows
+from more_hf_bench.script import argument_parser, write_table
 
 
 HERE = Path(__file__).parent
@@ -54,9 +51,7 @@ def pooled_stages(model: nn.Module, images: Tensor, batch_size: int = 64) -> Ten
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="what data.py wrote")
     data = load_dataset(parser.parse_args().data)
 
@@ -85,11 +80,8 @@ def main() -> None:
                 tried.append({"penalty": penalty, "real": percent(real), "through the VAE": percent(vae)})
             best = max(tried, key=lambda line: line["real"] + line["through the VAE"])
             lines.append({"network": network, "judge of": kind, **best})
-    write_rows(HERE / "judge_networks.csv", lines)
-    table = markdown_table(lines)
     facts = f"Percent of {int(chosen.sum())} images held out; {len(rows)} images in all."
-    write_text(HERE / "judge_networks.md", f"{table}\n\n{facts}\n")
-    print(table)
+    write_table(HERE / "judge_networks", lines, below=facts)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ learn a style from, apart from the things that it is to be put on. Run it again 
 DENOISER/unet, the latents' scale in DENOISER/latents.json.
 """
 
-import argparse
 import copy
 import json
 import random
@@ -22,6 +21,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from train_text import encode
 from training import Trainer, add_arguments, batch_indices, compiled, generator
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from more_hf_bench.script import argument_parser
 
 
 NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -63,9 +64,7 @@ def stratified_timesteps(count: int, draw: torch.Generator) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add_arguments(parser, steps=8000, batch_size=64, learning_rate=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained AutoencoderKL")
     parser.add_argument("--text", type=Path, required=True, help="folder that train_text.py wrote")

@@ -12,7 +12,6 @@ lost a point on real images. No generated picture is used. Exact least squares, 
 core.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from more_hf.data import load_emoji_sd, load_lpips
 from more_hf.tuning.judge import pooled_features
 from more_hf_bench.artists.judges import JUDGES_FILE
+from more_hf_bench.script import argument_parser
 
 
 THING_FOLDS = 4
@@ -126,9 +126,7 @@ def percent(right: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with data.py's images.npz and meta.json"
     )

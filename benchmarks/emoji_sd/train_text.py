@@ -9,7 +9,6 @@ tokens, the end token and the padding. The classifiers are thrown away. TEXT/tok
 are what counts.
 """
 
-import argparse
 import copy
 import json
 import random
@@ -20,6 +19,8 @@ from dataset import THING_ONLY, Caption, EmojiData, draw_caption, load_dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from training import Trainer, add_arguments, generator
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from more_hf_bench.script import argument_parser
 
 
 MAX_TOKENS = 40
@@ -128,9 +129,7 @@ def sample_captions(data: EmojiData, names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add_arguments(parser, steps=500, batch_size=128, learning_rate=1e-3)
     parser.add_argument(
         "--vocab_size", type=int, default=3000, help="of the merges and letters, before byte completion"

@@ -13,7 +13,6 @@ learned by heart, and the chosen ones are those that must be sharp. Run it again
 VAE/vae.
 """
 
-import argparse
 import copy
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch.nn.functional import interpolate
 from training import Trainer, add_arguments, batch_indices, compiled, generator
 
 from more_hf.data import load_lpips
+from more_hf_bench.script import argument_parser
 
 
 def build_vae(smoke: bool) -> AutoencoderKL:
@@ -70,9 +70,7 @@ def perceptual_losses(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add_arguments(parser, steps=3000, batch_size=16, learning_rate=2e-3)
     parser.add_argument("--lpips_weight", type=float, default=0.5, help="of LPIPS; L1 has weight 1")
     parser.add_argument("--moments_weight", type=float, default=0.0)

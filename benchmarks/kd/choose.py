@@ -9,7 +9,6 @@ images, for one class.
 benchmark does not report.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.metrics import harmonic_mean
 from more_hf_bench.classes.training import Recipe, Trainer, accuracy, predict
 from more_hf_bench.methods.registry import CLASSIFICATION
+from more_hf_bench.script import argument_parser
 from more_hf_bench.search import best_settings, grid, points_of, search
 from more_hf_bench.splits import Splits, split_by_class
 
@@ -48,9 +48,7 @@ GRIDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--model", required=True, help="a name of more_hf_bench.classes.models.MODELS")
     parser.add_argument("--forget", required=True, help="the class to choose on")

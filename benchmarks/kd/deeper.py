@@ -15,7 +15,6 @@ to `deeper.md`:
 - `idi`: the information difference index over all blocks, 1 for Original and 0 for Retrain.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +43,7 @@ from more_hf_bench.classes.probes import converged_probe
 from more_hf_bench.classes.training import Recipe, accuracy, train_classifier, without
 from more_hf_bench.columns import read_cells, write_rows
 from more_hf_bench.methods.classification.layers import projected
+from more_hf_bench.script import argument_parser
 from more_hf_bench.splits import ImageSet, KDData, some_of_each, split_by_class
 
 
@@ -195,9 +195,7 @@ FOLDED = {"folded": 1, "folded, six rounds": 6}  # into the residual stream, a V
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--dataset", default="fashion-mnist", help="a name of load_kd_data (fashion-mnist)")
     parser.add_argument("--model", required=True, help="a packaged classifier")
     parser.add_argument("--forget", nargs="+", required=True, help="classes, forgotten in turn")

@@ -10,7 +10,6 @@ features first, which is part of its time. With `--one_by_one N` only the first 
 one, and the others are taken to need as long each. A row per run goes to `probes.csv`.
 """
 
-import argparse
 import itertools
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from more_hf_bench.classes.models import build_classifier
 from more_hf_bench.classes.probes import LEARNING_RATES, new_heads, sgd_probes
 from more_hf_bench.columns import read_cells, write_rows
 from more_hf_bench.machine import hardware
+from more_hf_bench.script import argument_parser
 from more_hf_bench.splits import ImageSet
 
 
@@ -60,9 +60,7 @@ def through_the_loader(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--model", default="allcnn-narrow")
     parser.add_argument("--one_by_one", type=int, default=len(LEARNING_RATES) * len(SEEDS), metavar="N")

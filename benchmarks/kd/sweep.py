@@ -14,7 +14,6 @@ resumes as that does. `SWEEP/sweep.csv` has the lines of all summaries, `SWEEP/s
 `SWEEP/sweep.png` the harmonic means with their intervals.
 """
 
-import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from more_hf_bench.cli.rehearse import OF_CLASSES, check_filled, rehearse_classe
 from more_hf_bench.columns import read_rows, write_rows
 from more_hf_bench.figures import write_figure
 from more_hf_bench.methods.classification.router_training import COMBINATIONS
+from more_hf_bench.script import argument_parser
 from more_hf_bench.splits import KDData, split_by_class
 
 
@@ -107,9 +107,7 @@ FACTORS = {function.__name__: function for function in (experts, target, project
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("factor", choices=FACTORS)
     parser.add_argument("--preset", help="data, classifier and classes of a preset of `bench kd`")
     parser.add_argument("--rehearse", action="store_true", help="run on small stand-ins")

@@ -11,12 +11,13 @@ refused. `largest_error` is the largest error of a correct layer and `smallest_o
 with its old weight, in roundings of one layer; the limit is 4.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import pandas
 import torch
+
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -65,9 +66,7 @@ def measure(family: str, precision: str, seeds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=50, help="correct edits per family and precision (50)")
     parser.add_argument("--families", nargs="+", default=sorted(TINY), help="(all)")
     parser.add_argument("--name", default="controls", help="of the files that are written (controls)")

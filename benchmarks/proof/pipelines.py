@@ -9,7 +9,6 @@ by ones of the same classes made here. Each accepted edit is restored and compar
 bit. Ends with status 1 if anything but a refusal was raised.
 """
 
-import argparse
 import importlib
 import sys
 import traceback
@@ -31,6 +30,8 @@ from transformers import (
     ProcessorMixin,
     T5Config,
 )
+
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -184,9 +185,7 @@ def line_of(file: str, cls: type) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkout of diffusers")
     parser.add_argument("--only", default="", help="test classes whose name has this text (all)")
     parser.add_argument("--name", default="pipelines", help="of the file that is written (pipelines)")

@@ -7,7 +7,6 @@ they cost grows with their pixels and steps, so it stands apart from what does n
 processor. Memory is how far the process's peak has risen since the pipeline was there.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import speed
 from more_hf.core.request import ConceptRequest
 from more_hf.diffusion import erase
 from more_hf.diffusion.plan import Solution
+from more_hf_bench.script import argument_parser, write_table
 
 
 LATENTS, STEPS, PICTURES = 8, 2, 4
@@ -79,10 +79,8 @@ def measure(unet: dict = speed.SD14, text: dict = speed.CLIP_L, pictures: int = 
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    speed.write_table("inside", measure())
+    argument_parser(__doc__).parse_args()
+    write_table(speed.HERE / "inside", measure(), below=speed.machine())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ layer that reads text. The text encoder is tiny, so that what the edit itself ne
 a process of its own: the most memory that it had, and its CPU seconds.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -27,10 +26,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
 from more_hf.diffusion.prompts import packaged_prompts
-from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import hardware, versions
+from more_hf_bench.script import argument_parser, write_table
 
 
 HERE = Path(__file__).parent
@@ -167,17 +165,12 @@ def measure(scratch: Path, **size: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--scratch", type=Path, help="where 20 GB are free (the temporary folder)")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().scratch) as scratch:
         lines = measure(Path(scratch))
-    write_rows(HERE / "layers_only.csv", lines)
     facts = f"{hardware(torch.device('cpu'))}; torch {versions()['torch']}"
-    table = markdown_table(lines)
-    write_text(HERE / "layers_only.md", f"{table}\n\n{facts}\n")
-    print(table)
+    write_table(HERE / "layers_only", lines, below=facts)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the same for every pair: it is timed for `PAIRS` of them and multiplied. Seconds
 what else a machine does is not in them.
 """
 
-import argparse
 import tempfile
 import time
 import unittest.mock
@@ -30,6 +29,7 @@ from more_hf_bench.classes.probes import converged_probe
 from more_hf_bench.columns import write_rows
 from more_hf_bench.figures import write_figure
 from more_hf_bench.machine import hardware, peak_memory, processes
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -134,9 +134,7 @@ def draw(lines: list[dict]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
     parser.add_argument("--output", type=Path, default=HERE)

@@ -11,7 +11,6 @@ per name; its paper-era script, which RECE builds on, takes every position of ev
 features are random.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +24,13 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import more_hf
-from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
 from more_hf.diffusion import ordinary
 from more_hf.diffusion.encoder import Encoder, fit_prototypes
 from more_hf.diffusion.proof import prover
 from more_hf.diffusion.sites import find_denoiser
-from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import hardware, versions
 from more_hf_bench.methods.diffusion.closed_form import uce
+from more_hf_bench.script import argument_parser, write_table
 
 
 HERE = Path(__file__).parent
@@ -260,22 +257,15 @@ def _measure(unet: dict, text: dict, latent: int, names: tuple, prompts: tuple) 
     return lines
 
 
-def write_table(name: str, lines: list[dict]) -> None:
-    """Write NAME.csv, and NAME.md with the machine below the table; print the table."""
-    write_rows(HERE / f"{name}.csv", lines)
-    facts = f"{hardware(torch.device('cpu'))}; " + ", ".join(
-        f"{package} {version}" for package, version in versions().items()
-    )
-    table = markdown_table(lines)
-    write_text(HERE / f"{name}.md", f"{table}\n\n{facts}\n")
-    print(table)
+def machine() -> str:
+    """The processor and the versions of what ran on it."""
+    packages = ", ".join(f"{package} {version}" for package, version in versions().items())
+    return f"{hardware(torch.device('cpu'))}; {packages}"
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    write_table("speed", measure())
+    argument_parser(__doc__).parse_args()
+    write_table(HERE / "speed", measure(), below=machine())
 
 
 if __name__ == "__main__":

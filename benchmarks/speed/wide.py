@@ -8,7 +8,6 @@ reads 15,360 numbers at a position, and everyday prompts have about 4,200 positi
 was not solved.
 """
 
-import argparse
 import multiprocessing
 import resource
 import time
@@ -16,13 +15,11 @@ from pathlib import Path
 
 import torch
 
-from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
 from more_hf.core.moment import Moment
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
-from more_hf_bench.columns import write_rows
 from more_hf_bench.machine import hardware, versions
+from more_hf_bench.script import argument_parser, write_table
 
 
 HERE = Path(__file__).parent
@@ -87,15 +84,9 @@ def line(width: int, features: int, form: str, found: tuple, time="", memory="",
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    lines = measure()
-    write_rows(HERE / "wide.csv", lines)
+    argument_parser(__doc__).parse_args()
     facts = f"{hardware(torch.device('cpu'))}; torch {versions()['torch']}"
-    table = markdown_table(lines)
-    write_text(HERE / "wide.md", f"{table}\n\n{facts}\n")
-    print(table)
+    write_table(HERE / "wide", measure(), below=facts)
 
 
 if __name__ == "__main__":

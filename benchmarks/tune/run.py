@@ -12,7 +12,6 @@ artists are measured on the prompts of benchmarks/artists/fresh, whose committed
 targets'; `tune` sees neither these prompts nor the shipped judges.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -48,6 +47,7 @@ from more_hf_bench.bootstrap import ClusterBootstrap
 from more_hf_bench.columns import append_row, read_cells, read_rows, write_rows
 from more_hf_bench.figures import panels, write_figure
 from more_hf_bench.methods.registry import DIFFUSION
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -313,9 +313,7 @@ def draw_agreement(judged: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     stages = {"tune": tune, "measure": measure, "agreement": agreement, "collect": collect}
     stages["rivals"] = partial(measure, rivals=RIVALS)
     parser.add_argument("stage", choices=[*stages, "tables"])

@@ -6,20 +6,17 @@ Ten things from the end of the order, each erased alone with the table's target 
 all. Writes one.csv and one.md: `more` by its token positions, and the first method of the table.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
 import tune
 
 import more_hf
-from more_hf.core.files import write_text
-from more_hf.core.markdown import markdown_table
 from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.kinds import THINGS
 from more_hf_bench.artists.run import EMOJI, run_artists
-from more_hf_bench.columns import write_rows
 from more_hf_bench.methods.registry import DIFFUSION
+from more_hf_bench.script import argument_parser, write_table
 
 
 HERE = Path(__file__).parent
@@ -30,9 +27,7 @@ COLUMNS = ("content_f", "content_r", "style_f", "lpips_f", "lpips_r", "lpips_d")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for pictures")
     args = parser.parse_args()
     prompts = tune.validation(THINGS)
@@ -57,8 +52,7 @@ def main() -> None:
         for line in summary
         if line["forget"] == "all"
     ]
-    write_rows(HERE / "one.csv", lines)
-    write_text(HERE / "one.md", markdown_table(lines) + "\n")
+    write_table(HERE / "one", lines)
 
 
 if __name__ == "__main__":

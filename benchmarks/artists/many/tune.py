@@ -10,7 +10,6 @@ Writes tuning.csv, and the best cell of each method and size into settings-thing
 artists.json, for `tuned` in a file of `--config`.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from more_hf_bench.artists.prompts import Prompts, read_prompts
 from more_hf_bench.artists.run import EMOJI, run_artists
 from more_hf_bench.columns import write_rows
 from more_hf_bench.methods.registry import DIFFUSION
+from more_hf_bench.script import argument_parser
 from more_hf_bench.search import grid, points_of
 
 
@@ -105,9 +105,7 @@ def tune(kind: Kind, output: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for pictures")
     args = parser.parse_args()
     lines = []

@@ -7,7 +7,6 @@ Reads what two benchmarks measured: the pictures of the others in `benchmarks/ar
 method and one style or thing, the mean over runs of the attack.
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf_bench.columns import read_cells, write_rows
 from more_hf_bench.figures import panels, write_figure
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -79,9 +79,7 @@ def price_figure(lines: list[dict[str, str | float]]):
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    argument_parser(__doc__).parse_args()
     lines = []
     for cost, attacks in MEASURED.items():
         lines += prices(read_cells(cost / "summary.csv"), read_cells(attacks / "rows.csv"))

@@ -9,7 +9,6 @@ a picture; `forgotten` says whether the forgotten name is recognized in it, `tar
 was sent to is, and `kept` whether everything else that the prompt asks for is.
 """
 
-import argparse
 import itertools
 import random
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.kinds import ARTISTS, THINGS
 from more_hf_bench.artists.prompts import PromptRow, read_prompts, spread
 from more_hf_bench.artists.run import EMOJI
+from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
@@ -212,9 +212,7 @@ def paired(rows: pd.DataFrame) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--tables", action="store_true", help="write the tables again, and draw nothing")
     path = HERE / "rows.csv"
     if not parser.parse_args().tables:
