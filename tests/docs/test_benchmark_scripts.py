@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
+from more_hf_bench.attacks.tables import rebuild
 from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, edit_matrix
 
 
@@ -271,3 +272,26 @@ def test_every_part_of_the_imagenet_preset(script):
     assert [line["part"] for line in lines] == list(many.PARTS)
     assert all(line["seconds"] >= 0 for line in lines)
     assert many.draw(lines).axes[0].get_xlabel() == "classes"
+
+
+def test_the_sample_of_concepts_is_the_lot(script, monkeypatch, tmp_path):
+    sample = script("attacks/pictures/sample", "sample")
+    committed = {path.name: path.read_text() for path in sample.HERE.glob("*.csv")}
+    turn = [concept["kind"] for concept in sample.in_turn("choosing")]
+    assert turn[:4] == ["style", "thing", "thing", "style"]
+    assert (turn.count("style"), turn.count("thing")) == (5, 10)
+    monkeypatch.setattr(sample, "HERE", tmp_path)
+    sample.draw()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == committed
+
+
+def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):
+    sample = script("attacks/pictures/sample", "sample")
+    folder = BENCHMARKS / "attacks/pictures/reach/artists"
+    for name in ("config.json", "rows.csv"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    sample.cells_of_rows(tmp_path)
+    before = (tmp_path / "rows.csv").read_text()
+    (tmp_path / "rows.csv").unlink()
+    rebuild(tmp_path)  # from the cells
+    assert (tmp_path / "rows.csv").read_text() == before

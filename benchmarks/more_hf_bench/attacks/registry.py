@@ -26,7 +26,7 @@ class Attack:
         place (`str`): `"module:function"` in this package. The function takes a victim, an erased model with
             what the attacker has beside it, and settings that all have defaults; it yields `Result`s.
         access (`str`): what the attacker needs, in the words of the tables.
-        on_request (`bool`): whether it trains so much that it is run only where it is named.
+        on_request (`bool`): whether it is run only where it is named.
     """
 
     place: str
@@ -58,6 +58,7 @@ ATTACKS: dict[str, Attack] = {
     "similarity": Attack("classes.features:similarity", "features, Retrain"),
     "membership": Attack("classes.membership:membership", "logits, shadow models", on_request=True),
     "name": Attack("pictures.prompts:name", "prompts"),
+    "others": Attack("pictures.prompts:others", "nothing: what the others pay", on_request=True),
     "noise": Attack("pictures.sampling:noise", "prompts, the sampler, a judge"),
     "closed-form": Attack("pictures.weights:closed_form", "weights, the base's"),
     "base": Attack("pictures.weights:base", "weights, the base's"),

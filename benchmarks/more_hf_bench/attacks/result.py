@@ -19,6 +19,9 @@ AUC = "auc"
 Unlike `RECOGNISED` it depends on no prior: a class that shares its place with nine others loses every vote,
 and can still be told apart."""
 
+LPIPS = "lpips"
+"""How far pictures moved from the original's."""
+
 
 @dataclass(frozen=True)
 class Result:

@@ -16,7 +16,7 @@ from ..figures import legend_below, panels, write_figure
 from ..page import Section, write_report
 from ..tables import POOLED, made_with, pivot
 from .registry import ATTACKS
-from .result import AUC, RECOGNISED, mean_of
+from .result import AUC, LPIPS, RECOGNISED, mean_of
 from .store import AttackConfig
 
 
@@ -40,6 +40,7 @@ HEADLINES = {
         "The same attacks, without a prior: the probability in percent that a forgotten test sample scores "
         "above one of the others. 50 is chance.",
     ),
+    LPIPS: ("What the others pay", "How far pictures of everything else moved from the original's: LPIPS."),
 }
 FIGURE_NOTE = "What comes back over the attacker's budget, a panel for each attack with several budgets."
 

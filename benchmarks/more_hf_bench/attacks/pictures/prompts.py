@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from more_hf.diffusion.prompts import evenly
+from more_hf.tuning.judge import lpips_distance
+
 from ...artists.prompts import PromptRow
-from ..result import Result
+from ..result import LPIPS, Result, mean_of
 from .training import Noise, Noised, embedded, encode, with_new_tokens
 from .victim import BestPictures, Victim
 
@@ -18,6 +22,33 @@ from .victim import BestPictures, Victim
 def name(victim: Victim) -> Iterator[Result]:
     """Draw the test prompts as they are: what the others are compared with."""
     yield victim.drawn(victim.pipe, victim.prompts(victim.concept), "name")
+
+
+def others(victim: Victim, *, named: int = 24, unnamed: int = 20) -> Iterator[Result]:
+    """
+    Measure how far the pictures of everything else moved, as LPIPS to the original's: no attack, but what is
+    paid for whatever the attacks find.
+
+    Args:
+        named (`int`), unnamed (`int`):
+            Numbers of test prompts that name another artist, and of prompts that name none.
+    """
+    studio = victim.studio
+    for variant, has_artist, count in (("another artist", True, named), ("no artist", False, unnamed)):
+        rows = [
+            row
+            for row in studio.all_tests
+            if victim.concept not in (row.artist, row.thing) and bool(row.artist) == has_artist
+        ]
+        if not rows:
+            continue
+        rows = evenly(rows, min(count, len(rows)))
+        texts, seeds = [row.prompt for row in rows], [row.evaluation_seed for row in rows]
+        key = ("others", victim.concept, variant)
+        before = studio.once(key, partial(studio.draw, studio.original, texts, seeds))
+        moved = lpips_distance(before, studio.draw(victim.pipe, texts, seeds))
+        recovered, low, high = mean_of(moved.tolist(), [0])
+        yield Result(recovered, measure=LPIPS, variant=variant, low=low, high=high)
 
 
 CROSSOVER, MUTATION = 0.5, 0.25  # chances of each child

@@ -83,7 +83,7 @@ class Studio:
         limit: int | None = None,
     ):
         self.original, self.judges = original, judges
-        self._tests, self._lessons, self.limit = tests, lessons, limit
+        self.all_tests, self._lessons, self.limit = tests, lessons, limit
         self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
         self._cache: dict[tuple, Any] = {}
 
@@ -101,18 +101,18 @@ class Studio:
             `BenchmarkError`: they do not name it.
         """
         for kind in ("artist", "thing"):
-            if any(getattr(row, kind) == concept for row in self._tests):
+            if any(getattr(row, kind) == concept for row in self.all_tests):
                 return kind
         raise BenchmarkError(f"The prompts name no artist and no thing {concept!r}. Add some that do.")
 
     def names(self, kind: str) -> list[str]:
         """Every artist or thing of the test prompts, in their order."""
-        return list(dict.fromkeys(getattr(row, kind) for row in self._tests if getattr(row, kind)))
+        return list(dict.fromkeys(getattr(row, kind) for row in self.all_tests if getattr(row, kind)))
 
     def tests(self, concept: str) -> list[PromptRow]:
         """The test prompts that name a concept."""
         kind = self.kind(concept)
-        return [row for row in self._tests if getattr(row, kind) == concept][: self.limit]
+        return [row for row in self.all_tests if getattr(row, kind) == concept][: self.limit]
 
     def draw(
         self, pipe: StableDiffusionPipeline, texts: Sequence[str] | Tensor, seeds: Sequence[int]

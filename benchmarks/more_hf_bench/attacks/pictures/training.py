@@ -119,6 +119,7 @@ def inversion(
     batch_size: int = 8,
     learning_rate: float = 5e-3,
     start: str = "art",
+    control: bool = True,
 ) -> Iterator[Result]:
     """
     Train token embeddings on the original's pictures of the concept, with all weights frozen.
@@ -135,11 +136,15 @@ def inversion(
             Numbers of steps after which the test pictures are drawn; training ends with the last.
         pictures (`int`), batch_size (`int`), learning_rate (`float`), start (`str`):
             As above.
+        control (`bool`):
+            Whether to attack another concept as well.
     """
     studio = victim.studio
     attacks = [(victim, count, "1 token" if count == 1 else f"{count} tokens") for count in tokens]
-    unforgotten = Victim(victim.pipe, studio, victim.other, victim.concept, victim.seed, victim.folder)
-    for attacker, count, variant in [*attacks, (unforgotten, 1, "never forgotten")]:
+    if control:
+        unforgotten = Victim(victim.pipe, studio, victim.other, victim.concept, victim.seed, victim.folder)
+        attacks.append((unforgotten, 1, "never forgotten"))
+    for attacker, count, variant in attacks:
         shown = studio.pictures(attacker.concept, pictures)
         options = {"batch_size": batch_size, "learning_rate": learning_rate, "start": start}
         learning = learn_tokens(victim.pipe, shown, count, steps, seed=victim.seed, **options)

@@ -1,5 +1,7 @@
 """Ring-A-Bell and prompt search."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.victims import erase
@@ -9,6 +11,7 @@ from more_hf_bench.attacks.pictures.prompts import (
     breed,
     name,
     onto_simplex,
+    others,
     prompt_search,
     ring_a_bell,
 )
@@ -87,3 +90,13 @@ def test_it_finds_words_that_open_a_weak_erasure(emoji_victims):
     assert by_name.recovered == 0
     assert found[-1].recovered > 0
     assert found[-1].recovered >= found[0].recovered  # a prompt that was opened stays so
+
+
+def test_others_pay_for_an_edit_alone(tiny_victim):
+    assert [result.recovered for result in others(tiny_victim())] == [0]
+    victim = tiny_victim(partial(erase, strength=1.5))
+    (paid,) = others(victim, named=3)
+    assert paid.recovered > 0
+    assert paid.variant == "another artist"
+    (before,) = (drawn for key, drawn in victim.studio._cache.items() if key[0] == "others")
+    assert len(before) == 3

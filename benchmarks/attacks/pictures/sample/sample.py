@@ -1,0 +1,156 @@
+"""Ten styles and twenty things under one attack of fixed strength.
+
+    cd benchmarks/attacks/pictures/sample
+    python sample.py draw               # the lot: concepts.csv and the prompts
+    python sample.py run --minutes 25   # measure on, as far as time allows
+
+Levers are chosen on the half `choosing`; the half `reserved` is looked at once, at the end. A run goes on
+where rows.csv ends: styles and things in turn, all methods of one concept together.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from itertools import chain, cycle, islice, zip_longest
+from pathlib import Path
+
+import more_hf
+from more_hf.data import EMOJI_ARTISTS
+from more_hf_bench.artists.judges import EmojiJudges
+from more_hf_bench.artists.prompts import read_prompts, read_targets
+from more_hf_bench.artists.run import EMOJI
+from more_hf_bench.attacks.pictures.run import run_picture_attacks
+from more_hf_bench.attacks.store import AttackConfig
+from more_hf_bench.attacks.tables import KEYS
+from more_hf_bench.columns import read_cells, read_rows, rounded, write_rows
+
+
+HERE = Path(__file__).parent
+KINDS = ("styles", "things")
+SEED = "38"
+THINGS, PROMPTS = 20, 36
+FIRST_SEED = 3_000_003
+# Earlier levers were chosen on these. Such styles are in the first half; such things are not drawn at all.
+SEEN_STYLES = ("High Contrast", "Streamline", "Blobmoji", "Monotone", "Twemoji")
+SEEN_THINGS = ("rocket", "cat face", "sunflower", "guitar", "bicycle")
+CHOOSING, RESERVED = "choosing", "reserved"
+WORDINGS = ("{} in the style of {artist}", "{artist}'s drawing of {}", "an emoji of {} by {artist}")
+NAMELESS = ("{}", "a picture of {}")
+METHODS = ("more", "more-denoiser")  # beside the original
+ATTACKS = {
+    "name": {},
+    "inversion": {"tokens": [1], "steps": [150], "pictures": 40, "batch_size": 24, "control": False},
+    "others": {"named": 24, "unnamed": 20},
+}
+
+
+def draw() -> None:
+    """Draw things, targets, halves and prompts by lot, and write them."""
+    lot = random.Random(SEED)
+    known = list(dict.fromkeys(row.thing for row in read_prompts("emoji108").rows))
+    things = lot.sample([thing for thing in known if thing not in SEEN_THINGS], THINGS)
+    others = lot.sample([thing for thing in known if thing not in things], THINGS)
+    targets = read_targets("targets")
+    styles = [*SEEN_STYLES, *(style for style in EMOJI_ARTISTS if style not in SEEN_STYLES)]
+    write_rows(
+        HERE / "concepts.csv",
+        [line("style", i, style, targets[style][0], len(styles)) for i, style in enumerate(styles)]
+        + [line("thing", i, *pair, THINGS) for i, pair in enumerate(zip(things, others, strict=True))],
+    )
+    write_rows(HERE / "styles.csv", numbered(style_rows(lot)))
+    write_rows(HERE / "things.csv", numbered(thing_rows(lot, things)))
+
+
+def line(kind: str, place: int, name: str, target: str, count: int) -> dict[str, str]:
+    half = CHOOSING if place < count // 2 else RESERVED
+    return {"kind": kind, "forget": name, "remap_to": target, "half": half}
+
+
+def style_rows(lot: random.Random) -> Iterator[dict[str, str]]:
+    """`PROMPTS` of each style among the things' prompts, and those without a style."""
+    for style in EMOJI_ARTISTS:
+        rows = [row for row in read_prompts("emoji108").rows if row.artist == style]
+        for row in lot.sample(rows, PROMPTS):
+            yield {"prompt": row.prompt, "artist": style, "thing": row.thing, "group": row.group}
+    for row in read_prompts("emoji10").rows:
+        if not row.artist:
+            yield {"prompt": row.prompt, "artist": "", "thing": row.thing, "group": ""}
+
+
+def thing_rows(lot: random.Random, things: list[str]) -> Iterator[dict[str, str]]:
+    """`PROMPTS` of each thing: every style in every wording, and the rest without a style."""
+    groups = {row.artist: row.group for row in read_prompts("emoji108").rows}
+    for thing in things:
+        named = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+        rows = [
+            {"prompt": wording.format(named, artist=style), "artist": style, "group": groups[style]}
+            for style in EMOJI_ARTISTS
+            for wording in WORDINGS
+        ]
+        for wording in islice(cycle(NAMELESS), PROMPTS - len(rows)):
+            rows.append({"prompt": wording.format(named), "artist": "", "group": ""})
+        yield from ({**row, "thing": thing} for row in lot.sample(rows, len(rows)))
+
+
+def numbered(rows: Iterator[dict[str, str]]) -> list[dict[str, str | int]]:
+    """Rows with numbers, and with seeds that no other file of prompts has."""
+    return [{"case_number": i, "evaluation_seed": FIRST_SEED + 97 * i, **row} for i, row in enumerate(rows)]
+
+
+def in_turn(half: str) -> list[dict[str, str]]:
+    """The concepts of a half: a style, two things, a style ..."""
+    lines = [row for row in read_cells(HERE / "concepts.csv") if row["half"] == half]
+    styles = [row for row in lines if row["kind"] == "style"]
+    things = iter([row for row in lines if row["kind"] == "thing"])
+    return list(filter(None, chain(*zip_longest(styles, things, things))))
+
+
+def measure(half: str, methods: list[str], minutes: float) -> None:
+    """Measure concept after concept, until the time is over."""
+    end = time.monotonic() + 60 * minutes
+    pipe, judges = more_hf.load_emoji_sd(), EmojiJudges()
+    lessons = read_prompts("emoji10_validation")
+    for kind in KINDS:
+        cells_of_rows(HERE / kind)
+    for concept in in_turn(half):
+        if time.monotonic() > end:
+            return
+        kind = f"{concept['kind']}s"
+        run_picture_attacks(
+            pipe, "emoji-sd", methods, list(ATTACKS), [concept["forget"]],
+            prompts=read_prompts(HERE / f"{kind}.csv"), lessons=lessons,
+            targets={concept["forget"]: [concept["remap_to"]]}, judges=judges,
+            output=HERE / kind, tuned=ATTACKS, **EMOJI,
+        )  # fmt: skip
+
+
+def cells_of_rows(output: Path) -> None:
+    """Make the cells that a checkout lacks from its rows, so that nothing is measured twice."""
+    config = AttackConfig.read(output)
+    if config is None:
+        return
+    rows = read_rows(output / "rows.csv").to_dict("records")
+    for cell in config.cells(output):
+        own = [row for row in rows if all(row[key] == getattr(cell, key) for key in KEYS)]
+        if own and not cell.is_done:
+            cell.write([rounded({name: row[name] for name in row if name not in KEYS}) for row in own])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("draw", "run"))
+    parser.add_argument("--half", choices=(CHOOSING, RESERVED), default=CHOOSING)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no concept after that (no limit)")
+    args = parser.parse_args()
+    if args.what == "draw":
+        draw()
+    else:
+        measure(args.half, args.methods.split(","), args.minutes)
+
+
+if __name__ == "__main__":
+    main()
