@@ -30,6 +30,7 @@ _EXPORTS = {
     "get_erasure": "api",
     "load": "saving.folder",
     "load_emoji_sd": "data",
+    "load_file": "saving.one_file",
     "push_to_hub": "saving.push",
     "register_family": "diffusion.families",
     "restore": "api",

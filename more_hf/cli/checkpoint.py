@@ -97,13 +97,14 @@ def load_pipeline(
     offload: str = "none",
     without: Iterable[str] = (),
     erased: bool = False,
+    text_encoder: str | None = None,
 ) -> DiffusionPipeline:
     """
     Load a pipeline onto a device, by default onto `cuda` if there is one, and in the dtype in which its
     denoiser is stored.
 
     The components `without` are left out, as far as there are such. An `erased` pipeline is loaded with its
-    record, by [`~more_hf.load`].
+    record, by [`~more_hf.load`]; one file by [`~more_hf.load_file`], with a `text_encoder` from elsewhere.
 
     Raises:
         SiteNotFoundError: no component is a known denoiser. No weight is read then.
@@ -116,6 +117,11 @@ def load_pipeline(
     from more_hf.saving.layers import pipeline_class
 
     where = find_device(device, offload)
+    if checkpoint.in_one_file:
+        given = None if dtype is None else getattr(torch, dtype)
+        pipe = more_hf.load_file(checkpoint.model, text_encoder=text_encoder, dtype=given)
+        place(pipe, where, offload)
+        return pipe
     denoiser_names(checkpoint.pipeline, checkpoint.parts)  # refuses before a weight is read
     left_out = {name: None for name in without if name in checkpoint.parts}
     if "safety_checker" in left_out:

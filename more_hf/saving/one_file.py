@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, GGUFQuantizationConfig
 from diffusers.loaders.single_file import load_single_file_sub_model
-from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, LDM_VAE_KEYS
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
@@ -21,20 +22,22 @@ from ..core.claims import check_of
 from ..core.errors import AlreadyErasedError, ExportError, IncompatibleBaseError
 from ..core.facts import ConceptFacts
 from ..core.install import edited_weights
-from ..core.record import read_fields
+from ..core.record import check_type, read_fields
+from ..core.registry import register
 from ..core.request import ConceptRequest, EncoderBits, with_options
 from ..core.site import EDITABLE, fingerprint, write_weights
 from ..data import FOLDER
 from ..diffusion.encoder import Encoder
 from ..diffusion.erase import erasure_of_layers
 from ..diffusion.erasure import ConceptErasure
-from ..diffusion.sites import Denoiser, find_layers
+from ..diffusion.families import denoiser_names
+from ..diffusion.sites import Denoiser, find_layers, find_sites
 from .check import Check, Layer, Verification, refuse_weak, remapped, removed_from
 from .files import reading
 from .folder import refuse_saved_folder
 from .layers import read_denoiser, read_index
 from .original import bare_names, origins, recognized
-from .shards import UNUSED, pipeline_around, refuse_inner_edit, refuse_router
+from .shards import pipeline_around, refuse_inner_edit, refuse_router
 from .tensor_file import FP8, TensorFile, note_of, read_tensor_file
 
 
@@ -48,6 +51,34 @@ PACKAGED = {
     "sd-2": ("open_clip", {"tokenizer": "!"}),
     "sd-1": ("clip", {"tokenizer": "<|endoftext|>"}),
 }
+UNKNOWN_NOISE = "sd-2"  # of which some predict the noise and some a velocity, under the same names
+
+
+class Model(NamedTuple):
+    """Which model a file holds, and where its configurations are."""
+
+    file: TensorFile
+    folder: Path  # in the layout of diffusers
+    pipeline: str  # its class
+    parts: dict[str, str]  # component -> its class
+    component: str  # the denoiser
+    tokenizers: dict[str, Any]  # those that the folder does not have
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the largest tensor, or one to compute in where that is quantized."""
+        dtypes = {stored.stop - stored.start: stored.dtype for stored in self.file.tensors.values()}
+        return dtypes[max(dtypes)] if dtypes[max(dtypes)] in EDITABLE else torch.bfloat16
+
+
+class Note(NamedTuple):
+    """What the metadata of a file say was erased."""
+
+    request: ConceptRequest
+    facts: ConceptFacts
+    guarantees: dict[str, float]
+    proof: dict[str, float]
+    edited: str  # the fingerprint of the edited weights
 
 
 class OpenedFile(NamedTuple):
@@ -156,40 +187,51 @@ def open_file(
         `SiteNotFoundError`: as from `erase_concept`.
     """
     # 1. Recognize the model, and find its configurations.
-    source = file.path
-    cls = recognized(source, file.tensors)
-    folder, tokenizers = _configurations(file, cls, text_encoder)
-    pipeline, parts = read_index(folder)
-    component = next((name for name, part in parts.items() if part == cls), None)
-    if component is None:
-        raise IncompatibleBaseError(
-            f"{source} has a {cls}, which {text_encoder}, a {pipeline}, has not. Pass the text encoder of "
-            "the same model."
-        )
+    model = recognized_model(file, text_encoder)
+    folder, component = model.folder, model.component
+    cls = model.parts[component]
     # 2. Build the denoiser with no weights except those of the layers that read text.
-    with reading(source):
-        config = getattr(diffusers, cls).load_config(folder / component)
-        made_of = origins(cls, config, file.tensors)
+    with reading(file.path):
+        made_of = origins(cls, getattr(diffusers, cls).load_config(folder / component), file.tensors)
     try:
         denoiser = read_denoiser(folder, component, lambda prefix: _read(file, made_of, prefix), layers=True)
     except IncompatibleBaseError as error:
         raise IncompatibleBaseError(
-            f"{source} does not fit the configuration in {folder / component} ({error.__cause__}). Pass the "
-            "text encoder of the same model, of the same size."
+            f"{file.path} does not fit the configuration in {folder / component} ({error.__cause__}). Pass "
+            "the text encoder of the same model, of the same size."
         ) from error
     # 3. Load the text encoders, from the file where it has them.
-    dtypes = {stored.stop - stored.start: stored.dtype for stored in file.tensors.values()}
-    dtype = dtypes[max(dtypes)] if dtypes[max(dtypes)] in EDITABLE else torch.bfloat16  # the largest one's
-    left_out = {name: None for name, part in parts.items() if name in (*UNUSED, "vae") or part == cls}
-    with reading(source):
-        given = {**left_out, **tokenizers, **_text_encoders(file, folder, parts, dtype)}
-    pipe, denoiser = pipeline_around(folder, {component: denoiser.module}, dtype, device, given, quantize)
-    pipe.register_to_config(_name_or_path=str(source))
+    left_out = {name: None for name, part in model.parts.items() if name == "vae" or part == cls}
+    with reading(file.path):
+        given = {**left_out, **model.tokenizers, **_text_encoders(model, model.dtype)}
+    pipe, denoiser = pipeline_around(
+        folder, {component: denoiser.module}, model.dtype, device, given, quantize
+    )
+    pipe.register_to_config(_name_or_path=str(file.path))
     names = {}
     for name in find_layers(denoiser, pooled=True):
         (part,) = made_of[f"{name}.weight"].parts
         names[name] = part.name
     return OpenedFile(file, pipe, denoiser, names)
+
+
+def recognized_model(file: TensorFile, text_encoder: str | os.PathLike | None) -> Model:
+    """
+    Find out which model a file holds, and its configurations.
+
+    Raises:
+        `IncompatibleBaseError`: it is no known model, or not that of `text_encoder`, or has none.
+    """
+    cls = recognized(file.path, file.tensors)
+    folder, tokenizers = _configurations(file, cls, text_encoder)
+    pipeline, parts = read_index(folder)
+    component = next((name for name, part in parts.items() if part == cls), None)
+    if component is None:
+        raise IncompatibleBaseError(
+            f"{file.path} has a {cls}, which {text_encoder}, a {pipeline}, has not. Pass the text encoder of "
+            "the same model."
+        )
+    return Model(file, folder, pipeline, parts, component, tokenizers)
 
 
 def _configurations(
@@ -236,18 +278,98 @@ def _read(file: TensorFile, made_of: Mapping[str, Any], prefix: str) -> dict[str
     return tensors
 
 
-def _text_encoders(
-    file: TensorFile, folder: Path, parts: Mapping[str, str], dtype: torch.dtype
-) -> dict[str, nn.Module]:
+def _text_encoders(model: Model, dtype: torch.dtype) -> dict[str, nn.Module]:
     """All text encoders if the file holds any; those that it lacks are the folder's."""
-    held = {name: file.read(name) for name in file.tensors if name.startswith(TEXT)}
-    names = [name for name in parts if name.startswith("text_encoder")] if held else []
-    options = {"cached_model_config_path": str(folder), "torch_dtype": dtype, "local_files_only": True}
+    held = {name: model.file.read(name) for name in model.file.tensors if name.startswith(TEXT)}
+    names = [name for name in model.parts if name.startswith("text_encoder")] if held else []
+    options = {"cached_model_config_path": str(model.folder), "torch_dtype": dtype, "local_files_only": True}
     options |= {"pipelines": None, "is_pipeline_module": False}
     found = {
-        name: load_single_file_sub_model("transformers", parts[name], name, held, **options) for name in names
+        name: load_single_file_sub_model("transformers", model.parts[name], name, held, **options)
+        for name in names
     }
     return {name: encoder.eval() for name, encoder in found.items()}  # diffusers leaves T5 in training
+
+
+def load_file(
+    file: str | os.PathLike,
+    *,
+    text_encoder: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
+    """
+    Load the whole pipeline of a checkpoint in one file, erased or not, for example to `compare` the two.
+
+    diffusers' `from_single_file` reads the denoiser, and the VAE and the text encoders where the file has
+    them. If the file is erased, `get_erasure` then knows what its metadata say.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            The file, as in [`erase_file`].
+        text_encoder (`str` or `os.PathLike`, *optional*):
+            As in [`erase_file`]. What the file lacks comes from there, the VAE and the scheduler included.
+        dtype (`torch.dtype`, *optional*):
+            What to load it in; by default as it is stored.
+
+    Returns:
+        `DiffusionPipeline`: the pipeline.
+
+    Raises:
+        `IncompatibleBaseError`: as from [`erase_file`]; or diffusers opens no such file, or not all of the
+        model is there.
+
+    Example:
+
+        >>> import more_hf
+        >>> from more_hf.data import FOLDER
+        >>> pipe = more_hf.erase_concept(more_hf.load_emoji_sd(), "Blobmoji", remap_to=["Fluent"])
+        >>> file = more_hf.save_checkpoint(pipe, "erased.safetensors")
+        >>> print(more_hf.get_erasure(more_hf.load_file(file, text_encoder=FOLDER / "emoji_sd")))
+    """
+    model = recognized_model(read_tensor_file(file), text_encoder)
+    _refuse_incomplete(model)
+    dtype = dtype or model.dtype
+    options = {"config": str(model.folder), "torch_dtype": dtype, "local_files_only": True}
+    if Path(file).suffix == ".gguf":
+        options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
+    has_vae = any(name.startswith(tuple(LDM_VAE_KEYS)) for name in model.file.tensors)
+    read = {}
+    with reading(file):
+        for name in (model.component, *(["vae"] if has_vae else [])):
+            cls = getattr(diffusers, model.parts[name])
+            read[name] = cls.from_single_file(str(file), subfolder=name, **options)
+        given = {**read, **model.tokenizers, **_text_encoders(model, dtype)}
+    denoiser = {model.component: given.pop(model.component)}
+    pipe, found = pipeline_around(model.folder, denoiser, dtype, "cpu", given)
+    pipe.register_modules(**denoiser)
+    pipe.register_to_config(_name_or_path=str(file))
+    if model.file.note is not None:
+        note = _read_note(model.file)
+        sites = find_sites(pipe, found, pooled=note.request.pooled)
+        measured = note.guarantees, note.proof
+        register(found.module, ConceptErasure(note.request, note.facts, sites, {}, None, *measured))
+    return pipe
+
+
+def _refuse_incomplete(model: Model) -> None:
+    """Raises `IncompatibleBaseError` for a file from which no pipeline that draws can be made."""
+    path, cls = model.file.path, model.parts[model.component]
+    if cls not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise IncompatibleBaseError(
+            f"diffusers opens no file of a {cls}, so {path} cannot be drawn with. Erase from a folder of "
+            "this model, and load that."
+        )
+    if len(denoisers := denoiser_names(model.pipeline, model.parts)) > 1:
+        raise IncompatibleBaseError(
+            f"{path} holds one of the {len(denoisers)} denoisers of {model.folder}, and a picture needs all "
+            "of them erased. Erase from the folder (`more_hf.erase_to_folder`), and load that."
+        )
+    if model.folder == FOLDER / "configs" / UNKNOWN_NOISE:
+        raise IncompatibleBaseError(
+            f"{path} does not say whether it predicts the noise or a velocity, as some of this model do. "
+            "Pass `text_encoder=` (on the command line `--text_encoder`): a folder of the same model, whose "
+            "scheduler says it."
+        )
 
 
 def _refuse_target(source: Path, file: Path) -> None:
@@ -310,22 +432,25 @@ def verify_file(
         `IncompatibleBaseError`: the file cannot be read, or says nothing of an erasure.
     """
     stored = read_tensor_file(file)
-    request, facts, saved_as = _read_note(stored)
+    note = _read_note(stored)
+    request, facts = note.request, note.facts
     opened = open_file(stored, text_encoder, device)
     layers, edited = [], {}
     for name, reader in find_layers(opened.denoiser, pooled=request.pooled).items():
         edited[name] = reader.module.weight.detach()[:, : reader.columns]
         layers.append(Layer(name, reader.space, list(edited[name].shape)))
     found = fingerprint(edited)
-    checks = [Check("the edited layers are those that were saved", found == saved_as, f"sha256 {found[:12]}")]
+    checks = [
+        Check("the edited layers are those that were saved", found == note.edited, f"sha256 {found[:12]}")
+    ]
     removed = removed_from(Encoder.of(opened.pipe, request, opened.denoiser), request, facts)
     name = check_of(facts, request.remap_to.values(), request.strength)
     checks.append(remapped(name, edited, layers, removed))
     return Verification(tuple(checks))
 
 
-def _read_note(file: TensorFile) -> tuple[ConceptRequest, ConceptFacts, str]:
-    """What the metadata say was erased, and the fingerprint of the edited weights."""
+def _read_note(file: TensorFile) -> Note:
+    """What the metadata say was erased."""
     with reading(file.path):
         if file.note is None:
             raise IncompatibleBaseError(
@@ -333,8 +458,8 @@ def _read_note(file: TensorFile) -> tuple[ConceptRequest, ConceptFacts, str]:
                 "against. Erase with `more_hf.erase_file`, which writes what it did."
             )
         note = json.loads(file.note)
-        return (
-            ConceptRequest.from_dict(note["request"]),
-            read_fields(ConceptFacts, note["facts"]),
-            note["edited"],
-        )
+        measured = {name: note.get(name, {}) for name in ("guarantees", "proof")}  # earlier files have none
+        for name, values in measured.items():
+            check_type(name, values, dict[str, float])
+        request = ConceptRequest.from_dict(note["request"])
+        return Note(request, read_fields(ConceptFacts, note["facts"]), **measured, edited=note["edited"])

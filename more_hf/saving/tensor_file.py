@@ -114,7 +114,8 @@ def bytes_of(tensor: Tensor) -> bytes:
 def note_of(erasure: Erasure, edited: Mapping[str, Tensor]) -> str:
     """The line of metadata about an erasure; `edited` has each site's edited part as it is stored."""
     note = {"more_hf": __version__, "request": erasure.request.to_dict(), "facts": asdict(erasure.facts)}
-    return json.dumps({**note, "edited": fingerprint(edited)})
+    measured = {"guarantees": erasure.guarantees, "proof": erasure.proof}
+    return json.dumps({**note, **measured, "edited": fingerprint(edited)})
 
 
 def read_tensor_file(path: str | os.PathLike) -> TensorFile:

@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import more_hf
 from more_hf.cli.concept_list import read_concepts
 from more_hf.cli.main import main, parse
 from more_hf.cli.request import read_request
+from more_hf.core.record import RECORD
 from more_hf.data import EMOJI_ARTISTS
 from more_hf_bench.artists.demo import demo_rows
 from more_hf_bench.columns import read_cells
@@ -131,8 +133,11 @@ def test_compare_draws_what_erase_drew(tmp_path, capsys):
     assert main(["verify", str(folder)]) == 0
 
     argv = ["compare", folder, "--prompts", *prompts, "--output", tmp_path / "new" / "grid.png"]
-    assert main([str(arg) for arg in [*argv, "--original", "emoji-sd"]]) == 0
+    assert main([str(arg) for arg in argv]) == 0  # with the original that the record names
     assert Image.open(tmp_path / "new" / "grid.png").tobytes() == drawn.tobytes()
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    record["facts"]["base"] = "elsewhere"
+    (folder / RECORD).write_text(json.dumps(record), "utf-8")
     assert main([str(arg) for arg in [*argv, "--steps", "2", "--guidance", "4"]]) == 0
     assert Image.open(tmp_path / "new" / "grid.png").height < drawn.height - 200  # after alone
     assert f"Open {tmp_path / 'new' / 'grid.png'}" in capsys.readouterr().out

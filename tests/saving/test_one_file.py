@@ -5,11 +5,13 @@ import shutil
 from types import SimpleNamespace
 
 import gguf
+import numpy as np
 import open_clip
 import pytest
 import torch
 import transformers
 from diffusers import (
+    AutoencoderKL,
     FluxTransformer2DModel,
     GGUFQuantizationConfig,
     UNet2DConditionModel,
@@ -17,6 +19,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import LDM_UNET_KEY as PREFIX
 from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.families import FORGET, TARGET, build, copied, denoiser_of, images
@@ -94,6 +97,15 @@ def test_diffusers_reads_the_erased_model(families, stored, tmp_path, monkeypatc
     assert metadata == {"format": "pt", "modelspec.title": "tiny"}
     assert more_hf.verify_file(out, text_encoder=folder), more_hf.verify_file(out, text_encoder=folder)
 
+    # and the whole pipeline draws what the erased one draws
+    loaded = more_hf.load_file(out, text_encoder=folder)
+    assert str(more_hf.get_erasure(loaded)) == str(erasure)
+    expected = images(erased, family, FORGET)
+    torch.testing.assert_close(images(loaded, family, FORGET), expected, rtol=0, atol=1e-5)
+    assert (images(pipe, family, FORGET) - expected).abs().mean() > 1e-4
+    with pytest.raises(more_hf.AlreadyErasedError):
+        more_hf.erase_concept(loaded, "cat", remap_to=TARGET)
+
 
 @pytest.mark.slow
 def test_one_of_two_denoisers(tmp_path):
@@ -109,6 +121,8 @@ def test_one_of_two_denoisers(tmp_path):
         read = WanTransformer3DModel.from_single_file(str(out), config=str(folder), subfolder=name)
         assert all(torch.equal(tensor, expected[key]) for key, tensor in read.state_dict().items())
         assert any(not torch.equal(tensor, expected[key]) for key, tensor in before.items())
+        with pytest.raises(more_hf.IncompatibleBaseError, match="one of the 2 denoisers"):
+            more_hf.load_file(out, text_encoder=folder)
 
 
 def test_a_family_that_diffusers_opens_no_file_of(families, stored, tmp_path):
@@ -118,6 +132,8 @@ def test_a_family_that_diffusers_opens_no_file_of(families, stored, tmp_path):
     erased = more_hf.erase_concept(copied(families["pixart"]), FORGET, remap_to=TARGET)
     old, new = load_file(file), load_file(out)
     expected = erased.transformer.caption_projection.linear_1.weight
+    with pytest.raises(more_hf.IncompatibleBaseError, match="opens no file of a PixArtTransformer2DModel"):
+        more_hf.load_file(out, text_encoder=folder)
     assert torch.equal(new.pop("y_embedder.y_proj.fc1.weight"), expected)
     assert not torch.equal(old.pop("y_embedder.y_proj.fc1.weight"), expected)
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
@@ -139,11 +155,13 @@ def test_known_sizes_of_the_packaged_configurations():
     sizes = {"sd-1/unet": 859_520_964, "sd-2/unet": 865_910_724, "sdxl/unet": 2_567_463_684}
     sizes |= {"sd-1/text_encoder": 123_060_480, "sd-2/text_encoder": 340_387_840}
     sizes |= {"sdxl/text_encoder": 123_060_480, "sdxl/text_encoder_2": 694_659_840}
+    sizes |= {"sd-1/vae": 83_653_863, "sdxl/vae": 83_653_863}
     for place, size in sizes.items():
         folder = FOLDER / "configs" / place
         with torch.device("meta"):
-            if place.endswith("unet"):
-                model = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+            if place.endswith(("unet", "vae")):
+                cls = UNet2DConditionModel if place.endswith("unet") else AutoencoderKL
+                model = cls.from_config(cls.load_config(folder))
             else:
                 (cls,) = CLIPTextConfig.from_pretrained(folder).architectures
                 model = getattr(transformers, cls)(CLIPTextConfig.from_pretrained(folder))
@@ -245,6 +263,28 @@ def test_the_command(stored, tmp_path, capsys):
     expected = load_file(tmp_path / "folder.safetensors")
     for name, tensor in load_file(tmp_path / "file.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_pictures_before_and_after(stored, tmp_path, capsys):
+    (folder, file), out = stored("sd-1"), tmp_path / "erased.safetensors"
+    more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=folder)
+    more = ["--prompts", FORGET, "--text_encoder", str(folder), "--steps", "2"]
+
+    def compare(*words):
+        status = main(["compare", *map(str, words), *more, "--output", str(tmp_path / "grid.png")])
+        return capsys.readouterr().err if status else np.asarray(Image.open(tmp_path / "grid.png"), dtype=int)
+
+    sheet = compare(out)  # the metadata tell the original
+    assert np.array_equal(sheet, compare(out, "--original", file))
+    assert np.array_equal(sheet, compare(out, "--original", folder))
+    pictures = sheet[:, -128 - 4 : -4]
+    before, after, target = (pictures[len(sheet) - i * 132 :][:128] for i in (3, 2, 1))
+    assert np.abs(after - target).mean() < 0.2 * np.abs(before - target).mean()
+
+    assert "nothing to compare" in compare(file)
+    assert "is erased, too" in compare(out, "--original", out)
+    file.unlink()
+    assert len(compare(out)) == len(sheet) - 2 * 132  # after alone
 
 
 def cut(file):
