@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import more_hf
-from more_hf.classification.image_folder import load_image_folder
+from more_hf.classification.samples import load_samples
 
 
 def write_digits(folder):
@@ -35,8 +35,7 @@ def write_digits(folder):
         Image.fromarray((255 - pixels * 15).astype("uint8")).save(place / f"{i}.png")
 
 
-def train(loader, names):
-    """A small ResNet, trained from random weights."""
+def small_resnet(names):
     torch.manual_seed(0)
     config = ResNetConfig(
         embedding_size=32,
@@ -46,7 +45,10 @@ def train(loader, names):
         downsample_in_first_stage=False,
         id2label=dict(enumerate(names)),
     )
-    model = ResNetForImageClassification(config)
+    return ResNetForImageClassification(config)
+
+
+def train(model, loader):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     shuffled = DataLoader(loader.dataset, batch_size=64, shuffle=True, collate_fn=loader.collate_fn)
     for _ in range(6):
@@ -54,7 +56,7 @@ def train(loader, names):
             optimizer.zero_grad()
             model(**batch).loss.backward()
             optimizer.step()
-    return model.eval()
+    model.eval()
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,18 +73,18 @@ if args.data is None:
 if args.model is None:
     names = sorted(folder.name for folder in (data / "train").iterdir())
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
-    model = train(load_image_folder(data / "train", names, processor), names)
+    model = small_resnet(names)
+    train(model, load_samples(data, model, processor))
 else:
     model = AutoModelForImageClassification.from_pretrained(args.model)
     processor = AutoImageProcessor.from_pretrained(args.model)
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
 
 # 2. Forget: one pass over the training images, then in closed form, in place.
-more_hf.erase_classes(model, load_image_folder(data / "train", names, processor), args.forget)
+more_hf.erase_classes(model, load_samples(data, model, processor), args.forget)
 print(more_hf.get_erasure(model))
 
 # 3. Look at every class's accuracy on images that neither training nor erasing has seen.
-accuracies = more_hf.compare(model, load_image_folder(data / "test", names, processor))
+accuracies = more_hf.compare(model, load_samples(data, model, processor, splits=["test"]))
 print(f"\n{accuracies}\n")
 
 # 4. Save: `from_pretrained` opens it anywhere, and it has forgotten.

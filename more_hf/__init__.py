@@ -1,4 +1,4 @@
-"""more_hf: make diffusers pipelines and image classifiers forget, in closed form, by remapping experts."""
+"""more_hf: make diffusers pipelines and classifiers forget, in closed form, by remapping experts."""
 
 from importlib import import_module
 

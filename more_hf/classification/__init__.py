@@ -1,1 +1,1 @@
-"""Image classifiers: find the head, collect its features, forget classes."""
+"""Classifiers: find the head, collect its features, forget classes."""

@@ -75,21 +75,27 @@ def find_class(names: Sequence[str], wanted: str | int) -> str:
         return find_class(names, int(wanted))
 
     # by its label without the number, or by one of the synonyms in it
-    matches = []
+    spellings: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        label = name.removesuffix(f" (class {i})").casefold()
-        synonyms = [part.strip() for part in label.split(",")]
-        if wanted.casefold() in (label, *synonyms):
-            matches.append(i)
+        label = _spelled(name.removesuffix(f" (class {i})"))
+        for spelling in dict.fromkeys([label, *label.split(", ")]):
+            spellings.setdefault(spelling, []).append(i)
+    matches = spellings.get(_spelled(wanted), [])
     if len(matches) == 1:
         return names[matches[0]]
     if matches:
         found = ", ".join(f"{i} ({names[i]})" for i in matches)
         raise PrototypeError(f"{shown(wanted)} names {len(matches)} classes: {found}. Pass the number.")
-    close = difflib.get_close_matches(wanted, names, n=3)
+    close = difflib.get_close_matches(_spelled(wanted), spellings, n=3)
+    nearest = dict.fromkeys(names[i] for spelling in close for i in spellings[spelling])
     hint = (
-        f"Did you mean {' or '.join(map(repr, close))}?"
-        if close
+        f"Did you mean {' or '.join(map(repr, nearest))}?"
+        if nearest
         else f"It has {', '.join(map(repr, names[:10]))}."
     )
     raise PrototypeError(f"The model has no class {shown(wanted)}. {hint}")
+
+
+def _spelled(label: str) -> str:
+    """A label as it is compared: without regard to case and to spaces around its synonyms."""
+    return ", ".join(" ".join(part.split()) for part in label.casefold().split(","))

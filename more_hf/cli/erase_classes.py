@@ -1,12 +1,16 @@
-"""`more-hf erase-classes`: make an image classifier forget classes, and save it with a record."""
+"""`more-hf erase-classes`: make a classifier forget classes, and save it with a record."""
+
+from __future__ import annotations
 
 import argparse
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from more_hf.classification.names import find_class, unique_names
+from more_hf.core.markdown import markdown_table
 from more_hf.core.request import EXACT_SOLVERS
 
 from .options import (
@@ -19,9 +23,14 @@ from .options import (
     positive,
     read_model,
     read_remap_to,
-    refuse_missing_folder,
+    refuse_missing_model,
 )
 
+
+if TYPE_CHECKING:
+    from more_hf.core.request import ClassRequest
+
+LISTED = 20  # classes that stay, named at most
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +41,8 @@ def add_to(commands) -> None:
         commands,
         "erase-classes",
         _erase_classes,
-        purpose="make an image classifier forget classes, and save it with a record",
-        details="One pass over a folder of images, then the edit in closed form.\n"
+        purpose="make a classifier forget classes, and save it with a record",
+        details="Of images, videos, sounds or texts. One pass over them, then the edit in closed form.\n"
         "A class is named by its label, one of the label's synonyms, or its number.\n"
         f"{SEVERAL_PROCESSES.format('erase-classes')}",
         examples=(
@@ -42,22 +51,22 @@ def add_to(commands) -> None:
         ),
     )
     add = parser.add_argument
-    add_model(parser, "a folder or a Hub id, with an image processor")
+    add_model(parser, "a folder or a Hub id, with its processor or tokenizer")
     add(
         "--data",
         required=True,
-        type=Path,
         metavar="DIR",
-        help="images as DIR/CLASS/*.png or DIR/train/CLASS/*.png",
+        help="samples as DIR/CLASS/*.png (.wav, .mp4, .txt) or DIR/train/CLASS/*; or what `datasets` "
+        "opens: .csv, .jsonl or .parquet in DIR, or a Hub id",
     )
     add(
         "--test",
-        type=Path,
         metavar="DIR",
-        help="other images, as DIR/CLASS/*.png or DIR/test/CLASS/*.png (else validation, else train): print "
-        "every class's accuracy on them, before and after, also for the card",
+        help="other samples, as DIR/CLASS/* or DIR/test/CLASS/* (else validation, else train): print every "
+        "class's accuracy on them, before and after, also for the card",
     )
-    add_concepts(parser, "forget", "what to forget", required=True, metavar="CLASS")
+    add_concepts(parser, "forget", "what to forget", default=[], metavar="CLASS")
+    add("--forget_file", type=Path, metavar="FILE", help="a list of what to forget, a class a line")
     add(
         "--remap_to",
         nargs="+",
@@ -76,50 +85,55 @@ def add_to(commands) -> None:
         help="percentage points of the other classes' accuracy that may be lost, by an estimate (20)",
     )
     add("--seed", type=int, default=0, help="draws the experts' targets (0)")
-    add("--batch_size", type=positive, default=32, help="images per call; does not change the result (32)")
+    add("--batch_size", type=positive, default=32, help="samples per call (32)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to save the classifier to")
 
 
 def _erase_classes(args: argparse.Namespace) -> int:
     targets = read_remap_to(args.remap_to or ["remain"])
     source = read_model(args)
-    for flag, folder in (("--data", args.data), ("--test", args.test)):
-        if folder is not None:
-            refuse_missing_folder(folder, f"`{flag}` is a folder with one folder of images per class.")
-
-    _refuse_unknown_classes(source, [*args.forget, *(targets or [])])
+    for flag, data in (("--data", args.data), ("--test", args.test)):
+        if data is not None:
+            refuse_missing_model(data, f"`{flag}` is a folder with one folder of samples per class.")
+    forget = [*args.forget, *_listed(args.forget_file)]
+    if not forget:
+        raise ValueError("Nothing to forget is named. Pass `--forget CLASS` or `--forget_file FILE`.")
+    _refuse_unknown_classes(source, [*forget, *(targets or [])])
 
     from accelerate import PartialState
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoConfig
 
     import more_hf
-    from more_hf.classification.image_folder import HELD_OUT, load_image_folder
-    from more_hf.classification.names import class_names
+    from more_hf.classification.kinds import class_of, kind_of
+    from more_hf.classification.plan import check_request, make_request
+    from more_hf.classification.samples import HELD_OUT, load_samples
 
+    config = AutoConfig.from_pretrained(source)
+    opener = class_of(config)
+    kind = kind_of(opener.__name__)
+    names = unique_names([config.id2label[number] for number in range(config.num_labels)])
+    options = {
+        "remap_to": "remain" if targets == ["remain"] else targets,
+        **{name: getattr(args, name) for name in ("num_experts", "router", "solver", "seed")},
+    }
+    request = make_request(names, forget, head=(), at=None, **options)
+    check_request(names, request)
+    logger.info("To forget:\n%s", _plan(request, names))
     state = PartialState()
     logger.info("Loading %s for %s", source, state.device)
-    model = AutoModelForImageClassification.from_pretrained(source).to(state.device)
-    processor = AutoImageProcessor.from_pretrained(source)
-    names = class_names(model, model.config.num_labels)
-    settings = {"channels": getattr(model.config, "num_channels", 3), "batch_size": args.batch_size}
-    more_hf.erase_classes(
-        model,
-        load_image_folder(args.data, names, processor, **settings),
-        args.forget,
-        remap_to="remain" if targets == ["remain"] else targets,
-        num_experts=args.num_experts,
-        router=args.router,
-        solver=args.solver,
-        seed=args.seed,
-        most_lost=args.most_lost,
-    )
+    model = opener.from_pretrained(source).to(state.device)
+    processor = kind.processor.from_pretrained(source)
+    settings = {"model": model, "processor": processor, "batch_size": args.batch_size}
+    data = load_samples(args.data, **settings)
+    more_hf.erase_classes(model, data, forget, most_lost=args.most_lost, **options)
     if state.is_main_process:
         erasure, table = more_hf.get_erasure(model), None
         if args.test is not None:
-            test = load_image_folder(args.test, names, processor, splits=HELD_OUT, **settings)
+            test = load_samples(args.test, splits=HELD_OUT, **settings)
             table = more_hf.compare(model, test)
-            split = f"the {len(test.dataset)} images in {args.test.name} (split {str(test.dataset.split)!r})"
-            erasure.facts = replace(erasure.facts, accuracy=table.to_facts(), measured_on=split)
+            name, split = Path(args.test).name, str(test.dataset.split)
+            measured_on = f"the {len(test.dataset)} {kind.name} in {name} (split {split!r})"
+            erasure.facts = replace(erasure.facts, accuracy=table.to_facts(), measured_on=measured_on)
         logger.info("Saving to %s", args.output)
         more_hf.save(model, args.output, include_delta=args.include_delta, processor=processor)
         print(erasure)
@@ -129,8 +143,27 @@ def _erase_classes(args: argparse.Namespace) -> int:
     return 0
 
 
+def _listed(file: Path | None) -> list[str]:
+    """The classes of a file, whose lines are names or numbers."""
+    lines = [] if file is None else file.read_text("utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _plan(request: ClassRequest, names: tuple[str, ...]) -> str:
+    """A table of what will be done, and the classes that stay."""
+    becomes = "the mean of all that stay" if request.router is None else "one of those that stay"
+    rows = []
+    for name, targets in request.remap_to.items():
+        given = " and ".join(targets) or "nothing"
+        sent = becomes if targets == "remain" else given
+        rows.append({"class": names.index(name), "forgotten": name, "becomes": sent})
+    stay = [name for name in names if name not in request.concepts]
+    more = f" and {len(stay) - LISTED} more" if len(stay) > LISTED else ""
+    return f"{markdown_table(rows)}\n{len(stay)} classes stay: {', '.join(stay[:LISTED])}{more}"
+
+
 def _refuse_unknown_classes(model: str, classes: list[str]) -> None:
-    """Refuse what is no class of a model in a folder; of a Hub id the library does so, once it is loaded."""
+    """Refuse what is no class of a model in a folder, before anything heavy is imported."""
     file = Path(model) / "config.json"
     if not file.is_file():
         return

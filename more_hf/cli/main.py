@@ -99,7 +99,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         "more-hf",
-        description="Erase concepts from text-to-image pipelines, and classes from image classifiers.",
+        description="Erase concepts from text-to-image pipelines, and classes from classifiers.",
         epilog=show_examples(
             (
                 "more-hf demo",

@@ -164,12 +164,13 @@ def refuse_missing_folder(folder: str | Path, what: str) -> None:
         raise FileNotFoundError(f"There is no folder {str(folder)!r}. {what}")
 
 
-def refuse_missing_model(model: str) -> None:
+def refuse_missing_model(model: str, what: str = "") -> None:
     """Refuse a path that does not exist; `name` or `owner/name` may also be a Hub id."""
     path = Path(model)
     written_as_path = model.startswith(".") or path.is_absolute() or len(path.parts) > 2
     if (written_as_path or path.suffix in ONE_FILE) and not path.is_file():
-        refuse_missing_folder(path, f"A model is a folder, a file, a Hub id like owner/name, or {EMOJI_SD}.")
+        what = what or f"A model is a folder, a file, a Hub id like owner/name, or {EMOJI_SD}."
+        refuse_missing_folder(path, what)
 
 
 def refuse_typo(name: str) -> None:

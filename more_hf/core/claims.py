@@ -43,7 +43,7 @@ SINGLE_PROMPT = (
 )
 CLASSES = "To rounding: the mean feature of every forgotten class gets the scores of its target."
 CLASSES_NOTHING = "To rounding: the mean feature of every class without a target gives nothing in the head."
-SINGLE_IMAGE = "A single image moves by as much of that mean as it contains."
+SINGLE_SAMPLE = "A single sample moves by as much of that mean as it contains."
 
 
 class Claim(NamedTuple):
@@ -77,7 +77,7 @@ def claims_of_concepts(
 def claims_of_classes(facts: ClassFacts) -> Iterator[Claim]:
     """Yield what may be said of an erasure from a classifier."""
     yield from _exact(facts.sent_to.values(), CLASSES, CLASSES_NOTHING)
-    yield Claim("not exact", SINGLE_IMAGE)
+    yield Claim("not exact", SINGLE_SAMPLE)
 
 
 def check_of(facts: Facts, targets: Collection[Collection[str]], strength: float = 1.0) -> str:

@@ -234,7 +234,7 @@ class ConceptRequest(Request):
 @dataclass(frozen=True, kw_only=True)
 class ClassRequest(Request):
     """
-    What to forget in an image classifier: the arguments of `erase_classes`, classes by name.
+    What to forget in a classifier: the arguments of `erase_classes`, classes by name.
 
     Args:
         remap_to:

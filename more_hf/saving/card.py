@@ -15,8 +15,9 @@ from markupsafe import Markup
 
 from ..classification.compare import Accuracies
 from ..classification.erasure import ClassErasure
+from ..classification.kinds import IMAGES, Kind, find_kind
 from ..core.erasure import Erasure
-from ..core.facts import Facts
+from ..core.facts import ClassFacts, Facts
 from ..core.markdown import bare_table
 from ..core.record import Record
 from ..diffusion.erasure import ConceptErasure
@@ -29,7 +30,6 @@ TAGS = ("more-hf", "concept-erasure", "machine-unlearning")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 URL = re.compile(r"https?://[\w.~/%#?=&+:@-]+", re.ASCII)
 LIBRARY = {"pipeline": "diffusers", "classifier": "transformers"}
-TASK = {"pipeline": "text-to-image", "classifier": "image-classification"}
 
 # Characters with a meaning in Markdown: emphasis, code and links.
 SPECIAL = re.compile(r"[\\`*\[\]~]|(?<!\w)_|_(?!\w)")
@@ -110,7 +110,9 @@ def _carry_over(data: ModelCardData, base: ModelCardData | None, record: Record)
             revision = facts.base_revision or "main"
             data.license_link = f"https://huggingface.co/{model}/blob/{revision}/{data.license_link}"
     data.library_name = data.library_name or LIBRARY[record.kind]
-    data.pipeline_tag = data.pipeline_tag or (base and base.pipeline_tag) or TASK[record.kind]
+    data.pipeline_tag = data.pipeline_tag or (base and base.pipeline_tag)
+    if data.pipeline_tag is None:
+        data.pipeline_tag = _kind(facts).task if record.kind == "classifier" else "text-to-image"
     data.language = data.language or (base and base.language)
     data.tags = list(dict.fromkeys([*(data.tags or []), *(base and base.tags or []), *TAGS]))
 
@@ -129,7 +131,7 @@ def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | N
         names=list(request.concepts),
         version=record.more_hf,
         picture=picture and Markup(picture),  # named by `push_to_hub`
-        classifier=record.kind == "classifier",
+        opener=_kind(facts).auto.__name__ if record.kind == "classifier" else None,
         own_class=own_class,
         pipeline=facts.pipeline if own_class else "DiffusionPipeline",
         source=Markup(f'"{repo_id}"{variant}'),  # both were checked
@@ -159,6 +161,11 @@ def _model(facts: Facts) -> str:
         return facts.base or "the original model"
     revision = f" (revision `{facts.base_revision}`)" if facts.base_revision else ""
     return Markup(f"[{facts.base}](https://huggingface.co/{facts.base}){revision}")
+
+
+def _kind(facts: ClassFacts) -> Kind:
+    """What a classifier tells apart."""
+    return find_kind(facts.model) or IMAGES
 
 
 def _license(data: ModelCardData) -> str | None:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..classification.erasure import ClassErasure
 from ..classification.features import plain_model
 from ..classification.heads import find_module
 from ..classification.hook import make_hooks
+from ..classification.kinds import class_of
 from ..core.erasure import Erasure
 from ..core.errors import ExportError
 from ..core.hook import attach_hooks
@@ -42,14 +42,6 @@ def savable_classifier(model: nn.Module, erasure: Erasure) -> PreTrainedModel:
     return model
 
 
-def classifier_class(source: str | os.PathLike, **kwargs: Any) -> Any:
-    """The class of Transformers that a configuration names, of images, text or sound."""
-    about_the_hub = ("revision", "token", "cache_dir", "trust_remote_code")
-    hub = {key: kwargs[key] for key in about_the_hub if key in kwargs}
-    architectures = AutoConfig.from_pretrained(source, **hub).architectures or [""]
-    return getattr(transformers, architectures[0], AutoModelForImageClassification)
-
-
 def load_classifier(
     source: str | os.PathLike, folder: Path, record: Record, **kwargs: Any
 ) -> PreTrainedModel:
@@ -59,9 +51,10 @@ def load_classifier(
     Raises:
         `IncompatibleBaseError`: the weights are not those of the record.
     """
-    model = classifier_class(source, **kwargs).from_pretrained(
-        source, variant=record.variant, use_safetensors=True, **kwargs
-    )
+    about_the_hub = ("revision", "token", "cache_dir", "trust_remote_code")
+    hub = {key: kwargs[key] for key in about_the_hub if key in kwargs}
+    opener = class_of(AutoConfig.from_pretrained(source, **hub))
+    model = opener.from_pretrained(source, variant=record.variant, use_safetensors=True, **kwargs)
     require_saved_weights(folder, record)
     sites = {name: Site(name, find_module(model, name), space=name) for name in record.sites}
     remaps = read_delta(folder)

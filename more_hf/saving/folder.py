@@ -18,7 +18,8 @@ from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from .. import __version__
 from ..api import get_erasure
@@ -96,7 +97,7 @@ def save(
     include_delta: bool = False,
     variant: str | None = None,
     max_shard_size: int | str | None = None,
-    processor: ProcessorMixin | BaseImageProcessor | None = None,
+    processor: PushToHubMixin | None = None,
 ) -> Path:
     """
     Save an erased model: `save_pretrained` plus `more_hf.json`, the record of the erasure. The model is not
@@ -118,8 +119,8 @@ def save(
             The variant in the files' names, such as `"fp16"`.
         max_shard_size (`int` or `str`, *optional*):
             The largest weight file, such as `"5GB"`; by default that of `save_pretrained`.
-        processor (`ProcessorMixin` or `BaseImageProcessor`, *optional*):
-            A classifier's image processor, to be saved and published with it.
+        processor (`PushToHubMixin`, *optional*):
+            A classifier's image processor, feature extractor or tokenizer, to be saved and published with it.
 
     Returns:
         `Path`: the folder.

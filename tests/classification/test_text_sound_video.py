@@ -2,35 +2,20 @@
 
 import pytest
 import torch
+from support.classifiers import sound_classifier, text_classifier, video_classifier
 from support.compare import same, state
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    VideoMAEConfig,
-    VideoMAEForVideoClassification,
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
-)
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import more_hf
 
 
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "num_labels": 3,
-}
 CLASSES, SAMPLES = 3, 4
 LABELS = torch.arange(CLASSES).repeat_interleave(SAMPLES)
 
 
-def text(model_class, config_class):
+def text(**options):
     """Texts of two lengths, padded on the right, as a tokenizer gives them."""
-    model = model_class(config_class(**TINY, vocab_size=50, pad_token_id=0))
+    model = text_classifier(num_labels=CLASSES, **options)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 50, (len(LABELS), 6), generator=draw)
     mask = torch.ones_like(ids)
@@ -38,24 +23,15 @@ def text(model_class, config_class):
     return model, {"input_ids": ids * mask, "attention_mask": mask, "text": ["not for the model"] * len(ids)}
 
 
-def sound():
-    small = {"conv_dim": (8,), "conv_kernel": (4,), "conv_stride": (4,), "num_conv_pos_embeddings": 4}
-    config = Wav2Vec2Config(**TINY, **small, num_conv_pos_embedding_groups=2, classifier_proj_size=16)
-    model = Wav2Vec2ForSequenceClassification(config)
-    return model, {"input_values": torch.randn(len(LABELS), 80, generator=torch.Generator().manual_seed(0))}
-
-
-def video():
-    model = VideoMAEForVideoClassification(VideoMAEConfig(**TINY, image_size=8, patch_size=4, num_frames=2))
-    frames = torch.randn(len(LABELS), 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return model, {"pixel_values": frames}
+def noise(*shape):
+    return torch.randn(len(LABELS), *shape, generator=torch.Generator().manual_seed(0))
 
 
 MODELS = {
-    "bert": lambda: text(BertForSequenceClassification, BertConfig),
-    "llama": lambda: text(LlamaForSequenceClassification, LlamaConfig),
-    "wav2vec2": sound,
-    "videomae": video,
+    "bert": text,
+    "llama": lambda: text(cls=LlamaForSequenceClassification, config=LlamaConfig),
+    "wav2vec2": lambda: (sound_classifier(num_labels=CLASSES), {"input_values": noise(80)}),
+    "videomae": lambda: (video_classifier(num_labels=CLASSES), {"pixel_values": noise(2, 3, 8, 8)}),
 }
 
 
@@ -120,7 +96,7 @@ def test_what_is_no_classifier_of_one_class_a_sample_is_refused():
     ):
         with pytest.raises(more_hf.MoreError, match=words):
             more_hf.erase_classes(model, [wrong], forget=[1])
-    regression, _ = text(BertForSequenceClassification, lambda **o: BertConfig(**{**o, "num_labels": 1}))
+    regression = text_classifier(num_labels=1)
     with pytest.raises(more_hf.MoreError, match="nothing remains"):
         more_hf.erase_classes(regression, [{**batch, "labels": LABELS * 0}], forget=[0])
     assert same(model, weights)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BertConfig, ViTImageProcessor
 
 import more_hf
 from more_hf.cli.main import main
@@ -80,6 +80,21 @@ def test_what_it_did_to_other_images(folders, tmp_path, capsys):
     assert "| the others, together " in out
 
 
+def test_a_file_of_names_and_the_plan(folders, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("Four\n\n7\n")
+    assert run(folders, tmp_path / "out", "--forget_file", str(tmp_path / "names.txt")) == 0
+    err = capsys.readouterr().err
+    assert "|     4 | four      | the mean of all that stay |" in err
+    assert "8 classes stay: zero, one, two, three, five, six, eight, nine" in err
+    assert more_hf.get_erasure(more_hf.load(tmp_path / "out")).concepts == ["four", "seven"]
+
+
+def test_a_model_that_is_no_classifier(tmp_path, capsys):
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "model")
+    assert run((tmp_path / "model", tmp_path), tmp_path / "out", "--forget", "0") == 2
+    assert "By its name a BertForMaskedLM is no classifier" in capsys.readouterr().err
+
+
 def test_failures_in_one_line(folders, tmp_path, capsys):
     def line(*arguments, data=None):
         assert run((folders[0], data or folders[1]), tmp_path / "out", *arguments) == 2
@@ -89,6 +104,8 @@ def test_failures_in_one_line(folders, tmp_path, capsys):
         return error
 
     assert "no class 'fuor'. Did you mean 'four'" in line("--forget", "fuor")
+    assert "Nothing to forget is named" in line()
+    assert "'four' is in `forget` twice" in line("--forget", "four", "Four")
     assert "is both in `forget` and in `remap_to`" in line("--forget", "four", "--remap_to", "4")
     assert "beside other names" in line("--forget", "four", "--remap_to", "none", "one")
     assert "There is no folder" in line("--forget", "four", data=tmp_path / "nowhere")
