@@ -125,7 +125,7 @@ def record_activations(
             "`more_hf.save` writes. Or load here what `more_hf.save_lora` writes then, which lies beside the "
             "weights, tells what was erased and can be taken off."
         )
-    prompts = _prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
+    prompts = picture_prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
     pipe = copy.copy(pipe)
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
@@ -157,7 +157,7 @@ def record_activations(
     return activations
 
 
-def _prompts(
+def picture_prompts(
     request: ConceptRequest, sent_to: Mapping[str, Sequence[str | None]], everyday: Sequence[str]
 ) -> dict[str, list[str]]:
     """The prompts of each concept, of each target in its place, and of what must stay."""

@@ -77,6 +77,7 @@ DIFFUSION: dict[str, Method] = {
     "more-denoiser": Method(".diffusion.ours:more_denoiser", role="appendix"),
     "more-denoiser-soft": Method(".diffusion.ours:more_denoiser_soft", role="appendix"),
     "more-denoiser-hard": Method(".diffusion.ours:more_denoiser_hard", role="appendix"),
+    "more-gates": Method(".diffusion.gates:more_gates", role="appendix"),
     "more-described": Method(".diffusion.ours:more_described", role="appendix"),
     "more-pinv": Method(".diffusion.ours:more_pinv", role="appendix"),
     "more-covariance": Method(".diffusion.ours:more_covariance", role="appendix"),

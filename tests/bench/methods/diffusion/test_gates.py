@@ -1,0 +1,83 @@
+"""Gates in the feed-forward layers: what is fitted, what is written, and what plain diffusers loads."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention import FeedForward
+from torch.nn.functional import gelu
+
+from more_hf.core.errors import MoreError
+from more_hf_bench.methods.diffusion.gates import SHARPNESS, Gate, more_gates, without_two_units
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_units_that_go_are_those_that_least_squares_misses_least():
+    features = normal(200, 6) @ normal(6, 6, seed=1)
+    weight = normal(3, 6, seed=2)
+    truth = features @ weight.T
+
+    def error_without(units):
+        kept = [unit for unit in range(6) if unit not in units]
+        fitted = torch.linalg.lstsq(features[:, kept], truth).solution
+        return float((features[:, kept] @ fitted - truth).square().sum())
+
+    edited, units = without_two_units(weight, features.T @ features)
+    assert not edited[:, units].any()
+    first, second = units
+    assert error_without([first]) == pytest.approx(min(error_without([unit]) for unit in range(6)), rel=1e-3)
+    left = float((features @ edited.T - truth).square().sum())
+    assert left == pytest.approx(error_without([first, second]), rel=1e-3)
+    assert left < float((features[:, units] @ weight[:, units].T).square().sum())  # without a refit
+
+
+def test_a_gate_is_shut_on_others_and_reads_along_the_discriminant():
+    mixing, apart = normal(5, 5, seed=1), normal(5, seed=3)
+    others, own = normal(3000, 4, 5) @ mixing, normal(300, 4, 5, seed=2) @ mixing + 4 * apart
+    gate = Gate.fit(own, others, apart, 0.99)
+    expected = torch.linalg.solve(mixing.T @ mixing, apart)
+    assert torch.cosine_similarity(gate.reader, expected, dim=0) > 0.99
+    assert float((gate(others[::3]) > 0).double().mean()) == pytest.approx(0.01, abs=1e-3)
+    assert float((gate(own) > 0).double().mean()) > 0.5
+
+
+def test_two_units_compute_the_gate_beside_what_the_layer_did():
+    layer = FeedForward(6, mult=2).double()
+    x, gate = normal(50, 6), Gate(normal(6, seed=1), 0.3, 0.7, normal(6, seed=2))
+    hidden = layer.net[0](x)
+    moment = (hidden.T @ hidden).detach()
+    weight, _ = without_two_units(layer.net[2].weight.double(), moment)
+    rest = (hidden @ weight.T + layer.net[2].bias).detach()
+    gate.put_into(layer, moment)
+    written = layer(x).detach() - rest
+    z = SHARPNESS * (x @ gate.reader - gate.threshold) / gate.scale
+    opened = (gelu(z) - gelu(z - SHARPNESS)) / SHARPNESS
+    assert torch.allclose(written, opened[:, None] * gate.step, atol=1e-9)
+    assert (opened - gate(x)).abs().max() < 0.2 / SHARPNESS
+    assert gate(x).max() == 1
+
+
+def test_plain_diffusers_loads_an_erased_pipeline_of_the_same_shapes(tiny_sd, tmp_path):
+    pipe = tiny_sd("1")
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    options = {"remap_to": ["claude monet"], "retain": None, "pictures": 2, "sampling_steps": 2}
+    pipe = more_gates(pipe, "van gogh", **options)
+    after = pipe.unet.state_dict()
+    assert {name: w.shape for name, w in after.items()} == {name: w.shape for name, w in before.items()}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("ff.net.0.proj" in name for name in moved)
+    assert all(".ff.net." in name or ".attn2.to_" in name for name in moved)
+    pipe.save_pretrained(tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path).unet.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in after.items())
+
+
+def test_a_denoiser_without_gates_is_refused_unchanged(tiny_sd, monkeypatch):
+    pipe = tiny_sd("1")
+    monkeypatch.setattr("more_hf_bench.methods.diffusion.gates.is_gated", lambda module: False)
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    with pytest.raises(MoreError, match="no feed-forward layers with GEGLU"):
+        more_gates(pipe, "van gogh", remap_to=["claude monet"], retain=None)
+    assert all(torch.equal(weight, before[name]) for name, weight in pipe.unet.state_dict().items())
