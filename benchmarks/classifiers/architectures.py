@@ -109,6 +109,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+LARGEST = 150_000_000  # parameters of a model of timm, which come in no other size
 TOO_LARGE = {
     "ShieldGemma2ForImageClassification": "four billion parameters; it answers by tokens, without a head",
     "UltraVBertForSequenceClassification": "a part that keeps its full size",
@@ -187,7 +188,13 @@ def samples(kind: str, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def settle(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Give BatchNorm the statistics of these inputs: with those of no data, random weights die away."""
+    """
+    Give BatchNorm the statistics of these inputs, and tiny scales of layers the value 1: as they begin,
+    random weights die away.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 1 and 0 < parameter.abs().max() < 1e-3:
+            nn.init.ones_(parameter)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -255,6 +262,10 @@ def looks_large(name: str) -> tuple[bool, int]:
 
 
 def build_timm(name: str) -> TimmWrapperForImageClassification:
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+    if size > LARGEST:
+        raise MemoryError(f"{size / 1e6:.0f} million parameters")
     config = TimmWrapperConfig(architecture=name, num_labels=CLASSES, do_pooling=True)
     model = TimmWrapperForImageClassification(config).eval()
     model.config.image_size = model.timm_model.pretrained_cfg["input_size"][-1]
