@@ -85,8 +85,8 @@ def compare(model: Any, data: str | Iterable[Any], *, original: Any = None, **kw
             otherwise.
 
     Returns:
-        `PIL.Image.Image` for a pipeline, [`~more_hf.classification.compare.Accuracies`] for a classifier. A
-        notebook shows both.
+        `PIL.Image.Image` for a pipeline, [`~more_hf.classification.accuracies.Accuracies`] for a classifier,
+        with a table, a picture (`to_picture`) and what each class's samples became. A notebook shows both.
 
     Raises:
         `MoreError`: nothing was erased and there is no `original`, or no prompt. `PrototypeError`: data

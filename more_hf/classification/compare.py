@@ -1,93 +1,24 @@
-"""`compare` for classifiers: every class's accuracy before and after an erasure, as a table."""
+"""`compare` for classifiers: every class's accuracy before and after an erasure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import PrototypeError
-from ..core.markdown import markdown_table
+from ..core.errors import MoreError, PrototypeError
+from .accuracies import Accuracies, ClassAccuracy
 from .erase import get_erasure
-from .features import inputs_of, plain_model
+from .features import inputs_of, plain_model, with_bar
 from .heads import evaluating, run
 from .names import class_names
 
 
-LISTED = 40  # classes that a table shows at most
-
-
-@dataclass(frozen=True)
-class ClassAccuracy:
-    """How one class's images are classified."""
-
-    name: str
-    forgotten: bool
-    count: int  # how many images it has
-    before: float | None  # percent of them that the original gets right; `None` if the original is not here
-    after: float  # percent of them that the model gets right
-
-    @property
-    def change(self) -> float:
-        """How far the accuracy moved; the accuracy itself if nothing is known of before."""
-        return abs(self.after - (self.before or 0))
-
-
-@dataclass(frozen=True)
-class Accuracies:
-    """
-    Every class's accuracy before and after an erasure, as `more_hf.compare` returns it for a classifier.
-
-    Args:
-        classes (`tuple[ClassAccuracy, ...]`):
-            Every class that the data has images of, in the model's order.
-    """
-
-    classes: tuple[ClassAccuracy, ...]
-
-    @classmethod
-    def from_facts(cls, accuracy: Mapping[str, Mapping[str, float]], forgotten: Collection[str]) -> Self:
-        """The inverse of `to_facts`."""
-        classes = []
-        for name, one in accuracy.items():
-            found = name in forgotten, int(one["images"]), one["before"], one["after"]
-            classes.append(ClassAccuracy(name, *found))
-        return cls(tuple(classes))
-
-    def to_facts(self) -> dict[str, dict[str, float]]:
-        """The accuracies as `ClassFacts.accuracy` holds them."""
-        return {
-            one.name: {"images": one.count, "before": one.before, "after": one.after} for one in self.classes
-        }
-
-    @property
-    def listed(self) -> tuple[ClassAccuracy, ...]:
-        """What a table shows: all, or of many those that are forgotten or moved farthest."""
-        first = sorted(self.classes, key=lambda one: (not one.forgotten, -one.change))[:LISTED]
-        return tuple(one for one in self.classes if one in first)
-
-    def to_markdown(self) -> str:
-        """A table in percent, with the accuracy over all images of forgotten classes and of the others."""
-        listed = self.listed
-        rows = [_row(f"{one.name} (forgotten)" if one.forgotten else one.name, [one]) for one in listed]
-        left_out = [one for one in self.classes if one not in listed]
-        if left_out:
-            rows.append(_row(f"{len(left_out)} that moved less", left_out))
-        for name, forgotten in (("forgotten, together", True), ("the others, together", False)):
-            part = [one for one in self.classes if one.forgotten == forgotten]
-            if part:
-                rows.append(_row(name, part))
-        return markdown_table(rows)
-
-    def __str__(self) -> str:
-        return self.to_markdown()
-
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+TAKERS = 5  # classes that a forgotten class's samples became, in the record
 
 
 def compare(
@@ -107,24 +38,23 @@ def compare(
             Gives a block in which a classifier's router depends on the seeds alone.
     """
     erasure, plain = get_erasure(model), plain_model(model)
-    hits: dict[str, list[Tensor]] = {"before": [], "after": []}
+    predicted: dict[str, list[Tensor]] = {"before": [], "after": []}
     labels: list[Tensor] = []
     seen = 0
     with evaluating(plain):
-        for samples, batch_labels in inputs_of(plain, data):
+        for samples, batch_labels in inputs_of(plain, with_bar(data, "Comparing")):
             labels.append(batch_labels.cpu())
             # What a router does with a sample depends on its place in the data, not on what ran before.
             seeds = range(seen, seen + len(batch_labels))
             seen += len(batch_labels)
             with seeded(model, seeds):
                 logits = run(plain, samples)
-            hits["after"].append(logits.argmax(1).cpu() == labels[-1])
+            predicted["after"].append(logits.argmax(1).cpu())
             with show_original() as source:
                 if source is not None:
                     original = plain_model(source)
                     with evaluating(original):
-                        before = run(original, samples).argmax(1).cpu()
-                    hits["before"].append(before == labels[-1])
+                        predicted["before"].append(run(original, samples).argmax(1).cpu())
     if not labels:
         raise PrototypeError("The data has no batch. Accuracies need at least one.")
 
@@ -133,33 +63,55 @@ def compare(
     if found.max() >= len(names):
         highest = int(found.max())
         raise PrototypeError(
-            f"An image has the label {highest}, and the model has {len(names)} classes. Pass data of these "
+            f"A sample has the label {highest}, and the model has {len(names)} classes. Pass data of these "
             "classes."
         )
-    percent = {when: _percent(found, torch.cat(parts), len(names)) for when, parts in hits.items() if parts}
-    before = percent.get("before", [None] * len(names))
-    counts = torch.bincount(found[found >= 0], minlength=len(names)).tolist()
+    shares = {when: _shares(found, torch.cat(parts), names) for when, parts in predicted.items() if parts}
     forgotten = [] if erasure is None else erasure.concepts
     classes = []
-    for number, name in enumerate(names):
-        if counts[number]:
-            own = before[number], percent["after"][number]
-            classes.append(ClassAccuracy(name, name in forgotten, counts[number], *own))
+    for number, count in enumerate(torch.bincount(found[found >= 0], minlength=len(names)).tolist()):
+        if count:
+            name, became = names[number], shares["after"][number]
+            was = shares["before"][number] if "before" in shares else {}
+            before = was.get(name, 0.0) if was else None
+            after = became.get(name, 0.0)
+            classes.append(ClassAccuracy(name, name in forgotten, count, before, after, was, became))
     return Accuracies(tuple(classes))
 
 
-def _percent(labels: Tensor, hits: Tensor, num_classes: int) -> list[float]:
-    """The share of each class's images that are hits; 0 for a class without an image."""
+def _shares(labels: Tensor, predicted: Tensor, names: Sequence[str]) -> dict[int, dict[str, float]]:
+    """Of each class that has samples, the percentage of them by predicted class, the largest first."""
     counted = labels >= 0
-    counts = torch.bincount(labels[counted], minlength=num_classes)
-    right = torch.bincount(labels[counted & hits], minlength=num_classes)
-    return (100 * right / counts.clamp_min(1)).tolist()
+    labels, predicted = labels[counted], predicted[counted]
+    totals = torch.bincount(labels).tolist()
+    pairs, counts = torch.stack([labels, predicted]).unique(dim=1, return_counts=True)
+    shares: dict[int, dict[str, float]] = {}
+    for place in counts.argsort(descending=True, stable=True).tolist():
+        label, given = pairs[:, place].tolist()
+        shares.setdefault(label, {})[names[given]] = 100 * int(counts[place]) / totals[label]
+    return shares
 
 
-def _row(name: str, classes: Sequence[ClassAccuracy]) -> dict[str, Any]:
-    """A line of the table: one class, or several together, over all of their images."""
-    count = sum(one.count for one in classes)
-    row = {"class": name, "images": count}
-    if classes[0].before is not None:
-        row["before"] = sum(one.count * one.before for one in classes) / count
-    return {**row, "after": sum(one.count * one.after for one in classes) / count}
+def note(model: nn.Module, found: Accuracies, measured_on: str) -> None:
+    """
+    Write what was measured into the facts of a model's erasure: its report, record and card have it then. The
+    model itself is not changed.
+
+    Args:
+        found (`Accuracies`):
+            What `more_hf.compare` returned, with the original at hand.
+        measured_on (`str`):
+            The samples, in words: "the 10,000 images of CIFAR-10's test set".
+
+    Raises:
+        `MoreError`: nothing was erased, or nothing is known of the original.
+    """
+    erasure = get_erasure(model)
+    if erasure is None or any(one.before is None for one in found.classes):
+        raise MoreError(
+            f"This {type(model).__name__} was not erased here, or the accuracies lack those of the original. "
+            "Pass an erased model and what `more_hf.compare(model, data, original=...)` returns."
+        )
+    became = {one.name: dict(list(one.became.items())[:TAKERS]) for one in found.classes if one.forgotten}
+    facts = {"accuracy": found.to_facts(), "became": became, "measured_on": measured_on}
+    erasure.facts = replace(erasure.facts, **facts)

@@ -11,6 +11,7 @@ from ..core.facts import ClassFacts
 from ..core.prototypes import Prototypes
 from ..core.report import measured_rows
 from ..core.request import ClassRequest
+from .accuracies import Accuracies
 
 
 LISTED = 5  # classes that a row of a report names at most
@@ -47,6 +48,8 @@ class ClassErasure(Erasure):
             before, after = facts.remain_right["before"], facts.remain_right["after"]
             estimate = f"{before:.1f} % before, {after:.1f} % after, of features drawn around the class means"
             yield "remaining classes recognized", estimate
+        if facts.accuracy:
+            yield from _measured(facts, self.concepts)
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         heads = ", ".join(f"`{name}`" for name in request.head)
         edited = f"{heads}, in the weight and by a hook on its input"
@@ -70,6 +73,24 @@ def _targets(names: list[str], router: str | None) -> str:
     more = [f"{len(names) - LISTED} more"] if len(names) > LISTED else []
     listed = ", ".join([*names[:LISTED], *more])
     return f"the mean of {listed}" if len(names) > 1 and router is None else listed
+
+
+def _measured(facts: ClassFacts, forgotten: list[str]) -> Iterator[tuple[str, str]]:
+    """What `compare` found, in rows."""
+    found = Accuracies.from_facts(facts.accuracy, forgotten)
+    for row, one in (
+        ("forgotten classes, measured", found.together(forgotten=True)),
+        ("remaining classes, measured", found.together(forgotten=False)),
+    ):
+        if one is not None:
+            yield row, f"{one.before:.1f} % right before, {one.after:.1f} % after, of {facts.measured_on}"
+    became = []
+    for name, takers in facts.became.items():
+        listed = ", ".join(f"{taker} {share:.0f} %" for taker, share in takers.items())
+        became.append(f"{name}: {listed}")
+    yield "forgotten samples became", "; ".join(became) or "none was measured"
+    lost = [f"{one.name} by {-one.change:.1f} points" for one in found.lost[:LISTED]]
+    yield "lost most", "; ".join(lost) or "no class"
 
 
 def _movement(moved: dict[str, float]) -> str:

@@ -103,15 +103,8 @@ def collect(
         _every_sample_once(loader) as (batches, sharded),
         nullcontext() if current is None else routing_off(current),
     ):
-        bar = tqdm(
-            batches,
-            desc="Collecting features",
-            unit="batch",
-            delay=DELAY,
-            disable=not transformers_logging.is_progress_bar_enabled(),
-        )
         # 1. The first batch shows where the heads are, and so which classes there are.
-        inputs = inputs_of(model, bar)
+        inputs = inputs_of(model, with_bar(batches, "Collecting features"))
         first = next(inputs, None)
         if first is None:
             raise PrototypeError("The data has no sample. Prototypes need at least one of every class.")
@@ -135,6 +128,12 @@ def collect(
     if sharded:
         fitter.totals = reduce(send_to_device(fitter.totals, PartialState().device), "sum")
     return heads, fitter.prototypes
+
+
+def with_bar(batches: Iterable[Any], doing: str) -> Iterable[Any]:
+    """The batches, with a progress bar where it takes long."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    return tqdm(batches, desc=doing, unit="batch", delay=DELAY, disable=not shown)
 
 
 def features_of(

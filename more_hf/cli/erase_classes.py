@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,9 +60,10 @@ def add_to(commands) -> None:
     )
     add(
         "--test",
+        "--eval",
         metavar="DIR",
-        help="other samples, as DIR/CLASS/* or DIR/test/CLASS/* (else validation, else train): print every "
-        "class's accuracy on them, before and after, also for the card",
+        help="samples to measure every class's accuracy on, before and after, also for the card: "
+        "DIR/test/CLASS/* (else validation, else train) or DIR/CLASS/* (the same of --data)",
     )
     add_concepts(parser, "forget", "what to forget", default=[], metavar="CLASS")
     add("--forget_file", type=Path, metavar="FILE", help="a list of what to forget, a class a line")
@@ -104,6 +104,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     import more_hf
+    from more_hf.classification.compare import note
     from more_hf.classification.kinds import class_of, kind_of
     from more_hf.classification.plan import check_request, make_request
     from more_hf.classification.samples import HELD_OUT, load_samples
@@ -127,19 +128,18 @@ def _erase_classes(args: argparse.Namespace) -> int:
     data = load_samples(args.data, **settings)
     more_hf.erase_classes(model, data, forget, most_lost=args.most_lost, **options)
     if state.is_main_process:
-        erasure, table = more_hf.get_erasure(model), None
-        if args.test is not None:
-            test = load_samples(args.test, splits=HELD_OUT, **settings)
-            table = more_hf.compare(model, test)
-            name, split = Path(args.test).name, str(test.dataset.split)
-            measured_on = f"the {len(test.dataset)} {kind.name} in {name} (split {split!r})"
-            erasure.facts = replace(erasure.facts, accuracy=table.to_facts(), measured_on=measured_on)
+        test = load_samples(args.test or args.data, splits=HELD_OUT, **settings)
+        found = more_hf.compare(model, test)
+        place, split = Path(args.test or args.data).name, str(test.dataset.split)
+        measured_on = f"the {len(test.dataset)} {kind.name} in {place} (split {split!r})"
+        note(model, found, measured_on)
         logger.info("Saving to %s", args.output)
         more_hf.save(model, args.output, include_delta=args.include_delta, processor=processor)
-        print(erasure)
-        if table is not None:
-            print(f"\nPercent of {erasure.facts.measured_on} that are classified rightly:\n\n{table}")
-        print(f"\nSaved to {args.output}. Check it with: more-hf verify {args.output}")
+        found.to_picture().save(args.output / "compare.png")
+        print(more_hf.get_erasure(model))
+        print(f"\nPercent of {measured_on} that are classified rightly:\n\n{found}")
+        print(f"\nSaved to {args.output}, with a picture of the confusions, compare.png.")
+        print(f"Check it with: more-hf verify {args.output}")
     return 0
 
 

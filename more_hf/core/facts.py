@@ -64,7 +64,9 @@ class ClassFacts(Facts):
     # the percentage of the remaining classes' features, drawn around their prototypes, that the head
     # assigns to the right class, `before` and `after` the edit; `None` for an edit at an inner module
     remain_right: dict[str, float] | None = None
-    # of each class in `measured_on`, the number of images and the percentage of them that is classified
+    # of each class in `measured_on`, the number of samples and the percentage of them that is classified
     # rightly: `images`, `before`, `after`
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
-    measured_on: str = ""  # images that the user named
+    # of each forgotten class, the percentage of its samples that the model gives to other classes now
+    became: dict[str, dict[str, float]] = field(default_factory=dict)
+    measured_on: str = ""  # samples that the user named

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..classification.compare import Accuracies
+from ..classification.accuracies import Accuracies
 from ..classification.erasure import ClassErasure
 from ..classification.kinds import IMAGES, Kind, find_kind
 from ..core.erasure import Erasure

@@ -78,6 +78,8 @@ def test_what_it_did_to_other_images(folders, tmp_path, capsys):
     assert int(forgotten[1]) == len(list((data / "train" / "four").iterdir()))
     assert float(forgotten[2]) > 90 > 5 > float(forgotten[3])
     assert "| the others, together " in out
+    with Image.open(tmp_path / "out" / "compare.png") as picture:
+        assert picture.width > 400
 
 
 def test_a_file_of_names_and_the_plan(folders, tmp_path, capsys):

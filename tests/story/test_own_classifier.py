@@ -40,6 +40,7 @@ def test_a_class_is_forgotten_and_measured_on_other_images(folders, capsys):
     # The table goes along: into the record, and from there into the card.
     assert main(["push", "erased", "me/without-three", "--dry_run", "to_push"]) == 0
     card = Path("to_push/README.md").read_text()
+    assert "![Which class the samples of each class are given, before and after](before_after.png)" in card
     for line in table.splitlines()[:14]:
         assert line in card
 
