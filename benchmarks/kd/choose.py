@@ -1,4 +1,4 @@
-"""Choose the settings of the trained baselines: the declared grid point with the largest HM on validation
+"""Choose the settings of the baselines that have some: the declared grid point with the largest HM on validation
 images, for one class.
 
     python benchmarks/kd/choose.py --dataset fashion-mnist --model allcnn-narrow --forget bag \\
@@ -44,6 +44,7 @@ GRIDS = {
     "bad-teacher": grid(lr=[3e-4, 1e-3, 3e-3]),
     "lau": grid(lr=[1e-3, 1e-2, 1e-1]),
     "esc-t": grid(lr=[1e-3, 1e-2, 1e-1]),
+    "kodge": grid(alpha_r=[30.0, 100.0, 300.0, 1000.0], alpha_f=[3.0, 10.0, 30.0]),
 }
 
 
