@@ -1,5 +1,5 @@
-"""Choose the settings of the baselines that have some: the declared grid point with the largest HM on validation
-images, for one class.
+"""Choose the settings of the baselines: the declared grid point with the largest HM on validation images, for
+one class.
 
     python benchmarks/kd/choose.py --dataset fashion-mnist --model allcnn-narrow --forget bag \\
         --models MODELS --output CHOSEN

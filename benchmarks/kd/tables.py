@@ -47,6 +47,8 @@ COLUMNS = {
     "kr_mlp_acc_ft": "mlp_acc_ft",
     "gap_closed": "gap_closed",
     "idi": "idi",
+    "rus_original": "rus_original",
+    "rus_retrain": "rus_retrain",
 }
 MEMBERSHIP = {"mia_loss": "mia_loss", "mia_confidence": "mia_confidence", "mia_entropy": "mia_entropy"}
 KEPT, FORGOTTEN = 0.5, 0.5  # points of acc_rt that may be lost, percent of acc_ft that may be left

@@ -57,7 +57,7 @@ LOSS_ATTACK = percentages("mia_loss", "mia_loss_low", "mia_loss_high", "mia_loss
 MEMBERSHIP = [*LOSS_ATTACK, *percentages("mia_confidence", "mia_entropy")]
 SIMILARITY = [
     *map(Column, ("cka_original_f", "cka_original_r", "cka_retrain_f", "cka_retrain_r")),
-    *map(Column, ("cosine_f", "cosine_r", "load_cv", "idi")),
+    *map(Column, ("rus_original", "rus_retrain", "cosine_f", "cosine_r", "load_cv", "idi")),
 ]
 # Of the way from Original's kr_converged_acc_ft to Retrain's; above 100 a new head finds less than there.
 GAP = Column("gap_closed", "%")
@@ -81,11 +81,26 @@ def summarise(rows: pd.DataFrame) -> list[dict[str, Any]]:
     from a binomial. `seeds` is the number of rows; `n_f` and `n_r` count the training samples that are
     forgotten and remain in one of them.
     """
+    if "cka_original_f" in rows:
+        rows = rows.assign(**_representation_scores(rows))
     lines = [_line(*key, part) for key, part in rows.groupby(["method", "forget"], sort=False)]
     for method, part in rows.groupby("method", sort=False):
         if part["forget"].nunique() > 1:
             lines.append(_line(method, POOLED, part))
     return [{**line, GAP.name: _gap_closed(line, lines)} for line in lines]
+
+
+def _representation_scores(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """
+    POUR's representation unlearning score (Le et al., 2026), from 0 to 1: the harmonic mean of how far the
+    forgotten features are from the original's, 1 − CKA, or how near to Retrain's, CKA, and of how near the
+    others are.
+    """
+    unlike_original = 1 - rows["cka_original_f"]
+    return {
+        "rus_original": _mean(unlike_original, rows["cka_original_r"]),
+        "rus_retrain": _mean(rows["cka_retrain_f"], rows["cka_retrain_r"]),
+    }
 
 
 def _gap_closed(line: Line, lines: Sequence[Line]) -> float | None:
@@ -146,5 +161,9 @@ def summary_line(
 
 
 def _harmonic_mean(acc_f: np.ndarray, acc_r: np.ndarray) -> np.ndarray:
-    forgotten = 100 - acc_f
-    return 2 * forgotten * acc_r / np.maximum(forgotten + acc_r, 1e-12)
+    return _mean(100 - acc_f, acc_r)
+
+
+def _mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The harmonic mean; 0 where one of them is."""
+    return 2 * a * b / np.maximum(a + b, 1e-12)

@@ -81,8 +81,9 @@ MEMBERSHIP_NOTE = (
     "To be compared with retrain."
 )
 SIMILARITY_NOTE = (
-    "Linear CKA with the features of original and retrain; the cosine of class means with their own place "
-    "before, mean over forgotten and least of remaining classes; load_cv: how unevenly experts are used"
+    "Linear CKA with the features of original and retrain; rus: POUR's score of it, 1 is best; the cosine of "
+    "class means with their own place before, mean over forgotten and least of remaining classes; load_cv: "
+    "how unevenly experts are used"
 )
 IDI_NOTE = "; idi: what all blocks tell about who is forgotten, 0 for retrain and 1 for original"
 

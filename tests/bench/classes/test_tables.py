@@ -99,3 +99,14 @@ def test_the_share_of_the_way_to_retrain_by_hand():
     assert [closed[method, "a"] for method in ("original", "retrain", "esc", "remap")] == [0, 100, 50, 500]
     assert closed["esc", "b"] is None
     assert closed["esc", "c"] is None
+
+
+def test_the_representation_score_by_hand():
+    def found(seed, own, others, **retrain):
+        return row("esc", seed=seed, cka_original_f=own, cka_original_r=others, **retrain)
+
+    theirs = {"cka_retrain_f": 0.5, "cka_retrain_r": 1.0}
+    rows = pd.DataFrame([found(0, 0.2, 0.8, **theirs), found(1, 1.0, 1.0, **theirs)])
+    (line,) = summarise(rows)
+    assert line["rus_original"] == pytest.approx(0.4)  # of 0.8, and of 0 where nothing was forgotten
+    assert line["rus_retrain"] == pytest.approx(2 / 3)
