@@ -15,7 +15,6 @@ targets'; `tune` sees neither these prompts nor the shipped judges.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,11 +29,10 @@ import more_hf
 from more_hf.core.errors import MoreError
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
-from more_hf.core.site import copy_weights, write_weights
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.erase import erase
 from more_hf.tuning.judge import features_of
-from more_hf.tuning.search import Edit, Workshop, original_cases
+from more_hf.tuning.search import Workshop, original_cases
 from more_hf.tuning.study import Study
 from more_hf_bench.artists.config import ArtistsConfig, Erasure
 from more_hf_bench.artists.judges import EmojiJudges
@@ -165,16 +163,6 @@ def measure(output: Path, kinds: Sequence[str], rivals: Sequence[str] = ()) -> N
         )
 
 
-@contextmanager
-def part_of(workshop: Workshop, edit: Edit, strength: float) -> Iterator[None]:
-    """The pipeline with a part of an edit."""
-    before = copy_weights(edit.sites)
-    with workshop.edited(edit):
-        after = copy_weights(edit.sites)
-        write_weights(edit.sites, {name: before[name].lerp(after[name], strength) for name in after})
-        yield
-
-
 def agreement(output: Path, kinds: Sequence[str]) -> None:
     """Parts of three edits of each name, judged by its study's judge and by the shipped one."""
     file, pipe, shipped = output / "agreement.csv", load(), EmojiJudges()
@@ -191,7 +179,7 @@ def agreement(output: Path, kinds: Sequence[str]) -> None:
             workshop.fit_judges(draw_once(output / "originals", workshop))
             cases = setup.cases(setup.pictures)[:PICTURES]
             for target, strength in points:
-                with part_of(workshop, workshop.edit(target), strength):
+                with workshop.edited(workshop.at_strength(workshop.edit(target), strength)):
                     ((_, pictures),) = workshop.draw(cases)
                 taken_for = workshop.names_judge.taken_for(features_of(pictures), range(PICTURES))
                 rows = [PromptRow(0, case.prompt, 0, "", name if kind == "things" else "") for case in cases]

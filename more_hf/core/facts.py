@@ -50,6 +50,8 @@ class ConceptFacts(Facts):
     fitted_on: dict[str, str] = field(default_factory=dict)
     dequantized: dict[str, str] = field(default_factory=dict)  # how each plain layer was quantized before
     extra_bytes: int = 0  # how much more memory these layers take
+    study: list[dict[str, str]] = field(default_factory=list)  # the edits that `tune` gave to choose from
+    judged: str = ""  # what the figures in these lines are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from ..core.errors import PrototypeError, shown
 from ..core.request import names_in, read_names
 from ..diffusion.encoder import Encoder, column, fit_prototypes, kinds_of
 from ..diffusion.prompts import evenly, everyday_prompts, sentences_around, speaks_emoji
+from ..diffusion.text import tokenizer_in
 
 
 FEWEST = 2  # candidates, so that there is something to choose
@@ -86,26 +87,40 @@ def kind_of(pipe: DiffusionPipeline, concept: str) -> str:
     return kinds[names[1 + int((read[1:] @ read[0]).argmax())]]
 
 
+def looks_made_up(pipe: DiffusionPipeline, concept: str) -> bool:
+    """Whether no packaged list has a name, and the tokenizer keeps none of its words whole."""
+    lists = packaged_names(speaks_emoji(pipe.tokenizer))
+    if any(names_in(concept, name) for names in lists.values() for name in names):
+        return False
+    words = tokenizer_in(pipe.tokenizer)(concept.split(), add_special_tokens=False).input_ids
+    return all(len(pieces) > 1 for pieces in words)
+
+
 def find_candidates(
-    pipe: DiffusionPipeline, concept: str, kind: str, given: Sequence[str] | None
+    pipe: DiffusionPipeline,
+    concept: str,
+    kind: str,
+    given: Sequence[str] | None,
+    aliases: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """
     The candidates that were given, or the other names of a kind.
 
     Raises:
-        `PrototypeError`: there are fewer than `FEWEST`, or one of them is the concept.
+        `PrototypeError`: there are fewer than `FEWEST`, or one of them is the concept or may be an alias.
     """
     if given is None:
         names = packaged_names(speaks_emoji(pipe.tokenizer))[kind]
         names = tuple(name for name in names if not (names_in(name, concept) or names_in(concept, name)))
     else:
         names = tuple(dict.fromkeys(read_names("candidates", given)))
-        own = [name for name in names if name.casefold() == concept.casefold()]
-        if own:
-            raise PrototypeError(
-                f"{own[0]!r} is both the concept and in `candidates`. Remove it there: the concept cannot "
-                "become itself."
-            )
+        for role, forgotten in {"the concept": (concept,), "in `aliases`": aliases}.items():
+            own = [name for name in names if name.casefold() in map(str.casefold, forgotten)]
+            if own:
+                raise PrototypeError(
+                    f"{own[0]!r} is both {role} and in `candidates`. Remove it there: the concept cannot "
+                    "become itself."
+                )
     if len(names) < FEWEST:
         raise PrototypeError(
             f"{concept!r} has {len(names)} candidates ({', '.join(names) or 'none'}), and a choice needs at "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, normalize
 
 from ..core.errors import MoreError
 from ..data import load_lpips
@@ -21,6 +22,8 @@ PENALTY = 1e-3  # of the squared weights, in the mean log loss
 SIDES = (128, 256)  # pixels: AlexNet's first stride would lose the thin lines of smaller pictures
 BATCH = 64
 Z = 1.959964  # standard deviations on each side in a 95 % interval
+CHANCE = 0.025  # what is at least as likely by chance says nothing
+FLIPS = 10_000  # random signs that stand for all of them
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,9 @@ class Judge:
             leaves the remainder i.
         centers (`Tensor`):
             `(cases, d)`: the mean features of each case.
-        confusion (`Tensor`):
-            `(len(names), len(names))`, int64: how many pictures of a row's name were taken for a column's.
+        unseen (`Tensor`):
+            `(len(names), cases, len(names))`: what each name scores on the pictures that it was fitted on, by
+            the regression that did not see them.
 
     Example:
 
@@ -156,7 +160,7 @@ class Judge:
     weight: Tensor
     bias: Tensor
     centers: Tensor
-    confusion: Tensor
+    unseen: Tensor
 
     @classmethod
     def fit(cls, pictures: Mapping[str, Tensor]) -> Judge:
@@ -182,26 +186,25 @@ class Judge:
                 f"{', '.join(f'{count} of {name!r}' for name, count in counts.items()) or 'none'}. Draw more."
             )
         z = torch.stack(list(features.values()))  # (names, cases, d)
-        names, cases = z.shape[:2]
-        centers = z.mean(0)
+        cases, centers = z.shape[1], z.mean(0)
         fitted = []
         for fold in range(FOLDS):
             seen = torch.arange(cases) % FOLDS != fold
             fitted.append(fit_classes(z[:, seen] - centers[seen]))
         weight, bias = (torch.stack(parts) for parts in zip(*fitted, strict=True))
-        judge = cls(tuple(features), weight, bias, centers, torch.zeros(names, names, dtype=torch.int64))
-        for row, own in enumerate(z):
-            for name in judge.taken_for(own):
-                judge.confusion[row, judge.names.index(name)] += 1
-        return judge
+        judge = cls(tuple(features), weight, bias, centers, torch.empty(0))
+        return replace(judge, unseen=torch.stack([judge.scores(own) for own in z]))
 
-    def taken_for(self, features: Tensor, cases: Sequence[int] | None = None) -> list[str]:
-        """The name that each picture is taken for, by `features_of` it and its case; by default in order."""
+    def scores(self, features: Tensor, cases: Sequence[int] | None = None) -> Tensor:
+        """What each name scores on pictures, by `features_of` them and their cases; by default in order."""
         cases = list(range(len(features)) if cases is None else cases)
         folds = torch.tensor(cases) % FOLDS
         centered = features - self.centers[cases]
-        scores = (self.weight[folds] @ centered[..., None])[..., 0] + self.bias[folds]
-        return [self.names[i] for i in scores.argmax(1).tolist()]
+        return (self.weight[folds] @ centered[..., None])[..., 0] + self.bias[folds]
+
+    def taken_for(self, features: Tensor, cases: Sequence[int] | None = None) -> list[str]:
+        """The name that each picture is taken for, by `features_of` it and its case; by default in order."""
+        return [self.names[i] for i in self.scores(features, cases).argmax(1).tolist()]
 
     def recognized(self, pictures: Tensor, name: str, cases: Sequence[int] | None = None) -> Estimate:
         """
@@ -209,6 +212,11 @@ class Judge:
         cases that the judge was fitted on: by default the i-th picture in the i-th case.
         """
         return Estimate.share(self.taken_for(features_of(pictures), cases).count(name), len(pictures))
+
+    @property
+    def confusion(self) -> Tensor:
+        """`(len(names), len(names))`: how many held-out pictures of a row's name are taken for a column's."""
+        return torch.stack([row.bincount(minlength=len(self.names)) for row in self.unseen.argmax(2)])
 
     @property
     def accuracy(self) -> Estimate:
@@ -226,9 +234,34 @@ class Judge:
         others = [i for i in range(len(self.names)) if i != column]
         return Estimate.share(int(self.confusion[others, column].sum()), int(self.confusion[others].sum()))
 
+    def chance(self, name: str) -> float:
+        """
+        How likely a judge that knows nothing of a name would do as well with it: held-out pictures of all
+        names in each case are put in order by the odds of the name, and its own should come first. Exact.
+        """
+        own, others = self.names.index(name), [i for i, other in enumerate(self.names) if other != name]
+        odds = self.unseen[..., own] - self.unseen[..., others].logsumexp(2)  # (names, cases)
+        behind = (odds[others] < odds[own]).sum(0)
+        # By chance, every place is as likely as any other, and independent of those in the other cases.
+        place = np.full(len(self.names), 1 / len(self.names))
+        return float(functools.reduce(np.convolve, [place] * len(behind))[int(behind.sum()) :].sum())
+
     def can_tell(self, name: str) -> bool:
-        """Whether it finds a name more often, beyond chance, than it sees it where it is not."""
-        return self.found(name).low > self.mistaken(name).high
+        """Whether it tells a name's pictures from the other names' better than by chance."""
+        return self.chance(name) < CHANCE
+
+
+def chance_of_moves(before: Tensor, after: Tensor) -> float:
+    """
+    How likely features `(cases, d)` would differ as much alike from case to case if what was drawn before and
+    after were the same: then every difference could as well have the other sign.
+    """
+    moves = normalize((after - before) / torch.cat([before, after]).std(0).clamp_min(1e-9), dim=1)
+    alike = moves @ moves.T
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (FLIPS, len(alike)), generator=generator).to(alike) * 2 - 1
+    flipped = (signs @ alike * signs).sum(1)
+    return (1 + int((flipped >= alike.sum()).sum())) / (1 + FLIPS)
 
 
 def fit_classes(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from ..diffusion.draw import draw
 from ..diffusion.encoder import Encoder, column, kinds_of
 from ..diffusion.plan import Solution, fit_request, solve, token_choices
 from ..diffusion.sites import find_sites
-from .judge import Estimate, Judge, features_of, fit_classes, lpips_distance
+from .judge import CHANCE, Estimate, Judge, chance_of_moves, features_of, fit_classes, lpips_distance
 
 
 MOST = 10  # candidates of which pictures are drawn
@@ -32,6 +32,7 @@ STAY = 3  # edits that stay after a round, or a third of them if these are more
 VARIANTS = ({"tokens": "last+end"}, {"solver": "soft"})
 VISIBLE, CHEAPER = 0.02, 0.8
 FRONT = 6  # edits to choose from
+STRENGTHS = (0.25, 0.5, 0.75, 1.25)  # of the recommended edit, beside none of it and the whole
 LESS, MORE = ("recognized", "retained", "nameless"), ("kept", "changed")  # figures by which way is better
 
 
@@ -84,8 +85,8 @@ class Case(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The sentence with the name in it."""
-        return self.sentence.replace("{}", self.name)
+        """The sentence with the name in it; without one, it leaves no gap."""
+        return " ".join(self.sentence.replace("{}", self.name).split())
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Edit:
     def key(self) -> str:
         """What tells it from the other edits of its study."""
         request = self.request
-        options = {"tokens": request.tokens, "solver": request.solver, "reach": request.reach}
+        options = {name: getattr(request, name) for name in ("tokens", "solver", "reach", "strength")}
         set_apart = [f"{name} {own}" for name, own in options.items() if own != getattr(ConceptRequest, name)]
         return ", ".join([f"to {' and '.join(request.targets)}", *set_apart])
 
@@ -217,9 +218,15 @@ class Workshop:
             if target not in self.activations:
                 sent_to = {self.setup.concept: [target]}
                 self.activations[target] = record_activations(self.pipe, self.denoiser, request, sent_to)
-            solution = solution.with_activations(self.activations[target], request.softness)
+            solution = solution.with_activations(self.activations[target], request)
             sites |= find_activation_sites(self.denoiser, self.activations[target].spaces)
         return Edit(request, solution, sites)
+
+    def at_strength(self, edit: Edit, strength: float) -> Edit:
+        """A part of an edit, or more than the whole."""
+        remaps = {space: replace(remap, strength=strength) for space, remap in edit.solution.remaps.items()}
+        request = replace(edit.request, strength=strength)
+        return Edit(request, replace(edit.solution, remaps=remaps), edit.sites)
 
     def _columns(self, request: ConceptRequest, space: str) -> set[str]:
         """The prototypes of a request's names."""
@@ -254,7 +261,7 @@ class Workshop:
             self.progress(len(batch))
 
     def draw_originals(self) -> dict[str, Tensor]:
-        """Draw what the original makes of the concept, of every other name, and of prompts without one."""
+        """Draw what the original makes of the concept, of every other name, and without a name."""
         originals = {}
         for name, cases in original_cases(self.setup).items():
             originals[name] = torch.cat([pictures for _, pictures in self.draw(cases)])
@@ -266,7 +273,7 @@ class Workshop:
         their sentence asks for.
 
         Raises:
-            `MoreError`: the judge cannot tell the concept.
+            `MoreError`: the original does not draw the concept, or the judge cannot tell it.
         """
         setup, self.originals = self.setup, originals
         self.features = {name: features_of(originals[name]) for name in setup.names}
@@ -275,13 +282,19 @@ class Workshop:
         shown = self.shows_sentence(own, range(len(own)), setup.concept)
         self.kept_before = Estimate.share(sum(shown), len(shown))
         judge, concept = self.names_judge, setup.concept
-        if not judge.can_tell(concept):
-            found, mistaken = judge.found(concept), judge.mistaken(concept)
+        # A name that the model does not know changes nothing that all pictures have in common.
+        if chance_of_moves(features_of(originals["unnamed"]), own) >= CHANCE:
             raise MoreError(
-                f"The judge cannot tell {concept!r} from {len(setup.names) - 1} other names: of {found.n} "
-                f"pictures that the original draws of it, it finds {found.value:.0%}, and it takes "
-                f"{mistaken.value:.0%} of the others' for it. The model may not draw it. Check the spelling, "
-                "name `candidates` that look different, or draw more `pictures`."
+                f"The model does not draw {concept!r}: {len(own)} pictures of it do not differ from those of "
+                "the same sentences and noise without it in any way that they have in common. Check the "
+                "spelling, use the name that the model knows, or draw more `pictures`."
+            )
+        if not judge.can_tell(concept):
+            raise MoreError(
+                f"The judge cannot tell {concept!r} from {len(setup.names) - 1} other names: it finds "
+                f"{judge.found(concept).percent} of the pictures that it did not see, and one that knows "
+                f"nothing would do as well with probability {judge.chance(concept):.2f}. Name `candidates` "
+                "that look different, or draw more `pictures`."
             )
 
     def shows_sentence(self, features: Tensor, numbers: Sequence[int], style: str) -> list[bool]:
@@ -303,8 +316,18 @@ class Workshop:
         return [i == n % len(setup.sentences) for i, n in zip(taken_for, numbers, strict=True)]
 
     def trial(self, edit: Edit, count: int) -> Trial:
+        """What the pictures of an edit say."""
+        return Trial(edit, self.figures(self.judgments(edit, self.setup.cases(count))))
+
+    def recognized_at(self, edit: Edit, strength: float) -> Estimate:
+        """The share of half the concept's pictures that are taken for it after a part of an edit."""
+        cases = self.setup.cases(self.setup.pictures // 2)
+        concept = [case for case in cases if case.role == "concept"]
+        judgments = self.judgments(self.at_strength(edit, strength), concept)
+        return Estimate.share(sum(judgment.recognized for judgment in judgments), len(judgments))
+
+    def judgments(self, edit: Edit, cases: Sequence[Case]) -> list[Judgment]:
         """Draw and judge the pictures of an edit that were not judged before."""
-        cases = self.setup.cases(count)
         missing = [case for case in cases if (edit.key, case.role, case.number) not in self.judged]
         if missing:
             with self.edited(edit):
@@ -312,7 +335,7 @@ class Workshop:
                     judgments = self._judge(edit, batch, after)
                     self.record(judgments)
                     self.judged |= {judgment.key: judgment for judgment in judgments}
-        return Trial(edit, self.figures([self.judged[edit.key, case.role, case.number] for case in cases]))
+        return [self.judged[edit.key, case.role, case.number] for case in cases]
 
     def _judge(self, edit: Edit, batch: Sequence[Case], after: Tensor) -> list[Judgment]:
         before = torch.stack([self.originals[case.name][case.number] for case in batch])
@@ -357,10 +380,11 @@ def request_of(setup: Setup, targets: Sequence[str]) -> ConceptRequest:
 
 
 def original_cases(setup: Setup) -> dict[str, list[Case]]:
-    """The pictures that the original draws: by name, and those that name nobody."""
+    """The pictures that the original draws: by name, in the same sentences without one, and in others."""
     cases = {}
     for name in setup.names:
         cases[name] = [setup.case("concept", i, name) for i in range(setup.pictures)]
+    cases["unnamed"] = [setup.case("concept", i) for i in range(setup.pictures)]
     cases["nameless"] = [setup.case("nameless", i) for i in range(max(2, setup.pictures // 6))]
     return cases
 

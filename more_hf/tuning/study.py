@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,15 +23,19 @@ from ..core.registry import require_editable
 from ..core.request import REACHES, ConceptRequest, check_choice, read_count, read_names
 from ..core.site import copy_weights, fingerprint
 from ..diffusion.aliases import find_aliases
-from ..diffusion.erase import erase
+from ..diffusion.erase import erase, get_erasure
 from ..diffusion.grid import draw_grid
 from ..diffusion.sites import as_pipeline, find_denoiser, find_sites
-from .candidates import find_candidates, find_nameless, find_sentences, kind_of
+from ..saving.files import writing
+from .candidates import find_candidates, find_nameless, find_sentences, kind_of, looks_made_up
 from .judge import Estimate
 from .search import (
     MOST,
     ROUNDS,
     STAY,
+    STRENGTHS,
+    Case,
+    Edit,
     Figures,
     Judgment,
     Setup,
@@ -42,6 +47,8 @@ from .search import (
     spread_candidates,
 )
 
+
+logger = logging.getLogger(__name__)
 
 HEAD, JUDGMENTS, ORIGINALS, SHEET = "study.json", "judgments.jsonl", "originals.safetensors", "sheet.webp"
 FEWEST_PICTURES = 16
@@ -99,6 +106,9 @@ class Study:
             show what else the sentence asks for (`kept`).
         choices (`tuple[Choice, ...]`):
             At most six edits; the first one is recommended.
+        strengths (`dict[str, Estimate]`):
+            How many of the concept's pictures are recognized at each strength of the first one: where the
+            erasure begins to end for who loads it as a LoRA with a weight.
         judgments (`tuple[Judgment, ...]`):
             What became of every picture.
         sheet (`PIL.Image.Image`):
@@ -110,6 +120,7 @@ class Study:
     model: dict[str, str]
     judge: dict[str, Estimate] = field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
+    strengths: dict[str, Estimate] = field(default_factory=dict)
     judgments: tuple[Judgment, ...] = field(default=(), repr=False)
     sheet: Image.Image | None = field(default=None, repr=False)
 
@@ -155,19 +166,31 @@ class Study:
                 f"({found['name']!r}) are others, or in another precision. Load the model as it was studied, "
                 "or run `tune` on this one."
             )
-        return erase(pipe, self.choices[pick - 1].request, keep_originals=keep_originals)
+        pipe = erase(pipe, self.choices[pick - 1].request, keep_originals=keep_originals)
+        # For the record and the card; a later refit of the pipeline is no longer the study's.
+        erasure = get_erasure(pipe)
+        chosen = [{**row, "chosen": "yes" if row["number"] == str(pick) else ""} for row in self.rows()]
+        erasure.facts = replace(erasure.facts, study=chosen, judged=self.judged)
+        return pipe
 
     def save(self, folder: str | Path) -> Path:
-        """Write the study into a folder, which `load` reads; returns the folder."""
+        """
+        Write the study into a folder, which `load` reads; returns the folder.
+
+        Raises:
+            `ExportError`: it could not be written.
+        """
         folder = Path(folder)
         head = {"setup": asdict(self.setup), "model": self.model, "judge": _as_dicts(self.judge)}
-        with replacing(folder / JUDGMENTS) as draft:
-            draft.write_text("".join(map(_line, self.judgments)), encoding="utf-8")
-        if self.sheet is not None:
-            with replacing(folder / SHEET) as draft:
-                self.sheet.save(draft, "WEBP", quality=90)
-        choices = [asdict(choice) for choice in self.choices]
-        write_json(folder / HEAD, {**head, "choices": choices, "table": self.to_markdown()})
+        head |= {"choices": [asdict(choice) for choice in self.choices]}
+        head |= {"strengths": _as_dicts(self.strengths), "table": self.to_markdown()}
+        with writing(folder):
+            with replacing(folder / JUDGMENTS) as draft:
+                draft.write_text("".join(map(_line, self.judgments)), encoding="utf-8")
+            if self.sheet is not None:
+                with replacing(folder / SHEET) as draft:
+                    self.sheet.save(draft, "WEBP", quality=90)
+            write_json(folder / HEAD, head)
         return folder
 
     @classmethod
@@ -187,40 +210,53 @@ class Study:
             model=head["model"],
             judge={name: Estimate(**value) for name, value in head["judge"].items()},
             choices=tuple(map(Choice.from_dict, head["choices"])),
+            strengths={strength: Estimate(**value) for strength, value in head["strengths"].items()},
             judgments=tuple(_read_judgments(folder / JUDGMENTS)),
             sheet=Image.open(folder / SHEET) if (folder / SHEET).exists() else None,
         )
 
-    def to_markdown(self) -> str:
-        """A table of the choices."""
+    def rows(self) -> list[dict[str, str]]:
+        """The table of the choices, line by line."""
         rows = []
         for number, choice in enumerate(self.choices, 1):
             figures = choice.figures
             rows.append(
                 {
-                    "": number,
-                    f"{self.setup.concept}": choice.label,
+                    "number": str(number),
+                    "edit": choice.label,
                     "recognized": figures.recognized.percent,
                     "kept": figures.kept.percent,
                     "changed": figures.changed.distance,
                     "moved, retained": figures.retained.distance,
                     "moved, nameless": figures.nameless.distance,
-                    "pictures": figures.recognized.n,
+                    "pictures": str(figures.recognized.n),
                 }
             )
-        return markdown_table(rows)
+        return rows
+
+    def to_markdown(self) -> str:
+        """The table of the choices."""
+        return markdown_table(self.rows())
+
+    @property
+    def judged(self) -> str:
+        """What the figures are, and how far their judge can be trusted."""
+        judge = self.judge
+        return (
+            "Shares and LPIPS distances with 95 % intervals. The judge is fitted on the original's own "
+            f"pictures; of those that it did not see it is right on {judge['accuracy'].value:.0%}, finds "
+            f"{judge['found'].value:.0%} of {self.setup.concept}, and takes {judge['mistaken'].value:.0%} of "
+            "the others for it."
+        )
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
     def __str__(self) -> str:
-        judge = self.judge
+        at = {strength: estimate.percent for strength, estimate in self.strengths.items()}
         return (
-            f"{self.to_markdown()}\n\nShares and LPIPS distances with 95 % intervals. The judge is fitted on "
-            f"the original's own pictures; of those that it did not see it is right on "
-            f"{judge['accuracy'].value:.0%}, finds {judge['found'].value:.0%} of {self.setup.concept}, and "
-            f"takes {judge['mistaken'].value:.0%} of the others for it.\n\nRecommended: 1, {self.reason}.\n"
-            f"{self.choices[0].call}"
+            f"{self.to_markdown()}\n\n{self.judged}\n\nRecommended: 1, {self.reason}.\n"
+            f"{self.choices[0].call}\n\n{markdown_table([{'strength of 1': 'recognized', **at}])}"
         )
 
 
@@ -279,7 +315,8 @@ def tune(
     Raises:
         `PrototypeError`: a name or an option is wrong, or there are too few candidates.
         `SiteNotFoundError`: the pipeline cannot be edited or cannot draw. `MoreError`: something is erased
-        from it, the judge cannot tell the concept from other names, or the folder has another study.
+        from it, it does not draw the concept, the judge cannot tell it from other names, or the folder has
+        another study. `ExportError`: the folder could not be written.
 
     Example:
 
@@ -312,6 +349,10 @@ def tune(
             log.keep_originals(originals)
         workshop.fit_judges(originals)
         trials = front(search(workshop))
+        edit, figures = trials[0]
+        own = workshop.names_judge.found(setup.concept)
+        at = {strength: workshop.recognized_at(edit, strength) for strength in STRENGTHS}
+        strengths = dict(sorted({0: own, 1: figures.recognized, **at}.items()))
         sheet = _sheet(workshop, trials)
     study = Study(
         setup=setup,
@@ -325,6 +366,7 @@ def tune(
         choices=tuple(
             Choice(edit.key, edit.request, edit.solution.ordinary_moved, figures) for edit, figures in trials
         ),
+        strengths={f"{strength:g}": estimate for strength, estimate in strengths.items()},
         judgments=tuple(workshop.judged.values()),
         sheet=sheet,
     )
@@ -358,7 +400,14 @@ def _setup(
         raise PrototypeError(f"`pictures` must be at least {FEWEST_PICTURES}, got {pictures}.")
     (concept,) = read_names("concept", concept)
     kind = kind_of(pipe, concept)
-    names = find_candidates(pipe, concept, kind, candidates)
+    if looks_made_up(pipe, concept):
+        logger.warning(
+            "The tokenizer keeps no word of %r whole, as with words that are rare or made up, and no list of "
+            "the package has it. The model may draw something for it that nobody means: look at the sheet, "
+            "and check the spelling.",
+            concept,
+        )
+    names = find_candidates(pipe, concept, kind, candidates, aliases)
     found = tuple(find_aliases(pipe, concept, aliases, others=names)) if aliases else ()
     setup = Setup(
         concept=concept,
@@ -389,6 +438,7 @@ def _bar(pipe: DiffusionPipeline, setup: Setup, log: _Log) -> Iterator[tqdm]:
         cases = len(setup.cases(setup.pictures // part))
         total += left * (cases - before)
         left, before = max(STAY, left // 3), cases
+    total += len(STRENGTHS) * (setup.pictures // 2)
     config = {
         "desc": f"Tuning {setup.concept}",
         "unit": "picture",
@@ -401,7 +451,10 @@ def _bar(pipe: DiffusionPipeline, setup: Setup, log: _Log) -> Iterator[tqdm]:
 
 
 def _sheet(workshop: Workshop, trials: Sequence[Trial]) -> Image.Image:
-    """The same prompts and noise by the original, by each edit, and of the first edit's target."""
+    """
+    The same prompts and noise by the original, by each edit, by parts of the first, and of the first edit's
+    target.
+    """
     setup, columns = workshop.setup, []
     for case in setup.cases(setup.pictures):
         if case.number < SHOWN[case.role]:
@@ -409,12 +462,17 @@ def _sheet(workshop: Workshop, trials: Sequence[Trial]) -> Image.Image:
     rows: dict[str, list[Image.Image | None]] = {
         "original": [_picture(workshop.originals[case.name][case.number]) for case in columns]
     }
-    for number, trial in enumerate(trials, 1):
-        with workshop.edited(trial.edit):
-            pictures = [one for _, batch in workshop.draw(columns) for one in batch]
-        rows[f"{number}: {trial.edit.key}"] = [_picture(one) for one in pictures]
-    (target,) = trials[0].edit.request.targets
     own = [case for case in columns if case.role == "concept"]
+
+    def drawn(edit: Edit, cases: Sequence[Case]) -> list[Image.Image]:
+        with workshop.edited(edit):
+            return [_picture(one) for _, batch in workshop.draw(cases) for one in batch]
+
+    for number, trial in enumerate(trials, 1):
+        rows[f"{number}: {trial.edit.key}"] = drawn(trial.edit, columns)
+    for strength in STRENGTHS:
+        rows[f"1 at strength {strength:g}"] = drawn(workshop.at_strength(trials[0].edit, strength), own)
+    (target,) = trials[0].edit.request.targets
     rows[target] = [_picture(workshop.originals[target][case.number]) for case in own]
     title = f"{setup.concept}: the edits to choose from"
     return draw_grid(rows, column_labels=[case.prompt for case in columns], scale=1, title=title)
@@ -433,7 +491,8 @@ class _Log:
     What a study has drawn and judged so far: in its folder, or in memory only without one.
 
     Raises:
-        `MoreError`: the folder has a study of another model, concept, version or setting.
+        `MoreError`: the folder has a study of another model, concept, version or setting. `ExportError`: it
+        could not be written.
     """
 
     def __init__(self, folder: str | Path | None, setup: Setup, model: dict[str, str]):
@@ -446,13 +505,14 @@ class _Log:
             _refuse_other(self.folder, _read_head(self.folder), head)
             self.judged += _read_judgments(self.folder / JUDGMENTS)
         else:
-            write_json(self.folder / HEAD, {**head, "choices": []})
+            with writing(self.folder):
+                write_json(self.folder / HEAD, {**head, "choices": []})
 
     def __enter__(self) -> Self:
         if self.folder is not None:
             path = self.folder / JUDGMENTS
             # A line that an interruption cut off goes before the next one comes.
-            with replacing(path) as draft:
+            with writing(path), replacing(path) as draft:
                 draft.write_text("".join(map(_line, self.judged)), encoding="utf-8")
             self.file = path.open("a", encoding="utf-8")
         return self
@@ -464,8 +524,9 @@ class _Log:
     def record(self, judgments: Sequence[Judgment]) -> None:
         """Write judgments to the disk."""
         if self.folder is not None:
-            self.file.write("".join(map(_line, judgments)))
-            self.file.flush()
+            with writing(self.folder / JUDGMENTS):
+                self.file.write("".join(map(_line, judgments)))
+                self.file.flush()
 
     @property
     def has_originals(self) -> bool:
@@ -479,7 +540,7 @@ class _Log:
     def keep_originals(self, originals: Mapping[str, Any]) -> None:
         """Write the original's pictures."""
         if self.folder is not None:
-            with replacing(self.folder / ORIGINALS) as draft:
+            with writing(self.folder), replacing(self.folder / ORIGINALS) as draft:
                 save_file(dict(originals), draft)
 
 

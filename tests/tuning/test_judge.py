@@ -1,5 +1,7 @@
 """The judge against scikit-learn's regression and scipy's intervals, and what it says it cannot tell."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 from more_hf.core.errors import MoreError
-from more_hf.tuning.judge import FOLDS, PENALTY, Estimate, Judge, features_of
+from more_hf.tuning.judge import CHANCE, FOLDS, PENALTY, Estimate, Judge, chance_of_moves, features_of
 
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 210)}
@@ -65,17 +67,53 @@ def test_recognized_is_the_share_of_a_name(drawn):
     assert judge.found("red") == Estimate.share(8, 8)
 
 
-def test_a_name_that_draws_what_another_draws_cannot_be_told(drawn):
+def test_a_name_that_draws_what_another_draws(drawn):
+    """It is told from the rest, and every picture of it is as often taken for the other's."""
     alike = {**drawn, "azure": drawn["blue"].roll(1, 0)}
     judge = Judge.fit(alike)
-    assert judge.can_tell("red")
-    assert not judge.can_tell("azure")
+    assert judge.chance("red") < judge.chance("azure")
     # every held-out picture is in the confusion once, in the row of its name
     assert judge.confusion.sum(1).tolist() == [8] * 4
     own, other = judge.names.index("azure"), judge.names.index("blue")
     column = judge.confusion[:, own].tolist()
     assert column[own] + int(judge.confusion[own, other]) == 8
     assert judge.mistaken("azure") == Estimate.share(sum(column) - column[own], 24)
+
+
+def test_chance_is_that_of_every_order(drawn):
+    """By hand: of 3 names in 2 cases, every pair of places is one in nine."""
+    judge = Judge.fit(drawn)
+    unseen = torch.zeros(3, 2, 3, dtype=torch.float64)
+    for places, at_least in {(0, 0): 9, (1, 0): 8, (1, 1): 6, (2, 1): 3, (2, 2): 1}.items():
+        # red's own picture is ahead of so many others in each case
+        unseen[0, :, 0] = torch.tensor(places)
+        unseen[1, :, 0], unseen[2, :, 0] = 0.5, 1.5
+        assert replace(judge, unseen=unseen).chance("red") == pytest.approx(at_least / 9)
+
+
+def test_names_that_draw_the_same_are_told_as_often_as_chance_has_it():
+    told = []
+    for seed in range(10):
+        grey = {name: pictures((120, 120, 120), seed=10 * seed + i) for i, name in enumerate("abcd")}
+        told += [Judge.fit(grey).can_tell(name) for name in grey]
+    assert sum(told) <= 4  # of 40, by chance one
+
+
+@pytest.mark.parametrize("step", [0.0, 6.0])
+def test_the_chance_of_moves(step):
+    """With a direction in common it is small; with none, its rank among the signs is anything."""
+    generator = torch.Generator().manual_seed(0)
+    chances = []
+    for _ in range(20):
+        before, after = torch.randn(2, 16, 30, generator=generator, dtype=torch.float64)
+        after[:, 0] += step
+        chances.append(chance_of_moves(before, after))
+    if step:
+        assert max(chances) < CHANCE
+    else:
+        assert 0.3 < sum(chances) / 20 < 0.7
+        assert min(chances) > 0.001
+    assert chance_of_moves(before, before) == 1
 
 
 def test_what_the_names_of_a_case_share_says_nothing(drawn):
