@@ -9,7 +9,6 @@ whether another one would.)
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,37 +39,8 @@ COMBINATIONS = (
 )
 
 
-@dataclass(frozen=True)
-class RouterTraining:
-    """
-    A trained router and the course of its training.
-
-    Args:
-        weight (`Tensor`):
-            W_r, `(rows, d)`, float32 on the CPU.
-        num_experts (`int`):
-            How many experts there are. Algorithm 4 starts from one row per remain class, so with more experts
-            than that the last `num_experts − rows` have no row: they are never taken, before training and
-            after it.
-        log (`list[dict[str, float]]`):
-            Per epoch the means over its batches of `loss_remain`, `loss_forget`, `loss_balance` (those of the
-            batches that have such samples, unweighted) and `loss`, what was minimised.
-        load (`Tensor`):
-            `(num_experts,)`, int64, how many of the features take each expert in the end.
-        load_forget (`Tensor`):
-            The same of the forgotten features.
-    """
-
-    weight: Tensor
-    num_experts: int
-    log: list[dict[str, float]]
-    load: Tensor
-    load_forget: Tensor
-
-
-def train_router(model: nn.Module, data: Iterable[Any], **options: Any) -> RouterTraining:
-    """
-    Train the router of a model that was erased with a prototype router, in place.
+def train_router(model: nn.Module, data: Iterable[Any], **options: Any) -> None:
+    """Train the router of a model that was erased with a prototype router, in place.
 
     `router="prototype"` becomes MoRE-P-T-B, `"prototype_random"` MoRE-R-T-B. One pass over the data collects
     the features that the head reads; backbone, experts and head stay as they are. The trained weight is in
@@ -78,12 +48,9 @@ def train_router(model: nn.Module, data: Iterable[Any], **options: Any) -> Route
     router back.
 
     Args:
-        model (`nn.Module`):
-            An erased classifier with one head.
-        data (`Iterable`):
-            Batches as in `erase_classes`, the whole training set in the paper.
-        options:
-            Keyword arguments of `fit_router`; the paper's by default.
+        model (`nn.Module`): an erased classifier with one head.
+        data (`Iterable`): batches as in `erase_classes`, the whole training set in the paper.
+        options: keyword arguments of `fit_router`; the paper's by default.
 
     Raises:
         `MoreError`: the model is not erased, or has another router. `SiteNotFoundError`: it was erased at an
@@ -110,7 +77,7 @@ def train_router(model: nn.Module, data: Iterable[Any], **options: Any) -> Route
     bias = (
         torch.zeros(len(site.read())) if site.module.bias is None else site.module.bias.detach().cpu().float()
     )
-    training = fit_router(
+    weight, _ = fit_router(
         erasure.remap,
         (site.read().cpu().float(), bias),
         features,
@@ -119,9 +86,8 @@ def train_router(model: nn.Module, data: Iterable[Any], **options: Any) -> Route
         router.weight.cpu(),
         **options,
     )
-    router.weight = training.weight.to(router.weight)
+    router.weight = weight.to(router.weight)
     reset_compiled()
-    return training
 
 
 def fit_router(
@@ -139,39 +105,27 @@ def fit_router(
     batch_size: int = 512,
     learning_rate: float = 1e-5,
     seed: int = 0,
-) -> RouterTraining:
-    """
-    Train a router's weight on tensors; nothing else is trained.
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """Train a router's weight on tensors; nothing else is trained.
 
     Args:
-        remap (`Remap`):
-            The experts.
-        head (`tuple[Tensor, Tensor]`):
-            Weight `(num_classes, d)` and bias `(num_classes,)`, of the original head or the merged one: the
-            logits W E_e z are the same.
-        features (`Tensor`):
-            `(n, d)`, not edited.
-        labels (`Tensor`):
-            `(n,)`, int64.
-        forgotten (`Tensor`):
+        remap (`Remap`): the experts.
+        head (`tuple[Tensor, Tensor]`): weight `(num_classes, d)` and bias `(num_classes,)`, of the original
+            head or the merged one: the logits W E_e z are the same.
+        features (`Tensor`), labels (`Tensor`), forgotten (`Tensor`): `(n, d)`, not edited, `(n,)`, int64, and
             `(n,)`, bool.
-        weight (`Tensor`):
-            `(rows, d)`, what to start from: `PrototypeRouter.initial(remap)`, or draws from N(0, 0.1²).
-        losses (`Collection[str]`, *optional*):
-            Which of L_R, L_F, L_FLB are minimized, from `LOSSES`: those of -T-B by default, all of
-            `COMBINATIONS` in Table 15.
-        lambda_forget (`float`, *optional*, defaults to 0.001):
-            λ_F.
-        lambda_balance (`float`, *optional*, defaults to 1):
-            λ_FLB.
-        epochs (`int`, *optional*, defaults to 10):
-            Passes over the features.
-        batch_size (`int`, *optional*, defaults to 512):
-            Features in a step of Adam.
-        learning_rate (`float`, *optional*, defaults to 1e-5):
-            Adam's.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the order of samples.
+        weight (`Tensor`): `(rows, d)`, what to start from: `PrototypeRouter.initial(remap)`, or draws from
+            N(0, 0.1²). Algorithm 4 starts from one row per remain class; experts without one are never taken.
+        losses (`Collection[str]`): which of L_R, L_F, L_FLB are minimized, from `LOSSES`: those of -T-B by
+            default, all of `COMBINATIONS` in Table 15.
+        lambda_forget, lambda_balance (`float`): λ_F and λ_FLB.
+        epochs, batch_size (`int`), learning_rate (`float`): passes over the features, and steps of Adam.
+        seed (`int`): of the order of samples.
+
+    Returns:
+        `tuple[Tensor, list[dict[str, float]]]`: W_r, `(rows, d)`, float32, and for each epoch the means over
+            its batches of `loss_remain`, `loss_forget`, `loss_balance` (of the batches that have such
+            samples, unweighted) and `loss`, what was minimized.
 
     Raises:
         `MoreError`: `losses` is empty or has an unknown loss.
@@ -224,31 +178,14 @@ def fit_router(
             f"loss_{name}".removesuffix("_all"): total / max(counts[name], 1) for name, total in sums.items()
         }
         log.append({"epoch": epoch + 1, **means})
-    taken = (features @ weight.detach().T).argmax(1)
-    return RouterTraining(
-        weight=weight.detach(),
-        num_experts=remap.num_experts,
-        log=log,
-        load=torch.bincount(taken, minlength=remap.num_experts),
-        load_forget=torch.bincount(taken[forgotten], minlength=remap.num_experts),
-    )
+    return weight.detach(), log
 
 
 def balance_loss(gates: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """
-    L_FLB = N_E Σ_e I_e L_e of forgotten samples: I_e their mean gate, L_e the fraction that takes e, without
-    gradient.
+    """L_FLB = N_E Σ_e I_e L_e of forgotten samples: I_e their mean gate, L_e the fraction that takes e,
+    without gradient; 1 where both are even over all experts, N_E where one expert takes everything.
 
-    Args:
-        gates (`Tensor`):
-            `(n, rows)`.
-        experts (`Tensor`):
-            `(n,)`, int64.
-        num_experts (`int`):
-            N_E.
-
-    Returns:
-        `Tensor`: `()`; 1 where both are even over all experts, N_E where one expert takes everything.
+    `gates` are `(n, rows)`, `experts` `(n,)`, int64.
     """
     fractions = torch.bincount(experts, minlength=gates.shape[1]) / len(experts)
     return num_experts * (gates.mean(0) * fractions).sum()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support.compare import changed, same, state
+from support.compare import changed, state
 from torch import nn
 
 import more_hf
@@ -9,7 +9,7 @@ from more_hf.core.errors import AlreadyErasedError, PrototypeError, SiteNotFound
 from more_hf.data import load_classifier
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.training import accuracy, predict
-from more_hf_bench.methods.classification.forget_samples import factors, forget_samples, measure
+from more_hf_bench.methods.classification.forget_samples import factors, forget_samples
 from more_hf_bench.splits import split_by_sample
 
 
@@ -35,7 +35,7 @@ def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
     model = load_classifier(name)
     before = state(model)
     P_f, P_r = means(model, splits)
-    report = forget_samples(model, splits.f.loader(100), splits.r.loader(500))
+    forget_samples(model, splits.f.loader(100), splits.r.loader(500))
     E = torch.eye(len(P_f), dtype=torch.float64) + (P_r - P_f) @ torch.linalg.pinv(P_f)
     expected = (before["classifier.weight"].double() @ E).float()
     torch.testing.assert_close(model.classifier.weight, expected, rtol=1e-4, atol=1e-6)
@@ -45,24 +45,22 @@ def test_the_head_treats_forgotten_means_as_the_others(name, splits, digits):
     apart = (original @ (P_f - P_r)).norm(dim=0)
     assert ((W @ P_f - original @ P_r).norm(dim=0) < 1e-4 * apart).all()
     assert not ((original @ P_f - original @ P_r).norm(dim=0) < 0.5 * apart).any()
-    assert report.facts["forget_to_remain"] < 1e-8
-    assert report.facts["proof"] < 1e-3
     assert not model.classifier._forward_pre_hooks
     right = accuracy(predict(model, digits.test), digits.test.labels)
     assert right > 95
-    report.restore()
-    assert same(model, before)
 
 
-def test_what_does_not_hold_is_said(splits):
+def test_what_does_not_hold(splits):
     """E is near the identity, no projection, moves the remain means, and still shows the forgotten ones."""
-    facts = forget_samples(load_classifier("digits-allcnn"), splits.f.loader(100), splits.r.loader(500)).facts
-    assert facts["forget_to_remain"] < 1e-8
-    assert facts["remain_moved"] > 0.3
-    assert facts["idempotent"] > 0.3
-    assert facts["nothing_left"] > 0.3
-    assert 0 < facts["change"] < 0.5
-    assert 0 < facts["weight_changed"] < 0.5
+    P_f, P_r = means(load_classifier("digits-allcnn"), splits)
+    shift, read = factors(P_f, P_r, as_printed=False)
+    eye = torch.eye(len(P_f), dtype=torch.float64)
+    E, apart = eye + shift @ read, (P_f - P_r).norm(dim=0)
+    assert ((E @ P_f - P_r).norm(dim=0) < 1e-8 * apart).all()
+    assert ((E @ P_r - P_r).norm(dim=0) / apart).max() > 0.3
+    assert (E @ E - E).norm() > 0.3 * (E - eye).norm()
+    assert (read @ E).norm() > 0.3 * read.norm()
+    assert 0 < (E - eye).norm() < 0.5 * eye.norm()
 
 
 def test_as_printed_sends_a_mean_elsewhere(splits):
@@ -70,25 +68,23 @@ def test_as_printed_sends_a_mean_elsewhere(splits):
     model = load_classifier("digits-allcnn")
     original = model.classifier.weight.detach().double()
     P_f, P_r = means(model, splits)
-    report = forget_samples(model, splits.f.loader(100), splits.r.loader(500), as_printed=True)
+    forget_samples(model, splits.f.loader(100), splits.r.loader(500), as_printed=True)
     E = torch.eye(len(P_f), dtype=torch.float64) - P_f @ torch.linalg.pinv(P_f) + P_r @ torch.linalg.pinv(P_r)
     torch.testing.assert_close(model.classifier.weight.detach().double(), original @ E, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(E @ P_f, P_r @ torch.linalg.pinv(P_r) @ P_f)
-    assert report.facts["forget_to_remain"] > 0.1
+    assert ((E @ P_f - P_r).norm(dim=0) / (P_f - P_r).norm(dim=0)).max() > 0.1
 
 
 @pytest.mark.parametrize("as_printed", [False, True])
-def test_measurements_against_matrices(as_printed):
+def test_factors_are_those_of_both_formulas(as_printed):
     draw = torch.Generator().manual_seed(0)
-    P_f = torch.randn(12, 5, generator=draw, dtype=torch.float64)
-    P_r = P_f + 0.1 * torch.randn(12, 5, generator=draw, dtype=torch.float64)
+    P_f, other = torch.randn(2, 12, 5, generator=draw, dtype=torch.float64)
+    P_r = P_f + 0.1 * other
     shift, read = factors(P_f, P_r, as_printed)
-    E = torch.eye(12, dtype=torch.float64) + shift @ read
-    found = measure(P_f, P_r, shift, read)
-    worst = max(float((E @ P_f[:, i] - P_r[:, i]).norm() / (P_f[:, i] - P_r[:, i]).norm()) for i in range(5))
-    assert found["forget_to_remain"] == pytest.approx(worst, abs=1e-12)
-    assert (found["forget_to_remain"] < 1e-10) == (not as_printed)
-    assert found["idempotent"] == pytest.approx(float((E @ E - E).norm() / (E - torch.eye(12)).norm()))
+    duals = torch.linalg.pinv(P_f), torch.linalg.pinv(P_r)
+    wanted = -P_f @ duals[0] + (P_r @ duals[1] if as_printed else P_r @ duals[0])
+    torch.testing.assert_close(shift @ read, wanted)
+    assert ((P_f + shift @ read @ P_f - P_r).norm() < 1e-10) == (not as_printed)
 
 
 def test_dependent_means(splits):
@@ -108,9 +104,6 @@ def test_models_that_are_refused(splits):
     more_hf.erase_classes(model, splits.r.loader(500), ["3"])
     with pytest.raises(AlreadyErasedError, match="restore"):
         forget_samples(model, splits.f.loader(100), splits.r.loader(500))
-    model = load_classifier("digits-allcnn")
-    with pytest.raises(SiteNotFoundError, match="no module 'head'"):
-        forget_samples(model, splits.f.loader(100), splits.r.loader(500), head="head")
 
 
 @pytest.mark.slow
