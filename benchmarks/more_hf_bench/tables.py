@@ -4,16 +4,44 @@ The benchmarks' tables: numbers with intervals, the best of several methods in b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .columns import Column
+from .columns import Column, read_rows, write_rows
+from .errors import BenchmarkError
 from .run import BenchmarkConfig
 
 
 POOLED = "all"  # in a summary, the `forget` or `model` of lines over everything
+
+
+def measured_rows(
+    folder: Path, results: str, collect: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]]
+) -> pd.DataFrame:
+    """
+    Read rows.csv of a benchmark's folder. If that has its folder of `results`, finished or not, the file is
+    first written of what `collect` gives: name of a CSV file -> its rows.
+
+    Raises:
+        BenchmarkError: no result is complete, or the folder has neither results nor rows.
+    """
+    if (folder / results).is_dir():
+        collected = collect()
+        if not collected["rows"]:
+            raise BenchmarkError(
+                f"{folder} has no completed result yet. Run the same `more-hf bench` command again."
+            )
+        for name, rows in collected.items():
+            write_rows(folder / f"{name}.csv", rows)
+    if not (folder / "rows.csv").is_file():
+        raise BenchmarkError(
+            f"{folder} has neither {results} nor rows.csv, so there is nothing to make tables from. Run the "
+            "same `more-hf bench` command again."
+        )
+    return read_rows(folder / "rows.csv")
 
 
 def share(percent: float) -> str:

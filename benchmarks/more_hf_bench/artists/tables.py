@@ -13,12 +13,11 @@ import pandas as pd
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 
-from ..columns import Column, read_rows, write_rows
-from ..errors import BenchmarkError
+from ..columns import Column, write_rows
 from ..figures import write_lines
 from ..methods.registry import DIFFUSION
 from ..page import Section, write_page
-from ..tables import POOLED, compare, made_with, pivot, with_interval
+from ..tables import POOLED, compare, made_with, measured_rows, pivot, with_interval
 from .cells import collect_rows
 from .config import ArtistsConfig
 from .findings import finding
@@ -107,44 +106,13 @@ CONTROLS = [name for name, method in DIFFUSION.items() if method.role == "contro
 Line = Mapping[str, Any]  # of `summary.csv`
 
 
-def rebuild(output: str | Path) -> list[dict[str, Any]]:
-    """
-    Write all tables and pages of a benchmark's folder again, without generating.
-
-    If the folder has the pictures, the rows come from the JSON files next to them, which also shows an
-    unfinished run; otherwise they come from `rows.csv`.
-
-    Returns:
-        `list[dict[str, Any]]`: the lines of `summary.csv`.
-
-    Raises:
-        BenchmarkError: the folder has neither.
-    """
-    output = Path(output)
-    config = ArtistsConfig.read(output)
-    if config is None:
-        raise BenchmarkError(f"{output} has no config.json. Name the folder of a benchmark.")
-    if not (output / "images").is_dir() and not (output / "rows.csv").is_file():
-        raise BenchmarkError(
-            f"{output} has neither images nor rows.csv, so there is nothing to make tables from. Run the "
-            "same `bench artists` command again."
-        )
-    return write_outputs(output, config)
-
-
 def write_outputs(output: Path, config: ArtistsConfig) -> list[dict[str, Any]]:
     """
     Write everything except the configuration, page and pictures only if there are images. Return the summary.
     """
-    images = output / "images"
-    if images.is_dir():
-        collected = collect_rows(output, config)
-        if not collected:
-            raise BenchmarkError(
-                f"{output} has no completed row yet. Run the same `bench artists` command again."
-            )
-        write_rows(output / "rows.csv", collected)
-    rows, kind = measured(read_rows(output / "rows.csv"), config), config.of_kind
+    images, kind = output / "images", config.of_kind
+    rows = measured_rows(output, "images", lambda: {"rows": collect_rows(output, config)})
+    rows = measured(rows, config)
     summary = summarise(rows, confusion=config.judge_facts.get("confusion"))
     write_rows(output / "summary.csv", summary)
     ranking, sizes, levels = rank(rows, kind), rank_sizes(rows, kind), level_lines(rows, kind)

@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 from ..run import BenchmarkConfig, Cell, short_hash
 
 
+KEYS = ("attack", "model", "method", "forget", "seed")  # of a cell, in its rows
+
+
 @dataclass(frozen=True)
 class AttackConfig(BenchmarkConfig):
     """The configuration of a folder of attacks.
@@ -50,3 +53,12 @@ class AttackConfig(BenchmarkConfig):
                             path = output / "cells" / f"{name}.json"
                             cells.append(Cell(method, forget, path, seed, model, attack))
         return cells
+
+    def collect(self, output: Path) -> list[dict[str, Any]]:
+        """The rows of `rows.csv`: the results of each cell that is done."""
+        rows = []
+        for cell in self.cells(output):
+            if cell.is_done:
+                key = {name: getattr(cell, name) for name in KEYS}
+                rows += [{**key, **result} for result in cell.read()]
+        return rows

@@ -10,11 +10,10 @@ import pandas as pd
 
 from more_hf.core.markdown import markdown_table, number
 
-from ..columns import read_rows, rounded, write_rows
-from ..errors import BenchmarkError
+from ..columns import rounded, write_rows
 from ..figures import legend_below, panels, write_figure
 from ..page import Section, write_report
-from ..tables import POOLED, made_with, pivot
+from ..tables import POOLED, made_with, measured_rows, pivot
 from .registry import ATTACKS
 from .result import AUC, LPIPS, RECOGNISED, mean_of
 from .store import AttackConfig
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 Line = Mapping[str, Any]  # of `summary.csv`
 
-KEYS = ("attack", "model", "method", "forget", "seed")  # of a cell
 NUMBER = ["attack", "variant", "measure", "unit", "budget"]  # what one number of a victim is, in its rows
 
 HEADLINES = {
@@ -43,41 +41,6 @@ HEADLINES = {
     LPIPS: ("What the others pay", "How far pictures of everything else moved from the original's: LPIPS."),
 }
 FIGURE_NOTE = "What comes back over the attacker's budget, a panel for each attack with several budgets."
-
-
-def rebuild(output: str | Path) -> list[dict[str, Any]]:
-    """Write the tables and the picture of a folder again, from its cells or else from rows.csv.
-
-    Returns:
-        `list[dict]`: the lines of `summary.csv`.
-    """
-    output = Path(output)
-    config = AttackConfig.read(output)
-    if (output / "cells").is_dir() or not (output / "rows.csv").is_file():
-        return write_outputs(output, config)
-    return _write(output, config)
-
-
-def write_outputs(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
-    """Write everything but the configuration from the cells that are done.
-
-    Returns:
-        `list[dict]`: the lines of `summary.csv`.
-
-    Raises:
-        `BenchmarkError`: if no cell is done.
-    """
-    rows = []
-    for cell in config.cells(output):
-        if cell.is_done:
-            key = {name: getattr(cell, name) for name in KEYS}
-            rows += [{**key, **result} for result in cell.read()]
-    if not rows:
-        raise BenchmarkError(
-            f"{output} has no completed cell yet. Run the same `bench attacks` command again."
-        )
-    write_rows(output / "rows.csv", rows)
-    return _write(output, config)
 
 
 def summarise(rows: pd.DataFrame, references: Sequence[str]) -> list[dict[str, Any]]:
@@ -185,9 +148,11 @@ def recovery_figure(summary: Sequence[Line]) -> Figure | None:
     return figure
 
 
-def _write(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
-    """Write everything that is made from rows.csv."""
-    summary = summarise(read_rows(output / "rows.csv"), config.references)
+def write_outputs(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
+    """Write everything but the configuration from the cells that are done, or else from rows.csv; return the
+    lines of `summary.csv`."""
+    rows = measured_rows(output, "cells", lambda: {"rows": config.collect(output)})
+    summary = summarise(rows, config.references)
     write_rows(output / "summary.csv", summary)
     main, lines, sections = largest_budgets(_main_lines(summary)), pd.DataFrame(summary), []
     for measure, (heading, note) in HEADLINES.items():

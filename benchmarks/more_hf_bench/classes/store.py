@@ -74,3 +74,15 @@ class ClassesConfig(BenchmarkConfig):
                     name = short_hash([*fixed, method, settings, classes, seed, with_retrain])
                     cells.append(Cell(method, forget, output / "cells" / f"{name}.json", seed))
         return cells
+
+    def done(self, output: Path) -> list[Cell]:
+        """The cells that are done: by entry of `forget`, then method, then seed."""
+        entries, methods = list(self.forget), list(self.methods)
+        done = [cell for cell in self.cells(output) if cell.is_done]
+        return sorted(done, key=lambda c: (entries.index(c.forget), methods.index(c.method), c.seed))
+
+    def collect(self, output: Path) -> dict[str, list[dict[str, Any]]]:
+        """The rows of `rows.csv`, and those of `probes.csv` unless samples are forgotten."""
+        measured = [cell.read() for cell in self.done(output)]
+        names = ["rows"] if self.forgets_samples else ["rows", "probes"]
+        return {name: [row for cell in measured for row in cell[name]] for name in names}

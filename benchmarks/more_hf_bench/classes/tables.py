@@ -12,9 +12,8 @@ import pandas as pd
 from more_hf.core.markdown import markdown_table
 
 from ..columns import Column, read_rows, write_rows
-from ..errors import BenchmarkError
 from ..page import Section, write_report
-from ..tables import POOLED, compare, made_with, pivot, share
+from ..tables import POOLED, compare, made_with, measured_rows, pivot, share
 from . import samples
 from .plots import write_plots
 from .store import ClassesConfig
@@ -86,46 +85,6 @@ SIMILARITY_NOTE = (
     "how unevenly experts are used"
 )
 IDI_NOTE = "; idi: what all blocks tell about who is forgotten, 0 for retrain and 1 for original"
-
-
-def rebuild(output: str | Path) -> list[dict[str, Any]]:
-    """Write all tables and pages of a folder again, from its cells or else from rows.csv and probes.csv.
-
-    Returns:
-        `list[dict]`: the lines of `summary.csv`.
-    """
-    output = Path(output)
-    config = ClassesConfig.read(output)
-    if (output / "cells").is_dir():
-        return write_outputs(output, config)
-    if not (output / "rows.csv").is_file():
-        raise BenchmarkError(
-            f"{output} has neither cells nor rows.csv, so there is nothing to make tables from. Run the same "
-            "`bench kd` command again."
-        )
-    return _write(output, config)
-
-
-def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
-    """Write everything but the configuration from the cells that are done.
-
-    Returns:
-        `list[dict]`: the lines of `summary.csv`.
-
-    Raises:
-        `BenchmarkError`: if no cell is done.
-    """
-    done = [cell for cell in config.cells(output) if cell.is_done]
-    if not done:
-        raise BenchmarkError(f"{output} has no completed cell yet. Run the same `bench kd` command again.")
-    entries, methods = list(config.forget), list(config.methods)
-    done.sort(key=lambda cell: (entries.index(cell.forget), methods.index(cell.method), cell.seed))
-    measured = [cell.read() for cell in done]
-    write_rows(output / "rows.csv", [row for cell in measured for row in cell["rows"]])
-    if not config.forgets_samples:
-        write_rows(output / "probes.csv", [probe for cell in measured for probe in cell["probes"]])
-        write_plots(output / "plots", config, done, summarise(read_rows(output / "rows.csv")))
-    return _write(output, config)
 
 
 def finding(summary: Sequence[Line], methods: Collection[str]) -> str:
@@ -203,14 +162,17 @@ def short_markdown(summary: Sequence[Line]) -> str:
     return markdown_table(_compare(pooled or summary, SHORT))
 
 
-def _write(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
-    """Write everything that is made from rows.csv and probes.csv."""
-    rows = read_rows(output / "rows.csv")
+def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
+    """Write everything but the configuration from the cells that are done, or else from rows.csv and
+    probes.csv; return the lines of `summary.csv`."""
+    rows = measured_rows(output, "cells", lambda: config.collect(output))
     if config.forgets_samples:
         what, words, summary = "Random samples", samples.WORDS, samples.summarise(rows)
         found, parts = samples.finding(summary), samples.sections(summary)
     else:
         what, words, summary = "Classes", WORDS, summarise(rows)
+        if done := config.done(output):
+            write_plots(output / "plots", config, done, summary)
         found = finding(summary, config.methods)
         pictures = [
             Section(heading, pictures={caption: path}, folded=name != "tsne")

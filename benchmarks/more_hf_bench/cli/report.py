@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from types import ModuleType
 
 from more_hf.cli.options import add_command, refuse_missing_folder
+
+from ..errors import BenchmarkError
+from ..run import BenchmarkConfig, read_config
 
 
 def add_to(benches) -> None:
@@ -25,17 +29,27 @@ def add_to(benches) -> None:
 
 def _bench_report(args: argparse.Namespace) -> int:
     refuse_missing_folder(args.folder, "`bench report` reads a folder that `more-hf bench` wrote.")
-
-    from ..artists import tables as artists
-    from ..artists.kinds import ARTISTS, KINDS
-    from ..attacks import tables as attacks
-    from ..classes import tables as classes
-    from ..run import read_config
-
-    config = read_config(args.folder) or {}
-    kinds = {"kd": classes, "kd-samples": classes}
-    kinds |= {"attacks-classes": attacks, "attacks-pictures": attacks}
-    benchmark = kinds.get(config.get("benchmark"), artists)
-    of_kind = [KINDS[config.get("kind", ARTISTS.name)]] if benchmark is artists else []
-    print(benchmark.short_markdown(benchmark.rebuild(args.folder), *of_kind))
+    tables, config = benchmark_of(args.folder)
+    of_kind = [config.of_kind] if config.benchmark == "artists" else []
+    print(tables.short_markdown(tables.write_outputs(args.folder, config), *of_kind))
     return 0
+
+
+def benchmark_of(folder: Path) -> tuple[ModuleType, BenchmarkConfig]:
+    """
+    The module that writes the tables of a benchmark's folder, and the folder's configuration. Raises
+    `BenchmarkError` if it has none.
+    """
+    from ..artists import tables as artists
+    from ..artists.config import ArtistsConfig
+    from ..attacks import tables as attacks
+    from ..attacks.store import AttackConfig
+    from ..classes import tables as classes
+    from ..classes.store import ClassesConfig
+
+    held = read_config(folder)
+    if held is None:
+        raise BenchmarkError(f"{folder} has no config.json. Name the folder of a benchmark.")
+    kinds = {"kd": (classes, ClassesConfig), "attacks": (attacks, AttackConfig)}
+    tables, config = kinds.get(held.get("benchmark", "").partition("-")[0], (artists, ArtistsConfig))
+    return tables, config.read(folder)

@@ -14,7 +14,7 @@ from support.rows import rows_of
 import more_hf
 from more_hf_bench.artists.grid import read_image
 from more_hf_bench.artists.run import run_artists
-from more_hf_bench.artists.tables import rebuild
+from more_hf_bench.cli.report import benchmark_of
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import find_diffusion_method
 
@@ -43,6 +43,11 @@ ASKED = {"forget": "Van Gogh", "remap_to": "Claude Monet", "steps": 3, "guidance
 
 def run(pipe, prompts, output, methods=("original", "more"), **options):
     return run_artists(pipe, methods, prompts, output=output, **{**ASKED, "scheduler": "ddim", **options})
+
+
+def rebuilt(folder):
+    tables, config = benchmark_of(folder)
+    return tables.write_outputs(folder, config)
 
 
 def times(output):
@@ -118,7 +123,7 @@ def test_what_is_there_is_not_made_again(tiny_sd, prompts, tmp_path):
     (cell / ".6_0.png.1.part").write_bytes(b"half")
     (cell / ".6_0.json.1.part").write_text('{"case_number": 6')
     rows = rows_of(output)
-    lines = {(line["method"], line["forget"]): line for line in rebuild(output)}
+    lines = {(line["method"], line["forget"]): line for line in rebuilt(output)}
     assert lines["more", "Picasso"]["n_r"] == 3
     run(pipe, prompts, output, "more", forget="Picasso", remap_to=None)
     third = times(output)
@@ -205,10 +210,10 @@ def test_the_outputs(tiny_sd, prompts, tmp_path):
     for name in ("summary.csv", "table.md"):
         (output / name).unlink()
     (output / "images").rename(tmp_path / "elsewhere")
-    assert rebuild(output) == summary
+    assert rebuilt(output) == summary
     assert {name: (output / name).read_bytes() for name in before} == before
     with pytest.raises(BenchmarkError, match=r"no config\.json"):
-        rebuild(tmp_path)
+        rebuilt(tmp_path)
 
 
 OWN = """

@@ -32,8 +32,8 @@ from more_hf_bench.classes.probes import sgd_probes
 from more_hf_bench.classes.similarity import class_means
 from more_hf_bench.classes.store import ClassesConfig
 from more_hf_bench.classes.summary import NUMBERS, summarise
-from more_hf_bench.classes.tables import rebuild
 from more_hf_bench.classes.training import accuracy, predict
+from more_hf_bench.cli.report import benchmark_of
 from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.registry import CLASSIFICATION
 from more_hf_bench.splits import split_by_class
@@ -46,6 +46,11 @@ METHODS = ("original", "retrain", "esc", "remap", "more")
 OURS = ["remap", "remap-reloaded", "more", "more-reloaded", "more-inverted", "more-x3"]
 ROWS = ["original", "retrain", "esc", *OURS]
 COSTS = ("seconds", "peak_memory")
+
+
+def rebuilt(folder):
+    tables, config = benchmark_of(folder)
+    return tables.write_outputs(folder, config)
 
 
 @pytest.fixture(scope="module")
@@ -475,10 +480,10 @@ def test_summary_by_hand():
 def test_nothing_is_reported_without_rows(tmp_path, folder):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(BenchmarkError, match="has neither cells nor rows.csv"):
-        rebuild(tmp_path)
+        rebuilt(tmp_path)
     (tmp_path / "cells").mkdir()
-    with pytest.raises(BenchmarkError, match="has no completed cell yet"):
-        rebuild(tmp_path)
+    with pytest.raises(BenchmarkError, match="has no completed result yet"):
+        rebuilt(tmp_path)
 
 
 def test_command_line(folder, tmp_path, capsys):
