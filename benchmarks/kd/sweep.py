@@ -139,22 +139,13 @@ def main() -> None:
     lines, own = [], []
     for variant in FACTORS[args.factor](args.values, data, remaining):
         output = args.output / f"{args.factor}-{variant.label}".replace(" ", "-")
-        summary = run_kd(
-            options.dataset,
-            options.model,
-            [variant.method],
-            entry,
-            output=output,
-            seeds=options.seeds,
-            path=options.data,
-            epochs=options.epochs,
-            num_workers=options.num_workers,
-            mixed_precision=options.mixed_precision,
-            probe_seeds=options.probe_seeds,
-            models=options.models or args.output / "models",
-            tuned={variant.method: variant.settings},
-            shared=shared,
-        )
+        own_options = {
+            "methods": [variant.method],
+            "forget": entry,
+            "models": options.models or args.output / "models",
+            "tuned": {variant.method: variant.settings},
+        }
+        summary = run_kd(**options.arguments | own_options, output=output, shared=shared)
         if not summary:  # another process than the first
             continue
         rates = by_rate(read_rows(output / "probes.csv"))

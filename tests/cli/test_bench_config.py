@@ -1,5 +1,6 @@
 """A committed folder's `config.json` is a configuration: it asks for what made the folder."""
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,9 +37,10 @@ class CalledError(ValueError):
 def test_a_folder_can_be_run_again(path, monkeypatch, tmp_path):
     held, called = json.loads(path.read_text("utf-8")), {}
     module, name = RUNS[held.get("benchmark", "artists")]
+    signature = inspect.signature(getattr(module, name))
 
     def run(*args, **options):
-        called.update(options, args=args)
+        called.update(signature.bind(*args, **options).arguments)
         raise CalledError
 
     monkeypatch.setattr(module, name, run)
@@ -51,7 +53,7 @@ def test_a_folder_can_be_run_again(path, monkeypatch, tmp_path):
 
     # the methods, with the settings that the folder holds of them
     of_pictures = bench in ("artists", "attacks-pictures")
-    asked = called["args"][1 if bench == "artists" else 2]
+    asked = called["methods"]
     assert asked == [method for method in held["methods"] if method not in held.get("references", ())]
     for method in asked:
         tuned, plain = called["tuned"][method], method.removesuffix("-reloaded")
@@ -65,35 +67,34 @@ def test_a_folder_can_be_run_again(path, monkeypatch, tmp_path):
 
     # what is forgotten, on which prompts or data
     if bench == "artists":
-        _, _, prompts, forget = called["args"]
-        assert {entry: vars(erasure) for entry, erasure in forget.items()} == held["forget"]
+        prompts = called["prompts"]
+        assert {entry: vars(erasure) for entry, erasure in called["forget"].items()} == held["forget"]
         made = held["generation"]
         assert (prompts.name, prompts.sha256) == (made["prompts"], made["prompts_sha256"])
         assert (called["steps"], called["guidance"]) == (made["steps"], made["guidance"])
         assert (called["limit"], prompts.kind.name) == (held["limit"], held["kind"])
     elif bench == "kd":
         training = held["training"]
-        assert called["args"][:2] == (training["dataset"], training["model"])
+        assert (called["dataset"], called["model"]) == (training["dataset"], training["model"])
         assert called["epochs"] == training["recipe"]["epochs"]
         if held["benchmark"] == "kd":
-            assert called["args"][3] == list(held["forget"])
+            assert called["forget"] == list(held["forget"])
             assert {key: called[key] for key in held["evaluation"]} == held["evaluation"]
         else:
-            assert called["args"][3] == "samples"
+            assert called["forget"] == "samples"
             assert called["fraction"] == held["evaluation"]["fraction"]
     else:
-        _, models, _, attacks, forget = called["args"]
-        assert (attacks, forget) == (list(held["attacks"]), list(held["forget"]))
-        for attack in attacks:
+        assert (called["attacks"], called["forget"]) == (list(held["attacks"]), list(held["forget"]))
+        for attack in held["attacks"]:
             assert called["tuned"][attack] == held["attacks"][attack]
         if of_pictures:
-            assert models in held["models"]
+            assert called["name"] in held["models"]
             assert called["prompts"].sha256 == held["evaluation"]["prompts_sha256"]
             assert called["lessons"].sha256 == held["evaluation"]["lessons_sha256"]
             several = {concept: erasure["several"] for concept, erasure in held["forget"].items()}
             assert called["targets"] == several
         else:
-            assert models == list(held["models"])
+            assert called["models"] == list(held["models"])
             assert called["limit"] == held["evaluation"]["labelled"]
 
 

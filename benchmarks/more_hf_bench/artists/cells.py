@@ -23,7 +23,7 @@ from ..run import Cell, short_hash
 from .config import ArtistsConfig
 from .grid import to_pil
 from .prompts import PromptRow
-from .rows import ORIGINAL, SEPARATOR
+from .rows import COLUMNS, ORIGINAL, SEPARATOR
 
 
 SEED_STEP = 100_000  # between the seeds of a prompt's images
@@ -137,33 +137,21 @@ def _rows_of(
         clip = {}
         if "clip_score" in measured:
             clip = {"clip_before": before[name].get("clip_score"), "clip_after": measured["clip_score"]}
-        rows.append(
-            dict(
-                method=cell.method,
-                forget=cell.forget,
-                remap_to=SEPARATOR.join(arguments.remap_to or ["none"]),
-                retain=retain,
-                case_number=measured["case_number"],
-                sample=measured["sample"],
-                evaluation_seed=measured["evaluation_seed"],
-                artist=measured["artist"],
-                thing=measured["thing"],
-                group=measured["group"],
-                prompt=measured["prompt"],
-                lpips=measured["lpips"],
-                lpips_64=measured["lpips_64"],
-                lpips_64_rece=measured["lpips_64_rece"],
-                style_before=before[name]["style"] or "",
-                style_after=measured["style"] or "",
-                content_before=before[name]["content"],
-                content_after=measured["content"],
-                seconds=measured["seconds"],
-                seconds_prepare=cost.get("seconds_prepare"),
-                peak_memory=cost.get("peak_memory"),
-                before=f"{original.folder.name}/{name}.png",
-                after=f"{cell.folder.name}/{name}.png",
-                level=measured.get("level", ""),  # missing in older cells
-                **clip,
-            )
-        )
+        row = {
+            "level": "",  # missing in older cells
+            **measured,
+            "method": cell.method,
+            "forget": cell.forget,
+            "remap_to": SEPARATOR.join(arguments.remap_to or ["none"]),
+            "retain": retain,
+            "style_before": before[name]["style"] or "",
+            "style_after": measured["style"] or "",
+            "content_before": before[name]["content"],
+            "content_after": measured["content"],
+            "seconds_prepare": cost.get("seconds_prepare"),
+            "peak_memory": cost.get("peak_memory"),
+            "before": f"{original.folder.name}/{name}.png",
+            "after": f"{cell.folder.name}/{name}.png",
+        }
+        rows.append({column: row[column] for column in COLUMNS} | clip)
     return rows

@@ -110,23 +110,13 @@ def run_artists(
             Names that every method is asked to keep. Defaults to the other artists of the group.
         judges (`Judges`, *optional*):
             Without judges, the columns for style and content stay empty.
-        seeds (`int`, *optional*, defaults to 1):
-            Images per prompt of the forgotten artist, with the seeds s, s + 100000, ...
-        limit (`int`, *optional*):
-            Use only the first rows of each artist.
+        seeds, limit, scheduler, steps, guidance, batch_size, settings, tuned:
+            As the options of `more-hf bench artists`. The published numbers were made with the defaults of
+            `scheduler`, `steps` and `guidance`; of an argument, `settings` take precedence over `tuned`.
         pictures (`tuple[int, int]`, *optional*):
             How many prompts of the forgotten names, and how many of the others, all erasures of one size
             share at each level, spread over the names. As many prompts without a name are added. Defaults to
             all prompts.
-        scheduler (`str`, *optional*, defaults to `"lms"`), steps (`int`, *optional*, defaults to 50),
-        guidance (`float`, *optional*, defaults to 7.5):
-            How to generate; the published numbers were made with the defaults.
-        batch_size (`int`, *optional*, defaults to 16):
-            Images per call; changes no image beyond rounding.
-        settings (`Mapping[str, Any]`, *optional*):
-            Further arguments for the methods that take them.
-        tuned (`Mapping[str, Mapping[str, Any]]`, *optional*):
-            Method -> its own arguments; `settings` take precedence.
         tuned_by_size (`Mapping[int, Mapping[str, Mapping[str, Any]]]`, *optional*):
             Number of names erased together -> the same; these take precedence over `tuned`.
 

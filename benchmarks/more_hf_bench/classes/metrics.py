@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,16 +28,15 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100.0 * (logits.argmax(-1) == labels).double().mean().item()
 
 
-def harmonic_mean(acc_f: float, acc_r: float) -> float:
+def harmonic_mean(acc_f: float | np.ndarray, acc_r: float | np.ndarray) -> float | np.ndarray:
     """Compute 2 (100 − acc_f) acc_r / ((100 − acc_f) + acc_r), of percent (MoRE, appendix B.3).
 
     Returns:
-        `float`: 0 to 100, up is better; 0 where nothing is forgotten or nothing kept. HM is of the training
-            splits, HM_t of
-        the test splits.
+        `float` or `np.ndarray`: 0 to 100, up is better; 0 where nothing is forgotten or nothing kept. HM is
+            of the training splits, HM_t of the test splits.
     """
-    forgotten = 100.0 - acc_f
-    return 2 * forgotten * acc_r / (forgotten + acc_r) if forgotten + acc_r > 0 else 0.0
+    forgotten = 100 - acc_f
+    return 2 * forgotten * acc_r / np.maximum(forgotten + acc_r, 1e-12)
 
 
 def kd_scores(accuracies: Mapping[str, float]) -> dict[str, float]:

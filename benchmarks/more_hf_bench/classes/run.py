@@ -85,42 +85,24 @@ def run_kd(
     split over them. A killed run continues with the same call; nothing is trained or measured twice. If a
     baseline diverges, its cell is skipped with a warning, and the same call retries it.
 
+    A method of ours gets one more row, `-reloaded`: saved with `save_pretrained` and loaded without the
+    erasure's hook. With random routing there are also, for each of `passes`, `-xK`, an attacker who asks K
+    times and takes the mean, and `-inverted`, one who asks twice, knows the experts, and takes the feature
+    that explains both answers.
+
     Args:
-        dataset (`str`): a name of `load_kd_data`, or a folder of images.
-        model (`str`): a name of `models.MODELS`, trained from random weights, or a pretrained classifier's
-            folder or Hub id.
-        methods (`Sequence[str]`): names from `more_hf_bench.methods.registry.CLASSIFICATION`, or
-            `"module:function"`. Ours get one more row, `-reloaded`: saved with `save_pretrained` and loaded
-            without the erasure's hook.
-        forget (`str` or `Sequence[str]`): classes to forget, one after the other, by name or number; `"a+b"`
-            forgets both together; `"all"` is every class in turn; `"samples"` are random images of all
-            classes (the paper's Table 4).
         output (`str` or `Path`): the folder for cells, rows, tables and plots. It may hold a part of the same
             benchmark.
-        seeds (`int`, defaults to 1): trainings and runs of each method: seeds 0, 1, ...
-        path (*optional*): where the data lie, if not in their usual place.
-        models (*optional*): the folder of trained classifiers; by default `models` in `output`.
-        epochs (`int`), learning_rate (`float`, *optional*): of every training; by default the recipe's.
-        num_workers (`int`, defaults to 0): processes that decode images, where they are not in memory.
-        mixed_precision (`str`, *optional*): of every training, `"bf16"` or `"fp16"` on CUDA.
-        fraction (`float`, defaults to 0.1): of the images that `"samples"` forgets, another draw for each
-            seed.
-        probe_seeds (`int`, defaults to 5): new heads per learning rate.
-        passes (`Sequence[int]`, defaults to `(16,)`): for each, methods with random routing get one more row,
-            `-xK`: an attacker who asks K times and takes the mean. `-inverted` is one who asks twice, knows
-            the experts, and takes the feature that explains both answers.
-        settings (`Mapping`, *optional*): arguments for every method that takes them.
-        tuned (`Mapping`, *optional*): method to its own arguments.
         shared (`Shared`, *optional*): results of earlier calls on the same data and trained classifiers; this
             call's are added.
+        others: the options of `more-hf bench kd`, whose help says what they are; `path` is its `data`.
 
     Returns:
         `list[dict]`: the lines of `summary.csv`.
 
     Raises:
         `BenchmarkError`, `DatasetError`: before anything is trained, if the arguments do not go together or
-        `output` holds
-            another benchmark.
+            `output` holds another benchmark.
     """
     output = Path(output)
     if seeds < 1 or probe_seeds < 1:

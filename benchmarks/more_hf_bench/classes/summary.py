@@ -11,6 +11,7 @@ import pandas as pd
 from ..bootstrap import draw_accuracies, interval
 from ..columns import Column, rounded
 from ..tables import POOLED
+from .metrics import harmonic_mean
 
 
 Line = Mapping[str, Any]  # of `summary.csv`
@@ -122,11 +123,11 @@ def _line(method: str, forget: str, rows: pd.DataFrame) -> dict[str, Any]:
     # Harmonic means are taken of the accuracies in the same draw.
     for group in GROUPS:
         for name, f, r in (("hm", "acc_f", "acc_r"), ("hm_t", "acc_ft", "acc_rt")):
-            hm = _harmonic_mean(drawn[group + f], drawn[group + r])
+            hm = harmonic_mean(drawn[group + f], drawn[group + r])
             if group == "kr_":
                 # A row's accuracies are means over probes, and the mean of the probes' HM is not the HM of
                 # these means. All probes are asked about the same samples, whose noise moves both alike.
-                of_means = _harmonic_mean(rows[group + f], rows[group + r])
+                of_means = harmonic_mean(rows[group + f], rows[group + r])
                 hm = np.clip(hm + (rows[group + name] - of_means).to_numpy()[picks], 0, 100)
             drawn[group + name] = hm
     return summary_line(method, forget, rows, NUMBERS, drawn)
@@ -160,10 +161,6 @@ def summary_line(
     return rounded(line)
 
 
-def _harmonic_mean(acc_f: np.ndarray, acc_r: np.ndarray) -> np.ndarray:
-    return _mean(100 - acc_f, acc_r)
-
-
-def _mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _mean(a: pd.Series, b: pd.Series) -> pd.Series:
     """The harmonic mean; 0 where one of them is."""
     return 2 * a * b / np.maximum(a + b, 1e-12)

@@ -70,6 +70,12 @@ class KDOptions:
     settings: dict | None = key(None, "arguments for all methods that take them: solver, ...")
     tuned: dict | None = key(None, "method -> its own arguments, or the name of a JSON file of them")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options as `run_kd` takes them."""
+        given = {**vars(self), "path": self.data}
+        return {name: value for name, value in given.items() if name not in ("data", "num_experts")}
+
 
 def add_to(benches) -> None:
     """Add it to the sub-commands of `bench`."""
@@ -117,25 +123,7 @@ def _bench_classes(args: argparse.Namespace) -> int:
     settings = dict(options.settings or {})
     if options.num_experts is not None:
         settings["num_experts"] = options.num_experts
-    summary = run.run_kd(
-        dataset,
-        options.model,
-        methods,
-        options.forget,
-        output=args.output,
-        seeds=options.seeds,
-        path=options.data,
-        models=options.models,
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        num_workers=options.num_workers,
-        mixed_precision=options.mixed_precision,
-        fraction=options.fraction,
-        probe_seeds=options.probe_seeds,
-        passes=options.passes,
-        settings=settings,
-        tuned=options.tuned,
-    )
+    summary = run.run_kd(**options.arguments | {"methods": methods, "settings": settings}, output=args.output)
     # The other processes have no summary.
     if state.is_main_process:
         if args.rehearse:

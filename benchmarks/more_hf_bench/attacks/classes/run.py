@@ -56,24 +56,17 @@ def run_class_attacks(
 ) -> list[dict[str, Any]]:
     """Let each method erase each entry of `forget` from each trained classifier, and run every attack.
 
+    The `REFERENCES` are always run; only Retrain is left out with 0 epochs. It is trained once, and the
+    weights of the third are drawn once, however many runs (`seeds`) of each method and attack there are.
+
     Args:
-        dataset (`str`): a name of `load_kd_data`, or a folder of images.
         models (`Sequence[str]`): trained classifiers that read the data in the same way: names of
             `more_hf.data.CLASSIFIERS`, folders or Hub ids.
         methods (`Sequence[str]`): as in `run_kd`; a name that ends in `-reloaded` is what plain
-            transformers loads of it. The `REFERENCES` are always run; only Retrain is left out with 0 epochs.
-        attacks (`Sequence[str]`): names of `more_hf_bench.attacks.registry.ATTACKS`.
-        forget (`Sequence[str]`): as in `run_kd`.
+            transformers loads of it.
         output (`str` or `Path`): the folder for cells, rows, tables and the picture.
-        seeds (`int`, defaults to 1): runs of each method and attack. Retrain is trained once, and
-            the weights of the third are drawn once.
-        limit (`int`, *optional*): how many labelled training images of each class an attacker has; all by
-            default.
-        path (*optional*): where the data lie, if not in their usual place.
-        trainings (*optional*): the folder of Retrain's classifiers; by default `models` in `output`.
-        epochs (`int`, *optional*): of Retrain's training; by default the recipe's.
-        settings (`Mapping`, *optional*): arguments for every method that takes them.
-        tuned (`Mapping`, *optional*): method or attack to its own arguments.
+        others: the options of `more-hf bench attacks`, whose help says what they are; `path` is its `data`,
+            `trainings` its `models`.
 
     Returns:
         `list[dict]`: the lines of `summary.csv`.
