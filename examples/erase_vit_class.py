@@ -18,7 +18,7 @@ from more_hf.classification.features import collect_prototypes, features_of
 from more_hf.core.markdown import markdown_table
 from more_hf.data import CLASSIFIERS, load_classifier
 from more_hf_bench.classes.data import load_kd_data
-from more_hf_bench.classes.similarity import class_means, prototype_cosines
+from more_hf_bench.classes.metrics import class_means, prototype_cosines
 from more_hf_bench.classes.training import predict
 
 

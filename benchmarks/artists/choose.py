@@ -34,8 +34,7 @@ from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import EMOJI, Method, run_artists
 from more_hf_bench.columns import read_cells, read_rows
-from more_hf_bench.script import argument_parser
-from more_hf_bench.search import Point, search
+from more_hf_bench.script import Point, argument_parser, search
 
 
 HERE = Path(__file__).parent

@@ -21,8 +21,7 @@ from choose import HERE, PROMPTS, STYLES, THINGS, erasure_of, measure
 from more_hf.core.files import write_json
 from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.methods.registry import DIFFUSION
-from more_hf_bench.script import argument_parser
-from more_hf_bench.search import Point, best_settings, grid, points_of, search
+from more_hf_bench.script import Point, argument_parser, best_settings, grid, points_of, search
 
 
 CONTENT = [f"a {thing}" for thing in THINGS]  # short enough that an artist's name fits behind it

@@ -24,8 +24,7 @@ from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.metrics import harmonic_mean
 from more_hf_bench.classes.training import Recipe, Trainer, accuracy, predict
 from more_hf_bench.methods.registry import CLASSIFICATION
-from more_hf_bench.script import argument_parser
-from more_hf_bench.search import best_settings, grid, points_of, search
+from more_hf_bench.script import argument_parser, best_settings, grid, points_of, search
 from more_hf_bench.splits import Splits, split_by_class
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, unfold
@@ -41,7 +42,7 @@ from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.features import cache, reloaded
 from more_hf_bench.classes.probes import converged_probe
 from more_hf_bench.classes.training import Recipe, accuracy, train_classifier, without
-from more_hf_bench.columns import read_cells, write_rows
+from more_hf_bench.columns import read_cells, read_rows, write_rows
 from more_hf_bench.methods.classification.layers import projected
 from more_hf_bench.script import argument_parser
 from more_hf_bench.splits import ImageSet, KDData, some_of_each, split_by_class
@@ -227,7 +228,7 @@ def main() -> None:
                 row = {"model": args.model, "forget": name, "attempt": attempt, **judge.measure(model)}
                 write_rows(table, [*read_cells(table), row])
                 print(row, flush=True)
-    write_text(HERE / "deeper.md", markdown_table(means(read_cells(table))) + "\n")
+    write_text(HERE / "deeper.md", markdown_table(means(read_rows(table))) + "\n")
 
 
 def make_task(data: KDData, original: nn.Module, name: str) -> Task:
@@ -373,49 +374,36 @@ class Judge:
         }
 
 
-def means(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def means(rows: pd.DataFrame) -> list[dict[str, str]]:
     """One line for each model and attempt: means over the classes that have every attempt.
 
     Folding comes last. It has lines of its own for the references if it was tried on other classes.
     """
     lines = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [row for row in rows if row["model"] == model]
-        at_layers = classes_with((*REFERENCES, *ATTEMPTS), of_model)
-        at_stream = classes_with((*REFERENCES, *FOLDED), of_model)
-        lines += mean_lines(model, of_model, (*REFERENCES, *ATTEMPTS), at_layers)
-        if at_stream:
-            again = () if at_stream == at_layers else REFERENCES
-            lines += mean_lines(model, of_model, (*again, *FOLDED), at_stream)
+    for model, own in rows.groupby("model", sort=False):
+        at_layers, at_stream = (classes_with([*REFERENCES, *tried], own) for tried in (ATTEMPTS, FOLDED))
+        lines += mean_lines(model, own, [*REFERENCES, *ATTEMPTS], at_layers)
+        again = () if at_stream == at_layers else REFERENCES
+        lines += mean_lines(model, own, [*again, *FOLDED], at_stream)
     return lines
 
 
-def classes_with(attempts: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
+def classes_with(attempts: list[str], rows: pd.DataFrame) -> list[str]:
     """The classes for which every one of the attempts was measured."""
-    done = {(row["forget"], row["attempt"]) for row in rows}
-    names = dict.fromkeys(row["forget"] for row in rows)
-    return [name for name in names if all((name, attempt) in done for attempt in attempts)]
+    measured = rows[rows["attempt"].isin(attempts)].groupby("forget", sort=False).size()
+    return measured.index[measured == len(attempts)].tolist()
 
 
-def mean_lines(
-    model: str, rows: Sequence[dict[str, str]], attempts: Sequence[str], names: Sequence[str]
-) -> list[dict[str, str]]:
+def mean_lines(model: str, rows: pd.DataFrame, attempts: list[str], names: list[str]) -> list[dict[str, str]]:
     """A line for each attempt: means over the named classes; `gap_closed` is of the means."""
     if not names:
         return []
-
-    def mean(attempt: str, column: str) -> float:
-        part = [row for row in rows if row["attempt"] == attempt and row["forget"] in names]
-        return sum(float(row[column]) for row in part) / len(part)
-
-    start, end = (mean(reference, "probe_ft") for reference in REFERENCES)
-    lines = []
-    for attempt in attempts:
-        found = {name: mean(attempt, name) for name in COLUMNS if name != "gap_closed"}
-        found["gap_closed"] = 100 * (start - found["probe_ft"]) / (start - end)
-        cells = {name: f"{found[name]:.2f}" for name in COLUMNS}
-        lines.append({"model": model, "attempt": attempt, "classes": ", ".join(names), **cells})
-    return lines
+    found = rows[rows["forget"].isin(names)].groupby("attempt").mean(numeric_only=True)
+    start, end = found.loc[list(REFERENCES), "probe_ft"]
+    found["gap_closed"] = 100 * (start - found["probe_ft"]) / (start - end)
+    cells = found.loc[attempts, list(COLUMNS)].map("{:.2f}".format).to_dict("index")
+    about = {"model": model, "classes": ", ".join(names)}
+    return [{"model": model, "attempt": attempt, **about, **cells[attempt]} for attempt in attempts]
 
 
 if __name__ == "__main__":

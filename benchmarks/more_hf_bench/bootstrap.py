@@ -97,14 +97,14 @@ def draw_counts(sizes: Iterable[int], draws: int, generator: np.random.Generator
     return np.concatenate(counts, axis=1).astype(float)
 
 
-def draw_means(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> np.ndarray:
+def draw_means(values: Sequence[float], *, draws: int = 2000) -> np.ndarray:
     """Draw values with replacement: the mean of each draw, `(draws,)`."""
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     return np.asarray(values, dtype=float)[picks].mean(1)
 
 
 def draw_accuracies(
-    measured: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, draws: int = 5000, seed: int = 0
+    measured: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, draws: int = 5000
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """
     Draw runs with replacement, and in each run as many hits as a binomial gives.
@@ -115,14 +115,12 @@ def draw_accuracies(
             runs.
         draws (`int`, *optional*, defaults to 5000):
             How many draws.
-        seed (`int`, *optional*, defaults to 0):
-            Of the draws.
 
     Returns:
         `tuple[dict[str, np.ndarray], np.ndarray]`: column to accuracies in percent, `(draws, runs)`, and the
         runs that were drawn, the same in all columns.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     runs = len(next(iter(measured.values()))[0])
     picks = generator.integers(runs, size=(draws, runs))
     drawn = {}

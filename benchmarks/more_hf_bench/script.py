@@ -1,16 +1,20 @@
-"""What the scripts beside this package share: their arguments, and the tables that they write."""
+"""What the scripts beside this package share: their arguments, the tables that they write, and a grid search:
+every point is measured once and kept as a line of a CSV file; the best line is chosen.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 
-from .columns import write_rows
+from .columns import append_row, read_cells, write_rows
 
 
 def argument_parser(doc: str) -> argparse.ArgumentParser:
@@ -31,3 +35,59 @@ def write_table(
     table = markdown_table(rows, columns)
     write_text(path.with_suffix(".md"), "\n\n".join(filter(None, (above, table, below))) + "\n")
     print(table)
+
+
+Point = Mapping[str, Any]
+
+
+def grid(**values: Any) -> list[dict[str, Any]]:
+    """Every combination of the values; one that is not a list is the same in all."""
+    lists = [value if isinstance(value, list) else [value] for value in values.values()]
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*lists)]
+
+
+def points_of(grids: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Point]:
+    """The points of several methods' grids: method and settings."""
+    return [{"method": method, "settings": settings} for method, cells in grids.items() for settings in cells]
+
+
+def search(
+    path: Path, points: Sequence[Point], measure: Callable[[Sequence[Point]], Iterable[Mapping[str, Any]]]
+) -> list[dict[str, str]]:
+    """
+    Measure the points that have no line yet. A stopped search goes on after its last line.
+
+    Args:
+        path (`Path`):
+            The CSV file. A line has the point's keys (settings as JSON), then what was measured.
+        points (`Sequence[Mapping[str, Any]]`):
+            What tells each point apart, by column.
+        measure (`Callable`):
+            Takes the points that are missing, and yields a line for each, in their order.
+
+    Returns:
+        `list[dict[str, str]]`: all lines of the file.
+    """
+    keys = [{name: _text(value) for name, value in point.items()} for point in points]
+    done = [{name: line[name] for name in keys[0]} for line in read_cells(path)]
+    missing = [i for i, key in enumerate(keys) if key not in done]
+    if missing:
+        for i, line in zip(missing, measure([points[i] for i in missing]), strict=True):
+            append_row(path, {**keys[i], **line})
+    return read_cells(path)
+
+
+def best_settings(
+    lines: Sequence[Mapping[str, str]], grids: Mapping[str, Sequence[Mapping[str, Any]]], score: str
+) -> dict[str, dict[str, Any]]:
+    """The settings with the largest score, the first of equals; of methods whose grid is measured whole."""
+    best = {}
+    for method, cells in grids.items():
+        own = [line for line in lines if line["method"] == method and json.loads(line["settings"]) in cells]
+        if len(own) == len(cells) > 1:
+            best[method] = json.loads(max(own, key=lambda line: float(line[score]))["settings"])
+    return best
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, Mapping) else str(value)

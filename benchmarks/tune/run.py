@@ -34,9 +34,8 @@ from more_hf.diffusion.erase import erase
 from more_hf.tuning.judge import features_of
 from more_hf.tuning.search import Workshop, original_cases
 from more_hf.tuning.study import Study
-from more_hf_bench.artists.config import ArtistsConfig, Erasure
+from more_hf_bench.artists.config import ARTISTS, THINGS, ArtistsConfig, Erasure
 from more_hf_bench.artists.judges import EmojiJudges
-from more_hf_bench.artists.kinds import ARTISTS, THINGS
 from more_hf_bench.artists.prompts import PromptRow, read_prompts, spread
 from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import EMOJI, run_artists

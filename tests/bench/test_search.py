@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from more_hf_bench.search import best_settings, grid, points_of, search
+from more_hf_bench.script import best_settings, grid, points_of, search
 
 
 def test_a_grid_is_every_combination():

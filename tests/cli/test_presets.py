@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from more_hf.cli.main import main, parse
-from more_hf_bench.artists.kinds import ARTISTS
+from more_hf_bench.artists.config import ARTISTS
 from more_hf_bench.artists.prompts import read_prompts
 from more_hf_bench.classes.sources import HUB
 from more_hf_bench.cli.artists import ArtistsOptions

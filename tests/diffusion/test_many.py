@@ -12,7 +12,7 @@ from more_hf.core.request import ConceptRequest
 from more_hf.diffusion.encoder import Encoder
 from more_hf.diffusion.plan import solve
 from more_hf.saving.check import SOFT_SHARE
-from more_hf_bench.artists.kinds import KINDS
+from more_hf_bench.artists.config import KINDS
 from more_hf_bench.artists.prompts import read_prompts
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import tune
 
 import more_hf
+from more_hf_bench.artists.config import THINGS
 from more_hf_bench.artists.judges import EmojiJudges
-from more_hf_bench.artists.kinds import THINGS
 from more_hf_bench.artists.run import EMOJI, run_artists
 from more_hf_bench.methods.registry import DIFFUSION
 from more_hf_bench.script import argument_parser, write_table

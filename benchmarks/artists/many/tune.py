@@ -17,14 +17,13 @@ from pathlib import Path
 
 import more_hf
 from more_hf.core.files import write_json
+from more_hf_bench.artists.config import ARTISTS, KINDS, THINGS, Kind
 from more_hf_bench.artists.judges import EmojiJudges
-from more_hf_bench.artists.kinds import ARTISTS, KINDS, THINGS, Kind
 from more_hf_bench.artists.prompts import Prompts, read_prompts
 from more_hf_bench.artists.run import EMOJI, run_artists
 from more_hf_bench.columns import write_rows
 from more_hf_bench.methods.registry import DIFFUSION
-from more_hf_bench.script import argument_parser
-from more_hf_bench.search import grid, points_of
+from more_hf_bench.script import argument_parser, grid, points_of
 
 
 HERE = Path(__file__).parent

@@ -9,8 +9,7 @@ from typing import Any
 from more_hf.core.markdown import number
 
 from ..tables import POOLED, share
-from .config import JOINT
-from .kinds import ARTISTS, Kind
+from .config import ARTISTS, JOINT, Kind
 from .ranking import CONTENT_KEPT, STYLE_GONE, contenders
 
 

@@ -1,6 +1,6 @@
 """
-Judge what a picture shows: is the style still recognised, is the thing still there? LPIPS cannot tell: noise
-would score best.
+Judge what a picture shows: is the style still recognised, is the thing still there? LPIPS, which is here as
+well, cannot tell: noise would score best.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate, normalize
 
 from more_hf.core.errors import MoreError
 from more_hf.data import FOLDER, load_lpips
-from more_hf.tuning.judge import pooled_features
+from more_hf.tuning.judge import lpips_distance, pooled_features
 
 from .prompts import PromptRow
 
@@ -261,3 +261,33 @@ def without_artist(prompt: str, artist: str) -> str:
     return re.sub(
         rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)", "the artist", prompt, flags=re.IGNORECASE
     )
+
+
+NATIVE, ANTIALIASED, PLAIN = DISTANCES = ("lpips", "lpips_64", "lpips_64_rece")  # of `rows.csv`
+LPIPS = (
+    "LPIPS(alex) 0.1; native size, and resized to 64 with (lpips_64) and without (lpips_64_rece) antialias"
+)
+
+
+def all_distances(before: Tensor, after: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Measure LPIPS in each of the three ways: column -> distances `(n,)`, on the CPU."""
+    if before is after:
+        return dict.fromkeys(DISTANCES, torch.zeros(len(after)))
+    before, after = before.to(device), after.to(device)
+    native = lpips_distance(before, after)
+    if before.shape[-2:] == (64, 64):
+        return dict.fromkeys(DISTANCES, native)
+    distances = {NATIVE: native}
+    for name, antialias in ((ANTIALIASED, True), (PLAIN, False)):
+        small = [resize_64(images, antialias=antialias) for images in (before, after)]
+        distances[name] = lpips_distance(*small)
+    return distances
+
+
+def resize_64(images: Tensor, *, antialias: bool) -> Tensor:
+    """
+    Resize uint8 images to 64 x 64, bilinear, rounded to uint8: with antialiasing as UCE measures, without as
+    RECE does.
+    """
+    small = interpolate(images.float(), (64, 64), mode="bilinear", align_corners=False, antialias=antialias)
+    return small.round().clamp(0, 255).to(torch.uint8)

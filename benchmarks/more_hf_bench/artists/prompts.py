@@ -15,8 +15,7 @@ from pathlib import Path
 
 from more_hf.core.errors import MoreError, shown
 
-from .config import JOINT
-from .kinds import ARTISTS, Kind
+from .config import ARTISTS, JOINT, Kind
 
 
 # an installed wheel has the files inside the package, a checkout at its root

@@ -14,7 +14,7 @@ import pandas as pd
 from ..bootstrap import ClusterBootstrap, Estimate
 from ..columns import rounded
 from ..methods.registry import DIFFUSION, UNREGISTERED
-from .kinds import ARTISTS, Kind
+from .config import ARTISTS, Kind
 from .summary import CLUSTERS, difference, numbers
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .config import ArtistsConfig, artists_of
-from .kinds import ARTISTS
+from .config import ARTISTS, ArtistsConfig, artists_of
 
 
 ORIGINAL = "original"  # in the column `method`: the pipeline without an edit

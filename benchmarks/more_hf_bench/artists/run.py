@@ -28,14 +28,12 @@ from ..errors import BenchmarkError
 from ..machine import peak_memory, processes, this_run, weights_sha256
 from ..methods.registry import find_diffusion_method
 from ..run import Run, held_settings, method_settings, refuse_unused_settings
-from . import lpips
 from .cells import Case, Picture, Pictures
 from .config import JOINT, ArtistsConfig, Erasure, Generation, artists_of
-from .generate import generate, takes_pictures
+from .generate import cut_off, generate, known, takes_pictures
 from .grid import read_image
-from .judges import ClipJudges, Judges
+from .judges import LPIPS, ClipJudges, Judges, all_distances
 from .prompts import IMAGE, Prompts, read_prompts, spread
-from .reading import cut_off, known
 from .rows import ORIGINAL
 from .tables import write_outputs
 
@@ -164,7 +162,7 @@ def run_artists(
         more_hf=__version__,
         model=str(pipe.config.get("_name_or_path") or ""),
         generation=_generation(pipe, prompts, steps, guidance),
-        lpips=lpips.DESCRIPTION,
+        lpips=LPIPS,
         seeds=seeds,
         limit=limit,
         judges=None if judges is None else judges.name,
@@ -276,7 +274,7 @@ class _Artists(Run):
         before = images
         if batch[0].method != ORIGINAL:
             before = torch.stack([read_image(picture.image) for picture in self.original.of(cases)])
-        distances = lpips.all_distances(before, images, self.state.device)
+        distances = all_distances(before, images, self.state.device)
         for i, picture in enumerate(batch):
             measured = {name: round(values[i].item(), 6) for name, values in distances.items()}
             measured |= {"style": style[i], "content": content[i], "seconds": seconds}

@@ -19,10 +19,9 @@ from ..methods.registry import DIFFUSION
 from ..page import Section, write_page
 from ..tables import POOLED, compare, made_with, measured_rows, pivot, with_interval
 from .cells import collect_rows
-from .config import ArtistsConfig
+from .config import ARTISTS, ArtistsConfig, Kind
 from .findings import finding
 from .grid import write_grids
-from .kinds import ARTISTS, Kind
 from .ranking import contenders, level_lines, rank, rank_sizes, winner
 from .rows import measured
 from .summary import COLUMNS, summarise

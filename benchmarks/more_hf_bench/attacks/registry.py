@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 
 if TYPE_CHECKING:
-    from .result import Result
+    from .store import Result
 
 
 Kind = Literal["classes", "pictures"]

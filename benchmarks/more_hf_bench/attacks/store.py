@@ -1,4 +1,4 @@
-"""The configuration of a benchmark of attacks, and its cells."""
+"""The configuration of a benchmark of attacks, its cells, and the results in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from ..bootstrap import draw_accuracies, draw_means, interval
 from ..run import BenchmarkConfig, Cell, short_hash
 
 
@@ -62,3 +65,60 @@ class AttackConfig(BenchmarkConfig):
                 key = {name: getattr(cell, name) for name in KEYS}
                 rows += [{**key, **result} for result in cell.read()]
         return rows
+
+
+RECOGNISED = "recognised"
+"""The measure of most attacks: the percent of the forgotten test samples or pictures that are recognised as
+what was forgotten."""
+
+AUC = "auc"
+"""The probability in percent that a forgotten test sample scores above one of the others: 50 is chance.
+Unlike `RECOGNISED` it depends on no prior: a class that shares its place with nine others loses every vote,
+and can still be told apart."""
+
+LPIPS = "lpips"
+"""How far pictures moved from the original's."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number that an attack found in one model: with the keys of its cell, a row of `rows.csv`.
+
+    The same number of the references (the original first of all) gives it a meaning.
+
+    Attributes:
+        recovered (`float`, *optional*): the number; `None` if the attack did not get there.
+        measure (`str`): what `recovered` is, `RECOGNISED` or another name.
+        variant (`str`): which of the attack's forms: `"k-NN"`.
+        budget (`float`): what the attacker spent, and `unit` (`str`) of what: 64, `"queries"`.
+        n (`int`): `recovered` is the percent of this many; 0 for a number that is no such percentage.
+        low, high (`float`, *optional*): the ends of the 95 % interval.
+    """
+
+    recovered: float | None
+    measure: str = RECOGNISED
+    variant: str = ""
+    budget: float = 0
+    unit: str = ""
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of_hits(cls, hits: float, n: int, **facts: Any) -> Result:
+        """The percent that `hits` are of `n`, with its binomial interval; `facts` are the other fields."""
+        percent = 100 * hits / n
+        low, high = interval(draw_accuracies({"": ([n], [percent])})[0][""].mean(1))
+        return cls(percent, n=n, low=low, high=high, **facts)
+
+
+def mean_of(recovered: list[float], n: list[int]) -> tuple[float, float | None, float | None]:
+    """The mean of several runs' numbers and the ends of its 95 % interval.
+
+    Runs are drawn with replacement, and where each is the percent of `n` samples, the hits from a binomial. A
+    single number that is no such percentage has no interval.
+    """
+    mean = float(np.mean(recovered))
+    if all(n):
+        return (mean, *interval(draw_accuracies({"": (n, recovered)})[0][""].mean(1)))
+    return (mean, *interval(draw_means(recovered))) if len(recovered) > 1 else (mean, None, None)

@@ -15,8 +15,7 @@ from ..figures import legend_below, panels, write_figure
 from ..page import Section, write_report
 from ..tables import POOLED, made_with, measured_rows, pivot
 from .registry import ATTACKS
-from .result import AUC, LPIPS, RECOGNISED, mean_of
-from .store import AttackConfig
+from .store import AUC, LPIPS, RECOGNISED, AttackConfig, mean_of
 
 
 if TYPE_CHECKING:

@@ -1,12 +1,20 @@
-"""The heads that attackers train on features, other than logistic regression."""
+"""The heads that attackers train on features, other than logistic regression, and how much by one of them a
+classifier's blocks tell about who is forgotten: the information difference index.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from more_hf.classification.heads import evaluating
+
+from ..splits import ImageSet
 
 
 def linear_head(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
@@ -95,3 +103,76 @@ def fit_perceptron(
         net[0].weight /= scale
         net[0].bias -= net[0].weight @ mean
     return net.requires_grad_(False)
+
+
+HIDDEN, EPOCHS = 128, 20  # of the perceptrons
+
+Features = Mapping[str, Tensor]
+"""Part, `"train"` or `"test"`, to `(n, d)`."""
+
+
+def difference_index(
+    bits: Sequence[float], original: Sequence[float], retrained: Sequence[float]
+) -> float | None:
+    """The information difference index (Jeon et al., arXiv 2405.17878): 0 for Retrain, 1 for the original.
+
+    Σ max(0, I(Z; Y) − I_retrain(Z; Y)) over every block's output and what the head reads, over the same of
+    the original. Y is whether an image is of a forgotten class.
+
+    Args:
+        bits, original, retrained (`Sequence[float]`): I(Z; Y) of the classifier, of the original and of
+            Retrain, in the same order of blocks.
+
+    Returns:
+        `float`: the index, or `None` where Retrain's features tell as much as the original's.
+    """
+    ours, whole = (
+        sum(max(0.0, a - b) for a, b in zip(of, retrained, strict=True)) for of in (bits, original)
+    )
+    return ours / whole if whole else None
+
+
+def information(
+    features: Features, forgotten: Features, *, hidden: int = HIDDEN, epochs: int = EPOCHS
+) -> float:
+    """A lower bound of I(Z; Y) in bits, 0 at least, where the paper has the bound of a contrastive critic.
+
+    It is H(Y) less the cross-entropy on test images of a perceptron that is fitted on training images.
+
+    Args:
+        features (`Mapping[str, Tensor]`): Z, `(n, d)`.
+        forgotten (`Mapping[str, Tensor]`): Y, boolean `(n,)`.
+        hidden (`int`, defaults to 128), epochs (`int`, defaults to 20): of the perceptron.
+    """
+    known, asked = (forgotten[part].long() for part in ("train", "test"))
+    train = features["train"]
+    net = fit_perceptron(lambda epoch: train, known, 2, hidden=hidden, epochs=epochs, seed=0)
+    share = asked.double().mean()
+    entropy = -(share * share.log() + (1 - share) * (1 - share).log())
+    found = entropy - nn.functional.cross_entropy(net(features["test"]).double(), asked)
+    return max(0.0, float(found) / math.log(2))
+
+
+def block_features(model: nn.Module, parts: Mapping[str, ImageSet]) -> list[dict[str, Tensor]]:
+    """The mean over positions or tokens of every block's output, `(n, channels)` for each part.
+
+    The blocks are the elements of the classifier's longest list of modules, those that have parameters.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    blocks = [block for block in max(lists, key=len) if any(True for _ in block.parameters())]
+    outputs: dict[int, list[Tensor]] = {i: [] for i in range(len(blocks))}
+
+    def keep(i: int, output: Tensor) -> None:
+        # (n, c, height, width) of a convolution, (n, tokens, c) of a transformer
+        output = output.flatten(2) if output.ndim == 4 else output.mT
+        outputs[i].append(output.mean(-1).float().cpu())
+
+    with evaluating(model), ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            handle = block.register_forward_hook(lambda module, args, output, i=i: keep(i, output))
+            hooks.callback(handle.remove)
+        for images in parts.values():
+            for batch in images.loader(100):
+                model(batch["pixel_values"].to(next(model.parameters()).device))
+    sizes = [len(images) for images in parts.values()]
+    return [dict(zip(parts, torch.cat(outputs[i]).split(sizes), strict=True)) for i in outputs]

@@ -12,12 +12,23 @@ from torch import Tensor
 
 from ..splits import KDData, Splits, some_of_each
 from .features import Cached
-from .heads import fit_perceptron, nearest_neighbours
-from .information import difference_index, information
-from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
-from .metrics import SPLITS, accuracy, auc, expert_load, kd_scores
+from .heads import difference_index, fit_perceptron, information, nearest_neighbours
+from .metrics import (
+    SPLITS,
+    accuracy,
+    auc,
+    class_means,
+    confidence,
+    expert_load,
+    kd_scores,
+    linear_cka,
+    loss_attack,
+    modified_entropy,
+    prototype_cosines,
+    sample_losses,
+    shadow_attack,
+)
 from .probes import LEARNING_RATES, RESOLUTION, Probe, converged_probe, probe_scores, sgd_probes
-from .similarity import class_means, linear_cka, prototype_cosines
 
 
 PAPER_RATE = 0.1  # the learning rate of the KR columns in the paper's main tables

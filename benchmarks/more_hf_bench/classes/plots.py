@@ -11,7 +11,7 @@ import torch
 
 from ..figures import panels, write_figure
 from ..run import Cell
-from .similarity import prototype_cosines
+from .metrics import prototype_cosines
 from .store import ClassesConfig
 
 

@@ -38,11 +38,11 @@ from .features import (
     same_backbone,
     splits_of_features,
 )
-from .information import Features, block_features, information
+from .heads import Features, block_features, information
 from .measure import LABELLED, PARTS, Informed, Places, Shared, head_information, measure
+from .metrics import class_means
 from .models import MODELS, pretrained_inputs
 from .samples import measure_samples
-from .similarity import class_means
 from .store import CLASSES, SAMPLES, ClassesConfig, Training
 from .summary import INVERTED, RELOADED
 from .tables import write_outputs

@@ -16,8 +16,7 @@ from ..page import Section
 from ..splits import Splits
 from ..tables import with_interval
 from .features import cache
-from .membership import confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
-from .metrics import accuracy
+from .metrics import accuracy, confidence, loss_attack, modified_entropy, sample_losses, shadow_attack
 from .summary import COST, LOSS_ATTACK, REFERENCES, draw_row_accuracies, percentages, summary_line
 
 

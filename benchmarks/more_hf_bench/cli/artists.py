@@ -16,7 +16,7 @@ from more_hf.cli.options import (
     refuse_typo,
 )
 
-from ..artists.kinds import KINDS
+from ..artists.config import KINDS
 from ..methods.registry import DIFFUSION, diffusion_groups
 from .options import (
     NAMES,

@@ -1,21 +1,28 @@
-"""All methods of the benchmarks in the order of their tables, and the search for a method by name.
+"""All methods of the benchmarks in the order of their tables, the search for a method by name, and a method
+of the user's own: its source is one of its settings, and what it returns is checked.
 
 Importing this module imports neither torch nor diffusers; `Method.load` imports the method's own module.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
+import hashlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
 
 from ..errors import BenchmarkError
-from .own import own_method
+from ..run import SOURCE
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,8 @@ _OF_SAMPLES = {"closed_form": True, "forgets": "samples"}
 _ABLATION = {"role": "appendix", "forgets": "classes"}
 
 CLASSIFICATION: dict[str, Method] = {
-    "original": Method(".classification.references:original", role="control"),
-    "retrain": Method(".classification.references:retrain", trained=True),
+    "original": Method(".classification.gradients:original", role="control"),
+    "retrain": Method(".classification.gradients:retrain", trained=True),
     "finetune": Method(".classification.gradients:finetune", trained=True),
     "neggrad": Method(".classification.gradients:neggrad", trained=True),
     "neggrad-plus": Method(".classification.gradients:neggrad_plus", trained=True),
@@ -209,3 +216,69 @@ def _find(name: str, methods: Mapping[str, Method], kind: str, keywords: Sequenc
             f"Give it two positional parameters and the keywords {', '.join(keywords)}."
         ) from error
     return own_method(name, function)
+
+
+logger = logging.getLogger(__name__)
+
+
+def own_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    A function of the user's own as a method of the benchmarks.
+
+    Its additional setting `source` makes results of another source results of another configuration. All
+    components of a pipeline that it gets are its own, so that whatever it changes, the original stays.
+
+    Raises:
+        `TypeError`: from the method, if what it returns is not what it was given one of.
+    """
+
+    @wraps(function)
+    def method(model: Any, forgotten: Any, *, source: str = "", **arguments: Any) -> Any:
+        parts = {"": model}
+        if is_pipeline(model):
+            parts = {key: part for key, part in model.components.items() if hasattr(part, "parameters")}
+            parts = copy.deepcopy(parts)
+            model.register_modules(**parts)
+        before = _totals(parts)
+        result = function(model, forgotten, **arguments)
+        if not callable(result) or is_pipeline(result) != is_pipeline(model):
+            raise TypeError(
+                f"{name} returned {type(result).__name__}, not {type(model).__name__}. "
+                "Let it return the model that it was given."
+            )
+        if result is model and _totals(parts) == before:
+            logger.warning(
+                "%s changed no weight of the model that it was given. If it is meant to, look whether it "
+                "changes a copy.",
+                name,
+            )
+        return result
+
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    last = len(parameters) - (parameters[-1].kind is Parameter.VAR_KEYWORD)
+    parameters.insert(last, Parameter(SOURCE, Parameter.KEYWORD_ONLY, default=_source_of(name)))
+    method.__signature__ = signature.replace(parameters=parameters)
+    return method
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether it is a pipeline rather than a classifier."""
+    return hasattr(model, "register_modules")
+
+
+def _totals(parts: Mapping[str, Any]) -> list[float]:
+    """The sum of each weight's magnitudes, which tells whether one was changed."""
+    return [
+        float(weight.detach().double().abs().sum()) for part in parts.values() for weight in part.parameters()
+    ]
+
+
+def _source_of(name: str) -> str:
+    """A hash of the module of `"module:function"` and of the modules beside it."""
+    # by name, since a decorated function may say that it is from the decorator's file
+    file = sys.modules[name.partition(":")[0]].__file__
+    digest = hashlib.sha256()
+    for path in sorted(Path(file).parent.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

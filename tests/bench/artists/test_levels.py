@@ -16,11 +16,10 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from more_hf.cli.main import main
 from more_hf.data import EMOJI_ARTISTS, FOLDER
-from more_hf_bench.artists.config import Erasure
+from more_hf_bench.artists.config import THINGS, Erasure
 from more_hf_bench.artists.generate import generate
 from more_hf_bench.artists.grid import read_image
 from more_hf_bench.artists.judges import EmojiJudges, sentence_of
-from more_hf_bench.artists.kinds import THINGS
 from more_hf_bench.artists.prompts import PromptFileError, PromptRow, read_prompts
 from more_hf_bench.artists.ranking import level_lines
 from more_hf_bench.artists.run import run_artists

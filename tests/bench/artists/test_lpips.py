@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from more_hf.tuning.judge import lpips_distance
-from more_hf_bench.artists.lpips import all_distances, resize_64
+from more_hf_bench.artists.judges import all_distances, resize_64
 
 
 def random_images(n, seed, side=64):

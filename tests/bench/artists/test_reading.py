@@ -6,8 +6,8 @@ import pytest
 
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.encoder import Encoder
+from more_hf_bench.artists.generate import cut_off, known
 from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, read_targets
-from more_hf_bench.artists.reading import cut_off, known
 from more_hf_bench.artists.run import run_artists
 from more_hf_bench.errors import BenchmarkError
 

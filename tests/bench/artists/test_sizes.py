@@ -8,8 +8,7 @@ import torch
 from support.rows import frame, row
 
 from more_hf_bench.artists.cells import Pictures
-from more_hf_bench.artists.config import ArtistsConfig, Erasure
-from more_hf_bench.artists.kinds import THINGS
+from more_hf_bench.artists.config import THINGS, ArtistsConfig, Erasure
 from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, sets_of, spread
 from more_hf_bench.artists.ranking import rank, rank_sizes, winner
 from more_hf_bench.artists.rows import measured

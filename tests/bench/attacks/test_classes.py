@@ -14,7 +14,7 @@ from more_hf_bench.attacks.classes.queries import jitter, queries
 from more_hf_bench.attacks.classes.run import Victims, random_weights
 from more_hf_bench.attacks.classes.shots import few_shot_rows, fine_tuning, shots
 from more_hf_bench.attacks.classes.victim import AUC_TARGET, REMAINING, Seen
-from more_hf_bench.attacks.result import AUC, RECOGNISED
+from more_hf_bench.attacks.store import AUC, RECOGNISED
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.features import cache, invert_two_queries
 from more_hf_bench.classes.heads import fit_perceptron, linear_head

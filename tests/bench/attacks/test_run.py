@@ -9,7 +9,7 @@ from support.rows import records
 
 from more_hf.cli.main import main
 from more_hf_bench.attacks.registry import ATTACKS
-from more_hf_bench.attacks.result import Result, mean_of
+from more_hf_bench.attacks.store import Result, mean_of
 from more_hf_bench.attacks.tables import summarise
 from more_hf_bench.columns import read_cells
 

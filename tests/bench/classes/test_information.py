@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from more_hf_bench.classes.information import difference_index, information
+from more_hf_bench.classes.heads import difference_index, information
 
 
 def test_index_by_hand():

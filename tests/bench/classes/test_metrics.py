@@ -7,16 +7,22 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from more_hf_bench.classes.membership import (
+from more_hf_bench.classes.metrics import (
+    accuracy,
+    auc,
+    class_means,
     confidence,
+    expert_load,
+    harmonic_mean,
+    kd_scores,
+    linear_cka,
     loss_attack,
     modified_entropy,
+    prototype_cosines,
     sample_losses,
     shadow_attack,
 )
-from more_hf_bench.classes.metrics import accuracy, auc, expert_load, harmonic_mean, kd_scores
 from more_hf_bench.classes.probes import Probe, converged_probe, new_heads, probe_scores, sgd_probes
-from more_hf_bench.classes.similarity import class_means, linear_cka, prototype_cosines
 
 
 def generator(seed=0):

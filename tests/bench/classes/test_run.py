@@ -28,8 +28,8 @@ from more_hf_bench.classes import run as kd
 from more_hf_bench.classes import training
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.features import cache, same_backbone
+from more_hf_bench.classes.metrics import class_means
 from more_hf_bench.classes.probes import sgd_probes
-from more_hf_bench.classes.similarity import class_means
 from more_hf_bench.classes.store import ClassesConfig
 from more_hf_bench.classes.summary import NUMBERS, summarise
 from more_hf_bench.classes.training import accuracy, predict

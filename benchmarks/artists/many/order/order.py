@@ -25,9 +25,9 @@ from more_hf.core.markdown import markdown_table
 from more_hf.diffusion.encoder import TOKENS, Encoder, column
 from more_hf.diffusion.erasure import ConceptErasure
 from more_hf.diffusion.prompts import TEMPLATES
+from more_hf_bench.artists.config import ARTISTS, THINGS
 from more_hf_bench.artists.generate import generate
 from more_hf_bench.artists.judges import EmojiJudges
-from more_hf_bench.artists.kinds import ARTISTS, THINGS
 from more_hf_bench.artists.prompts import PromptRow, read_prompts, spread
 from more_hf_bench.artists.run import EMOJI
 from more_hf_bench.script import argument_parser

@@ -7,13 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...classes.heads import class_logits, fit_perceptron, linear_head, nearest_neighbours
-from ...classes.information import EPOCHS, HIDDEN, difference_index, information
-from ...classes.information import block_features as read_blocks
+from ...classes.heads import (
+    EPOCHS,
+    HIDDEN,
+    class_logits,
+    difference_index,
+    fit_perceptron,
+    information,
+    linear_head,
+    nearest_neighbours,
+)
+from ...classes.heads import block_features as read_blocks
+from ...classes.metrics import linear_cka
 from ...classes.probes import converged_probe, sgd_probes
-from ...classes.similarity import linear_cka
 from ...splits import ImageSet
-from ..result import Result
+from ..store import Result
 from .victim import Part, Seen, Victim
 
 

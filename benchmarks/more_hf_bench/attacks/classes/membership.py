@@ -10,7 +10,7 @@ from torch import Tensor
 from ...classes.features import cache
 from ...classes.metrics import auc
 from ...splits import ImageSet
-from ..result import Result
+from ..store import Result
 from .victim import Victim
 
 

@@ -12,7 +12,7 @@ from ...classes.features import inputs_of, invert_two_queries
 from ...classes.heads import linear_head
 from ...classes.training import augment
 from ...splits import ImageSet, some_of_each
-from ..result import Result
+from ..store import Result
 from .victim import Part, Victim
 
 

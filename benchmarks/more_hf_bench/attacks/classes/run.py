@@ -51,7 +51,6 @@ def run_class_attacks(
     path: str | Path | None = None,
     trainings: str | Path | None = None,
     epochs: int | None = None,
-    settings: Mapping[str, Any] | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Let each method erase each entry of `forget` from each trained classifier, and run every attack.
@@ -87,7 +86,7 @@ def run_class_attacks(
     classes = {entry: classes_of(entry, data) for entry in forget}
     originals = {name: load_victim(name, data) for name in dict.fromkeys(models)}
     own = {name: tuned.get(name.removesuffix(RELOADED), {}) for name in named}
-    erased = settings_of(functions, settings or {}, own, held_settings(output))
+    erased = settings_of(functions, {}, own, held_settings(output))
     config = AttackConfig(
         benchmark="attacks-classes",
         more_hf=__version__,

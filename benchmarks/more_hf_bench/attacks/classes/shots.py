@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from more_hf.classification.heads import evaluating, logits_of
 
-from ...classes.similarity import class_means
+from ...classes.metrics import class_means
 from ...splits import some_of_each
-from ..result import Result
+from ..store import Result
 from .victim import REMAINING, Victim
 
 

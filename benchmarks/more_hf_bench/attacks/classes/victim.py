@@ -13,7 +13,7 @@ from ...classes.features import Cached
 from ...classes.metrics import auc
 from ...classes.probes import RESOLUTION
 from ...splits import ImageSet
-from ..result import AUC, RECOGNISED, Result
+from ..store import AUC, RECOGNISED, Result
 
 
 REMAINING = "remaining"

@@ -14,7 +14,7 @@ from more_hf.diffusion.prompts import evenly
 from more_hf.tuning.judge import lpips_distance
 
 from ...artists.prompts import PromptRow
-from ..result import LPIPS, Result, mean_of
+from ..store import LPIPS, Result, mean_of
 from .training import Noise, Noised, embedded, encode, with_new_tokens
 from .victim import BestPictures, Victim
 

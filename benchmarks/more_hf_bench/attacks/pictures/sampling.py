@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..result import Result, mean_of
+from ..store import Result, mean_of
 from .studio import Pictures
 from .training import encode
 from .victim import BestPictures, Victim

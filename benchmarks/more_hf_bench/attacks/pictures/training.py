@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...methods.diffusion.training import trainable_names, with_gradients
-from ..result import Result
+from ..store import Result
 from .studio import Pictures
 from .victim import Victim
 

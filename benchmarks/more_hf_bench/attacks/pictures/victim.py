@@ -16,7 +16,7 @@ from more_hf.core.files import replacing
 
 from ...artists.grid import to_pil
 from ...artists.prompts import PromptRow
-from ..result import Result
+from ..store import Result
 from .studio import Studio
 
 

@@ -15,7 +15,7 @@ from more_hf.diffusion.encoder import Encoder
 from more_hf.diffusion.sites import find_denoiser, find_sites
 
 from ...classes.metrics import auc
-from ..result import Result
+from ..store import Result
 from .victim import Victim
 
 

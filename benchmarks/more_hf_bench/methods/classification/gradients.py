@@ -1,4 +1,5 @@
-"""Methods that train on D_f and D_r themselves, or add noise where the Fisher information allows it."""
+"""The lines that every other is compared with (nothing done, a training that never saw D_f), and methods
+that train on D_f and D_r themselves, or add noise where the Fisher information allows it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,23 @@ from torch.nn.functional import cross_entropy
 from ...splits import ImageSet, Splits
 from .head_features import find_head
 from .training import Batch, batches, check_finite, entropy, predict, sgd, train
+
+
+def original(model: nn.Module, splits: Splits, *, seed: int = 0) -> nn.Module:
+    """Return the model as it is, in evaluation mode."""
+    return model.eval()
+
+
+def retrain(
+    model: nn.Module, splits: Splits, *, seed: int = 0, fit: Callable[[ImageSet, int], nn.Module]
+) -> nn.Module:
+    """Return `fit(splits.r, seed)`; the weights of `model` play no part.
+
+    Args:
+        fit (`Callable`): the training that made `model`, from the same start with the same recipe, as a
+            function of images and seed.
+    """
+    return fit(splits.r, seed).eval()
 
 
 def finetune(
