@@ -41,6 +41,7 @@ _EXPORTS = {
     "tune": "tuning.study",
     "verify": "saving.check",
     "verify_file": "saving.one_file",
+    "zero_shot_classifier": "classification.zero_shot",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -188,6 +188,11 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 def _heads(model: nn.Module, inputs: Inputs, head: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """The named heads, else those that were edited, else those that a run on two samples shows."""
+    if hasattr(model, "get_text_features") or hasattr(model, "encode_text"):
+        raise SiteNotFoundError(
+            f"A {type(model).__name__} has no head, as its classes are prompts. Make it a classifier first: "
+            "`more_hf.zero_shot_classifier(model, processor, names)`."
+        )
     current = find_erasure(model)
     if head is None and current is not None:
         head = current.request.head
