@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,7 @@ def erase_classes(
     at: str | None = None,
     keep_originals: bool = True,
     most_lost: float = 20.0,
+    resume: str | os.PathLike | None = None,
 ) -> nn.Module:
     """
     Make a classifier forget classes, in place, and return it: in closed form, in one pass over the data.
@@ -97,6 +99,8 @@ def erase_classes(
             How many percentage points of the remaining classes' accuracy may be lost, by an estimate from the
             prototypes and the second moment; an edit that costs more is refused, and one that costs over 5 is
             warned of. Many classes in few features are not forgotten for less; 100 allows everything.
+        resume (`str` or `os.PathLike`, *optional*):
+            As in `collect_prototypes`: a file from which a pass that was killed goes on.
 
     Returns:
         `nn.Module`: the same model.
@@ -161,7 +165,13 @@ def erase_classes(
             make_checked_request(heads)
         else:
             heads, prototypes = collect(
-                plain, data, head=head, at=at, second_moment=solver != "pinv", on_heads=make_checked_request
+                plain,
+                data,
+                head=head,
+                at=at,
+                second_moment=solver != "pinv",
+                resume=resume,
+                on_heads=make_checked_request,
             )
         _fit(plain, heads, prototypes, request, keep_originals, most_lost)
     return model

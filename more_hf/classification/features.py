@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -10,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
 from accelerate.utils import extract_model_from_parallel, reduce, send_to_device, tqdm
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .erasure import ClassErasure
 from .heads import Inputs, evaluating, find_heads, find_module, is_of_tokens, nearest_tokens, pick, run
 from .hook import channel_dim
 from .names import class_names
+from .resumed import SavedPass
 
 
 DELAY = 2  # seconds after which a progress bar shows
@@ -39,6 +41,7 @@ def collect_prototypes(
     head: str | Sequence[str] | None = None,
     at: str | None = None,
     second_moment: bool = True,
+    resume: str | os.PathLike | None = None,
 ) -> Prototypes:
     """
     Compute the mean feature of every class: one pass over the data in eval mode, O(dk) memory.
@@ -62,6 +65,10 @@ def collect_prototypes(
             Take the input of this module instead; its mean over tokens or positions.
         second_moment (`bool`, *optional*, defaults to `True`):
             Also collect what `solver="covariance"` needs, with O(d²) more memory.
+        resume (`str` or `os.PathLike`, *optional*):
+            A file for the sums, written every half minute and at the end. A pass that was killed goes on from
+            there, and one that had ended reads a single batch. Needs a `DataLoader` that does not shuffle, in
+            one process.
 
     Returns:
         `Prototypes`: `(d, k)` float64, named by `class_names`. With several heads a feature is their inputs,
@@ -84,7 +91,7 @@ def collect_prototypes(
         tensor([2., 0., 0., 0.], dtype=torch.float64)
     """
     with locked(plain_model(model)):  # while another thread erases, the features would be of neither model
-        return collect(model, loader, head=head, at=at, second_moment=second_moment)[1]
+        return collect(model, loader, head=head, at=at, second_moment=second_moment, resume=resume)[1]
 
 
 def collect(
@@ -94,6 +101,7 @@ def collect(
     head: str | Sequence[str] | None,
     at: str | None,
     second_moment: bool,
+    resume: str | os.PathLike | None = None,
     on_heads: Callable[[dict[str, nn.Module]], None] = lambda heads: None,
 ) -> tuple[dict[str, nn.Module], Prototypes]:
     """The heads, and what `collect_prototypes` returns. `on_heads` gets the heads first and may raise."""
@@ -113,16 +121,29 @@ def collect(
         names = class_names(model, len(next(iter(heads.values())).weight))
 
         # 2. One pass over all batches. Totals stay on the GPU; other accelerators may have no float64.
-        fitter = None
         with _reading(model, heads if at is None else {at: find_module(model, at)}) as read:
-            for samples, labels in chain([first], inputs):
-                features, labels = read(samples, labels)
-                if fitter is None:
-                    device = features.device if features.is_cuda else "cpu"
-                    fitter = PrototypeFitter(features.shape[1], names, device=device)
+            found = read(*first)
+            fitter = PrototypeFitter(
+                found[0].shape[1], names, device=found[0].device if found[0].is_cuda else "cpu"
+            )
+            saved = None
+            if resume is not None:
+                about = {"names": list(names), "at": at, "second_moment": second_moment}
+                saved = SavedPass.of(resume, loader, heads, about)
+                saved.restore(fitter)
+            if saved is None or not saved.done:
+                pairs = chain([found], (read(*batch) for batch in inputs))
+            else:
+                later = with_bar(skip_first_batches(loader, saved.done), "Collecting the other features")
+                pairs = (read(*batch) for batch in inputs_of(model, later))
+            for features, labels in pairs:
                 fitter.update(features, labels)
                 if second_moment:
                     fitter.update_moment(features[labels >= 0])
+                if saved is not None:
+                    saved.add_batch(fitter)
+            if saved is not None:
+                saved.write(fitter)
 
     # 3. The totals of all processes.
     if sharded:

@@ -86,6 +86,12 @@ def add_to(commands) -> None:
     )
     add("--seed", type=int, default=0, help="draws the experts' targets (0)")
     add("--batch_size", type=positive, default=32, help="samples per call (32)")
+    add(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keeps what the pass over --data has found; the same command goes on where it was killed",
+    )
     add("--output", type=Path, required=True, metavar="DIR", help="folder to save the classifier to")
 
 
@@ -126,7 +132,7 @@ def _erase_classes(args: argparse.Namespace) -> int:
     processor = kind.processor.from_pretrained(source)
     settings = {"model": model, "processor": processor, "batch_size": args.batch_size}
     data = load_samples(args.data, **settings)
-    more_hf.erase_classes(model, data, forget, most_lost=args.most_lost, **options)
+    more_hf.erase_classes(model, data, forget, most_lost=args.most_lost, resume=args.resume, **options)
     if state.is_main_process:
         test = load_samples(args.test or args.data, splits=HELD_OUT, **settings)
         found = more_hf.compare(model, test)

@@ -84,7 +84,9 @@ def test_what_it_did_to_other_images(folders, tmp_path, capsys):
 
 def test_a_file_of_names_and_the_plan(folders, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("Four\n\n7\n")
-    assert run(folders, tmp_path / "out", "--forget_file", str(tmp_path / "names.txt")) == 0
+    words = ["--forget_file", str(tmp_path / "names.txt"), "--resume", str(tmp_path / "pass")]
+    assert run(folders, tmp_path / "out", *words) == 0
+    assert (tmp_path / "pass").is_file()
     err = capsys.readouterr().err
     assert "|     4 | four      | the mean of all that stay |" in err
     assert "8 classes stay: zero, one, two, three, five, six, eight, nine" in err
