@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from more_hf_bench.attacks.tables import rebuild
+from more_hf_bench.attacks.store import AttackConfig
+from more_hf_bench.attacks.tables import write_outputs
 from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, edit_matrix
 
 
@@ -293,5 +294,5 @@ def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):
     sample.cells_of_rows(tmp_path)
     before = (tmp_path / "rows.csv").read_text()
     (tmp_path / "rows.csv").unlink()
-    rebuild(tmp_path)  # from the cells
+    write_outputs(tmp_path, AttackConfig.read(tmp_path))  # from the cells
     assert (tmp_path / "rows.csv").read_text() == before

@@ -61,6 +61,7 @@ _ERASE = "more_hf.diffusion.erase:erase_concept"
 
 DIFFUSION: dict[str, Method] = {
     "original": Method(".diffusion.inference:original", role="control"),
+    "random-weights": Method(".diffusion.inference:random_weights", role="control"),
     "noise": Method(".diffusion.inference:noise", role="control"),
     "negative_prompt": Method(".diffusion.inference:negative_prompt", role="control"),
     "more": Method(_ERASE),

@@ -89,7 +89,7 @@ def test_ones_own_method(my_module):
     ("name", "message"),
     [
         ("uec", "Did you mean uce"),
-        ("zzzz", "There are: original, noise"),
+        ("zzzz", "There are: original, random-weights"),
         (":my_erase", "cannot be imported"),
         ("..module_of_mine:my_erase", "cannot be imported"),
         ("module_of_mime:my_erase", "cannot be imported.*module_of_mime"),

@@ -21,8 +21,7 @@ from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.artists.run import EMOJI
 from more_hf_bench.attacks.pictures.run import run_picture_attacks
-from more_hf_bench.attacks.store import AttackConfig
-from more_hf_bench.attacks.tables import KEYS
+from more_hf_bench.attacks.store import KEYS, AttackConfig
 from more_hf_bench.columns import read_cells, read_rows, rounded, write_rows
 
 

@@ -1,4 +1,4 @@
-"""Methods that act while the pipeline runs and change no weight: the controls of every table, and SLD."""
+"""The controls of every table, and SLD, which acts while the pipeline runs and changes no weight."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ def original(
     pipe: DiffusionPipeline, concepts: Concepts, *, remap_to: Targets, retain: Retained
 ) -> DiffusionPipeline:
     """Do nothing: return the pipeline as it is. Every other line is compared with this one."""
+    return pipe
+
+
+def random_weights(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: Targets,
+    retain: Retained,
+    seed: int = 0,
+) -> DiffusionPipeline:
+    """Put in a denoiser of the same form that was never trained. What an attack finds in it is no memory.
+
+    The names play no part.
+    """
+    unet = pipe.unet
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe.register_modules(unet=type(unet).from_config(unet.config).to(unet.device, unet.dtype).eval())
     return pipe
 
 

@@ -12,6 +12,7 @@ import more_hf
 from more_hf.core.errors import MoreError, PrototypeError
 from more_hf.core.moment import Moment
 from more_hf.core.prototypes import Prototypes
+from more_hf.core.remap import Remap
 from more_hf_bench.methods.diffusion.ours import more_paper, without_orthogonalization
 
 
@@ -92,6 +93,32 @@ def test_without_po_is_the_least_change_that_sends_the_forgotten_alone(solver):
     assert np.linalg.norm(E @ P[:, 2] - P[:, 2]) > 1e-2  # the target itself moves
     with pytest.raises(PrototypeError, match="soft"):
         without_orthogonalization(prototypes, ["a"], [["c"]], solver="soft")
+
+
+def test_without_po_and_centered_it_is_midsteer():
+    """MidSteer's map of activations x to A (x − μ) + μ, A = I + Σ^½ (u₂ − u₁) u₁⁺ Σ^−½ with u = Σ^−½ (m − μ),
+    for one concept. With PO the target stays as well, which MidSteer moves on."""
+    rng = np.random.default_rng(1)
+    X = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + 3
+    concept, target = rng.normal(size=(2, 6)) + 3
+    mean, S = X.mean(0), np.cov(X.T, bias=True)
+    values, vectors = np.linalg.eigh(S)
+    root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    u_1, u_2 = inverse @ (concept - mean), inverse @ (target - mean)
+    A = np.eye(6) + root @ np.outer(u_2 - u_1, u_1 / (u_1 @ u_1)) @ inverse
+    centered = torch.from_numpy(np.stack([concept, target], 1) - mean[:, None])
+    prototypes = Prototypes(centered, ("a", "b"), torch.ones(2)).with_moment(Moment(torch.from_numpy(S), 1))
+    metric = {"solver": "covariance", "shrinkage": 1e-13}
+
+    def matrix(remap):
+        return remap.apply(torch.eye(6).double()).T.numpy()
+
+    assert np.allclose(matrix(without_orthogonalization(prototypes, ["a"], [["b"]], **metric)), A, atol=1e-9)
+    with_po = matrix(Remap.fit(prototypes, ["a"], [["b"]], **metric))
+    for E in (A, with_po):
+        assert np.allclose(E @ (concept - mean), target - mean, atol=1e-8)
+    assert np.allclose(with_po @ (target - mean), target - mean, atol=1e-8)
+    assert not np.allclose(A @ (target - mean), target - mean, atol=1e-2)
 
 
 ABLATION = {
