@@ -259,6 +259,7 @@ def shard(rank, environment, folder):
         more_hf.collect_prototypes(model, DataLoader(Stream(), batch_size=8))
     except PrototypeError as error:
         (folder / f"error{rank}").write_text(str(error))
+    state.wait_for_everyone()  # who leaves first would end the connection under the other's threads
     state.destroy_process_group()
 
 
