@@ -296,3 +296,17 @@ def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):
     (tmp_path / "rows.csv").unlink()
     write_outputs(tmp_path, AttackConfig.read(tmp_path))  # from the cells
     assert (tmp_path / "rows.csv").read_text() == before
+
+
+def test_the_streamed_solves_at_a_tiny_size(script):
+    streamed = script("speed", "streamed")
+    lines = streamed.measure(8, 400, 5, (1, 2))
+    assert [(line["what"], line["forgotten"]) for line in lines[2:]] == [
+        (what, forgotten) for forgotten in (1, 2) for what in ("ours", "esc", "uce")
+    ]
+    assert all(line["seconds"] >= 0 for line in lines)
+    labels, means = torch.arange(400) % 5, torch.randn(5, 8)
+    z, y = (torch.cat(parts) for parts in zip(*streamed.stream(labels, means), strict=True))
+    found = torch.stack([z[y == c].mean(0) for c in range(5)])
+    assert (found - means).abs().max() < 0.5 < (found.roll(1, 0) - means).abs().max()
+    assert len(streamed.draw(lines).axes[0].lines) == 5
