@@ -116,6 +116,7 @@ def collect(
         first = next(inputs, None)
         if first is None:
             raise PrototypeError("The data has no sample. Prototypes need at least one of every class.")
+        _refuse_other_problems(model)
         heads = _heads(model, first[0], head)
         on_heads(heads)
         names = class_names(model, len(next(iter(heads.values())).weight))
@@ -205,6 +206,17 @@ def plain_model(model: nn.Module) -> nn.Module:
             f"This {type(plain).__name__} is the denoiser of an erased pipeline. Pass the pipeline."
         )
     return plain
+
+
+def _refuse_other_problems(model: nn.Module) -> None:
+    """Raises `SiteNotFoundError` for a model that does not give each sample one class."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise SiteNotFoundError(
+            f"The configuration of this {type(model).__name__} says {problem!r}, and only where each sample "
+            "has one class can that be sent to another. Set `model.config.problem_type = "
+            '"single_label_classification"` if it has.'
+        )
 
 
 def _heads(model: nn.Module, inputs: Inputs, head: str | Sequence[str] | None) -> dict[str, nn.Module]:

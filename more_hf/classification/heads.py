@@ -106,6 +106,12 @@ def _named_heads(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]
                 f"`{name}` ({type(module).__name__}) is not a linear layer. Name the nn.Linear or "
                 "1×1 nn.Conv2d that makes the logits."
             )
+    sizes = {name: len(module.weight) for name, module in named.items()}
+    if len(set(sizes.values())) > 1:
+        raise SiteNotFoundError(
+            f"The heads {sizes} do not have the same classes. Name those alone that have what is to be "
+            "forgotten, and erase from others in another copy of the model."
+        )
     return named
 
 

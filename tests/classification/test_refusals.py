@@ -32,6 +32,14 @@ def without_seven(images, labels):
     return [(images[labels != 7], labels[labels != 7])]
 
 
+def beyond(images, labels):
+    return [(images, labels + 5)]
+
+
+def one_without_a_number(images, labels):
+    return [(torch.where(torch.arange(len(images))[:, None, None, None] == 7, torch.nan, images), labels)]
+
+
 def everything(images, labels):
     return [(images, labels)]
 
@@ -54,6 +62,8 @@ def everything(images, labels):
         (without_labels, {"forget": 4}, "The data has no labels"),
         (fewer_labels, {"forget": 4}, "labels that are fewer than the samples"),
         (without_seven, {"forget": 4}, "No feature was seen for 'seven'"),
+        (beyond, {"forget": 4}, "Label 14 has no name"),
+        (one_without_a_number, {"forget": 4}, "are NaN or infinite"),
         (everything, {"forget": 4, "head": "resnet"}, "is not a linear layer"),
         (everything, {"forget": 4, "at": "nowhere"}, "no module 'nowhere'"),
     ],
@@ -66,6 +76,42 @@ def test_bad_input(model, digits, data, arguments, message):
     assert same(model, before)
     assert more_hf.get_erasure(model) is None
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_model_whose_samples_have_no_one_class_is_refused(model, loader, problem):
+    before = state(model)
+    model.config.problem_type = problem
+    with pytest.raises(SiteNotFoundError, match=f"says '{problem}'"):
+        more_hf.erase_classes(model, loader, "four")
+    assert same(model, before)
+    model.config.problem_type = "single_label_classification"
+    more_hf.erase_classes(model, loader, "four")
+    assert not same(model, before)
+
+
+class TwoHeads(nn.Module):
+    """Ten digits and two parities of the same features; the first are what a call returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.digit, self.parity = nn.Flatten(), nn.Linear(64, 10), nn.Linear(64, 2)
+
+    def forward(self, images):
+        features = self.flat(images)
+        self.seen = self.parity(features)
+        return self.digit(features)
+
+
+def test_of_two_heads_the_one_with_the_class(digits):
+    model = TwoHeads()
+    before = state(model)
+    with pytest.raises(SiteNotFoundError, match="do not have the same classes"):
+        more_hf.erase_classes(model, [digits], 4, head=["digit", "parity"])
+    assert same(model, before)
+    more_hf.erase_classes(model, [digits], 4, most_lost=100)
+    assert more_hf.get_erasure(model).request.head == ("digit",)
+    assert torch.equal(model.parity.weight, before["parity.weight"])
 
 
 def test_names_are_checked_before_the_pass(model, digits):
