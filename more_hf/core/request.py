@@ -27,6 +27,10 @@ TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 Reach = Literal["name", "denoiser"]
 REACHES: tuple[Reach, ...] = get_args(Reach)
 
+JudgeKind = Literal["own", "clip"]
+JUDGES: tuple[JudgeKind, ...] = get_args(JudgeKind)
+CLIP = ("ViT-L-14-quickgelu", "openai")  # model and weights as open_clip names them
+
 EncoderBits = Literal["8bit", "4bit"]
 ENCODER_BITS: tuple[EncoderBits, ...] = get_args(EncoderBits)
 

@@ -18,7 +18,7 @@ from ..classification.erasure import ClassErasure
 from ..classification.kinds import IMAGES, Kind, find_kind
 from ..core.erasure import Erasure
 from ..core.facts import ClassFacts, Facts
-from ..core.markdown import bare_table
+from ..core.markdown import bare_table, markdown_table
 from ..core.record import Record
 from ..diffusion.erasure import ConceptErasure
 from .check import checked_before_upload
@@ -145,6 +145,8 @@ def _section(record: Record, repo_id: str, data: ModelCardData, picture: str | N
         report=Markup(bare_table((escape(name), escape(finding)) for name, finding in erasure.rows())),
         accuracy=measured and Markup(_accuracies(measured, request.concepts)),
         measured_on=measured and facts.measured_on,
+        study=Markup(_study(facts)),
+        judged=getattr(facts, "judged", ""),
         explained=Markup(erasure.explain()),
     )
 
@@ -153,6 +155,16 @@ def _accuracies(accuracy: Mapping[str, Mapping[str, float]], forgotten: Collecti
     """The table of every class's accuracy."""
     found = Accuracies.from_facts(accuracy, forgotten)
     return Accuracies(tuple(replace(one, name=escape(one.name)) for one in found.classes)).to_markdown()
+
+
+def _study(facts: Facts) -> str:
+    """The table of the edits that `tune` gave to choose from; empty if the erasure is not from a study."""
+    rows = getattr(facts, "study", None)
+    if not rows:
+        return ""
+    columns = {escape(column): column for column in rows[0]}
+    lines = [{shown: escape(row.get(column, "")) for shown, column in columns.items()} for row in rows]
+    return markdown_table(lines)
 
 
 def _model(facts: Facts) -> str:

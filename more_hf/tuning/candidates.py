@@ -97,30 +97,25 @@ def looks_made_up(pipe: DiffusionPipeline, concept: str) -> bool:
 
 
 def find_candidates(
-    pipe: DiffusionPipeline,
-    concept: str,
-    kind: str,
-    given: Sequence[str] | None,
-    aliases: Sequence[str] = (),
+    pipe: DiffusionPipeline, concept: str, kind: str, given: Sequence[str] | None
 ) -> tuple[str, ...]:
     """
     The candidates that were given, or the other names of a kind.
 
     Raises:
-        `PrototypeError`: there are fewer than `FEWEST`, or one of them is the concept or may be an alias.
+        `PrototypeError`: there are fewer than `FEWEST`, or one of them is the concept.
     """
     if given is None:
         names = packaged_names(speaks_emoji(pipe.tokenizer))[kind]
         names = tuple(name for name in names if not (names_in(name, concept) or names_in(concept, name)))
     else:
         names = tuple(dict.fromkeys(read_names("candidates", given)))
-        for role, forgotten in {"the concept": (concept,), "in `aliases`": aliases}.items():
-            own = [name for name in names if name.casefold() in map(str.casefold, forgotten)]
-            if own:
-                raise PrototypeError(
-                    f"{own[0]!r} is both {role} and in `candidates`. Remove it there: the concept cannot "
-                    "become itself."
-                )
+        own = [name for name in names if name.casefold() == concept.casefold()]
+        if own:
+            raise PrototypeError(
+                f"{own[0]!r} is both the concept and in `candidates`. Remove it there: the concept cannot "
+                "become itself."
+            )
     if len(names) < FEWEST:
         raise PrototypeError(
             f"{concept!r} has {len(names)} candidates ({', '.join(names) or 'none'}), and a choice needs at "

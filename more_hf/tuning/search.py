@@ -21,6 +21,7 @@ from ..diffusion.draw import draw
 from ..diffusion.encoder import Encoder, column, kinds_of
 from ..diffusion.plan import Solution, fit_request, solve, token_choices
 from ..diffusion.sites import find_sites
+from .clip import Clip
 from .judge import CHANCE, Estimate, Judge, chance_of_moves, features_of, fit_classes, lpips_distance
 
 
@@ -46,6 +47,7 @@ class Setup:
     pictures: int  # of each name, and of the concept for each edit that stays
     sampling: Mapping[str, Any]
     seed: int
+    judge: str  # one of `JUDGES`
     candidates: tuple[str, ...]
     retain: tuple[str, ...] = ()  # names whose pictures should not change
     sentences: tuple[str, ...] = ()  # with `{}` for a name
@@ -99,6 +101,7 @@ class Judgment:
     distance: float  # LPIPS to the original's
     recognized: bool = False  # whether the judge still takes it for the concept
     kept: bool = False  # whether it shows what else its sentence asks for
+    clip: bool | None = None  # whether CLIP, if asked, still takes it for the concept
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -116,6 +119,7 @@ class Figures:
     retained: Estimate  # LPIPS of retained names' pictures
     nameless: Estimate  # LPIPS of pictures that name nobody
     lost: float  # how much lower `kept` is than the original's
+    clip: Estimate | None = None  # `recognized` by CLIP, if it was asked
 
     @property
     def moved(self) -> float:
@@ -181,6 +185,8 @@ class Workshop:
             Get every batch of new judgments, and the number of pictures of every batch.
         batch_size (`int`):
             Pictures per call of the pipeline.
+        clip (`Clip`, *optional*):
+            A second judge, which decides nothing.
     """
 
     def __init__(
@@ -192,8 +198,9 @@ class Workshop:
         record: Callable[[Sequence[Judgment]], object] = len,
         progress: Callable[[int], object] = int,
         batch_size: int = 8,
+        clip: Clip | None = None,
     ):
-        self.pipe, self.setup, self.batch_size = pipe, setup, batch_size
+        self.pipe, self.setup, self.batch_size, self.clip = pipe, setup, batch_size, clip
         self.judged = {judgment.key: judgment for judgment in judged}
         self.record, self.progress = record, progress
         self.whole = request_of(setup, setup.candidates)
@@ -281,6 +288,9 @@ class Workshop:
         own = self.features[setup.concept]
         shown = self.shows_sentence(own, range(len(own)), setup.concept)
         self.kept_before = Estimate.share(sum(shown), len(shown))
+        self.clip_before = self.clip and Estimate.share(
+            self.taken_by_clip(originals[setup.concept], range(len(own))).count(setup.concept), len(own)
+        )
         judge, concept = self.names_judge, setup.concept
         # A name that the model does not know changes nothing that all pictures have in common.
         if chance_of_moves(features_of(originals["unnamed"]), own) >= CHANCE:
@@ -315,6 +325,14 @@ class Workshop:
         taken_for = (features @ weight.T + bias).argmax(1).tolist()
         return [i == n % len(setup.sentences) for i, n in zip(taken_for, numbers, strict=True)]
 
+    def taken_by_clip(self, pictures: Tensor, numbers: Sequence[int]) -> list[str]:
+        """The name with which a picture's sentence is nearest to it for CLIP."""
+        names, taken_for = self.setup.names, []
+        for z, number in zip(self.clip.embed(pictures), numbers, strict=True):
+            prompts = [self.setup.case("concept", number, name).prompt for name in names]
+            taken_for.append(names[int((self.clip.encode(prompts) @ z).argmax())])
+        return taken_for
+
     def trial(self, edit: Edit, count: int) -> Trial:
         """What the pictures of an edit say."""
         return Trial(edit, self.figures(self.judgments(edit, self.setup.cases(count))))
@@ -344,11 +362,13 @@ class Workshop:
         numbers, (target,) = [case.number for case in batch], edit.request.targets
         names = self.names_judge.taken_for(z, numbers)
         shown = self.shows_sentence(z, numbers, target)
+        by_clip = self.taken_by_clip(after, numbers) if self.clip else [None] * len(batch)
         judgments = []
-        for case, distance, name, kept in zip(batch, distances, names, shown, strict=True):
+        for case, distance, *taken_for, kept in zip(batch, distances, names, by_clip, shown, strict=True):
             seen = {}
             if case.role == "concept":
-                seen = {"recognized": name == case.name, "kept": kept}
+                recognized, clip = (name and name == case.name for name in taken_for)
+                seen = {"recognized": recognized, "kept": kept, "clip": clip}
             judgments.append(Judgment(edit.key, case.role, case.number, round(distance, 6), **seen))
         return judgments
 
@@ -362,6 +382,7 @@ class Workshop:
         for role, own in by_role.items():
             distances[role] = Estimate.mean(torch.tensor([judgment.distance for judgment in own]))
         kept = Estimate.share(sum(judgment.kept for judgment in concept), len(concept))
+        clip = self.clip and Estimate.share(sum(judgment.clip for judgment in concept), len(concept))
         return Figures(
             recognized=Estimate.share(sum(judgment.recognized for judgment in concept), len(concept)),
             kept=kept,
@@ -369,6 +390,7 @@ class Workshop:
             retained=distances["retained"],
             nameless=distances["nameless"],
             lost=max(0.0, self.kept_before.value - kept.value),
+            clip=clip,
         )
 
 

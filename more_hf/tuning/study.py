@@ -20,7 +20,7 @@ from ..core.errors import IncompatibleBaseError, MoreError, PrototypeError
 from ..core.files import replacing, write_json
 from ..core.markdown import markdown_table
 from ..core.registry import require_editable
-from ..core.request import REACHES, ConceptRequest, check_choice, read_count, read_names
+from ..core.request import JUDGES, REACHES, ConceptRequest, check_choice, read_count, read_names
 from ..core.site import copy_weights, fingerprint
 from ..diffusion.aliases import find_aliases
 from ..diffusion.erase import erase, get_erasure
@@ -28,6 +28,7 @@ from ..diffusion.grid import draw_grid
 from ..diffusion.sites import as_pipeline, find_denoiser, find_sites
 from ..saving.files import writing
 from .candidates import find_candidates, find_nameless, find_sentences, kind_of, looks_made_up
+from .clip import Clip
 from .judge import Estimate
 from .search import (
     MOST,
@@ -103,7 +104,7 @@ class Study:
         judge (`dict[str, Estimate]`):
             On the original's pictures that it was not fitted on: the judge's `accuracy`, how many pictures of
             the concept are `found`, how many of other names are `mistaken` for it, and how many of its own
-            show what else the sentence asks for (`kept`).
+            show what else the sentence asks for (`kept`); if asked, how many of these CLIP finds (`clip`).
         choices (`tuple[Choice, ...]`):
             At most six edits; the first one is recommended.
         strengths (`dict[str, Estimate]`):
@@ -225,6 +226,7 @@ class Study:
                     "number": str(number),
                     "edit": choice.label,
                     "recognized": figures.recognized.percent,
+                    **({"by CLIP": figures.clip.percent} if figures.clip else {}),
                     "kept": figures.kept.percent,
                     "changed": figures.changed.distance,
                     "moved, retained": figures.retained.distance,
@@ -242,11 +244,12 @@ class Study:
     def judged(self) -> str:
         """What the figures are, and how far their judge can be trusted."""
         judge = self.judge
+        clip = f" CLIP, zero-shot, finds {judge['clip'].value:.0%}." if "clip" in judge else ""
         return (
             "Shares and LPIPS distances with 95 % intervals. The judge is fitted on the original's own "
             f"pictures; of those that it did not see it is right on {judge['accuracy'].value:.0%}, finds "
             f"{judge['found'].value:.0%} of {self.setup.concept}, and takes {judge['mistaken'].value:.0%} of "
-            "the others for it."
+            f"the others for it.{clip}"
         )
 
     def _repr_markdown_(self) -> str:
@@ -269,6 +272,7 @@ def tune(
     aliases: Sequence[str] = (),
     sentences: Sequence[str] | None = None,
     reach: str = "name",
+    judge: str = "own",
     pictures: int = 24,
     sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -298,6 +302,9 @@ def tune(
         reach (`str`, *optional*, defaults to `"name"`):
             `"denoiser"` also tries, for the two best targets, edits inside the denoiser, which draw pictures
             of their own.
+        judge (`str`, *optional*, defaults to `"own"`):
+            `"clip"` puts CLIP's zero-shot answer beside that of the model's own judge, which still decides;
+            by weights of open_clip, which are downloaded unless they are here.
         pictures (`int`, *optional*, defaults to 24):
             Of each name, for the judge, and of the concept, for each edit that stays to the end; at least 16.
         sampling (`Mapping[str, Any]`, *optional*):
@@ -316,7 +323,8 @@ def tune(
         `PrototypeError`: a name or an option is wrong, or there are too few candidates.
         `SiteNotFoundError`: the pipeline cannot be edited or cannot draw. `MoreError`: something is erased
         from it, it does not draw the concept, the judge cannot tell it from other names, or the folder has
-        another study. `ExportError`: the folder could not be written.
+        another study. `JudgeError`: there are no weights of CLIP. `ExportError`: the folder could not be
+        written.
 
     Example:
 
@@ -333,7 +341,10 @@ def tune(
             f"Something is erased from this {type(pipe).__name__}, and a study starts from the original. "
             "Restore it first, or load the original."
         )
-    setup = _setup(pipe, concept, candidates, retain, aliases, sentences, reach, pictures, sampling, seed)
+    setup = _setup(
+        pipe, concept, candidates, retain, aliases, sentences, reach, judge, pictures, sampling, seed
+    )
+    clip = Clip.load() if judge == "clip" else None
     model = identify(pipe)
     with _Log(folder, setup, model) as log, _bar(pipe, setup, log) as bar:
         workshop = Workshop(
@@ -343,6 +354,7 @@ def tune(
             record=log.record,
             progress=bar.update,
             batch_size=read_count("batch_size", batch_size),
+            clip=clip,
         )
         originals = log.read_originals() if log.has_originals else workshop.draw_originals()
         if not log.has_originals:
@@ -362,6 +374,7 @@ def tune(
             "found": workshop.names_judge.found(setup.concept),
             "mistaken": workshop.names_judge.mistaken(setup.concept),
             "kept": workshop.kept_before,
+            **({"clip": workshop.clip_before} if clip else {}),
         },
         choices=tuple(
             Choice(edit.key, edit.request, edit.solution.ordinary_moved, figures) for edit, figures in trials
@@ -390,12 +403,14 @@ def _setup(
     aliases: Sequence[str],
     sentences: Sequence[str] | None,
     reach: str,
+    judge: str,
     pictures: int,
     sampling: Mapping[str, Any] | None,
     seed: int,
 ) -> Setup:
     """Read the arguments of `tune`, and find what they leave open."""
     check_choice("reach", reach, REACHES)
+    check_choice("judge", judge, JUDGES)
     if read_count("pictures", pictures) < FEWEST_PICTURES:
         raise PrototypeError(f"`pictures` must be at least {FEWEST_PICTURES}, got {pictures}.")
     (concept,) = read_names("concept", concept)
@@ -407,12 +422,13 @@ def _setup(
             "and check the spelling.",
             concept,
         )
-    names = find_candidates(pipe, concept, kind, candidates, aliases)
-    found = tuple(find_aliases(pipe, concept, aliases, others=names)) if aliases else ()
+    names = find_candidates(pipe, concept, kind, candidates)
+    found = _find_aliases(pipe, concept, aliases, names)
     setup = Setup(
         concept=concept,
         aliases=found,
         reach=reach,
+        judge=judge,
         pictures=pictures,
         sampling=dict(sampling or {}),
         seed=seed,
@@ -428,6 +444,27 @@ def _setup(
         sentences=find_sentences(pipe, kind, sentences, min(SENTENCES, pictures // 2)),
         nameless=find_nameless(pipe, [concept, *names, *kept], max(2, pictures // 6)),
     )
+
+
+def _find_aliases(
+    pipe: DiffusionPipeline, concept: str, words: Sequence[str], candidates: Sequence[str]
+) -> tuple[str, ...]:
+    """
+    The words that read as the concept.
+
+    Raises:
+        `PrototypeError`: one of them is a candidate.
+    """
+    if not words:
+        return ()
+    others = [name for name in candidates if name not in words] or candidates
+    found = tuple(find_aliases(pipe, concept, words, others=others))
+    if both := [name for name in found if name in candidates]:
+        raise PrototypeError(
+            f"{both[0]!r} is in `candidates` and an alias of {concept!r}: the text encoder reads both alike. "
+            "Remove it there."
+        )
+    return found
 
 
 @contextmanager

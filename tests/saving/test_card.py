@@ -137,6 +137,8 @@ def test_names_and_results_stay_plain_text(saved, text):
     record["facts"]["solver_reason"] = record["facts"]["solver"] = record["more_hf"] = text
     record["facts"]["leaks"] = [text]
     record["guarantees"] = {text: 1.0}
+    record["facts"]["study"] = [{text: another, "2": text, "3": "", "4": "", "5": ""}]
+    record["facts"]["judged"] = text
     (saved / "more_hf.json").write_text(json.dumps(record), "utf-8")
     card = make_card(Record.read(saved), "me/erased")
 

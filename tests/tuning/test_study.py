@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from support.compare import state
+from support.judges import build_tiny_clip
 
 import more_hf
 from more_hf.core.errors import (
@@ -24,6 +25,7 @@ from more_hf.tuning.candidates import (
     looks_made_up,
     packaged_names,
 )
+from more_hf.tuning.clip import Clip, JudgeError
 from more_hf.tuning.judge import Estimate
 from more_hf.tuning.search import Figures, Trial, Workshop, front
 from more_hf.tuning.study import Study
@@ -73,6 +75,35 @@ def test_one_word_in_and_a_choice_of_edits_out(pipe, painter, tmp_path):
     more_hf.restore(pipe)
     eval(best.call, {"more_hf": more_hf, "pipe": pipe})
     assert more_hf.get_erasure(pipe).request == best.request
+
+
+def test_clip_answers_beside_the_judge(pipe, painter, tmp_path, monkeypatch):
+    """A real CLIP at a tiny size; its answers are those of the cosines, and they decide nothing."""
+    clip = Clip(*build_tiny_clip())
+    monkeypatch.setattr(Clip, "load", lambda: clip)
+    alone, study = more_hf.tune(pipe, "Noto", **ASKED), more_hf.tune(pipe, "Noto", **ASKED, judge="clip")
+    assert [choice.label for choice in study.choices] == [choice.label for choice in alone.choices]
+    found = []
+    for number in range(16):
+        prompts = [SENTENCES[number % 4].replace("{}", name) for name in ("Noto", "Fluent", "Twemoji")]
+        (z,) = clip.embed(painter(pipe, prompts[:1], [number], {}))
+        found.append(max(range(3), key=lambda i: float(clip.encode(prompts[i : i + 1]) @ z)) == 0)
+    assert study.judge["clip"] == Estimate.share(sum(found), 16)
+    assert study.judge["clip"] != study.judge["found"]  # random weights see nothing
+    own = [judgment for judgment in study.judgments if judgment.edit == study.choices[0].label]
+    by_clip = [judgment.clip for judgment in own if judgment.role == "concept"]
+    assert study.choices[0].figures.clip == Estimate.share(sum(by_clip), 16)
+    assert "| by CLIP" in str(study)
+    assert "CLIP" not in str(alone)
+    assert Study.load(study.save(tmp_path)).choices == study.choices
+
+
+def test_without_clips_weights_nothing_is_drawn(pipe, painter, monkeypatch):
+    load = Clip.load
+    monkeypatch.setattr(Clip, "load", lambda: load(model="nothing"))
+    with pytest.raises(JudgeError, match="or run without it"):
+        more_hf.tune(pipe, "Noto", **ASKED, judge="clip")
+    assert painter.drawn == 0
 
 
 def test_aliases_go_with_the_concept(pipe, painter):
@@ -149,7 +180,7 @@ def test_the_study_of_something_else_is_refused(pipe, painter, tmp_path):
         ({"candidates": ["Fluent", "noto"]}, "both the concept and in `candidates`"),
         (
             {"candidates": ["Fluent", "famous Noto"], "aliases": ["famous Noto"]},
-            r"both in `aliases` and in `candidates`",
+            "an alias of 'Noto'",
         ),
         ({"candidates": ["Fluent"]}, "a choice needs at least 2"),
         ({"candidates": ["Fluent", "the artist Noto"]}, "contains 'Noto'"),
@@ -157,6 +188,7 @@ def test_the_study_of_something_else_is_refused(pipe, painter, tmp_path):
         ({"sentences": ["a fox", "a crab"]}, "each with `{}` for a name"),
         ({"pictures": 8}, "`pictures` must be at least 16"),
         ({"reach": "far"}, "Unknown reach"),
+        ({"judge": "me"}, "Unknown judge"),
     ],
 )
 def test_wrong_arguments(pipe, painter, changed, message):

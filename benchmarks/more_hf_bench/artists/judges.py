@@ -15,22 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate
 
-from more_hf.core.errors import MoreError
 from more_hf.data import FOLDER, load_lpips
+from more_hf.tuning.clip import Clip, JudgeError
 from more_hf.tuning.judge import lpips_distance, pooled_features
 
 from .prompts import PromptRow
 
 
 JUDGES_FILE = FOLDER / "judges.safetensors"
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, which most models use
-CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-
-
-class JudgeError(MoreError, ValueError):
-    """A judge does not know a name it is asked about, or its model cannot be loaded."""
 
 
 class Judges(Protocol):
@@ -123,7 +117,7 @@ class EmojiJudges:
         return [self.artists[seen] for seen in artist], content
 
 
-class ClipJudges:
+class ClipJudges(Clip):
     """
     Judges for other pipelines: an open_clip model, zero-shot.
 
@@ -139,12 +133,8 @@ class ClipJudges:
             The model's tokenizer.
         rows (`Sequence[PromptRow]`):
             Every row that will be judged.
-        mean, deviation (`Sequence[float]`, *optional*):
-            Mean and deviation of the pixels that the model was trained on. Default to OpenAI's.
-        name (`str`, *optional*, defaults to `"CLIP"`):
-            The judges' name, for the configuration.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where to judge.
+        **options (`Any`, *optional*):
+            As for [`Clip`].
     """
 
     def __init__(
@@ -152,76 +142,24 @@ class ClipJudges:
         model: nn.Module,
         tokenizer: Callable[[list[str]], Tensor],
         rows: Sequence[PromptRow],
-        *,
-        mean: Sequence[float] = CLIP_MEAN,
-        deviation: Sequence[float] = CLIP_DEVIATION,
-        name: str = "CLIP",
-        device: torch.device | str = "cpu",
+        **options: Any,
     ):
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
-        self.deviation = torch.tensor(deviation, device=device).view(3, 1, 1)
-        self.tokenizer, self.device, self.name = tokenizer, torch.device(device), name
+        super().__init__(model, tokenizer, **options)
         self.artists = list(dict.fromkeys(row.artist for row in rows if row.artist))
         self.facts: dict[str, Any] = {}
-        self.styles = self._encode([f"a picture in the style of {artist}" for artist in self.artists])
+        self.styles = self.encode([f"a picture in the style of {artist}" for artist in self.artists])
         self.sentences: dict[str, list[str]] = {}
         for row in rows:
             sentences = self.sentences.setdefault(row.artist, [])
             if sentence_of(row) not in sentences:
                 sentences.append(sentence_of(row))
-        self.contents = {artist: self._encode(sentences) for artist, sentences in self.sentences.items()}
-
-    @classmethod
-    def load(
-        cls, rows: Sequence[PromptRow], *, model: str, pretrained: str, device: torch.device | str = "cpu"
-    ) -> ClipJudges:
-        """
-        Build from open_clip's names for an architecture and its weights, which are downloaded unless cached.
-
-        Raises:
-            JudgeError: open_clip does not know the model or cannot get its weights.
-        """
-        import open_clip
-
-        # A name alone builds GELU, also where the weights (OpenAI's) were trained with QuickGELU.
-        quick = open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
-        try:
-            clip = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
-        except (RuntimeError, OSError) as error:
-            raise JudgeError(
-                f"No CLIP judge {model} {pretrained}: {error} "
-                "Name another model, or run without judges (`judges`: none)."
-            ) from error
-        return cls(
-            clip,
-            open_clip.get_tokenizer(model),
-            rows,
-            mean=clip.visual.image_mean,
-            deviation=clip.visual.image_std,
-            name=f"CLIP {model} {pretrained}",
-            device=device,
-        )
-
-    @torch.no_grad()
-    def _encode(self, sentences: Sequence[str]) -> Tensor:
-        return normalize(
-            self.model.encode_text(self.tokenizer(list(sentences)).to(self.device)).float(), dim=1
-        )
-
-    @torch.no_grad()
-    def _embed(self, images: Tensor) -> Tensor:
-        side = self.model.visual.image_size
-        size = (side, side) if isinstance(side, int) else tuple(side)
-        x = images.to(self.device).float() / 255
-        x = interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        return normalize(self.model.encode_image((x - self.mean) / self.deviation).float(), dim=1)
+        self.contents = {artist: self.encode(sentences) for artist, sentences in self.sentences.items()}
 
     def scores(self, images: Tensor, rows: Sequence[PromptRow]) -> list[float]:
         """The CLIP score of each image's content: 100 times its cosine with what its row asks for besides
         the artist."""
-        sentences = self._encode([sentence_of(row) for row in rows])
-        return (100 * (self._embed(images) * sentences).sum(1)).tolist()
+        sentences = self.encode([sentence_of(row) for row in rows])
+        return (100 * (self.embed(images) * sentences).sum(1)).tolist()
 
     def check(self, rows: Sequence[PromptRow]) -> None:
         """Raises `JudgeError` if the judges were not built for a row."""
@@ -235,7 +173,7 @@ class ClipJudges:
     @torch.no_grad()
     def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
         """Judge images; see `Judges.judge`."""
-        z = self._embed(images)
+        z = self.embed(images)
         style = [self.artists[i] for i in (z @ self.styles.T).argmax(1).tolist()]
         content: list[int | None] = []
         for image, row in zip(z, rows, strict=True):

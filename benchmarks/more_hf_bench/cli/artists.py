@@ -15,6 +15,7 @@ from more_hf.cli.options import (
     refuse_missing_model,
     refuse_typo,
 )
+from more_hf.core.request import CLIP
 
 from ..artists.config import KINDS
 from ..methods.registry import DIFFUSION, diffusion_groups
@@ -30,9 +31,6 @@ from .options import (
     start_processes,
 )
 from .rehearse import OF_PICTURES, check_filled, rehearse_artists
-
-
-CLIP = ("ViT-L-14-quickgelu", "openai")
 
 
 @dataclass(frozen=True)

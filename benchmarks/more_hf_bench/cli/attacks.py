@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from more_hf.cli.options import EMOJI_SD, SEVERAL_PROCESSES, add_command, positive, refuse_missing_model
+from more_hf.core.request import CLIP
 from more_hf.data import CLASSIFIERS
 
 from ..attacks.registry import ATTACKS, attacks_of
 from ..classes import DATASETS
 from ..methods.registry import CLASSIFICATION, DIFFUSION
-from .artists import CLIP
 from .options import (
     NAMES,
     add_options,

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+from support.judges import build_tiny_clip
 
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.tuning.judge import pooled_features
@@ -66,17 +67,7 @@ def test_the_features_by_hand(judges):
 
 @pytest.fixture(scope="module")
 def tiny_clip():
-    """A real open_clip CLIP at a tiny size, and a tokenizer of letters."""
-    import open_clip
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.CLIP(
-            embed_dim=16,
-            vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-            text_cfg={"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-        )
-    return model, open_clip.SimpleTokenizer()
+    return build_tiny_clip()
 
 
 CLIP_ROWS = [
