@@ -37,7 +37,10 @@ HEADLINES = {
         "The same attacks, without a prior: the probability in percent that a forgotten test sample scores "
         "above one of the others. 50 is chance.",
     ),
-    LPIPS: ("What the others pay", "How far pictures of everything else moved from the original's: LPIPS."),
+    LPIPS: (
+        "How far pictures moved",
+        "LPIPS: of `others` from the original's, what the others pay; else from the pictures looked for.",
+    ),
 }
 FIGURE_NOTE = "What comes back over the attacker's budget, a panel for each attack with several budgets."
 
