@@ -91,7 +91,7 @@ def copy_of_emoji_sd(emoji_sd):
 def own_cache(tmp_path_factory):
     """Moments of everyday prompts are kept for the session, and nowhere else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("more_hf.diffusion.ordinary.CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr("more_hf.diffusion.kept.CACHE", tmp_path_factory.mktemp("cache"))
         yield
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import more_hf
-from more_hf.diffusion import ordinary
+from more_hf.diffusion import kept
 from more_hf.diffusion.encoder import Encoder, fit_prototypes
 from more_hf.diffusion.proof import prover
 from more_hf.diffusion.sites import find_denoiser
@@ -169,7 +169,7 @@ def measure(
     unet: dict = SD14, text: dict = CLIP_L, latent: int = LATENT, names=NAMES, prompts=PROMPTS
 ) -> list[dict]:
     """One line per thing timed: seconds, and how many times the merge alone and UCE's function that is."""
-    with TemporaryDirectory() as cache, patch.object(ordinary, "CACHE", Path(cache)):
+    with TemporaryDirectory() as cache, patch.object(kept, "CACHE", Path(cache)):
         return _measure(unet, text, latent, names, prompts)
 
 

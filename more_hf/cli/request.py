@@ -146,11 +146,12 @@ def read_request(args: argparse.Namespace) -> Request:
     checkpoint = read_checkpoint(model)
     if args.text_encoder is not None and not checkpoint.in_one_file:
         raise ValueError("`--text_encoder` is for a model in one file; a folder has its own. Leave it out.")
-    if args.quantize_text_encoder is not None and not (args.layers_only or checkpoint.in_one_file):
-        raise ValueError(
-            "`--quantize_text_encoder` is for `--layers_only`: a whole pipeline is edited with the text "
-            "encoder that it runs with. Pass both, or leave it out."
-        )
+    for flag in ("quantize_text_encoder", "also_encode"):
+        if getattr(args, flag) is not None and not (args.layers_only or checkpoint.in_one_file):
+            raise ValueError(
+                f"`--{flag}` is for `--layers_only`: a whole pipeline is edited with the text encoder that "
+                "it runs with. Pass both, or leave it out."
+            )
     return Request(checkpoint, concepts, options)
 
 
@@ -213,6 +214,14 @@ def add_layers_only(parser: argparse.ArgumentParser) -> None:
         choices=ENCODER_BITS,
         help="with --layers_only: load the text encoder in a half or a quarter of the memory (bitsandbytes)",
     )
+    parser.add_argument(
+        "--also_encode",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="with --layers_only: further names that the text encoder reads now, so that it need not be "
+        "loaded for a later command about them",
+    )
 
 
 def needs_denoiser(flag: str, request: Request) -> ValueError:
@@ -241,6 +250,7 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
         "device": find_device(args.device, "none"),
         **({"text_encoder": args.text_encoder} if request.checkpoint.in_one_file else {}),
         "quantize_text_encoder": args.quantize_text_encoder,
+        "also_encode": args.also_encode or (),
         **request.options,
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.errors import PrototypeError
 from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.request import ConceptRequest
+from .kept import KeptFeatures, precisions_of
 from .prefixes import PrefixEncoder
 from .prompts import TEMPLATES
 from .sites import Denoiser, as_pipeline, find_denoiser, text_of
@@ -75,6 +76,8 @@ class Encoder:
             Sentences around a name, with `{}` in its place.
         denoiser (`Denoiser`, *optional*):
             The denoiser that reads the features, if the pipeline was loaded without it.
+        kept (`KeptFeatures`, *optional*):
+            Features on the disk, if the pipeline was loaded without its text encoders.
 
     Raises:
         `SiteNotFoundError`: the way this pipeline encodes prompts is unknown.
@@ -85,8 +88,10 @@ class Encoder:
         pipe: DiffusionPipeline,
         templates: Sequence[str] = TEMPLATES,
         denoiser: Denoiser | None = None,
+        kept: KeptFeatures | None = None,
     ):
         self.pipe = pipe = as_pipeline(pipe)
+        self.kept = kept
         self.templates = templates
         self.denoiser = denoiser or find_denoiser(pipe)
         self.text = text_of(pipe, self.denoiser)
@@ -108,9 +113,25 @@ class Encoder:
         self.padded = self.templates[len(self.templates) // 2]  # the same for a name and its target
 
     @classmethod
-    def of(cls, pipe: DiffusionPipeline, request: ConceptRequest, denoiser: Denoiser | None = None) -> Self:
+    def of(
+        cls,
+        pipe: DiffusionPipeline,
+        request: ConceptRequest,
+        denoiser: Denoiser | None = None,
+        kept: KeptFeatures | None = None,
+    ) -> Self:
         """The encoder with a request's sentences around a name."""
-        return cls(pipe, request.templates or TEMPLATES, denoiser)
+        return cls(pipe, request.templates or TEMPLATES, denoiser, kept)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoders run."""
+        return self.pipe._execution_device if self.kept is None else self.kept.device
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """The precision of each text encoder, and how it is quantized."""
+        return precisions_of(self.pipe) if self.kept is None else self.kept.precisions
 
     @property
     def causal_segment(self) -> Segment | None:
@@ -171,24 +192,35 @@ class Encoder:
         return start, stop, segment.layout(tokens, len(prompt))
 
     @torch.no_grad()
-    def features(self, prompts: Sequence[str], wanted: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def features(
+        self, prompts: Sequence[str], wanted: Sequence[int] | None = None, *, keep: bool = True
+    ) -> dict[str, Tensor]:
         """
         The features that the denoiser's layers read: `"tokens"`, and other spaces of tokens if there are any,
         `(len(prompts), tokens, d)`, and `"pooled"` `(len(prompts), d')` if there is one. With `wanted`, the
-        positions of each prompt beyond that number may be left at zero.
+        positions of each prompt beyond that number may be left at zero. Without `keep`, none is on the disk.
         """
-        pipe = self.pipe
-        if wanted is not None and self.causal:
-            # The stand-in is registered with a copy, so that the user's pipeline keeps its own encoder.
-            pipe = copy.copy(pipe)
-            pipe.register_modules(text_encoder=PrefixEncoder(pipe.text_encoder, wanted))
-        found = self.text.encode(pipe, list(prompts))
-        features = {space: found[space] for space in self.spaces}
+        if self.kept is not None and keep:
+            features = self.kept.features(self, prompts, wanted)
+        else:
+            features = self.run(prompts, wanted)
         for space, norm in self.norms.items():
             dtype = next(norm.parameters()).dtype
             z = features[space].to(get_module_execution_device(norm), dtype)
             features[space] = norm.forward(z)  # bypasses an erasure's routing hook
         return features
+
+    def run(self, prompts: Sequence[str], wanted: Sequence[int] | None) -> dict[str, Tensor]:
+        """What the text encoders make of prompts, before the denoiser's norms. See `features`."""
+        pipe = self.pipe
+        if self.kept is not None:
+            self.kept.load_into(pipe)
+        if wanted is not None and self.causal:
+            # The stand-in is registered with a copy, so that the user's pipeline keeps its own encoder.
+            pipe = copy.copy(pipe)
+            pipe.register_modules(text_encoder=PrefixEncoder(pipe.text_encoder, wanted))
+        found = self.text.encode(pipe, list(prompts))
+        return {space: found[space] for space in self.spaces}
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The token features, `(len(prompts), tokens, d)`."""
@@ -382,7 +414,12 @@ def _plan(
 
 
 def fit_prototypes(
-    encoder: Encoder, names: Iterable[str], tokens: str, *, sigma_prompts: Mapping[str, int]
+    encoder: Encoder,
+    names: Iterable[str],
+    tokens: str,
+    *,
+    sigma_prompts: Mapping[str, int],
+    keep: bool = True,
 ) -> dict[str, Prototypes]:
     """
     Prototypes of names, begin tokens and the empty prompt, and the second moment of ordinary text, in every
@@ -398,6 +435,8 @@ def fit_prototypes(
         sigma_prompts (`Mapping[str, int]`):
             Prompts behind Σ -> how often the padding of each counts; their other tokens, except begin tokens,
             count once. Empty for no Σ.
+        keep (`bool`, *optional*, defaults to `True`):
+            Whether an encoder that keeps features on the disk keeps these.
 
     Returns:
         `dict[str, Prototypes]`: for each space of tokens, and `"pooled"` if there is one, the columns of
@@ -420,7 +459,7 @@ def fit_prototypes(
     for first in _progress(encoder.pipe, range(0, len(prompts), size)):
         batch = prompts[first : first + size]
         wanted = [plans["tokens"].wanted(prompt) for prompt in batch]
-        for space, features in encoder.features(batch, wanted).items():
+        for space, features in encoder.features(batch, wanted, keep=keep).items():
             features = features[:, None] if space == "pooled" else features
             if space not in fitters:
                 width, device = features.shape[-1], features.device

@@ -28,7 +28,6 @@ from .erasure import ConceptErasure
 from .hook import hooked_modules, make_hooks
 from .plan import MAX_COST, MOST_MOVED, Solution, solve
 from .proof import prover
-from .quantized import precision_of
 from .sites import (
     as_pipeline,
     base_layer,
@@ -321,7 +320,6 @@ def _erasure(
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
     tokens = remaps["tokens"]
     quantized = {name: site.quantized for name, site in sites.items() if site.quantized is not None}
-    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
     facts = ConceptFacts(
         solver=tokens.solver,
         solver_reason=solution.solver_reason,
@@ -332,11 +330,11 @@ def _erasure(
         leaks=_leaks(encoder, request, remaps),
         base=current.facts.base if current else str(pipe.config.get("_name_or_path") or ""),
         pipeline=type(pipe).__name__,
-        device=_name_of(pipe._execution_device),
+        device=_name_of(encoder.device),
         fingerprint=fingerprint(originals),
         spaces={name: site.space for name, site in sites.items() if site.space != "tokens"},
         tokens=solution.tokens if solution.tokens != request.tokens else None,
-        fitted_on={name: precision_of(unwrap_module(getattr(pipe, name))) for name in encoders},
+        fitted_on=encoder.precisions,
         dequantized={name: pair.scheme for name, pair in quantized.items()},
         extra_bytes=sum(pair.extra_bytes for pair in quantized.values()),
     )

@@ -22,11 +22,12 @@ from ..core.erasure import Erasure
 from ..core.errors import AlreadyErasedError, ExportError
 from ..core.files import replacing
 from ..core.registry import require_editable
-from ..core.request import ConceptRequest, EncoderBits, with_options
+from ..core.request import ConceptRequest, EncoderBits, read_names, with_options
 from ..diffusion.encoder import Encoder
 from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import FAMILIES
+from ..diffusion.ordinary import encode_ahead
 from ..diffusion.sites import Denoiser, find_denoiser
 from .files import PICKLES, reading, writing
 from .folder import refuse_saved_folder
@@ -123,6 +124,7 @@ def erase_to_lora(
     text_encoder: str | os.PathLike | None = None,
     device: torch.device | str = "cpu",
     quantize_text_encoder: EncoderBits | None = None,
+    also_encode: Sequence[str] = (),
     **options: Any,
 ) -> ConceptErasure:
     """
@@ -146,7 +148,7 @@ def erase_to_lora(
             As in [`erase_file`], for a checkpoint in one file.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the text encoders run.
-        quantize_text_encoder (`"8bit"` or `"4bit"`, *optional*):
+        quantize_text_encoder, also_encode:
             As in [`erase_to_folder`].
 
     Returns:
@@ -166,10 +168,11 @@ def erase_to_lora(
     request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
     refuse_inner_edit(request)
     refuse_router(request, "A LoRA")
+    names = read_names("also_encode", also_encode)
     if Path(source).is_file():
         opened = open_file(read_tensor_file(source), text_encoder, device, quantize_text_encoder)
         refuse_without_loader(type(opened.pipe), format)
-        return _erase_layers(path, opened, request, format, dtype)
+        return _erase_layers(path, opened, request, names, format, dtype)
     folder = folder_of(source)
     with reading(source):
         pipeline = DiffusionPipeline.load_config(folder)["_class_name"]
@@ -177,13 +180,20 @@ def erase_to_lora(
     # The metadata of a kohya file has the size of pictures, which depends on the VAE.
     without = () if format == "kohya" else ("vae",)
     opened = open_without_denoiser(folder, device, without=without, quantize=quantize_text_encoder)
-    return _erase_layers(path, opened, request, format, dtype)
+    return _erase_layers(path, opened, request, names, format, dtype)
 
 
 def _erase_layers(
-    path: Path, opened: Opened | OpenedFile, request: ConceptRequest, format: str, dtype: torch.dtype
+    path: Path,
+    opened: Opened | OpenedFile,
+    request: ConceptRequest,
+    names: Sequence[str],
+    format: str,
+    dtype: torch.dtype,
 ) -> ConceptErasure:
-    erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
+    encoder = Encoder.of(opened.pipe, request, opened.denoiser, opened.kept)
+    encode_ahead(encoder, request, names)
+    erasure = erasure_of_layers(encoder, request)
     _write(path, opened.pipe, opened.denoiser, erasure, format=format, dtype=dtype)
     return erasure
 

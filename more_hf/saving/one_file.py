@@ -24,20 +24,22 @@ from ..core.facts import ConceptFacts
 from ..core.install import edited_weights
 from ..core.record import check_type, read_fields
 from ..core.registry import register
-from ..core.request import ConceptRequest, EncoderBits, with_options
+from ..core.request import ConceptRequest, EncoderBits, read_names, with_options
 from ..core.site import EDITABLE, fingerprint, write_weights
 from ..data import FOLDER
 from ..diffusion.encoder import Encoder
 from ..diffusion.erase import erasure_of_layers
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import denoiser_names
+from ..diffusion.kept import KeptFeatures
+from ..diffusion.ordinary import encode_ahead
 from ..diffusion.sites import Denoiser, find_layers, find_sites
 from .check import Check, Layer, Verification, refuse_weak, remapped, removed_from
 from .files import reading
 from .folder import refuse_saved_folder
 from .layers import read_denoiser, read_index
 from .original import bare_names, origins, recognized
-from .shards import pipeline_around, refuse_inner_edit, refuse_router
+from .shards import digest_of, encoder_files, pipeline_around, refuse_inner_edit, refuse_router
 from .tensor_file import FP8, TensorFile, note_of, read_tensor_file
 
 
@@ -88,6 +90,7 @@ class OpenedFile(NamedTuple):
     pipe: DiffusionPipeline  # the text encoders and tokenizers
     denoiser: Denoiser  # on the meta device except for the layers that read text
     names: dict[str, str]  # layer -> its weight in the file
+    kept: KeptFeatures | None  # what stands for the text encoders, if they were left on the disk, too
 
 
 @with_options
@@ -100,6 +103,7 @@ def erase_file(
     text_encoder: str | os.PathLike | None = None,
     device: torch.device | str = "cpu",
     quantize_text_encoder: EncoderBits | None = None,
+    also_encode: Sequence[str] = (),
     **options: Any,
 ) -> ConceptErasure:
     """
@@ -125,6 +129,8 @@ def erase_file(
             Where the text encoders run.
         quantize_text_encoder (`"8bit"` or `"4bit"`, *optional*):
             As in [`erase_to_folder`], for text encoders that are not in the file.
+        also_encode (`Sequence[str]`, *optional*):
+            As in [`erase_to_folder`].
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -155,7 +161,9 @@ def erase_file(
     _refuse_target(source, file)
     opened = open_file(stored, text_encoder, device, quantize_text_encoder)
     _refuse_rounding(opened)
-    erasure = erasure_of_layers(Encoder.of(opened.pipe, request, opened.denoiser), request)
+    encoder = Encoder.of(opened.pipe, request, opened.denoiser, opened.kept)
+    encode_ahead(encoder, request, read_names("also_encode", also_encode))
+    erasure = erasure_of_layers(encoder, request)
     write_weights(erasure.sites, edited_weights(erasure))
     edited = {opened.names[name]: site.module.weight.detach() for name, site in erasure.sites.items()}
     note = note_of(erasure, {name: site.read() for name, site in erasure.sites.items()})
@@ -168,6 +176,8 @@ def open_file(
     text_encoder: str | os.PathLike | None,
     device: torch.device | str,
     quantize: EncoderBits | None = None,
+    *,
+    keep: bool = True,
 ) -> OpenedFile:
     """
     Open a checkpoint without its denoiser.
@@ -181,6 +191,8 @@ def open_file(
             Where the text encoders run.
         quantize (`"8bit"` or `"4bit"`, *optional*):
             As in `pipeline_around`.
+        keep (`bool`, *optional*, defaults to `True`):
+            Whether to take features from the disk, and to leave the text encoders there.
 
     Raises:
         `IncompatibleBaseError`: it is no known model, or has no text encoder.
@@ -200,19 +212,24 @@ def open_file(
             f"{file.path} does not fit the configuration in {folder / component} ({error.__cause__}). Pass "
             "the text encoder of the same model, of the same size."
         ) from error
-    # 3. Load the text encoders, from the file where it has them.
-    left_out = {name: None for name, part in model.parts.items() if name == "vae" or part == cls}
-    with reading(file.path):
-        given = {**left_out, **model.tokenizers, **_text_encoders(model, model.dtype)}
-    pipe, denoiser = pipeline_around(
-        folder, {component: denoiser.module}, model.dtype, device, given, quantize
+    # 3. Open the rest; the text encoders are in the file or in the folder.
+    given = {name: None for name, part in model.parts.items() if name == "vae" or part == cls}
+    pipe, denoiser, kept = pipeline_around(
+        folder,
+        {component: denoiser.module},
+        model.dtype,
+        device,
+        {**given, **model.tokenizers},
+        quantize,
+        held=lambda: _text_encoders(model, model.dtype),
+        weights=digest_of({file.path: TEXT, **dict.fromkeys(encoder_files(folder), "")}) if keep else None,
     )
     pipe.register_to_config(_name_or_path=str(file.path))
     names = {}
     for name in find_layers(denoiser, pooled=True):
         (part,) = made_of[f"{name}.weight"].parts
         names[name] = part.name
-    return OpenedFile(file, pipe, denoiser, names)
+    return OpenedFile(file, pipe, denoiser, names, kept)
 
 
 def recognized_model(file: TensorFile, text_encoder: str | os.PathLike | None) -> Model:
@@ -284,10 +301,11 @@ def _text_encoders(model: Model, dtype: torch.dtype) -> dict[str, nn.Module]:
     names = [name for name in model.parts if name.startswith("text_encoder")] if held else []
     options = {"cached_model_config_path": str(model.folder), "torch_dtype": dtype, "local_files_only": True}
     options |= {"pipelines": None, "is_pipeline_module": False}
-    found = {
-        name: load_single_file_sub_model("transformers", model.parts[name], name, held, **options)
-        for name in names
-    }
+    with reading(model.file.path):
+        found = {
+            name: load_single_file_sub_model("transformers", model.parts[name], name, held, **options)
+            for name in names
+        }
     return {name: encoder.eval() for name, encoder in found.items()}  # diffusers leaves T5 in training
 
 
@@ -338,9 +356,9 @@ def load_file(
         for name in (model.component, *(["vae"] if has_vae else [])):
             cls = getattr(diffusers, model.parts[name])
             read[name] = cls.from_single_file(str(file), subfolder=name, **options)
-        given = {**read, **model.tokenizers, **_text_encoders(model, dtype)}
-    denoiser = {model.component: given.pop(model.component)}
-    pipe, found = pipeline_around(model.folder, denoiser, dtype, "cpu", given)
+    denoiser = {model.component: read.pop(model.component)}
+    given = {**read, **model.tokenizers, **_text_encoders(model, dtype)}
+    pipe, found, _ = pipeline_around(model.folder, denoiser, dtype, "cpu", given)
     pipe.register_modules(**denoiser)
     pipe.register_to_config(_name_or_path=str(file))
     if model.file.note is not None:
@@ -434,7 +452,7 @@ def verify_file(
     stored = read_tensor_file(file)
     note = _read_note(stored)
     request, facts = note.request, note.facts
-    opened = open_file(stored, text_encoder, device)
+    opened = open_file(stored, text_encoder, device, keep=False)
     layers, edited = [], {}
     for name, reader in find_layers(opened.denoiser, pooled=request.pooled).items():
         edited[name] = reader.module.weight.detach()[:, : reader.columns]

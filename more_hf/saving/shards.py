@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
@@ -19,12 +23,21 @@ from transformers.utils import is_bitsandbytes_available
 from ..core.errors import ExportError, IncompatibleBaseError, PrototypeError
 from ..core.install import edited_weights
 from ..core.record import refuse_erased_source
-from ..core.request import ENCODER_BITS, ConceptRequest, EncoderBits, check_choice, with_options
+from ..core.request import (
+    ENCODER_BITS,
+    ConceptRequest,
+    EncoderBits,
+    check_choice,
+    read_names,
+    with_options,
+)
 from ..core.site import write_weights
 from ..diffusion.encoder import Encoder
 from ..diffusion.erase import erasure_of_layers
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import denoiser_names
+from ..diffusion.kept import KeptFeatures
+from ..diffusion.ordinary import encode_ahead
 from ..diffusion.sites import Denoiser, find_denoiser, find_sites
 from .check import removed_from
 from .contents import INDEX, MODEL_INDEX, entries, is_loadable, variant_of
@@ -38,6 +51,7 @@ from .tensor_file import bytes_of, read_tensor_file
 UNUSED = ("safety_checker", "image_encoder", "feature_extractor")
 # The class names of components without weights match this.
 WEIGHTLESS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler$|Guidance$")
+PIECE = 4096  # bytes of each tensor that tell one file of weights from another
 CONFIGS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # what else a component's folder holds
 
 
@@ -47,6 +61,7 @@ class Opened(NamedTuple):
     folder: Path
     pipe: DiffusionPipeline  # the other components that are needed
     denoiser: Denoiser  # on the meta device except for the layers that read text
+    kept: KeptFeatures | None  # what stands for the text encoders, if they were left on the disk, too
 
 
 def open_without_denoiser(
@@ -84,10 +99,12 @@ def open_without_denoiser(
 
     # 2. Load the rest.
     stored = next(p.dtype for p in next(iter(denoisers.values())).parameters() if not p.is_meta)
-    given = dict.fromkeys(without)
-    pipe, denoiser = pipeline_around(folder, denoisers, stored, device, given, quantize)
+    weights = digest_of(dict.fromkeys(encoder_files(folder), ""))
+    pipe, denoiser, kept = pipeline_around(
+        folder, denoisers, stored, device, dict.fromkeys(without), quantize, weights=weights
+    )
     refuse_erased_source(str(folder), lambda record: find_sites(pipe, denoiser, pooled=record.request.pooled))
-    return Opened(folder, pipe, denoiser)
+    return Opened(folder, pipe, denoiser, kept)
 
 
 def pipeline_around(
@@ -97,7 +114,10 @@ def pipeline_around(
     device: torch.device | str,
     given: Mapping[str, Any],
     quantize: EncoderBits | None = None,
-) -> tuple[DiffusionPipeline, Denoiser]:
+    *,
+    held: Callable[[], Mapping[str, nn.Module]] = dict,
+    weights: str | None = None,
+) -> tuple[DiffusionPipeline, Denoiser, KeptFeatures | None]:
     """
     A saved pipeline around denoisers that are on the meta device, and these as one.
 
@@ -114,7 +134,13 @@ def pipeline_around(
             Other components that are not loaded from the folder; `None` leaves one out, as all of `UNUSED`
             are.
         quantize (`"8bit"` or `"4bit"`, *optional*):
-            How bitsandbytes quantizes the text encoders that are loaded.
+            How bitsandbytes quantizes the text encoders that are loaded from the folder.
+        held (`Callable`, *optional*):
+            Loads the text encoders that are not in the folder.
+        weights (`str`, *optional*):
+            What tells the text encoders' weights from others. They are loaded only for prompts whose features
+            are not kept, and stand-ins on the meta device take their place until then; by default they are
+            loaded now.
 
     Raises:
         `SiteNotFoundError`: as from `find_denoiser`. `IncompatibleBaseError`: a component cannot be read.
@@ -123,17 +149,70 @@ def pipeline_around(
     others = {name: part for name, part in {**dict.fromkeys(UNUSED), **given}.items() if name in parts}
     if "safety_checker" in others:
         others["requires_safety_checker"] = False
-    if quantize is not None:
-        encoders = [name for name in parts if name.startswith("text_encoder") and name not in given]
-        others["quantization_config"] = _quantization(quantize, encoders, dtype)
-    # Some pipelines look at their denoiser on creation, but none can be moved with it.
+    encoders = [name for name in parts if name.startswith("text_encoder")]
+
+    def load(more: Mapping[str, Any]) -> DiffusionPipeline:
+        options = {**others, **denoisers, **more}
+        if quantize is not None and (own := [name for name in encoders if name not in options]):
+            options["quantization_config"] = _quantization(quantize, own, dtype)
+        # Some pipelines look at their denoiser on creation, but none can be moved with it.
+        with reading(folder):
+            pipe = pipeline_class(cls).from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+        pipe.register_modules(**dict.fromkeys(denoisers))
+        return pipe
+
+    stand_ins = {} if weights is None else _stand_ins(folder, {name: parts[name] for name in encoders}, dtype)
+    if not stand_ins:
+        pipe = load(held()).to(device)
+        return pipe, find_denoiser(pipe, denoisers), None
+
+    def load_encoders() -> dict[str, nn.Module]:
+        loaded = load(held()).to(device)
+        return {name: loaded.components[name] for name in encoders}
+
+    pipe, device = load(stand_ins), torch.device(device)
+    configs = [part.config.to_json_string() for part in stand_ins.values()]
+    source = json.dumps([weights, *configs, str(dtype), quantize, device.type])
+    kept = KeptFeatures(source, load_encoders, device)
+    return pipe, find_denoiser(pipe, denoisers), kept
+
+
+def _stand_ins(folder: Path, encoders: Mapping[str, str], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Text encoders without weights, by component; none at all if transformers does not have one's class."""
+    found = {}
     with reading(folder):
-        pipe = pipeline_class(cls).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **{**others, **denoisers}
-        )
-    pipe.register_modules(**dict.fromkeys(denoisers))
-    pipe.to(device)
-    return pipe, find_denoiser(pipe, denoisers)
+        for name, cls in encoders.items():
+            if not hasattr(transformers, cls):
+                return {}
+            model = getattr(transformers, cls)
+            with init_empty_weights():
+                found[name] = model(model.config_class.from_pretrained(folder / name)).to(dtype)
+    return found
+
+
+def encoder_files(folder: Path) -> list[Path]:
+    """The weight files of a pipeline's text encoders."""
+    parts = read_index(folder)[1]
+    encoders = [name for name in parts if name.startswith("text_encoder")]
+    return [folder / path for name in encoders for path in _weights_of(folder, name)]
+
+
+def digest_of(files: Mapping[Path, str | tuple[str, ...]]) -> str:
+    """
+    What tells weights from others without reading them all: of each tensor in these files whose name starts
+    so, its type, its shape and a piece out of its middle; and when the file was written.
+    """
+    digest = hashlib.sha256()
+    for path, start in files.items():
+        digest.update(f"{path.name} {path.stat().st_mtime_ns}".encode())
+        stored = read_tensor_file(path).tensors
+        with path.open("rb") as file:
+            for name in sorted(filter(lambda name: name.startswith(start), stored)):
+                dtype, shape, begin, stop = stored[name]
+                digest.update(f"{name} {dtype} {shape}".encode())
+                file.seek(max(begin, (begin + stop - PIECE) // 2))
+                digest.update(file.read(min(PIECE, stop - begin)))
+    return digest.hexdigest()
 
 
 def _quantization(
@@ -195,6 +274,7 @@ def erase_to_folder(
     include_delta: bool = False,
     device: torch.device | str = "cpu",
     quantize_text_encoder: EncoderBits | None = None,
+    also_encode: Sequence[str] = (),
     **options: Any,
 ) -> ConceptErasure:
     """
@@ -202,7 +282,8 @@ def erase_to_folder(
 
     The files are copied, and the edited layers are overwritten in the copies. The result is that of
     `erase_concept` and `save`, with the original's shards. Only the proof by run is missing, and the report
-    says so.
+    says so. What the text encoders make of names is kept in the cache (`more_hf` in `HF_HOME`), and they are
+    loaded only for names that are not there.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -217,6 +298,9 @@ def erase_to_folder(
         quantize_text_encoder (`"8bit"` or `"4bit"`, *optional*):
             Load the text encoders quantized by bitsandbytes, in a half or a quarter of the memory. Their
             features are a little off those of the whole ones, and so is the edit; the report says so.
+        also_encode (`Sequence[str]`, *optional*):
+            Further names, of which nothing is changed: the text encoders read them now, so that they need not
+            be loaded for a later call that forgets, targets or retains them.
 
     Returns:
         `ConceptErasure`: the report; `print` shows it.
@@ -238,7 +322,8 @@ def erase_to_folder(
     refuse_inner_edit(request)
     opened = open_without_denoiser(source, device, without=("vae",), quantize=quantize_text_encoder)
     pipe, denoiser = opened.pipe, opened.denoiser
-    encoder = Encoder.of(pipe, request, denoiser)
+    encoder = Encoder.of(pipe, request, denoiser, opened.kept)
+    encode_ahead(encoder, request, read_names("also_encode", also_encode))
     erasure = erasure_of_layers(encoder, request)
     write_weights(erasure.sites, edited_weights(erasure))
     removed = removed_from(encoder, request, erasure.facts)

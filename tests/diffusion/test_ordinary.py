@@ -6,7 +6,7 @@ from support.families import T5_LENGTH, build, set_length
 
 import more_hf
 from more_hf.core.request import ConceptRequest
-from more_hf.diffusion import ordinary
+from more_hf.diffusion import kept, ordinary
 from more_hf.diffusion.encoder import Encoder, fit_prototypes
 from more_hf.diffusion.plan import prepare
 
@@ -17,7 +17,7 @@ TIGHT = {"rtol": 1e-6, "atol": 1e-8}
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(ordinary, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(kept, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -27,9 +27,9 @@ def encoded(monkeypatch):
     seen = []
     compute = ordinary.compute_moments
 
-    def counting(encoder, prompts):
+    def counting(encoder, prompts, **options):
         seen.extend(prompts)
-        return compute(encoder, prompts)
+        return compute(encoder, prompts, **options)
 
     monkeypatch.setattr(ordinary, "compute_moments", counting)
     return seen
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_written_again(tiny_sd, cache, encoded):
 
 def test_no_place_for_it(tiny_sd, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(ordinary, "CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr(kept, "CACHE", tmp_path / "file" / "cache")
     pipe = more_hf.erase_concept(tiny_sd(), "van gogh", remap_to="claude monet")
     assert more_hf.get_erasure(pipe)
     assert "again next time" in caplog.text

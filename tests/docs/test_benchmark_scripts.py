@@ -108,11 +108,12 @@ def test_layers_of_a_model_on_the_disk(script, tmp_path):
     assert loaded["beyond the text encoder"] == 0
     assert loaded["MiB at most"] > 100
     assert all(line["beyond the text encoder"] < 2048 for line in commands)
+    assert [line["text encoder"] for line in commands] == ["loaded"] * 2 + ["on the disk"] * 3
     shards = sorted((tmp_path / "qwen-image" / "transformer").glob("*.safetensors"))
     assert len(shards) > 3
     changed = []
     for shard in shards:
-        before, after = load_file(shard), load_file(tmp_path / "erased" / "transformer" / shard.name)
+        before, after = load_file(shard), load_file(tmp_path / "by_erase" / "transformer" / shard.name)
         changed += [name for name, value in before.items() if not torch.equal(after[name], value)]
     assert changed == ["txt_in.weight"]
 

@@ -1,17 +1,21 @@
 """A LoRA, or another folder, from a folder: only the layers that read text are read of the shards."""
 
 import copy
+import os
 import re
+import shutil
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, HunyuanImagePipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.families import FORGET, TARGET, build, denoiser_of, shorten
 
 import more_hf
 from more_hf.cli.main import main
+from more_hf.diffusion import kept
+from more_hf.diffusion.kept import KeptFeatures
 from more_hf.saving import layers
 from more_hf.saving.contents import DELTA
 
@@ -259,3 +263,83 @@ def test_a_folder_on_the_command_line(shards, tmp_path, capsys):
     for refused in (["--offload", "model"], ["--reach", "denoiser"], ["--compare", "a cat"]):
         assert main(["erase", str(folder), *words, *refused]) == 2
         assert "--layers_only` loads no" in capsys.readouterr().err
+
+
+# Features on the disk: what a later call need not ask the text encoder for
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """How often text encoders were loaded."""
+    seen, load_into = [], KeptFeatures.load_into
+
+    def counting(self, pipe):
+        seen.extend([] if self._load is None else [type(pipe).__name__])
+        load_into(self, pipe)
+
+    monkeypatch.setattr(KeptFeatures, "load_into", counting)
+    return seen
+
+
+def factors(source, path, name=FORGET, **options):
+    report = more_hf.erase_to_lora(source, path, name, remap_to=TARGET, dtype=torch.float32, **options)
+    return load_file(path), report
+
+
+@pytest.mark.parametrize("family", ["flux", "z-image", pytest.param("sdxl", marks=pytest.mark.slow), "sd-1"])
+def test_a_second_time_no_text_encoder_is_loaded(shards, tmp_path, loads, family):
+    folder, out = shards(family)[0], tmp_path / "lora.safetensors"
+    first, report = factors(folder, out, retain=["cat"])
+    assert len(loads) == 1
+    again, report_again = factors(folder, out, retain=["cat"])
+    factors(folder, out, retain=["cat"], strength=0.8, solver="soft")
+    assert len(loads) == 1
+    assert str(report) == str(report_again)
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+    # of a new name nobody has asked yet
+    factors(folder, out, "a dog", also_encode=["a tree", "house"])
+    assert len(loads) == 2
+    ahead, _ = factors(folder, out, "a tree", retain=["house"])
+    assert len(loads) == 2
+    shutil.rmtree(kept.CACHE)
+    anew, _ = factors(folder, out, "a tree", retain=["house"])
+    assert len(loads) == 3
+    for name, tensor in anew.items():
+        torch.testing.assert_close(ahead[name], tensor, rtol=1e-3, atol=1e-5)
+        assert tensor.any()
+
+
+def test_another_text_encoder_is_loaded(shards, tmp_path, loads):
+    folder, out = shards("flux")[0], tmp_path / "lora.safetensors"
+    first, _ = factors(folder, out)
+    file = next((folder / "text_encoder_2").glob("*.safetensors"))
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    os.utime(file, ns=times)  # as after an archive is unpacked
+    second, _ = factors(folder, out)
+    assert len(loads) == 2
+    assert any(not torch.equal(second[name], tensor) for name, tensor in first.items())
+    os.utime(file, ns=(times[0], times[1] + 1))
+    factors(folder, out)
+    assert len(loads) == 3
+
+
+def test_damaged_features_are_made_again(shards, tmp_path, loads):
+    folder, out = shards("flux")[0], tmp_path / "lora.safetensors"
+    first, _ = factors(folder, out)
+    for file in kept.CACHE.rglob("*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    second, _ = factors(folder, out)
+    assert len(loads) == 2
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    factors(folder, out)
+    assert len(loads) == 2
+
+
+def test_without_room_for_features(shards, tmp_path, loads, monkeypatch, caplog):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(kept, "CACHE", tmp_path / "file" / "cache")
+    factors(shards("flux")[0], tmp_path / "lora.safetensors")
+    assert loads
+    assert "again next time" in caplog.text
