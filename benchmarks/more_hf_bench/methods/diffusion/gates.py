@@ -2,7 +2,8 @@
 
 MoRE's router and expert at rest: wherever the denoiser comes to read the concept's features, by whatever
 word, the gate opens and writes the step from concept to target into the residual stream. Elsewhere it is
-shut, so that other pictures pay next to nothing. Only weights and biases change, in their own shapes.
+shut, so that other pictures pay next to nothing. Only weights and biases change, in their own shapes: the
+weights by matrices of rank 4 and 3 a concept, which a LoRA could hold, but not the biases with the threshold.
 """
 
 from __future__ import annotations
@@ -75,30 +76,32 @@ class Gate:
         threshold = float(read[int(quantile * (len(read) - 1))])
         return cls(reader, threshold, float((own @ reader).std()), step)
 
-    @torch.no_grad()
-    def put_into(self, layer: FeedForward, hidden: Tensor) -> None:
-        """
-        Write the gate into two units of a layer, in place: gelu(z) − gelu(z − 1) is nearly clamp(z, 0, 1).
 
-        Args:
-            hidden (`Tensor`): `(units, units)`, the second moment of the layer's hidden units, on any scale.
-        """
-        proj, out = layer.net[0].proj, layer.net[2]
-        weights, units = without_two_units(out.weight.double(), hidden)
-        values, gates = units, [unit + out.in_features for unit in units]
-        weights[:, units] = torch.stack([self.step, -self.step], 1) / SHARPNESS
-        out.weight.copy_(weights)
-        # The value half of both is 1, and the gate half z and z − 1, in steps of the sharpness.
-        proj.weight[values], proj.bias[values] = 0, 1
-        proj.weight[gates] = (SHARPNESS * self.reader / self.scale).to(proj.weight)
-        first = -SHARPNESS * self.threshold / self.scale
-        proj.bias[gates] = proj.bias.new_tensor([first, first - SHARPNESS])
-
-
-def without_two_units(weight: Tensor, hidden: Tensor) -> tuple[Tensor, list[int]]:
+@torch.no_grad()
+def put_into(layer: FeedForward, gates: Sequence[Gate], hidden: Tensor) -> None:
     """
-    An output layer's weight `(out, units)` without the two units that matter least, and their numbers. The
-    others are refitted by least squares for what these did.
+    Write each gate into two units of a layer, in place: gelu(z) − gelu(z − 1) is nearly clamp(z, 0, 1).
+
+    Args:
+        hidden (`Tensor`): `(units, units)`, the second moment of the layer's hidden units, on any scale.
+    """
+    proj, out = layer.net[0].proj, layer.net[2]
+    weights, units = without_least_units(out.weight.double(), hidden, 2 * len(gates))
+    for gate, first, second in zip(gates, units[::2], units[1::2], strict=True):
+        weights[:, first], weights[:, second] = gate.step / SHARPNESS, -gate.step / SHARPNESS
+        # The value half of both is 1, and the gate half z and z − 1, in steps of the sharpness.
+        proj.weight[[first, second]], proj.bias[[first, second]] = 0, 1
+        rows = [first + out.in_features, second + out.in_features]
+        proj.weight[rows] = (SHARPNESS * gate.reader / gate.scale).to(proj.weight)
+        start = -SHARPNESS * gate.threshold / gate.scale
+        proj.bias[rows] = proj.bias.new_tensor([start, start - SHARPNESS])
+    out.weight.copy_(weights)
+
+
+def without_least_units(weight: Tensor, hidden: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """
+    An output layer's weight `(out, units)` without the units that matter least, and their numbers. The others
+    are refitted by least squares for what these did.
 
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993): the error of leaving unit j out is
     ‖w_j‖² / (H⁻¹)_jj.
@@ -106,7 +109,7 @@ def without_two_units(weight: Tensor, hidden: Tensor) -> tuple[Tensor, list[int]
     weight, units = weight.clone(), []
     damped = hidden + 1e-6 * hidden.trace() / len(hidden) * torch.eye(len(hidden), dtype=hidden.dtype)
     inverse = torch.linalg.inv(damped)
-    for _ in range(2):
+    for _ in range(count):
         errors = weight.square().sum(0) / inverse.diagonal()
         errors[units] = torch.inf
         unit = int(errors.argmin())
@@ -240,12 +243,13 @@ def more_gates(
     listen(pipe, request, listener)
     erase_concept(pipe, concepts, remap_to=remap_to, retain=retain)
     for name, block in blocks.items():
+        gates = []
+        others = listener.seen(name, [ORDINARY, RETAINED])
         for concept, targets in request.remap_to.items():
             own = listener.seen(name, [concept])
             target = listener.seen(name, [in_place_of(concept, target) for target in targets])
-            others = listener.seen(name, [ORDINARY, RETAINED])
-            step = strength * (target.output - own.output)
             rest = torch.cat([others.inputs, target.inputs])
-            gate = Gate.fit(own.inputs, rest, step, quantile)
-            gate.put_into(block.ff, listener.hidden[name])
+            step = strength * (target.output - own.output)
+            gates.append(Gate.fit(own.inputs, rest, step, quantile))
+        put_into(block.ff, gates, listener.hidden[name])
     return pipe

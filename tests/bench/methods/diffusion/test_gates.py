@@ -7,7 +7,13 @@ from diffusers.models.attention import FeedForward
 from torch.nn.functional import gelu
 
 from more_hf.core.errors import MoreError
-from more_hf_bench.methods.diffusion.gates import SHARPNESS, Gate, more_gates, without_two_units
+from more_hf_bench.methods.diffusion.gates import (
+    SHARPNESS,
+    Gate,
+    more_gates,
+    put_into,
+    without_least_units,
+)
 
 
 def normal(*shape, seed=0):
@@ -24,7 +30,7 @@ def test_the_units_that_go_are_those_that_least_squares_misses_least():
         fitted = torch.linalg.lstsq(features[:, kept], truth).solution
         return float((features[:, kept] @ fitted - truth).square().sum())
 
-    edited, units = without_two_units(weight, features.T @ features)
+    edited, units = without_least_units(weight, features.T @ features, 2)
     assert not edited[:, units].any()
     first, second = units
     assert error_without([first]) == pytest.approx(min(error_without([unit]) for unit in range(6)), rel=1e-3)
@@ -48,15 +54,29 @@ def test_two_units_compute_the_gate_beside_what_the_layer_did():
     x, gate = normal(50, 6), Gate(normal(6, seed=1), 0.3, 0.7, normal(6, seed=2))
     hidden = layer.net[0](x)
     moment = (hidden.T @ hidden).detach()
-    weight, _ = without_two_units(layer.net[2].weight.double(), moment)
+    weight, _ = without_least_units(layer.net[2].weight.double(), moment, 2)
     rest = (hidden @ weight.T + layer.net[2].bias).detach()
-    gate.put_into(layer, moment)
+    put_into(layer, [gate], moment)
     written = layer(x).detach() - rest
     z = SHARPNESS * (x @ gate.reader - gate.threshold) / gate.scale
     opened = (gelu(z) - gelu(z - SHARPNESS)) / SHARPNESS
     assert torch.allclose(written, opened[:, None] * gate.step, atol=1e-9)
     assert (opened - gate(x)).abs().max() < 0.2 / SHARPNESS
     assert gate(x).max() == 1
+
+
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_the_weights_change_by_a_lora_and_the_biases_do_too(concepts):
+    layer = FeedForward(12, mult=4).double()
+    before = {name: weight.clone() for name, weight in layer.state_dict().items()}
+    hidden = layer.net[0](normal(200, 12)).detach()
+    gates = [Gate(normal(12, seed=1 + i), 0.3, 0.7, normal(12, seed=3 + i)) for i in range(concepts)]
+    put_into(layer, gates, hidden.T @ hidden)
+    changes = {name: weight - before[name] for name, weight in layer.state_dict().items()}
+    assert torch.linalg.matrix_rank(changes["net.0.proj.weight"]) == 4 * concepts
+    assert torch.linalg.matrix_rank(changes["net.2.weight"]) == 3 * concepts
+    assert changes["net.0.proj.bias"].count_nonzero() == 4 * concepts
+    assert not changes["net.2.bias"].any()
 
 
 def test_plain_diffusers_loads_an_erased_pipeline_of_the_same_shapes(tiny_sd, tmp_path):
