@@ -8,17 +8,17 @@ short and in long descriptions. Of the last three some were held out of the embe
 described in words that descriptions of the three forgotten artists have, too.
 """
 
-import csv
-import io
 import json
 import random
 import re
 from pathlib import Path
 
-from more_hf.core.files import write_text
+import pandas as pd
+
 from more_hf.data import FOLDER
 from more_hf.diffusion.prompts import packaged_prompts
 from more_hf_bench.artists.prompts import read_prompts
+from more_hf_bench.columns import write_rows
 
 
 ROOT = Path(__file__).parents[3]
@@ -69,12 +69,9 @@ def main() -> None:
     for thing, description in near(words):
         rows.append((description, "", thing, "", "near"))
 
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("case_number", "prompt", "evaluation_seed", "artist", "thing", "group", "level"))
-    for number, (prompt, *labels) in enumerate(rows):
-        table.writerow((number, prompt, FIRST_SEED + STEP * number, *labels))
-    write_text(ROOT / "prompts" / "emoji_levels.csv", text.getvalue())
+    table = pd.DataFrame(rows, columns=["prompt", "artist", "thing", "group", "level"])
+    table.insert(1, "evaluation_seed", FIRST_SEED + STEP * table.index)
+    write_rows(ROOT / "prompts" / "emoji_levels.csv", table.rename_axis("case_number").reset_index())
 
 
 def levels_of(artist: str, words: dict) -> list[tuple[str, tuple[str, ...], list[str]]]:

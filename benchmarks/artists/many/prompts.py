@@ -7,15 +7,13 @@ artists where that is possible: none is a prompt of another file or an everyday 
 no other file. Things are in a random order, and `sizes` forgets the first of them.
 """
 
-import csv
-import io
 import random
 from pathlib import Path
 
-from more_hf.core.files import write_text
 from more_hf.diffusion.prompts import packaged_prompts
 from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import read_prompts
+from more_hf_bench.columns import write_rows
 
 
 ROOT = Path(__file__).parents[3]
@@ -36,9 +34,7 @@ def main() -> None:
     random.Random(1).shuffle(things)  # with 0 the artists would not first occur in their usual order
     used = {row.prompt for name in ("emoji10", "emoji10_validation") for row in read_prompts(name).rows}
     used |= set(packaged_prompts("emoji_prompts.txt"))  # behind Σ
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("case_number", "prompt", "evaluation_seed", "artist", "thing", "group"))
+    rows = []
     for i, thing in enumerate(things):
         article = "an" if thing[0] in "aeiou" else "a"
         for j in range(len(WORDINGS)):
@@ -48,8 +44,9 @@ def main() -> None:
             turns = (artists[(i + j + more) % len(artists)] for more in range(len(artists)))
             prompts = ((wording.format(article=article, thing=thing, artist=name), name) for name in turns)
             prompt, artist = next(pair for pair in prompts if pair[0] not in used)
-            table.writerow((number, prompt, FIRST_SEED + STEP * number, artist, thing, groups[artist]))
-    write_text(ROOT / "prompts" / "emoji108.csv", text.getvalue())
+            facts = {"case_number": number, "prompt": prompt, "evaluation_seed": FIRST_SEED + STEP * number}
+            rows.append({**facts, "artist": artist, "thing": thing, "group": groups[artist]})
+    write_rows(ROOT / "prompts" / "emoji108.csv", rows)
 
 
 if __name__ == "__main__":
