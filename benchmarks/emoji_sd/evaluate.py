@@ -348,23 +348,22 @@ def main() -> None:
     write_rows(args.output / "rows.csv", rows)
     write_rows(args.output / "summary.csv", lines)
     write_table(args.output / "table.md", lines, data.artists, codec)
-    config = dict(
-        command=" ".join(["evaluate.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
-        prompt=PROMPT,
-        weights=weights_sha256(pipe),
-    )
-    config |= dict(
-        steps=args.steps[0],
-        guidance=args.guidance[0],
-        seeds=args.seeds,
-        scheduler=type(pipe.scheduler).__name__,
-    )
-    config |= dict(
-        image_size=64, lpips="alex, 64 x 64", vae=codec, hardware=platform.processor() or platform.machine()
-    )
-    config |= dict(
-        torch=torch.__version__, diffusers=diffusers.__version__, transformers=transformers.__version__
-    )
+    config = {
+        "command": " ".join(["evaluate.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
+        "prompt": PROMPT,
+        "weights": weights_sha256(pipe),
+        "steps": args.steps[0],
+        "guidance": args.guidance[0],
+        "seeds": args.seeds,
+        "scheduler": type(pipe.scheduler).__name__,
+        "image_size": 64,
+        "lpips": "alex, 64 x 64",
+        "vae": codec,
+        "hardware": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
     write_json(args.output / "config.json", config)
 
     asked = [

@@ -14,12 +14,11 @@ import random
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from dataset import draw_caption, load_dataset
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from train_text import encode
-from training import Trainer, add_arguments, batch_indices, compiled, generator
+from training import Trainer, add_arguments, batch_indices, compiled, generator, start
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from more_hf_bench.script import argument_parser
@@ -78,14 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="a UNet folder of the same layout to start from instead of random weights"
     )
-    args = parser.parse_args()
-    if args.smoke:
-        args.batch_size, args.warmup_steps, args.log_every = 8, 5, 5
-        args.steps = min(args.steps, 40)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args, accelerator = start(parser, smoke_steps=40, smoke_batch_size=8)
     device = accelerator.device
 
     data = load_dataset(args.data)

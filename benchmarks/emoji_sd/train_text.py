@@ -14,10 +14,9 @@ import json
 import random
 
 import torch
-from accelerate import Accelerator
 from dataset import THING_ONLY, Caption, EmojiData, draw_caption, load_dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from training import Trainer, add_arguments, generator
+from training import Trainer, add_arguments, generator, start
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from more_hf_bench.script import argument_parser
@@ -134,18 +133,13 @@ def main() -> None:
     parser.add_argument(
         "--vocab_size", type=int, default=3000, help="of the merges and letters, before byte completion"
     )
-    args = parser.parse_args()
-    if args.smoke:
-        args.steps, args.batch_size, args.vocab_size, args.warmup_steps, args.log_every = 80, 16, 400, 5, 5
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args, accelerator = start(parser, smoke_steps=80, smoke_batch_size=16)
+    vocab_size = 400 if args.smoke else args.vocab_size
 
     data = load_dataset(args.data)
     names = json.loads((args.data / "meta.json").read_text())["names"]
     captions = sample_captions(data, names)
-    tokenizer = build_tokenizer(captions, args.vocab_size)
+    tokenizer = build_tokenizer(captions, vocab_size)
     save_tokenizer(tokenizer, args.output / "tokenizer")
     longest = max(map(len, tokenizer(captions).input_ids))
     print(f"{len(tokenizer)} tokens; the longest caption has {longest}", flush=True)

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import lpips
 import torch
-from accelerate import Accelerator
 from dataset import load_dataset
 from diffusers import AutoencoderKL
 from torch.nn.functional import interpolate
-from training import Trainer, add_arguments, batch_indices, compiled, generator
+from training import Trainer, add_arguments, batch_indices, compiled, generator, start
 
 from more_hf.data import load_lpips
 from more_hf_bench.script import argument_parser
@@ -83,13 +82,7 @@ def main() -> None:
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence a latent number")
     parser.add_argument("--init", type=Path, help="folder of an AutoencoderKL to start from")
     parser.add_argument("--freeze_encoder", action="store_true", help="train the decoder alone")
-    args = parser.parse_args()
-    if args.smoke:
-        args.steps, args.batch_size, args.warmup_steps, args.log_every = 40, 8, 5, 5
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args, accelerator = start(parser, smoke_steps=40, smoke_batch_size=8)
 
     data = load_dataset(args.data)
     everything = torch.nonzero(~data.held_out).flatten()  # held-out pairs are new to the VAE too

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers.models.upsampling import Upsample2D
 
 from more_hf.core.files import replacing
@@ -49,6 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int, batch_size: int, 
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny model and a few steps, to see that the script runs"
     )
+
+
+def start(
+    parser: argparse.ArgumentParser, *, smoke_steps: int, smoke_batch_size: int
+) -> tuple[argparse.Namespace, Accelerator]:
+    """Read the flags, of which --smoke replaces some, set threads and seed, and let accelerate begin."""
+    args = parser.parse_args()
+    if args.smoke:
+        args.steps, args.batch_size = min(args.steps, smoke_steps), smoke_batch_size
+        args.warmup_steps, args.log_every = 5, 5
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return args, Accelerator(mixed_precision=args.mixed_precision)
 
 
 def compiled(model: torch.nn.Module, *functions):

@@ -11,7 +11,7 @@ weights read them. Each method gets one vector per name, as UCE does, and its pu
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,15 +90,14 @@ class Problem:
     def names(self, kind: str) -> list[str]:
         return [f"{kind}{i}" for i in range(len(self.C))]
 
+    def remapped(self, prototypes: Prototypes, targets: Sequence | None = None, **options) -> list[Tensor]:
+        """Every layer with every concept sent to its own target, or to what else is given."""
+        remap = Remap.fit(prototypes, self.names("c"), [targets or self.names("g")], **options)
+        return [remap.merged(W) for W in self.layers]
+
 
 def more(problem: Problem) -> list[Tensor]:
-    remap = Remap.fit(
-        problem.prototypes(problem.C, problem.G),
-        problem.names("c"),
-        [problem.names("g")],
-        solver="covariance",
-    )
-    return [remap.merged(W) for W in problem.layers]
+    return problem.remapped(problem.prototypes(problem.C, problem.G), solver="covariance")
 
 
 def more_soft(problem: Problem) -> list[Tensor]:
@@ -107,22 +106,16 @@ def more_soft(problem: Problem) -> list[Tensor]:
     retained = len(TEMPLATES) * problem.R.T @ problem.R
     count = ORDINARY + len(TEMPLATES) * RETAINED
     prototypes = replace(prototypes, second_moment=(ORDINARY * problem.moment + retained) / count)
-    remap = Remap.fit(prototypes, problem.names("c"), [problem.names("g")], solver="soft")
-    return [remap.merged(W) for W in problem.layers]
+    return problem.remapped(prototypes, solver="soft")
 
 
 def more_pinv(problem: Problem) -> list[Tensor]:
-    remap = Remap.fit(
-        problem.prototypes(problem.C, problem.G, problem.R), problem.names("c"), [problem.names("g")]
-    )
-    return [remap.merged(W) for W in problem.layers]
+    return problem.remapped(problem.prototypes(problem.C, problem.G, problem.R))
 
 
 def more_erase(problem: Problem) -> list[Tensor]:
-    remap = Remap.fit(
-        problem.prototypes(problem.C), problem.names("c"), [[None] * len(problem.C)], solver="covariance"
-    )
-    return [remap.merged(W) for W in problem.layers]
+    nowhere = [None] * len(problem.C)
+    return problem.remapped(problem.prototypes(problem.C), nowhere, solver="covariance")
 
 
 def more_without_po(problem: Problem) -> list[Tensor]:

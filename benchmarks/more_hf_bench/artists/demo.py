@@ -36,6 +36,7 @@ THINGS = (
     "cat face", "rocket", "pizza", "sunflower", "house", "guitar", "crab", "bicycle", "red heart",
     "mushroom", "crown", "balloon", "cactus", "penguin", "bus", "umbrella", "strawberry", "fish",
 )  # fmt: skip
+WHENS = ("before", "after")
 COLUMNS = 9  # of the picture: one per artist that stays
 GROUPS = {"forget": "{forgotten}, forgotten", "remain": "other artists", "no artist": "no artist"}
 
@@ -85,21 +86,8 @@ def run_demo(
 ) -> None:
     """
     Run the demo: generate, erase, generate again, print a table, and write `before_after.webp`, `rows.csv`,
-    `table.md` and `report.html` into `output`, which is created if needed.
-
-    Args:
-        concepts (`list[str]`):
-            The artists to erase together, of `EMOJI_ARTISTS`.
-        remap_to (`list[str]`, *optional*):
-            The artists they are sent to; `None` erases without remapping.
-        limit (`int`):
-            Number of prompts in each of the three groups.
-        steps, guidance, batch_size:
-            As in [`~more_hf_bench.artists.generate.generate`].
-        seed (`int`):
-            The first prompt's seed; the others count up from it.
-        output (`Path`):
-            The folder.
+    `table.md` and `report.html` into `output`, which is created if needed. The arguments are those of
+    `more-hf demo`, whose help says what they are; `remap_to` is `None` to erase without remapping.
     """
 
     def draw(rows: Sequence[PromptRow], desc: str) -> Tensor:
@@ -188,12 +176,10 @@ def summarise(
     """A finding for a sentence, and a line per group of prompts for a table."""
     lines, means = [], []
     for group, part in measured.groupby("group", sort=False):
-        asks_for_artist = (part["artist"] != "").any()
-        styles, contents = [], []
-        for when in ("before", "after"):
-            recognised = 100 * (part[f"style_{when}"] == part["artist"]).mean()
-            styles.append(recognised if asks_for_artist else None)
-            contents.append(100 * part[f"content_{when}"].mean())
+        styles = [100 * (part[f"style_{when}"] == part["artist"]).mean() for when in WHENS]
+        if not part["artist"].any():
+            styles = [None, None]
+        contents = [100 * part[f"content_{when}"].mean() for when in WHENS]
         lpips = part["lpips"].mean()
         means.append(Finding(forgotten, *styles, *contents, lpips_f=lpips, lpips_r=None))
         line = {
@@ -206,7 +192,7 @@ def summarise(
         if target is not None:
             distances: list[float | None] = [None, None]
             if group == "forget":
-                own = [pictures[when][: len(part)] for when in ("before", "after")]
+                own = [pictures[when][: len(part)] for when in WHENS]
                 distances = [lpips_distance(each, pictures["target"]).mean().item() for each in own]
             line[f"distance to {target}, before → after"] = _arrow(distances, number)
         lines.append(line)
@@ -228,7 +214,7 @@ def draw_picture(
     for group, name in GROUPS.items():
         title = name.format(forgotten=spelt(JOINT.join(concepts)))
         shown = [row for row in rows if row.group == group][:COLUMNS]
-        whens = ["before", "after"]
+        whens = list(WHENS)
         if group == "forget" and target is not None:
             title += f"; the target is {target}"
             whens.append("target")

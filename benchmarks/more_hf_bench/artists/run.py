@@ -150,7 +150,10 @@ def run_artists(
             continue
         erasures[entry] = replace(
             _erasure(entry, names, remap_to, several, retain, prompts),
-            settings={name: _without(own, settings) for name, own in by_size.get(len(names), {}).items()},
+            settings={
+                name: {key: value for key, value in own.items() if key not in settings}
+                for name, own in by_size.get(len(names), {}).items()
+            },
             cases=_share(entry, sets, pictures, prompts),
         )
 
@@ -435,10 +438,6 @@ def _share(
         rows += spread(at_level, others, others_count, entry)
         rows += spread(at_level, [""], others_count, entry)
     return sorted(row.case_number for row in rows)
-
-
-def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
 
 
 def quiet_copy(pipe: DiffusionPipeline, scheduler: str) -> DiffusionPipeline:

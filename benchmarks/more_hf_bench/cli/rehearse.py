@@ -123,39 +123,20 @@ def _write_images(folder: Path, dataset: str, count: int) -> None:
 def _write_model(folder: Path, is_resnet: bool, width: int, classes: int) -> str:
     """Write a ResNet-18 or ViT-B/16 of small width for 32 pixels, with its image processor."""
     import torch
-    from transformers import (
-        ConvNextImageProcessor,
-        ResNetConfig,
-        ResNetForImageClassification,
-        ViTConfig,
-        ViTForImageClassification,
-        ViTImageProcessor,
-    )
+    from transformers import AutoModelForImageClassification as Classifier
+    from transformers import ConvNextImageProcessor, ResNetConfig, ViTConfig, ViTImageProcessor
 
+    if is_resnet:
+        shape = {"embedding_size": 16, "hidden_sizes": [16, 16, 32, width], "depths": [2, 2, 2, 2]}
+        config = ResNetConfig(layer_type="basic", num_labels=classes, **shape)
+        processor = ConvNextImageProcessor(size={"shortest_edge": 32})
+    else:
+        shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2}
+        config = ViTConfig(image_size=32, patch_size=16, num_attention_heads=2, num_labels=classes, **shape)
+        processor = ViTImageProcessor(size={"height": 32, "width": 32})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if is_resnet:
-            widths = [16, 16, 32, width]
-            config = ResNetConfig(
-                embedding_size=16,
-                hidden_sizes=widths,
-                depths=[2, 2, 2, 2],
-                layer_type="basic",
-                num_labels=classes,
-            )
-            model, processor = (
-                ResNetForImageClassification(config),
-                ConvNextImageProcessor(size={"shortest_edge": 32}),
-            )
-        else:
-            shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2}
-            config = ViTConfig(
-                image_size=32, patch_size=16, num_attention_heads=2, num_labels=classes, **shape
-            )
-            model, processor = (
-                ViTForImageClassification(config),
-                ViTImageProcessor(size={"height": 32, "width": 32}),
-            )
+        model = Classifier.from_config(config)
     folder /= "resnet-18" if is_resnet else "vit-b16"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

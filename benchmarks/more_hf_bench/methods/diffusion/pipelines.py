@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from more_hf.core.errors import MoreError, SiteNotFoundError
+from more_hf.core.interrupts import unwound
 
 
 def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -77,21 +78,12 @@ def intercepted(denoiser: nn.Module, before: Callable, after: Callable) -> Itera
     """Call `before(args, kwargs) -> (args, kwargs)` and `after(args, kwargs, output) -> output` around every
     call of the denoiser inside the block."""
 
-    def before_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        return before(args, kwargs)
-
-    def after_call(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
-        return after(args, kwargs, output)
-
-    handles = [
-        denoiser.register_forward_pre_hook(before_call, with_kwargs=True),
-        denoiser.register_forward_hook(after_call, with_kwargs=True),
-    ]
-    try:
+    with unwound() as hooks:
+        first = denoiser.register_forward_pre_hook(lambda module, *call: before(*call), with_kwargs=True)
+        hooks.callback(first.remove)
+        last = denoiser.register_forward_hook(lambda module, *call: after(*call), with_kwargs=True)
+        hooks.callback(last.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def alpha_bar(scheduler: SchedulerMixin, timestep: float | Tensor) -> float:
