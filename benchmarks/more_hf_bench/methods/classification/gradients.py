@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ...splits import ImageSet, Splits
 from .head_features import find_head
-from .training import Batch, batches, check_finite, entropy, predict, sgd, train
+from .training import Batch, Training, batches, check_finite, entropy, predict, sgd, trained
 
 
 def original(model: nn.Module, splits: Splits, *, seed: int = 0) -> nn.Module:
@@ -33,73 +33,41 @@ def retrain(
     return fit(splits.r, seed).eval()
 
 
-def finetune(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 0.01,
-    epochs: int = 10,
-    batch_size: int = 256,
-) -> nn.Module:
+@trained(lr=0.01, epochs=10, batch_size=256)
+def finetune(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     """Minimise the cross-entropy of D_r, and trust that D_f is forgotten on the way (Warnecke et al., 2021).
 
     Args:
         lr (`float`), epochs (`int`), batch_size (`int`): SalUn's and l1-sparse's; users needed up to 0.04.
     """
-    remain = splits.r.loader(batch_size, seed=seed)
-
-    def steps(epoch: int) -> Iterator[Batch]:
-        return batches(remain, model)
-
-    loss, optimizer = partial(entropy, model), sgd(model.parameters(), lr)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="finetune")
+    remain = training.loader(splits.r)
+    return training.run(model, lambda epoch: batches(remain, model), partial(entropy, model))
 
 
-def neggrad(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 1e-4,
-    epochs: int = 5,
-    batch_size: int = 256,
-) -> nn.Module:
+@trained(lr=1e-4, epochs=5, batch_size=256)
+def neggrad(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     """Maximise the cross-entropy of D_f; D_r is not read (Thudi et al., 2022).
 
     Args:
         lr (`float`), epochs (`int`), batch_size (`int`): SalUn's; its maintainers advise up to 1e-3.
     """
-    forget = splits.f.loader(batch_size, seed=seed)
-
-    def steps(epoch: int) -> Iterator[Batch]:
-        return batches(forget, model)
+    forget = training.loader(splits.f)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         return -entropy(model, images, labels)
 
-    optimizer = sgd(model.parameters(), lr)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="neggrad")
+    return training.run(model, lambda epoch: batches(forget, model), loss)
 
 
-def neggrad_plus(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 0.01,
-    alpha: float = 0.95,
-    epochs: int = 10,
-    batch_size: int = 256,
-) -> nn.Module:
+@trained(lr=0.01, epochs=10, batch_size=256)
+def neggrad_plus(model: nn.Module, splits: Splits, training: Training, *, alpha: float = 0.95) -> nn.Module:
     """Minimise α CE(D_r) − (1 − α) CE(D_f), one batch of each in a step, D_f again from the start when it
     ends (Kurmanji et al., 2023).
 
     Args:
         alpha (`float`), lr (`float`), epochs (`int`): SCRUB's comparison, which uses no weight decay.
     """
-    remain = splits.r.loader(batch_size, seed=seed)
-    forget = splits.f.loader(batch_size, seed=seed + 1)
+    remain, forget = training.loader(splits.r), training.loader(splits.f, 1)
 
     def steps(epoch: int) -> Iterator[tuple[Batch, Batch]]:
         endless = chain.from_iterable(batches(forget, model) for _ in repeat(None))
@@ -108,71 +76,51 @@ def neggrad_plus(
     def loss(remain: Batch, forget: Batch) -> Tensor:
         return alpha * entropy(model, *remain) - (1 - alpha) * entropy(model, *forget)
 
-    optimizer = sgd(model.parameters(), lr, weight_decay=0)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="neggrad-plus")
+    return training.run(model, steps, loss, sgd(model.parameters(), training.lr, weight_decay=0))
 
 
-def l1_sparse(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 0.01,
-    alpha: float = 5e-4,
-    epochs: int = 10,
-    batch_size: int = 256,
-) -> nn.Module:
+@trained(lr=0.01, epochs=10, batch_size=256)
+def l1_sparse(model: nn.Module, splits: Splits, training: Training, *, alpha: float = 5e-4) -> nn.Module:
     """Minimise CE(D_r) + α (1 − e/E) ‖θ‖₁ in epoch e of E: l1-sparse unlearning (Jia et al., 2023).
 
     Args:
         alpha (`float`, defaults to 5e-4): of the first epoch; norms and biases are penalised too, as in the
             source.
     """
-    remain = splits.r.loader(batch_size, seed=seed)
+    remain = training.loader(splits.r)
 
     def steps(epoch: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-        weight = alpha * (1 - epoch / epochs)
+        weight = alpha * (1 - epoch / training.epochs)
         return ((images, labels, weight) for images, labels in batches(remain, model))
 
     def loss(images: Tensor, labels: Tensor, weight: float) -> Tensor:
         norm = sum(parameter.abs().sum() for parameter in model.parameters())
         return entropy(model, images, labels) + weight * norm
 
-    optimizer = sgd(model.parameters(), lr)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="l1-sparse")
+    return training.run(model, steps, loss)
 
 
-def random_labels(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 0.01,
-    epochs: int = 10,
-    batch_size: int = 256,
-) -> nn.Module:
+@trained(lr=0.01, epochs=10, batch_size=256)
+def random_labels(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     """In each epoch one pass over D_f with random labels, then one over D_r with its own (Golatkar et al.,
     2020; as in SalUn).
 
     Args:
         lr (`float`), epochs (`int`), batch_size (`int`): SalUn's, which tunes the rate between 0.01 and 0.1.
     """
-    steps, loss = relabelled(model, splits, batch_size, seed)
-    optimizer = sgd(model.parameters(), lr)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="random-labels")
+    return training.run(model, *relabelled(model, splits, training))
 
 
 Step = tuple[Tensor, Tensor | None]  # images, and their labels unless they are to be drawn
 
 
 def relabelled(
-    model: nn.Module, splits: Splits, batch_size: int, seed: int
+    model: nn.Module, splits: Splits, training: Training
 ) -> tuple[Callable[[int], Iterator[Step]], Callable[..., Tensor]]:
     """The steps and the loss of random labels. A label is uniform over all classes, the true one included,
     and drawn anew each time."""
-    forget = splits.f.loader(batch_size, seed=seed)
-    remain = splits.r.loader(batch_size, seed=seed + 1)
-    generator = torch.Generator().manual_seed(seed)
+    forget, remain = training.loader(splits.f), training.loader(splits.r, 1)
+    generator = torch.Generator().manual_seed(training.seed)
 
     def steps(epoch: int) -> Iterator[Step]:
         for images, _ in batches(forget, model):
@@ -188,16 +136,8 @@ def relabelled(
     return steps, loss
 
 
-def salun(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 0.013,
-    share: float = 0.5,
-    epochs: int = 10,
-    batch_size: int = 256,
-) -> nn.Module:
+@trained(lr=0.013, epochs=10, batch_size=256)
+def salun(model: nn.Module, splits: Splits, training: Training, *, share: float = 0.5) -> nn.Module:
     """Random labels that change only the salient weights: saliency unlearning (Fan et al., 2024).
 
     The other weights end bit for bit as they were: gradients and momentum are masked, and weight decay is
@@ -207,11 +147,11 @@ def salun(
         share (`float`, defaults to 0.5): of all weights of the model, ranked together, that may change.
         lr (`float`), epochs (`int`), batch_size (`int`): the source's example.
     """
-    masks = salient(model, splits, share, batch_size)
-    steps, loss = relabelled(model, splits, batch_size, seed)
+    masks = salient(model, splits, share, training.batch_size)
+    steps, loss = relabelled(model, splits, training)
     parameters = dict(model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = sgd(model.parameters(), lr)
+    optimizer = sgd(model.parameters(), training.lr)
 
     def mask_gradients() -> None:
         for name, parameter in parameters.items():
@@ -223,17 +163,7 @@ def salun(
             parameter.copy_(torch.where(masks[name], parameter, before[name]))
             optimizer.state[parameter]["momentum_buffer"].mul_(masks[name])
 
-    return train(
-        model,
-        steps,
-        loss,
-        optimizer,
-        epochs=epochs,
-        seed=seed,
-        desc="salun",
-        before_step=mask_gradients,
-        after_step=put_back,
-    )
+    return training.run(model, steps, loss, optimizer, before_step=mask_gradients, after_step=put_back)
 
 
 def salient(model: nn.Module, splits: Splits, share: float, batch_size: int) -> dict[str, Tensor]:

@@ -12,19 +12,22 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from ...splits import Splits
 from .head_features import features, find_head
-from .training import Batch, batches, check_finite, entropy, frozen_copy, predict, reinitialised, sgd, train
+from .training import (
+    Batch,
+    Training,
+    batches,
+    check_finite,
+    entropy,
+    frozen_copy,
+    predict,
+    reinitialised,
+    sgd,
+    trained,
+)
 
 
-def boundary_shrink(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 1e-5,
-    bound: float = 0.2,
-    epochs: int = 10,
-    batch_size: int = 64,
-) -> nn.Module:
+@trained(lr=1e-5, epochs=10, batch_size=64)
+def boundary_shrink(model: nn.Module, splits: Splits, training: Training, *, bound: float = 0.2) -> nn.Module:
     """Train D_f towards what the original model takes its adversarial neighbour for; D_r is not read (Chen
     et al., 2023).
 
@@ -35,14 +38,14 @@ def boundary_shrink(
             it on validation data.
     """
     teacher = frozen_copy(model)
-    forget = splits.f.loader(batch_size, seed=seed)
+    forget = training.loader(splits.f)
 
     def steps(epoch: int) -> Iterator[Batch]:
         for images, labels in batches(forget, model):
             yield images, nearest_class(teacher, images, labels, bound)
 
-    loss, optimizer = partial(entropy, model), sgd(model.parameters(), lr, weight_decay=0)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="boundary-shrink")
+    optimizer = sgd(model.parameters(), training.lr, weight_decay=0)
+    return training.run(model, steps, partial(entropy, model), optimizer)
 
 
 def nearest_class(teacher: nn.Module, images: Tensor, labels: Tensor, bound: float) -> Tensor:
@@ -56,18 +59,16 @@ def nearest_class(teacher: nn.Module, images: Tensor, labels: Tensor, bound: flo
         return predict(teacher, attacked).argmax(-1)
 
 
+@trained(lr=5e-4, epochs=3, batch_size=128)
 def scrub(
     model: nn.Module,
     splits: Splits,
+    training: Training,
     *,
-    seed: int = 0,
-    lr: float = 5e-4,
     alpha: float = 0.001,
     gamma: float = 0.99,
     temperature: float = 4.0,
     max_epochs: int = 2,
-    epochs: int = 3,
-    batch_size: int = 128,
     forget_batch_size: int = 32,
 ) -> nn.Module:
     """Maximise KL_T(teacher, model) on D_f in the first epochs, and minimise γ CE + α KL_T on D_r in all
@@ -81,8 +82,8 @@ def scrub(
             setting.
     """
     teacher = frozen_copy(model)
-    remain = splits.r.loader(batch_size, seed=seed)
-    forget = splits.f.loader(forget_batch_size, seed=seed + 1)
+    remain = training.loader(splits.r)
+    forget = splits.f.loader(forget_batch_size, seed=training.seed + 1)
 
     def steps(epoch: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
         if epoch < max_epochs:
@@ -100,8 +101,7 @@ def scrub(
             return -distance
         return gamma * cross_entropy(logits, labels) + alpha * distance
 
-    optimizer = sgd(model.parameters(), lr)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="scrub")
+    return training.run(model, steps, loss)
 
 
 def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -110,16 +110,8 @@ def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     return temperature**2 * kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def bad_teacher(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    lr: float = 1e-4,
-    share: float = 0.3,
-    epochs: int = 1,
-    batch_size: int = 256,
-) -> nn.Module:
+@trained(lr=1e-4, epochs=1, batch_size=256)
+def bad_teacher(model: nn.Module, splits: Splits, training: Training, *, share: float = 0.3) -> nn.Module:
     """Distil D_f from a randomly initialised teacher and a part of D_r from the original (Chundawat et al.,
     2023).
 
@@ -128,15 +120,15 @@ def bad_teacher(
         lr (`float`), epochs (`int`), batch_size (`int`): the source's, with Adam. Its KL is the mean over all
             entries, `num_classes` times smaller than the mean over samples; the rate belongs to that.
     """
-    good, bad = frozen_copy(model), frozen_copy(reinitialised(model, seed))
-    generator = torch.Generator().manual_seed(seed)
+    good, bad = frozen_copy(model), frozen_copy(reinitialised(model, training.seed))
+    generator = torch.Generator().manual_seed(training.seed)
     shown = torch.randperm(len(splits.r), generator=generator)[: round(share * len(splits.r))]
     device = next(model.parameters()).device
 
     def steps(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         # Rows below n are of D_f, the others are of the part of D_r that is shown.
         n = len(splits.f)
-        for rows in torch.randperm(n + len(shown), generator=generator).split(batch_size):
+        for rows in torch.randperm(n + len(shown), generator=generator).split(training.batch_size):
             forget = splits.f[rows[rows < n]]["pixel_values"]
             remain = splits.r[shown[rows[rows >= n] - n]]["pixel_values"]
             is_forget = torch.arange(len(rows)) < len(forget)
@@ -148,23 +140,20 @@ def bad_teacher(
             taught = torch.where(is_forget[:, None], wrong, right)
         return kl_div(predict(model, images).log_softmax(-1), taught, reduction="none").mean()
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    return train(model, steps, loss, optimizer, epochs=epochs, seed=seed, desc="bad-teacher")
+    return training.run(model, steps, loss, torch.optim.Adam(model.parameters(), lr=training.lr))
 
 
+@trained(lr=1e-3, epochs=3, batch_size=64)
 def lau(
     model: nn.Module,
     splits: Splits,
+    training: Training,
     *,
-    seed: int = 0,
-    lr: float = 1e-3,
     alpha: float = 0.5,
     temperature: float = 4.0,
     bound: float = 0.3,
     attack_step: float = 0.4,
     attack_steps: int = 40,
-    epochs: int = 3,
-    batch_size: int = 64,
 ) -> nn.Module:
     """Layer attack unlearning: D_f's features are attacked against the head, and the head learns the
     attacked answers (Kim et al., 2024).
@@ -180,15 +169,15 @@ def lau(
         lr (`float`, defaults to 1e-3): not known from any source.
     """
     _, head = find_head(model, splits.f)
-    Z, labels = features(model, head, splits.f.loader(batch_size))
+    Z, labels = features(model, head, splits.f.loader(training.batch_size))
     Z = Z.to(head.weight.dtype)
-    optimizer = sgd(head.parameters(), lr)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    optimizer = sgd(head.parameters(), training.lr)
+    generator = torch.Generator().manual_seed(training.seed)
+    for _ in range(training.epochs):
         if not (head(Z).argmax(-1) == labels).any():
             break
         teacher = copy.deepcopy(head).requires_grad_(False)
-        for rows in torch.randperm(len(Z), generator=generator).split(batch_size):
+        for rows in torch.randperm(len(Z), generator=generator).split(training.batch_size):
             z, y = Z[rows], labels[rows]
             # What the head learns: the attacked answer where it is still right, else the teacher's own.
             attacked = lau_attack(teacher, z, y, bound, attack_step, attack_steps)

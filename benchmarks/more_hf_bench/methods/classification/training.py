@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 import torch
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from more_hf.classification.heads import logits_of
 from more_hf.core.errors import IncompatibleBaseError
+
+from ...splits import ImageSet, Splits
 
 
 Batch = tuple[Tensor, Tensor]  # images (batch, channels, height, width) and labels (batch,)
@@ -45,47 +51,88 @@ def sgd(parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
 
 
-def train(
-    model: nn.Module,
-    steps: Callable[[int], Iterable[tuple[Any, ...]]],
-    loss: Callable[..., Tensor],
-    optimizer: torch.optim.Optimizer,
-    *,
-    epochs: int,
-    seed: int,
-    desc: str,
-    before_step: Callable[[], None] | None = None,
-    after_step: Callable[[], None] | None = None,
-) -> nn.Module:
-    """Minimise `loss(*step)` over the steps of each epoch, in training mode; return the model in evaluation
-    mode.
+@dataclass(frozen=True)
+class Training:
+    """How a method takes gradient steps: the settings of every method that is `trained`.
 
-    BatchNorm statistics move, as in the sources. Dropout draws from `seed`; the caller's random state is not
-    touched.
-
-    Args:
-        steps (`Callable`): from the epoch, 0 on, to the arguments of `loss` in each step.
-        before_step, after_step (`Callable`, *optional*): called around each update, when the gradients are
-            there.
-
-    Raises:
-        `IncompatibleBaseError`: if a parameter is not finite at the end.
+    Attributes:
+        name (`str`): of the method.
+        seed (`int`): of shuffles and dropout.
+        lr (`float`): a constant learning rate.
+        epochs (`int`), batch_size (`int`): passes over the data, and images in a step.
     """
-    model.train()
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
-        for epoch in tqdm(range(epochs), desc=desc, unit="epoch", leave=False):
-            for step in steps(epoch):
-                value = loss(*step)
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                if before_step is not None:
-                    before_step()
-                optimizer.step()
-                if after_step is not None:
-                    after_step()
-    check_finite(model, desc)
-    return model.eval()
+
+    name: str
+    seed: int
+    lr: float
+    epochs: int
+    batch_size: int
+
+    def loader(self, images: ImageSet, further: int = 0) -> DataLoader:
+        """Shuffled batches; a method that shuffles several sets takes a `further` seed for each."""
+        return images.loader(self.batch_size, seed=self.seed + further)
+
+    def run(
+        self,
+        model: nn.Module,
+        steps: Callable[[int], Iterable[tuple[Any, ...]]],
+        loss: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        before_step: Callable[[], None] | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> nn.Module:
+        """Minimise `loss(*step)` over the steps of each epoch, in training mode; return the model in
+        evaluation mode.
+
+        BatchNorm statistics move, as in the sources. Dropout draws from `seed`; the caller's random state is
+        not touched.
+
+        Args:
+            steps (`Callable`): from the epoch, 0 on, to the arguments of `loss` in each step.
+            optimizer (`Optimizer`, *optional*): `sgd` by default.
+            before_step, after_step (`Callable`, *optional*): called around each update, when the gradients
+                are there.
+
+        Raises:
+            `IncompatibleBaseError`: if a parameter is not finite at the end.
+        """
+        optimizer = sgd(model.parameters(), self.lr) if optimizer is None else optimizer
+        model.train()
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            for epoch in tqdm(range(self.epochs), desc=self.name, unit="epoch", leave=False):
+                for step in steps(epoch):
+                    value = loss(*step)
+                    optimizer.zero_grad(set_to_none=True)
+                    value.backward()
+                    if before_step is not None:
+                        before_step()
+                    optimizer.step()
+                    if after_step is not None:
+                        after_step()
+        check_finite(model, self.name)
+        return model.eval()
+
+
+def trained(*, lr: float, epochs: int, batch_size: int) -> Callable[[Callable[..., nn.Module]], Callable]:
+    """Make a method of a function of model, splits, a `Training` and settings of its own: the method takes
+    `seed`, `lr`, `epochs` and `batch_size` in place of the third, with these defaults."""
+    shared = {"seed": 0, "lr": lr, "epochs": epochs, "batch_size": batch_size}
+
+    def method_of(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        @wraps(function)
+        def method(model: nn.Module, splits: Splits, **settings: Any) -> nn.Module:
+            given = {name: settings.pop(name, default) for name, default in shared.items()}
+            training = Training(function.__name__.replace("_", "-"), **given)
+            return function(model, splits, training, **settings)
+
+        model, splits, _, *own = signature(function).parameters.values()
+        common = [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in shared.items()]
+        method.__signature__ = Signature([model, splits, *common, *own])
+        return method
+
+    return method_of
 
 
 def check_finite(model: nn.Module, method: str) -> None:

@@ -9,11 +9,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from more_hf_bench.methods.classification.gradients import fisher_information, relabelled, salient, salun
+from more_hf_bench.methods.classification.training import Training
 from more_hf_bench.splits import ImageSet
 
 
 def test_random_labels_are_uniform_and_own_labels_on_what_remains(model, splits):
-    steps, _ = relabelled(model, splits, 256, seed=0)
+    training = Training("t", seed=0, lr=0.1, epochs=1, batch_size=256)
+    steps, _ = relabelled(model, splits, training)
     first, *rest = steps(0)
     assert first[1] is None
     assert len(first[0]) == len(splits.f)
@@ -22,7 +24,7 @@ def test_random_labels_are_uniform_and_own_labels_on_what_remains(model, splits)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(25, K))
     for parameter in flat.parameters():
         nn.init.zeros_(parameter)
-    _, loss = relabelled(flat, splits, 256, seed=0)
+    _, loss = relabelled(flat, splits, training)
     (gradient,) = torch.autograd.grad(loss(torch.zeros(4000, 1, 5, 5), None), flat[1].bias)
     assert (gradient.abs() < 0.03).all()
     assert (gradient != 0).any()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from more_hf.core.errors import IncompatibleBaseError
-from more_hf_bench.methods.classification.training import reinitialised, train
+from more_hf_bench.methods.classification.training import Training, reinitialised
 
 
 @pytest.mark.parametrize("name", ["finetune", "neggrad", "neggrad-plus", "l1-sparse"])
@@ -51,8 +51,8 @@ def test_dropout_draws_from_the_seed(splits):
         nn.init.zeros_(model[2].weight)
         nn.init.zeros_(model[2].bias)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        options = {"epochs": 2, "seed": seed, "desc": "t"}
-        train(model, lambda epoch: [()], lambda: cross_entropy(model(images), labels), optimizer, **options)
+        training = Training("t", seed, lr=0.1, epochs=2, batch_size=1)
+        training.run(model, lambda epoch: [()], lambda: cross_entropy(model(images), labels), optimizer)
         return model[2].weight
 
     assert torch.equal(run(0), run(0))
