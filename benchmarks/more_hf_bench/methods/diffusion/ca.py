@@ -126,18 +126,7 @@ def ca(
         "batch_size": batch_size,
         "learning_rate": learning_rate,
     }
-    train(
-        pipe,
-        student,
-        names,
-        loss,
-        optimizer,
-        Checkpoint(checkpoint, facts),
-        iterations=iterations,
-        seed=seed,
-        save_every=save_every,
-        desc=f"ca without {', '.join(roles.forget)}",
-    )
+    train(pipe, student, names, loss, optimizer, Checkpoint(checkpoint, facts), save_every)
     return pipe
 
 

@@ -111,18 +111,7 @@ def esd(
         **settings,
         **base_facts(pipe, names),
     }
-    train(
-        pipe,
-        student,
-        names,
-        loss,
-        optimizer,
-        Checkpoint(checkpoint, facts),
-        iterations=settings["iterations"],
-        seed=seed,
-        save_every=save_every,
-        desc=f"esd without {', '.join(forget)}",
-    )
+    train(pipe, student, names, loss, optimizer, Checkpoint(checkpoint, facts), save_every)
     return pipe
 
 

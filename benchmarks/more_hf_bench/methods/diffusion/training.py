@@ -110,21 +110,20 @@ def train(
     loss: Callable[[torch.Generator], Tensor],
     optimizer: torch.optim.Optimizer,
     checkpoint: Checkpoint,
-    *,
-    iterations: int,
-    seed: int,
     save_every: int,
-    desc: str,
 ) -> None:
     """Minimise `loss(generator)` over the parameters `names` of `student`, then write them into the pipeline.
 
-    Everything random is drawn from one generator, whose state is part of the checkpoint: a run that was
-    stopped and goes on ends with the same weights. The pipeline is not touched before the last step.
+    The `iterations` and the `seed` are among the checkpoint's facts. Everything random is drawn from one
+    generator, whose state is part of the checkpoint: a run that was stopped and goes on ends with the same
+    weights. The pipeline is not touched before the last step.
 
     Raises:
         `IncompatibleBaseError`: if the result is not finite; the pipeline is unchanged then.
     """
-    generator = torch.Generator().manual_seed(seed)
+    facts = checkpoint.facts
+    iterations = facts["iterations"]
+    generator = torch.Generator().manual_seed(facts["seed"])
     parameters = dict(student.named_parameters())
     trained = {name: parameters[name] for name in names}
     done = 0
@@ -135,9 +134,9 @@ def train(
                 parameter.copy_(state["weights"][name])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
-    bar = tqdm(
-        total=iterations, initial=min(done, iterations), desc=desc, unit="step", disable=is_quiet(pipe)
-    )
+    desc = f"{facts['method']} without {', '.join(facts['concepts'])}"
+    begun = min(done, iterations)
+    bar = tqdm(total=iterations, initial=begun, desc=desc, unit="step", disable=is_quiet(pipe))
     while done < iterations:
         with torch.enable_grad():
             value = loss(generator)
