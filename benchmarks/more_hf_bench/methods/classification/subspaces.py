@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, one_hot
 
-from more_hf.core.errors import MoreError
+from more_hf.core.request import check_choice
 
 from ...splits import Splits
 from .head_features import attach, features, find_head, remaining_class
@@ -53,8 +53,7 @@ def directions(Z: Tensor) -> Tensor:
 
 def is_as_released(mode: str) -> bool:
     """Whether the mode is the released code's. Raises `MoreError` for an unknown one."""
-    if mode not in MODES:
-        raise MoreError(f"Unknown mode {mode!r}. Choose one of {', '.join(map(repr, MODES))}.")
+    check_choice("mode", mode, MODES)
     return mode == "as_released"
 
 
@@ -156,8 +155,7 @@ def leace(
     """
     from concept_erasure import LeaceFitter
 
-    if against not in AGAINST:
-        raise MoreError(f"Unknown contrast {against!r}. Choose one of {', '.join(map(repr, AGAINST))}.")
+    check_choice("contrast", against, AGAINST)
     _, head = find_head(model, splits.f)
     remain = splits.r
     if against == "target":

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from more_hf.core.errors import MoreError
+from more_hf.core.request import check_choice
 from more_hf.diffusion.encoder import Encoder, fit_prototypes
 
 from .texts import Concepts, Retained, Roles, Targets, Texts, expanded, guides, name_roles, ordinary_prompts
@@ -45,15 +45,14 @@ def uce(
             prompts) for `"paper"`.
         expand (`str`, *optional*): `"art"` or `"object"` adds five prompts per name (`"current"` only).
     """
+    check_choice("variant", variant, ("current", "paper"))
     roles, texts = name_roles(concepts, remap_to, retain), Texts(pipe)
     if variant == "current":
         C, G, R = last_token_rows(texts, roles, guides(roles, guide), expand)
         published_scale = 1.0
-    elif variant == "paper":
+    else:
         C, G, R = sequence_rows(texts, roles, guides(roles, guide))
         published_scale = max(0.1, 1 / (1 + len(roles.keep)))  # the empty prompt is preserved too
-    else:
-        raise MoreError(f"Unknown variant {variant!r}. Choose 'current' or 'paper'.")
     if preserve_scale is None:
         preserve_scale = published_scale
     A = edit_matrix(C, G, R, lamb=lamb, erase_scale=erase_scale, preserve_scale=preserve_scale)
@@ -193,8 +192,7 @@ def cure(
         "last": texts.last_tokens,
         "padded": lambda names: texts.prompts(names)[:, 1:].flatten(0, 1),
     }
-    if tokens not in features:
-        raise MoreError(f"Unknown tokens {tokens!r}. Choose one of {', '.join(map(repr, features))}.")
+    check_choice("tokens", tokens, tuple(features))
     multiply(pipe, cure_eraser(features[tokens](roles.forget), features[tokens](roles.keep), alpha))
     return pipe
 

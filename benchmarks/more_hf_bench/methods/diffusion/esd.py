@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from more_hf.core.errors import MoreError
+from more_hf.core.request import check_choice
 from more_hf.diffusion.encoder import Encoder
 
 from .pipelines import require_stable_diffusion
@@ -63,8 +63,7 @@ def esd(
         checkpoint (`str`, *optional*): a folder; the same run that was stopped goes on from there. Written
             every `save_every` iterations.
     """
-    if variant not in VARIANTS:
-        raise MoreError(f"Unknown variant {variant!r}. Choose 'paper' or 'repo'.")
+    check_choice("variant", variant, tuple(VARIANTS))
     overrides = {"iterations": iterations, "learning_rate": learning_rate, "eta": eta}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     settings = {**VARIANTS[variant], **overrides}

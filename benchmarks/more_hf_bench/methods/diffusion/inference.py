@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from more_hf.core.errors import MoreError
-from more_hf.core.request import names_in
+from more_hf.core.request import check_choice, names_in
 
 from .pipelines import AtInference, intercepted, noise_per_output
 from .texts import Concepts, Retained, Targets, name_roles
@@ -153,8 +153,7 @@ def sld(
         warmup (`float`, *optional*): steps of 50 before it acts; the same share of a shorter run.
         scale, threshold, momentum_scale, momentum_beta (`float`, *optional*): s_S, λ, s_m, β_m.
     """
-    if preset not in PRESETS:
-        raise MoreError(f"Unknown preset {preset!r}. Choose one of {', '.join(map(repr, PRESETS))}.")
+    check_choice("preset", preset, tuple(PRESETS))
     overrides = {
         "warmup": warmup,
         "scale": scale,

@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from more_hf.core.errors import MoreError, SiteNotFoundError
+from more_hf.core.errors import SiteNotFoundError
 from more_hf.core.files import replacing
+from more_hf.core.request import check_choice
 from more_hf.core.site import fingerprint
 from more_hf.diffusion.sites import find_denoiser, find_sites
 
@@ -67,8 +68,7 @@ def trainable_names(pipe: DiffusionPipeline, layers: str) -> list[str]:
         `MoreError`: for another word. `SiteNotFoundError`: for a denoiser that cannot be edited or is
             offloaded.
     """
-    if layers not in LAYERS:
-        raise MoreError(f"Unknown layers {layers!r}. Choose one of {', '.join(map(repr, LAYERS))}.")
+    check_choice("layers", layers, LAYERS)
     denoiser = find_denoiser(pipe)
     sites = find_sites(pipe, denoiser)
     modules = denoiser.module.named_modules()

@@ -13,8 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from more_hf.core.errors import IncompatibleBaseError, MoreError
+from more_hf.core.errors import IncompatibleBaseError
 from more_hf.core.interrupts import unless_completed
+from more_hf.core.request import check_choice
 from more_hf.core.site import Site, copy_weights
 from more_hf.core.site import write_weights as write_all
 from more_hf.diffusion.sites import check_widths, find_denoiser, find_sites
@@ -45,8 +46,7 @@ def text_sites(pipe: DiffusionPipeline, layers: str, width: int) -> dict[str, Si
         `SiteNotFoundError`: where `erase_concept` does, and if a layer does not read features of this
             width.
     """
-    if layers not in LAYERS:
-        raise MoreError(f"Unknown layers {layers!r}. Choose one of {', '.join(map(repr, LAYERS))}.")
+    check_choice("layers", layers, tuple(LAYERS))
     sites = find_sites(pipe, find_denoiser(pipe))
     sites = {name: site for name, site in sites.items() if name.rsplit(".", 1)[-1] in LAYERS[layers]}
     check_widths(sites, {"tokens": width})
