@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ...splits import ImageSet, Splits
 from .head_features import find_head
-from .training import Batch, Training, batches, check_finite, entropy, predict, sgd, trained
+from .training import Batch, Training, batches, check_finite, entropy, predict, sgd, taking
 
 
 def original(model: nn.Module, splits: Splits, *, seed: int = 0) -> nn.Module:
@@ -33,7 +33,7 @@ def retrain(
     return fit(splits.r, seed).eval()
 
 
-@trained(lr=0.01, epochs=10, batch_size=256)
+@taking(Training, lr=0.01, epochs=10, batch_size=256)
 def finetune(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     """Minimise the cross-entropy of D_r, and trust that D_f is forgotten on the way (Warnecke et al., 2021).
 
@@ -44,7 +44,7 @@ def finetune(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     return training.run(model, lambda epoch: batches(remain, model), partial(entropy, model))
 
 
-@trained(lr=1e-4, epochs=5, batch_size=256)
+@taking(Training, lr=1e-4, epochs=5, batch_size=256)
 def neggrad(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     """Maximise the cross-entropy of D_f; D_r is not read (Thudi et al., 2022).
 
@@ -59,7 +59,7 @@ def neggrad(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     return training.run(model, lambda epoch: batches(forget, model), loss)
 
 
-@trained(lr=0.01, epochs=10, batch_size=256)
+@taking(Training, lr=0.01, epochs=10, batch_size=256)
 def neggrad_plus(model: nn.Module, splits: Splits, training: Training, *, alpha: float = 0.95) -> nn.Module:
     """Minimise α CE(D_r) − (1 − α) CE(D_f), one batch of each in a step, D_f again from the start when it
     ends (Kurmanji et al., 2023).
@@ -79,7 +79,7 @@ def neggrad_plus(model: nn.Module, splits: Splits, training: Training, *, alpha:
     return training.run(model, steps, loss, sgd(model.parameters(), training.lr, weight_decay=0))
 
 
-@trained(lr=0.01, epochs=10, batch_size=256)
+@taking(Training, lr=0.01, epochs=10, batch_size=256)
 def l1_sparse(model: nn.Module, splits: Splits, training: Training, *, alpha: float = 5e-4) -> nn.Module:
     """Minimise CE(D_r) + α (1 − e/E) ‖θ‖₁ in epoch e of E: l1-sparse unlearning (Jia et al., 2023).
 
@@ -100,7 +100,7 @@ def l1_sparse(model: nn.Module, splits: Splits, training: Training, *, alpha: fl
     return training.run(model, steps, loss)
 
 
-@trained(lr=0.01, epochs=10, batch_size=256)
+@taking(Training, lr=0.01, epochs=10, batch_size=256)
 def random_labels(model: nn.Module, splits: Splits, training: Training) -> nn.Module:
     """In each epoch one pass over D_f with random labels, then one over D_r with its own (Golatkar et al.,
     2020; as in SalUn).
@@ -136,7 +136,7 @@ def relabelled(
     return steps, loss
 
 
-@trained(lr=0.013, epochs=10, batch_size=256)
+@taking(Training, lr=0.013, epochs=10, batch_size=256)
 def salun(model: nn.Module, splits: Splits, training: Training, *, share: float = 0.5) -> nn.Module:
     """Random labels that change only the salient weights: saliency unlearning (Fan et al., 2024).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,32 +16,33 @@ from ...splits import Splits
 from .forget_samples import forget_samples
 from .head_features import attach, class_means, find_head, remaining_class
 from .router_training import train_router
-from .training import Batch, batches
+from .training import Batch, batches, taking
 
 
-def more(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    remap_to: str | int | list[int] | None = "remain",
-    num_experts: int | None = None,
-    router: str | None = "random",
-    solver: str = "auto",
-    batch_size: int = 500,
-) -> nn.Module:
+@dataclass(frozen=True)
+class Erasing:
+    """What every variant of ours is told: the settings of `more_hf.erase_classes`. `name` is the method's."""
+
+    name: str
+    remap_to: str | int | list[int] | None = "remain"
+    num_experts: int | None = None
+    router: str | None = "random"
+    solver: str = "auto"
+    batch_size: int = 500
+    seed: int = 0
+
+    def __call__(self, model: nn.Module, splits: Splits, **further: Any) -> nn.Module:
+        """Erase the forgotten classes, at any cost: a benchmark shows it."""
+        told = {name: value for name, value in vars(self).items() if name not in ("name", "batch_size")}
+        forget, data = splits.f.labels.unique().tolist(), _all_batches(model, splits, self.batch_size)
+        return erase_classes(model, data, forget, most_lost=100, **told, **further).eval()
+
+
+@taking(Erasing)
+def more(model: nn.Module, splits: Splits, erasing: Erasing) -> nn.Module:
     """MoRE: every forgotten class goes to several remaining ones. All settings as in
     `more_hf.erase_classes`."""
-    return _erase(
-        model,
-        splits,
-        batch_size,
-        remap_to=remap_to,
-        num_experts=num_experts,
-        router=router,
-        solver=solver,
-        seed=seed,
-    )
+    return erasing(model, splits)
 
 
 more_hash = partial(more, router="hash")
@@ -80,19 +82,15 @@ def more_paper(
     return model.eval()
 
 
+@taking(Erasing, router="prototype")
 def more_trained(
     model: nn.Module,
     splits: Splits,
+    erasing: Erasing,
     *,
-    seed: int = 0,
-    remap_to: str | int | list[int] | None = "remain",
-    num_experts: int | None = None,
-    router: str = "prototype",
-    solver: str = "auto",
     losses: str = "remain+balance",
     epochs: int = 10,
     learning_rate: float = 1e-5,
-    batch_size: int = 500,
 ) -> nn.Module:
     """MoRE-P-T-B, or with `router="prototype_random"` MoRE-R-T-B: the router is trained on all of D_f and
     D_r.
@@ -104,52 +102,18 @@ def more_trained(
             `+`, as in Table 15.
         epochs (`int`), learning_rate (`float`): as in `train_router`.
     """
-    model = more(
-        model,
-        splits,
-        seed=seed,
-        remap_to=remap_to,
-        num_experts=num_experts,
-        router=router,
-        solver=solver,
-        batch_size=batch_size,
-    )
-    train_router(
-        model,
-        _all_batches(model, splits, batch_size),
-        losses=losses.split("+"),
-        epochs=epochs,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
+    model = erasing(model, splits)
+    data = _all_batches(model, splits, erasing.batch_size)
+    options = {"epochs": epochs, "learning_rate": learning_rate, "seed": erasing.seed}
+    train_router(model, data, losses=losses.split("+"), **options)
     return model
 
 
-def more_inner(
-    model: nn.Module,
-    splits: Splits,
-    *,
-    seed: int = 0,
-    at: str | None = None,
-    remap_to: str | int | list[int] | None = "remain",
-    num_experts: int | None = None,
-    router: str | None = "random",
-    solver: str = "auto",
-    batch_size: int = 500,
-) -> nn.Module:
+@taking(Erasing)
+def more_inner(model: nn.Module, splits: Splits, erasing: Erasing, *, at: str | None = None) -> nn.Module:
     """MoRE at the input of the inner module `at` (Tables 7 and 13), a hook that no saved weight holds;
     without `at` as `more`."""
-    return _erase(
-        model,
-        splits,
-        batch_size,
-        at=at,
-        remap_to=remap_to,
-        num_experts=num_experts,
-        router=router,
-        solver=solver,
-        seed=seed,
-    )
+    return erasing(model, splits, at=at)
 
 
 def remap_samples(
@@ -163,12 +127,6 @@ def remap_samples(
 
 
 remap_samples_as_printed = partial(remap_samples, as_printed=True)
-
-
-def _erase(model: nn.Module, splits: Splits, batch_size: int, **settings: Any) -> nn.Module:
-    forget = splits.f.labels.unique().tolist()
-    data = _all_batches(model, splits, batch_size)
-    return erase_classes(model, data, forget, most_lost=100, **settings).eval()  # a benchmark shows the loss
 
 
 def _all_batches(model: nn.Module, splits: Splits, batch_size: int) -> Iterator[Batch]:

@@ -22,11 +22,11 @@ from .training import (
     predict,
     reinitialised,
     sgd,
-    trained,
+    taking,
 )
 
 
-@trained(lr=1e-5, epochs=10, batch_size=64)
+@taking(Training, lr=1e-5, epochs=10, batch_size=64)
 def boundary_shrink(model: nn.Module, splits: Splits, training: Training, *, bound: float = 0.2) -> nn.Module:
     """Train D_f towards what the original model takes its adversarial neighbour for; D_r is not read (Chen
     et al., 2023).
@@ -59,7 +59,7 @@ def nearest_class(teacher: nn.Module, images: Tensor, labels: Tensor, bound: flo
         return predict(teacher, attacked).argmax(-1)
 
 
-@trained(lr=5e-4, epochs=3, batch_size=128)
+@taking(Training, lr=5e-4, epochs=3, batch_size=128)
 def scrub(
     model: nn.Module,
     splits: Splits,
@@ -110,7 +110,7 @@ def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     return temperature**2 * kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-@trained(lr=1e-4, epochs=1, batch_size=256)
+@taking(Training, lr=1e-4, epochs=1, batch_size=256)
 def bad_teacher(model: nn.Module, splits: Splits, training: Training, *, share: float = 0.3) -> nn.Module:
     """Distil D_f from a randomly initialised teacher and a part of D_r from the original (Chundawat et al.,
     2023).
@@ -143,7 +143,7 @@ def bad_teacher(model: nn.Module, splits: Splits, training: Training, *, share: 
     return training.run(model, steps, loss, torch.optim.Adam(model.parameters(), lr=training.lr))
 
 
-@trained(lr=1e-3, epochs=3, batch_size=64)
+@taking(Training, lr=1e-3, epochs=3, batch_size=64)
 def lau(
     model: nn.Module,
     splits: Splits,

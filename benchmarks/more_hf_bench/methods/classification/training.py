@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import Any
@@ -53,20 +53,20 @@ def sgd(parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 
 
 @dataclass(frozen=True)
 class Training:
-    """How a method takes gradient steps: the settings of every method that is `trained`.
+    """How a method takes gradient steps: the settings of every method that trains.
 
     Attributes:
         name (`str`): of the method.
-        seed (`int`): of shuffles and dropout.
         lr (`float`): a constant learning rate.
         epochs (`int`), batch_size (`int`): passes over the data, and images in a step.
+        seed (`int`): of shuffles and dropout.
     """
 
     name: str
-    seed: int
     lr: float
     epochs: int
     batch_size: int
+    seed: int = 0
 
     def loader(self, images: ImageSet, further: int = 0) -> DataLoader:
         """Shuffled batches; a method that shuffles several sets takes a `further` seed for each."""
@@ -115,17 +115,17 @@ class Training:
         return model.eval()
 
 
-def trained(*, lr: float, epochs: int, batch_size: int) -> Callable[[Callable[..., nn.Module]], Callable]:
-    """Make a method of a function of model, splits, a `Training` and settings of its own: the method takes
-    `seed`, `lr`, `epochs` and `batch_size` in place of the third, with these defaults."""
-    shared = {"seed": 0, "lr": lr, "epochs": epochs, "batch_size": batch_size}
+def taking(kind: type, **defaults: Any) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Make a method of a function of model, splits, a `kind` and settings of its own: in place of the third,
+    the method takes the fields of this dataclass, with these defaults or its own."""
+    shared = {field.name: defaults.get(field.name, field.default) for field in fields(kind)}
+    del shared["name"]
 
     def method_of(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         @wraps(function)
         def method(model: nn.Module, splits: Splits, **settings: Any) -> nn.Module:
             given = {name: settings.pop(name, default) for name, default in shared.items()}
-            training = Training(function.__name__.replace("_", "-"), **given)
-            return function(model, splits, training, **settings)
+            return function(model, splits, kind(function.__name__.replace("_", "-"), **given), **settings)
 
         model, splits, _, *own = signature(function).parameters.values()
         common = [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in shared.items()]

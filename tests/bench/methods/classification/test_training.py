@@ -51,7 +51,7 @@ def test_dropout_draws_from_the_seed(splits):
         nn.init.zeros_(model[2].weight)
         nn.init.zeros_(model[2].bias)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        training = Training("t", seed, lr=0.1, epochs=2, batch_size=1)
+        training = Training("t", lr=0.1, epochs=2, batch_size=1, seed=seed)
         training.run(model, lambda epoch: [()], lambda: cross_entropy(model(images), labels), optimizer)
         return model[2].weight
 
