@@ -176,7 +176,7 @@ def measure(
     experts = cached.experts("test")
     row["load_cv"] = None
     if experts is not None:
-        row["load_cv"] = expert_load(experts[places.mask["ft"]], cached.routed.remap.num_experts).cv
+        row["load_cv"] = expert_load(experts[places.mask["ft"]], cached.routed.remap.num_experts)
     row |= {f"n_{split}": len(labels[split]) for split in SPLITS}
     return Measurement(row, probes, means, features["test"])
 

@@ -8,7 +8,6 @@ The three attacks on membership have three names here, because papers print all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -76,26 +75,17 @@ def auc(positive: Tensor, negative: Tensor, *, resolution: float = 0.0) -> float
     return 100.0 * float(roc_auc_score([1] * len(positive) + [0] * len(negative), scores))
 
 
-@dataclass(frozen=True)
-class ExpertLoad:
-    """How evenly a router spreads samples over experts.
+def expert_load(experts: Tensor, num_experts: int) -> float:
+    """Measure how unevenly a router spreads samples, from the experts `(n,)` that they took.
 
-    Attributes:
-        shares (`list[float]`): percent of the samples that each expert took; they add up to 100.
-        cv (`float`): their standard deviation over their mean, the coefficient of variation: 0 is even, down
-            is better, at most √(num_experts − 1). Appendix D.3 of MoRE says variance over mean, which grows
-            with the number of samples, but the numbers of its Table 15 are this.
+    Returns:
+        `float`: the coefficient of variation of the experts' shares: 0 is even, down is better, at most
+            √(num_experts − 1). Appendix D.3 of MoRE says variance over mean, which grows with the number of
+            samples, but the numbers of its Table 15 are this.
     """
-
-    shares: list[float]
-    cv: float
-
-
-def expert_load(experts: Tensor, num_experts: int) -> ExpertLoad:
-    """Measure the load from the experts `(n,)` that samples took."""
     counts = torch.bincount(experts, minlength=num_experts).double()
     shares = counts / counts.sum()
-    return ExpertLoad((100 * shares).tolist(), float(shares.std(correction=0) / shares.mean()))
+    return float(shares.std(correction=0) / shares.mean())
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -10,5 +10,7 @@ Every method is a function `method(model, splits, *, seed=0, **settings)` that r
 - `IncompatibleBaseError` if a weight is not finite at the end, `MoreError` for a setting or a target that
   does not exist, and what `erase_classes` raises.
 
-A method's own docstring has its source, what is its own, and its settings.
+A method's own docstring has its source, what is its own, and its settings. What many are told alike is one
+dataclass: `training.Training` of those that train, `ours.Erasing` of ours. `training.taking` makes settings
+of its fields.
 """
