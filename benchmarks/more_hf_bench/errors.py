@@ -6,7 +6,7 @@ from more_hf.core.errors import MoreError
 
 
 class BenchmarkError(MoreError, ValueError):
-    """The benchmark cannot be run with these arguments, or the folder holds another one."""
+    """A benchmark cannot be run with these arguments, data, prompts or judges; or a folder holds another."""
 
 
 class MethodError(BenchmarkError):

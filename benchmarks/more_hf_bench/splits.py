@@ -12,11 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from more_hf.core.errors import MoreError
-
-
-class DatasetError(MoreError, ValueError):
-    """The data set is missing, or lacks the requested class, split or format."""
+from .errors import BenchmarkError
 
 
 class Images(Protocol):
@@ -128,16 +124,16 @@ class KDData:
         """Ids of classes given by name or id.
 
         Raises:
-            `DatasetError`: for an unknown class, or one that is named twice.
+            `BenchmarkError`: for an unknown class, or one that is named twice.
         """
         ids = tuple(self.class_names.index(c) if c in self.class_names else c for c in classes)
         if unknown := [c for c in ids if c not in range(len(self.class_names))]:
             close = difflib.get_close_matches(str(unknown[0]), self.class_names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             known = ", ".join(self.class_names)
-            raise DatasetError(f"{self.name} has no class {unknown[0]!r}.{hint} Its classes are {known}.")
+            raise BenchmarkError(f"{self.name} has no class {unknown[0]!r}.{hint} Its classes are {known}.")
         if len(set(ids)) != len(ids):
-            raise DatasetError(f"The classes {list(classes)} name one of them twice. Name each class once.")
+            raise BenchmarkError(f"The classes {list(classes)} name one of them twice. Name each class once.")
         return ids
 
 
@@ -163,12 +159,12 @@ def split_by_class(data: KDData, forget: Sequence[str | int]) -> Splits:
     """Forget whole classes (appendix B.1).
 
     Raises:
-        `DatasetError`: for an unknown class, and unless some classes are forgotten and some remain.
+        `BenchmarkError`: for an unknown class, and unless some classes are forgotten and some remain.
     """
     classes = data.class_ids(forget)
     ids = torch.tensor(classes, dtype=torch.int64)
     if not 0 < len(ids) < len(data.class_names):
-        raise DatasetError(
+        raise BenchmarkError(
             f"{len(ids)} of the {len(data.class_names)} classes of {data.name} are to be forgotten. "
             "Forget at least one class and leave at least one."
         )
@@ -187,7 +183,7 @@ def split_by_sample(data: KDData, fraction: float = 0.1, *, seed: int = 0) -> Sp
     """
     count = round(fraction * len(data.train))
     if not 0 < count < len(data.train):
-        raise DatasetError(
+        raise BenchmarkError(
             f"A fraction of {fraction} forgets {count} of {len(data.train)} images. "
             "Choose one between 0 and 1."
         )

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from more_hf.core.errors import MoreError, shown
+from more_hf.core.errors import shown
 
+from ..errors import BenchmarkError
 from .config import ARTISTS, JOINT, Kind
 
 
@@ -26,10 +27,6 @@ TOGETHER = 10  # names in all sets of one size together, unless a single set has
 MOST_SPELT = 5  # names that the label of a set lists
 IMAGE = "image"  # the level that asks by a picture
 SEVERAL = ";"  # separates the names in a cell of a table of targets
-
-
-class PromptFileError(MoreError, ValueError):
-    """The benchmark cannot use a prompts file or a table of targets. The message names file and line."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,12 @@ class Prompts:
         The prompts of some levels.
 
         Raises:
-            PromptFileError: there are no prompts at one of them.
+            BenchmarkError: there are no prompts at one of them.
         """
         for level in levels:
             if level not in filter(None, self.levels):
                 known = ", ".join(filter(None, self.levels)) or "none: it has no column `level`"
-                raise PromptFileError(f"{self.name} has no prompts at the level {level!r}. It has {known}.")
+                raise BenchmarkError(f"{self.name} has no prompts at the level {level!r}. It has {known}.")
         return replace(self, rows=tuple(row for row in self.rows if row.level in levels))
 
     def group_of(self, name: str) -> list[str]:
@@ -133,10 +130,10 @@ def sets_of(names: Sequence[str], size: int) -> dict[str, list[str]]:
     names themselves if they are few.
 
     Raises:
-        PromptFileError: there are not enough names to forget `size` and keep one.
+        BenchmarkError: there are not enough names to forget `size` and keep one.
     """
     if not 0 < size < len(names):
-        raise PromptFileError(
+        raise BenchmarkError(
             f"There are {len(names)} names, of which {size} cannot be forgotten. Choose a size from 1 to "
             f"{len(names) - 1}."
         )
@@ -166,7 +163,7 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
         `Prompts`: the rows.
 
     Raises:
-        PromptFileError: a file, column or picture is missing, a prompt is empty, a case number or seed is not
+        BenchmarkError: a file, column or picture is missing, a prompt is empty, a case number or seed is not
             a whole number of at least 0, or a case number occurs twice. The message names file and line.
     """
     path, content, lines = _read_table(source, REQUIRED)
@@ -176,12 +173,12 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
         case_number = _whole(path, line, "case_number", cells["case_number"])
         if case_number in line_of:
             first = line_of[case_number]
-            raise PromptFileError(
+            raise BenchmarkError(
                 f"{path}, line {line}: case_number {case_number} is already on line {first}. Give every row "
                 "its own."
             )
         if not cells["prompt"]:
-            raise PromptFileError(f"{path}, line {line}: the prompt is empty. Write one or drop the row.")
+            raise BenchmarkError(f"{path}, line {line}: the prompt is empty. Write one or drop the row.")
         line_of[case_number] = line
         rows.append(
             PromptRow(
@@ -211,7 +208,7 @@ def read_targets(source: str | Path) -> dict[str, list[str]]:
         `dict[str, list[str]]`: artist -> targets.
 
     Raises:
-        PromptFileError: a file, column or target is missing, or an artist occurs twice, in upper or lower
+        BenchmarkError: a file, column or target is missing, or an artist occurs twice, in upper or lower
             case.
     """
     path, _, lines = _read_table(source, ("forget", "remap_to"))
@@ -219,11 +216,11 @@ def read_targets(source: str | Path) -> dict[str, list[str]]:
     for line, cells in lines:
         names = [name.strip() for name in cells["remap_to"].split(SEVERAL) if name.strip()]
         if not cells["forget"] or not names:
-            raise PromptFileError(
+            raise BenchmarkError(
                 f"{path}, line {line}: needs a name in `forget` and at least one in `remap_to`."
             )
         if cells["forget"].casefold() in {name.casefold() for name in targets}:
-            raise PromptFileError(f"{path}, line {line}: {cells['forget']!r} occurs twice. Join its rows.")
+            raise BenchmarkError(f"{path}, line {line}: {cells['forget']!r} occurs twice. Join its rows.")
         targets[cells["forget"]] = names
     return targets
 
@@ -240,22 +237,22 @@ def _read_table(
         reader.fieldnames = columns
         rows = [(reader.line_num, cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise PromptFileError(f"{path} is not a CSV file in UTF-8: {error}. Save it as one.") from error
+        raise BenchmarkError(f"{path} is not a CSV file in UTF-8: {error}. Save it as one.") from error
     if missing := [column for column in required if column not in columns]:
-        raise PromptFileError(
+        raise BenchmarkError(
             f"{path}, line 1: no column {', '.join(map(repr, missing))}. Name it in the first line, which "
             f"has {', '.join(filter(None, columns))}."
         )
     lines = []
     for line, cells in rows:
         if None in cells or None in cells.values():
-            raise PromptFileError(
+            raise BenchmarkError(
                 f"{path}, line {line}: the number of cells is not that of the {len(columns)} columns. Put a "
                 "cell with a comma into quotes, and leave none out."
             )
         lines.append((line, {column: text.strip() for column, text in cells.items() if column}))
     if not lines:
-        raise PromptFileError(f"{path} has no rows. Write at least one below the names of the columns.")
+        raise BenchmarkError(f"{path} has no rows. Write at least one below the names of the columns.")
     return path, content, lines
 
 
@@ -268,7 +265,7 @@ def _find(source: str | Path) -> Path:
         if os.path.isfile(folder / f"{source}.csv"):
             return folder / f"{source}.csv"
         names |= {candidate.stem for candidate in folder.glob("*.csv")}
-    raise PromptFileError(
+    raise BenchmarkError(
         f"There is no file {path}, and no table of that name ships with the package. Name a file or one of "
         f"these: {', '.join(sorted(names))}."
     )
@@ -278,9 +275,9 @@ def _picture(path: Path, line: int, cells: dict[str, str]) -> str:
     """A row's picture file; empty if it has none."""
     named = cells.get("image", "")
     if not named and cells.get("level") == IMAGE:
-        raise PromptFileError(f"{path}, line {line}: the level {IMAGE!r} needs a file in the column `image`.")
+        raise BenchmarkError(f"{path}, line {line}: the level {IMAGE!r} needs a file in the column `image`.")
     if named and not (path.parent / named).is_file():
-        raise PromptFileError(
+        raise BenchmarkError(
             f"{path}, line {line}: there is no picture {path.parent / named}. Name it relative to the file."
         )
     return str(path.parent / named) if named else ""
@@ -288,7 +285,7 @@ def _picture(path: Path, line: int, cells: dict[str, str]) -> str:
 
 def _whole(path: Path, line: int, column: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > LONGEST_NUMBER:
-        raise PromptFileError(
+        raise BenchmarkError(
             f"{path}, line {line}: {column} is {shown(text)}, not a whole number of at least 0."
         )
     return int(text)

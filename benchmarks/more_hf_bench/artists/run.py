@@ -122,7 +122,7 @@ def run_artists(
         `list[dict[str, Any]]`: the lines of `summary.csv`.
 
     Raises:
-        PromptFileError, JudgeError, BenchmarkError: before anything is generated, if the arguments do not fit
+        BenchmarkError: before anything is generated, if the arguments do not fit
         together or `output` holds a benchmark with another configuration. MethodError: after all others are
         measured, if a method of your own failed.
     """

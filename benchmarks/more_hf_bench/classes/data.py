@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..splits import DatasetError, Images, ImageSet, KDData
+from ..errors import BenchmarkError
+from ..splits import Images, ImageSet, KDData
 from .sources import SOURCES, from_folder, stratified
 
 
@@ -52,7 +53,7 @@ def load_kd_data(
         `KDData`: on the CPU. ImageNet and folders are decoded when they are read, all others are in memory.
 
     Raises:
-        `DatasetError`: for an unknown name, a missing folder, a data set without test images, or digits
+        `BenchmarkError`: for an unknown name, a missing folder, a data set without test images, or digits
             without scikit-learn, which the extra `bench` installs.
     """
     if name in SOURCES:
@@ -60,13 +61,13 @@ def load_kd_data(
     elif Path(name).is_dir():
         raw = from_folder(Path(name), image_size)
     else:
-        raise DatasetError(
+        raise BenchmarkError(
             f"There is no data set {name!r}, nor a folder of that name. "
             f"There are {', '.join(SOURCES)}, and any folder of images."
         )
     repeat = raw.channels == 1 and channels == 3
     if channels not in (None, raw.channels) and not repeat:
-        raise DatasetError(
+        raise BenchmarkError(
             f"The images of {name} have {raw.channels} channels, not {channels}. "
             "Only grey images can be given three. Take a model or a data set with the same number."
         )

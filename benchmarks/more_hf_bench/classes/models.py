@@ -17,14 +17,10 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from more_hf.core.errors import MoreError
 from more_hf.data.models import AllCNNConfig, SmallStemResNetConfig
 
+from ..errors import BenchmarkError
 from ..splits import KDData
-
-
-class ClassifierError(MoreError, ValueError):
-    """There is no classifier of that name, or it does not fit the data."""
 
 
 def _allcnn(width: int) -> Callable[..., PreTrainedConfig]:
@@ -78,10 +74,10 @@ def build_classifier(name: str, data: KDData, *, seed: int = 0) -> PreTrainedMod
         `PreTrainedModel`: in training mode, on the CPU.
 
     Raises:
-        `ClassifierError`: for an unknown name.
+        `BenchmarkError`: for an unknown name.
     """
     if name not in MODELS:
-        raise ClassifierError(f"There is no classifier {name!r}. There are {', '.join(MODELS)}.")
+        raise BenchmarkError(f"There is no classifier {name!r}. There are {', '.join(MODELS)}.")
     config = MODELS[name](data.image_size, num_channels=data.channels, **_labels(data))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -123,11 +119,11 @@ def load_pretrained(path: str, data: KDData, *, seed: int = 0) -> PreTrainedMode
         `PreTrainedModel`: in training mode, on the CPU.
 
     Raises:
-        `ClassifierError`: if anything but the head has another shape, the first convolution above all.
+        `BenchmarkError`: if anything but the head has another shape, the first convolution above all.
     """
     channels = AutoConfig.from_pretrained(path).num_channels
     if channels != data.channels:
-        raise ClassifierError(
+        raise BenchmarkError(
             f"The first convolution of {path} reads {channels} channels, the images of {data.name} have "
             f"{data.channels}. Load the data with `load_kd_data(name, **pretrained_inputs(path))`."
         )
@@ -142,7 +138,7 @@ def load_pretrained(path: str, data: KDData, *, seed: int = 0) -> PreTrainedMode
         )
     random = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if others := sorted(key for key in random if "classifier" not in key):
-        raise ClassifierError(
+        raise BenchmarkError(
             f"{path} has no weights that fit {others[0]!r}: "
             "more than its head would start from random numbers. Choose the checkpoint of such a classifier."
         )

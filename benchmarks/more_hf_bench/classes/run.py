@@ -101,7 +101,7 @@ def run_kd(
         `list[dict]`: the lines of `summary.csv`.
 
     Raises:
-        `BenchmarkError`, `DatasetError`: before anything is trained, if the arguments do not go together or
+        `BenchmarkError`: before anything is trained, if the arguments do not go together or
             `output` holds another benchmark.
     """
     output = Path(output)

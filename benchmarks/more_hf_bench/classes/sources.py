@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from ..splits import DatasetError, Images
+from ..errors import BenchmarkError
+from ..splits import Images
 
 
 # Where the Debian package dataset-fashion-mnist puts its files.
@@ -72,7 +73,7 @@ def from_digits(path: None, image_size: int | None) -> RawData:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise DatasetError(
+        raise BenchmarkError(
             "The data set digits comes with scikit-learn, which is not installed. "
             "Install what the benchmarks need: pip install 'more_hf[bench]'."
         ) from error
@@ -127,7 +128,7 @@ def from_emoji(path: Path | None, image_size: int | None) -> RawData:
     moved and recoloured, is always the same.
     """
     if path is None or not (path / "images.npz").is_file():
-        raise DatasetError(
+        raise BenchmarkError(
             "The data set emoji-100 needs `path`, the folder that benchmarks/emoji_sd/data.py wrote: "
             f"{path} has no images.npz."
         )
@@ -256,7 +257,7 @@ def from_folder(path: Path, image_size: int | None) -> RawData:
     splits = load_dataset("imagefolder", data_dir=str(path))
     test = next((split for split in ("test", "validation") if split in splits), None)
     if test is None or "train" not in splits or "label" not in splits["train"].features:
-        raise DatasetError(
+        raise BenchmarkError(
             f"{path} needs the folders train/CLASS and test/CLASS; it has the splits {', '.join(splits)}."
         )
     source = HubSource(str(path), "image", "label", test, 224, in_memory=False)

@@ -25,17 +25,13 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
-from more_hf.core.errors import MoreError
 from more_hf.core.files import write_json
 
 from ..columns import read_cells, write_rows
+from ..errors import BenchmarkError
 from ..machine import processes
 from ..splits import ImageSet, KDData
 from .models import MODELS, build_classifier, load_pretrained
-
-
-class TrainingError(MoreError, ValueError):
-    """The folder holds another training."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def train_classifier(
         `PreTrainedModel`: the trained model in evaluation mode.
 
     Raises:
-        `TrainingError`: before anything is changed, if `output` holds another training.
+        `BenchmarkError`: before anything is changed, if `output` holds another training.
     """
     output = Path(output)
     _claim(output, model, train, recipe)
@@ -427,7 +423,7 @@ def _claim(output: Path, model: PreTrainedModel, train: ImageSet, recipe: Recipe
     there = json.loads(path.read_text("utf-8"))
     for key, value in here.items():
         if value != there.get(key):
-            raise TrainingError(
+            raise BenchmarkError(
                 f"{output} holds another training: its {key} is {there.get(key)}, here {value}. "
                 "Choose another folder."
             )

@@ -9,7 +9,7 @@ import more_hf
 from more_hf.data import EMOJI_ARTISTS
 from more_hf.diffusion.encoder import Encoder
 from more_hf_bench.artists.generate import cut_off, generate, known
-from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, read_targets
+from more_hf_bench.artists.prompts import PromptRow, Prompts, read_prompts, read_targets
 from more_hf_bench.artists.run import run_artists
 from more_hf_bench.errors import BenchmarkError
 
@@ -123,5 +123,5 @@ def test_case_is_folded_between_prompts_targets_and_what_is_asked(tiny_sd, tmp_p
     assert list(config["forget"]) == ["Kelly Mckernan"]
     assert config["forget"]["Kelly Mckernan"]["remap_to"] == ["Alphonse Mucha"]
     (tmp_path / "twice.csv").write_text("forget,remap_to\nA b,c\na B,d\n", encoding="utf-8")
-    with pytest.raises(PromptFileError, match="line 3: 'a B' occurs twice"):
+    with pytest.raises(BenchmarkError, match="line 3: 'a B' occurs twice"):
         read_targets(tmp_path / "twice.csv")

@@ -20,7 +20,7 @@ from more_hf_bench.artists.config import THINGS, Erasure
 from more_hf_bench.artists.generate import generate
 from more_hf_bench.artists.grid import read_image
 from more_hf_bench.artists.judges import EmojiJudges, sentence_of
-from more_hf_bench.artists.prompts import PromptFileError, PromptRow, read_prompts
+from more_hf_bench.artists.prompts import PromptRow, read_prompts
 from more_hf_bench.artists.ranking import level_lines
 from more_hf_bench.artists.run import run_artists
 from more_hf_bench.artists.tables import level_tables
@@ -113,10 +113,10 @@ def test_levels_are_chosen_and_limited(few):
     assert [r.case_number for r in prompts.at(["short"]).rows] == [2, 3, 6, 7]
     assert [r.case_number for r in prompts.limited(1)] == [0, 2, 4, 6, 8]
     with pytest.raises(
-        PromptFileError, match="few has no prompts at the level 'long'. It has name, short, near"
+        BenchmarkError, match="few has no prompts at the level 'long'. It has name, short, near"
     ):
         prompts.at(["name", "long"])
-    with pytest.raises(PromptFileError, match="emoji10 .* It has none: it has no column `level`"):
+    with pytest.raises(BenchmarkError, match="emoji10 .* It has none: it has no column `level`"):
         read_prompts("emoji10").at(["name"])
 
 
@@ -345,10 +345,8 @@ def test_a_picture_is_asked_by_through_the_adapter(tiny_sd, tmp_path):
 def test_a_picture_that_is_not_there_is_named(tmp_path):
     path = with_pictures(tmp_path)
     (tmp_path / "blue.png").unlink()
-    with pytest.raises(PromptFileError, match=r"few\.csv, line 13: there is no picture .*blue\.png"):
+    with pytest.raises(BenchmarkError, match=r"few\.csv, line 13: there is no picture .*blue\.png"):
         read_prompts(path)
     path.write_text(FEW + "90,a cat,9000,Van Gogh,cat,image\n", encoding="utf-8")
-    with pytest.raises(
-        PromptFileError, match="line 12: the level 'image' needs a file in the column `image`"
-    ):
+    with pytest.raises(BenchmarkError, match="line 12: the level 'image' needs a file in the column `image`"):
         read_prompts(path)

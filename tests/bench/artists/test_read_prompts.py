@@ -1,8 +1,9 @@
 import pytest
 
 import more_hf
-from more_hf_bench.artists.prompts import PromptFileError, read_prompts, read_targets
+from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.artists.run import run_artists
+from more_hf_bench.errors import BenchmarkError
 
 
 HEADER = "case_number,prompt,evaluation_seed,artist,thing,group\n"
@@ -52,11 +53,11 @@ def test_the_fields_own_files(tmp_path):
 def test_what_is_wrong_with_a_prompts_file_is_said_before_anything_is_made(tiny_sd, tmp_path, text, message):
     path = tmp_path / "wrong.csv"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(PromptFileError, match=rf"wrong\.csv.*{message}"):
+    with pytest.raises(BenchmarkError, match=rf"wrong\.csv.*{message}"):
         run_artists(tiny_sd(), "original", path, "A", remap_to=None, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_prompts_file_names_the_packaged_ones(tmp_path):
-    with pytest.raises(PromptFileError, match="artists10, emoji10"):
+    with pytest.raises(BenchmarkError, match="artists10, emoji10"):
         read_prompts(tmp_path / "nowhere.csv")

@@ -9,7 +9,7 @@ from support.rows import frame, row
 
 from more_hf_bench.artists.cells import Pictures
 from more_hf_bench.artists.config import THINGS, ArtistsConfig, Erasure
-from more_hf_bench.artists.prompts import PromptFileError, PromptRow, Prompts, read_prompts, sets_of, spread
+from more_hf_bench.artists.prompts import PromptRow, Prompts, read_prompts, sets_of, spread
 from more_hf_bench.artists.ranking import rank, rank_sizes, winner
 from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import _erasure, run_artists
@@ -64,7 +64,7 @@ def test_sets_are_disjoint_and_few_names_are_spelt_out():
     assert sets_of(names, 20) == {"20 names, set 1": names[:20]}
     assert sets_of(names[:4], 2) == {"0+1": ["0", "1"], "2+3": ["2", "3"]}
     for size in (0, 23):
-        with pytest.raises(PromptFileError, match=f"{size} cannot be forgotten"):
+        with pytest.raises(BenchmarkError, match=f"{size} cannot be forgotten"):
             sets_of(names, size)
 
 

@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 
 from more_hf_bench.classes import sources as kd_sources
 from more_hf_bench.classes.data import load_kd_data
-from more_hf_bench.splits import DatasetError, split_by_class, split_by_sample
+from more_hf_bench.errors import BenchmarkError
+from more_hf_bench.splits import split_by_class, split_by_sample
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def write_parquet(folder, split, columns, names, shape, count):
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DatasetError, match=r"scikit-learn.*pip install 'more_hf\[bench\]'"):
+    with pytest.raises(BenchmarkError, match=r"scikit-learn.*pip install 'more_hf\[bench\]'"):
         load_kd_data("digits")
 
 
@@ -142,7 +143,7 @@ def test_split_by_sample(digits):
     ],
 )
 def test_errors(digits, call, message):
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(BenchmarkError, match=message):
         call(digits)
 
 
@@ -230,7 +231,7 @@ def test_a_folder_of_images(tmp_path, test):
 def test_a_folder_without_test_images(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     Picture.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "0.png")
-    with pytest.raises(DatasetError, match="train/CLASS and test/CLASS"):
+    with pytest.raises(BenchmarkError, match="train/CLASS and test/CLASS"):
         load_kd_data(str(tmp_path))
 
 

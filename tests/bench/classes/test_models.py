@@ -10,14 +10,9 @@ from transformers import (
 
 from more_hf.data import CLASSIFIERS, load_classifier
 from more_hf_bench.classes.data import load_kd_data
-from more_hf_bench.classes.models import (
-    MODELS,
-    ClassifierError,
-    build_classifier,
-    load_pretrained,
-    pretrained_inputs,
-)
+from more_hf_bench.classes.models import MODELS, build_classifier, load_pretrained, pretrained_inputs
 from more_hf_bench.classes.training import accuracy, predict
+from more_hf_bench.errors import BenchmarkError
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +113,7 @@ def test_digits_classifiers_are_as_good_as_said(name, least, digits):
 def test_no_such_classifier(digits):
     with pytest.raises(ValueError, match="no classifier 'mnist'.*digits-vit"):
         load_classifier("mnist")
-    with pytest.raises(ClassifierError, match="no classifier 'resnet50'.*allcnn-narrow"):
+    with pytest.raises(BenchmarkError, match="no classifier 'resnet50'.*allcnn-narrow"):
         build_classifier("resnet50", digits)
 
 
@@ -152,7 +147,7 @@ def test_a_pretrained_classifier_keeps_all_but_its_head(imagenet_resnet):
 
 
 def test_a_first_convolution_that_does_not_fit(imagenet_resnet, digits):
-    with pytest.raises(ClassifierError, match="reads 3 channels, the images of digits have 1"):
+    with pytest.raises(BenchmarkError, match="reads 3 channels, the images of digits have 1"):
         load_pretrained(str(imagenet_resnet[0]), digits)
 
 
@@ -163,5 +158,5 @@ def test_weights_that_do_not_fit(imagenet_resnet, tmp_path):
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"embedding_size": 8', '"embedding_size": 16'))
     data = load_kd_data("digits", **pretrained_inputs(str(folder)))
-    with pytest.raises(ClassifierError, match="no weights that fit 'resnet.embedder"):
+    with pytest.raises(BenchmarkError, match="no weights that fit 'resnet.embedder"):
         load_pretrained(str(tmp_path), data)

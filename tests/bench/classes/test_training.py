@@ -17,13 +17,13 @@ from more_hf_bench.classes.models import build_classifier
 from more_hf_bench.classes.training import (
     Batches,
     Recipe,
-    TrainingError,
     accuracy,
     augment,
     learning_rate,
     predict,
     train_classifier,
 )
+from more_hf_bench.errors import BenchmarkError
 
 
 RECIPE = Recipe(epochs=2, batch_size=100, learning_rate=3e-3, warmup_steps=5, shift=1, flip=False)
@@ -130,12 +130,12 @@ def test_two_processes_train_the_same_model(tmp_path, digits):
 @pytest.mark.parametrize("change", [{"recipe": replace(RECIPE, learning_rate=1e-3)}, {"name": "vit-narrow"}])
 def test_a_folder_with_another_training_is_refused(tmp_path, change):
     (tmp_path / "training.json").write_text("{}")
-    with pytest.raises(TrainingError, match="model is None"):
+    with pytest.raises(BenchmarkError, match="model is None"):
         train(tmp_path)
     (tmp_path / "training.json").unlink()
     train(tmp_path, recipe=replace(RECIPE, epochs=0))
     facts = json.loads((tmp_path / "training.json").read_text())
-    with pytest.raises(TrainingError, match="holds another training: its (recipe|model) is"):
+    with pytest.raises(BenchmarkError, match="holds another training: its (recipe|model) is"):
         train(tmp_path, **{"recipe": replace(RECIPE, epochs=0), **change})
     assert json.loads((tmp_path / "training.json").read_text()) == facts
 

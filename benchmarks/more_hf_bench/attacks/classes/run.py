@@ -71,7 +71,7 @@ def run_class_attacks(
         `list[dict]`: the lines of `summary.csv`.
 
     Raises:
-        `BenchmarkError`, `DatasetError`: before anything is run, if the arguments do not go together or
+        `BenchmarkError`: before anything is run, if the arguments do not go together or
             `output` holds another benchmark.
     """
     named = dict.fromkeys(name for name in methods if name not in REFERENCES)
