@@ -1,7 +1,7 @@
 """`more-hf bench artists`: the benchmark of text-to-image pipelines."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,19 +135,13 @@ def _bench_artists(args: argparse.Namespace) -> int:
         targets, several = read_targets(options.targets), read_targets(options.several)
 
     import torch
-    from diffusers import DiffusionPipeline
 
-    import more_hf
-
-    from ..artists.run import EMOJI, FIELD, run_artists
+    from ..artists.run import run_artists
     from ..artists.tables import short_markdown
 
     state = start_processes(args.device)
-    dtype = getattr(torch, options.dtype)
-    if options.emoji:
-        pipe, protocol = more_hf.load_emoji_sd(dtype=dtype), EMOJI
-    else:
-        pipe, protocol = DiffusionPipeline.from_pretrained(options.model, dtype=dtype), FIELD
+    pipe, protocol = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    judges = options.judges or ("emoji" if options.emoji else "clip")
     summary = run_artists(
         pipe,
         methods,
@@ -157,7 +151,7 @@ def _bench_artists(args: argparse.Namespace) -> int:
         several=several,
         retain=options.retain,
         output=args.output,
-        judges=_judges(options, prompts, state.device),
+        judges=judges_of(judges, options.clip, prompts, state.device),
         seeds=options.seeds,
         limit=options.limit,
         pictures=options.pictures and tuple(options.pictures),
@@ -241,14 +235,27 @@ def _forget(options: ArtistsOptions, prompts):
     return ["+".join(map(emoji_artist, entry.split("+"))) for entry in options.forget]
 
 
-def _judges(options: ArtistsOptions, prompts, device):
+def load_pipeline(model: str, **options: Any):
+    """The pipeline of this name, and how its pictures are drawn unless one says otherwise."""
+    from diffusers import DiffusionPipeline
+
+    import more_hf
+
+    from ..artists.run import EMOJI, FIELD
+
+    if model == EMOJI_SD:
+        return more_hf.load_emoji_sd(**options), EMOJI
+    return DiffusionPipeline.from_pretrained(model, **options), FIELD
+
+
+def judges_of(kind: str, clip: Sequence[str], prompts, device):
+    """The judges of a kind, for these prompts; `clip` is a model and its weights. `None` for none."""
     from ..artists.judges import ClipJudges, EmojiJudges
 
-    kind = options.judges or ("emoji" if options.emoji else "clip")
     refuse_unknown([kind], ("emoji", "clip", "none"), what="kind of judges")
     if kind == "none":
         return None
     if kind == "emoji":
         return EmojiJudges(device)
-    model, weights = options.clip
+    model, weights = clip
     return ClipJudges.load(prompts.rows, model=model, pretrained=weights, device=device)

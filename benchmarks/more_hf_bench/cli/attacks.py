@@ -12,6 +12,7 @@ from more_hf.data import CLASSIFIERS
 from ..attacks.registry import ATTACKS, attacks_of
 from ..classes import DATASETS
 from ..methods.registry import CLASSIFICATION, DIFFUSION
+from .artists import judges_of, load_pipeline
 from .options import (
     NAMES,
     add_options,
@@ -183,21 +184,11 @@ def _attack_pictures(options: AttackOptions, attacks: list[str], args: argparse.
     if isinstance(targets, str):
         targets = read_targets(targets)
 
-    from diffusers import DiffusionPipeline
-
-    import more_hf
-
-    from ..artists.judges import ClipJudges, EmojiJudges
-    from ..artists.run import EMOJI, FIELD
     from ..attacks.pictures.run import run_picture_attacks
 
     state = start_processes(args.device)
-    if emoji:
-        pipe, protocol, judges = more_hf.load_emoji_sd(), EMOJI, EmojiJudges(state.device)
-    else:
-        pipe, protocol = DiffusionPipeline.from_pretrained(model), FIELD
-        clip, weights = CLIP
-        judges = ClipJudges.load(prompts.rows, model=clip, pretrained=weights, device=state.device)
+    pipe, protocol = load_pipeline(model)
+    judges = judges_of("emoji" if emoji else "clip", CLIP, prompts, state.device)
     return run_picture_attacks(
         pipe,
         model,
