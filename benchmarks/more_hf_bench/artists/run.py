@@ -122,9 +122,9 @@ def run_artists(
         `list[dict[str, Any]]`: the lines of `summary.csv`.
 
     Raises:
-        BenchmarkError: before anything is generated, if the arguments do not fit
-        together or `output` holds a benchmark with another configuration. MethodError: after all others are
-        measured, if a method of your own failed.
+        BenchmarkError, JudgeError: before anything is generated, if the arguments do not fit together or
+        `output` holds a benchmark with another configuration. MethodError: after all others are measured, if
+        a method of your own failed.
     """
     # 1. Read and check the arguments.
     state, output = processes(), Path(output)
