@@ -74,7 +74,7 @@ def test_the_file_is_what_its_script_writes(monkeypatch):
     path = Path(__file__).parents[3] / "benchmarks" / "artists" / "levels" / "prompts.py"
     written = {}
     monkeypatch.setattr(
-        "more_hf.core.files.write_text", lambda target, text: written.update({target.name: text})
+        "more_hf_bench.columns.write_text", lambda target, text: written.update({target.name: text})
     )
     runpy.run_path(str(path), run_name="__main__")
     committed = path.parents[3] / "prompts" / "emoji_levels.csv"
