@@ -116,15 +116,6 @@ def record_activations(
             "yet, so the concept would stay in them. Leave `reach` at 'name'."
         )
     layers = find_listeners(denoiser)
-    if quantized := {name: scheme.name for name, layer in layers.items() if (scheme := scheme_of(layer))}:
-        first = next(iter(quantized))
-        raise SiteNotFoundError(
-            f"{len(quantized)} of the {len(layers)} layers inside the denoiser are quantized (first: "
-            f"`{first}`, {quantized[first]}), and `reach='denoiser'` would have to keep every one of them "
-            "plain. Leave `reach` at 'name', or erase from the unquantized model, and quantize what "
-            "`more_hf.save` writes. Or load here what `more_hf.save_lora` writes then, which lies beside the "
-            "weights, tells what was erased and can be taken off."
-        )
     prompts = picture_prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
     pipe = copy.copy(pipe)
@@ -414,9 +405,45 @@ def find_listeners(denoiser: Denoiser) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if is_linear(layer)}
 
 
-def find_activation_sites(denoiser: Denoiser, spaces: Mapping[str, str]) -> dict[str, Site]:
+def refuse_quantized(denoiser: Denoiser) -> None:
+    """Raises `SiteNotFoundError` if layers inside the denoiser are quantized: all would have to be plain."""
+    layers = find_listeners(denoiser)
+    if quantized := {name: scheme.name for name, layer in layers.items() if (scheme := scheme_of(layer))}:
+        first = next(iter(quantized))
+        raise SiteNotFoundError(
+            f"{len(quantized)} of the {len(layers)} layers inside the denoiser are quantized (first: "
+            f"`{first}`, {quantized[first]}), and `reach='denoiser'` would have to keep every one of them "
+            "plain. Write a LoRA with `more_hf.erase_to_lora(pipe, ...)` and load it, which lies beside the "
+            "weights, tells what was erased and can be taken off. Or leave `reach` at 'name', or erase from "
+            "the unquantized model."
+        )
+
+
+class UntouchedSite(Site):
+    """A layer that stays as it is, quantized or not, because a LoRA is to lie beside it."""
+
+    def check(self) -> None:
+        """See `Site.check`."""
+        if scheme_of(self.module) is None:
+            super().check()
+
+    def _whole(self, parameter: str = "weight") -> Tensor:
+        scheme = scheme_of(self.module)
+        if scheme is None or parameter != "weight":
+            return super()._whole(parameter)
+        return scheme.dequantize(self.module, torch.float32)
+
+    @property
+    def width(self) -> int:
+        """See `Site.width`."""
+        return super().width if scheme_of(self.module) is None else self.module.in_features
+
+
+def find_activation_sites(
+    denoiser: Denoiser, spaces: Mapping[str, str], *, kind: type[Site] = Site
+) -> dict[str, Site]:
     """
-    The layers that read activations, by their names in `spaces`, as sites.
+    The layers that read activations, by their names in `spaces`, as sites of a kind.
 
     Raises:
         `SiteNotFoundError`: a layer does not exist, or it cannot be edited in place; the message has the
@@ -430,7 +457,7 @@ def find_activation_sites(denoiser: Denoiser, spaces: Mapping[str, str]) -> dict
                 f"The {type(denoiser.module).__name__} has no layer `{name}`, which was edited when the "
                 "concept was erased. Check that this is the model that was saved."
             )
-        sites[name] = Site(name, base_layer(modules[name]), space=space)
+        sites[name] = kind(name, base_layer(modules[name]), space=space)
     check_unshared(sites, denoiser.module)
     return sites
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from ..core.errors import SiteNotFoundError
+from ..core.errors import AlreadyErasedError, SiteNotFoundError
 from ..core.facts import ConceptFacts, kind_of
 from ..core.install import install, refuse_inside_block, uninstall
 from ..core.record import refuse_erased_source
@@ -22,7 +23,13 @@ from ..core.remap import Remap
 from ..core.request import ConceptRequest, read_names, with_options
 from ..core.site import Site, copy_weights, fingerprint
 from ..core.views import original_shown
-from .activations import edited_sites, find_activation_sites, record_activations
+from .activations import (
+    UntouchedSite,
+    edited_sites,
+    find_activation_sites,
+    record_activations,
+    refuse_quantized,
+)
 from .encoder import Encoder, shared_first_tokens
 from .erasure import ConceptErasure
 from .hook import hooked_modules, make_hooks
@@ -40,6 +47,8 @@ from .sites import (
 
 
 logger = logging.getLogger(__name__)
+
+BESIDE = "the edit is a LoRA beside the weights: it tells what was erased, and without it the concept is back"
 
 
 @with_options
@@ -258,9 +267,9 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
         )
     # 2. Inside the denoiser, pictures by the original give the features.
     if request.inside:
-        sent_to = {name: solution.sent_to[name] for name in request.inside}
+        refuse_quantized(denoiser)
         with nullcontext() if current is None else original_shown(current):
-            activations = record_activations(pipe, denoiser, request, sent_to)
+            activations = record_activations(pipe, denoiser, request, solution.inside(request))
         solution = solution.with_activations(activations, request)
         sites |= find_activation_sites(denoiser, activations.spaces)
     if current is not None:  # what the plain layers took the place of
@@ -290,6 +299,51 @@ def erasure_of_layers(encoder: Encoder, request: ConceptRequest) -> ConceptErasu
     sites = find_sites(encoder.pipe, encoder.denoiser, pooled=request.pooled)
     solution = solve(encoder, request)
     return _erasure(encoder, request, solution, sites, copy_weights(sites, "cpu"), None)
+
+
+def erasure_beside(pipe: DiffusionPipeline, request: ConceptRequest) -> ConceptErasure:
+    """
+    The erasure of a pipeline for a LoRA beside its weights, which may be quantized. Changes nothing.
+
+    Raises:
+        `PrototypeError` and `SiteNotFoundError`: as from `erase_concept`. `AlreadyErasedError`: it is erased.
+    """
+    denoiser = find_denoiser(pipe)
+    with locked(denoiser.module):
+        if (current := find_erasure(denoiser.module)) is not None:
+            raise AlreadyErasedError(
+                f"{', '.join(map(repr, current.concepts))} was erased from this pipeline, and a LoRA is for "
+                "the original. Restore it first (`more_hf.restore`), or write what was erased by "
+                "`more_hf.save_lora`."
+            )
+        encoder = Encoder.of(pipe, request, denoiser)
+        sites = find_sites(pipe, denoiser, pooled=request.pooled)
+        for site in sites.values():
+            site.quantized = None  # it is read, and keeps its place
+        solution = solve(encoder, request)
+        if request.inside:
+            activations = record_activations(pipe, denoiser, request, solution.inside(request))
+            solution = solution.with_activations(activations, request)
+            sites |= find_activation_sites(denoiser, activations.spaces, kind=UntouchedSite)
+        erasure = _erasure(encoder, request, solution, sites, _Originals(sites), None)
+    erasure.facts = replace(erasure.facts, leaks=[*erasure.facts.leaks, BESIDE])
+    return erasure
+
+
+class _Originals(Mapping[str, Tensor]):
+    """Each site's weight, read when it is asked for: dequantized, all of them may not fit into the memory."""
+
+    def __init__(self, sites: Mapping[str, Site]):
+        self.sites = sites
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sites[name].read().to("cpu", copy=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
 
 
 def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:

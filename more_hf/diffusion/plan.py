@@ -103,6 +103,10 @@ class Solution:
         """How far ordinary prompts move, as a share of their length, in the space where they move most."""
         return max(remap.ordinary_moved for remap in self.remaps.values())
 
+    def inside(self, request: ConceptRequest) -> dict[str, list[str | None]]:
+        """The targets of each concept that is also erased inside the denoiser."""
+        return {name: self.sent_to[name] for name in request.inside}
+
     def with_activations(self, activations: Activations, request: ConceptRequest) -> Solution:
         """
         This solution with a remap of each activation space as well. Its experts are all the same, since there

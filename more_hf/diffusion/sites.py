@@ -154,7 +154,8 @@ def find_denoiser(pipe: DiffusionPipeline, absent: Mapping[str, nn.Module] | Non
     if _is_offloaded_to_disk(denoiser.module):
         raise SiteNotFoundError(
             "The denoiser is group-offloaded to disk, where its weights can be neither read nor edited. Load "
-            "the pipeline without it, erase (or restore, or save), then enable offloading to disk."
+            "the pipeline without it, erase (or restore, or save), then enable offloading to an empty "
+            "folder: diffusers takes the files that are there, which can be the original's."
         )
     if denoiser.family.pooled and not text_of(pipe, denoiser).pooled:
         raise SiteNotFoundError(

@@ -24,7 +24,7 @@ from ..core.files import replacing
 from ..core.registry import require_editable
 from ..core.request import ConceptRequest, EncoderBits, read_names, with_options
 from ..diffusion.encoder import Encoder
-from ..diffusion.erase import check_in_place, erasure_of_layers, get_erasure
+from ..diffusion.erase import check_in_place, erasure_beside, erasure_of_layers, get_erasure
 from ..diffusion.erasure import ConceptErasure
 from ..diffusion.families import FAMILIES
 from ..diffusion.ordinary import encode_ahead
@@ -114,7 +114,7 @@ def save_lora(
 
 @with_options
 def erase_to_lora(
-    source: str | os.PathLike,
+    source: str | os.PathLike | DiffusionPipeline,
     path: str | os.PathLike,
     concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
     *,
@@ -135,13 +135,15 @@ def erase_to_lora(
     and `save_lora`; only the proof by run is missing, and the report says so.
 
     Args:
-        source (`str` or `os.PathLike`):
+        source (`str`, `os.PathLike` or `DiffusionPipeline`):
             The folder of an original pipeline with safetensors files, sharded or not, or a Hub id, which is
-            downloaded; or a checkpoint in one file, as in [`erase_file`], in fp8 as well.
+            downloaded; or a checkpoint in one file, as in [`erase_file`], in fp8 as well. Or a pipeline in
+            memory, which is not changed and may be quantized: load the file into it then. It is as it is, so
+            that the arguments after `dtype` have no meaning.
         path, format:
             As in [`save_lora`].
         concepts, remap_to, options:
-            As in [`erase_concept`], except `router` and `reach`.
+            As in [`erase_concept`], except `router`, and `reach` unless the source is a pipeline.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Dtype of the factors; the models are loaded in the dtype in which the denoiser is stored.
         text_encoder (`str` or `os.PathLike`, *optional*):
@@ -166,8 +168,13 @@ def erase_to_lora(
     """
     path = lora_path(path, format)
     request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
-    refuse_inner_edit(request)
     refuse_router(request, "A LoRA")
+    if isinstance(source, DiffusionPipeline):
+        refuse_without_loader(type(source), format)
+        erasure = erasure_beside(source, request)
+        _write(path, source, find_denoiser(source), erasure, format=format, dtype=dtype)
+        return erasure
+    refuse_inner_edit(request)
     names = read_names("also_encode", also_encode)
     if Path(source).is_file():
         opened = open_file(read_tensor_file(source), text_encoder, device, quantize_text_encoder)
@@ -302,8 +309,8 @@ def _factors(erasure: Erasure, dtype: torch.dtype) -> dict[str, tuple[Tensor, Te
     for name, weight in erasure.originals.items():
         # 1. The edit's own factors, with zeros for columns that do not read text.
         lora_A, lora_B = erasure.remap_of(name).delta(weight)
-        module = erasure.sites[name].module
-        lora_A = pad(lora_A, (0, module.weight.shape[1] - weight.shape[1]))
+        site = erasure.sites[name]
+        lora_A = pad(lora_A, (0, site.width - weight.shape[1]))
         # 2. Balanced, they can be rounded.
         rounded_A, rounded_B = (factor.to(dtype) for factor in _balance(lora_A, lora_B, erasure.rank))
         # 3. Check the product of the rounded factors.
@@ -320,7 +327,7 @@ def _factors(erasure: Erasure, dtype: torch.dtype) -> dict[str, tuple[Tensor, Te
                 f"The change of `{name}`, of size {size:.1e}, does not fit {dtype}: it would be wrong by "
                 f"{error:.1e}, more than {limit:.1e} of it. {remedy}."
             )
-        if isinstance(module, nn.Conv2d):
+        if isinstance(site.module, nn.Conv2d):
             rounded_A, rounded_B = rounded_A[..., None, None], rounded_B[..., None, None]
         factors[name] = rounded_A, rounded_B
     return factors

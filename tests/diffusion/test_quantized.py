@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from optimum.quanto import freeze, qint8, quantize
+from safetensors.torch import load_file
 from support import bare
 from support.bare import FORGET, LENGTHS, OTHER, TARGET, erase, use_bare_names
 from support.quantized import CONFIGS, READERS, bitsandbytes_on_the_cpu, build_wide_flux, from_gguf, quantized
@@ -277,23 +278,56 @@ def test_the_report_says_what_is_kept_plain(folder):
         more_hf.restore(pipe)
 
 
-@pytest.mark.parametrize("scheme", ["torchao", "bitsandbytes 4-bit"])
-def test_inside_a_quantized_denoiser_only_a_lora_edits(folder, scheme, tmp_path):
-    pipe, plain = quantized(folder, scheme), build_wide_flux()
-    before, original = draw(pipe), draw(plain)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_inside_a_quantized_denoiser_a_lora_lies_beside_the_weights(folder, scheme, tmp_path):
+    pipe, file = quantized(folder, scheme), tmp_path / "lora.safetensors"
+    before, layers = draw(pipe), quantized_layers(pipe)
     small = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 3}
     options = {"reach": "denoiser", "pictures": 2, "sampling": small}
     with pytest.raises(more_hf.SiteNotFoundError, match=f"inside the denoiser are quantized.*{scheme}"):
         erase(pipe, **options)
-    assert torch.equal(draw(pipe), before)
 
-    # what the message says to do; whoever takes the LoRA off has the concept back
-    more_hf.save_lora(erase(plain, **options), tmp_path / "lora.safetensors")
-    pipe.load_lora_weights(tmp_path / "lora.safetensors")
-    change = draw(plain) - original
-    assert (draw(pipe) - before - change).norm() < 0.5 * change.norm()
+    # what the message says to do
+    options |= {"remap_to": TARGET, "dtype": torch.float32}
+    report = more_hf.erase_to_lora(pipe, file, FORGET, **options)
+    assert "beside the weights" in str(report)
+    assert quantized_layers(pipe) == layers
+    assert torch.equal(draw(pipe), before)
+    found = load_file(file)
+    inner = "transformer_blocks.0.attn.to_q"
+    for name in (*READERS, inner):
+        up, down = (found[f"transformer.{name}.lora_{side}.weight"].double() for side in "BA")
+        near = 0.02 if scheme == "bitsandbytes 8-bit" else 1e-4
+        weight = answers(reader(pipe, name))
+        expected = report.remap_of(name).merged(weight.float()).double() - weight
+        assert (up @ down - expected).norm() < max(near, 1e-3) * expected.norm()
+        assert expected.norm() > 1e-3 * weight.norm()
+
+    if scheme == "quanto":
+        with pytest.raises(
+            KeyError
+        ):  # diffusers looks for a weight that these layers have under another name
+            pipe.load_lora_weights(file)
+        return
+    if scheme == "layerwise casting":  # which would cast the factors, too
+        pipe = type(pipe).from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_lora_weights(file)
+        cast_to_fp8(pipe)
+        assert (draw(pipe) - before).abs().max() > 1e-3
+        return
+    # whoever takes it off has the concept back
+    pipe.load_lora_weights(file)
+    assert (draw(pipe) - before).abs().max() > 1e-3
     pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), before)
+
+
+def test_of_an_erased_pipeline_there_is_no_second_lora(folder, tmp_path):
+    pipe = erase(quantized(folder, "torchao"))
+    with pytest.raises(more_hf.AlreadyErasedError, match="Restore it first"):
+        more_hf.erase_to_lora(pipe, tmp_path / "lora.safetensors", OTHER, remap_to=TARGET)
+    assert not list(tmp_path.iterdir())
 
 
 def test_prototypes_belong_to_a_precision_of_the_text_encoder(folder):

@@ -305,6 +305,20 @@ def test_offloaded_to_disk_afterwards_is_refused_by_name(tiny_sd, tmp_path, offl
     assert torch.equal(run(pipe), erased)
 
 
+def test_offloaded_to_the_originals_folder_it_is_the_original(tiny_sd, tmp_path):
+    """diffusers takes the files that are there: a weakness, which the message and the examples tell."""
+
+    def offloaded(pipe, folder):
+        cpu = torch.device("cpu")
+        apply_group_offloading(pipe.unet, cpu, cpu, "leaf_level", offload_to_disk_path=str(tmp_path / folder))
+        return run(pipe)
+
+    original, erased = offloaded(tiny_sd(), "original"), run(erase(tiny_sd()))
+    assert torch.equal(offloaded(erase(tiny_sd()), "empty"), erased)
+    assert torch.equal(offloaded(erase(tiny_sd()), "original"), original)
+    assert not torch.equal(original, erased)
+
+
 def test_lora_on_top(tiny_sd):
     from peft import LoraConfig
 

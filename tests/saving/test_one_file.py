@@ -381,13 +381,17 @@ def test_a_full_disk_leaves_nothing(stored, tmp_path, monkeypatch):
     assert (sorted(tmp_path.rglob("*")), file.read_bytes()) == before
 
 
-def test_an_fp8_file_has_its_lora(stored, tmp_path):
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_an_fp8_file_has_its_lora(stored, tmp_path, scale):
     folder, file = stored("flux")
     in_fp8(file)
+    weight = load_file(file)["txt_in.weight"].double()
+    if scale is not None:  # as some files store it, beside the weight
+        save_file({**load_file(file), "txt_in.scale_weight": torch.tensor(scale)}, file)
+        weight *= scale
     erasure = more_hf.erase_to_lora(
         file, tmp_path / "lora.safetensors", FORGET, remap_to=TARGET, text_encoder=folder
     )
-    weight = load_file(file)["txt_in.weight"].double()
     found = load_file(tmp_path / "lora.safetensors")
     up, down = (found[f"transformer.context_embedder.lora_{side}.weight"].double() for side in "BA")
     expected = erasure.remap.merged(weight.float()).double() - weight
