@@ -25,12 +25,10 @@ class Estimate:
         return Estimate(self.value - other.value, self.drawn - other.drawn)
 
     def percent_of(self, whole: Estimate) -> Estimate:
-        """
-        Its percentage of another statistic of the same draws that is not 0; NaN in draws in which it is.
-        """
+        """Its percentage of another statistic of the same draws; NaN wherever that is 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = np.where(whole.drawn == 0, np.nan, 100 * self.drawn / whole.drawn)
-        return Estimate(100 * self.value / whole.value, drawn)
+        return Estimate(100 * self.value / whole.value if whole.value else np.nan, drawn)
 
     @cached_property
     def interval(self) -> tuple[float, float]:
@@ -61,13 +59,9 @@ class ClusterBootstrap:
         self.times_drawn = _seeded_counts(tuple(sizes), draws, seed)
         self.means: dict[bytes, Estimate] = {}
 
-    def mean(self, values: pd.Series) -> Estimate | None:
-        """
-        Return the mean of some of the measurements, NaN left out; `None` if there is nothing to average.
-        """
+    def mean(self, values: pd.Series) -> Estimate:
+        """Return the mean of some of the measurements, NaN left out; NaN if there is nothing to average."""
         values = values.dropna()
-        if values.empty:
-            return None
         cluster, clusters = self.cluster[values.index], self.times_drawn.shape[1]
         total = np.bincount(cluster, values, clusters)
         count = np.bincount(cluster, minlength=clusters).astype(float)
@@ -78,7 +72,7 @@ class ClusterBootstrap:
             # A draw may miss all clusters with a value.
             with np.errstate(invalid="ignore"):
                 drawn = np.where(drawn_count > 0, self.times_drawn @ total / drawn_count, np.nan)
-            self.means[key] = Estimate(total.sum() / count.sum(), drawn)
+                self.means[key] = Estimate(total.sum() / count.sum(), drawn)
         return self.means[key]
 
 
@@ -132,5 +126,7 @@ def draw_accuracies(
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:
     """Return the ends of the 95 % interval of draws `(draws,)`; draws that are NaN are left out."""
+    if np.isnan(drawn).all():
+        return np.nan, np.nan
     low, high = np.nanquantile(drawn, LEVEL)
     return float(low), float(high)

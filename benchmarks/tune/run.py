@@ -39,7 +39,7 @@ from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import PromptRow, read_prompts, spread
 from more_hf_bench.artists.rows import measured
 from more_hf_bench.artists.run import EMOJI, run_artists
-from more_hf_bench.artists.summary import difference, numbers
+from more_hf_bench.artists.summary import numbers
 from more_hf_bench.bootstrap import ClusterBootstrap
 from more_hf_bench.columns import append_row, read_cells, read_rows, write_rows
 from more_hf_bench.figures import panels, write_figure
@@ -231,14 +231,14 @@ def summarize(rows: pd.DataFrame) -> list[dict]:
         by_role = {role: own[own["role"] == role] for role in ("f", "r", "none")}
         means = {key: draws.mean(by_role["f"][key]) for key in ("recognized", "kept")}
         means |= {f"lpips_{role}": draws.mean(part["lpips"]) for role, part in by_role.items()}
-        means["lpips_d"] = difference(means["lpips_f"], means["lpips_r"])
+        means["lpips_d"] = means["lpips_f"] - means["lpips_r"]
         found[method] = means
     lines = []
     for method, means in found.items():
         line = {"method": method}
         for key, estimate in means.items():
             line |= numbers(key, estimate)
-            less = difference(found["tuned"][key], estimate)
+            less = found["tuned"][key] - estimate
             line |= numbers(f"tuned less {key}", less) if method != "tuned" else {}
         lines.append(line)
     return lines
@@ -264,10 +264,10 @@ def shown(line: dict) -> dict[str, str]:
     """A line for a reader; a star where the interval of `tuned` less this method leaves out 0."""
     cells = {"method": line["method"]}
     for key in MEASURES:
-        if line.get(key) is None:
+        if pd.isna(line.get(key)):
             continue
         low, high = line.get(f"tuned less {key}_low"), line.get(f"tuned less {key}_high")
-        star = "*" if low is not None and not low <= 0 <= high else ""
+        star = "*" if not pd.isna(low) and not low <= 0 <= high else ""
         decimals = 1 if key in ("recognized", "kept") else 3
         cells[key] = f"{line[key]:.{decimals}f}{star}"
     return cells

@@ -35,7 +35,8 @@ def test_a_share_of_another_mean_is_paired():
 
 def test_nothing_measured():
     draws = ClusterBootstrap(clusters([0, 1]), draws=100)
-    assert draws.mean(pd.Series([np.nan, np.nan])) is None
+    nothing = draws.mean(pd.Series([np.nan, np.nan]))
+    assert np.isnan([nothing.value, *nothing.interval]).all()
     some = draws.mean(pd.Series([2.0, np.nan]))
     assert np.isnan(some.drawn).any()  # draws of cluster 1 alone
     assert some.interval == (2.0, 2.0)

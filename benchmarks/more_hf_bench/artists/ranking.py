@@ -15,7 +15,7 @@ from ..bootstrap import ClusterBootstrap, Estimate
 from ..columns import rounded
 from ..methods.registry import DIFFUSION, UNREGISTERED
 from .config import ARTISTS, Kind
-from .summary import CLUSTERS, difference, numbers
+from .summary import CLUSTERS, numbers
 
 
 STYLE_GONE = 10.0  # the artist may still be recognized in this percentage of the forgotten pictures
@@ -78,8 +78,8 @@ def _ranked(
     line: dict[str, Any] = {"method": method, "erasures": rows["forget"].nunique(), "qualifies": "control"}
     for name, which in (("gone", "f"), ("kept", "f"), ("gone", "r")):
         before, after = (draws.mean(pictures[which][f"{name}_{when}"]) for when in ("before", "after"))
-        line[f"{name}_{which}_before"] = None if before is None else before.value
-        line[f"{name}_{which}"] = None if after is None else after.value
+        line[f"{name}_{which}_before"] = before.value
+        line[f"{name}_{which}"] = after.value
     lpips = {which: draws.mean(own["lpips"]) for which, own in pictures.items()}
     lpips["d"] = lpips["f"] - lpips["r"]
     line |= {f"lpips_{which}": estimate.value for which, estimate in lpips.items()}
@@ -147,20 +147,9 @@ def _level_line(
     gone = [draws.mean(forgotten[f"gone_{when}"]) for when in ("before", "after")]
     show = [draws.mean(others[f"{shown}_{when}"]) for when in ("before", "after")]
     line: dict[str, Any] = {"level": level, "method": method, "n_f": len(forgotten), "n_r": len(others)}
-    line |= {"gone_f_before": _value(gone[0]), "gone_f": _value(gone[1])}
-    line |= numbers("left", _percent(gone[1], gone[0]))
-    line |= {"shown_r_before": _value(show[0]), "shown_r": _value(show[1])}
-    line |= numbers("lost", _percent(difference(*show), show[0]))
-    line |= {
-        "lpips_f": _value(draws.mean(forgotten["lpips"])),
-        "lpips_r": _value(draws.mean(others["lpips"])),
-    }
+    line |= {"gone_f_before": gone[0].value, "gone_f": gone[1].value}
+    line |= numbers("left", gone[1].percent_of(gone[0]))
+    line |= {"shown_r_before": show[0].value, "shown_r": show[1].value}
+    line |= numbers("lost", (show[0] - show[1]).percent_of(show[0]))
+    line |= {"lpips_f": draws.mean(forgotten["lpips"]).value, "lpips_r": draws.mean(others["lpips"]).value}
     return rounded(line)
-
-
-def _percent(part: Estimate | None, whole: Estimate | None) -> Estimate | None:
-    return None if part is None or not whole.value else part.percent_of(whole)
-
-
-def _value(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else estimate.value

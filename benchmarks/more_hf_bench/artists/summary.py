@@ -86,7 +86,7 @@ def _line(
         means = {name: draws.mean(group[distance]) for name, group in groups.items()}
         for name in ("f", "r"):
             line |= numbers(f"{distance}_{name}", means[name])
-        line |= numbers(f"{distance}_d", difference(means["f"], means["r"]))
+        line |= numbers(f"{distance}_d", means["f"] - means["r"])
         for name in ("r_group", "named", "unnamed", "none"):
             line |= numbers(f"{distance}_{name}", means[name])
 
@@ -97,9 +97,9 @@ def _line(
     for judged, names in judgements.items():
         for name in names:
             before, after = (draws.mean(groups[name][f"{judged}_{when}"]) for when in ("before", "after"))
-            line[f"{judged}_{name}_before"] = None if before is None else before.value
+            line[f"{judged}_{name}_before"] = before.value
             line |= numbers(f"{judged}_{name}", after)
-            line |= numbers(f"{judged}_{name}_change", difference(after, before))
+            line |= numbers(f"{judged}_{name}_change", after - before)
 
     line["style_f_real"] = _taken_for(rows, confusion)
     # Each row carries its erasure's cost, which counts once.
@@ -125,17 +125,10 @@ def _split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+def numbers(name: str, estimate: Estimate) -> dict[str, float]:
     """The columns of an estimate: its value and the ends of its interval."""
-    if estimate is None:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
     low, high = np.round(estimate.interval, 6)
     return {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
-
-
-def difference(a: Estimate | None, b: Estimate | None) -> Estimate | None:
-    """The paired difference of two estimates, if there are both."""
-    return None if a is None or b is None else a - b
 
 
 def _taken_for(rows: pd.DataFrame, confusion: Confusion | None) -> float | None:

@@ -252,7 +252,7 @@ def _ranking_table(ranking: Sequence[Line], kind: Kind) -> list[dict[str, Any]]:
 
 def _change(line: Line, name: str) -> str:
     values = (line[f"{name}_before"], line[name])
-    return " → ".join("" if value is None else f"{value:.1f}" for value in values)
+    return " → ".join("" if pd.isna(value) else f"{value:.1f}" for value in values)
 
 
 def _sizes_table(sizes: Sequence[Line], kind: Kind) -> list[dict[str, Any]]:
