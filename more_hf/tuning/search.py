@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from ..diffusion.sites import find_sites
 from .clip import Clip
 from .judge import CHANCE, Estimate, Judge, chance_of_moves, features_of, fit_classes, lpips_distance
 
+
+logger = logging.getLogger(__name__)
 
 MOST = 10  # candidates of which pictures are drawn
 ROUNDS = (4, 2, 1)  # a round draws this part of the pictures of each edit that is left
@@ -280,7 +283,7 @@ class Workshop:
         their sentence asks for.
 
         Raises:
-            `MoreError`: the original does not draw the concept, or the judge cannot tell it.
+            `MoreError`: the judge cannot tell the concept.
         """
         setup, self.originals = self.setup, originals
         self.features = {name: features_of(originals[name]) for name in setup.names}
@@ -292,13 +295,10 @@ class Workshop:
             self.taken_by_clip(originals[setup.concept], range(len(own))).count(setup.concept), len(own)
         )
         judge, concept = self.names_judge, setup.concept
-        # A name that the model does not know changes nothing that all pictures have in common.
-        if chance_of_moves(features_of(originals["unnamed"]), own) >= CHANCE:
-            raise MoreError(
-                f"The model does not draw {concept!r}: {len(own)} pictures of it do not differ from those of "
-                "the same sentences and noise without it in any way that they have in common. Check the "
-                "spelling, use the name that the model knows, or draw more `pictures`."
-            )
+        drawn = chance_of_moves(features_of(originals["unnamed"]), own)
+        self.chances = {"told": judge.chance(concept), "drawn": drawn}
+        if drawn >= CHANCE:
+            logger.warning("%s", says_not_drawn(concept, drawn))
         if not judge.can_tell(concept):
             raise MoreError(
                 f"The judge cannot tell {concept!r} from {len(setup.names) - 1} other names: it finds "
@@ -392,6 +392,15 @@ class Workshop:
             lost=max(0.0, self.kept_before.value - kept.value),
             clip=clip,
         )
+
+
+def says_not_drawn(concept: str, drawn: float) -> str:
+    """A warning for a name without which a model draws about the same."""
+    return (
+        f"The model may not know {concept!r}: its pictures differ from those of the same sentences and noise "
+        f"without a name in nothing that they have in common (p = {drawn:.2f}). Check the spelling, and look "
+        "at the sheet."
+    )
 
 
 def request_of(setup: Setup, targets: Sequence[str]) -> ConceptRequest:

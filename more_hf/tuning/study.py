@@ -29,7 +29,7 @@ from ..diffusion.sites import as_pipeline, find_denoiser, find_sites
 from ..saving.files import writing
 from .candidates import find_candidates, find_nameless, find_sentences, kind_of, looks_made_up
 from .clip import Clip
-from .judge import Estimate
+from .judge import CHANCE, Estimate
 from .search import (
     MOST,
     ROUNDS,
@@ -44,6 +44,7 @@ from .search import (
     Workshop,
     front,
     original_cases,
+    says_not_drawn,
     search,
     spread_candidates,
 )
@@ -105,6 +106,9 @@ class Study:
             On the original's pictures that it was not fitted on: the judge's `accuracy`, how many pictures of
             the concept are `found`, how many of other names are `mistaken` for it, and how many of its own
             show what else the sentence asks for (`kept`); if asked, how many of these CLIP finds (`clip`).
+        chances (`dict[str, float]`):
+            How likely a judge that knows nothing of the concept would tell it as well (`told`), and pictures
+            of it and without a name would differ as much alike if they were drawn alike (`drawn`).
         choices (`tuple[Choice, ...]`):
             At most six edits; the first one is recommended.
         strengths (`dict[str, Estimate]`):
@@ -120,6 +124,7 @@ class Study:
     setup: Setup
     model: dict[str, str]
     judge: dict[str, Estimate] = field(default_factory=dict)
+    chances: dict[str, float] = field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
     strengths: dict[str, Estimate] = field(default_factory=dict)
     judgments: tuple[Judgment, ...] = field(default=(), repr=False)
@@ -183,7 +188,7 @@ class Study:
         """
         folder = Path(folder)
         head = {"setup": asdict(self.setup), "model": self.model, "judge": _as_dicts(self.judge)}
-        head |= {"choices": [asdict(choice) for choice in self.choices]}
+        head |= {"chances": self.chances, "choices": [asdict(choice) for choice in self.choices]}
         head |= {"strengths": _as_dicts(self.strengths), "table": self.to_markdown()}
         with writing(folder):
             with replacing(folder / JUDGMENTS) as draft:
@@ -210,6 +215,7 @@ class Study:
             setup=_setup_from(head["setup"]),
             model=head["model"],
             judge={name: Estimate(**value) for name, value in head["judge"].items()},
+            chances=head["chances"],
             choices=tuple(map(Choice.from_dict, head["choices"])),
             strengths={strength: Estimate(**value) for strength, value in head["strengths"].items()},
             judgments=tuple(_read_judgments(folder / JUDGMENTS)),
@@ -243,13 +249,17 @@ class Study:
     @property
     def judged(self) -> str:
         """What the figures are, and how far their judge can be trusted."""
-        judge = self.judge
+        judge, chances = self.judge, self.chances
+        unknown = ""
+        if chances["drawn"] >= CHANCE:
+            unknown = f" {says_not_drawn(self.setup.concept, chances['drawn'])}"
         clip = f" CLIP, zero-shot, finds {judge['clip'].value:.0%}." if "clip" in judge else ""
         return (
             "Shares and LPIPS distances with 95 % intervals. The judge is fitted on the original's own "
             f"pictures; of those that it did not see it is right on {judge['accuracy'].value:.0%}, finds "
             f"{judge['found'].value:.0%} of {self.setup.concept}, and takes {judge['mistaken'].value:.0%} of "
-            f"the others for it.{clip}"
+            f"the others for it; one that knows nothing would do as well with probability "
+            f"{chances['told']:.3f}.{clip}{unknown}"
         )
 
     def _repr_markdown_(self) -> str:
@@ -322,9 +332,8 @@ def tune(
     Raises:
         `PrototypeError`: a name or an option is wrong, or there are too few candidates.
         `SiteNotFoundError`: the pipeline cannot be edited or cannot draw. `MoreError`: something is erased
-        from it, it does not draw the concept, the judge cannot tell it from other names, or the folder has
-        another study. `JudgeError`: there are no weights of CLIP. `ExportError`: the folder could not be
-        written.
+        from it, the judge cannot tell the concept from other names, or the folder has another study.
+        `JudgeError`: there are no weights of CLIP. `ExportError`: the folder could not be written.
 
     Example:
 
@@ -376,6 +385,7 @@ def tune(
             "kept": workshop.kept_before,
             **({"clip": workshop.clip_before} if clip else {}),
         },
+        chances=workshop.chances,
         choices=tuple(
             Choice(edit.key, edit.request, edit.solution.ordinary_moved, figures) for edit, figures in trials
         ),

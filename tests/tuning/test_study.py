@@ -57,7 +57,7 @@ def test_one_word_in_and_a_choice_of_edits_out(pipe, painter, tmp_path):
     # what was saved says the same
     loaded = Study.load(study.save(tmp_path / "study"))
     assert str(loaded) == str(study)
-    for name in ("setup", "choices", "strengths", "judgments"):
+    for name in ("setup", "chances", "choices", "strengths", "judgments"):
         assert getattr(loaded, name) == getattr(study, name)
     assert loaded.sheet.size == study.sheet.size
     # the proven erasure has the weights of the trial
@@ -198,20 +198,24 @@ def test_wrong_arguments(pipe, painter, changed, message):
 
 
 def test_what_cannot_be_tuned(pipe, painter):
-    originals = 4 * 16 + 2
-    # a model that does not know the name draws what it draws without it
-    painter.colors["Noto"] = painter.colors[""]
-    with pytest.raises(MoreError, match="does not draw 'Noto': 16 pictures of it do not differ"):
-        more_hf.tune(pipe, "Noto", **ASKED)
-    assert painter.drawn == originals  # and nothing is searched
-    # names that all draw the same cannot be told apart
-    painter.colors.update(dict.fromkeys(["Noto", "Fluent", "Twemoji"], (200, 40, 40)))
+    # a model that does not know the name draws something else
+    painter.colors["Noto"] = painter.colors["Fluent"]
     with pytest.raises(MoreError, match="The judge cannot tell 'Noto' from 2 other names"):
         more_hf.tune(pipe, "Noto", **ASKED)
-    assert painter.drawn == 2 * originals
+    assert painter.drawn == 4 * 16 + 2  # and nothing is searched
     more_hf.erase_concept(pipe, "Noto", remap_to="Fluent")
     with pytest.raises(MoreError, match="Restore it first"):
         more_hf.tune(pipe, "Twemoji", **{**ASKED, "candidates": ["Fluent", "Monotone"]})
+
+
+def test_a_name_that_changes_nothing_is_warned_of(pipe, painter, caplog):
+    assert more_hf.tune(pipe, "Noto", **ASKED).chances["drawn"] < 0.001
+    assert "may not know" not in caplog.text
+    painter.colors["Noto"] = painter.colors[""]
+    study = more_hf.tune(pipe, "Noto", **ASKED)
+    assert study.chances["drawn"] == 1
+    for text in (caplog.text, study.judged):  # and so on the card
+        assert "The model may not know 'Noto'" in text
 
 
 def test_a_made_up_word_is_warned_of(pipe, caplog):
