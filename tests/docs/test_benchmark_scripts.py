@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,6 +286,20 @@ def test_the_sample_of_concepts_is_the_lot(script, monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "HERE", tmp_path)
     sample.draw()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == committed
+
+
+def test_the_table_of_the_sample_is_of_its_rows_and_the_worst_come_first(script, monkeypatch, tmp_path):
+    sample = script("attacks/pictures/sample", "sample")
+    committed = (sample.HERE / "table.md").read_text()
+    shutil.copytree(sample.HERE, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.md", "cells"))
+    monkeypatch.setattr(sample, "HERE", tmp_path)
+    sample.table()
+    assert (tmp_path / "table.md").read_text() == committed
+    lines = [line.split("|")[1:] for line in committed.splitlines()[2:]]
+    for method in ("original", *sample.METHODS):
+        left = [int(line[5]) for line in lines if line[0].strip() == method]
+        assert left == sorted(left, reverse=True)
+        assert left
 
 
 def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):

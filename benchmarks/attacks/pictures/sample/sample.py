@@ -3,6 +3,7 @@
     cd benchmarks/attacks/pictures/sample
     python sample.py draw               # the lot: concepts.csv and the prompts
     python sample.py run --minutes 25   # measure on, as far as time allows
+    python sample.py table              # table.md, from what is measured
 
 Levers are chosen on the half `choosing`; the half `reserved` is looked at once, at the end. A run goes on
 where rows.csv ends: styles and things in turn, all methods of one concept together.
@@ -11,11 +12,14 @@ where rows.csv ends: styles and things in turn, all methods of one concept toget
 import argparse
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 
 import more_hf
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
 from more_hf.data import EMOJI_ARTISTS
 from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import read_prompts, read_targets
@@ -136,17 +140,40 @@ def cells_of_rows(output: Path) -> None:
             cell.write([rounded({name: row[name] for name in row if name not in KEYS}) for row in own])
 
 
+def table() -> None:
+    """Write a line for each method and concept, those of which most comes back first."""
+    concepts = {concept["forget"]: concept for concept in read_cells(HERE / "concepts.csv")}
+    found = defaultdict(dict)
+    for kind in KINDS:
+        for row in read_cells(HERE / kind / "rows.csv"):
+            found[row["method"], row["forget"]][row["attack"], row["variant"]] = float(row["recovered"])
+    lines = []
+    for (method, name), measured in found.items():
+        line = {"method": method, "forget": name, "sent to": concepts[name]["remap_to"]}
+        line["half"] = concepts[name]["half"]
+        line["by name"] = f"{measured['name', '']:.0f}"
+        line["after 150 steps"] = f"{measured['inversion', '1 token']:.0f}"
+        line["lpips_r"] = f"{measured['others', 'another artist']:.3f}"
+        line["lpips_none"] = f"{measured['others', 'no artist']:.3f}"
+        lines.append(line)
+    order = ("original", *METHODS)
+    lines.sort(key=lambda line: (order.index(line["method"]), -int(line["after 150 steps"]), line["forget"]))
+    write_text(HERE / "table.md", markdown_table(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("draw", "run"))
+    parser.add_argument("what", choices=("draw", "run", "table"))
     parser.add_argument("--half", choices=(CHOOSING, RESERVED), default=CHOOSING)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--minutes", type=float, default=1e6, help="start no concept after that (no limit)")
     args = parser.parse_args()
     if args.what == "draw":
         draw()
+    elif args.what == "table":
+        table()
     else:
         measure(args.half, args.methods.split(","), args.minutes)
 
