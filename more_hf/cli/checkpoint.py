@@ -118,8 +118,8 @@ def load_pipeline(
 
     where = find_device(device, offload)
     if checkpoint.in_one_file:
-        given = None if dtype is None else getattr(torch, dtype)
-        pipe = more_hf.load_file(checkpoint.model, text_encoder=text_encoder, dtype=given)
+        own = getattr(torch, dtype or own_dtype(checkpoint))
+        pipe = more_hf.load_file(checkpoint.model, text_encoder=text_encoder, dtype=own)
         place(pipe, where, offload)
         return pipe
     denoiser_names(checkpoint.pipeline, checkpoint.parts)  # refuses before a weight is read
@@ -142,9 +142,12 @@ def own_dtype(checkpoint: Checkpoint, **left_out: None) -> str:
     from diffusers import DiffusionPipeline
 
     from more_hf.diffusion.families import denoiser_names
+    from more_hf.saving.tensor_file import read_tensor_file
 
     if checkpoint.model == EMOJI_SD:
         return "float32"
+    if checkpoint.in_one_file:
+        return str(read_tensor_file(checkpoint.model).precision).removeprefix("torch.")
     folder = Path(checkpoint.model)
     if not folder.is_dir():
         folder = Path(DiffusionPipeline.download(checkpoint.model, **left_out))

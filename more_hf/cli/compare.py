@@ -63,8 +63,7 @@ def add_to(commands) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    in_one_file = Path(args.erased).is_file()
-    if not in_one_file:
+    if not Path(args.erased).is_file():
         refuse_missing_folder(args.erased, "`compare` reads what `more-hf erase` or `more_hf.save` wrote.")
     if args.original is not None:
         refuse_missing_model(args.original)
@@ -74,18 +73,15 @@ def _compare(args: argparse.Namespace) -> int:
 
     import more_hf
 
-    dtype = args.dtype or (None if in_one_file else own_dtype(erased))
-    options = {"device": args.device, "offload": args.offload, "text_encoder": args.text_encoder}
-    pipe = load_pipeline(erased, **options, dtype=dtype, erased=True)
+    # Both in one dtype, so that its rounding is not taken for the edit.
+    options = {"dtype": args.dtype or own_dtype(erased), "device": args.device, "offload": args.offload}
+    options["text_encoder"] = args.text_encoder
+    pipe = load_pipeline(erased, **options, erased=True)
     base, erasure = args.original, more_hf.get_erasure(pipe)
     recorded = "" if erasure is None else erasure.facts.base
     if base is None and _is_here(recorded) and not _is_erased(recorded):
         base = recorded
-    original = None
-    if base is not None:
-        # Both in one dtype, so that its rounding is not taken for the edit.
-        dtype = str(pipe.dtype).removeprefix("torch.")
-        original = load_pipeline(read_checkpoint(base), **options, dtype=dtype)
+    original = None if base is None else load_pipeline(read_checkpoint(base), **options)
     logger.info("Drawing %d prompts", len(args.prompts))
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     picture = more_hf.compare(

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from .. import __version__
 from ..core.erasure import Erasure
-from ..core.errors import AlreadyErasedError, ExportError
+from ..core.errors import AlreadyErasedError, ExportError, IncompatibleBaseError
 from ..core.files import replacing
 from ..core.registry import require_editable
 from ..core.request import ConceptRequest, EncoderBits, read_names, with_options
@@ -307,6 +307,11 @@ def _factors(erasure: Erasure, dtype: torch.dtype) -> dict[str, tuple[Tensor, Te
         )
     factors, limit = {}, TOLERANCE * torch.finfo(dtype).eps
     for name, weight in erasure.originals.items():
+        if not torch.isfinite(weight).all():
+            raise IncompatibleBaseError(
+                f"The original weight of `{name}` is not finite, so its file is damaged. Save or download it "
+                "again."
+            )
         # 1. The edit's own factors, with zeros for columns that do not read text.
         lora_A, lora_B = erasure.remap_of(name).delta(weight)
         site = erasure.sites[name]

@@ -66,12 +66,6 @@ class Model(NamedTuple):
     component: str  # the denoiser
     tokenizers: dict[str, Any]  # those that the folder does not have
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the largest tensor, or one to compute in where that is quantized."""
-        dtypes = {stored.stop - stored.start: stored.dtype for stored in self.file.tensors.values()}
-        return dtypes[max(dtypes)] if dtypes[max(dtypes)] in EDITABLE else torch.bfloat16
-
 
 class Note(NamedTuple):
     """What the metadata of a file say was erased."""
@@ -217,11 +211,11 @@ def open_file(
     pipe, denoiser, kept = pipeline_around(
         folder,
         {component: denoiser.module},
-        model.dtype,
+        file.precision,
         device,
         {**given, **model.tokenizers},
         quantize,
-        held=lambda: _text_encoders(model, model.dtype),
+        held=lambda: _text_encoders(model, file.precision),
         weights=digest_of({file.path: TEXT, **dict.fromkeys(encoder_files(folder), "")}) if keep else None,
     )
     pipe.register_to_config(_name_or_path=str(file.path))
@@ -346,7 +340,7 @@ def load_file(
     """
     model = recognized_model(read_tensor_file(file), text_encoder)
     _refuse_incomplete(model)
-    dtype = dtype or model.dtype
+    dtype = dtype or model.file.precision
     options = {"config": str(model.folder), "torch_dtype": dtype, "local_files_only": True}
     if Path(file).suffix == ".gguf":
         options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)

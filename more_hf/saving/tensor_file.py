@@ -19,7 +19,7 @@ from .. import __version__
 from ..core.erasure import Erasure
 from ..core.errors import IncompatibleBaseError
 from ..core.files import replacing
-from ..core.site import fingerprint
+from ..core.site import EDITABLE, fingerprint
 from .files import PICKLES, reading, writing
 
 
@@ -62,6 +62,12 @@ class TensorFile:
     note: str | None  # the line of metadata, if an erasure wrote one
     # `note ->` what stands in front of the tensors' bytes, with this line added
     head: Callable[[str], bytes] = field(repr=False)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """That of the largest tensor, or one to compute in where that is quantized."""
+        dtypes = {stored.stop - stored.start: stored.dtype for stored in self.tensors.values()}
+        return dtypes[max(dtypes)] if dtypes[max(dtypes)] in EDITABLE else torch.bfloat16
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""

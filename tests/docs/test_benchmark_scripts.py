@@ -119,6 +119,21 @@ def test_layers_of_a_model_on_the_disk(script, tmp_path):
     assert changed == ["txt_in.weight"]
 
 
+@pytest.mark.slow
+def test_an_edit_belongs_to_a_precision(script):
+    precision = script("geometry", "precision")
+    committed = pd.read_csv(precision.HERE / "precision.csv")
+    measured = pd.DataFrame(precision.measure(["Blobmoji", "Fluent"]))
+    for lines in (measured, committed):
+        own = lines["fitted with"] == lines["run with"]
+        assert (lines["left"][own] < 1e-3).all()
+        left = lines[lines["fitted with"] == "float32"].set_index("run with")["left"]
+        assert (
+            0.01 < left["float16"] < left["bfloat16"] < left["8 bits (quanto)"] < left["4 bits (quanto)"] / 5
+        )
+        assert left["4 bits (quanto)"] < 20
+
+
 def test_the_lists_behind_the_order_of_auto_and_their_table(script, monkeypatch, tmp_path):
     order = script("artists/many/order", "order")
     for size, which in itertools.product(order.SIZES, order.LISTS):

@@ -263,6 +263,13 @@ def test_the_command(stored, tmp_path, capsys):
     expected = load_file(tmp_path / "folder.safetensors")
     for name, tensor in load_file(tmp_path / "file.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
+    # ComfyUI's names are those of the file
+    assert main(["lora", str(file), *words, str(tmp_path / "own.safetensors"), "--format", "comfyui"]) == 0
+    keys = {
+        name.split(".lora_")[0].removesuffix(".alpha") for name in load_file(tmp_path / "own.safetensors")
+    }
+    assert keys == {"diffusion_model.txt_in", "diffusion_model.vector_in.in_layer"}
+    assert {f"{key.removeprefix('diffusion_model.')}.weight" for key in keys} <= load_file(file).keys()
 
 
 def test_pictures_before_and_after(stored, tmp_path, capsys):
@@ -365,6 +372,16 @@ def test_other_refusals(stored, tmp_path):
     more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=folder)
     with pytest.raises(more_hf.AlreadyErasedError, match="was saved erased"):
         more_hf.erase_file(out, tmp_path / "b.safetensors", "cat", remap_to=TARGET, text_encoder=folder)
+
+
+def test_weights_that_are_no_numbers(stored, tmp_path):
+    folder, file = stored("flux")
+    tensors = load_file(file)
+    save_file({**tensors, "txt_in.weight": torch.full_like(tensors["txt_in.weight"], torch.nan)}, file)
+    for write in (more_hf.erase_file, more_hf.erase_to_lora):
+        with pytest.raises(more_hf.IncompatibleBaseError, match="not finite"):
+            write(file, tmp_path / "out.safetensors", FORGET, remap_to=TARGET, text_encoder=folder)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_full_disk_leaves_nothing(stored, tmp_path, monkeypatch):
