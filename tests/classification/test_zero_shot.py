@@ -1,17 +1,31 @@
 """Models of images and texts, whose class prompts are the rows of a head."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from support.compare import same, state
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+from transformers import (
+    AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    ViTImageProcessor,
+)
 
 import more_hf
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "README.md"
 NAMES = ["tench, Tinca tinca", "goldfish", "hen"]
 PROMPTS = ["a photo of a tench", "a photo of a goldfish", "a photo of a hen"]
 WORDS = {word: i for i, word in enumerate("[PAD] [EOS] [UNK] a photo of tench goldfish hen drawing".split())}
@@ -112,6 +126,28 @@ def test_folded_into_the_projection_no_prompt_finds_the_class(built, tmp_path):
     model.load_state_dict(CLIPModel.from_pretrained(tmp_path).state_dict())
     torch.testing.assert_close(reference(others), expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(original, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("built", ["clip"], indirect=True)
+def test_the_recipe_of_the_examples(built, tmp_path, monkeypatch):
+    model, own, _ = built
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("openai/clip-vit-base-patch32")
+    scaled = ViTImageProcessor(do_resize=False)
+    processor = SimpleNamespace(tokenizer=own, image_processor=scaled)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: processor)
+    for i, name in enumerate(("tench", "goldfish", "hen")):
+        (tmp_path / "my-images" / name).mkdir(parents=True)
+        color = tuple(255 * (channel == i) for channel in range(3))
+        for j in range(4):
+            Image.new("RGB", (8, 8), tuple(max(0, c - 9 * j) for c in color)).save(
+                f"my-images/{name}/{j}.png"
+            )
+    (block,) = re.findall(r"```python\n([^`]*CLIPModel.*?)```", EXAMPLES.read_text("utf-8"), re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    saved, original = CLIPModel.from_pretrained("clip-without-tench").state_dict(), model.state_dict()
+    changed = [name for name, value in original.items() if not torch.equal(saved[name], value)]
+    assert changed == ["visual_projection.weight"]
 
 
 @pytest.mark.parametrize("built", ["clip"], indirect=True)
