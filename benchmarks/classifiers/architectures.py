@@ -109,7 +109,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-LARGEST = 150_000_000  # parameters of a model of timm, which come in no other size
+LARGEST, WIDEST = 150_000_000, 512  # parameters of a model of timm, and pixels, which come in no other size
 TOO_LARGE = {
     "ShieldGemma2ForImageClassification": "four billion parameters; it answers by tokens, without a head",
     "UltraVBertForSequenceClassification": "a part that keeps its full size",
@@ -264,8 +264,9 @@ def looks_large(name: str) -> tuple[bool, int]:
 def build_timm(name: str) -> TimmWrapperForImageClassification:
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-    if size > LARGEST:
-        raise MemoryError(f"{size / 1e6:.0f} million parameters")
+    pixels = timm.get_pretrained_cfg(name).input_size[-1]
+    if size > LARGEST or pixels > WIDEST:
+        raise MemoryError(f"{size / 1e6:.0f} million parameters, pictures of {pixels} pixels")
     config = TimmWrapperConfig(architecture=name, num_labels=CLASSES, do_pooling=True)
     model = TimmWrapperForImageClassification(config).eval()
     model.config.image_size = model.timm_model.pretrained_cfg["input_size"][-1]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from accelerate import init_empty_weights
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
@@ -457,10 +458,13 @@ def shapes_of(module: nn.Module) -> dict[str, list[int]]:
 
 def expected_shapes(module: nn.Module) -> dict[str, list[int]]:
     """Name -> shape of every tensor that a fresh model of the same class and configuration has."""
-    with init_empty_weights():
-        if isinstance(module, ConfigMixin):
-            return shapes_of(type(module).from_config(module.config))
-        return shapes_of(type(module)(module.config))
+    build = type(module).from_config if isinstance(module, ConfigMixin) else type(module)
+    try:
+        with init_empty_weights():
+            return shapes_of(build(module.config))
+    except RuntimeError:  # some models of timm compute with their weights while they are built
+        with torch.random.fork_rng(devices=[]):
+            return shapes_of(build(module.config))
 
 
 def layout_of(shapes: Mapping[str, list[int]]) -> str:

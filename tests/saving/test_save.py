@@ -11,9 +11,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from support.compare import same, state
 from support.pipelines import erase
+from transformers import PreTrainedModel, ViTConfig
 
 import more_hf
 from more_hf.core.record import RECORD, Record
+from more_hf.saving.check import expected_shapes
 from more_hf.saving.contents import DELTA
 
 
@@ -390,3 +392,22 @@ def test_a_router_without_its_factors_is_warned_of_and_not_reported(tiny_sd, tmp
     folder = more_hf.save(pipe, tmp_path / "erased", include_delta=True)
     assert "router" not in caplog.text
     assert dict(more_hf.get_erasure(more_hf.load(folder)).rows())["router"] == "hash"
+
+
+class Computed(PreTrainedModel):
+    """A model that computes with its weights while it is built, which stand-ins without numbers cannot."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(3, 2)
+        self.register_buffer("scale", torch.ones(2, 3) * self.layer.weight.detach())
+
+
+def test_the_shapes_of_a_model_that_needs_its_weights_to_be_built():
+    torch.manual_seed(0)
+    model, drawn = Computed(ViTConfig()), torch.random.get_rng_state()
+    found = expected_shapes(model)
+    assert found == {"layer.weight": [2, 3], "layer.bias": [2], "scale": [2, 3]}
+    assert torch.equal(torch.random.get_rng_state(), drawn)
