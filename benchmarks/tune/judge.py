@@ -2,11 +2,11 @@
 
     python benchmarks/tune/judge.py
 
-An exact edit gives what the target draws, so that a target's pictures that a judge takes for the concept are
-what an edit to it leaves. Draws 24 pictures of each artist, and writes judge.csv (a line for each pair:
-percent taken for the concept, by the judge fitted on these pictures and by the shipped one, and what the
-shipped one found in pictures of the edit, from benchmarks/artists/targets_validation.csv), names.csv and
-judge.md. Ten minutes on one core.
+An exact edit gives what the target draws, so that a target's pictures that a judge takes for the concept
+are what an edit to it leaves. Draws 24 pictures of each artist, of a made-up word and without a name, and
+writes judge.csv (a line for each pair: percent taken for the concept, by the judge fitted on these pictures
+and by the shipped one, and what the shipped one found in pictures of the edit, from
+benchmarks/artists/targets_validation.csv), names.csv and judge.md. Ten minutes on one core.
 """
 
 from itertools import permutations
@@ -20,7 +20,7 @@ from more_hf.core.markdown import markdown_table
 from more_hf.data import EMOJI_ARTISTS, load_emoji_sd
 from more_hf.diffusion.draw import draw
 from more_hf.diffusion.prompts import evenly, packaged_prompts, sentences_around
-from more_hf.tuning.judge import Judge
+from more_hf.tuning.judge import Judge, chance_of_moves, features_of
 from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import PromptRow
 from more_hf_bench.columns import read_rows, write_rows
@@ -28,6 +28,7 @@ from more_hf_bench.columns import read_rows, write_rows
 
 HERE = Path(__file__).parent
 PICTURES, BATCH = 24, 12
+MADE_UP = "zxqv"
 SAMPLING = {"num_inference_steps": 6, "guidance_scale": 4.0}
 COMPARED = (
     ("own", "shipped", "the same pictures"),
@@ -36,22 +37,24 @@ COMPARED = (
 )
 
 
-def draw_artists() -> dict[str, torch.Tensor]:
-    """The same sentences and noise for every artist."""
+def draw_names() -> dict[str, torch.Tensor]:
+    """The same sentences and noise for every artist, for a made-up word, and without a name."""
     pipe = load_emoji_sd()
     sentences = evenly(sentences_around(EMOJI_ARTISTS, packaged_prompts("emoji_prompts.txt")), PICTURES)
     pictures = {}
-    for artist in EMOJI_ARTISTS:
+    for name in (*EMOJI_ARTISTS, MADE_UP, ""):
         batches = []
         for first in range(0, PICTURES, BATCH):
-            prompts = [sentence.replace("{}", artist) for sentence in sentences[first : first + BATCH]]
+            batch = sentences[first : first + BATCH]
+            prompts = [" ".join(sentence.replace("{}", name).split()) for sentence in batch]
             batches.append(draw(pipe, prompts, range(first, first + BATCH), SAMPLING))
-        pictures[artist] = torch.cat(batches)
+        pictures[name] = torch.cat(batches)
     return pictures
 
 
 def main() -> None:
-    pictures = draw_artists()
+    pictures = draw_names()
+    features = {name: features_of(pictures.pop(name)) for name in ("", MADE_UP)}
     own, shipped = Judge.fit(pictures), EmojiJudges()
     taken_for = {}
     for artist, drawn in pictures.items():
@@ -68,7 +71,11 @@ def main() -> None:
         shares = {"found": own.found(artist).value, "mistaken": own.mistaken(artist).value}
         shares["found by the shipped judge"] = taken_for[artist].count(artist) / PICTURES
         line = {"artist": artist, **{key: f"{100 * share:.1f}" for key, share in shares.items()}}
-        names.append({**line, "can tell": "yes" if own.can_tell(artist) else "no"})
+        line |= {"told by chance": f"{own.chance(artist):.4f}"}
+        drawn = chance_of_moves(features[""], features_of(pictures[artist]))
+        names.append({**line, "drawn by chance": f"{drawn:.4f}"})
+    drawn = chance_of_moves(features[""], features[MADE_UP])
+    names.append({"artist": MADE_UP, "drawn by chance": f"{drawn:.4f}"})
     write_rows(HERE / "judge.csv", [{**line, "own": round(line["own"], 2)} for line in pairs])
     write_rows(HERE / "names.csv", names)
     ranks = pd.DataFrame(pairs)[["own", "shipped", "edit"]].rank().corr()

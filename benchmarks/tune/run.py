@@ -4,6 +4,7 @@
     python benchmarks/tune/run.py measure --output DIR     # the recommended edits, by the shipped judges
     python benchmarks/tune/run.py rivals --output DIR      # and UCE and RECE with the same targets
     python benchmarks/tune/run.py agreement --output DIR   # the studies' judges beside the shipped ones
+    python benchmarks/tune/run.py inside --output DIR      # a study that also tries the denoiser's inside
     python benchmarks/tune/run.py collect --output DIR     # this folder's CSV files
     python benchmarks/tune/run.py tables                   # and from these its tables and the figure
 
@@ -15,9 +16,10 @@ targets'; `tune` sees neither these prompts nor the shipped judges.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from time import process_time
 
 import pandas as pd
 import torch
@@ -60,6 +62,7 @@ NAMES = {"artists": EMOJI_ARTISTS, "things": TEN_THINGS}
 KINDS = {"artists": ARTISTS, "things": THINGS}
 FRESH = ArtistsConfig.from_dict(json.loads((FIELD / "fresh/config.json").read_text("utf-8")))
 HAND_PICKED = "hand-picked target"
+INSIDE = "Microsoft Flat"
 OTHERS = 12  # pictures of other things
 THINGS_TARGET = "emoji"  # hand-picked in benchmarks/artists/many
 RIVALS = ("uce", "rece")
@@ -101,6 +104,30 @@ def tune(output: Path, kinds: Sequence[str]) -> None:
                 print(more_hf.tune(pipe, name, sampling=SAMPLING, batch_size=BATCH, folder=output / name))
             except MoreError as error:  # the judge cannot tell the name
                 print(error)
+
+
+def inside(output: Path, kinds: Sequence[str]) -> None:
+    """One artist's study with edits inside the denoiser, and its processor seconds."""
+    pipe = load()
+    Workshop.draw_originals = lambda workshop: draw_once(output / "originals", workshop)
+    start = process_time()
+    study = more_hf.tune(
+        pipe, INSIDE, sampling=SAMPLING, batch_size=BATCH, folder=output / "inside", reach="denoiser"
+    )
+    seconds = f"{INSIDE}, {process_time() - start:.0f} processor seconds, beside the original's pictures."
+    write_text(HERE / "inside.md", f"{markdown_table(list(beside_by_name(study)))}\n\n{seconds}\n")
+
+
+def beside_by_name(study: Study) -> Iterator[dict]:
+    """What the edits inside the denoiser do to the pictures of their trial, and those by name to the same."""
+    judged = pd.DataFrame(map(asdict, study.judgments))
+    for inside in judged[judged["edit"].str.endswith(", reach denoiser")]["edit"].unique():
+        pictures = judged[judged["edit"] == inside][["role", "number"]]
+        for label in (inside.removesuffix(", reach denoiser"), inside):
+            own = judged[judged["edit"] == label].merge(pictures).groupby("role")
+            line = {"edit": label, "pictures": len(own.get_group("concept"))}
+            line["recognized"] = f"{100 * own['recognized'].mean()['concept']:.0f} %"
+            yield {**line, **own["distance"].mean()[["concept", "retained", "nameless"]].round(3).to_dict()}
 
 
 def finished(output: Path, kind: str) -> list[str]:
@@ -302,7 +329,7 @@ def draw_agreement(judged: pd.DataFrame) -> None:
 def main() -> None:
     parser = argument_parser(__doc__)
     stages = {"tune": tune, "measure": measure, "agreement": agreement, "collect": collect}
-    stages["rivals"] = partial(measure, rivals=RIVALS)
+    stages |= {"rivals": partial(measure, rivals=RIVALS), "inside": inside}
     parser.add_argument("stage", choices=[*stages, "tables"])
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of studies and pictures")
     parser.add_argument("--kind", choices=list(NAMES), help="only these names")
