@@ -121,7 +121,7 @@ class KeptFeatures:
         try:
             with replacing(self._path(encoder, prompt)) as draft:
                 save_file(own, draft, about)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             logger.warning("The text encoders will be loaded for %r again next time: %s", prompt, error)
 
 

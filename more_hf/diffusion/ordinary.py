@@ -76,7 +76,7 @@ def everyday_moments(encoder: Encoder, prompts: Sequence[str]) -> dict[str, Mome
         try:
             with replacing(path) as draft:
                 save_file(tensors, draft, {space: str(moment.count) for space, moment in moments.items()})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             logger.warning("Everyday prompts will go through the text encoder again next time: %s", error)
     return moments
 

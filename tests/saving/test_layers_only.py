@@ -8,13 +8,13 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, HunyuanImagePipeline
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from support.families import FORGET, TARGET, build, denoiser_of, shorten
 
 import more_hf
 from more_hf.cli.main import main
-from more_hf.diffusion import kept
+from more_hf.diffusion import kept, ordinary
 from more_hf.diffusion.kept import KeptFeatures
 from more_hf.saving import layers
 from more_hf.saving.contents import DELTA
@@ -337,9 +337,23 @@ def test_damaged_features_are_made_again(shards, tmp_path, loads):
     assert len(loads) == 2
 
 
-def test_without_room_for_features(shards, tmp_path, loads, monkeypatch, caplog):
+def test_without_a_place_for_features(shards, tmp_path, loads, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(kept, "CACHE", tmp_path / "file" / "cache")
     factors(shards("flux")[0], tmp_path / "lora.safetensors")
     assert loads
     assert "again next time" in caplog.text
+
+
+def test_without_room_for_features(shards, tmp_path, monkeypatch, caplog):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(kept, "CACHE", tmp_path / "cache")
+    for module in (kept, ordinary):
+        monkeypatch.setattr(module, "save_file", full)
+    factors(shards("flux")[0], tmp_path / "lora.safetensors")
+    assert "loaded for 'a" in caplog.text
+    assert "go through the text encoder again next time: I/O error" in caplog.text
+    assert not [path for path in kept.CACHE.rglob("*") if path.is_file() and path.name != "weights"]
