@@ -139,11 +139,14 @@ def main() -> None:
     lines, own = [], []
     for variant in FACTORS[args.factor](args.values, data, remaining):
         output = args.output / f"{args.factor}-{variant.label}".replace(" ", "-")
+        settings = dict(variant.settings)
+        if args.rehearse and "epochs" in settings:
+            settings["epochs"] = 1  # of a stand-in so small, thousands are as many samples as in the paper
         own_options = {
             "methods": [variant.method],
             "forget": entry,
             "models": options.models or args.output / "models",
-            "tuned": {variant.method: variant.settings},
+            "tuned": {variant.method: settings},
         }
         summary = run_kd(**options.arguments | own_options, output=output, shared=shared)
         if not summary:  # another process than the first
