@@ -45,6 +45,7 @@ from .tensor_file import FP8, TensorFile, note_of, read_tensor_file
 
 # what is downloaded of a model on the Hub: configurations, tokenizers and text encoders
 NEEDED = ("*.json", "*.txt", "*.model", "*.jinja", "text_encoder*/*.safetensors")
+TO_DRAW = (*NEEDED, "vae*/*.safetensors")
 VARIANTS = ("*.fp16.safetensors", "*.fp16-*.safetensors")  # the same weights again
 TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")  # in front of a text encoder's tensors
 # folder of configurations in the package -> the text encoder by which a file is known, what pads its prompts
@@ -226,15 +227,17 @@ def open_file(
     return OpenedFile(file, pipe, denoiser, names, kept)
 
 
-def recognized_model(file: TensorFile, text_encoder: str | os.PathLike | None) -> Model:
+def recognized_model(
+    file: TensorFile, text_encoder: str | os.PathLike | None, needed: Sequence[str] = NEEDED
+) -> Model:
     """
-    Find out which model a file holds, and its configurations.
+    Find out which model a file holds, and its configurations; of a Hub id, what is `needed` is downloaded.
 
     Raises:
         `IncompatibleBaseError`: it is no known model, or not that of `text_encoder`, or has none.
     """
     cls = recognized(file.path, file.tensors)
-    folder, tokenizers = _configurations(file, cls, text_encoder)
+    folder, tokenizers = _configurations(file, cls, text_encoder, needed)
     pipeline, parts = read_index(folder)
     component = next((name for name, part in parts.items() if part == cls), None)
     if component is None:
@@ -246,7 +249,7 @@ def recognized_model(file: TensorFile, text_encoder: str | os.PathLike | None) -
 
 
 def _configurations(
-    file: TensorFile, cls: str, text_encoder: str | os.PathLike | None
+    file: TensorFile, cls: str, text_encoder: str | os.PathLike | None, needed: Sequence[str]
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of a model's configurations, and the tokenizers that it does not have."""
     if text_encoder is not None:
@@ -254,7 +257,7 @@ def _configurations(
             if Path(text_encoder).is_dir():
                 return Path(text_encoder), {}
             return Path(
-                snapshot_download(str(text_encoder), allow_patterns=NEEDED, ignore_patterns=VARIANTS)
+                snapshot_download(str(text_encoder), allow_patterns=needed, ignore_patterns=VARIANTS)
             ), {}
     for folder, (key, pads) in PACKAGED.items():
         if CHECKPOINT_KEY_NAMES[key] in file.tensors:
@@ -338,7 +341,7 @@ def load_file(
         >>> file = more_hf.save_checkpoint(pipe, "erased.safetensors")
         >>> print(more_hf.get_erasure(more_hf.load_file(file, text_encoder=FOLDER / "emoji_sd")))
     """
-    model = recognized_model(read_tensor_file(file), text_encoder)
+    model = recognized_model(read_tensor_file(file), text_encoder, TO_DRAW)
     _refuse_incomplete(model)
     dtype = dtype or model.file.precision
     options = {"config": str(model.folder), "torch_dtype": dtype, "local_files_only": True}

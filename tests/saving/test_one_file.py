@@ -239,11 +239,12 @@ def test_a_hub_id_brings_the_text_encoders_alone(stored, tmp_path, monkeypatch):
     monkeypatch.setattr(one_file, "snapshot_download", download)
     out = tmp_path / "erased.safetensors"
     more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder="me/flux")
-    assert {path.parent.name for path in (tmp_path / "me").rglob("*.safetensors")} == {
-        "text_encoder",
-        "text_encoder_2",
-    }
+    encoders = {"text_encoder", "text_encoder_2"}
+    assert {path.parent.name for path in (tmp_path / "me").rglob("*.safetensors")} == encoders
     assert more_hf.verify_file(out, text_encoder=folder)
+    any_size(monkeypatch, "flux")
+    more_hf.load_file(out, text_encoder="me/flux")  # to draw, with the VAE
+    assert {path.parent.name for path in (tmp_path / "me").rglob("*.safetensors")} == {*encoders, "vae"}
 
 
 def test_the_command(stored, tmp_path, capsys):
