@@ -48,6 +48,11 @@ def test_a_folder_can_be_run_again(path, monkeypatch, tmp_path):
     monkeypatch.setattr(judges, "EmojiJudges", lambda device: None)
     bench = {"kd": "kd", "kd-samples": "kd"}.get(held.get("benchmark"), held.get("benchmark", "artists"))
     command = ["bench", bench.split("-")[0], "--config", str(path), "--output", str(tmp_path)]
+    # prompts that do not ship with the package, as the page's command names them
+    named = held.get("evaluation", {}).get("prompts")
+    prompts = BENCHMARKS / "attacks" / "pictures" / "sample" / f"{named}.csv"
+    if prompts.is_file():
+        command += ["--prompts", str(prompts)]
     assert main(command) == 2
     assert called["seeds"] == held["seeds"]
 
