@@ -23,10 +23,10 @@ HEAD = """\
 # What is no family: classifiers, and weights that are not a folder in 16 or 32 bits.
 QUANTIZED, ONE_FILE = (f"(examples/README.md#{heading})" for heading in ("quantized-weights", "one-file"))
 OTHERS = {
-    "classifiers of transformers: images, video, sound, text (no timm)": "✓ | ✓ | | | | ✓",
+    "classifiers of transformers and timm: images, video, sound, text": "✓ | ✓ | | | | ✓",
     f"[quantized]{QUANTIZED}: bitsandbytes, torchao, quanto, fp8 casting": "✓ | | ✓ | | | ✓",
-    f"[one file]{ONE_FILE}: `.safetensors`, or `.gguf` with plain text layers": "✓ | refused | ✓ | | |",
-    "one file in fp8, or `.gguf` with quantized text layers": "refused | refused | ✓ | | |",
+    f"[one file]{ONE_FILE}: `.safetensors`, or `.gguf` with plain text layers": "✓ | refused | ✓ | | ✓ |",
+    "one file in fp8, or `.gguf` with quantized text layers": "refused | refused | ✓ | | ✓ |",
 }
 MARKER = re.compile(r"(<!-- table: (\S+) (\d+)(?: only (.+?))?(?: columns (.+?))? -->\n\n)((?:\|.*\n)*)\n?")
 
