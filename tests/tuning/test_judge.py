@@ -91,6 +91,7 @@ def test_chance_is_that_of_every_order(drawn):
         assert replace(judge, unseen=unseen).chance("red") == pytest.approx(at_least / 9)
 
 
+@pytest.mark.slow
 def test_names_that_draw_the_same_are_told_as_often_as_chance_has_it():
     told = []
     for seed in range(10):

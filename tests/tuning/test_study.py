@@ -77,6 +77,7 @@ def test_one_word_in_and_a_choice_of_edits_out(pipe, painter, tmp_path):
     assert more_hf.get_erasure(pipe).request == best.request
 
 
+@pytest.mark.slow
 def test_clip_answers_beside_the_judge(pipe, painter, tmp_path, monkeypatch):
     """A real CLIP at a tiny size; its answers are those of the cosines, and they decide nothing."""
     clip = Clip(*build_tiny_clip())
@@ -106,6 +107,7 @@ def test_without_clips_weights_nothing_is_drawn(pipe, painter, monkeypatch):
     assert painter.drawn == 0
 
 
+@pytest.mark.slow
 def test_aliases_go_with_the_concept(pipe, painter):
     words = ["famous Noto", "a rainy day", "Fluent"]
     study = more_hf.tune(pipe, "Noto", **{**ASKED, "aliases": words})
@@ -136,6 +138,7 @@ def test_killed_at_any_moment_it_goes_on(pipe, painter, tmp_path, stops_at):
     assert painter.drawn < 40  # the sheet alone
 
 
+@pytest.mark.slow
 def test_a_full_disk(pipe, painter, tmp_path, monkeypatch):
     before, real = state(pipe.unet), study_module._line
 
@@ -150,6 +153,7 @@ def test_a_full_disk(pipe, painter, tmp_path, monkeypatch):
     assert more_hf.tune(pipe, "Noto", folder=tmp_path, **ASKED).choices
 
 
+@pytest.mark.slow
 def test_the_study_of_something_else_is_refused(pipe, painter, tmp_path):
     study = more_hf.tune(pipe, "Noto", folder=tmp_path, **ASKED)
     with pytest.raises(MoreError, match="another concept: 'Noto' there, 'Fluent' here"):
@@ -197,6 +201,7 @@ def test_wrong_arguments(pipe, painter, changed, message):
     assert painter.drawn == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tuned(pipe, painter):
     # a model that does not know the name draws something else
     painter.colors["Noto"] = painter.colors["Fluent"]
@@ -208,6 +213,7 @@ def test_what_cannot_be_tuned(pipe, painter):
         more_hf.tune(pipe, "Twemoji", **{**ASKED, "candidates": ["Fluent", "Monotone"]})
 
 
+@pytest.mark.slow
 def test_a_name_that_changes_nothing_is_warned_of(pipe, painter, caplog):
     assert more_hf.tune(pipe, "Noto", **ASKED).chances["drawn"] < 0.001
     assert "may not know" not in caplog.text
