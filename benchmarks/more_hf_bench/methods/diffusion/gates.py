@@ -26,6 +26,7 @@ from more_hf.diffusion.draw import call
 from more_hf.diffusion.erase import erase_concept
 from more_hf.diffusion.prompts import everyday_prompts
 
+from .pipelines import require_stable_diffusion
 from .texts import Concepts, Retained, Targets
 
 
@@ -232,6 +233,7 @@ def more_gates(
         pictures (`int`): pictures of the concept, as many of its target, and three times as many of others.
         sampling_steps (`int`), guidance (`float`): of these pictures.
     """
+    require_stable_diffusion(pipe)
     sampling = {"num_inference_steps": sampling_steps, "guidance_scale": guidance}
     request = ConceptRequest.of(
         concepts, remap_to=remap_to, retain=retain, pictures=pictures, sampling=sampling, reach="denoiser"

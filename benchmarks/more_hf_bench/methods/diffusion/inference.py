@@ -13,7 +13,7 @@ from torch import Tensor
 from more_hf.core.errors import MoreError
 from more_hf.core.request import check_choice, names_in
 
-from .pipelines import AtInference, intercepted, noise_per_output
+from .pipelines import AtInference, intercepted, noise_per_output, require_stable_diffusion
 from .texts import Concepts, Retained, Targets, name_roles
 
 
@@ -36,6 +36,7 @@ def random_weights(
 
     The names play no part.
     """
+    require_stable_diffusion(pipe)
     unet = pipe.unet
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from more_hf_bench.methods.registry import DIFFUSION
 pytestmark = pytest.mark.usefixtures("short_prompts")
 
 CONCEPT, TARGET = "van gogh", "claude monet"
-EVERY_FAMILY = {"original", *(name for name in DIFFUSION if name.startswith("more"))}
+EVERY_FAMILY = {"original", *(name for name in DIFFUSION if name.startswith("more"))} - {"more-gates"}
 KEYS_AND_VALUES = {"uce", "uce-paper", "rece", "cure", "speed", "oce"}
 VALUES_ONLY = {"speed", "oce"}
 TRAINED = {"iterations": 1, "sampling_steps": 2}
@@ -24,6 +24,7 @@ SETTINGS = {
     "esd": TRAINED,
     "esd-repo": TRAINED,
     "ca": {**TRAINED, "images": 1, "prompts": ["a cat"]},
+    "more-gates": {"pictures": 2, "sampling_steps": 2},
     "oce": {"expand": None},  # six prompts would span all four outputs of the smallest tiny layers
 }
 
