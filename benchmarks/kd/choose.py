@@ -43,7 +43,7 @@ GRIDS = {
     "bad-teacher": grid(lr=[3e-4, 1e-3, 3e-3]),
     "lau": grid(lr=[1e-3, 1e-2, 1e-1]),
     "esc-t": grid(lr=[1e-3, 1e-2, 1e-1]),
-    "kodge": grid(alpha_r=[30.0, 100.0, 300.0, 1000.0], alpha_f=[3.0, 10.0, 30.0]),
+    "kodge": grid(alpha_r=[10.0, 30.0, 100.0, 300.0, 1000.0], alpha_f=[3.0, 10.0, 30.0]),
 }
 
 

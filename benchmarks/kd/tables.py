@@ -7,7 +7,7 @@ seed, (2) who keeps what remains and forgets what is forgotten, (3) for which cl
 does not. `tables/MODEL-trained.md` is about all methods, on the classes and seeds that the trained ones were
 run on: (0) all of them, (1) a short table. `tables/allcnn-covariance.md` is about ours with the covariance
 solver: (0) means, (1) and (2) as (2) and (3) above, `tables/allcnn-paper.md` about MoRE as the paper prints
-it: (0) means, (1) as (2) above, `tables/allcnn-weights.md` about closed forms that read weights.
+it: (0) means, (1) as (2) above, `tables/MODEL-weights.md` about closed forms that read weights.
 `tables/emoji-100.md` is about ten classes of a hundred forgotten together,
 `tables/samples.md` about single samples, `tables/MODEL-fitted.md` about originals that
 know every training image; `tables/paper.md` puts ours beside the paper's. `tables/rates.md` is Table 9, the
@@ -83,6 +83,7 @@ def main() -> None:
     write("allcnn-covariance", read("fashion-mnist-allcnn-covariance"), means, kept, by_class)
     write("allcnn-paper", read("fashion-mnist-allcnn-paper"), means, kept)
     write("allcnn-weights", read("fashion-mnist-allcnn-weights"), means)
+    write("vit-weights", read("fashion-mnist-vit-weights"), means)
     write("emoji-100", read("emoji-100"), means)
     for model, folder in FITTED.items():
         write(f"{model}-fitted", read(folder), membership)
