@@ -14,7 +14,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 from ..core.errors import PrototypeError
 from ..core.files import replacing
@@ -55,7 +55,9 @@ class SavedPass:
         """
         if PartialState().num_processes > 1:
             raise PrototypeError("`resume` is for one process, and there are several. Leave it out.")
-        if not isinstance(loader, DataLoader) or isinstance(loader.sampler, RandomSampler):
+        # any other sampler, and a batch sampler of the user's own, may draw an order anew
+        in_order = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
+        if not in_order or (loader.batch_size is None and loader.batch_sampler is not None):
             raise PrototypeError(
                 "`resume` needs the same batches each time, and this loader may shuffle. Pass a "
                 "DataLoader that does not."

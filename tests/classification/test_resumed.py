@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.compare import same, state
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
 import more_hf
 from more_hf import PrototypeError
@@ -63,10 +63,17 @@ def test_another_pass_is_refused(model, loader, digits, tmp_path):
     more_hf.collect_prototypes(model, loader, resume=file)
     fewer = DataLoader(loader.dataset, batch_size=60)
     shuffled = DataLoader(loader.dataset, batch_size=50, shuffle=True)
+    drawn = SubsetRandomSampler(range(600))
+    subset = DataLoader(loader.dataset, batch_size=50, sampler=drawn)
+    batches = DataLoader(loader.dataset, batch_sampler=BatchSampler(drawn, 50, drop_last=False))
+    own = DataLoader(loader.dataset, batch_sampler=[list(range(50))] * 12)
     (tmp_path / "text").write_text("no sums")
     for data, where, words in (
         (fewer, file, "`batches` was 12 and is 10"),
         (shuffled, file, "may shuffle"),
+        (subset, file, "may shuffle"),
+        (batches, file, "may shuffle"),
+        (own, file, "may shuffle"),
         ([digits], file, "may shuffle"),
         (loader, tmp_path / "text", "does not hold the sums"),
     ):
