@@ -15,14 +15,14 @@ from more_hf.cli.main import main
 
 @pytest.fixture(scope="session")
 def folders(digit_classifier, digits, tmp_path_factory):
-    """A saved classifier with its image processor, and 200 images in folders by name, number and synonym."""
+    """A saved classifier with its image processor, and images in folders by name, number and synonym."""
     model, data = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("data")
     digit_classifier.save_pretrained(model)
     options = {"do_resize": False, "do_rescale": True, "do_normalize": False}
     ViTImageProcessor(rescale_factor=1 / 255, **options).save_pretrained(model)
     names = ["0", "one", "2", "3", "four", "5", "six", "Seven", "8", "9"]
-    for i, (image, label) in enumerate(zip(digits[0][:200, 0], digits[1][:200].tolist(), strict=True)):
-        folder = data / "train" / names[label]
+    for i, (image, label) in enumerate(zip(digits[0][:250, 0], digits[1][:250].tolist(), strict=True)):
+        folder = data / ("train" if i < 200 else "test") / names[label]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((255 * image).round().numpy().astype(np.uint8)).save(folder / f"{i}.png")
     return model, data
@@ -73,13 +73,24 @@ def test_the_defaults_are_the_calls(folders, digits, tmp_path):
 def test_what_it_did_to_other_images(folders, tmp_path, capsys):
     data = folders[1]
     assert run(folders, tmp_path / "out", "--forget", "four", "--test", str(data)) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"Reading 200 images in {data} (split 'train')" in err
+    assert f"Reading 50 images in {data} (split 'test')" in err
     forgotten = re.search(r"^\| four \(forgotten\) +\| +(\d+) \| +(\S+) \| +(\S+) \|$", out, re.MULTILINE)
-    assert int(forgotten[1]) == len(list((data / "train" / "four").iterdir()))
+    assert int(forgotten[1]) == len(list((data / "test" / "four").iterdir()))
     assert float(forgotten[2]) > 90 > 5 > float(forgotten[3])
     assert "| the others, together " in out
     with Image.open(tmp_path / "out" / "compare.png") as picture:
         assert picture.width > 400
+
+    # The table goes along: into the record, and from there into the card.
+    table = out[out.index(f"Percent of the 50 images in {data.name} (split 'test') that are classified") :]
+    push = ["push", str(tmp_path / "out"), "me/without-four", "--dry_run", str(tmp_path / "to_push")]
+    assert main(push) == 0
+    card = (tmp_path / "to_push" / "README.md").read_text()
+    assert "![Which class the samples of each class are given, before and after](before_after.png)" in card
+    for line in table.splitlines()[:14]:
+        assert line in card
 
 
 def test_a_file_of_names_and_the_plan(folders, tmp_path, capsys):

@@ -1,4 +1,3 @@
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,6 @@ import more_hf
 from more_hf.cli.concept_list import read_concepts
 from more_hf.cli.main import main, parse
 from more_hf.cli.request import read_request
-from more_hf.core.record import RECORD
 from more_hf.data import EMOJI_ARTISTS
 from more_hf_bench.artists.demo import demo_rows
 from more_hf_bench.columns import read_cells
@@ -122,25 +120,6 @@ def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
     assert request.reach == "denoiser"
     assert request.softness == 0.5
     assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 2.5}
-
-
-@pytest.mark.slow
-def test_compare_draws_what_erase_drew(tmp_path, capsys):
-    folder, prompts = tmp_path / "erased", ["a rocket in the style of Noto"]
-    argv = ["erase", "emoji-sd", "--concept", "Noto", "--remap_to", "Fluent", "--output", folder]
-    assert main([str(arg) for arg in [*argv, "--compare", *prompts]]) == 0
-    drawn = Image.open(folder / "compare.png")
-    assert main(["verify", str(folder)]) == 0
-
-    argv = ["compare", folder, "--prompts", *prompts, "--output", tmp_path / "new" / "grid.png"]
-    assert main([str(arg) for arg in argv]) == 0  # with the original that the record names
-    assert Image.open(tmp_path / "new" / "grid.png").tobytes() == drawn.tobytes()
-    record = json.loads((folder / RECORD).read_text("utf-8"))
-    record["facts"]["base"] = "elsewhere"
-    (folder / RECORD).write_text(json.dumps(record), "utf-8")
-    assert main([str(arg) for arg in [*argv, "--steps", "2", "--guidance", "4"]]) == 0
-    assert Image.open(tmp_path / "new" / "grid.png").height < drawn.height - 200  # after alone
-    assert f"Open {tmp_path / 'new' / 'grid.png'}" in capsys.readouterr().out
 
 
 def test_erase_passes_every_flag_on(tmp_path, monkeypatch, capsys):

@@ -172,6 +172,8 @@ def test_files_that_are_not_in_the_cache(cache, missing):
         cache.load()
 
 
-def test_a_repository_that_is_not_there(tmp_path):
+def test_what_is_not_there(tmp_path):
     with pytest.raises(more_hf.MoreError, match="no folder 'me/nothing', and the cache has not all files"):
         more_hf.load("me/nothing", cache_dir=tmp_path)
+    with pytest.raises(more_hf.MoreError, match="There is no folder 'no_such_folder'"):
+        more_hf.load("no_such_folder")

@@ -14,7 +14,6 @@ from support.originals import any_size
 from support.pipelines import erase
 
 import more_hf
-from more_hf.cli.main import main
 from more_hf.saving.single_file import original_layout
 
 
@@ -190,13 +189,3 @@ def test_refusals(tiny_sd, tmp_path):
 def test_another_model_has_no_place(tiny_sd, tmp_path):
     pipe = erase(tiny_sd(num_class_embeds=3))
     refused(pipe, tmp_path / "here" / "file.safetensors", "`class_embedding.*no place")
-
-
-@pytest.mark.slow
-def test_the_command(tmp_path):
-    file = tmp_path / "erased.safetensors"
-    command = f"erase emoji-sd --concept Blobmoji --remap_to Fluent --output {tmp_path / 'folder'}"
-    assert main([*command.split(), "--single_file", str(file)]) == 0
-    saved = load_file(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
-    written = load_file(file)["model.diffusion_model.input_blocks.0.0.weight"]
-    assert torch.equal(written, saved["conv_in.weight"].half())

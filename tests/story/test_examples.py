@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from more_hf.cli.main import main
+from more_hf.cli.main import main, parse
+from more_hf.cli.request import read_request
 
 
 PAGE = (Path(__file__).parents[2] / "examples" / "README.md").read_text("utf-8")
@@ -28,13 +29,16 @@ def copied(tmp_path, monkeypatch):
     return copy
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "quick"), [("artists.txt", []), ("artists.toml", ["--steps", "1"])])
-def test_a_list_of_artists(copied, file, quick, capsys):
-    argv = copied(file, file)
-    assert main([*argv, *quick]) == 0
-    assert "| Blobmoji  |" in capsys.readouterr().err
-    assert main(["verify", argv[-1]]) == 0
+@pytest.mark.parametrize(
+    ("file", "aliases", "reach"),
+    [("artists.txt", [], None), ("artists.toml", ["blob emoji"], {"Blobmoji": "denoiser"})],
+)
+def test_a_list_of_artists(copied, file, aliases, reach):
+    request = read_request(parse(copied(file, file)))
+    assert request.concepts == {"Blobmoji": aliases, "Noto": [], "crab": []}
+    targets = {"Blobmoji": ["Fluent"], "Noto": ["Fluent", "Twemoji"], "crab": ["fish"]}
+    assert request.options["remap_to"] == targets
+    assert request.options.get("reach") == reach
 
 
 @pytest.mark.slow

@@ -1,48 +1,13 @@
-"""Somebody makes a classifier of their own forget a class, named as it is in their folders."""
-
-from pathlib import Path
+"""Somebody makes a timm model of their own forget a class, named as it is in their folders."""
 
 import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, ViTImageProcessor
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 import more_hf
 from more_hf.cli.main import main
-
-
-@pytest.fixture
-def folders(digit_classifier, digits, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    digit_classifier.save_pretrained("classifier")
-    ViTImageProcessor(do_resize=False, do_normalize=False).save_pretrained("classifier")
-    for i, (image, label) in enumerate(zip(digits[0][:300, 0], digits[1][:300].tolist(), strict=True)):
-        split = "train" if i < 250 else "test"
-        folder = tmp_path / "images" / split / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((255 * image).round().byte().numpy()).save(folder / f"{i}.png")
-    return tmp_path
-
-
-@pytest.mark.slow
-def test_a_class_is_forgotten_and_measured_on_other_images(folders, capsys):
-    argv = ["erase-classes", "classifier", "--data", "images", "--test", "images", "--forget", "three"]
-    assert main([*argv, "--output", "erased"]) == 0
-    out, err = capsys.readouterr()
-    assert "Reading 250 images in images (split 'train')" in err
-    assert "Reading 50 images in images (split 'test')" in err
-    assert "To rounding" in " ".join(out.split())
-    table = out[out.index("Percent of the 50 images in images (split 'test') that are classified rightly") :]
-    assert "three (forgotten)" in table
-    assert more_hf.verify("erased")
-
-    # The table goes along: into the record, and from there into the card.
-    assert main(["push", "erased", "me/without-three", "--dry_run", "to_push"]) == 0
-    card = Path("to_push/README.md").read_text()
-    assert "![Which class the samples of each class are given, before and after](before_after.png)" in card
-    for line in table.splitlines()[:14]:
-        assert line in card
 
 
 @pytest.mark.slow
