@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
-from ..core.errors import PrototypeError, SiteNotFoundError
+from ..core.errors import PrototypeError, SiteNotFoundError, shown
 from ..core.interrupts import unwound
 from ..core.prototypes import PrototypeFitter, Prototypes, is_integer
 from ..core.registry import find_erasure, locked
@@ -337,7 +337,18 @@ def _as_tensors(batch: Any, named: set[str]) -> tuple[dict[str, Tensor], Tensor]
             f"The data has no labels, or nothing that the model reads: a batch is {found}. Pass (images, "
             "labels), or a mapping with what the model's processor gives and `labels`."
         )
-    return {name: torch.as_tensor(value) for name, value in samples.items()}, torch.as_tensor(labels)
+    return {name: _as_tensor(name, value) for name, value in samples.items()}, _as_tensor("labels", labels)
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """The values of a batch. Raises `PrototypeError` for texts, pictures and what else has no numbers."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PrototypeError(
+            f"`{name}` of a batch holds no numbers: {shown(value)}. Pass what the model's processor gives, "
+            "and of each sample the class's number."
+        ) from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def find_classes(names: Sequence[str], argument: str, value: Any) -> list[str]:
         return []
     if hasattr(value, "tolist"):
         value = value.tolist()
-    classes = [value] if isinstance(value, str | Integral) else list(value)
+    classes = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     for wanted in classes:
         if not isinstance(wanted, str | Integral) or isinstance(wanted, bool):
             raise PrototypeError(

@@ -198,6 +198,7 @@ def test_features_after_an_edit_and_before(model, data):
         (lambda images, labels: {"pictures": images, "labels": labels}, "nothing that the model reads"),
         (lambda images, labels: (images, labels.float()), r"got \(200,\) torch.float32"),
         (lambda images, labels: (images, nn.functional.one_hot(labels)), r"got \(200, 10\) torch.int64"),
+        (lambda images, labels: (images, ["four"] * 200), "`labels` of a batch holds no numbers"),
         (lambda images, labels: (images, labels + 1), "Label 10 has no name"),
         (
             lambda images, labels: (images[labels != 3], labels[labels != 3]),

@@ -49,6 +49,7 @@ def everything(images, labels):
     [
         (everything, {"forget": "fuor"}, r"no class 'fuor'. Did you mean 'four'"),
         (everything, {"forget": 10}, "no class 10"),
+        (everything, {"forget": 4.0}, "names or whole numbers of classes, got 4.0"),
         (everything, {"forget": []}, "`forget` is empty"),
         (everything, {"forget": [4, "four"]}, "'four' is in `forget` twice"),
         (everything, {"forget": list(range(10))}, "`forget` has all 10 classes"),
