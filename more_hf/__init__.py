@@ -12,6 +12,7 @@ _EXPORTS = {
     "ExportError": "core.errors",
     "IncompatibleBaseError": "core.errors",
     "MoreError": "core.errors",
+    "Pictures": "core.pictures",
     "PrototypeError": "core.errors",
     "PrototypeFitter": "core.prototypes",
     "Prototypes": "core.prototypes",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from more_hf.core.markdown import markdown_table
+from more_hf.core.pictures import Pictures
 from more_hf.core.request import ENCODER_BITS, REACHES, TOKENS, ConceptRequest
 from more_hf.data import FOLDER
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 OPTIONS = ("num_experts", "router", "solver", "tokens", "softness", "strength", "seed")
 # flags that `--like` stands for
 LIKE = (
-    *("concept", "concepts_file", "alias", "remap_to", "retain", "num_experts"),
+    *("concept", "concepts_file", "pictures", "alias", "remap_to", "retain", "num_experts"),
     *("solver", "tokens", "reach", "softness", "strength"),
 )
 
@@ -72,6 +73,13 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='a list of what to erase, a line each: "NAME" or "NAME -> TARGET, TARGET"; # starts a comment; '
         "or FILE.toml, with aliases, what to retain and the reach of each (see the examples)",
+    )
+    add(
+        "--pictures",
+        type=Path,
+        metavar="DIR",
+        help="pictures of what to erase, with captions in NAME.txt or metadata.jsonl or none, for --reach "
+        "denoiser; --concept says what prompts call it, if they have a name for it",
     )
     add(
         "--like",
@@ -122,23 +130,16 @@ def read_request(args: argparse.Namespace) -> Request:
         return _recorded(args)
     model = read_model(args)
     listed = ConceptList() if args.concepts_file is None else read_concepts(args.concepts_file)
-    for name in args.concept:
-        if "=" in name or "->" in name:
-            raise ValueError(f"`--concept {name}` is no name. Pass its target by `--remap_to NAME=TARGET`.")
-    names = [*args.concept, *listed.concepts]
-    if not names:
-        raise ValueError(
-            "Nothing to erase is named. Pass `--concept NAME`, `--concepts_file FILE`, or `--like DIR` for "
-            "what was erased in DIR."
-        )
+    names, pictures = _what(args, listed)
     given = {name: getattr(args, name, None) for name in OPTIONS}  # `more-hf lora` has no router
     given["retain"] = [*listed.retain, *(args.retain or [])] or None
     given["reach"] = _reach(args.reach, names, listed)
     options = {"remap_to": _targets(names, args.remap_to, listed), "sampling": _sampling(args, listed)}
+    options |= {"given": pictures} if pictures else {}
     options |= {name: value for name, value in given.items() if value is not None}
     concepts = _with_aliases(names, args.alias, listed)
     if model == EMOJI_SD:
-        _refuse_typos(names, options)
+        _refuse_typos([name for name in names if name not in pictures], options)
     wanted = ConceptRequest.of(concepts, **options)  # refuses wrong names before anything is loaded
     logger.info("To erase:\n%s", _plan(wanted))
     if model == EMOJI_SD:
@@ -153,6 +154,27 @@ def read_request(args: argparse.Namespace) -> Request:
                 "it runs with. Pass both, or leave it out."
             )
     return Request(checkpoint, concepts, options)
+
+
+def _what(args: argparse.Namespace, listed: ConceptList) -> tuple[list[str], dict[str, Pictures]]:
+    """The names of what to erase, and of these what is given by pictures."""
+    for name in args.concept:
+        if "=" in name or "->" in name:
+            raise ValueError(f"`--concept {name}` is no name. Pass its target by `--remap_to NAME=TARGET`.")
+    names = [*args.concept, *listed.concepts]
+    if args.pictures is not None:
+        if len(names) > 1:
+            raise ValueError(
+                f"`--pictures` are of one concept, and {len(names)} are named. Name one or none."
+            )
+        pictures = Pictures(args.pictures, *names)
+        return [pictures.label], {pictures.label: pictures}
+    if not names:
+        raise ValueError(
+            "Nothing to erase is named. Pass `--concept NAME`, `--concepts_file FILE`, `--pictures DIR`, or "
+            "`--like DIR` for what was erased in DIR."
+        )
+    return names, {}
 
 
 def _recorded(args: argparse.Namespace) -> Request:
@@ -186,7 +208,9 @@ def _refuse_typos(names: Sequence[str], options: Mapping[str, Any]) -> None:
 def _warn_about_unknown(wanted: ConceptRequest) -> None:
     """Warn of names that the embedded pipeline's captions do not have: each word of those is a token."""
     vocabulary = json.loads((FOLDER / "emoji_sd" / "tokenizer" / "vocab.json").read_text("utf-8"))
-    for name in dict.fromkeys([*wanted.concepts, *wanted.targets, *wanted.retain]):
+    # a concept that is given by pictures need not be a word of the captions
+    named = [name for name in wanted.concepts if name not in wanted.given]
+    for name in dict.fromkeys([*named, *wanted.targets, *wanted.retain]):
         if any(f"{word}</w>" not in vocabulary for word in name.casefold().split()):
             logger.warning("%r is in no caption of %s: its pictures do not show it. A typo?", name, EMOJI_SD)
 

@@ -34,6 +34,10 @@ RUN = (
     "The model was run: nothing but the edited layers reads the prompt, and each computes with its new "
     "weight."
 )
+RUN_INSIDE = (
+    "The model was run: each edited layer computes with its new weight. The layers that read the prompt were "
+    "left as they are, since what was erased was given by pictures without a name."
+)
 NOT_RUN = (
     "The model was not run: that no other layer reads the prompt is taken from its family's description."
 )
@@ -60,7 +64,9 @@ def claims_of_concepts(
     proof: Mapping[str, float],
 ) -> Iterator[Claim]:
     """Yield what may be said of an erasure from a pipeline, by what was asked for, done and measured."""
-    if request.strength != 1:
+    if not request.named:
+        pass  # nothing is said to the layers that read text
+    elif request.strength != 1:
         ending = f"At worst, they end {_left(guarantees, inside=False)} of the way from it."
         yield Claim("in part", f"{SCALED.format(request.strength)} {ending}")
     elif facts.solver in EXACT_SOLVERS:
@@ -70,8 +76,9 @@ def claims_of_concepts(
     if request.inside:
         left = _left(guarantees, inside=True)
         yield Claim("in part, inside", f"{INSIDE} At worst, {left} of the way is left.")
-    yield Claim("run", RUN if proof else NOT_RUN)
-    yield Claim("not exact", SINGLE_PROMPT)
+    yield Claim("run", (RUN if request.named else RUN_INSIDE) if proof else NOT_RUN)
+    if request.named:
+        yield Claim("not exact", SINGLE_PROMPT)
 
 
 def claims_of_classes(facts: ClassFacts) -> Iterator[Claim]:

@@ -65,7 +65,8 @@ class Record:
 
     def to_json(self) -> str:
         """The content of the file."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        whole = {**asdict(self), "request": self.request.to_dict()}
+        return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Record:

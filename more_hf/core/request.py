@@ -12,6 +12,7 @@ from operator import index
 from typing import Any, ClassVar, Literal, Self, SupportsIndex, get_args
 
 from .errors import PrototypeError, shown
+from .pictures import Pictures
 
 
 Solver = Literal["pinv", "covariance", "soft"]
@@ -80,22 +81,24 @@ class Request:
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)  # the way to normalize a field of a frozen dataclass
 
-    def joined(self, later: Self) -> Self:
-        """This request together with a later one, whose options take precedence."""
+    def joined(self, later: Self, **changes: Any) -> Self:
+        """This request together with a later one, whose options take precedence except for the changes."""
         return replace(
             later,
             concepts={**self.concepts, **later.concepts},
             remap_to={**self.remap_to, **later.remap_to},
+            **changes,
         )
 
-    def without(self, names: Iterable[str]) -> Self:
-        """The request with some names no longer forgotten."""
+    def without(self, names: Iterable[str], **changes: Any) -> Self:
+        """The request with some names no longer forgotten, and other changes."""
         dropped = set(names)
         kept = [name for name in self.concepts if name not in dropped]
         return replace(
             self,
             concepts={name: self.concepts[name] for name in kept},
             remap_to={name: self.remap_to[name] for name in kept},
+            **changes,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,9 +148,11 @@ class ConceptRequest(Request):
     strength: float = 1.0  # the change of each weight is multiplied by this, up to `STRONGEST`
     # one of `REACHES`: how far into the model the edit goes; a mapping gives a concept its own
     reach: str | Mapping[str, str] = "name"
-    pictures: int = 32  # how many pictures of each name give the prototypes inside the denoiser
+    # how many pictures of each name give the prototypes inside the denoiser: as many as are given, or more
+    pictures: int = 32
     # arguments of the pipeline's call that draws these pictures
     sampling: Mapping[str, int | float | bool | str] | None = None
+    given: Mapping[str, Pictures] | None = None  # the concepts that are given by pictures
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,12 +163,15 @@ class ConceptRequest(Request):
         check_number("softness", self.softness)
         _check_strength(self)
         self._set("reach", _read_reach(self.reach, self.concepts))
-        self._set("pictures", read_count("pictures", self.pictures))
+        self._set("given", {} if self.given is None else dict(self.given))
+        numbers = [given.number for given in self.given.values()]
+        self._set("pictures", max([read_count("pictures", self.pictures), *numbers]))
         self._set("sampling", {} if self.sampling is None else _read_sampling(self.sampling))
         for lines in ("templates", "everyday"):
             if getattr(self, lines) is not None:
                 self._set(lines, read_names(lines, getattr(self, lines)))
         _check_names(self)
+        _check_given(self)
         for template in self.templates or ():
             if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
                 raise PrototypeError(
@@ -179,6 +187,8 @@ class ConceptRequest(Request):
             `PrototypeError`: an argument has the wrong type or is out of range, or `remap_to` is empty or
             maps names other than the forgotten ones.
         """
+        concepts, given = _with_names(concepts)
+        options["given"] = {**(options.get("given") or {}), **given}
         if isinstance(concepts, Mapping):
             forgotten = read_mapping("concepts", concepts, read_names)
         else:
@@ -195,16 +205,19 @@ class ConceptRequest(Request):
         """See `Request.from_dict`."""
         lists = ("retain", "templates", "everyday")
         read = {name: read_names(name, data[name]) for name in lists if data.get(name) is not None}
+        read["given"] = read_mapping("given", data.get("given", {}), Pictures.from_dict)
         return super().from_dict({**data, **read})
 
     def joined(self, later: Self) -> Self:
         """See `Request.joined`. Retained names stay retained, and edited layers stay edited."""
-        return replace(
-            super().joined(later),
+        earlier = {name: given for name, given in self.given.items() if name not in later.concepts}
+        return super().joined(
+            later,
             retain=tuple(dict.fromkeys([*self.retain, *later.retain])),
             pooled=self.pooled or later.pooled,
             reach=_farther(self.reach, later.reach),
             sampling=later.sampling or self.sampling,
+            given={**earlier, **later.given},
         )
 
     def without(self, names: Iterable[str]) -> Self:
@@ -212,7 +225,18 @@ class ConceptRequest(Request):
         reach, dropped = self.reach, set(names)
         if not isinstance(reach, str):
             reach = {name: own for name, own in reach.items() if name not in dropped}
-        return Request.without(replace(self, reach=reach), dropped)
+        given = {name: pictures for name, pictures in self.given.items() if name not in dropped}
+        return super().without(dropped, reach=reach, given=given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Request.to_dict`. Of given pictures it has the number and hash, but not the folder."""
+        return {**asdict(self), "given": {name: given.to_dict() for name, given in self.given.items()}}
+
+    @property
+    def named(self) -> dict[str, tuple[str, ...]]:
+        """The concepts that prompts have a name for, with their aliases."""
+        nameless = [name for name, given in self.given.items() if given.name is None]
+        return {name: aliases for name, aliases in self.concepts.items() if name not in nameless}
 
     @property
     def inside(self) -> list[str]:
@@ -225,7 +249,7 @@ class ConceptRequest(Request):
     def surfaces(self) -> list[str]:
         """Every forgotten form: each concept's name, followed by its aliases."""
         forms = []
-        for name, aliases in self.concepts.items():
+        for name, aliases in self.named.items():
             forms += [name, *aliases]
         return forms
 
@@ -289,6 +313,22 @@ def with_options(function: Callable) -> Callable:
             parameters.append(option)
     function.__signature__ = own.replace(parameters=parameters)
     return function
+
+
+def _with_names(concepts: Any) -> tuple[Any, dict[str, Pictures]]:
+    """The argument `concepts` with names in place of pictures, and the pictures by name."""
+    if isinstance(concepts, Pictures):
+        return concepts.label, {concepts.label: concepts}
+    if isinstance(concepts, str) or not isinstance(concepts, Iterable):
+        return concepts, {}
+    listed = list(concepts)
+    names = [one.label if isinstance(one, Pictures) else one for one in listed]
+    given = {name: one for name, one in zip(names, listed, strict=True) if isinstance(one, Pictures)}
+    if twice := [name for name in given if names.count(name) > 1]:
+        raise PrototypeError(f"Two concepts are called {twice[0]!r}. Give `Pictures` another name or folder.")
+    if isinstance(concepts, Mapping):
+        return dict(zip(names, concepts.values(), strict=True)), given
+    return names, given
 
 
 def _targets_of(forgotten: Iterable[str], remap_to: Any) -> dict[str, tuple[str, ...]]:
@@ -397,6 +437,23 @@ def _check_names(request: ConceptRequest) -> None:
                 f"{name!r} in `{argument}` contains {surface!r}, which is erased: keeping one keeps the "
                 f"other. If it is its alias, concepts={{{surface!r}: [{name!r}]}}, take it out there."
             )
+
+
+def _check_given(request: ConceptRequest) -> None:
+    """Raises `PrototypeError` for pictures that nothing reads, or options that need a name without one."""
+    if unread := [name for name in request.given if name not in request.inside]:
+        raise PrototypeError(
+            f"{unread[0]!r} is given by pictures, which only the layers inside the denoiser read. Pass "
+            "reach='denoiser', or name it in `concepts` without pictures."
+        )
+    for name in request.given.keys() - request.named.keys():
+        if request.concepts[name]:
+            raise PrototypeError(f"{name!r} has aliases, but no name. Pass `Pictures(folder, name=...)`.")
+    if request.router is not None and not request.named:
+        raise PrototypeError(
+            f"A router acts on the prompt, where {', '.join(map(repr, request.given))} has no name. Leave "
+            "`router` out, or pass `Pictures(folder, name=...)`."
+        )
 
 
 def _read_sampling(value: Any) -> dict[str, int | float | bool | str]:

@@ -29,8 +29,9 @@ from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.request import ConceptRequest, names_in
 from ..core.site import Site, check_unshared, feature_dim, is_linear
 from ..core.views import running_eagerly
-from .draw import call
+from .draw import call, draw
 from .encoder import column
+from .given import check_given, drawn_sentences, encode_pictures, shown_sentences
 from .prompts import TEMPLATES, evenly, everyday_prompts, sentences_around
 from .quantized import scheme_of
 from .sites import Denoiser, base_layer, find_sites, is_lora
@@ -81,8 +82,8 @@ def record_activations(
     sent_to: Mapping[str, Sequence[str | None]],
 ) -> Activations:
     """
-    Draw pictures of names and of ordinary prompts with the pipeline, and record the inputs of its denoiser's
-    layers. The pipeline is not changed.
+    Draw pictures of names and of ordinary prompts with the pipeline, or take given ones, and record the
+    inputs of its denoiser's layers. The pipeline is not changed.
 
     Picture i of a concept and picture i of its target have the same sentence around the name and the same
     noise, so that whatever the names have in common cancels in the difference of their prototypes. A finished
@@ -101,8 +102,9 @@ def record_activations(
             Each concept's targets, whose mean it is sent to; `None` stands for ordinary pictures.
 
     Raises:
-        `SiteNotFoundError`: no layer tells the concepts from their targets, there are two denoisers, or some
-        layers inside cannot be recorded.
+        `SiteNotFoundError`: no layer tells the concepts from their targets, there are two denoisers, some
+        layers inside cannot be recorded, or given pictures cannot be encoded. `PrototypeError`: given
+        pictures cannot be read.
     """
     if len(denoiser.parts) > 1:
         raise SiteNotFoundError(
@@ -116,7 +118,10 @@ def record_activations(
             "yet, so the concept would stay in them. Leave `reach` at 'name'."
         )
     layers = find_listeners(denoiser)
+    for concept in request.given.keys() & sent_to.keys():
+        check_given(pipe, request.given[concept])
     prompts = picture_prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
+    shown = prompts | _prompts_beside(request, sent_to)
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
     pipe = copy.copy(pipe)
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
@@ -125,18 +130,23 @@ def record_activations(
     recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined)
     shown_with = {**request.sampling, "num_inference_steps": LEVELS + 1}
     with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
+        given = _given_latents(pipe, request, sent_to, shown_with)
         for name, first, batch in _batches(prompts):
             seeds = [(request.seed + i) % 2**63 for i in range(first, first + len(batch))]
-            # 1. Draw the pictures, and keep only their latents.
-            with _capture_latents(pipe) as latents:
-                call(pipe, batch, seeds, request.sampling, "latent")
+            rows = range(first, first + len(batch))
+            # 1. Draw the pictures, and keep only their latents; given ones take turns.
+            if name in given:
+                latents = [given[name][[i % len(given[name]) for i in rows]]]
+            else:
+                with _capture_latents(pipe) as latents:
+                    call(pipe, batch, seeds, request.sampling, "latent")
             # 2. Show them to the denoiser at each level of noise, and listen to its layers.
             recorder.start(name, len(batch))
             with (
                 recorder.listening(denoiser.module, layers),
                 _replay_latents(pipe, latents[-1], seeds, recorder),
             ):
-                call(pipe, batch, seeds, shown_with, "latent")
+                call(pipe, [shown[name][i] for i in rows], seeds, shown_with, "latent")
             progress.update(len(batch))
     activations = recorder.activations(sent_to)
     if not activations.prototypes:
@@ -155,11 +165,58 @@ def picture_prompts(
     prompts = {}
     for concept, targets in sent_to.items():
         named = [name for name in dict.fromkeys(targets) if name is not None]
-        sentences = _sentences(request, [concept, *named, *request.retain], everyday)
+        own = [concept] if concept in request.named else []
+        sentences = _sentences(request, [*own, *named, *request.retain], everyday)
+        if concept in request.given:
+            sentences = drawn_sentences(request.given[concept], sentences)
         prompts[concept] = [sentence.replace("{}", concept) for sentence in sentences]
         for target in named:
             prompts[in_place_of(concept, target)] = [line.replace("{}", target) for line in sentences]
     return prompts | _other_prompts(request, everyday)
+
+
+def _prompts_beside(
+    request: ConceptRequest, sent_to: Mapping[str, Sequence[str | None]]
+) -> dict[str, list[str]]:
+    """
+    The prompts with which given pictures, and pictures of the targets in their place, are shown: their
+    captions, with the names in them. Without a name, both have the same prompt, or none.
+    """
+    prompts = {}
+    for concept in request.given.keys() & sent_to.keys():
+        given = request.given[concept]
+        lines = shown_sentences(given, request.pictures)
+        names = {concept: concept} | {in_place_of(concept, name): name for name in sent_to[concept] if name}
+        for pictures, name in names.items():
+            prompts[pictures] = [line.replace("{}", "" if given.name is None else name) for line in lines]
+    return prompts
+
+
+def _given_latents(
+    pipe: DiffusionPipeline, request: ConceptRequest, concepts: Iterable[str], sampling: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """
+    By concept, the latents of its given pictures, as the pipeline's loop would have them.
+
+    Raises:
+        `SiteNotFoundError`: the loop has them in another form than the VAE. `PrototypeError`: a file is no
+        picture.
+    """
+    found = {name: request.given[name] for name in concepts if name in request.given}
+    if not found:
+        return {}
+    # a picture by the pipeline shows which size it draws, and how its loop has the latents
+    with _capture_latents(pipe) as latents:
+        size = draw(pipe, [""], [0], sampling).shape[-2:]
+    given = {name: encode_pictures(pipe, pictures, size).to(latents[-1]) for name, pictures in found.items()}
+    for encoded in given.values():
+        if encoded.shape[1:] != latents[-1].shape[1:]:
+            raise SiteNotFoundError(
+                f"{type(pipe).__name__} has latents of the form {tuple(latents[-1].shape[1:])}, and its VAE "
+                f"encodes pictures as {tuple(encoded.shape[1:])}. Name the concept, of which the pipeline "
+                "draws pictures itself."
+            )
+    return given
 
 
 def _batches(prompts: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, int, Sequence[str]]]:
@@ -439,6 +496,11 @@ class UntouchedSite(Site):
         return super().width if scheme_of(self.module) is None else self.module.in_features
 
 
+def named_sites(pipe: DiffusionPipeline, denoiser: Denoiser, request: ConceptRequest) -> dict[str, Site]:
+    """The layers that read text, if anything that is forgotten has a name there. Raises as `find_sites`."""
+    return find_sites(pipe, denoiser, pooled=request.pooled) if request.named else {}
+
+
 def find_activation_sites(
     denoiser: Denoiser, spaces: Mapping[str, str], *, kind: type[Site] = Site
 ) -> dict[str, Site]:
@@ -467,4 +529,4 @@ def edited_sites(
 ) -> dict[str, Site]:
     """The layers that an erasure edited. Raises the same errors as `find_sites`."""
     inner = {name: space for name, space in facts.spaces.items() if not is_text(space)}
-    return find_sites(pipe, denoiser, pooled=request.pooled) | find_activation_sites(denoiser, inner)
+    return named_sites(pipe, denoiser, request) | find_activation_sites(denoiser, inner)

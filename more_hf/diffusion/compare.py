@@ -92,7 +92,7 @@ def target_prompt(prompt: str, request: ConceptRequest) -> str | None:
     """
     # an alias goes where its concept does
     targets = {}
-    for name, aliases in request.concepts.items():
+    for name, aliases in request.named.items():
         for form in (name, *aliases):
             targets[form.casefold()] = request.remap_to[name]
     # Of names that start alike the longest is meant.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import AlreadyErasedError, SiteNotFoundError
 from ..core.facts import ConceptFacts, kind_of
 from ..core.install import install, refuse_inside_block, uninstall
+from ..core.pictures import Pictures
 from ..core.record import refuse_erased_source
 from ..core.registry import check_restorable, find_erasure, locked, require_editable, require_erased
 from ..core.remap import Remap
@@ -27,6 +28,7 @@ from .activations import (
     UntouchedSite,
     edited_sites,
     find_activation_sites,
+    named_sites,
     record_activations,
     refuse_quantized,
 )
@@ -54,7 +56,7 @@ BESIDE = "the edit is a LoRA beside the weights: it tells what was erased, and w
 @with_options
 def erase_concept(
     pipe: DiffusionPipeline,
-    concepts: str | Sequence[str] | Mapping[str, Sequence[str]],
+    concepts: str | Pictures | Sequence[str | Pictures] | Mapping[str | Pictures, Sequence[str]],
     *,
     remap_to: str | Sequence[str] | Mapping[str, str | Sequence[str] | None] | None,
     keep_originals: bool = True,
@@ -73,8 +75,9 @@ def erase_concept(
         pipe (`DiffusionPipeline`):
             A pipeline of a family in `more_hf/diffusion/families.py`, in fp16, bf16, fp32 or fp64, on any
             device.
-        concepts (`str`, `Sequence[str]` or `Mapping[str, Sequence[str]]`):
-            What to forget; a mapping gives each name's aliases.
+        concepts (`str`, [`Pictures`], or a `Sequence` or `Mapping[str | Pictures, Sequence[str]]` of them):
+            What to forget; a mapping gives each name's aliases. With `reach="denoiser"`, a folder of pictures
+            can stand for a name.
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             What the concepts become. With several names, their mean, or one per expert with a router. `None`
             projects the concepts out and puts nothing in their place. A mapping gives each concept its own.
@@ -123,7 +126,7 @@ def erase_concept(
             `{"num_inference_steps": 20}`. Fewer steps and smaller pictures are faster.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draw of targets for experts. No global random state is touched.
-        templates, everyday, shrinkage, pictures (*optional*):
+        templates, everyday, shrinkage, pictures, given (*optional*):
             Options for research: see `more_hf.core.request.ConceptRequest`, whose fields all of these are.
 
     Returns:
@@ -239,7 +242,7 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
     current = find_erasure(denoiser.module)
     refuse_inside_block(current)
     # 1. Find the layers that read text, and solve for their edit.
-    sites = find_sites(pipe, denoiser, pooled=request.pooled)
+    sites = named_sites(pipe, denoiser, request)
     solution = solve(encoder, request)
     soft = request.inside or solution.remaps["tokens"].solver == "soft"
     if request.softness != ConceptRequest.softness and not soft:
@@ -317,7 +320,7 @@ def erasure_beside(pipe: DiffusionPipeline, request: ConceptRequest) -> ConceptE
                 "`more_hf.save_lora`."
             )
         encoder = Encoder.of(pipe, request, denoiser)
-        sites = find_sites(pipe, denoiser, pooled=request.pooled)
+        sites = named_sites(pipe, denoiser, request)
         for site in sites.values():
             site.quantized = None  # it is read, and keeps its place
         solution = solve(encoder, request)
@@ -351,13 +354,12 @@ def _guarantees(remaps: Mapping[str, Remap]) -> dict[str, float]:
     The measurements of `Remap.verify`; those of other spaces than `"tokens"` have their kind as a prefix, and
     of several spaces of one kind only the worst is given.
     """
-    guarantees = remaps["tokens"].verify()
+    guarantees: dict[str, float] = {}
     for space, remap in remaps.items():
         kind = kind_of(space)
-        if kind != "tokens":
-            for key, value in remap.verify(mean_only=kind == "denoiser").items():
-                name = f"{kind}_{key}"
-                guarantees[name] = max(value, guarantees.get(name, value))
+        for key, value in remap.verify(mean_only=kind == "denoiser").items():
+            name = key if kind == "tokens" else f"{kind}_{key}"
+            guarantees[name] = max(value, guarantees.get(name, value))
     return guarantees
 
 
@@ -372,14 +374,14 @@ def _erasure(
     """The erasure that a solution makes of these layers, nothing of which is written yet."""
     pipe, remaps = encoder.pipe, solution.remaps
     check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
-    tokens = remaps["tokens"]
+    first = next(iter(remaps.values()))
     quantized = {name: site.quantized for name, site in sites.items() if site.quantized is not None}
     facts = ConceptFacts(
-        solver=tokens.solver,
+        solver=first.solver,
         solver_reason=solution.solver_reason,
         retained_moved=solution.retained_moved,
         rank=max(remap.rank for remap in remaps.values()),
-        num_experts=tokens.num_experts,
+        num_experts=first.num_experts,
         condition_number=max(remap.condition_number for remap in remaps.values()),
         leaks=_leaks(encoder, request, remaps),
         base=current.facts.base if current else str(pipe.config.get("_name_or_path") or ""),

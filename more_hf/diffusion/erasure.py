@@ -27,6 +27,9 @@ class ConceptErasure(Erasure):
         """See `Erasure.rows`."""
         request, facts = self.request, self.facts
         yield "forgotten", "; ".join(_with_aliases(name, also) for name, also in request.concepts.items())
+        for name, given in request.given.items():
+            name = f"{name}: {'without a name, ' if given.name is None else ''}"
+            yield "given", f"{name}by {given.number} pictures, sha256 {given.sha256[:12]}"
         yield (
             "sent to",
             "; ".join(f"{name} → {_mean_of(targets)}" for name, targets in request.remap_to.items()),
@@ -35,7 +38,8 @@ class ConceptErasure(Erasure):
         yield "retained", ", ".join(["special tokens and empty prompt (exact)", *moved])
         if request.strength != 1:
             yield "strength", f"{request.strength:g}: the change of each weight is multiplied by it"
-        yield "tokens", f"{facts.tokens}, of {request.tokens}" if facts.tokens else request.tokens
+        if request.named:
+            yield "tokens", f"{facts.tokens}, of {request.tokens}" if facts.tokens else request.tokens
         yield "solver", f"{facts.solver}: {facts.solver_reason}"
         rank = f"rank {facts.rank}{' or less' if facts.spaces else ' each'}"
         yield "edited", f"{len(self.sites)} layers, {rank}; {facts.num_experts} expert(s)"

@@ -69,8 +69,9 @@ class Problem:
         expanded = []
         for targets in self.experts:
             own: list[str | None] = []
-            for target, aliases in zip(targets, self.request.concepts.values(), strict=True):
-                own += [target] * (1 + len(aliases))
+            for target, name in zip(targets, self.request.concepts, strict=True):
+                if name in self.request.named:
+                    own += [target] * (1 + len(self.request.named[name]))
             expanded.append(own)
         return expanded
 
@@ -101,7 +102,7 @@ class Solution:
     @property
     def ordinary_moved(self) -> float:
         """How far ordinary prompts move, as a share of their length, in the space where they move most."""
-        return max(remap.ordinary_moved for remap in self.remaps.values())
+        return max((remap.ordinary_moved for remap in self.remaps.values()), default=0.0)
 
     def inside(self, request: ConceptRequest) -> dict[str, list[str | None]]:
         """The targets of each concept that is also erased inside the denoiser."""
@@ -115,7 +116,7 @@ class Solution:
         remaps = {}
         for space, pairs in activations.prototypes.items():
             forget = [name for name in pairs.names if target_of(name) in pairs.names]
-            targets = [[target_of(name) for name in forget]] * self.remaps["tokens"].num_experts
+            targets = [[target_of(name) for name in forget]] * len(next(iter(self.sent_to.values())))
             own = activations.own[space]
             remap = Remap.regress(pairs, forget, targets, own, softness=request.softness)
             remaps[space] = replace(remap, strength=request.strength)
@@ -198,13 +199,23 @@ def solve(
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
     """
+    if not request.named:  # the layers that read text stay as they are
+        experts = draw_experts(
+            [names or (None,) for names in request.remap_to.values()],
+            request.num_experts,
+            max_distinct=len(request.targets),
+            seed=request.seed,
+        )
+        return Solution(
+            {}, request.tokens, "no layer that reads the prompt is edited", {}, _sent_to(request, experts)
+        )
     problems = pose(encoder, request, prototypes or fit_request(encoder, request))
     if request.solver != "auto":
         return _solution(problems, (request.solver,), request.tokens, "as asked for")
 
     # `auto`: exact edits first, from most to fewest prototypes, since fewer prototypes move less.
     choices = token_choices(request)
-    alone = len(request.concepts) == 1
+    alone = len(request.named) == 1
     why = "exact" if request.strength == 1 else "exact at strength 1"
     rejected: list[str] = []  # the exact edits that were passed over
     for tokens in choices:
@@ -255,11 +266,13 @@ def _solution(
         if space == most_expensive or space not in layers:
             label = f"{space}, the most expensive of {len(layers)}" if space == most_expensive else space
             parts.append(f"{label}: {remaps[space].solver}, {reasons[space]}")
-    request, experts = problems["tokens"].request, problems["tokens"].experts
-    sent_to = {}
-    for i, name in enumerate(request.concepts):
-        sent_to[name] = [targets[i] for targets in experts]
+    sent_to = _sent_to(problems["tokens"].request, problems["tokens"].experts)
     return Solution(remaps, tokens, "; ".join(parts), moved, sent_to)
+
+
+def _sent_to(request: ConceptRequest, experts: Sequence[Sequence[str | None]]) -> dict[str, list[str | None]]:
+    """Each concept's target in every expert."""
+    return {name: [targets[i] for targets in experts] for i, name in enumerate(request.concepts)}
 
 
 def _solve_space(problem: Problem, solvers: Sequence[str], tokens: str) -> tuple[Remap, str]:

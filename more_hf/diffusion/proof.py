@@ -42,7 +42,8 @@ def prover(
     """
     features = {space: remap.prototypes.matrix for space, remap in _text_remaps(erasure).items()}
     with nullcontext() if current is None else routing_off(current):
-        ways = prove_no_other_way(denoiser, features)
+        # where nothing has a name, no layer that reads text is edited
+        ways = prove_no_other_way(denoiser, features) if features else {}
     return lambda edited: {**ways, **_prove_layers(denoiser, erasure, edited)}
 
 
@@ -235,6 +236,10 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, edited: Mapping[str, Ten
         stays = remap.prototypes.matrix[:, 0]
         row = forgotten[:1] if space == "pooled" else torch.cat([stays[None], forgotten])[None]
         text[space] = row.repeat(len(experts), *[1] * (row.ndim - 1))
+    if not remaps:
+        readers = denoiser.find().values()
+        widths = {each.space: each.columns or each.module.in_features for each in readers}
+        text = _random_text({space: torch.ones(width, 1) for space, width in widths.items()}, seed=0)
     forced = experts_forced(erasure, torch.tensor(experts)) if erasure.hooks else nullcontext()
     with _plain(denoiser), forced, _asked_inside(erasure.sites, ask):
         for component, module in denoiser.parts.items():

@@ -174,7 +174,8 @@ def verify(
     finding = ", ".join(changed) or f"{len(record.files)} files"
     unchanged = Check("every file is the one that was saved", not changed, finding)
     checks = [unchanged, *check_folder(folder, record, layers, removed).checks]
-    if run and record.kind == "pipeline" and not isinstance(removed, MoreError):
+    # a run shows what reads the prompt: nothing that is edited, where nothing has a name
+    if run and record.kind == "pipeline" and removed and not isinstance(removed, MoreError):
         checks.append(_run(folder, record, denoiser, removed))
     if rerun:
         from .rerun import erased_again  # which saves, and saving checks
@@ -357,6 +358,8 @@ def removed_from(encoder: Encoder, request: ConceptRequest, facts: ConceptFacts)
         `ExportError`: as from `refuse_weak`.
     """
     refuse_weak(request)
+    if not request.named:  # no layer that reads text is edited
+        return {}
     if facts.solver == "soft":
         remaps = solve(encoder, request).remaps
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}
@@ -444,7 +447,8 @@ def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:
                 "the erased model again."
             )
         layers.append(Layer(name, space, list(matrix_of(modules[name].weight).shape)))
-    for name, reader in find_layers(denoiser, pooled=record.request.pooled).items():
+    readers = find_layers(denoiser, pooled=record.request.pooled) if record.request.named else {}
+    for name, reader in readers.items():
         rows, width = reader.module.weight.shape
         columns = width if reader.columns is None else reader.columns
         layers.append(Layer(name, reader.space, [rows, columns]))

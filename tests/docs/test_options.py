@@ -76,7 +76,7 @@ def test_the_docstring_has_the_defaults():
         re.findall(r"^ *(\w+) \(.*\*optional\*(?:, defaults to `?(.+?)`?)?\):$", text, re.MULTILINE)
     )
     del documented["keep_originals"]
-    research = {"templates", "everyday", "shrinkage", "pictures"}
+    research = {"templates", "everyday", "shrinkage", "pictures", "given"}
     assert documented.keys() == OPTIONS.keys() - research
     for name, default in documented.items():
         expected = None if OPTIONS[name] == () else OPTIONS[name]

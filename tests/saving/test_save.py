@@ -66,6 +66,7 @@ def test_record(tiny_sd, tmp_path):
         "remap_to": {"van gogh": ["claude monet", "johannes vermeer"]}, "solver": "auto", "seed": 0,
         "num_experts": None, "router": None, "pooled": True, "templates": None, "everyday": None,
         "shrinkage": 1e-4, "softness": 1.0, "strength": 1.0, "reach": "name", "pictures": 32, "sampling": {},
+        "given": {},
     }  # fmt: skip
     assert Record.read(folder).request == erasure.request
     assert record["sites"] == {name: list(site.read().shape) for name, site in erasure.sites.items()}

@@ -1,0 +1,156 @@
+"""A style given by its real pictures, without its name, under the attack of ../sample.
+
+    cd benchmarks/attacks/pictures/given
+    python given.py pictures --data DATA --folders DIR   # DATA: from ../../../emoji_sd/data.py
+    python given.py run --folders DIR                    # goes on where rows.csv ends
+    python given.py table
+
+The pictures are drawings of the set that the embedded pipeline was trained on, without those held out; what
+the attacker learns from are other pictures, by the original. The original, `more` and `more-denoiser` are
+the lines of ../sample.
+"""
+
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import more_hf
+from more_hf.core.files import write_text
+from more_hf.core.markdown import markdown_table
+from more_hf_bench.artists.judges import EmojiJudges
+from more_hf_bench.artists.prompts import read_prompts, read_targets
+from more_hf_bench.artists.run import EMOJI
+from more_hf_bench.attacks.pictures.run import run_picture_attacks
+from more_hf_bench.attacks.store import AttackConfig
+from more_hf_bench.columns import read_cells, read_rows, write_rows
+from more_hf_bench.methods.registry import DIFFUSION, Method
+from more_hf_bench.script import argument_parser
+
+
+HERE = Path(__file__).parent
+SAMPLE = HERE.parent / "sample"
+STYLES = ("High Contrast", "Monotone")
+BESIDE = ("original", "more", "more-denoiser")  # measured in SAMPLE
+CAPTIONED = " with captions"
+GIVEN = ("20", "80", "5", f"20{CAPTIONED}")  # pictures
+SEED = "given"
+
+
+@dataclass(frozen=True)
+class Given(Method):
+    """Erase what a folder for the style shows, by no name."""
+
+    folders: Path = Path()
+    what: str = ""
+
+    def load(self) -> Callable[..., DiffusionPipeline]:
+        """See `Method.load`."""
+
+        def erase_given(pipe, concepts, *, remap_to, retain, sampling_steps=10, guidance=4.0):
+            return more_hf.erase_concept(
+                pipe,
+                more_hf.Pictures(self.folders / concepts[0] / self.what),
+                remap_to=remap_to,
+                retain=retain,
+                reach="denoiser",
+                sampling={"num_inference_steps": sampling_steps, "guidance_scale": guidance},
+            )
+
+        return erase_given
+
+
+def write_pictures(data: Path, folders: Path) -> None:
+    """Draw pictures of each style by lot, and write them as folders: fewer are the first of more."""
+    sys.path.append(str(HERE.parents[2] / "emoji_sd"))
+    from dataset import load_dataset
+
+    real = load_dataset(data)
+    for style in STYLES:
+        of_style = (real.artist == real.artists.index(style)) & real.chosen & ~real.held_out
+        drawn = random.Random(f"{SEED} {style}").sample(of_style.nonzero().flatten().tolist(), 80)
+        for what in GIVEN:
+            folder = folders / style / what
+            folder.mkdir(parents=True, exist_ok=True)
+            for place, i in enumerate(drawn[: int(what.split()[0])]):
+                Image.fromarray(real.images[i].numpy()).save(folder / f"{place:02}.png")
+                if what.endswith(CAPTIONED):
+                    thing = real.things[real.thing[i]]
+                    (folder / f"{place:02}.txt").write_text(f"a {thing}", "utf-8")
+
+
+def measure(folders: Path, minutes: float) -> None:
+    """Measure cell after cell, until the time is over."""
+    sys.path.append(str(SAMPLE))
+    from sample import ATTACKS, cells_of_rows
+
+    end = time.monotonic() + 60 * minutes
+    start_from_sample()
+    cells_of_rows(HERE)
+    pipe, judges = more_hf.load_emoji_sd(), EmojiJudges()
+    targets = read_targets("targets")
+    for style in STYLES:
+        for what in GIVEN:
+            if time.monotonic() > end:
+                return
+            DIFFUSION[f"given {what}"] = Given("", folders=folders, what=what)
+            run_picture_attacks(
+                pipe, "emoji-sd", [f"given {what}"], list(ATTACKS), [style],
+                prompts=read_prompts(SAMPLE / "styles.csv"), lessons=read_prompts("emoji10_validation"),
+                targets={style: targets[style][:1]}, judges=judges, output=HERE, tuned=ATTACKS, **EMOJI,
+            )  # fmt: skip
+
+
+def start_from_sample() -> None:
+    """Take over the sample's rows of these styles, which are measured already."""
+    if (HERE / "rows.csv").exists():
+        return
+    facts = AttackConfig.read(SAMPLE / "styles").to_dict()
+    facts["forget"] = {style: facts["forget"][style] for style in STYLES if style in facts["forget"]}
+    facts["methods"] = {name: facts["methods"][name] for name in BESIDE}
+    AttackConfig.from_dict(facts).write(HERE)
+    rows = read_rows(SAMPLE / "styles" / "rows.csv").to_dict("records")
+    kept = [row for row in rows if row["method"] in BESIDE and row["forget"] in facts["forget"]]
+    write_rows(HERE / "rows.csv", kept)
+
+
+def table() -> None:
+    """Write a line for each style and method."""
+    found = defaultdict(dict)
+    for row in read_cells(HERE / "rows.csv"):
+        found[row["forget"], row["method"]][row["attack"], row["variant"]] = float(row["recovered"])
+    lines = []
+    for (style, method), measured in found.items():
+        line = {"style": style, "method": method, "by name": f"{measured['name', '']:.0f}"}
+        line["after 150 steps"] = f"{measured['inversion', '1 token']:.0f}"
+        line["lpips_r"] = f"{measured['others', 'another artist']:.3f}"
+        line["lpips_none"] = f"{measured['others', 'no artist']:.3f}"
+        lines.append(line)
+    order = (*BESIDE, *(f"given {what}" for what in GIVEN))
+    lines.sort(key=lambda line: (STYLES.index(line["style"]), order.index(line["method"])))
+    write_text(HERE / "results.md", markdown_table(lines) + "\n")
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("what", choices=("pictures", "run", "table"))
+    parser.add_argument("--data", type=Path, help="images of the sets, for `pictures`")
+    parser.add_argument("--folders", type=Path, help="the folders of pictures")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no cell after that (no limit)")
+    args = parser.parse_args()
+    if args.what == "pictures":
+        write_pictures(args.data, args.folders)
+    elif args.what == "run":
+        measure(args.folders, args.minutes)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()
