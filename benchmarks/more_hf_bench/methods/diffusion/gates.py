@@ -8,6 +8,7 @@ weights by matrices of rank 4 and 3 a concept, which a LoRA could hold, but not 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +33,14 @@ from .texts import Concepts, Retained, Targets
 
 SHARPNESS = 8.0  # of the gate's two corners
 POSITIONS = 32  # of a picture
-HELD_OUT = 3  # every third of the other pictures gives the threshold, and fits nothing
 NEUTRAL = ""  # the prompt that is read beside a picture's own
+# What pictures are for, in turn: some fit the readers, some give the thresholds, on some gates are tried.
+FIT, THRESHOLD, TRIAL = "fit", "threshold", "trial"
+ROLES = (FIT, THRESHOLD, FIT, TRIAL)
+HEARD = (FIT, THRESHOLD)
+# The gates that are tried, the weakest of each quantile first.
+QUANTILES = (0.99, 0.999)
+STRENGTHS = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0, 300.0)
 
 
 @dataclass(frozen=True)
@@ -56,26 +63,44 @@ class Gate:
         """How far the gate is open at features `(..., width)`."""
         return ((x @ self.reader - self.threshold) / self.scale).clamp(0, 1)
 
+
+@dataclass(frozen=True)
+class Reading:
+    """
+    What one layer reads of a concept, from which gates of any strength are made.
+
+    Attributes:
+        reader (`Tensor`), scale (`float`): d and σ.
+        others (`Tensor`): d·x of others' features that did not fit d, in ascending order.
+        step (`Tensor`): from what the block writes of the concept to what it writes of its target.
+    """
+
+    reader: Tensor
+    scale: float
+    others: Tensor
+    step: Tensor
+
     @classmethod
-    def fit(cls, own: Tensor, others: Tensor, step: Tensor, quantile: float, shrinkage: float = 1e-3) -> Gate:
+    def fit(cls, own: Tensor, fitted: Tensor, held: Tensor, step: Tensor, shrinkage: float = 0.2) -> Reading:
         """
         Fit Fisher's discriminant of the concept's features against others', with their pooled covariance.
 
         Args:
-            own (`Tensor`), others (`Tensor`):
-                The features of the concept's pictures and of others, `(pictures, positions, width)`; every
-                third of the others gives θ alone.
-            step (`Tensor`), quantile (`float`):
-                What is written; and the share of the others' features that θ is above.
+            own (`Tensor`), fitted (`Tensor`), held (`Tensor`):
+                The features of the concept's pictures, of others, and of others that give thresholds alone,
+                each `(pictures, positions, width)`.
+            step (`Tensor`): as above.
         """
-        held_out = torch.arange(len(others)) % HELD_OUT == 0
-        own, fitted, kept = (z.flatten(0, 1).double() for z in (own, others[~held_out], others[held_out]))
+        own, fitted, held = (z.flatten(0, 1).double() for z in (own, fitted, held))
         covariance = (own.T.cov() + fitted.T.cov()) / 2
         covariance.diagonal().add_(shrinkage * covariance.trace() / len(covariance))
         reader = torch.linalg.solve(covariance, own.mean(0) - fitted.mean(0))
-        read = (kept @ reader).sort().values
-        threshold = float(read[int(quantile * (len(read) - 1))])
-        return cls(reader, threshold, float((own @ reader).std()), step)
+        return cls(reader, float((own @ reader).std()), (held @ reader).sort().values, step)
+
+    def gate(self, strength: float, quantile: float) -> Gate:
+        """The gate that stays shut at this share of others' features, and writes the step so many times."""
+        threshold = float(self.others[int(quantile * (len(self.others) - 1))])
+        return Gate(self.reader, threshold, self.scale, strength * self.step)
 
 
 @torch.no_grad()
@@ -121,18 +146,6 @@ def without_least_units(weight: Tensor, hidden: Tensor, count: int) -> tuple[Ten
     return weight, units
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one block's feed-forward layer reads and its block writes while the denoiser is shown pictures."""
-
-    inputs: Tensor  # (pictures, positions, width): its features, of each level and prompt
-    output: Tensor  # (width,): the mean of what the block writes
-
-    @classmethod
-    def joined(cls, parts: Sequence[Seen]) -> Seen:
-        return cls(torch.cat([part.inputs for part in parts]), torch.stack([p.output for p in parts]).mean(0))
-
-
 class Listener:
     """
     Listens to the feed-forward layers of some blocks.
@@ -147,39 +160,46 @@ class Listener:
 
     def __init__(self, blocks: Mapping[str, BasicTransformerBlock]):
         self.blocks = blocks
-        self.parts: dict[tuple[str, str], list[Seen]] = {}  # by block and name
+        self.inputs: dict[tuple[str, str, str], list[Tensor]] = {}  # by block, name and role
+        self.outputs: dict[tuple[str, str, str], list[Tensor]] = {}  # the means of what the block writes
         self.hidden: dict[str, Tensor] = {}
 
     @contextmanager
-    def listening(self, name: str) -> Iterator[None]:
-        """Inside the block, what is read counts toward this name."""
+    def listening(self, name: str, role: str) -> Iterator[None]:
+        """Inside the block, what is read counts toward this name and role."""
         hooks = []
         for block_name, block in self.blocks.items():
-            hooks.append(block.register_forward_hook(partial(self._read, (block_name, name))))
+            key = block_name, name, role
+            hooks.append(block.ff.register_forward_pre_hook(partial(self._read, key)))
+            hooks.append(block.register_forward_hook(partial(self._write, key)))
             if name == ORDINARY:
                 hooks.append(block.ff.net[2].register_forward_pre_hook(partial(self._count, block_name)))
-            hooks.append(block.ff.register_forward_pre_hook(self._keep))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.last = args[0]
+    def _read(self, key: tuple[str, str, str], module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        every = -(-args[0].shape[1] // POSITIONS)
+        self.inputs.setdefault(key, []).append(args[0][:, ::every].float().cpu())
+
+    def _write(self, key: tuple[str, str, str], module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.outputs.setdefault(key, []).append(output.double().mean((0, 1)).cpu())
 
     def _count(self, block: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         h = args[0].flatten(0, -2).double()
         self.hidden[block] = self.hidden.get(block, 0) + h.T @ h
 
-    def _read(self, key: tuple[str, str], module: nn.Module, args: tuple, output: Tensor) -> None:
-        every = -(-output.shape[1] // POSITIONS)
-        seen = Seen(self.last[:, ::every].float().cpu(), output.double().mean((0, 1)).cpu())
-        self.parts.setdefault(key, []).append(seen)
+    def read(self, block: str, names: Sequence[str], roles: Sequence[str]) -> Tensor:
+        """What a block's layer read of some names' pictures `(pictures, positions, width)`."""
+        return torch.cat([x for name in names for role in roles for x in self.inputs[block, name, role]])
 
-    def seen(self, block: str, names: Sequence[str]) -> Seen:
-        """Everything that a block read of some names' pictures."""
-        return Seen.joined([part for name in names for part in self.parts.get((block, name), [])])
+    def written(self, block: str, names: Sequence[str]) -> Tensor:
+        """The mean of what a block wrote of some names' pictures `(width,)`."""
+        return torch.stack(
+            [x for name in names for role in HEARD for x in self.outputs[block, name, role]]
+        ).mean(0)
 
 
 def is_gated(module: nn.Module) -> bool:
@@ -187,30 +207,108 @@ def is_gated(module: nn.Module) -> bool:
     return isinstance(module, BasicTransformerBlock) and isinstance(module.ff.net[0], GEGLU)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """
+    Pictures that the denoiser is shown, `(pictures, ...)` each.
+
+    Attributes:
+        latents (`Tensor`), noise (`Tensor`): the pictures, and what is added to them.
+        texts (`Tensor`): the features of their own prompts.
+        neutral (`Tensor`): those of `NEUTRAL`.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    texts: Tensor
+    neutral: Tensor
+
+    def of(self, role: str) -> Shown:
+        """Those of a role."""
+        rows = [i for i in range(len(self.latents)) if ROLES[i % len(ROLES)] == role]
+        return Shown(self.latents[rows], self.noise[rows], self.texts[rows], self.neutral[rows])
+
+    @torch.no_grad()
+    def predictions(self, pipe: StableDiffusionPipeline) -> Tensor:
+        """What the denoiser predicts at each level of noise, with their own prompts and the neutral one."""
+        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        predicted = []
+        for start in range(0, len(self.latents), BATCH):
+            rows = slice(start, start + BATCH)
+            latents, noise = self.latents[rows], self.noise[rows]
+            for i in range(LEVELS):
+                level = round(len(scheduler.betas) * (i + 1) / (LEVELS + 1))
+                t = torch.full((len(latents),), level, device=latents.device)
+                x = scheduler.add_noise(latents, noise, t)
+                predicted += [pipe.unet(x, t, text[rows]).sample for text in (self.texts, self.neutral)]
+        return torch.cat(predicted)
+
+
 @torch.no_grad()
-def listen(pipe: StableDiffusionPipeline, request: ConceptRequest, listener: Listener) -> None:
+def drawn(pipe: StableDiffusionPipeline, request: ConceptRequest) -> dict[str, Shown]:
     """
-    Show the denoiser pictures that it draws itself at each level of noise, with their own prompts and with a
-    neutral one. A concept's pictures and its target's have the same sentences and noise.
+    Pictures of each name, which the pipeline draws itself. A concept's and its target's have the same
+    sentences and noise.
     """
+    shown = {}
     prompts = picture_prompts(request, request.remap_to, everyday_prompts(pipe.tokenizer))
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    levels = [round(len(scheduler.betas) * (i + 1) / (LEVELS + 1)) for i in range(LEVELS)]
     for name, sentences in prompts.items():
+        latents = []
         for start in range(0, len(sentences), BATCH):
             batch = sentences[start : start + BATCH]
             seeds = range(start, start + len(batch))
-            latents = call(pipe, batch, seeds, request.sampling, "latent").images
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
-            noise = noise.to(latents)
-            texts = batch, [NEUTRAL] * len(batch)
-            features = [pipe.encode_prompt(list(text), latents.device, 1, False)[0] for text in texts]
-            with listener.listening(name):
-                for level in levels:
-                    t = torch.full((len(batch),), level, device=latents.device)
-                    for text in features:
-                        pipe.unet(scheduler.add_noise(latents, noise, t), t, text)
+            latents.append(call(pipe, batch, seeds, request.sampling, "latent").images)
+        latents = torch.cat(latents)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(latents))]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
+        texts, neutral = (
+            pipe.encode_prompt(list(lines), latents.device, 1, False)[0]
+            for lines in (sentences, [NEUTRAL] * len(sentences))
+        )
+        shown[name] = Shown(latents, noise.to(latents), texts, neutral)
+    return shown
+
+
+def moved(before: Tensor, after: Tensor) -> float:
+    """How far predictions moved: the mean square of the difference, as a share of their own."""
+    return float((after - before).square().mean() / before.square().mean())
+
+
+def gates_within(
+    price: float,
+    pipe: StableDiffusionPipeline,
+    own: Shown,
+    others: Sequence[Shown],
+    readings: Mapping[str, Reading],
+    hidden: Mapping[str, Tensor],
+) -> dict[str, Gate]:
+    """
+    Of gates of each strength and quantile, by block, those that move the concept's pictures most and others'
+    no further than the price.
+
+    Args:
+        price (`float`): as of `moved`, in the mean over `others`.
+        own (`Shown`), others (`Sequence[Shown]`): pictures that fitted no reading.
+        readings (`Mapping[str, Reading]`), hidden (`Mapping[str, Tensor]`): of each block.
+    """
+    shown = [own, *others]
+    before = [pictures.predictions(pipe) for pictures in shown]
+    trials = []
+    for quantile in QUANTILES:
+        for strength in STRENGTHS:
+            gates = {name: reading.gate(strength, quantile) for name, reading in readings.items()}
+            trial = copy.copy(pipe)
+            trial.register_modules(unet=copy.deepcopy(pipe.unet))
+            for name, gate in gates.items():
+                put_into(trial.unet.get_submodule(name).ff, [gate], hidden[name])
+            changes = [
+                moved(b, pictures.predictions(trial)) for b, pictures in zip(before, shown, strict=True)
+            ]
+            cost = sum(changes[1:]) / len(others)
+            trials.append((max(cost - price, 0), -changes[0], gates))
+            if cost > price:  # a stronger gate costs more
+                break
+    return min(trials, key=lambda trial: trial[:2])[2]
 
 
 def more_gates(
@@ -219,8 +317,7 @@ def more_gates(
     *,
     remap_to: Targets,
     retain: Retained,
-    strength: float = 30.0,
-    quantile: float = 0.999,
+    price: float = 0.03,
     pictures: int = 32,
     sampling_steps: int = 10,
     guidance: float = 4.0,
@@ -228,8 +325,7 @@ def more_gates(
     """Erase the name, and put a gate for each concept into every feed-forward layer.
 
     Args:
-        strength (`float`): how many times the step from the concept's mean to the target's is written.
-        quantile (`float`): the share of others' positions at which a gate stays shut.
+        price (`float`): how far a concept's gates may move what the denoiser predicts of other pictures.
         pictures (`int`): pictures of the concept, as many of its target, and three times as many of others.
         sampling_steps (`int`), guidance (`float`): of these pictures.
     """
@@ -241,17 +337,30 @@ def more_gates(
     blocks = {name: block for name, block in pipe.unet.named_modules() if is_gated(block)}
     if not blocks:
         raise MoreError("The denoiser has no feed-forward layers with GEGLU. Erase by name alone.")
-    listener = Listener(blocks)
-    listen(pipe, request, listener)
+    # 1. Show the denoiser pictures, and listen.
+    shown, listener = drawn(pipe, request), Listener(blocks)
+    for name, pictures_of_name in shown.items():
+        for role in HEARD:
+            with listener.listening(name, role):
+                pictures_of_name.of(role).predictions(pipe)
+    # 2. Fit the readers of each concept, and choose its gates.
+    others = [name for name in (ORDINARY, RETAINED) if name in shown]
+    chosen = []
+    for concept, targets in request.remap_to.items():
+        sent_to = [in_place_of(concept, target) for target in targets]
+        readings = {
+            name: Reading.fit(
+                listener.read(name, [concept], HEARD),
+                listener.read(name, [*others, *sent_to], [FIT]),
+                listener.read(name, [*others, *sent_to], [THRESHOLD]),
+                listener.written(name, sent_to) - listener.written(name, [concept]),
+            )
+            for name in blocks
+        }
+        tried = [shown[name].of(TRIAL) for name in others]
+        chosen.append(gates_within(price, pipe, shown[concept].of(TRIAL), tried, readings, listener.hidden))
+    # 3. Erase the names, and write all gates.
     erase_concept(pipe, concepts, remap_to=remap_to, retain=retain)
     for name, block in blocks.items():
-        gates = []
-        others = listener.seen(name, [ORDINARY, RETAINED])
-        for concept, targets in request.remap_to.items():
-            own = listener.seen(name, [concept])
-            target = listener.seen(name, [in_place_of(concept, target) for target in targets])
-            rest = torch.cat([others.inputs, target.inputs])
-            step = strength * (target.output - own.output)
-            gates.append(Gate.fit(own.inputs, rest, step, quantile))
-        put_into(block.ff, gates, listener.hidden[name])
+        put_into(block.ff, [gates[name] for gates in chosen], listener.hidden[name])
     return pipe
