@@ -42,14 +42,7 @@ class ClusterBootstrap:
     draws, so that differences between two means are paired.
 
     A cluster is drawn with all its measurements, because several images of one prompt are not independent.
-
-    Args:
-        clusters (`pd.DataFrame`):
-            The stratum and the name of each measurement's cluster, in two columns.
-        draws (`int`, *optional*, defaults to 10000):
-            How many draws.
-        seed (`int`, *optional*, defaults to 0):
-            Of the draws.
+    The two columns of `clusters` are the stratum and the name of each measurement's cluster.
     """
 
     def __init__(self, clusters: pd.DataFrame, *, draws: int = 10_000, seed: int = 0):
@@ -103,16 +96,9 @@ def draw_accuracies(
     """
     Draw runs with replacement, and in each run as many hits as a binomial gives.
 
-    Args:
-        measured (`Mapping[str, tuple[Sequence[int], Sequence[float]]]`):
-            Column to the number of samples and the accuracy in percent of each run. All columns have the same
-            runs.
-        draws (`int`, *optional*, defaults to 5000):
-            How many draws.
-
-    Returns:
-        `tuple[dict[str, np.ndarray], np.ndarray]`: column to accuracies in percent, `(draws, runs)`, and the
-        runs that were drawn, the same in all columns.
+    `measured` has for each column the number of samples and the accuracy in percent of each run; all columns
+    have the same runs. Returns accuracies in percent by column, `(draws, runs)`, and the runs that were
+    drawn, the same in all columns.
     """
     generator = np.random.default_rng(0)
     runs = len(next(iter(measured.values()))[0])

@@ -25,20 +25,11 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Column:
-    """
-    A column of numbers in a table.
+    """A column of numbers in a table."""
 
-    Args:
-        name (`str`):
-            The key in rows and the header in CSV files.
-        unit (`str`, *optional*):
-            `"%"`, `"s"`, `"MiB"`; empty for a number without one.
-        better (`"up"` or `"down"`, *optional*):
-            Which way is better. `None` for a number that is only compared with a reference.
-    """
-
-    name: str
-    unit: str = ""
+    name: str  # the key in rows and the header in CSV files
+    unit: str = ""  # `"%"`, `"s"`, `"MiB"`; empty for a number without one
+    # Which way is better. `None` for a number that is only compared with a reference.
     better: Literal["up", "down"] | None = None
 
     @property

@@ -24,16 +24,8 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """
     Make a figure of `count` panels, with three to five in a row, whichever leaves the fewest places empty.
-
-    Args:
-        count (`int`):
-            Number of panels.
-        width, height (`float`):
-            Size of one panel in inches.
-        legend (`float`, *optional*, defaults to 0.0):
-            Height of a legend below them in inches.
-        options (`Any`):
-            Arguments for `Figure.subplots`.
+    `width` and `height` are those of one panel, `legend` the height of a legend below them, in inches;
+    `options` are of `Figure.subplots`.
     """
     from matplotlib.figure import Figure
 

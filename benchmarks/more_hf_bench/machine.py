@@ -34,11 +34,8 @@ PACKAGES = (
 
 def processes(device: torch.device | None = None) -> PartialState:
     """
-    Return accelerate's state of this process, among those that `accelerate launch` or `torchrun` started.
-
-    Args:
-        device (`torch.device`, *optional*):
-            The device for this process, also for later calls of accelerate. By default, accelerate decides.
+    Return accelerate's state of this process, among those that `accelerate launch` or `torchrun` started. A
+    `device` is this process's, also for later calls of accelerate; by default, accelerate decides.
 
     Raises:
         `ValueError`: a device is given for several processes, whose devices accelerate assigns.

@@ -56,36 +56,18 @@ class Cell:
 
 
 class BenchmarkConfig:
-    """
-    Base of the dataclasses of a benchmark's `config.json`; their fields are its keys.
+    """Base of the dataclasses of a benchmark's `config.json`; their fields are its keys."""
 
-    Attributes:
-        FIXED (`tuple[str, ...]`):
-            Fields that must be the same for everything in one folder.
-        JOINED (`tuple[str, ...]`):
-            Fields that are mappings, to which each run adds its entries.
-        more_hf (`str`):
-            The version that made the first run.
-        benchmark (`str`):
-            The kind of benchmark.
-        methods (`Mapping[str, Mapping[str, Any]]`):
-            Method -> its settings.
-        forget (`Mapping[str, Any]`):
-            Everything that is forgotten in turn -> its definition.
-        seeds (`int`):
-            The number of runs of each method; the largest of all runs, unless it is `FIXED`.
-        runs (`list[dict[str, Any]]`):
-            The time, command and machine of each run, from [`~more_hf_bench.machine.this_run`].
-    """
-
-    FIXED: ClassVar[tuple[str, ...]]
+    FIXED: ClassVar[tuple[str, ...]]  # fields that must be the same for everything in one folder
+    # fields that are mappings, to which each run adds its entries
     JOINED: ClassVar[tuple[str, ...]] = ("methods", "forget")
 
-    more_hf: str
-    benchmark: str
-    methods: Mapping[str, Mapping[str, Any]]
-    forget: Mapping[str, Any]
-    seeds: int
+    more_hf: str  # the version that made the first run
+    benchmark: str  # the kind of benchmark
+    methods: Mapping[str, Mapping[str, Any]]  # method -> its settings
+    forget: Mapping[str, Any]  # everything that is forgotten in turn -> its definition
+    seeds: int  # the number of runs of each method; the largest of all runs, unless it is `FIXED`
+    # the time, command and machine of each run, from [`~more_hf_bench.machine.this_run`]
     runs: list[dict[str, Any]]
 
     @classmethod
@@ -156,15 +138,11 @@ class BenchmarkConfig:
 
 class Run:
     """
-    A benchmark's folder, and the processes that `accelerate launch` or `torchrun` started to work on it.
+    A benchmark's folder, which may already hold a part of the same benchmark, and the processes that
+    `accelerate launch` or `torchrun` started to work on it. Its `config` is what this call runs, joined with
+    what the folder holds.
 
     It can be killed at any point: the same call continues with what is missing.
-
-    Args:
-        config (`BenchmarkConfig`):
-            What this call runs. The attribute is this joined with what the folder holds.
-        output (`str` or `Path`):
-            The folder. It may already hold a part of the same benchmark.
 
     Raises:
         BenchmarkError: before anything is written, if the folder holds another benchmark.
@@ -246,23 +224,14 @@ def method_settings(
     held: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    Collect a method's settings with the values that it will be called with.
+    Collect a method's settings with the values that it will be called with, for every setting that is given
+    or has a default. Its first two parameters are the model and what to forget; those in `without` are no
+    settings either.
 
-    Args:
-        function (`Callable`):
-            The method. Its first two parameters are the model and what to forget; the settings are among the
-            others.
-        given (`Mapping[str, Any]`):
-            Values that replace defaults; later mappings take precedence. Names that the method does not take
-            are ignored.
-        without (`Collection[str]`):
-            Further parameters that are not settings.
-        held (`Mapping[str, Any]`, *optional*):
-            The settings with which the folder has results of this method. One that it lacks is newer than
-            these results and is left out at its default, at which the method does what it did before.
-
-    Returns:
-        `dict[str, Any]`: a value for every setting that is given or has a default.
+    The values `given` replace defaults; later mappings take precedence, and names that the method does not
+    take are ignored. `held` are the settings with which the folder has results of this method. One that it
+    lacks is newer than these results and is left out at its default, at which the method does what it did
+    before.
     """
     values = {name: value for mapping in given for name, value in mapping.items()}
     settings = {}

@@ -55,18 +55,11 @@ def search(
     path: Path, points: Sequence[Point], measure: Callable[[Sequence[Point]], Iterable[Mapping[str, Any]]]
 ) -> list[dict[str, str]]:
     """
-    Measure the points that have no line yet. A stopped search goes on after its last line.
+    Measure the points that have no line in a CSV file yet, and return all its lines. A stopped search goes on
+    after its last line.
 
-    Args:
-        path (`Path`):
-            The CSV file. A line has the point's keys (settings as JSON), then what was measured.
-        points (`Sequence[Mapping[str, Any]]`):
-            What tells each point apart, by column.
-        measure (`Callable`):
-            Takes the points that are missing, and yields a line for each, in their order.
-
-    Returns:
-        `list[dict[str, str]]`: all lines of the file.
+    A line has the point's keys, which tell it apart (settings as JSON), then what was measured. `measure`
+    takes the points that are missing, and yields a line for each, in their order.
     """
     keys = [{name: _text(value) for name, value in point.items()} for point in points]
     done = [{name: line[name] for name in keys[0]} for line in read_cells(path)]

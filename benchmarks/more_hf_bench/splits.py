@@ -25,26 +25,16 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Dataset):
-    """Images with labels, indexed by one number or by many for a whole batch at once.
+    """Images with labels, indexed by one number or by many for a whole batch at once."""
 
-    Attributes:
-        images (`Images`): shared by all subsets.
-        labels (`Tensor`): `(n,)`, int64, of this subset.
-        rows (`Tensor`): `(n,)`, int64, the images that this subset has.
-        image_size (`int`): height and width of `pixel_values`; other images are resized, bilinear with
-            antialias.
-        mean, std (`tuple[float, ...]`): one number, or one per channel:
-            `pixel_values = (images / 255 − mean) / std`.
-        workers (`int`): processes of each loader that decode images.
-    """
-
-    images: Images
-    labels: Tensor
-    rows: Tensor
-    image_size: int
+    images: Images  # shared by all subsets
+    labels: Tensor  # `(n,)`, int64, of this subset
+    rows: Tensor  # `(n,)`, int64, the images that this subset has
+    image_size: int  # height and width of `pixel_values`; other images are resized, bilinear with antialias
+    # mean, std: one number, or one per channel: `pixel_values = (images / 255 − mean) / std`
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
-    workers: int = 0
+    workers: int = 0  # processes of each loader that decode images
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,24 +87,16 @@ def _unchanged(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class KDData:
-    """One data set of the knowledge-deletion benchmark.
+    """One data set of the knowledge-deletion benchmark."""
 
-    Attributes:
-        name (`str`): as given to `load_kd_data`.
-        class_names (`tuple[str, ...]`): by class id.
-        train, validation, test (`ImageSet`): `validation` is carved from the training data, to choose
-            hyper-parameters on.
-        channels (`int`): of the images.
-        flip (`bool`): whether a mirrored image belongs to the same class.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
+    name: str  # as given to `load_kd_data`
+    class_names: tuple[str, ...]  # by class id
+    # train, validation, test: `validation` is carved from the training data, to choose hyper-parameters on
     train: ImageSet
     validation: ImageSet
     test: ImageSet
-    channels: int
-    flip: bool
+    channels: int  # of the images
+    flip: bool  # whether a mirrored image belongs to the same class
 
     @property
     def image_size(self) -> int:

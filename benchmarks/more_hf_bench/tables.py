@@ -73,24 +73,13 @@ def compare(
     before: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """
-    Lay out one row per line of a summary.
+    Lay out one row per line of a summary, which has the keys `method` and `forget`, and a value for each
+    label and column.
 
-    Args:
-        summary (`Sequence[Mapping[str, Any]]`):
-            Lines with the keys `method` and `forget`, and a value for each label and column.
-        labels (`Sequence[str]`):
-            Keys whose values are shown unchanged.
-        columns (`Sequence[Column]`):
-            Numbers that are compared between the methods that forgot the same; the best of several is in
-            bold. Columns that the summary lacks are left out.
-        references (`Collection[str]`):
-            Methods that are shown, but cannot be the best.
-        decimals (`int`):
-            Decimals of numbers with a unit.
-        interval_decimals (`int`, *optional*):
-            Decimals of the interval, which is shown only if this is given.
-        before (`Collection[str]`, *optional*):
-            Columns that show the number before the erasure, too.
+    The `labels` are shown unchanged. The `columns` are numbers that are compared between the methods that
+    forgot the same; the best of several is in bold, but for the `references`. Columns that the summary lacks
+    are left out; those in `before` show the number before the erasure, too. The interval is shown only with
+    `interval_decimals`.
     """
     lines = pd.DataFrame(summary)
     rivals = ~lines["method"].isin(references)

@@ -27,18 +27,11 @@ SAVED_EVERY = 30.0  # seconds between two writes of the file
 
 @dataclass
 class SavedPass:
-    """
-    The file of one pass over a `DataLoader`, which gives the same batches each time.
+    """The file of one pass over a `DataLoader`, which gives the same batches each time."""
 
-    Args:
-        file (`Path`):
-            Where the sums are. It stays when the pass has ended, and is a pass of no batch from then on.
-        about (`dict`):
-            Of which data and model, in JSON's types. Another one is refused.
-    """
-
+    # Where the sums are. It stays when the pass has ended, and is a pass of no batch from then on.
     file: Path
-    about: dict[str, Any]
+    about: dict[str, Any]  # Of which data and model, in JSON's types. Another one is refused.
     done: int = 0  # batches that the sums have
     written: float = field(default_factory=time.monotonic)
 

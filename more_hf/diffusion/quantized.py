@@ -18,18 +18,11 @@ CASTING = "layerwise_casting"
 
 
 class Scheme(NamedTuple):
-    """
-    How a library stores a weight.
+    """How a library stores a weight."""
 
-    Args:
-        name (`str`):
-            The scheme, in words.
-        dequantize (`Callable`):
-            `(layer, dtype) ->` its weight as a plain tensor in the precision in which it computes, which is
-            the model's `dtype` where the library does not say.
-    """
-
-    name: str
+    name: str  # the scheme, in words
+    # `(layer, dtype) ->` its weight as a plain tensor in the precision in which it computes, which is the
+    # model's `dtype` where the library does not say
     dequantize: Callable[[nn.Linear, torch.dtype], Tensor]
 
 

@@ -64,30 +64,15 @@ FOR_THE_HUB = ("revision", "token", "cache_dir", "local_files_only")
 
 
 class Savable(NamedTuple):
-    """
-    An erased model that can be saved.
+    """An erased model that can be saved."""
 
-    Args:
-        whole (`DiffusionPipeline` or `PreTrainedModel`):
-            The object with `save_pretrained`.
-        parts (`dict[str, nn.Module]`):
-            Its models, by the folder that each is written to.
-        edited (`str`):
-            The name of the edited model, as in `Record.denoiser`.
-        module (`nn.Module`):
-            The edited model; two are in an `nn.ModuleDict`.
-        removed (`dict[str, Removed]`):
-            The directions that the edit removes from each space, for checking the files; empty if unknown.
-        revision (`str`, *optional*):
-            The commit that the edited model was loaded from.
-    """
-
-    whole: DiffusionPipeline | PreTrainedModel
-    parts: dict[str, nn.Module]
-    edited: str
-    module: nn.Module
+    whole: DiffusionPipeline | PreTrainedModel  # the object with `save_pretrained`
+    parts: dict[str, nn.Module]  # its models, by the folder that each is written to
+    edited: str  # the name of the edited model, as in `Record.denoiser`
+    module: nn.Module  # the edited model; two are in an `nn.ModuleDict`
+    # the directions that the edit removes from each space, for checking the files; empty if unknown
     removed: dict[str, Removed]
-    revision: str | None
+    revision: str | None  # the commit that the edited model was loaded from
 
 
 def save(

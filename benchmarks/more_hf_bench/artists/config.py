@@ -16,32 +16,18 @@ from ..run import BenchmarkConfig
 
 @dataclass(frozen=True)
 class Kind:
-    """
-    One kind of concept. A prompt may name an artist, a thing or both; one of the two is forgotten.
+    """One kind of concept. A prompt may name an artist, a thing or both; one of the two is forgotten."""
 
-    Attributes:
-        name (`str`):
-            Its name for `kind`, in the plural.
-        one (`str`):
-            The singular, which is also its column in prompts and rows.
-        gone (`str`):
-            The judgement that must no longer find what is forgotten: `"style"` or `"content"`, as in the
-            columns' names.
-        kept (`str`):
-            The other judgement of the same pictures.
-        spared (`"f"` or `"r"`):
-            The pictures that must still show what their prompts ask for, for a method to qualify: the
-            forgotten ones, or the others.
-        condition (`str`):
-            The condition to qualify, in words, with places for the two limits in percent.
-    """
-
-    name: str
-    one: str
+    name: str  # its name for `kind`, in the plural
+    one: str  # the singular, which is also its column in prompts and rows
+    # the judgement that must no longer find what is forgotten: `"style"` or `"content"`, as in the columns'
+    # names
     gone: str
-    kept: str
+    kept: str  # the other judgement of the same pictures
+    # the pictures that must still show what their prompts ask for, for a method to qualify: the forgotten
+    # ones, or the others
     spared: Literal["f", "r"]
-    condition: str
+    condition: str  # the condition to qualify, in words, with places for the two limits in percent
 
 
 ARTISTS = Kind(
@@ -107,30 +93,15 @@ class MethodArguments:
 
 @dataclass(frozen=True)
 class Erasure:
-    """
-    The names that belong to one entry of `forget`.
+    """The names that belong to one entry of `forget`."""
 
-    Attributes:
-        remap_to (`list[str]`, *optional*):
-            The target, or targets, of most methods; `None` erases without remapping.
-        several (`list[str]`, *optional*):
-            The targets of methods that take several; `None` if there are none.
-        retain (`list[str]`):
-            Names to keep.
-        names (`list[str]`, *optional*):
-            The forgotten names, if the entry is only a label for them.
-        settings (`Mapping[str, Mapping[str, Any]]`, *optional*):
-            Method -> settings that it has for this erasure only.
-        cases (`list[int]`, *optional*):
-            The case numbers of its prompts; `None` for all.
-    """
-
-    remap_to: list[str] | None
-    several: list[str] | None
-    retain: list[str]
-    names: list[str] | None = None
+    remap_to: list[str] | None  # the target, or targets, of most methods; `None` erases without remapping
+    several: list[str] | None  # the targets of methods that take several; `None` if there are none
+    retain: list[str]  # names to keep
+    names: list[str] | None = None  # the forgotten names, if the entry is only a label for them
+    # method -> settings that it has for this erasure only
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    cases: list[int] | None = None
+    cases: list[int] | None = None  # the case numbers of its prompts; `None` for all
 
     def forgotten(self, entry: str) -> list[str]:
         """The names that are forgotten."""

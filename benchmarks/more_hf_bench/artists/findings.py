@@ -20,30 +20,19 @@ UNSEEN, SLIGHT = 0.01, 0.05
 
 @dataclass(frozen=True)
 class Finding:
-    """
-    The means of one erasure.
+    """The means of one erasure."""
 
-    Args:
-        forgotten (`str`):
-            The erased name; names that were erased together are joined by `JOINT`.
-        gone_before, gone_after (`float`, *optional*):
-            Percent of its pictures in which it is recognised; `None` without judges.
-        kept_before, kept_after (`float`, *optional*):
-            Percent of its pictures that show what else the prompt asks for.
-        lpips_f, lpips_r (`float`, *optional*):
-            How far its pictures moved, and those of the others.
-        kind (`Kind`, *optional*, defaults to `ARTISTS`):
-            The kind of concept.
-    """
-
-    forgotten: str
+    forgotten: str  # the erased name; names that were erased together are joined by `JOINT`
+    # gone_before, gone_after: percent of its pictures in which it is recognised; `None` without judges
     gone_before: float | None
     gone_after: float | None
+    # kept_before, kept_after: percent of its pictures that show what else the prompt asks for
     kept_before: float | None
     kept_after: float | None
+    # lpips_f, lpips_r: how far its pictures moved, and those of the others
     lpips_f: float
     lpips_r: float | None
-    kind: Kind = ARTISTS
+    kind: Kind = ARTISTS  # the kind of concept
 
     @classmethod
     def of_line(cls, line: Mapping[str, Any], kind: Kind) -> Finding:

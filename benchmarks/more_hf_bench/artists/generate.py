@@ -31,30 +31,13 @@ def generate(
     desc: str | None = None,
 ) -> torch.Tensor:
     """
-    Generate one image per prompt. Its noise, and the experts that a router draws for it, depend only on its
-    own seed, not on the batch size, the other images or the device.
+    Generate one image per prompt: uint8 `(n, 3, H, W)`, on the CPU. Its noise, and the experts that a router
+    draws for it, depend only on its own seed, not on the batch size, the other images or the device. The
+    pipeline is not modified.
 
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]):
-            A text-to-image pipeline. Not modified.
-        prompts (`Sequence[str]`):
-            One prompt per image.
-        seeds (`Sequence[int]`):
-            One seed per image.
-        steps (`int`):
-            Number of denoising steps.
-        guidance (`float`):
-            Scale of classifier-free guidance; 1 switches it off.
-        batch_size (`int`, *optional*, defaults to 16):
-            Images per call of the pipeline.
-        pictures (`Sequence[str]`, *optional*):
-            For a pipeline with an IP-Adapter, one picture file per prompt, or an empty name for a prompt
-            alone, for which the adapter gets its unconditional input. Defaults to prompts alone.
-        desc (`str`, *optional*):
-            Text in front of the progress bar, which is shown unless the pipeline's own bar is disabled.
-
-    Returns:
-        `torch.Tensor`: uint8 of shape `(n, 3, H, W)`, on the CPU.
+    `pictures` are for a pipeline with an IP-Adapter: a file per prompt, or an empty name for a prompt alone,
+    for which the adapter gets its unconditional input. `desc` stands in front of the progress bar, which is
+    shown unless the pipeline's own bar is disabled.
 
     Raises:
         ValueError: there are no prompts, or not as many seeds as prompts.

@@ -28,48 +28,25 @@ JUDGES_FILE = FOLDER / "judges.safetensors"
 
 
 class Judges(Protocol):
-    """
-    The interface of judges.
+    """The interface of judges."""
 
-    Attributes:
-        name (`str`):
-            The judges' name, for the configuration.
-        facts (`dict[str, Any]`):
-            Facts about how well they judge; may be empty.
-    """
-
-    name: str
-    facts: dict[str, Any]
+    name: str  # the judges' name, for the configuration
+    facts: dict[str, Any]  # facts about how well they judge; may be empty
 
     def check(self, rows: Sequence[PromptRow]) -> None:
         """Raises `JudgeError` if a row cannot be judged."""
 
     def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
         """
-        Judge images.
-
-        Args:
-            images (`torch.Tensor`):
-                uint8 of shape `(n, 3, H, W)`.
-            rows (`Sequence[PromptRow]`):
-                Their prompts.
-
-        Returns:
-            `tuple[list[str], list[int | None]]`: the artist that each image is taken for, and whether (1, 0)
-            its row's thing is recognised; `None` if the row has none.
+        Judge uint8 images `(n, 3, H, W)` by their prompts: the artist that each image is taken for, and
+        whether (1, 0) its row's thing is recognised; `None` if the row has none.
         """
 
 
 class EmojiJudges:
     """
     The embedded pipeline's judges: linear classifiers of artist and thing over pooled AlexNet features,
-    fitted on real images only.
-
-    Args:
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where to judge.
-        path (`str` or `Path`, *optional*):
-            The file with their weights. Defaults to the packaged one.
+    fitted on real images only; by default those of the package.
 
     Attributes:
         artists, things (`list[str]`):
@@ -126,15 +103,8 @@ class ClipJudges(Clip):
     is nearer to the image than every other prompt of the same artist (equal sentences count as one). With 20
     prompts an artist, chance is 5 %. If prompts have levels, the thing is used instead of the prompt.
 
-    Args:
-        model (`torch.nn.Module`):
-            A model with `encode_image`, `encode_text` and `visual.image_size`, like open_clip's.
-        tokenizer (`Callable[[list[str]], torch.Tensor]`):
-            The model's tokenizer.
-        rows (`Sequence[PromptRow]`):
-            Every row that will be judged.
-        **options (`Any`, *optional*):
-            As for [`Clip`].
+    The model has `encode_image`, `encode_text` and `visual.image_size`, like open_clip's; `rows` are all that
+    will be judged, and `options` those of [`Clip`].
     """
 
     def __init__(

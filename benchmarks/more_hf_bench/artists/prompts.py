@@ -31,30 +31,17 @@ SEVERAL = ";"  # separates the names in a cell of a table of targets
 
 @dataclass(frozen=True)
 class PromptRow:
-    """
-    One prompt and its seed.
-
-    Attributes:
-        artist (`str`):
-            The artist that the prompt names; empty if it names none.
-        thing (`str`):
-            The thing that the prompt asks for; empty if the file does not say.
-        group (`str`):
-            The group of artists that are compared with each other; the file's name if it does not say.
-        level (`str`):
-            The wording: by name, in other words, ...; empty if the file does not say.
-        image (`str`):
-            A picture file that an IP-Adapter reads with the prompt; empty for the prompt alone.
-    """
+    """One prompt and its seed."""
 
     case_number: int
     prompt: str
     evaluation_seed: int
-    artist: str
-    thing: str = ""
+    artist: str  # the artist that the prompt names; empty if it names none
+    thing: str = ""  # the thing that the prompt asks for; empty if the file does not say
+    # the group of artists that are compared with each other; the file's name if it does not say
     group: str = ""
-    level: str = ""
-    image: str = ""
+    level: str = ""  # the wording: by name, in other words, ...; empty if the file does not say
+    image: str = ""  # a picture file that an IP-Adapter reads with the prompt; empty for the prompt alone
 
 
 @dataclass(frozen=True)
@@ -147,24 +134,15 @@ def sets_of(names: Sequence[str], size: int) -> dict[str, list[str]]:
 
 def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
     """
-    Read a prompts file.
+    Read a CSV file of prompts, or one that ships with the package, by its name (`"emoji10"`).
 
     The columns are `case_number`, `prompt`, `evaluation_seed`, `artist` and, optionally, `thing`, `group`,
     `level` and `image`, a file relative to this one. Others are ignored, so that published files with an
     unnamed index column can be read unchanged.
 
-    Args:
-        source (`str` or `Path`):
-            The path of a CSV file, or the name of one that ships with the package (`"emoji10"`).
-        kind (`Kind`, *optional*, defaults to `ARTISTS`):
-            The kind of concept to forget.
-
-    Returns:
-        `Prompts`: the rows.
-
     Raises:
         BenchmarkError: a file, column or picture is missing, a prompt is empty, a case number or seed is not
-            a whole number of at least 0, or a case number occurs twice. The message names file and line.
+        a whole number of at least 0, or a case number occurs twice. The message names file and line.
     """
     path, content, lines = _read_table(source, REQUIRED)
     rows: list[PromptRow] = []
@@ -197,19 +175,13 @@ def read_prompts(source: str | Path, kind: Kind = ARTISTS) -> Prompts:
 
 def read_targets(source: str | Path) -> dict[str, list[str]]:
     """
-    Read a table of targets with the columns `forget` and `remap_to`: one line per artist, with several
-    targets separated by `;`.
-
-    Args:
-        source (`str` or `Path`):
-            The path of a CSV file, or the name of one that ships with the package (`"targets"`).
-
-    Returns:
-        `dict[str, list[str]]`: artist -> targets.
+    Read the targets of each artist from a CSV file, or from one that ships with the package, by its name
+    (`"targets"`). The columns are `forget` and `remap_to`: one line per artist, with several targets
+    separated by `;`.
 
     Raises:
         BenchmarkError: a file, column or target is missing, or an artist occurs twice, in upper or lower
-            case.
+        case.
     """
     path, _, lines = _read_table(source, ("forget", "remap_to"))
     targets: dict[str, list[str]] = {}

@@ -41,21 +41,14 @@ COLUMNS = (
 
 def measured(rows: pd.DataFrame, config: ArtistsConfig | None = None) -> pd.DataFrame:
     """
-    Add to rows what the tables ask of them.
+    Add to the rows of a folder what the tables ask of them. Without the folder's configuration, they are
+    about artists, and `forget` names them.
 
-    Args:
-        rows (`pd.DataFrame`):
-            The rows of a folder.
-        config (`ArtistsConfig`, *optional*):
-            The folder's configuration. Without it, rows are about artists, and `forget` names them.
-
-    Returns:
-        `pd.DataFrame`: the same rows. `style_before`, `style_after`, `content_before` and `content_after` are
-        100 where the judge recognizes the row's artist or thing, else 0, and NaN if nobody judged;
-        `gone_before` and so on are the one of the two that is forgotten, `kept_before` and so on the other.
-        `concept` is the row's artist or thing, whichever the benchmark forgets, `names` what its erasure
-        forgets, `is_forgotten` and `is_named` whether the concept is one of these, and whether it was passed
-        to the method as a target or to keep.
+    `style_before`, `style_after`, `content_before` and `content_after` are 100 where the judge recognizes the
+    row's artist or thing, else 0, and NaN if nobody judged; `gone_before` and so on are the one of the two
+    that is forgotten, `kept_before` and so on the other. `concept` is the row's artist or thing, whichever
+    the benchmark forgets, `names` what its erasure forgets, `is_forgotten` and `is_named` whether the concept
+    is one of these, and whether it was passed to the method as a target or to keep.
     """
     kind = ARTISTS if config is None else config.of_kind
     rows = rows.assign(concept=rows[kind.one], level=rows.get("level", ""))

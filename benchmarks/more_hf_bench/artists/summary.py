@@ -48,8 +48,8 @@ Confusion = Mapping[str, Mapping[str, float]]
 
 def summarise(rows: pd.DataFrame, *, confusion: Confusion | None = None) -> list[dict[str, Any]]:
     """
-    Summarise rows: one line per method and erasure, then one per method over all its erasures of a single
-    artist if it has several.
+    Summarise the rows of [`~more_hf_bench.artists.rows.measured`]: one line per method and erasure, then one
+    per method over all its erasures of a single artist if it has several.
 
     The suffix of a column says which images it is about: `_f` the forgotten artists', `_r` all other
     artists', `_r_group` the other artists' of the same groups, `_named` those of artists that were passed to
@@ -57,13 +57,9 @@ def summarise(rows: pd.DataFrame, *, confusion: Confusion | None = None) -> list
     artist. Percentages are 0 to 100. `_low` and `_high` are the 95 % bootstrap interval over prompts,
     `_change` is after minus before, prompt by prompt.
 
-    Args:
-        rows (`pd.DataFrame`):
-            The rows, from [`~more_hf_bench.artists.rows.measured`].
-        confusion (`Mapping[str, Mapping[str, float]]`, *optional*):
-            {artist: {artist that the judge takes it for: percent}} on real images. It gives `style_f_real`:
-            how often real images of the targets are taken for the forgotten artist, below which `style_f`
-            cannot be expected to fall.
+    `confusion`, {artist: {artist that the judge takes it for: percent}} on real images, gives `style_f_real`:
+    how often real images of the targets are taken for the forgotten artist, below which `style_f` cannot be
+    expected to fall.
     """
     lines = []
     for (method, forget), own in rows.groupby(["method", "forget"], sort=False):

@@ -46,15 +46,11 @@ def inputs_of(head: nn.Module, *, before_hooks: bool = False) -> Iterator[list[T
 
 @dataclass(frozen=True)
 class Cached:
-    """A classifier's head with its hooks, and what it reads before them.
+    """A classifier's head with its hooks, and what it reads before them."""
 
-    Attributes:
-        inputs (`Mapping[str, Tensor]`): part, `"train"` or `"test"`, to `(n, d)`, float32 on the CPU, or in a
-            file that is mapped into memory.
-        model, head (`nn.Module`): the classifier and its last linear layer.
-    """
-
+    # part, `"train"` or `"test"`, to `(n, d)`, float32 on the CPU, or in a file that is mapped into memory
     inputs: Mapping[str, Tensor]
+    # model, head: the classifier and its last linear layer
     model: nn.Module
     head: nn.Module
 
@@ -180,20 +176,13 @@ def invert_two_queries(cached: Cached, part: str) -> Tensor:
 
 
 def explain_two_answers(remap: Remap, z_a: Tensor, z_b: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Solve E_a z = z_a and E_b z = z_b for the shortest z.
+    """Solve E_a z = z_a and E_b z = z_b for the shortest z, `(n, d)`, float64, from two answers to each
+    sample and the experts that gave them, `(n,)`.
 
     With m = D_F z and the shift S_e of expert e, an answer is z + S_e m. So all that is unknown are the f
-    numbers m: what two answers determine of them is solved for, and z is made of m and the answers' mean.
-
-    Args:
-        remap (`Remap`): the experts.
-        z_a, z_b (`Tensor`): `(n, d)`, two answers to each sample.
-        a, b (`Tensor`): `(n,)`, the experts that gave them.
-
-    Returns:
-        `Tensor`: `(n, d)`, float64. It is the sample's feature where the targets of both experts differ in as
-        many directions as prototypes are forgotten. Where one expert gave both answers, what it removed stays
-        missing.
+    numbers m: what two answers determine of them is solved for, and z is made of m and the answers' mean. It
+    is the sample's feature where the targets of both experts differ in as many directions as prototypes are
+    forgotten. Where one expert gave both answers, what it removed stays missing.
     """
     D, shifts = remap.D_F.to(z_a.device), remap.shifts.to(z_a.device)
     S_a, S_b = shifts[a], shifts[b]  # (n, d, f)

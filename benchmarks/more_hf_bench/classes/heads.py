@@ -18,17 +18,11 @@ from ..splits import ImageSet
 
 
 def linear_head(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
-    """Fit a linear head in closed form (Fisher's discriminant with Ledoit and Wolf's shrinkage).
+    """Fit a linear head in closed form (Fisher's discriminant with Ledoit and Wolf's shrinkage): logits `(m,
+    k)` of the test features, float64, one column for each class of `labels`; of two classes only their
+    difference, `(m,)`.
 
     It is the head of attacks that need many: as linear as logistic regression, in a hundredth of its time.
-
-    Args:
-        train (`Tensor`), labels (`Tensor`): `(n, d)` and `(n,)`.
-        test (`Tensor`): `(m, d)`.
-
-    Returns:
-        `Tensor`: logits `(m, k)` of the test features, float64, one column for each class of `labels`; of two
-            classes only their difference, `(m,)`.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -40,15 +34,8 @@ def linear_head(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
 
 
 def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, *, count: int) -> Tensor:
-    """Take a vote of the nearest labelled features, by cosine.
-
-    Args:
-        train (`Tensor`), labels (`Tensor`): `(n, d)` and `(n,)`.
-        test (`Tensor`): `(m, d)`.
-        count (`int`): of neighbours.
-
-    Returns:
-        `Tensor`: logits `(m, k)` of the test features, float64, one column for each class of `labels`.
+    """Take a vote of the `count` nearest labelled features, by cosine: logits `(m, k)` of the test features,
+    float64, one column for each class of `labels`.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -71,18 +58,11 @@ def fit_perceptron(
     seed: int,
     batch_size: int = 64,
 ) -> nn.Module:
-    """Train a perceptron with one hidden layer, with Adam at 1e-3, on standardised features.
+    """Train a perceptron with one hidden layer, with Adam at 1e-3, on standardised features: a module from
+    features `(m, d)` to logits `(m, k)`, without gradients.
 
-    Args:
-        features (`Callable`): epoch to features `(n, d)`, of the same samples in each epoch; it trains on
-            their device.
-        labels (`Tensor`): `(n,)`.
-        num_classes (`int`): k.
-        hidden (`int`), epochs (`int`), batch_size (`int`): of the training.
-        seed (`int`): of weights and shuffles; the global random state is not touched.
-
-    Returns:
-        `nn.Module`: features `(m, d)` to logits `(m, k)`, without gradients.
+    `features` gives those of an epoch, `(n, d)`, of the same samples in each; it trains on their device.
+    `seed` is of weights and shuffles; the global random state is not touched.
     """
     first = features(0)
     labels = labels.to(first.device)
@@ -114,17 +94,12 @@ Features = Mapping[str, Tensor]
 def difference_index(
     bits: Sequence[float], original: Sequence[float], retrained: Sequence[float]
 ) -> float | None:
-    """The information difference index (Jeon et al., arXiv 2405.17878): 0 for Retrain, 1 for the original.
+    """The information difference index (Jeon et al., arXiv 2405.17878): 0 for Retrain, 1 for the original;
+    `None` where Retrain's features tell as much as the original's.
 
     Σ max(0, I(Z; Y) − I_retrain(Z; Y)) over every block's output and what the head reads, over the same of
-    the original. Y is whether an image is of a forgotten class.
-
-    Args:
-        bits, original, retrained (`Sequence[float]`): I(Z; Y) of the classifier, of the original and of
-            Retrain, in the same order of blocks.
-
-    Returns:
-        `float`: the index, or `None` where Retrain's features tell as much as the original's.
+    the original. Y is whether an image is of a forgotten class; the three lists are I(Z; Y) in the same order
+    of blocks.
     """
     ours, whole = (
         sum(max(0.0, a - b) for a, b in zip(of, retrained, strict=True)) for of in (bits, original)
@@ -135,14 +110,10 @@ def difference_index(
 def information(
     features: Features, forgotten: Features, *, hidden: int = HIDDEN, epochs: int = EPOCHS
 ) -> float:
-    """A lower bound of I(Z; Y) in bits, 0 at least, where the paper has the bound of a contrastive critic.
+    """A lower bound of I(Z; Y) in bits, 0 at least, where the paper has the bound of a contrastive critic; Z
+    are features `(n, d)`, Y whether each is forgotten.
 
     It is H(Y) less the cross-entropy on test images of a perceptron that is fitted on training images.
-
-    Args:
-        features (`Mapping[str, Tensor]`): Z, `(n, d)`.
-        forgotten (`Mapping[str, Tensor]`): Y, boolean `(n,)`.
-        hidden (`int`, defaults to 128), epochs (`int`, defaults to 20): of the perceptron.
     """
     known, asked = (forgotten[part].long() for part in ("train", "test"))
     train = features["train"]

@@ -43,32 +43,22 @@ Probes = dict[tuple[float | str, int], Probe]
 
 @dataclass(frozen=True)
 class Shared:
-    """Results that several runs on the same data and trained classifiers need: found once, then looked up.
+    """Results that several runs on the same data and trained classifiers need: found once, then looked up."""
 
-    Attributes:
-        probes (`dict[str, Probes]`): a hash of features to their probes.
-        others (`dict[str, Mapping[str, Tensor]]`): the same to the logits of heads that are not linear.
-        inputs (`dict[int, Mapping[str, Tensor]]`): seed to what the original's head reads.
-    """
-
-    probes: dict[str, Probes] = field(default_factory=dict)
+    probes: dict[str, Probes] = field(default_factory=dict)  # a hash of features to their probes
+    # the same to the logits of heads that are not linear
     others: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    # seed to what the original's head reads
     inputs: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Which samples of a data set's parts belong to the splits.
+    """Which samples of a data set's parts belong to the splits."""
 
-    Attributes:
-        mask (`Mapping[str, Tensor]`): split to a boolean mask over its part.
-        labels (`Mapping[str, Tensor]`): part to its labels.
-        num_classes (`int`): k.
-    """
-
-    mask: Mapping[str, Tensor]
-    labels: Mapping[str, Tensor]
-    num_classes: int
+    mask: Mapping[str, Tensor]  # split to a boolean mask over its part
+    labels: Mapping[str, Tensor]  # part to its labels
+    num_classes: int  # k
 
     @classmethod
     def of(cls, data: KDData, splits: Splits) -> Places:
@@ -88,33 +78,22 @@ class Places:
 
 @dataclass(frozen=True)
 class Informed:
-    """What the index of information needs beside a classifier's features, in bits for every block.
+    """What the index of information needs beside a classifier's features, in bits for every block."""
 
-    Attributes:
-        blocks (`list[float]`): of the classifier's blocks, without what its head reads.
-        original, retrained (`list[float]`): of the references, what their heads read at the end.
-    """
-
-    blocks: list[float]
+    blocks: list[float]  # of the classifier's blocks, without what its head reads
+    # original, retrained: of the references, what their heads read at the end
     original: list[float]
     retrained: list[float]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` returns.
+    """What `measure` returns."""
 
-    Attributes:
-        row (`dict[str, Any]`): column to number.
-        probes (`list[dict[str, Any]]`): the same for each probe.
-        means (`Tensor`): `(k, d)`, class means of the training features, for the plots.
-        test_features (`Tensor`): `(m, d)`, for the plots.
-    """
-
-    row: dict[str, Any]
-    probes: list[dict[str, Any]]
-    means: Tensor
-    test_features: Tensor
+    row: dict[str, Any]  # column to number
+    probes: list[dict[str, Any]]  # the same for each probe
+    means: Tensor  # `(k, d)`, class means of the training features, for the plots
+    test_features: Tensor  # `(m, d)`, for the plots
 
 
 def measure(
@@ -133,17 +112,10 @@ def measure(
 ) -> Measurement:
     """Measure accuracies, probes, membership attacks, similarities and expert load of a classifier.
 
-    Args:
-        cached (`Cached`): the edited classifier's head and what it reads.
-        places (`Places`): where the splits are.
-        forget, targets (`Sequence[int]`): class ids; without targets `auc_target` stays empty.
-        original, retrained (`Cached`): what similarities are taken to; without Retrain its columns stay
-            empty.
-        original_means (`Tensor`): `(k, d)`, the original's class means of training features.
-        probe_seeds (`Sequence[int]`): of the probes.
-        informed (`Informed`, *optional*): what `idi` is taken against; without it the column stays empty.
-        passes (`int`, defaults to 1): how often the head is asked; features and logits are means over that.
-        shared (`Shared`): its probes are read and added to: the same features get the same probes.
+    Similarities are taken to the original, whose class means of training features are `(k, d)`, and to
+    Retrain; without Retrain, targets or `informed`, their columns stay empty. With several `passes`, features
+    and logits are means over as many answers. The probes in `shared` are read and added to: the same features
+    get the same probes.
     """
     labels = places.take(places.labels)
     features = {part: cached.features(part, passes=passes) for part in PARTS}

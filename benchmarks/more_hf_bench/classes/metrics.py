@@ -55,17 +55,12 @@ def kd_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
 
 
 def auc(positive: Tensor, negative: Tensor, *, resolution: float = 0.0) -> float:
-    """Compute the probability that a score of `positive` is above one of `negative`, ties counted half.
+    """Compute the probability in percent that a score of `positive` is above one of `negative`, ties counted
+    half; 50 says that the scores do not tell the two apart. It needs no prior, no threshold and no chance to
+    break ties.
 
-    Args:
-        positive, negative (`Tensor`): scores `(n,)` and `(m,)`.
-        resolution (`float`, defaults to 0): scores are rounded to multiples of it. A difference that is zero
-            in theory is not zero in floating point, and its remainder would be ranked as if it were evidence.
-
-    Returns:
-        `float`: percent; 50 says that the scores do not tell the two apart. It needs no prior, no threshold
-            and no chance
-        to break ties.
+    Scores are rounded to multiples of `resolution`: a difference that is zero in theory is not zero in
+    floating point, and its remainder would be ranked as if it were evidence.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -139,16 +134,10 @@ def confidence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute −(1 − p_y) log p_y − Σ_{i≠y} p_i log(1 − p_i) of each sample (Song and Mittal, 2021).
+    """Compute −(1 − p_y) log p_y − Σ_{i≠y} p_i log(1 − p_i) of each sample (Song and Mittal, 2021): `(n,)`,
+    in nats, from 0 (sure and right) upwards. Both logarithms are clamped at log 1e-30.
 
     A widely copied version takes log p_i for log(1 − p_i), and one column for the whole batch.
-
-    Args:
-        logits (`Tensor`): `(n, k)`.
-        labels (`Tensor`): `(n,)`.
-
-    Returns:
-        `Tensor`: `(n,)`, in nats, from 0 (sure and right) upwards. Both logarithms are clamped at log 1e-30.
     """
     p = logits.double().softmax(-1)
     own = torch.nn.functional.one_hot(labels, p.shape[1]).bool()
@@ -158,19 +147,16 @@ def modified_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def loss_attack(forget: Tensor, unseen: Tensor, *, seed: int = 0) -> dict[str, float]:
-    """Attack with logistic regression on the loss alone: forgotten samples against unseen ones.
+    """Attack with logistic regression on the loss alone: forgotten samples against unseen ones of the same
+    classes.
 
     MoRE's appendix B.3, as ESC and SCRUB implement it: the longer side is cut at random to the shorter, then
-    the mean accuracy over five stratified splits, 90 % to fit and 10 % to test.
+    the mean accuracy over five stratified splits, 90 % to fit and 10 % to test. `seed` is of the cut, the
+    splits and the bootstrap over the tested samples.
 
-    Args:
-        forget (`Tensor`), unseen (`Tensor`): losses `(n,)`, `(m,)` of the two sides, of the same classes.
-        seed (`int`, defaults to 0): of the cut, the splits and the bootstrap over the tested samples.
-
-    Returns:
-        `dict[str, float]`: `mia_loss` with `mia_loss_low` and `mia_loss_high`, in percent, 50 is ideal, down
-            is better (100 also tells all apart); and `mia_loss_auc`, the area under the ROC curve of the
-            lower loss, in percent, 50 is ideal, which needs no fit.
+    Returns `mia_loss` with `mia_loss_low` and `mia_loss_high`, in percent, 50 is ideal, down is better (100
+    also tells all apart); and `mia_loss_auc`, the area under the ROC curve of the lower loss, in percent, 50
+    is ideal, which needs no fit.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedShuffleSplit
@@ -200,20 +186,14 @@ def loss_attack(forget: Tensor, unseen: Tensor, *, seed: int = 0) -> dict[str, f
 
 
 def shadow_attack(seen: Tensor, unseen: Tensor, forget: Tensor) -> float:
-    """Attack with a support vector machine on one number per sample.
+    """Attack with a support vector machine on one number per sample: the percent of `forget` taken for *not*
+    members ("forget efficacy"). Up is better, and the comparison is with Retrain's value; for a class that is
+    predicted wrongly it is near 100 whatever the model still knows.
 
-    It is fitted on remaining training samples against test samples, and asked about the forgotten ones: the
-    attack of SalUn and l1-sparse (C 3, RBF kernel, gamma "auto"). With `confidence` it is the variant that
-    their papers print, with `modified_entropy` the one that Song and Mittal argue for.
-
-    Args:
-        seen (`Tensor`), unseen (`Tensor`), forget (`Tensor`): `(n,)`, `(m,)`, `(l,)`. Of the first two the
-            same number is drawn at random, at most `SHADOW`.
-
-    Returns:
-        `float`: the percent of `forget` taken for *not* members ("forget efficacy"). Up is better, and the
-            comparison is with Retrain's value; for a class that is predicted wrongly it is near 100 whatever
-            the model still knows.
+    It is fitted on remaining training samples against test samples, the same number of both drawn at random,
+    at most `SHADOW`, and asked about the forgotten ones: the attack of SalUn and l1-sparse (C 3, RBF kernel,
+    gamma "auto"). With `confidence` it is the variant that their papers print, with `modified_entropy` the
+    one that Song and Mittal argue for.
     """
     from sklearn.svm import SVC
 

@@ -63,15 +63,8 @@ MODELS = {
 
 
 def build_classifier(name: str, data: KDData, *, seed: int = 0) -> PreTrainedModel:
-    """Build a classifier with random weights for a data set.
-
-    Args:
-        name (`str`): one of `MODELS`.
-        data (`KDData`): gives image size, channels and class names.
-        seed (`int`, defaults to 0): of the weights. The global random state is not touched.
-
-    Returns:
-        `PreTrainedModel`: in training mode, on the CPU.
+    """Build one of `MODELS` with random weights for a data set, in training mode, on the CPU. The global
+    random state is not touched.
 
     Raises:
         `BenchmarkError`: for an unknown name.
@@ -85,16 +78,9 @@ def build_classifier(name: str, data: KDData, *, seed: int = 0) -> PreTrainedMod
 
 
 def pretrained_inputs(path: str) -> dict[str, Any]:
-    """Read from a pretrained classifier how its images must be loaded.
-
-    Args:
-        path (`str`): a folder or Hub id.
-
-    Returns:
-        `dict`: the arguments `image_size`, `channels`, `mean` and `std` of `load_kd_data`. Empty for a folder
-            without an
-        image processor, which is what the benchmark's own training leaves: such a model reads the data
-        unchanged.
+    """Read from a pretrained classifier, by its folder or Hub id, how its images must be loaded: the
+    arguments `image_size`, `channels`, `mean` and `std` of `load_kd_data`. Empty for a folder without an
+    image processor, which is what the benchmark's own training leaves: such a model reads the data unchanged.
     """
     if (Path(path) / CONFIG_NAME).is_file() and not (Path(path) / IMAGE_PROCESSOR_NAME).is_file():
         return {}
@@ -108,15 +94,9 @@ def pretrained_inputs(path: str) -> dict[str, Any]:
 
 
 def load_pretrained(path: str, data: KDData, *, seed: int = 0) -> PreTrainedModel:
-    """Load a pretrained classifier, as the paper's ResNet-18 and ViT-B/16, with a head for a data set.
-
-    Args:
-        path (`str`): a folder or Hub id.
-        data (`KDData`): gives the class names; its images must have the channels that the model reads.
-        seed (`int`, defaults to 0): of the new head, where the pretrained one has another shape.
-
-    Returns:
-        `PreTrainedModel`: in training mode, on the CPU.
+    """Load a pretrained classifier by its folder or Hub id, as the paper's ResNet-18 and ViT-B/16, with a
+    head for a data set, whose images must have the channels that it reads; in training mode, on the CPU.
+    `seed` is of the new head, where the pretrained one has another shape.
 
     Raises:
         `BenchmarkError`: if anything but the head has another shape, the first convolution above all.

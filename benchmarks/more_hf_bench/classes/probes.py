@@ -63,24 +63,16 @@ def sgd_probes(
     epochs: int = 10,
     batch_size: int = 64,
 ) -> dict[tuple[float, int], Probe]:
-    """Train new heads with plain SGD, as the paper measures knowledge retention (MoRE, appendix B.3).
+    """Train new heads with plain SGD, as the paper measures knowledge retention (MoRE, appendix B.3):
+    (learning rate, seed) to its probe. At 0.001 ten epochs do not get far: that probe is underfitted, and
+    says little.
 
     As in ESC's `evaluate_KR`: Xavier normal weight, zero bias, cross-entropy, no momentum, no weight decay,
     constant learning rate, a new shuffle in each epoch. All learning rates of a seed share start and
     shuffles; every probe is the one that it would be alone.
 
-    Args:
-        features (`Tensor` or `Callable`): `(n, d)` of forget and remain training samples together, or a
-            function of epoch and seed that returns them: a stochastic layer is asked again in each epoch,
-            separately for each probe seed.
-        labels (`Tensor`): `(n,)`, int64.
-        num_classes (`int`): k.
-        learning_rates (`Sequence[float]`), seeds (`Sequence[int]`), epochs (`int`), batch_size (`int`): the
-            paper's by default.
-
-    Returns:
-        `dict`: (learning rate, seed) to its probe. At 0.001 ten epochs do not get far: that probe is
-        underfitted, and says little.
+    The features `(n, d)` are of forget and remain training samples together, or a function of epoch and seed
+    that returns them: a stochastic layer is asked again in each epoch, separately for each probe seed.
     """
     drawn = features if callable(features) else lambda epoch, seed: features
     first = drawn(0, seeds[0]).float()
@@ -117,15 +109,10 @@ def sgd_probes(
 def batches(
     features: Sequence[Tensor], targets: Tensor, orders: Sequence[Tensor], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield features `(seeds, batch, d)` and targets `(seeds, 1, k, batch)` of each step.
+    """Yield features `(seeds, batch, d)` and targets `(seeds, 1, k, batch)` of each step, from the features
+    `(n, d)` and the permutation `(n,)` of each seed.
 
     They are gathered for many steps at once: for one step alone, gathering takes longer than the step.
-
-    Args:
-        features (`Sequence[Tensor]`): `(n, d)` for each seed.
-        targets (`Tensor`): `(n, k)`.
-        orders (`Sequence[Tensor]`): a permutation `(n,)` for each seed.
-        batch_size (`int`): samples in a step.
     """
     block = GATHER_STEPS * batch_size
     for parts in zip(*(order.split(block) for order in orders), strict=True):
@@ -135,17 +122,11 @@ def batches(
 
 
 def converged_probe(features: Tensor, labels: Tensor, *, C: float = 1e4) -> Probe:
-    """Fit the multinomial logistic regression of labels on features: the best linear head, at any cost.
+    """Fit the multinomial logistic regression of labels on features: the best linear head, at any cost;
+    float64 on the CPU.
 
-    It minimises the mean cross-entropy + ‖W‖² / (2 C n), with a free bias.
-
-    Args:
-        features (`Tensor`): `(n, d)`, on the device that fits a large head.
-        labels (`Tensor`): `(n,)`, with every class at least once.
-        C (`float`, defaults to 1e4): inverse strength of the penalty.
-
-    Returns:
-        `Probe`: float64 on the CPU.
+    It minimises the mean cross-entropy + ‖W‖² / (2 C n), with a free bias, on the features' device. Every
+    class has a label at least once.
     """
     num_classes = int(labels.max()) + 1
     if num_classes * (features.shape[1] + 1) > LARGEST_HESSIAN:
@@ -222,26 +203,15 @@ def probe_scores(
     forget: Collection[int],
     targets: Collection[int] = (),
 ) -> dict[str, float]:
-    """Measure what a probe recovers.
+    """Measure what a probe recovers, by the features and labels of the splits `f r ft rt`: the accuracies and
+    harmonic means of `kd_scores`, and on the test splits, in percent, with 50 for "cannot tell":
 
-    Args:
-        probe (`Probe`): the head.
-        features (`Mapping[str, Tensor]`), labels (`Mapping[str, Tensor]`): `(n, d)` and `(n,)` of the splits
-            `f r ft rt`.
-        forget, targets (`Collection[int]`): ids of the forgotten classes, and of the classes that they were
-            sent to.
+    - `auc_rest`: forget against all remaining samples, ranked by the probability of the forget classes;
+    - `auc_target`: forget against samples of the targets, ranked by the log-odds of forget classes and
+      targets, with ties below `RESOLUTION`. `nan` without targets.
 
-    Returns:
-        `dict[str, float]`: the accuracies and harmonic means of `kd_scores`, and on the test splits, in
-            percent, with 50
-        for "cannot tell":
-
-        - `auc_rest`: forget against all remaining samples, ranked by the probability of the forget classes;
-        - `auc_target`: forget against samples of the targets, ranked by the log-odds of forget classes and
-          targets, with ties below `RESOLUTION`. `nan` without targets.
-
-        Unlike accuracies they do not depend on how many classes share a place: a share of 1/(experts + 1)
-        loses every vote.
+    Unlike accuracies they do not depend on how many classes share a place: a share of 1/(experts + 1) loses
+    every vote.
     """
     logits = {split: probe(features[split]) for split in SPLITS}
     scores = kd_scores({split: accuracy(logits[split].cpu(), labels[split].cpu()) for split in SPLITS})

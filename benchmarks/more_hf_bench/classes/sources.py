@@ -158,17 +158,10 @@ def from_emoji(path: Path | None, image_size: int | None) -> RawData:
 
 
 def views(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Make a random view of each image.
+    """Make a random view of each image `(n, 3, size, size)` in [−1, 1]: uint8, of the same shape.
 
     Each is mirrored or not, turned by at most 15 degrees, scaled by 0.8 to 1.1, shifted by at most a
     sixteenth; its contrast and brightness change by at most a fifth. Outside of an image is white.
-
-    Args:
-        pixels (`Tensor`): `(n, 3, size, size)` in [−1, 1].
-        generator (`torch.Generator`): of all draws.
-
-    Returns:
-        `Tensor`: uint8, of the same shape.
     """
     n = len(pixels)
 

@@ -36,23 +36,16 @@ from .models import MODELS, build_classifier, load_pretrained
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of a training.
-
-    Attributes:
-        batch_size (`int`): over all processes.
-        warmup_steps (`int`): over which the learning rate rises; then it falls to zero with a cosine.
-        shift (`int`): images are moved by up to this many pixels.
-        flip (`bool`): whether every second image, at random, is mirrored.
-    """
+    """Hyper-parameters of a training."""
 
     epochs: int = 8
-    batch_size: int = 128
+    batch_size: int = 128  # over all processes
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # over which the learning rate rises; then it falls to zero with a cosine
     max_grad_norm: float = 1.0
-    shift: int = 2
-    flip: bool = True
+    shift: int = 2  # images are moved by up to this many pixels
+    flip: bool = True  # whether every second image, at random, is mirrored
     seed: int = 0
 
     @classmethod
@@ -95,21 +88,13 @@ destroy; that of ViT for all others."""
 
 @dataclass(frozen=True)
 class Trainer:
-    """The classifiers of a benchmark: each is trained once, into its folder, and loaded from there.
+    """The classifiers of a benchmark: each is trained once, into its folder, and loaded from there."""
 
-    Attributes:
-        model (`str`): a name of `MODELS`, or the folder or Hub id of a pretrained classifier.
-        data (`KDData`): what they are trained on.
-        recipe (`Recipe`): how; the seed is that of each training.
-        folder (`Path`): holds the trainings.
-        mixed_precision (`str`, *optional*): as in `train_classifier`.
-    """
-
-    model: str
-    data: KDData
-    recipe: Recipe
-    folder: Path
-    mixed_precision: str | None = None
+    model: str  # a name of `MODELS`, or the folder or Hub id of a pretrained classifier
+    data: KDData  # what they are trained on
+    recipe: Recipe  # how; the seed is that of each training
+    folder: Path  # holds the trainings
+    mixed_precision: str | None = None  # as in `train_classifier`
 
     def original(self, seed: int) -> PreTrainedModel:
         """The classifier of all training images."""
@@ -287,15 +272,11 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 def augment(
     pixels: Tensor, shift: int, flip: bool, generator: torch.Generator, batch_size: int, share: slice
 ) -> Tensor:
-    """Shift images at random, with their edges repeated, and mirror every second one at random.
+    """Shift images `(n, channels, H, W)` at random by at most `shift` pixels, with their edges repeated, and
+    mirror every second one at random.
 
-    Args:
-        pixels (`Tensor`): `(n, channels, H, W)`, this process's share of a batch.
-        shift (`int`): pixels to move an image by, at most.
-        flip (`bool`): whether to mirror.
-        generator (`torch.Generator`): draws for the whole batch, so that an image's draw does not depend on
-            the sharding.
-        batch_size (`int`), share (`slice`): of the whole batch, and which of its images these are.
+    They are this process's `share` of a batch. The generator draws for the whole batch, so that an image's
+    draw does not depend on the sharding.
     """
     offsets = torch.randint(0, 2 * shift + 1, (2, batch_size, 1), generator=generator)[:, share]
     mirrored = (torch.rand(batch_size, 1, generator=generator) < 0.5)[share] & flip

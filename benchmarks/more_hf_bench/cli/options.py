@@ -103,15 +103,9 @@ def read_options(
     kind: type[Options], args: argparse.Namespace, of_folder: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 ) -> Options:
     """
-    Collect a benchmark's options: a flag's value, else that of `--config`, else the default.
-
-    Args:
-        kind (`type`):
-            The dataclass of the options. Its annotations, which are plain classes, are checked.
-        args (`argparse.Namespace`):
-            The flags; `None` if not given.
-        of_folder (`Callable`):
-            Makes options of the `config.json` of a benchmark's folder.
+    Collect a benchmark's options, a dataclass whose annotations, which are plain classes, are checked: a
+    flag's value, else that of `--config`, else the default. `of_folder` makes options of the `config.json` of
+    a benchmark's folder.
 
     Raises:
         ValueError: the file is no TOML or JSON, has an unknown option, or one of another type.

@@ -27,26 +27,20 @@ from ..run import SOURCE
 
 @dataclass(frozen=True)
 class Method:
-    """One method of a benchmark.
+    """One method of a benchmark."""
 
-    Attributes:
-        place (`str`): `"module:function"` as `pkgutil.resolve_name` takes it; a leading dot means a module
-            beside this one.
-        role (`str`): `"main"` for the main table, `"control"` for a line of it that cannot win, `"appendix"`
-            for a variant of a method of the main table.
-        trained (`bool`): whether it takes gradient steps. The other methods are training-free.
-        targets (`str`): what a benchmark of pictures passes as `remap_to`: `"none"`, the `"one"` target, or
-            `"several"` targets.
-        closed_form (`bool`): whether a benchmark of classes may give it the features of the head in place of
-            the images: one pass over the data is all it needs.
-        forgets (`str`): what a benchmark of classes can let it forget: `"classes"`, `"samples"` or `"both"`.
-    """
-
+    # `"module:function"` as `pkgutil.resolve_name` takes it; a leading dot means a module beside this one
     place: str
+    # `"main"` for the main table, `"control"` for a line of it that cannot win, `"appendix"` for a variant of
+    # a method of the main table
     role: Literal["main", "control", "appendix"] = "main"
-    trained: bool = False
+    trained: bool = False  # whether it takes gradient steps. The other methods are training-free.
+    # what a benchmark of pictures passes as `remap_to`: `"none"`, the `"one"` target, or `"several"` targets
     targets: Literal["none", "one", "several"] = "one"
+    # whether a benchmark of classes may give it the features of the head in place of the images: one pass
+    # over the data is all it needs
     closed_form: bool = False
+    # what a benchmark of classes can let it forget: `"classes"`, `"samples"` or `"both"`
     forgets: Literal["classes", "samples", "both"] = "both"
 
     def load(self) -> Callable[..., Any]:

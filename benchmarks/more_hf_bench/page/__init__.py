@@ -21,33 +21,15 @@ from more_hf.core.markdown import markdown_table, number
 
 @dataclass(frozen=True)
 class Section:
-    """
-    A section of a page, in this order: note, pictures, table, facts, files. Empty parts are left out.
-
-    Args:
-        heading (`str`):
-            The heading.
-        note (`str`, *optional*):
-            A paragraph below the heading.
-        table (`Sequence[Mapping[str, object]]`, *optional*):
-            Rows as for `markdown_table`; the first row's keys are the columns.
-        pictures (`Mapping[str, Path or Image.Image]`, *optional*):
-            Caption -> the picture, or its PNG or WebP file.
-        facts (`Sequence[str]`, *optional*):
-            A list of sentences.
-        files (`Sequence[str]`, *optional*):
-            Files next to the page with everything else, as links.
-        folded (`bool`, *optional*, defaults to `False`):
-            Whether only the heading shows until it is clicked.
-    """
+    """A section of a page, in this order: note, pictures, table, facts, files. Empty parts are left out."""
 
     heading: str
-    note: str = ""
-    table: Sequence[Mapping[str, object]] = ()
-    pictures: Mapping[str, Path | Image.Image] = field(default_factory=dict)
-    facts: Sequence[str] = ()
-    files: Sequence[str] = ()
-    folded: bool = False
+    note: str = ""  # a paragraph below the heading
+    table: Sequence[Mapping[str, object]] = ()  # as for `markdown_table`; the first row has the columns
+    pictures: Mapping[str, Path | Image.Image] = field(default_factory=dict)  # by caption; a PNG or WebP file
+    facts: Sequence[str] = ()  # a list of sentences
+    files: Sequence[str] = ()  # next to the page with everything else, as links
+    folded: bool = False  # whether only the heading shows until it is clicked
 
 
 def write_report(
@@ -60,15 +42,8 @@ def write_report(
     words: Mapping[str, str] | None = None,
 ) -> None:
     """
-    Write `report.html`, and everything on it that has a table as `table.md`.
-
-    Args:
-        folder (`Path`):
-            The benchmark's folder.
-        title, finding, sections, words:
-            As of [`write_page`]. Without a finding, the files begin with the first section.
-        made_with (`Sequence[str]`):
-            How it was made: both files end with it.
+    Write `report.html`, and everything on it that has a table as `table.md`; both end with how it was made.
+    See `write_page` for the rest; without a finding, they begin with the first section.
     """
     parts = [finding]
     for section in sections:
@@ -90,19 +65,9 @@ def write_page(
     words: Mapping[str, str] | None = None,
 ) -> None:
     """
-    Write a page for light and dark screens, wide and narrow. Everything is escaped.
-
-    Args:
-        path (`str` or `Path`):
-            The file to write.
-        title (`str`):
-            Title and heading.
-        finding (`str`):
-            The result in plain words. The page begins with it.
-        sections (`Sequence[Section]`):
-            The page's body.
-        words (`Mapping[str, str]`, *optional*):
-            Name of a column, without an arrow -> plain words that are written above it.
+    Write a page for light and dark screens, wide and narrow, which begins with the finding, the result in
+    plain words. `words` are plain words for columns, by the name without an arrow, and are written above it.
+    Everything is escaped.
     """
     environment = Environment(
         loader=PackageLoader(__package__, ""),

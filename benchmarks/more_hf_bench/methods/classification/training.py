@@ -53,20 +53,13 @@ def sgd(parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 
 
 @dataclass(frozen=True)
 class Training:
-    """How a method takes gradient steps: the settings of every method that trains.
+    """How a method takes gradient steps: the settings of every method that trains."""
 
-    Attributes:
-        name (`str`): of the method.
-        lr (`float`): a constant learning rate.
-        epochs (`int`), batch_size (`int`): passes over the data, and images in a step.
-        seed (`int`): of shuffles and dropout.
-    """
-
-    name: str
-    lr: float
-    epochs: int
-    batch_size: int
-    seed: int = 0
+    name: str  # of the method
+    lr: float  # a constant learning rate
+    epochs: int  # passes over the data
+    batch_size: int  # images in a step
+    seed: int = 0  # of shuffles and dropout
 
     def loader(self, images: ImageSet, further: int = 0) -> DataLoader:
         """Shuffled batches; a method that shuffles several sets takes a `further` seed for each."""

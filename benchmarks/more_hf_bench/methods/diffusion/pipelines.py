@@ -44,14 +44,10 @@ class AtInference(StableDiffusionPipeline):
     it was made from.
 
     Nothing is erased at rest: what `save_pretrained` writes from it is the original model.
-
-    Attributes:
-        forget (`Sequence[str]`): the names to act on.
-        settings (`Mapping`): of the method.
     """
 
-    forget: Sequence[str]
-    settings: Mapping[str, Any]
+    forget: Sequence[str]  # the names to act on
+    settings: Mapping[str, Any]  # of the method
 
     @classmethod
     def around(

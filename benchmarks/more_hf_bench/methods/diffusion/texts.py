@@ -22,17 +22,11 @@ Retained = Sequence[str] | None
 
 @dataclass(frozen=True)
 class Roles:
-    """Names in their roles.
+    """Names in their roles."""
 
-    Attributes:
-        forget (`list[str]`): concepts and their aliases.
-        targets (`list[str]`): what they are sent to.
-        keep (`list[str]`): what must stay: the targets, then the retained names.
-    """
-
-    forget: list[str]
-    targets: list[str]
-    keep: list[str]
+    forget: list[str]  # concepts and their aliases
+    targets: list[str]  # what they are sent to
+    keep: list[str]  # what must stay: the targets, then the retained names
 
 
 def name_roles(concepts: Concepts, remap_to: Targets, retain: Retained) -> Roles:
