@@ -22,14 +22,16 @@ class Painter:
         self.layer = next(iter(find_sites(pipe, find_denoiser(pipe))))
         self.colors = dict(COLORS)
         self.drawn, self.stops_at = 0, None
-        self.answers = {}
+        self.features, self.answers = {}, {}  # of prompts, which no edit changes; and of names
         for name in COLORS:
             prompts = [sentence.replace("{}", name) for sentence in [*SENTENCES, "a {}"]]
             self.answers[name] = [self.answer(pipe, prompt) for prompt in prompts]
 
     def answer(self, pipe, prompt):
-        z = self.encoder.encode([prompt])[0, self.encoder.layout(prompt).end]
-        return pipe.unet.get_submodule(self.layer).weight.double() @ z.double()
+        if prompt not in self.features:
+            end = self.encoder.layout(prompt).end
+            self.features[prompt] = self.encoder.encode([prompt])[0, end].double()
+        return pipe.unet.get_submodule(self.layer).weight.detach().double() @ self.features[prompt]
 
     def __call__(self, pipe, prompts, seeds, sampling):
         pictures = []
