@@ -13,7 +13,15 @@ from optimum.quanto import freeze, qint8, quantize
 from safetensors.torch import load_file
 from support import bare
 from support.bare import FORGET, LENGTHS, OTHER, TARGET, erase, use_bare_names
-from support.quantized import CONFIGS, READERS, bitsandbytes_on_the_cpu, build_wide_flux, from_gguf, quantized
+from support.quantized import (
+    CONFIGS,
+    READERS,
+    bitsandbytes_on_the_cpu,
+    build_wide_flux,
+    from_gguf,
+    quantized,
+    quanto_without_compiler,
+)
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -40,6 +48,7 @@ def folder(tmp_path_factory):
 def on_the_cpu(monkeypatch):
     use_bare_names(monkeypatch, LENGTHS)
     bitsandbytes_on_the_cpu(monkeypatch)
+    quanto_without_compiler(monkeypatch)
 
 
 def draw(pipe, prompt=FORGET):
@@ -332,12 +341,11 @@ def test_of_an_erased_pipeline_there_is_no_second_lora(folder, tmp_path):
 
 def test_prototypes_belong_to_a_precision_of_the_text_encoder(folder):
     """Fitted on another precision, the edit leaves a part of the name: about as much as that rounds."""
+    plain = more_hf.get_erasure(erase(build_wide_flux(), pooled=False))
+    assert plain.facts.fitted_on == {"text_encoder": "float32", "text_encoder_2": "float32"}
     left = {}
     for weights in ("qint8", "qint4"):
         pipe = build_wide_flux()
-        plain = more_hf.get_erasure(erase(pipe, pooled=False))
-        assert plain.facts.fitted_on == {"text_encoder": "float32", "text_encoder_2": "float32"}
-        more_hf.restore(pipe)
         quantize(pipe.text_encoder_2, weights=weights)
         freeze(pipe.text_encoder_2)
         erasure = more_hf.get_erasure(erase(pipe, pooled=False))

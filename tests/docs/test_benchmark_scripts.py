@@ -136,7 +136,10 @@ def test_layers_of_a_model_on_the_disk(script, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_an_edit_belongs_to_a_precision(script):
+def test_an_edit_belongs_to_a_precision(script, monkeypatch):
+    from support.quantized import quanto_without_compiler
+
+    quanto_without_compiler(monkeypatch)
     precision = script("geometry", "precision")
     committed = pd.read_csv(precision.HERE / "precision.csv")
     measured = pd.DataFrame(precision.measure(["Blobmoji", "Fluent"]))

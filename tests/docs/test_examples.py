@@ -78,6 +78,10 @@ def test_erase_van_gogh(run, tmp_path):
 @pytest.mark.slow
 def test_tune(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    tune, fewer_steps = more_hf.tune, {"num_inference_steps": 3, "guidance_scale": 4.0}
+    monkeypatch.setattr(
+        more_hf, "tune", lambda *args, **asked: tune(*args, **asked | {"sampling": fewer_steps})
+    )
     printed = run("tune.py")
     assert "Recommended: 1, to " in printed
     assert more_hf.verify(tmp_path / "tuned" / "without_high_contrast").ok

@@ -38,8 +38,9 @@ from more_hf.saving.single_file import _rename, original_layout, unet_names
 
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
-FAMILIES = ["sd-1", "sdxl", "sd3", "flux", "z-image"]
-MORE = ["sd-2", "chroma", "flux-2", "klein", "lumina-2", "qwen-image", "wan", "auraflow", "sana", "hidream"]
+FAMILIES = ["sd-1", "flux", "z-image"]
+MORE = ["sdxl", "sd3", "sd-2", "chroma", "flux-2", "klein", "lumina-2", "qwen-image", "wan", "auraflow"]
+MORE += ["sana", "hidream"]
 FAMILIES += [pytest.param(family, marks=pytest.mark.slow) for family in MORE]
 
 
@@ -150,6 +151,7 @@ def test_the_layers_have_the_names_of_a_lora_for_comfyui(families, family):
         assert part.name.removeprefix(PREFIX) == f"{original_name(denoiser, layer)}.weight"
 
 
+@pytest.mark.slow
 def test_known_sizes_of_the_packaged_configurations():
     """The numbers of parameters that their publishers state."""
     sizes = {"sd-1/unet": 859_520_964, "sd-2/unet": 865_910_724, "sdxl/unet": 2_567_463_684}
@@ -201,7 +203,8 @@ def test_a_file_of_the_real_layout_needs_no_folder(tmp_path):
     assert len(changed) == 32
 
 
-@pytest.mark.parametrize("family", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_a_file_with_its_text_encoders_needs_only_configurations(families, tmp_path, monkeypatch, family):
     """Its own encoders make the prototypes: those of a fine-tune differ from the base's."""
     any_size(monkeypatch, family)
@@ -273,6 +276,7 @@ def test_the_command(stored, tmp_path, capsys):
     assert {f"{key.removeprefix('diffusion_model.')}.weight" for key in keys} <= load_file(file).keys()
 
 
+@pytest.mark.slow
 def test_pictures_before_and_after(stored, tmp_path, capsys):
     (folder, file), out = stored("sd-1"), tmp_path / "erased.safetensors"
     more_hf.erase_file(file, out, FORGET, remap_to=TARGET, text_encoder=folder)

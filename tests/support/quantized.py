@@ -1,12 +1,15 @@
 """A tiny FLUX, quantized by the libraries with which people run it."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import diffusers
 import gguf
 import pytest
 import torch
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
+from optimum.quanto.library.extensions import cpp
+from optimum.quanto.library.unpack import unpack
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
@@ -70,6 +73,11 @@ def bitsandbytes_on_the_cpu(patch):
     for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
         patch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
         patch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+
+
+def quanto_without_compiler(patch):
+    """Let quanto unpack 4 bits in Python: it would compile that for half a minute, once an environment."""
+    patch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
 
 
 def with_transformer(folder, transformer):

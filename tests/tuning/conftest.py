@@ -53,15 +53,21 @@ class Painter:
 
 
 @pytest.fixture
+def quick_features(monkeypatch):
+    """The judge by `quarters`."""
+    for module in ("judge", "search", "evaluate"):
+        monkeypatch.setattr(f"more_hf.tuning.{module}.features_of", quarters)
+
+
+@pytest.fixture
 def pipe(copy_of_emoji_sd):
     return copy_of_emoji_sd()
 
 
 @pytest.fixture
-def painter(pipe, monkeypatch):
+def painter(pipe, monkeypatch, quick_features):
     painter = Painter(pipe)
     monkeypatch.setattr("more_hf.tuning.search.draw", painter)
-    monkeypatch.setattr("more_hf.tuning.search.features_of", quarters)
     monkeypatch.setattr("more_hf.tuning.search.lpips_distance", difference)
     return painter
 

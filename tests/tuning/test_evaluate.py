@@ -39,6 +39,7 @@ def moved(found):
     return {finding.prompts: finding.moved.value for finding in found.findings}
 
 
+@pytest.mark.usefixtures("quick_features")
 def test_a_model_against_itself(base, tmp_path):
     before = state(base)
     found = evaluate(base, base, descriptions=["swirls", "thick paint"])
@@ -59,6 +60,7 @@ def test_a_model_against_itself(base, tmp_path):
     assert (folder / "sheet.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_an_erased_model_moves_where_the_name_is(base, erased):
     found = evaluate(base, erased)
     assert moved(found)["van gogh"] > moved(found)[NAMELESS] > 0
@@ -68,6 +70,7 @@ def test_an_erased_model_moves_where_the_name_is(base, erased):
     assert "It cannot tell them apart" in found.to_markdown()
 
 
+@pytest.mark.slow
 def test_how_far_pictures_move_is_lpips_from_the_same_noise(base, erased):
     found = evaluate(base, erased, sentences=["a {}", "{} tree"])
     network, distances = load_lpips(), []
@@ -81,6 +84,8 @@ def test_how_far_pictures_move_is_lpips_from_the_same_noise(base, erased):
     assert found.findings[0].moved.value == pytest.approx(sum(distances) / 4, rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_features")
 def test_another_scheduler_and_precision(base):
     own = DDIMScheduler(num_train_timesteps=50, beta_schedule="linear")
     other = copy.deepcopy(base).to(torch.bfloat16, silence_dtype_warnings=True)
@@ -94,6 +99,8 @@ def test_another_scheduler_and_precision(base):
     assert other.scheduler is own
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_features")
 def test_more_that_differs(base):
     other = copy.copy(base)
     other.register_modules(text_encoder=build_tiny_sd(seed=1).text_encoder)
@@ -151,7 +158,7 @@ def test_on_the_command_line(copy_of_emoji_sd, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_embedded_pipeline(emoji_sd, copy_of_emoji_sd):
     options = {"retain": ["Noto", "Fluent"], "pictures": 12}
-    options["sampling"] = {"num_inference_steps": 10, "guidance_scale": 4.0}
+    options["sampling"] = {"num_inference_steps": 5, "guidance_scale": 4.0}
     erased = more_hf.erase_concept(copy_of_emoji_sd(), "High Contrast", remap_to="Fluent")
     found = more_hf.evaluate(emoji_sd, erased, "High Contrast", **options)
     findings = {finding.prompts: finding for finding in found.findings}

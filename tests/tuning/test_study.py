@@ -235,6 +235,7 @@ def test_a_made_up_word_is_warned_of(pipe, caplog):
     assert "no word of 'zxqv' whole" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_cannot_draw(pipe):
     from diffusers import StableDiffusionImg2ImgPipeline
 
