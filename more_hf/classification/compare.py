@@ -31,11 +31,8 @@ def compare(
     """
     `more_hf.compare` for classifiers: one pass over the data, in eval mode.
 
-    Args:
-        show_original (`Callable`):
-            Gives a block and in it the classifier that answers as the original, or `None`.
-        seeded (`Callable`):
-            Gives a block in which a classifier's router depends on the seeds alone.
+    `show_original` gives a block and in it the classifier that answers as the original, or `None`; `seeded`
+    one in which a classifier's router depends on the seeds alone.
     """
     erasure, plain = get_erasure(model), plain_model(model)
     predicted: dict[str, list[Tensor]] = {"before": [], "after": []}
@@ -94,14 +91,9 @@ def _shares(labels: Tensor, predicted: Tensor, names: Sequence[str]) -> dict[int
 
 def note(model: nn.Module, found: Accuracies, measured_on: str) -> None:
     """
-    Write what was measured into the facts of a model's erasure: its report, record and card have it then. The
-    model itself is not changed.
-
-    Args:
-        found (`Accuracies`):
-            What `more_hf.compare` returned, with the original at hand.
-        measured_on (`str`):
-            The samples, in words: "the 10,000 images of CIFAR-10's test set".
+    Write what `more_hf.compare` measured, with the original at hand, into the facts of a model's erasure: its
+    report, record and card have it then. The model itself is not changed. `measured_on` are the samples in
+    words: "the 10,000 images of CIFAR-10's test set".
 
     Raises:
         `MoreError`: nothing was erased, or nothing is known of the original.

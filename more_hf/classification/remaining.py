@@ -20,19 +20,12 @@ def remaining_right(
 ) -> dict[str, float] | None:
     """
     Estimate the percentage of the remaining classes' features that the head gives to their class, `before`
-    the edit and `after`; `None` where no other class has a prototype.
+    the edit and `after`; `None` where no other class has a prototype. Nothing need be written yet.
 
     The features are drawn: normal around each class's prototype, with the covariance within classes, which is
     the second moment without the part of the prototypes. Where no second moment is known, the prototypes
-    alone. With a router, up to eight experts take turns.
-
-    Args:
-        erasure (`Erasure`):
-            What is to be done at the heads; nothing need be written yet.
-        prototypes (`Prototypes`):
-            Of the classes, `(d, k)`; the features of several heads, whose mean is the logits, concatenated.
-        names (`Sequence[str]`):
-            The classes in the order of the logits.
+    alone. With a router, up to eight experts take turns. The prototypes `(d, k)` have the features of several
+    heads, whose mean is the logits, concatenated; the names are in the order of the logits.
     """
     # 1. The classes that stay, each as often as another, and their features.
     stays = [name for name in prototypes.names if name in names and name not in erasure.concepts]

@@ -156,10 +156,8 @@ def own_dtype(checkpoint: Checkpoint, **left_out: None) -> str:
 
 def stored_dtype(folder: Path) -> str:
     """
-    The dtype in which most of a component's parameters are stored, from the headers of its files.
-
-    Returns:
-        `str`: torch's name for the dtype; `float32` if there is no safetensors file.
+    torch's name for the dtype in which most of a component's parameters are stored, from the headers of its
+    files; `float32` if there is no safetensors file.
 
     Raises:
         ValueError: a weight of this dtype cannot be edited (fp8, for instance).

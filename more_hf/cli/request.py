@@ -300,10 +300,8 @@ def erased_pipeline(
     request: Request, *, dtype: str | None, device: str | None, offload: str, without: Iterable[str] = ()
 ) -> DiffusionPipeline:
     """
-    Load a pipeline as `load_pipeline` does, and erase the request's concepts from it.
-
-    Returns:
-        [`~diffusers.DiffusionPipeline`]: the erased pipeline, without offloading.
+    Load a pipeline as `load_pipeline` does, and erase the request's concepts from it; without offloading
+    then.
     """
     import more_hf
 

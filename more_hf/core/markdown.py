@@ -18,13 +18,8 @@ def number(value: object) -> str:
 
 def markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
     """
-    Format rows as a GitHub-flavored Markdown table, aligned in plain text too, with numbers on the right.
-
-    Args:
-        rows (`Sequence[Mapping[str, object]]`):
-            The rows; a missing key gives an empty cell.
-        columns (`Sequence[str]`, *optional*):
-            The keys to show, in order; `None` for those of the first row.
+    Format rows as a GitHub-flavored Markdown table, aligned in plain text too, with numbers on the right. The
+    columns are by default the keys of the first row; a missing key gives an empty cell.
 
     Raises:
         `ValueError`: there are neither rows nor columns.

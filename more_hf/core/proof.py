@@ -61,17 +61,9 @@ class Measurements:
     @torch.no_grad()
     def ask_layer(self, site: Site, rows: Tensor, edited: Tensor, original: Tensor, like: Tensor) -> None:
         """
-        Ask a layer for its answer, with everything that is attached to it.
-
-        Args:
-            site (`Site`):
-                The layer.
-            rows (`Tensor`):
-                What to ask, `(n, d)`, such as `probes`.
-            edited, original (`Tensor`):
-                Its weight with the edit merged, in its dtype, and before the edit `(out_features, d)`.
-            like (`Tensor`):
-                A tensor on the device and in the dtype of the features that the layer reads.
+        Ask a layer for its answer to rows `(n, d)`, such as `probes`, with everything that is attached to it.
+        `edited` and `original` are its weight `(out_features, d)` with the edit merged, in its dtype, and
+        before; `like` is on the device and in the dtype of the features that it reads.
         """
         # 1. The layer's answer. Columns behind the edited ones read something else: nothing here.
         rows = rows.to(like)

@@ -12,22 +12,9 @@ class Quantized:
     A quantized linear layer of a model, and a plain `nn.Linear` with its dequantized weight, of which one is
     in the model. The quantized one is put back as it was; nothing is ever quantized again.
 
-    Both share their forward and backward hooks.
-
-    Args:
-        model (`nn.Module`):
-            The model.
-        layer (`nn.Linear`):
-            The layer.
-        scheme (`str`):
-            How its weight is stored, in words.
-        dense (`Tensor`):
-            The dequantized weight.
-        config (`object`, *optional*):
-            The configuration by which the saved model is loaded again; it then names the plain layer among
-            those that are not quantized.
-        exempt (`str`, *optional*):
-            The layer's name there.
+    Both share their forward and backward hooks. The `scheme` says in words how the weight is stored. The
+    `config`, if there is one, is that by which the saved model is loaded again; it then names the plain
+    layer, as `exempt`, among those that are not quantized.
     """
 
     def __init__(

@@ -106,13 +106,11 @@ def load_classifier(name: str):
 
 def load_lpips():
     """
-    Build LPIPS(alex), version 0.1, without a download and without touching the random state.
+    Build LPIPS(alex), version 0.1, without a download and without touching the random state: float32, on the
+    CPU, in evaluation mode, no parameter requires a gradient. It takes two `(n, 3, H, W)` batches with values
+    in `[-1, 1]` and returns `(n, 1, 1, 1)`.
 
     The `lpips` package has the linear layers; the convolutions of torchvision's AlexNet ship with `more_hf`.
-
-    Returns:
-        `lpips.LPIPS`: float32, on the CPU, in evaluation mode, no parameter requires a gradient. It takes two
-        `(n, 3, H, W)` batches with values in `[-1, 1]` and returns `(n, 1, 1, 1)`.
     """
     import lpips
     import torch

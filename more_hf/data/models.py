@@ -22,12 +22,8 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 
 class AllCNNConfig(PreTrainedConfig):
-    """Configuration of AllCNN.
-
-    Args:
-        num_channels (`int`, defaults to 3): of the images.
-        width (`int`, defaults to 96): channels of the last seven convolutions, and the width of a feature.
-            The first two convolutions have half of them.
+    """Configuration of AllCNN. The `width` is that of a feature, and of the last seven convolutions; the
+    first two have half as many channels.
     """
 
     model_type = "allcnn"
@@ -70,15 +66,8 @@ class AllCNNForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs
     ) -> ImageClassifierOutputWithNoAttention:
-        """Classify images.
-
-        Args:
-            pixel_values (`Tensor`): `(batch, num_channels, H, W)`.
-            labels (`Tensor`, *optional*): `(batch,)`.
-
-        Returns:
-            `ImageClassifierOutputWithNoAttention`: `logits` `(batch, num_labels)`, and `loss` if labels are
-                given.
+        """Classify images `(batch, num_channels, H, W)`: `logits` `(batch, num_labels)`, and `loss` if labels
+        are given.
         """
         logits = self.classifier(self.features(pixel_values))
         loss = None if labels is None else cross_entropy(logits, labels)
@@ -91,11 +80,7 @@ def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential
 
 
 class SmallStemResNetConfig(ResNetConfig):
-    """A `ResNetConfig` with one more number.
-
-    Args:
-        stem_stride (`int`, defaults to 1): 1 is the usual stem for CIFAR, 2 halves the image once.
-    """
+    """A `ResNetConfig` with a `stem_stride`: 1 is the usual stem for CIFAR, 2 halves the image once."""
 
     model_type = "small_stem_resnet"
     stem_stride: int = 1

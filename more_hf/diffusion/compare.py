@@ -37,11 +37,8 @@ def compare(
     """
     `more_hf.compare` for pipelines.
 
-    Args:
-        show_original (`Callable`):
-            Gives a block and in it the pipeline that draws as the original, or `None`.
-        seeded (`Callable`):
-            Gives a block in which a pipeline's router depends on the seeds alone.
+    `show_original` gives a block and in it the pipeline that draws as the original, or `None`; `seeded` one
+    in which a pipeline's router depends on the seeds alone.
     """
     prompts = read_names("prompts", prompts)
     if not prompts:

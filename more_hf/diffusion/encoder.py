@@ -69,15 +69,8 @@ class Encoder:
     """
     The pipeline's own text encoding, which also knows where a name's tokens are. One call makes one.
 
-    Args:
-        pipe (`DiffusionPipeline`):
-            The pipeline.
-        templates (`Sequence[str]`, *optional*):
-            Sentences around a name, with `{}` in its place.
-        denoiser (`Denoiser`, *optional*):
-            The denoiser that reads the features, if the pipeline was loaded without it.
-        kept (`KeptFeatures`, *optional*):
-            Features on the disk, if the pipeline was loaded without its text encoders.
+    The `templates` are sentences around a name, with `{}` in its place. The `denoiser` is given if the
+    pipeline was loaded without it, and features `kept` on the disk if it was without its text encoders.
 
     Raises:
         `SiteNotFoundError`: the way this pipeline encodes prompts is unknown.
@@ -423,25 +416,12 @@ def fit_prototypes(
 ) -> dict[str, Prototypes]:
     """
     Prototypes of names, begin tokens and the empty prompt, and the second moment of ordinary text, in every
-    space.
+    space of tokens, and of `"pooled"` if there is one: the columns of begin tokens and the empty prompt, then
+    one `column(name, kind)` per name and kind. A pooled prototype is the mean over the name's prompts.
 
-    Args:
-        encoder (`Encoder`):
-            The pipeline's text encoders run once over every distinct prompt, in batches.
-        names (`Iterable[str]`):
-            Forgotten names and aliases, targets, retained names.
-        tokens (`str`):
-            A key of `TOKENS`.
-        sigma_prompts (`Mapping[str, int]`):
-            Prompts behind Σ -> how often the padding of each counts; their other tokens, except begin tokens,
-            count once. Empty for no Σ.
-        keep (`bool`, *optional*, defaults to `True`):
-            Whether an encoder that keeps features on the disk keeps these.
-
-    Returns:
-        `dict[str, Prototypes]`: for each space of tokens, and `"pooled"` if there is one, the columns of
-        begin tokens and the empty prompt, then one `column(name, kind)` per name and kind. A pooled prototype
-        is the mean over the name's prompts.
+    The text encoders run once over every distinct prompt, in batches. `tokens` is a key of `TOKENS`;
+    `sigma_prompts` are the prompts behind Σ -> how often the padding of each counts; their other tokens,
+    except begin tokens, count once. An encoder that keeps features on the disk keeps these, if `keep`.
     """
     # 1. Plan which positions of which prompts count for which prototype, in each space.
     kinds = kinds_of(encoder.text, tokens, pooled=True)

@@ -22,20 +22,11 @@ def draw_grid(
     most_columns: int | None = None,
 ) -> Image.Image:
     """
-    Lay pictures out on white, with labels.
+    Lay the pictures of each row out on white, with its label to the left.
 
-    Args:
-        rows (`Mapping[str, Sequence[PIL.Image.Image | None]]`):
-            The pictures of each row, by the label to its left. All get the size of the first picture; `None`
-            leaves a place white.
-        column_labels (`Sequence[str]`, *optional*):
-            One label per column, above it; broken into lines where it is wider than its column.
-        scale (`int`, *optional*, defaults to 1):
-            Enlarge each picture this many times.
-        title (`str`, *optional*):
-            A line above everything, or several where it is wider than the pictures.
-        most_columns (`int`, *optional*):
-            Further columns begin a new block below, without the rows that have no picture there.
+    All get the size of the first picture, enlarged `scale` times; `None` leaves a place white. A column's
+    label, and the title above everything, are broken into lines where they are wider than what is below.
+    Columns beyond `most_columns` begin a new block below, without the rows that have no picture there.
     """
     columns = max(map(len, rows.values()))
     if most_columns is not None and columns > most_columns:

@@ -42,15 +42,9 @@ class KeptFeatures:
     The features of prompts by text encoders that are loaded when a prompt comes that they have not read yet.
 
     They are in the folder `more_hf` in `HF_HOME`, a file for each prompt. It may be deleted at any time, and
-    other weights, settings or prompts have other names, so a stale file is never read.
-
-    Args:
-        source (`str`):
-            What tells these text encoders, their configurations and precision included, from others.
-        load (`Callable`):
-            Returns them, by component.
-        device (`torch.device`):
-            Where they run.
+    other weights, settings or prompts have other names, so a stale file is never read. `source` tells these
+    text encoders, their configurations and precision included, from others; `load` returns them, by
+    component, to run on the device.
     """
 
     def __init__(self, source: str, load: Callable[[], Mapping[str, nn.Module]], device: torch.device):

@@ -61,17 +61,12 @@ def _added(tree: dict[tuple[int, int], int], path: Sequence[int]) -> int:
 
 class PrefixEncoder(nn.Module):
     """
-    Stands in for a pipeline's CLIP text encoder within `encode_prompt`.
+    Stands in for a pipeline's `CLIPTextModel`, whose attention takes a mask, within `encode_prompt`.
 
     CLIP is causal: a feature depends on the tokens up to its position and on nothing after it. So prompts
     that begin alike share features there, and padding that is not wanted costs nothing. The results are the
-    encoder's own, up to rounding.
-
-    Args:
-        encoder (`nn.Module`):
-            A `CLIPTextModel` whose attention takes a mask.
-        wanted (`Sequence[int]`):
-            For each prompt, how many of its first positions are wanted. The features of the others are zero.
+    encoder's own, up to rounding, at as many first positions of each prompt as are `wanted`, and zero at the
+    others.
     """
 
     def __init__(self, encoder: nn.Module, wanted: Sequence[int]):

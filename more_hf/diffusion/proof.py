@@ -52,19 +52,13 @@ def prove_no_other_way(denoiser: Denoiser, features: Text) -> dict[str, float]:
     """
     Run the denoiser on one text and keep what each layer that reads text answers. Run it on another text,
     each of these layers answering as before. If nothing else reads the prompt, the two outputs are the same
-    bit for bit, whatever the precision. The edit plays no part in it.
+    bit for bit, whatever the precision. The edit plays no part in it, and the denoiser is not changed.
 
     A GPU may sum up in another order each time. There the first text runs twice, and the difference between
     the texts must not exceed the spread between the two runs. On the CPU the spread is zero.
 
-    Args:
-        denoiser (`Denoiser`):
-            The denoiser; not changed.
-        features (`dict[str, Tensor]`):
-            Examples `(d, n)` of each space of text features that is edited, for their number and size.
-
-    Returns:
-        `dict[str, float]`: `other_ways`, the largest difference between the outputs, and its `spread`.
+    The features are examples `(d, n)` of each space that is edited, for their number and size. Returns
+    `other_ways`, the largest difference between the outputs, and its `spread`.
 
     Raises:
         `SiteNotFoundError`: the outputs differ; the message names the first layer whose output moved.

@@ -45,21 +45,12 @@ def make_card(
     with_delta: bool = False,
 ) -> str:
     """
-    Write the card of an erased model, or its section in an existing card, whose rest is kept.
+    Write the card of an erased model, or its section in the `existing` card, which is modified and whose rest
+    is kept.
 
-    Args:
-        record (`Record`):
-            The content of `more_hf.json`.
-        repo_id (`str`):
-            The model's repository.
-        base (`ModelCard`, *optional*):
-            The original model's card, whose license, language and tags are carried over.
-        existing (`ModelCard`, *optional*):
-            The card to extend, which is modified.
-        picture (`str`, *optional*):
-            The file name of a picture of before and after.
-        with_delta (`bool`, *optional*, defaults to `False`):
-            Whether the factors of the edit are published with the weights.
+    The license, language and tags of the original's card, `base`, are carried over. `picture` is the file
+    name of a picture of before and after; `with_delta` says whether the factors of the edit are published
+    with the weights.
 
     Example:
 

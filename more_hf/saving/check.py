@@ -188,18 +188,9 @@ def check_folder(
     folder: Path, record: Record, layers: Iterable[Layer], removed: Mapping[str, Removed] | MoreError
 ) -> Verification:
     """
-    Check a folder's weights.
-
-    Args:
-        folder (`Path`):
-            The folder.
-        record (`Record`):
-            Its record.
-        layers (`Iterable[Layer]`):
-            Every layer that must be edited.
-        removed (`Mapping[str, Removed]` or `MoreError`):
-            The directions that the edit removes from each space; empty if they cannot be known, or the error
-            that prevented computing them.
+    Check a folder's weights against its record and every layer that must be edited. `removed` are the
+    directions that the edit removes from each space; empty if they cannot be known, or the error that
+    prevented computing them.
     """
     foreign = ", ".join(map(str, survey(folder, record).foreign))
     alone = Check("no other weights are in the folder", not foreign, foreign or "none")

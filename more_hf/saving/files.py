@@ -59,18 +59,13 @@ def _raised_as(kind: type[MoreError], fact: str, next_step: str) -> Iterator[Non
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """
-    Replace `folder` as a whole, or leave everything as it was.
+    Replace `folder`, which is created if needed, as a whole by what `write` writes to the path that it gets,
+    or leave everything as it was.
 
     Files of the old folder that the new one lacks are moved into it. The new folder is written next to the
     old one, and two renames swap them, so a reader sees the old one or the new one. If the process is killed
     between the two renames, neither is there, and the next call for the same folder first puts the old one
     back. Only one process at a time may call this.
-
-    Args:
-        folder (`Path`):
-            The folder to replace; created if needed.
-        write (`Callable`):
-            Writes the new folder to the path that it gets.
 
     Raises:
         `ExportError`: the folder cannot be renamed. Also whatever `write` raises.

@@ -23,20 +23,12 @@ def read_denoiser(
     folder: Path, name: str, read: Callable[[str], dict[str, Tensor]], *, layers: bool
 ) -> Denoiser:
     """
-    A denoiser on the meta device, with the class and configuration that it was saved with.
+    A denoiser of a pipeline's folder on the meta device, with the class and configuration that it was saved
+    with.
 
     Only the norms before the layers that read text are loaded, and with `layers` these layers too; nothing
-    else is read from the files.
-
-    Args:
-        folder (`Path`):
-            The pipeline's folder.
-        name (`str`):
-            The denoiser's component name.
-        read (`Callable`):
-            `prefix ->` the tensors whose names start with it, without it, as `read_tensors` does.
-        layers (`bool`):
-            Whether to load the layers that read text.
+    else is read from the files. `read` gives the tensors whose names start with a prefix, without it, as
+    `read_tensors` does.
 
     Raises:
         `SiteNotFoundError`: the denoiser's family is unknown. `IncompatibleBaseError`: a file cannot be read.

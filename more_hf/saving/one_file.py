@@ -175,23 +175,13 @@ def open_file(
     keep: bool = True,
 ) -> OpenedFile:
     """
-    Open a checkpoint without its denoiser.
-
-    Args:
-        file (`TensorFile`):
-            The file.
-        text_encoder (`str` or `os.PathLike`, *optional*):
-            As in `erase_file`.
-        device (`torch.device` or `str`):
-            Where the text encoders run.
-        quantize (`"8bit"` or `"4bit"`, *optional*):
-            As in `pipeline_around`.
-        keep (`bool`, *optional*, defaults to `True`):
-            Whether to take features from the disk, and to leave the text encoders there.
+    Open a checkpoint without its denoiser. `text_encoder` is as in `erase_file`, and runs on the device;
+    `quantize` is as in `pipeline_around`. Features are taken from the disk, and the text encoders left there,
+    if `keep`.
 
     Raises:
-        `IncompatibleBaseError`: it is no known model, or has no text encoder.
-        `SiteNotFoundError`: as from `erase_concept`.
+        `IncompatibleBaseError`: it is no known model, or has no text encoder. `SiteNotFoundError`: as from
+        `erase_concept`.
     """
     # 1. Recognize the model, and find its configurations.
     model = recognized_model(file, text_encoder)

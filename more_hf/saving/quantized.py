@@ -12,14 +12,8 @@ from ..diffusion.quantized import LAYERWISE_CASTING, is_packed, scheme_of
 
 def check_savable(name: str, part: nn.Module) -> None:
     """
-    Raises `ExportError` if a model's quantized layers would not be loaded again, or if the names of those
-    that are plain would make the loader leave others plain as well.
-
-    Args:
-        name (`str`):
-            The component's name.
-        part (`nn.Module`):
-            The model.
+    Raises `ExportError` if the quantized layers of a component would not be loaded again, or if the names of
+    those that are plain would make the loader leave others plain as well.
     """
     found = {layer: scheme_of(module) for layer, module in part.named_modules()}
     quantized = {layer: one.name for layer, one in found.items() if one and one is not LAYERWISE_CASTING}

@@ -72,17 +72,9 @@ def open_without_denoiser(
     quantize: EncoderBits | None = None,
 ) -> Opened:
     """
-    Open a saved pipeline without its denoiser, in the dtype in which that is stored.
-
-    Args:
-        source (`str` or `os.PathLike`):
-            The folder of an original pipeline with safetensors files, or a Hub id, which is downloaded.
-        device (`torch.device` or `str`):
-            Where the text encoders run.
-        without (`Sequence[str]`, *optional*):
-            Components that are not needed, besides `UNUSED`.
-        quantize (`"8bit"` or `"4bit"`, *optional*):
-            As in `pipeline_around`.
+    Open a saved original without its denoiser, in the dtype in which that is stored: a folder with
+    safetensors files, or a Hub id, which is downloaded. The text encoders run on the device; components that
+    are not needed, besides `UNUSED`, are left out by `without`; `quantize` is as in `pipeline_around`.
 
     Raises:
         `SiteNotFoundError`: the denoiser's family is not supported. `AlreadyErasedError`: the pipeline was
@@ -119,28 +111,14 @@ def pipeline_around(
     weights: str | None = None,
 ) -> tuple[DiffusionPipeline, Denoiser, KeptFeatures | None]:
     """
-    A saved pipeline around denoisers that are on the meta device, and these as one.
+    A saved pipeline around denoisers, by component, that are on the meta device, and these as one. The other
+    components go to the device in `dtype`.
 
-    Args:
-        folder (`Path`):
-            The pipeline's folder.
-        denoisers (`Mapping[str, nn.Module]`):
-            Its denoisers, by component.
-        dtype (`torch.dtype`):
-            What the others are loaded in.
-        device (`torch.device` or `str`):
-            Where they go.
-        given (`Mapping[str, Any]`):
-            Other components that are not loaded from the folder; `None` leaves one out, as all of `UNUSED`
-            are.
-        quantize (`"8bit"` or `"4bit"`, *optional*):
-            How bitsandbytes quantizes the text encoders that are loaded from the folder.
-        held (`Callable`, *optional*):
-            Loads the text encoders that are not in the folder.
-        weights (`str`, *optional*):
-            What tells the text encoders' weights from others. They are loaded only for prompts whose features
-            are not kept, and stand-ins on the meta device take their place until then; by default they are
-            loaded now.
+    Components that are `given` are not loaded from the folder; `None` leaves one out, as all of `UNUSED` are.
+    `quantize` says how bitsandbytes quantizes the text encoders that are, and `held` loads those that are not
+    in the folder. The `weights` tell the text encoders' weights from others: they are loaded only for prompts
+    whose features are not kept, and stand-ins on the meta device take their place until then; by default they
+    are loaded now.
 
     Raises:
         `SiteNotFoundError`: as from `find_denoiser`. `IncompatibleBaseError`: a component cannot be read.

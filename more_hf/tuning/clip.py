@@ -23,19 +23,8 @@ class JudgeError(MoreError, ValueError):
 
 class Clip:
     """
-    An open_clip model that compares pictures with sentences.
-
-    Args:
-        model (`torch.nn.Module`):
-            A model with `encode_image`, `encode_text` and `visual.image_size`, like open_clip's.
-        tokenizer (`Callable[[list[str]], torch.Tensor]`):
-            The model's tokenizer.
-        mean, deviation (`Sequence[float]`, *optional*):
-            Mean and deviation of the pixels that the model was trained on. Default to OpenAI's.
-        name (`str`, *optional*, defaults to `"CLIP"`):
-            What to call it.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where to compare.
+    An open_clip model that compares pictures with sentences: it has `encode_image`, `encode_text` and
+    `visual.image_size`. The pixels that it was trained on have a mean and deviation, by default OpenAI's.
     """
 
     def __init__(

@@ -68,18 +68,8 @@ def _network(device: torch.device) -> nn.Module:
 
 def lpips_distance(a: Tensor, b: Tensor, *, batch_size: int = BATCH) -> Tensor:
     """
-    Measure LPIPS(alex) between two sets of pictures, pair by pair.
-
-    Args:
-        a (`torch.Tensor`):
-            uint8 of shape `(n, 3, H, W)`.
-        b (`torch.Tensor`):
-            uint8 of the same shape, on the same device.
-        batch_size (`int`, *optional*, defaults to 64):
-            Pairs per forward pass.
-
-    Returns:
-        `torch.Tensor`: float32 of shape `(n,)`, on the CPU; 0 for equal pictures.
+    Measure LPIPS(alex) between two sets of pictures, uint8 `(n, 3, H, W)`, pair by pair: float32 `(n,)`, on
+    the CPU; 0 for equal pictures.
 
     Raises:
         ValueError: the shapes differ, or the pictures are not uint8.

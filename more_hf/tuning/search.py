@@ -177,19 +177,9 @@ class Workshop:
     A pipeline, and what all edits of a study share: prototypes, moments, original weights, original pictures
     and judges.
 
-    Args:
-        pipe (`DiffusionPipeline`):
-            The original. Its weights change while the pictures of an edit are drawn, and are back afterwards.
-        setup (`Setup`):
-            The study's.
-        judged (`Iterable[Judgment]`):
-            The pictures that are judged already.
-        record (`Callable`), progress (`Callable`):
-            Get every batch of new judgments, and the number of pictures of every batch.
-        batch_size (`int`):
-            Pictures per call of the pipeline.
-        clip (`Clip`, *optional*):
-            A second judge, which decides nothing.
+    The weights of the original `pipe` change while the pictures of an edit are drawn, and are back
+    afterwards. `judged` are the pictures that are judged already; `record` and `progress` get every batch of
+    new judgments, and the number of its pictures. `clip` is a second judge, which decides nothing.
     """
 
     def __init__(
