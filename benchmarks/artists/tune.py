@@ -32,9 +32,11 @@ GRIDS = {
     "cure": grid(alpha=[2.0, 20.0], tokens=["content", "padded"]),
     "speed": grid(threshold=[1e-1, 1e-2, 1e-4], layers=["v", "kv"]),
     "oce": grid(global_scale=[1.0, 10.0, 100.0], layers=["v", "kv"]),
+    "midsteer": grid(strength=[1.0, 2.0, 4.0]),
     "sld-medium": grid(warmup=[25, 10, 0], threshold=[0.01, 1.0]),
     "safree": grid(midpoint=[5.5, 1.0, -2.0], negative=[True, False]),
     "esd": grid(sampling_steps=10, iterations=[60, 120, 240], learning_rate=[2e-4, 5e-4, 1e-3, 2e-3]),
+    "tea": grid(learning_rate=[1e-4, 3e-4, 1e-3], epochs=[2, 6]),
     "ca": grid(
         images=64,
         prompts=[CONTENT],
@@ -43,7 +45,8 @@ GRIDS = {
         learning_rate=[2.5e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3],
     ),
 }
-STYLES_OF = {"esd": STYLES[:2], "ca": STYLES[:2]}  # each is a training; the others run on all four
+# each is a training, or draws pictures of its own; the others run on all four
+STYLES_OF = dict.fromkeys(("esd", "ca", "tea", "midsteer"), STYLES[:2])
 
 
 def measure_methods(points: Sequence[Point]) -> Iterator[dict]:

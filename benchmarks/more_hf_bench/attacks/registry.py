@@ -66,6 +66,7 @@ ATTACKS: dict[str, Attack] = {
     "latent": Attack("pictures.sampling:latent", "weights, pictures"),
     "text-free": Attack("pictures.wordless:text_free", "weights, pictures", on_request=True),
     "image-to-image": Attack("pictures.wordless:image_to_image", "pictures", on_request=True),
+    "inpainting": Attack("pictures.wordless:inpainting", "pictures", on_request=True),
     "inversion": Attack("pictures.training:inversion", "weights, pictures"),
     "relearning": Attack("pictures.training:relearning", "weights, pictures"),
     "prompt-search": Attack("pictures.prompts:prompt_search", "weights, the base's, pictures"),

@@ -13,21 +13,25 @@ from accelerate.utils import tqdm
 
 from ..columns import rounded
 from ..errors import BenchmarkError
-from ..run import Cell, Run
+from ..run import Cell, Run, read_config
 from .registry import ATTACKS, Kind, attacks_of
 from .store import AttackConfig
 from .tables import write_outputs
 
 
 def attack_settings(
-    kind: Kind, names: Iterable[str], tuned: Mapping[str, Mapping[str, Any]]
+    kind: Kind, names: Iterable[str], tuned: Mapping[str, Mapping[str, Any]], output: str | Path
 ) -> dict[str, dict[str, Any]]:
     """The settings of the named attacks with their values: tuned, else the default.
+
+    A setting that the folder `output` lacks for an attack that it has is newer than its results. At its
+    default the attack does what it did before, and it is left out.
 
     Raises:
         `BenchmarkError`: for a name that is none of an attack on `kind`, or a setting that it does not take.
     """
     known, collected = attacks_of(kind), {}
+    held = (read_config(output) or {}).get("attacks", {})
     for name in names:
         if name not in known:
             raise BenchmarkError(f"There is no attack {name!r} on {kind}. There are {', '.join(known)}.")
@@ -35,6 +39,8 @@ def attack_settings(
         settings = {parameter.name: parameter.default for parameter in others}
         if unknown := sorted(tuned.get(name, {}).keys() - settings):
             raise BenchmarkError(f"{name} takes no `{unknown[0]}`. It takes {', '.join(settings)}.")
+        newer = settings.keys() - held.get(name, settings).keys()
+        settings = {key: value for key, value in settings.items() if key not in newer}
         collected[name] = {**settings, **tuned.get(name, {})}
     return collected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -42,6 +43,15 @@ HEADLINES = {
         "LPIPS: of `others` from the original's, what the others pay; else from the pictures looked for.",
     ),
 }
+VISIBLE = 0.15  # LPIPS between what two artists draw, below which a person hardly sees a difference
+OF_WHAT_STAYED = ("never forgotten",)  # variants that attack something else
+BALANCE = (
+    "All in one number",
+    "Of what the original draws by its name: forgetting is the share that is gone by name, robustness the "
+    "share that is still gone under the strongest attack here, at its best budget. What remains is 1 − "
+    f"LPIPS / {VISIBLE} of the others' pictures, not below 0, the mean of those that name another artist and "
+    "those that name none. Last the harmonic mean of the three.",
+)
 FIGURE_NOTE = "What comes back over the attacker's budget, a panel for each attack with several budgets."
 
 
@@ -121,6 +131,37 @@ def _cell(value: float | None, is_percent: bool) -> str:
     return f"{value:.1f}" if is_percent or value > 1 else number(value)
 
 
+def balance(lines: pd.DataFrame) -> list[dict[str, str]]:
+    """
+    A row for each method of one model: forgetting, robustness, what remains, and their harmonic mean, as
+    `BALANCE` says; none without the attacks `name` and `others` and another one.
+
+    Args:
+        lines (`DataFrame`): lines of `summary.csv`.
+    """
+    counted = lines[(lines["measure"] == RECOGNISED) & ~lines["variant"].isin(OF_WHAT_STAYED)]
+    rows = []
+    for method, own in counted.groupby("method", sort=False):
+        by_name = own.loc[own["attack"] == "name", ["recovered", "original"]]
+        attacks = own[own["attack"] != "name"]
+        paid = lines.loc[(lines["method"] == method) & (lines["attack"] == "others"), "recovered"]
+        if method == "original" or by_name.empty or attacks.empty or paid.empty:
+            continue
+        recovered, drawn = by_name.iloc[0]
+        worst = attacks.loc[attacks["recovered"].idxmax()]
+        parts = {
+            "forgetting": 1 - recovered / drawn,
+            "robustness": 1 - max(recovered, worst["recovered"]) / drawn,
+            "what remains": 1 - paid.mean() / VISIBLE,
+        }
+        parts = {name: min(max(share, 0.0), 1.0) for name, share in parts.items()}
+        mean = 0.0 if 0.0 in parts.values() else harmonic_mean(parts.values())
+        strongest = f"{worst['attack']}, {worst['variant']}".removesuffix(", ")
+        shown = {name: f"{share:.2f}" for name, share in parts.items()}
+        rows.append({"method": method, **shown, "harmonic mean": f"{mean:.2f}", "strongest": strongest})
+    return rows
+
+
 def recovery_figure(summary: Sequence[Line]) -> Figure | None:
     """Recovery over budget: a panel for each attack with several budgets, a line for each method; `None`
     without any."""
@@ -161,6 +202,8 @@ def write_outputs(output: Path, config: AttackConfig) -> list[dict[str, Any]]:
         measured = main[main["measure"] == measure]
         if len(measured):
             sections.append(Section(heading, note, method_columns(measured)))
+    if balanced := balance(_main_lines(summary)):
+        sections.append(Section(*BALANCE, balanced))
     for model in config.models:
         own = lines[lines["model"] == model]
         if len(own):

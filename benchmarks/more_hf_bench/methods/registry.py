@@ -80,6 +80,8 @@ DIFFUSION: dict[str, Method] = {
     "more-denoiser-soft": Method(".diffusion.ours:more_denoiser_soft", role="appendix"),
     "more-denoiser-hard": Method(".diffusion.ours:more_denoiser_hard", role="appendix"),
     "more-gates": Method(".diffusion.gates:more_gates", role="appendix"),
+    "midsteer": Method(".diffusion.midsteer:midsteer", role="appendix"),
+    "tea": Method(".diffusion.tea:tea", role="appendix", trained=True),
     "more-described": Method(".diffusion.ours:more_described", role="appendix"),
     "more-pinv": Method(".diffusion.ours:more_pinv", role="appendix"),
     "more-covariance": Method(".diffusion.ours:more_covariance", role="appendix"),

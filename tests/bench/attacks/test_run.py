@@ -9,8 +9,9 @@ from support.rows import records
 
 from more_hf.cli.main import main
 from more_hf_bench.attacks.registry import ATTACKS
+from more_hf_bench.attacks.run import attack_settings
 from more_hf_bench.attacks.store import Result, mean_of
-from more_hf_bench.attacks.tables import summarise
+from more_hf_bench.attacks.tables import balance, summarise
 from more_hf_bench.columns import read_cells
 
 
@@ -140,3 +141,44 @@ def test_a_mean_over_models_is_of_numbers_that_every_model_has():
     rows += [{**row, "model": "n", "budget": 1, "recovered": 40.0}]
     lines = {(line["model"], line["budget"]): line["recovered"] for line in summarise(pd.DataFrame(rows), [])}
     assert lines == {("m", 1): 20, ("m", 2): 20, ("n", 1): 40, ("all", 1): 30}
+
+
+def test_all_in_one_number_is_of_the_strongest_attack_and_of_what_the_others_pay():
+    row = {
+        "model": "m",
+        "forget": "3",
+        "seed": 0,
+        "unit": "",
+        "budget": 0,
+        "n": 10,
+        "low": None,
+        "high": None,
+    }
+
+    def rows(method, name, inversion, control, *paid):
+        found = [("name", "", name), ("inversion", "1 token", inversion), ("inversion", "4 tokens", 1.0)]
+        found.append(("inversion", "never forgotten", control))
+        own = {"method": method, **row}
+        yield from (dict(attack=a, variant=v, recovered=r, measure="recognised", **own) for a, v, r in found)
+        for variant, lpips in zip(("another artist", "no artist"), paid, strict=False):
+            yield dict(attack="others", variant=variant, recovered=lpips, measure="lpips", **{**own, "n": 0})
+
+    measured = [rows("original", 80, 80, 80, 0, 0), rows("x", 20, 40, 80, 0.01, 0.05)]
+    measured += [rows("y", 90, 1, 1, 0.2, 0.2), rows("z", 0, 0, 0)]
+    lines = pd.DataFrame(summarise(pd.DataFrame([line for part in measured for line in part]), ["original"]))
+    x, y = balance(lines)  # nothing is known of what z costs
+    parts = 1 - 20 / 80, 1 - 40 / 80, 1 - 0.03 / 0.15
+    assert list(x.values()) == ["x", *(f"{p:.2f}" for p in parts), f"{3 / sum(1 / p for p in parts):.2f}",
+                                "inversion, 1 token"]  # fmt: skip
+    assert [y[name] for name in ("forgetting", "robustness", "what remains", "harmonic mean")] == ["0.00"] * 4
+
+
+def test_a_setting_that_is_newer_than_a_folder_is_left_out_at_its_default(tmp_path):
+    name = "inversion"
+    every = attack_settings("pictures", [name], {}, tmp_path)[name]
+    assert every["control"] is True
+    held = {key: value for key, value in every.items() if key != "control"}
+    (tmp_path / "config.json").write_text(json.dumps({"attacks": {name: held}}))
+    assert attack_settings("pictures", [name], {}, tmp_path)[name] == held
+    asked = attack_settings("pictures", [name], {name: {"control": False}}, tmp_path)[name]
+    assert asked == {**held, "control": False}

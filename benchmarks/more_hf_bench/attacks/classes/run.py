@@ -95,7 +95,7 @@ def run_class_attacks(
         models={name: {"parameters": model.num_parameters()} for name, model in originals.items()},
         methods={**{name: {} for name in references}, **erased},
         forget={entry: [data.class_names[c] for c in ids] for entry, ids in classes.items()},
-        attacks=attack_settings("classes", attacks, tuned),
+        attacks=attack_settings("classes", attacks, tuned, output),
         seeds=seeds,
         runs=[this_run(processes())],
     )

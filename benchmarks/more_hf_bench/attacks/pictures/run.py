@@ -132,7 +132,7 @@ def run_picture_attacks(
             concept: {"concept": concept, "other": _other(concept, erasure, studio), **asdict(erasure)}
             for concept, erasure in erasures.items()
         },
-        attacks=attack_settings("pictures", attacks, tuned),
+        attacks=attack_settings("pictures", attacks, tuned, output),
         seeds=seeds,
         runs=[this_run(state)],
     )

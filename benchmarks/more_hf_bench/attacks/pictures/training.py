@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ...methods.diffusion.pipelines import AtInference, intercepted
 from ...methods.diffusion.training import trainable_names, with_gradients
 from ..store import Result
 from .studio import Pictures
@@ -120,6 +121,7 @@ def inversion(
     learning_rate: float = 5e-3,
     start: str = "art",
     control: bool = True,
+    levels: Sequence[int] = (),
 ) -> Iterator[Result]:
     """
     Train token embeddings on the original's pictures of the concept, with all weights frozen.
@@ -138,15 +140,18 @@ def inversion(
             As above.
         control (`bool`):
             Whether to attack another concept as well.
+        levels (`Sequence[int]`):
+            Numbers of levels of noise that have a token each; every number is an attack of its own.
     """
     studio = victim.studio
-    attacks = [(victim, count, "1 token" if count == 1 else f"{count} tokens") for count in tokens]
+    attacks = [(victim, count, 1, "1 token" if count == 1 else f"{count} tokens") for count in tokens]
     if control:
         unforgotten = Victim(victim.pipe, studio, victim.other, victim.concept, victim.seed, victim.folder)
-        attacks.append((unforgotten, 1, "never forgotten"))
-    for attacker, count, variant in attacks:
+        attacks.append((unforgotten, 1, 1, "never forgotten"))
+    attacks += [(victim, parts, parts, f"a token for each of {parts} levels") for parts in levels]
+    for attacker, count, parts, variant in attacks:
         shown = studio.pictures(attacker.concept, pictures)
-        options = {"batch_size": batch_size, "learning_rate": learning_rate, "start": start}
+        options = {"batch_size": batch_size, "learning_rate": learning_rate, "start": start, "parts": parts}
         learning = learn_tokens(victim.pipe, shown, count, steps, seed=victim.seed, **options)
         for step, pipe, word in learning:
             prompts = attacker.prompts(word)
@@ -163,26 +168,34 @@ def learn_tokens(
     learning_rate: float,
     start: str,
     seed: int,
+    parts: int = 1,
 ) -> Iterator[tuple[int, StableDiffusionPipeline, str]]:
     """
-    Yield the number of steps done, a pipeline that knows the new tokens, and these tokens as text. The
-    arguments are those of `inversion`.
+    Yield the number of steps done, a pipeline that knows the new tokens, and what to call it with: these
+    tokens as text, or of several parts of the noise the first's, in whose place it takes that of each part.
+    The arguments are those of `inversion`.
     """
     pipe, word = with_new_tokens(pipe, count)
     pipe.unet.requires_grad_(False)
     noise = Noise(pipe, seed)
+    words = [word]
+    if parts > 1:
+        words = word.split()
+        pipe = WordOfEachPart.around(pipe, forget=words)
+    of_a_part = len(noise.scheduler.alphas_cumprod) / parts
     # All new tokens start near the mean token of a neutral word.
     weight = pipe.text_encoder.get_input_embeddings().weight
     ids = pipe.tokenizer(start, add_special_tokens=False).input_ids
     apart = 1e-3 * torch.randn(count, weight.shape[1], generator=noise.generator)
     vectors = nn.Parameter(weight[ids].float().mean(0) + apart.to(weight.device))
     optimizer = torch.optim.AdamW([vectors], lr=learning_rate)
-    captions = pictures.texts(word)
+    captions = [pictures.texts(word) for word in words]
     for step in range(1, max(steps) + 1):
-        rows = noise.rows(len(captions), batch_size)
+        rows = noise.rows(len(pictures.captions), batch_size)
         noised = noise(pictures.latents[rows].to(weight))
+        of_rows = (noised.t / of_a_part).int().tolist()
         with torch.enable_grad(), embedded(pipe, vectors):
-            features = encode(pipe, [captions[i] for i in rows])
+            features = encode(pipe, [captions[part][i] for part, i in zip(of_rows, rows, strict=True)])
             predicted = pipe.unet(noised.x, noised.t, features).sample
             loss = nn.functional.mse_loss(predicted, noised.wanted)
             optimizer.zero_grad()
@@ -191,7 +204,29 @@ def learn_tokens(
         if step in steps:
             with torch.no_grad():
                 weight[-count:] = vectors.to(weight)
-            yield step, pipe, word
+            yield step, pipe, words[0]
+
+
+class WordOfEachPart(AtInference):
+    """A pipeline that draws with another word at each level of noise: those of `forget`, from the least noise
+    to the most, the first of which is in the prompts."""
+
+    @torch.no_grad()
+    def __call__(self, prompt, **kwargs):
+        first, *_ = self.forget
+        features = [
+            encode(self, [text.replace(first, word) for text in prompt]).to(self.unet.dtype)
+            for word in self.forget
+        ]
+        total = len(self.scheduler.alphas_cumprod)
+
+        def take_word(args, kwargs):
+            part = features[int(float(args[1]) * len(features) / total)]
+            read = kwargs["encoder_hidden_states"]
+            return args, {**kwargs, "encoder_hidden_states": torch.cat([read[: -len(part)], part])}
+
+        with intercepted(self.unet, take_word, lambda args, kwargs, output: output):
+            return super().__call__(prompt, **kwargs)
 
 
 WORD = "sks"  # a word that names nothing

@@ -6,19 +6,25 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from more_hf.tuning.judge import lpips_distance
 
 from ..store import LPIPS, Result, mean_of
 from .sampling import NoisyDDIM, decode
+from .studio import Pictures
 from .training import encode
 from .victim import Victim
 
 
 NEUTRAL = "a picture"
 NOTHING = ""
+GRAY = 127
 
 
 def text_free(
@@ -130,28 +136,74 @@ def image_to_image(
             Number of pictures, and steps of the whole way.
     """
     shown = victim.studio.pictures(victim.concept, pictures)
-    texts = {
-        "name": shown.texts(victim.concept),
-        "neutral": [NEUTRAL] * len(shown.images),
-        "empty": [NOTHING] * len(shown.images),
-    }
     for kind in prompts:
+        texts = prompts_of(kind, victim, shown)
         for strength in strengths:
             facts = {"variant": kind, "budget": strength, "unit": "strength"}
-            images = drawn_on(victim, shown.images, texts[kind], strength, steps)
+            images = drawn_on(victim, shown.images, texts, strength, steps)
             yield seen(victim, images, "image-to-image", **facts)
             yield moved(images, shown.images, **facts)
             negatives = 255 - shown.images
-            images = drawn_on(victim, negatives, texts[kind], strength, steps)
+            images = drawn_on(victim, negatives, texts, strength, steps)
             yield moved(images, negatives, **{**facts, "variant": f"{kind}, negatives"})
+
+
+def inpainting(
+    victim: Victim,
+    *,
+    prompts: Sequence[str] = ("name", "neutral", "empty"),
+    pictures: int = 20,
+    steps: int = 20,
+) -> Iterator[Result]:
+    """
+    Draw each half of a picture of the concept anew beside the other, and put the two drawn halves together.
+
+    Yields how many of these pictures show the concept, none of whose parts was given, and LPIPS to the
+    picture; the latter for its negative as well, whose style was never in the model.
+
+    Args:
+        prompts (`Sequence[str]`), pictures (`int`), steps (`int`):
+            As of `image_to_image`.
+    """
+    shown = victim.studio.pictures(victim.concept, pictures)
+    for kind in prompts:
+        texts = prompts_of(kind, victim, shown)
+        images = filled_in(victim, shown.images, texts, steps)
+        yield seen(victim, images, "inpainting", variant=kind)
+        yield moved(images, shown.images, variant=kind)
+        negatives = 255 - shown.images
+        yield moved(filled_in(victim, negatives, texts, steps), negatives, variant=f"{kind}, negatives")
+
+
+def prompts_of(kind: str, victim: Victim, shown: Pictures) -> list[str]:
+    """The prompts of pictures: with the concept's `"name"`, `"neutral"` or `"empty"`."""
+    words = {"neutral": NEUTRAL, "empty": NOTHING}
+    return shown.texts(victim.concept) if kind == "name" else [words[kind]] * len(shown.images)
 
 
 def drawn_on(victim: Victim, images: Tensor, prompts: Sequence[str], strength: float, steps: int) -> Tensor:
     """Pictures that the victim draws on from others, uint8 `(n, 3, H, W)`."""
-    pipe, studio = (
-        StableDiffusionImg2ImgPipeline(**victim.pipe.components, requires_safety_checker=False),
-        victim.studio,
-    )
+    return drawn_by(StableDiffusionImg2ImgPipeline, victim, images, prompts, steps, strength=strength)
+
+
+def filled_in(victim: Victim, images: Tensor, prompts: Sequence[str], steps: int) -> Tensor:
+    """The left half that the victim draws beside a picture's right half, and the other way round."""
+    left = torch.zeros_like(images[:1, :1])
+    left[..., : images.shape[-1] // 2] = 1
+    drawn = []
+    for mask in (left, 1 - left):
+        # The half that is drawn is hidden first: the VAE's norms would tell the other half of it.
+        beside = torch.where(mask.bool(), GRAY, images)
+        settings = {"strength": 1.0, "mask_image": mask.float()}
+        drawn.append(drawn_by(StableDiffusionInpaintPipeline, victim, beside, prompts, steps, **settings))
+    return torch.where(left.bool(), *drawn)
+
+
+def drawn_by(
+    kind: type, victim: Victim, images: Tensor, prompts: Sequence[str], steps: int, **settings
+) -> Tensor:
+    """What another kind of pipeline draws with the victim's components, uint8 `(n, 3, H, W)`."""
+    pipe, studio = kind(**victim.pipe.components, requires_safety_checker=False), victim.studio
     pipe.set_progress_bar_config(disable=True)
     drawn = []
     for start in range(0, len(images), studio.batch_size):
@@ -162,11 +214,11 @@ def drawn_on(victim: Victim, images: Tensor, prompts: Sequence[str], strength: f
             pipe(
                 list(prompts[batch]),
                 image=given,
-                strength=strength,
                 num_inference_steps=steps,
                 guidance_scale=studio.guidance,
                 generator=generators,
                 output_type="pt",
+                **settings,
             ).images
         )
     return (torch.cat(drawn).float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)

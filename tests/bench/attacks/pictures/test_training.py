@@ -54,6 +54,32 @@ def test_learning_moves_new_tokens_alone(tiny_victim):
     assert not torch.allclose(outputs(pipe, encode(pipe, [word])), outputs(pipe, encode(pipe, ["art art"])))
 
 
+def test_each_level_of_noise_is_drawn_with_its_own_token(tiny_victim):
+    """Nothing but the tokens of the levels that a run passes moves its pictures."""
+    victim = tiny_victim()
+    pictures = victim.studio.pictures("van gogh", 4)
+    options = {"batch_size": 4, "learning_rate": 5e-2, "start": "art", "seed": 0, "parts": 4}
+    ((_, pipe, word),) = learn_tokens(victim.pipe, pictures, 4, [6], **options)
+    weight, start = pipe.text_encoder.get_input_embeddings().weight, victim.pipe.tokenizer("art").input_ids[1]
+    assert all((row - weight[start]).norm() > 0.02 for row in weight[-4:])  # every token has learned
+
+    def drawn():
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        ask = {"num_inference_steps": 2, "generator": generators, "output_type": "latent"}
+        return pipe(prompt=[f"a cat by {word}", "a dog"], **ask).images
+
+    with torch.no_grad():
+        before = drawn()
+        passed = {int(t) * 4 // 1000 for t in pipe.scheduler.timesteps}
+        assert 0 < len(passed) < 4
+        for part in range(4):
+            known = weight[-4 + part].clone()
+            weight[-4 + part] += 1
+            moved = [not torch.equal(*pair) for pair in zip(drawn(), before, strict=True)]
+            weight[-4 + part] = known
+            assert moved == [part in passed, False]
+
+
 def test_captions_have_the_token_in_the_place_of_the_name(tiny_victim):
     pictures = tiny_victim().studio.pictures("van gogh", 3)
     assert pictures.texts("<new-0>") == ["<new-0> cat", "<new-0> dog", "<new-0> house"]

@@ -5,7 +5,7 @@ import torch
 from support.victims import erase
 
 from more_hf_bench.attacks.pictures.sampling import NoisyDDIM
-from more_hf_bench.attacks.pictures.wordless import drawn_from, drawn_on, noise_behind
+from more_hf_bench.attacks.pictures.wordless import drawn_from, drawn_on, filled_in, noise_behind
 from more_hf_bench.methods.diffusion.inference import random_weights
 
 
@@ -61,3 +61,17 @@ def test_a_picture_at_little_strength_stays_and_an_edit_shows_only_where_text_is
     wordless, named = (drawn(plain, text, 0.5) - drawn(erased, text, 0.5) for text in ("", "a van gogh"))
     assert wordless.abs().max() <= 1  # rounding
     assert named.abs().max() > 1
+
+
+def test_each_half_is_drawn_from_the_other_alone(tiny_victim):
+    victim = tiny_victim()
+    given = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    plain = filled_in(victim, given, ["a cat"] * 2, 4)
+    assert plain.shape == given.shape
+    assert not torch.equal(plain, given)
+    other_left = given.clone()
+    other_left[..., :16] = 255 - other_left[..., :16]
+    changed = (filled_in(victim, other_left, ["a cat"] * 2, 4).float() - plain.float()).abs()
+    assert changed[..., 16:].max() > 1  # drawn beside the left half
+    assert not changed[..., :16].any()  # which it does not see itself
+    assert not torch.equal(filled_in(victim, given, ["van gogh"] * 2, 4), plain)

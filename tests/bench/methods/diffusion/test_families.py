@@ -25,6 +25,8 @@ SETTINGS = {
     "esd-repo": TRAINED,
     "ca": {**TRAINED, "images": 1, "prompts": ["a cat"]},
     "more-gates": {"pictures": 2, "sampling_steps": 2},
+    "midsteer": {"pictures": 2, "sampling_steps": 2},
+    "tea": {"prompts": 2},
     "oce": {"expand": None},  # six prompts would span all four outputs of the smallest tiny layers
 }
 
