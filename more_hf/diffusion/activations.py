@@ -46,7 +46,6 @@ ROUNDING = 1e-6  # two means over float32 activations that differ by less, as a 
 ORDINARY = "ordinary pictures"  # the target of a concept without one
 RETAINED = "pictures of retained names"
 OWN = "pictures of the concepts"
-MEANS = "means over each name's pictures"
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,10 @@ def record_activations(
             Each concept's targets, whose mean it is sent to; `None` stands for ordinary pictures.
 
     Raises:
-        `SiteNotFoundError`: no layer tells the concepts from their targets, there are two denoisers, some
-        layers inside cannot be recorded, or given pictures cannot be encoded. `PrototypeError`: given
+        `SiteNotFoundError`: no layer of a denoiser tells the concepts from their targets, some layers inside
+        cannot be recorded, or given pictures cannot be encoded. `PrototypeError`: given
         pictures cannot be read.
     """
-    if len(denoiser.parts) > 1:
-        raise SiteNotFoundError(
-            f"{type(pipe).__name__} has {len(denoiser.parts)} denoisers, each of which sees only pictures of "
-            "its own steps, and their layers' inputs cannot be recorded apart. Leave `reach` at 'name', "
-            "which edits both."
-        )
     if denoiser.family.unrecorded_layers:
         raise SiteNotFoundError(
             f"{denoiser.family.name} has {denoiser.family.unrecorded_layers}, whose inputs are not recorded "
@@ -128,7 +121,8 @@ def record_activations(
     bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
     pipe.set_progress_bar_config(disable=True)
     recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined)
-    shown_with = {**request.sampling, "num_inference_steps": LEVELS + 1}
+    # Denoisers that take turns share the levels, so there have to be more.
+    shown_with = {**request.sampling, "num_inference_steps": LEVELS * len(denoiser.parts) + 1}
     with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
         given = _given_latents(pipe, request, sent_to, shown_with)
         for name, first, batch in _batches(prompts):
@@ -143,18 +137,19 @@ def record_activations(
             # 2. Show them to the denoiser at each level of noise, and listen to its layers.
             recorder.start(name, len(batch))
             with (
-                recorder.listening(denoiser.module, layers),
+                recorder.listening(denoiser.parts.values(), layers),
                 _replay_latents(pipe, latents[-1], seeds, recorder),
             ):
                 call(pipe, [shown[name][i] for i in rows], seeds, shown_with, "latent")
             progress.update(len(batch))
     activations = recorder.activations(sent_to)
-    if not activations.prototypes:
-        raise SiteNotFoundError(
-            f"No linear layer of the {type(denoiser.module).__name__} reads pictures of {', '.join(sent_to)} "
-            "differently from pictures of the targets, so there is nothing to edit inside it. Leave `reach` "
-            "at 'name'."
-        )
+    for component, prefix in denoiser.prefixes.items():
+        if not any(layer.startswith(prefix) for layer in activations.spaces):
+            raise SiteNotFoundError(
+                f"No linear layer of `{component}` reads pictures of {', '.join(sent_to)} differently from "
+                "pictures of the targets at the levels of noise that it is shown: there is nothing to edit "
+                "inside it. Leave `reach` at 'name'."
+            )
     return activations
 
 
@@ -329,7 +324,7 @@ class _Recorder:
     """
 
     def __init__(self, names: Iterable[str], concepts: Iterable[str], *, negatives_last: bool):
-        self.columns = [column(name, part) for name in names for part in PART_NAMES]
+        self.names = list(names)
         self.concepts = set(concepts)
         self.negatives_last = negatives_last
         self.spaces: dict[str, str] = {}
@@ -378,14 +373,14 @@ class _Recorder:
         if self.calls > 1:
             return
         prompted = z[: self.pictures] if self.negatives_last else z[-self.pictures :]
-        labels = torch.full((self.pictures,), self.columns.index(column(self.name, self.part)))
-        self._fitter(space, MEANS, z).update(prompted.double().mean(1), labels)
+        labels = torch.full((self.pictures,), self.names.index(self.name))
+        self._fitter(space, self.part, z).update(prompted.double().mean(1), labels)
         if self.name in self.concepts:
             self._fitter(space, OWN, z).update_moment(prompted)
 
     def _fitter(self, space: str, kind: str, z: Tensor) -> PrototypeFitter:
         if (space, kind) not in self.fitters:
-            names = self.columns if kind == MEANS else ()
+            names = self.names if kind in PART_NAMES else ()
             self.fitters[space, kind] = PrototypeFitter(z.shape[-1], names, device=z.device, thin=True)
         return self.fitters[space, kind]
 
@@ -394,10 +389,11 @@ class _Recorder:
         return replace(self.fitters[space, kind].prototypes.moment, count=1)
 
     @contextmanager
-    def listening(self, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Inside the block, the recorder listens to the denoiser and these layers of it."""
+    def listening(self, denoisers: Iterable[nn.Module], layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Inside the block, the recorder listens to the denoisers and these layers of them."""
         with unwound() as hooks:
-            hooks.callback(denoiser.register_forward_pre_hook(self.call).remove)
+            for denoiser in denoisers:
+                hooks.callback(denoiser.register_forward_pre_hook(self.call).remove)
             for name, module in layers.items():
                 hooks.callback(module.register_forward_pre_hook(partial(self.read, name)).remove)
             yield
@@ -408,11 +404,13 @@ class _Recorder:
         """The statistics so far, without the spaces in which concepts and targets do not differ."""
         prototypes, own = {}, {}
         for space in dict.fromkeys(self.spaces.values()):
-            means = self.fitters[space, MEANS].prototypes
+            # one of several denoisers sees the parts of its own steps alone
+            seen = [part for part in PART_NAMES if (space, part) in self.fitters]
+            means = {part: self.fitters[space, part].prototypes for part in seen}
             columns = _pairs(means, sent_to)
             if not columns:
                 continue
-            counts = torch.full((len(columns),), int(means.counts[0]))
+            counts = torch.full((len(columns),), int(means[seen[0]].counts[0]))
             pairs = Prototypes(torch.stack([*columns.values()], 1), tuple(columns), counts)
             moment = self._moment(space, ORDINARY)
             if (space, RETAINED) in self.fitters:
@@ -423,20 +421,22 @@ class _Recorder:
         return Activations(spaces, prototypes, own)
 
 
-def _pairs(means: Prototypes, sent_to: Mapping[str, Sequence[str | None]]) -> dict[str, Tensor]:
+def _pairs(means: Mapping[str, Prototypes], sent_to: Mapping[str, Sequence[str | None]]) -> dict[str, Tensor]:
     """
     By name, the prototype of each concept and part, followed by its target: the mean over its targets.
 
     A pair that does not differ is left out: from the same noise, the layers in front of the first that
-    depends on the prompt read the same.
+    depends on the prompt read the same. So is a part in which a concept reads as in one before: layers behind
+    the prompt alone read the same at every level of noise.
     """
     columns = {}
     for concept, targets in sent_to.items():
         drawn = [ORDINARY if name is None else in_place_of(concept, name) for name in targets]
-        for part in PART_NAMES:
-            forgotten = means[column(concept, part)]
-            target = torch.stack([means[column(name, part)] for name in drawn]).mean(0)
-            if (forgotten - target).norm() > ROUNDING * forgotten.norm():
+        for part, prototypes in means.items():
+            forgotten = prototypes[concept]
+            target = torch.stack([prototypes[name] for name in drawn]).mean(0)
+            before = [columns[key] for name in means if (key := column(concept, name)) in columns]
+            if all((forgotten - other).norm() > ROUNDING * forgotten.norm() for other in [target, *before]):
                 columns[column(concept, part)] = forgotten
                 columns[target_of(column(concept, part))] = target
     return columns

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import threading
 
 import pytest
@@ -11,7 +12,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
 from support.bare import FORGET, LENGTHS, OTHER, TARGET, draw, erase, use_bare_names
 from support.compare import assert_proved, same, state
-from support.families import T5_LENGTH, build, second_transformer
+from support.families import T5_LENGTH, TINY, build, second_transformer
 from support.records import list_files_again
 from support.sisters import FILM, PICTURE, Sister, build_sister
 from torch import nn
@@ -347,10 +348,37 @@ def test_a_copy_says_what_was_erased(original, pipe):
         erase(twin)
 
 
+INSIDE = {"pictures": 2, "sampling": {**TINY["wan"].call, **STEPS, "height": 32, "width": 32}}
+
+
+@pytest.mark.slow
+def test_inside_each_with_the_levels_of_its_own_steps(original, pipe, tmp_path):
+    erasure = more_hf.get_erasure(erase(pipe, reach="denoiser", **INSIDE))
+    seen = {part: set() for part in PARTS}
+    for name, site in erasure.sites.items():
+        if "blocks" in name:
+            names = erasure.remaps[site.space].prototypes.names
+            seen[name.partition(".")[0]] |= {name[-6] for name in names}  # "part 1 of 3"
+    assert seen == {"transformer": {"1"}, "transformer_2": {"1", "2", "3"}}
+    # what is behind the prompt alone, keys and values, reads the same in every part
+    assert math.isfinite(erasure.facts.condition_number)
+    before, after = states(original), states(pipe)
+    for part in PARTS:
+        moved = [name for name, value in after[part].items() if not torch.equal(value, before[part][name])]
+        assert any("blocks.0.attn1.to_q" in name for name in moved)
+        assert any("blocks.0.ffn" in name for name in moved)
+    assert_proved(erasure)
+    assert more_hf.verify(more_hf.save(pipe, tmp_path / "erased"))
+    more_hf.restore(pipe)
+    assert all(same(getattr(pipe, part), before[part]) for part in PARTS)
+
+
 def test_refused_by_name(original, pipe, tmp_path):
-    with pytest.raises(more_hf.SiteNotFoundError, match="2 denoisers"):
-        erase(pipe, reach="denoiser")
+    pipe.register_to_config(boundary_ratio=0.999)  # the first then sees nothing but noise
+    with pytest.raises(more_hf.SiteNotFoundError, match=r"No linear layer of `transformer` reads"):
+        erase(pipe, reach="denoiser", **INSIDE)
     assert find_erasure(pipe.transformer) is None
+    pipe.register_to_config(boundary_ratio=0.9)
     erase(pipe)
     with pytest.raises(more_hf.ExportError, match="UNets"):
         more_hf.save_lora(pipe, tmp_path, format="kohya")

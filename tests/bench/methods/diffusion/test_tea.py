@@ -62,16 +62,15 @@ def test_the_name_moves_and_its_anchor_stays_with_the_loss_that_holds_it(tiny_sd
         old, before, unet = pipe.text_encoder, state(pipe.text_encoder), state(pipe.unet)
         texts = [f"a cat by {name}" for name in (CONCEPT, NAMES["remap_to"][0])]
         plain = [features(pipe, text) for text in texts]
-        run("tea", pipe, epochs=10, learning_rate=1e-3, prompts=4, preserving=preserving)
+        run("tea", pipe, epochs=60, learning_rate=1e-3, prompts=4, preserving=preserving)
         moved[preserving] = [
             float((features(pipe, text) - z).norm()) for text, z in zip(texts, plain, strict=True)
         ]
         assert pipe.text_encoder is not old
         assert same(old, before)
         assert same(pipe.unet, unet)
-    name, anchor = moved[10.0]
-    assert anchor < 0.7 * name
-    assert anchor < 0.7 * moved[0.0][1]
+    (name, anchor), (_, free) = moved[10.0], moved[0.0]
+    assert anchor < 0.7 * min(name, free), moved
 
 
 def test_refusals_change_nothing(tiny_sd):
