@@ -85,22 +85,15 @@ class Result:
     """One number that an attack found in one model: with the keys of its cell, a row of `rows.csv`.
 
     The same number of the references (the original first of all) gives it a meaning.
-
-    Attributes:
-        recovered (`float`, *optional*): the number; `None` if the attack did not get there.
-        measure (`str`): what `recovered` is, `RECOGNISED` or another name.
-        variant (`str`): which of the attack's forms: `"k-NN"`.
-        budget (`float`): what the attacker spent, and `unit` (`str`) of what: 64, `"queries"`.
-        n (`int`): `recovered` is the percent of this many; 0 for a number that is no such percentage.
-        low, high (`float`, *optional*): the ends of the 95 % interval.
     """
 
-    recovered: float | None
-    measure: str = RECOGNISED
-    variant: str = ""
-    budget: float = 0
-    unit: str = ""
-    n: int = 0
+    recovered: float | None  # the number; `None` if the attack did not get there
+    measure: str = RECOGNISED  # what `recovered` is, `RECOGNISED` or another name
+    variant: str = ""  # which of the attack's forms: `"k-NN"`
+    budget: float = 0  # what the attacker spent: 64
+    unit: str = ""  # of what: `"queries"`
+    n: int = 0  # `recovered` is the percent of this many; 0 for a number that is no such percentage
+    # low, high: the ends of the 95 % interval
     low: float | None = None
     high: float | None = None
 

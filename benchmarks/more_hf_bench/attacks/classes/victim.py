@@ -27,14 +27,10 @@ Part = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Seen:
-    """A classifier, and what attacks have found out about its backbone.
+    """A classifier, and what attacks have found out about its backbone."""
 
-    Attributes:
-        cached (`Cached`): the classifier, its head, and what the head reads of the victim's `parts`.
-        memory (`dict`): results that depend on the backbone alone, shared by all classifiers that have it.
-    """
-
-    cached: Cached
+    cached: Cached  # the classifier, its head, and what the head reads of the victim's `parts`
+    # results that depend on the backbone alone, shared by all classifiers that have it
     memory: dict[Any, Any] = field(default_factory=dict)
 
     def remember(self, key: Any, compute: Callable[[], Any]) -> Any:
@@ -46,29 +42,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Victim:
-    """A classifier under attack.
+    """A classifier under attack."""
 
-    Attributes:
-        seen (`Seen`): the classifier.
-        original (`Seen`), retrained (`Seen`, *optional*): what it was before, and Retrain.
-        head (`str`): the name of the head in all of them.
-        parts (`Mapping[str, ImageSet]`): `"train"`, the labelled images that the attacker has, of all
-            classes; `"test"`, all test images.
-        forget, targets (`Sequence[int]`): ids of the forgotten classes, and of those that they were sent to.
-        train (`Callable`, *optional*): trains another classifier of the same kind, from images, a name for
-            its folder, and a seed. `None` where nothing is to be trained.
-        seed (`int`): of the attack.
-    """
-
-    seen: Seen
-    original: Seen
-    retrained: Seen | None
-    head: str
+    seen: Seen  # the classifier
+    original: Seen  # what it was before
+    retrained: Seen | None  # Retrain, if it was trained
+    head: str  # the name of the head in all of them
+    # `"train"`, the labelled images that the attacker has, of all classes; `"test"`, all test images
     parts: Mapping[str, ImageSet]
+    # forget, targets: ids of the forgotten classes, and of those that they were sent to
     forget: Sequence[int]
     targets: Sequence[int]
+    # trains another classifier of the same kind, from images, a name for its folder, and a seed. `None` where
+    # nothing is to be trained.
     train: Callable[[ImageSet, str, int], nn.Module] | None
-    seed: int
+    seed: int  # of the attack
 
     @property
     def cached(self) -> Cached:

@@ -27,11 +27,7 @@ def name(victim: Victim) -> Iterator[Result]:
 def others(victim: Victim, *, named: int = 24, unnamed: int = 20) -> Iterator[Result]:
     """
     Measure how far the pictures of everything else moved, as LPIPS to the original's: no attack, but what is
-    paid for whatever the attacks find.
-
-    Args:
-        named (`int`), unnamed (`int`):
-            Numbers of test prompts that name another artist, and of prompts that name none.
+    paid for whatever the attacks find. Test prompts name another artist, `named` of them, or none, `unnamed`.
     """
     studio = victim.studio
     for variant, has_artist, count in (("another artist", True, named), ("no artist", False, unnamed)):
@@ -64,19 +60,14 @@ def ring_a_bell(
     token_eta: float = 3.0,
 ) -> Iterator[Result]:
     """
-    Add η v to the features of prompts without the concept, where v is what its name adds on average.
+    Add η v to the features of prompts without the concept, where v is what its name adds on average; each η
+    is an attack of its own.
 
     The variants "embedding" give these features to the denoiser, as RECE's version does; "tokens" searches
     for the text whose features are nearest to them, with the text encoder alone.
 
     Source: Ring-A-Bell (Tsai et al., ICLR 2024): a population of 200, 3,000 generations, 16 tokens, η = 3,
     crossover 0.5, mutation 0.25.
-
-    Args:
-        eta (`Sequence[float]`):
-            η of the embeddings; each is an attack of its own.
-        tokens (`int`), population (`int`), generations (`int`), token_eta (`float`):
-            Settings of the search.
     """
     original, studio = victim.studio.original, victim.studio
     # 1. v is the mean difference between the features with and without the name.
@@ -176,25 +167,17 @@ def prompt_search(
     budgets: Sequence[int] = (10, 50),
 ) -> Iterator[Result]:
     """
-    Search for tokens in front of each test prompt, for all prompts in parallel, each with its own tokens.
+    Search for tokens in front of each test prompt, for all prompts in parallel, each with its own `prefix` of
+    so many tokens, at timesteps from little noise to much.
 
-    A prompt counts from the first budget at which its picture shows the concept. Sources: `unlearndiffatk` is
-    UnlearnDiffAtk's objective and search (Zhang et al., ECCV 2024): the erased denoiser's error on the
-    original's picture of the prompt, over token distributions on the simplex that are sampled in the forward
-    pass; learning rate 0.01, weight decay 0.1. `p4d` is P4D's (Chin et al., ICML 2024), in UnlearnDiffAtk's
-    harness: the distance to the original's output for the prompt alone, over embeddings that are replaced by
-    the nearest token's in the forward pass; learning rate 0.1, weight decay 0.1. The papers use 40 iterations
-    at each of 50 timesteps, and 3,000 iterations.
-
-    Args:
-        searches (`Sequence[str]`):
-            Names in `SEARCHES`.
-        prefix (`int`):
-            The number of tokens in front of each prompt.
-        timesteps (`int`), iterations (`int`):
-            Timesteps of the search, from little noise to much, and iterations at each.
-        budgets (`Sequence[int]`):
-            Numbers of iterations after which the prompts are tried.
+    A prompt counts from the first budget, a number of iterations after which the prompts are tried, at which
+    its picture shows the concept. Sources: `unlearndiffatk` is UnlearnDiffAtk's objective and search (Zhang
+    et al., ECCV 2024): the erased denoiser's error on the original's picture of the prompt, over token
+    distributions on the simplex that are sampled in the forward pass; learning rate 0.01, weight decay 0.1.
+    `p4d` is P4D's (Chin et al., ICML 2024), in UnlearnDiffAtk's harness: the distance to the original's
+    output for the prompt alone, over embeddings that are replaced by the nearest token's in the forward pass;
+    learning rate 0.1, weight decay 0.1. The papers use 40 iterations at each of 50 timesteps, and 3,000
+    iterations.
     """
     # The search should lead to the original's pictures of the same prompts and seeds.
     studio = victim.studio
@@ -213,17 +196,8 @@ def prompt_search(
 
 class Search(ABC):
     """
-    A search for the tokens in front of each prompt.
-
-    Args:
-        victim (`Victim`):
-            The pipeline under attack.
-        latents (`Tensor`):
-            Latents of the pictures that the prompts should give, `(n, channels, h, w)`.
-        prompts (`Sequence[str]`):
-            The n prompts.
-        prefix (`int`):
-            The number of tokens.
+    A search for the tokens in front of each of n prompts, which should give the pictures of the latents `(n,
+    channels, h, w)`.
     """
 
     learning_rate: float

@@ -30,16 +30,11 @@ def noise(
     budgets: Sequence[int] = (1, 6, 24),
 ) -> Iterator[Result]:
     """
-    Draw every test prompt once for each η and scale of the variance, and keep the best picture.
+    Draw every test prompt once for each pair of η and scale of the variance, and keep the best picture; the
+    budgets are numbers of samplings after which the best ones are counted.
 
     The judge itself chooses the best, like somebody who tries that often and looks. Source: When Are Concepts
     Erased From Diffusion Models? (Lu et al., NeurIPS 2025), its noise-based probe.
-
-    Args:
-        eta (`Sequence[float]`), variance_scale (`Sequence[float]`):
-            All pairs are tried.
-        budgets (`Sequence[int]`):
-            Numbers of samplings after which the best pictures are counted.
     """
     pipe, prompts = copy.copy(victim.pipe), victim.prompts(victim.concept)
     best = BestPictures(victim)
@@ -100,7 +95,8 @@ class NoisyDDIM(DDIMScheduler):
 
 def latent(victim: Victim, *, pictures: int = 10, steps: int = 20, fixed_point: int = 3) -> Iterator[Result]:
     """
-    Invert pictures of the concept and of others with the erased pipeline, and draw them again.
+    Invert as many pictures of the concept and of others with the erased pipeline, in DDIM steps of which each
+    is corrected `fixed_point` times, and draw them again.
 
     Yields, for the forgotten concept and for remaining ones, the peak signal-to-noise ratio of the
     reproduction in dB (`psnr`, against the VAE's reconstruction), and the mean log-likelihood of the noise
@@ -109,12 +105,6 @@ def latent(victim: Victim, *, pictures: int = 10, steps: int = 20, fixed_point: 
 
     Source: Memories of Forgotten Concepts (Rusanovsky et al., CVPR 2025), with DDIM inversion and fixed-point
     steps in place of its inversion.
-
-    Args:
-        pictures (`int`):
-            Number of pictures of the concept, and of others.
-        steps (`int`), fixed_point (`int`):
-            DDIM steps, and how often each step of the inversion is corrected.
     """
     studio = victim.studio
     collections = {

@@ -24,21 +24,11 @@ APART = 1_000_000  # between the seeds of these draws
 
 @dataclass(frozen=True)
 class Pictures:
-    """
-    Pictures by the original, as an attacker has them.
+    """Pictures by the original, as an attacker has them."""
 
-    Attributes:
-        images (`Tensor`):
-            uint8 `(n, 3, H, W)`.
-        latents (`Tensor`):
-            Their scaled latents, float32 `(n, channels, h, w)`.
-        captions (`Sequence[str]`):
-            Their prompts, with `NAME` in place of the concept's name.
-    """
-
-    images: Tensor
-    latents: Tensor
-    captions: Sequence[str]
+    images: Tensor  # uint8 `(n, 3, H, W)`
+    latents: Tensor  # their scaled latents, float32 `(n, channels, h, w)`
+    captions: Sequence[str]  # their prompts, with `NAME` in place of the concept's name
 
     def first(self, count: int) -> Pictures:
         """The first `count` pictures."""
@@ -51,23 +41,11 @@ class Pictures:
 
 class Studio:
     """
-    The original pipeline with everything that attacks on all methods share.
+    The original pipeline, which is not modified, with everything that attacks on all methods share.
 
-    The original's pictures are drawn once, whatever the number of victims.
-
-    Args:
-        original (`StableDiffusionPipeline`):
-            The pipeline before any erasure; not modified.
-        tests (`Sequence[PromptRow]`):
-            The prompts that are drawn to see whether an attack succeeds.
-        lessons (`Sequence[PromptRow]`):
-            The prompts of an attacker's own pictures, with other seeds; preferably none of `tests`.
-        judges (`Judges`):
-            Judges of style and thing.
-        steps (`int`), guidance (`float`), batch_size (`int`):
-            How to draw everything.
-        limit (`int`, *optional*):
-            The largest number of test prompts of a concept.
+    The `tests` are the prompts that are drawn to see whether an attack succeeds, at most `limit` of a
+    concept. The `lessons` are those of an attacker's own pictures, with other seeds; preferably none of
+    `tests`. The original's pictures are drawn once, whatever the number of victims.
     """
 
     def __init__(

@@ -25,30 +25,14 @@ SHOWN = 8  # pictures that are kept from each attack
 
 @dataclass(frozen=True)
 class Victim:
-    """
-    A pipeline under attack.
+    """A pipeline under attack."""
 
-    Attributes:
-        pipe (`StableDiffusionPipeline`):
-            The erased pipeline. Attacks copy what they change.
-        studio (`Studio`):
-            The original, its pictures, the prompts and the judges.
-        concept (`str`):
-            The forgotten concept.
-        other (`str`):
-            A concept of the same kind that was not forgotten.
-        seed (`int`):
-            The attack's seed.
-        folder (`Path`, *optional*):
-            The folder for the first pictures of each attack; `None` keeps none.
-    """
-
-    pipe: StableDiffusionPipeline
-    studio: Studio
-    concept: str
-    other: str
-    seed: int = 0
-    folder: Path | None = None
+    pipe: StableDiffusionPipeline  # The erased pipeline. Attacks copy what they change.
+    studio: Studio  # the original, its pictures, the prompts and the judges
+    concept: str  # the forgotten concept
+    other: str  # a concept of the same kind that was not forgotten
+    seed: int = 0  # of the attack
+    folder: Path | None = None  # for the first pictures of each attack; `None` keeps none
 
     @property
     def rows(self) -> list[PromptRow]:
@@ -78,15 +62,8 @@ class Victim:
 
     def judged(self, images: Tensor, attack: str, **facts: Any) -> Result:
         """
-        The percentage of pictures, one for each test prompt, that show the concept.
-
-        Args:
-            images (`Tensor`):
-                uint8 `(n, 3, H, W)`.
-            attack (`str`):
-                The attack's name, for the file with its first pictures.
-            facts:
-                The other fields of the result.
+        The percentage of pictures, uint8 `(n, 3, H, W)`, one for each test prompt, that show the concept. The
+        attack's name is for the file with its first pictures; the facts are the other fields of the result.
         """
         hits = self.studio.shows(images, self.rows, self.concept)
         return self.counted(hits, images, attack, **facts)
@@ -104,10 +81,6 @@ class Victim:
 class BestPictures:
     """
     The best picture of each test prompt over several tries: the first in which the judges see the concept.
-
-    Args:
-        victim (`Victim`):
-            The pipeline under attack.
     """
 
     def __init__(self, victim: Victim):
