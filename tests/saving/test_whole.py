@@ -117,8 +117,8 @@ def test_an_exception_at_some_points(erased, tmp_path, existing):
 @pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over_an_earlier_save"])
 def test_an_exception_at_many_points(erased, tmp_path, existing):
-    """At every seventh event, with `--hypothesis-profile=long` at every one."""
-    step = 1 if settings.get_current_profile_name() == "long" else 7
+    """At every twentieth event, with `--hypothesis-profile=long` at every one."""
+    step = 1 if settings.get_current_profile_name() == "long" else 20
     interrupt(erased, tmp_path, existing, lambda count: range(1, count, step))
 
 

@@ -3,11 +3,6 @@
 import copy
 import html
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -228,29 +223,6 @@ def test_run_again_measures_nothing_twice_and_a_lost_cell_comes_out_the_same(fol
 
 
 kd_measure = kd.measure
-
-
-def test_killed_and_run_again(tmp_path, folder):
-    """The second run keeps every finished cell's file, and ends with the same rows."""
-    output = tmp_path / "killed"
-    methods = METHODS[:3]
-    settings = {"output": str(output), "models": str(folder / "models"), **SMALL}
-    arguments = f"'digits', 'allcnn-narrow', {methods!r}, ['3'], **{settings!r}"
-    script = f"from more_hf_bench.classes import run; run.run_kd({arguments})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.monotonic() + 120
-    while not list(output.glob("cells/*.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = {path: path.stat().st_mtime_ns for path in output.glob("cells/*.json")}
-    assert 0 < len(done) < len(methods)
-    assert not (output / "rows.csv").exists()
-    kd.run_kd("digits", "allcnn-narrow", methods, ["3"], output=output, models=folder / "models", **SMALL)
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert without_costs(output) == without_costs(folder)[:3]
 
 
 def test_a_folder_refuses_what_contradicts_it(folder):
