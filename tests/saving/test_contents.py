@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,9 @@ LOADABLE = [
     "pytorch_model.bin.index.json",
     "weights.pth.tar",
     "weights.pkl",
+    "v1-5-pruned.ckpt",
+    "lora/pytorch_lora_weights.safetensors",
+    "old/unet/diffusion_pytorch_model.safetensors",
     "vae/more_hf_delta.safetensors",
 ]
 # What no loader reads as weights may be there, and stays behind.
@@ -37,7 +41,7 @@ NEWER = {"tokenizer/foo_template.jinja": "{{ x }}", "video_preprocessor_config.j
 
 
 def put(folder, name):
-    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(b"weights of the original")
 
 
@@ -53,15 +57,18 @@ def test_other_weights_neither_go_up_nor_pass_nor_stay(saved, hub, name):
 
 
 @pytest.mark.slow
-def test_save_refuses_what_it_neither_replaces_nor_may_keep(tiny_sd, saved):
-    pipe = erase(tiny_sd())
+def test_save_refuses_what_it_neither_replaces_nor_may_keep(tiny_sd, saved, tmp_path):
+    pipe, without_record = erase(tiny_sd()), tmp_path / "folder"
     (saved / "more_hf_delta.safetensors").unlink()
-    for name in LOADABLE:
-        put(saved, name)
-        with pytest.raises(more_hf.ExportError, match=name.split("/")[-1]):
-            more_hf.save(pipe, saved)
-        (saved / name).unlink()
-    assert more_hf.verify(more_hf.save(pipe, saved))
+    for folder in (saved, without_record):
+        for name in LOADABLE:
+            put(folder, name)
+            before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+            with pytest.raises(more_hf.ExportError, match=name.split("/")[-1]):
+                more_hf.save(pipe, folder)
+            assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+            (folder / name).unlink()
+        assert more_hf.verify(more_hf.save(pipe, folder))
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "component"])
@@ -127,11 +134,13 @@ def test_files_of_a_newer_transformers(tiny_sd, tmp_path, hub, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_repository_with_weights_under_any_name_is_refused(saved, hub):
+@pytest.mark.parametrize("branch", [None, "new"])
+def test_a_repository_with_weights_under_any_name_is_refused(saved, hub, branch):
+    message = ".*delete_files.*git history keeps old files"
     for name in LOADABLE:
         hub.repos["me/erased"] = {"main": {name: b"weights", "README.md": b"---\nlicense: mit\n---\n"}}
-        with pytest.raises(more_hf.ExportError, match="delete_files"):
-            more_hf.push_to_hub(saved, "me/erased")
+        with pytest.raises(more_hf.ExportError, match=re.escape(name) + message):
+            more_hf.push_to_hub(saved, "me/erased", revision=branch)
     assert hub.writes == []
 
 

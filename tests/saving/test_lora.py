@@ -277,7 +277,9 @@ def test_refuses_without_the_original_weights(original, erased, tmp_path):
     ("name", "options", "said"),
     [
         ("lora", {"format": "a1111"}, "Choose one of 'peft', 'kohya', 'comfyui'"),
+        ("lora", {"format": ["peft"]}, "Choose one of 'peft', 'kohya', 'comfyui'"),
         ("lora", {"dtype": torch.int8}, "Choose one of torch.float16"),
+        ("lora", {"dtype": "float16"}, "Choose one of torch.float16"),
         ("lora.ckpt", {}, "ends in .safetensors"),
     ],
 )

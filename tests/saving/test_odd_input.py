@@ -44,13 +44,6 @@ def test_variants_that_verify_could_not_read(erased, tmp_path, variant):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [{"format": ["peft"]}, {"dtype": "float16"}])
-def test_options_of_a_lora(erased, tmp_path, options):
-    with pytest.raises(more_hf.ExportError):
-        more_hf.save_lora(erased, tmp_path / "lora", **options)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("repo_id", "options"),
     [

@@ -167,40 +167,6 @@ def test_a_pipeline_with_an_original_layer(tiny_sd, hub):
     refused(hub, pipe, "not the erased model")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lora/pytorch_lora_weights.safetensors",
-        "text_encoder/pytorch_model.bin",
-        "old/unet/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.fp16.safetensors",
-        f"vae/{DELTA}",
-    ],
-)
-def test_a_folder_with_foreign_weights(saved, hub, name):
-    (saved / name).parent.mkdir(parents=True, exist_ok=True)
-    (saved / name).write_bytes(b"weights")
-    refused(hub, saved, f"no part of the saved model: .*{re.escape(name)}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "v1-5-pruned.ckpt",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-        "unet/diffusion_pytorch_model.bin",
-        "pytorch_lora_weights.safetensors",
-        DELTA,
-    ],
-)
-@pytest.mark.parametrize("branch", [None, "new"])
-def test_a_repository_with_the_originals_weights(saved, hub, name, branch):
-    hub.repos["me/erased"] = {"main": {name: b"weights", "README.md": b"---\nlicense: mit\n---\n"}}
-    refused(hub, saved, rf"{re.escape(name)}.*delete_files.*git history keeps old files", revision=branch)
-
-
 def test_weights_under_the_same_names_are_replaced_and_history_told(saved, hub, caplog):
     hub.repos["me/erased"] = {"main": {WEIGHTS: b"the original's"}}
     with caplog.at_level(logging.WARNING, logger="more_hf"):
