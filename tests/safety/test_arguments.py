@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.compare import same, state
 from support.pipelines import ONE_ATTENTION, build_tiny_sd
+from support.texts import CHARACTERS
 from torch import nn
 
 import more_hf
@@ -26,11 +27,11 @@ ODD = st.sampled_from(
     + [object(), torch.tensor([0, 1]), np.array(["cat"]), np.int64(1)]
 )
 NAMES = st.sampled_from(["van gogh", "pablo picasso", "andy warhol", "cat", "claude monet"])
-TEXT = st.one_of(NAMES, st.text(max_size=12), ODD)
+TEXT = st.one_of(NAMES, st.text(CHARACTERS, max_size=12), ODD)
 NAMED = st.one_of(
     TEXT,
     st.lists(TEXT, max_size=3),
-    st.dictionaries(st.text(max_size=5), st.lists(TEXT, max_size=2), max_size=2),
+    st.dictionaries(st.text(CHARACTERS, max_size=5), st.lists(TEXT, max_size=2), max_size=2),
 )
 
 

@@ -286,7 +286,8 @@ def test_stored_in_another_precision(tiny_sd, storage):
     assert (shown - original).norm() < 0.1 * (erased - original).norm()
 
 
-@pytest.mark.parametrize("offload_type", [pytest.param("leaf_level", marks=pytest.mark.slow), "block_level"])
+@pytest.mark.slow
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
 def test_offloaded_to_disk_afterwards_is_refused_by_name(tiny_sd, tmp_path, offload_type):
     """The weights are emptied placeholders then; nothing may be read from them."""
     pipe = erase(tiny_sd())
@@ -305,6 +306,7 @@ def test_offloaded_to_disk_afterwards_is_refused_by_name(tiny_sd, tmp_path, offl
     assert torch.equal(run(pipe), erased)
 
 
+@pytest.mark.slow
 def test_offloaded_to_the_originals_folder_it_is_the_original(tiny_sd, tmp_path):
     """diffusers takes the files that are there: a weakness, which the message and the examples tell."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.hub import erase
 from support.records import list_files_again, read_record, write_record
+from support.texts import CHARACTERS
 
 import more_hf
 from more_hf.core.record import RECORD, Record
@@ -19,9 +20,10 @@ from more_hf.core.site import fingerprint
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 EDITED = "each sends p_f where p_t goes"
+TEXT = st.text(CHARACTERS, max_size=5)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=4,
 )
 ODD = [None, True, 0, -1, float("nan"), "", ".", "..", "../other/unet", "/etc", [], [None], {}, {"a": None}]

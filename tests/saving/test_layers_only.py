@@ -286,7 +286,10 @@ def factors(source, path, name=FORGET, **options):
     return load_file(path), report
 
 
-@pytest.mark.parametrize("family", ["flux", "z-image", pytest.param("sdxl", marks=pytest.mark.slow), "sd-1"])
+MORE = [pytest.param(family, marks=pytest.mark.slow) for family in ("z-image", "sdxl", "sd-1")]
+
+
+@pytest.mark.parametrize("family", ["flux", *MORE])
 def test_a_second_time_no_text_encoder_is_loaded(shards, tmp_path, loads, family):
     folder, out = shards(family)[0], tmp_path / "lora.safetensors"
     first, report = factors(folder, out, retain=["cat"])

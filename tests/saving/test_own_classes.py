@@ -59,6 +59,7 @@ def test_saved_loaded_verified_and_published(module, tmp_path, hub):
     assert "OwnPipeline.from_pretrained(" in card_of(hub, "me/own").text
 
 
+@pytest.mark.slow
 def test_the_command_line_imports_the_module(module, tmp_path, capsys):
     own_pipeline(module).save_pretrained("base")
     sys.modules.pop(NAME)

@@ -93,6 +93,7 @@ def test_on_the_command_line(base, erased, capsys):
     assert "bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_commit_is_of_its_repository(erased, monkeypatch):
     record = read_record(erased)
     record["facts"] |= {"base": "me/base", "base_revision": "1" * 40}
