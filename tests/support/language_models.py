@@ -1,11 +1,13 @@
 """Tokenizers and language models of the newest families: real classes, random weights, few numbers wide."""
 
+import inspect
 import io
 import string
 import tempfile
 from pathlib import Path
 
 import torch
+from diffusers import SanaPipeline
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 from sentencepiece import SentencePieceTrainer
@@ -64,6 +66,7 @@ SUPERIOR = (
     "You are an assistant designed to generate superior images with the superior degree of image-text "
     "alignment based on textual prompts or user prompts. <Prompt Start>"
 )
+SANA = " ".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 INSTRUCT = (
     "{{ '<s>' }}{% for message in messages %}{% set name = 'INST' if message['role'] == 'user' else "
     "'SYSTEM_PROMPT' %}{{ '[' + name + ']' + message['content'][0]['text'] + '[/' + name + ']' }}{% endfor %}"
@@ -75,7 +78,7 @@ def spelled(word, merges):
     """The pieces of a word: of the pairs that stand side by side, the first of the merges is joined first."""
     pieces = list(word)
     while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]:
-        first = min(pairs, key=merges.index)
+        first = min(pairs, key=merges.get)
         i = next(i for i in range(len(pieces)) if tuple(pieces[i : i + 2]) == first)
         pieces[i : i + 2] = ["".join(first)]
     return pieces
@@ -85,14 +88,14 @@ def byte_level(words, space="Ġ"):
     """Every byte as a printable character, and merges that make each word, with a space before it or none."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     tokens = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    merges = [("Ċ", "Ċ")]  # two line breaks
+    merges = {("Ċ", "Ċ"): 0}  # two line breaks; a pair -> its place in the list
     for word in words:
         # behind all earlier merges, which so keep making their words
         while len(pieces := spelled(word, merges)) > 1:
-            merges.append((pieces[0], pieces[1]))
-        merges.append((space, word))
+            merges[pieces[0], pieces[1]] = len(merges)
+        merges[space, word] = len(merges)
     tokens += [left + right for left, right in merges]
-    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, list(merges)
 
 
 def qwen_tokenizer(more=""):
@@ -115,7 +118,8 @@ def mistral_processor():
 
 def gemma_tokenizer():
     """Begins with a token, writes a space as ▁ in front of its word, and pads on the right."""
-    vocab, merges = byte_level(dict.fromkeys([*SUPERIOR.split(), *WORDS.split()]), space="▁")
+    words = [*SUPERIOR.split(), *WORDS.split(), *SANA.split()]  # else each letter is a token, 1800 of them
+    vocab, merges = byte_level(dict.fromkeys(words), space="▁")
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *vocab]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, padding_side="right", add_bos_token=True)
