@@ -9,6 +9,7 @@ weights by matrices of rank 4 and 3 a concept, which a LoRA could hold, but not 
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,9 +39,9 @@ NEUTRAL = ""  # the prompt that is read beside a picture's own
 FIT, THRESHOLD, TRIAL = "fit", "threshold", "trial"
 ROLES = (FIT, THRESHOLD, FIT, TRIAL)
 HEARD = (FIT, THRESHOLD)
-# The gates that are tried, the weakest of each quantile first.
+# The gates that are tried; a strength of 0 writes nothing.
 QUANTILES = (0.99, 0.999)
-STRENGTHS = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0, 300.0)
+STRENGTHS = (0, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def is_gated(module: nn.Module) -> bool:
     return isinstance(module, BasicTransformerBlock) and isinstance(module.ff.net[0], GEGLU)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shown:
     """
     Pictures that the denoiser is shown, `(pictures, ...)` each.
@@ -283,32 +284,32 @@ def gates_within(
     hidden: Mapping[str, Tensor],
 ) -> dict[str, Gate]:
     """
-    Of gates of each strength and quantile, by block, those that move the concept's pictures most and others'
-    no further than the price.
+    By block, the gates that move the concept's pictures most and others' no further than the price.
 
     Args:
         price (`float`): as of `moved`, in the mean over `others`.
         own (`Shown`), others (`Sequence[Shown]`): pictures that fitted no reading.
         readings (`Mapping[str, Reading]`), hidden (`Mapping[str, Tensor]`): of each block.
     """
-    shown = [own, *others]
-    before = [pictures.predictions(pipe) for pictures in shown]
-    trials = []
+    before = {pictures: pictures.predictions(pipe) for pictures in (own, *others)}
+
+    def gates(strength: float, quantile: float) -> dict[str, Gate]:
+        return {name: reading.gate(strength, quantile) for name, reading in readings.items()}
+
+    def moves(strength: float, quantile: float, shown: Sequence[Shown]) -> float:
+        trial = copy.copy(pipe)
+        trial.register_modules(unet=copy.deepcopy(pipe.unet))
+        for name, gate in gates(strength, quantile).items():
+            put_into(trial.unet.get_submodule(name).ff, [gate], hidden[name])
+        return sum(moved(before[pictures], pictures.predictions(trial)) for pictures in shown) / len(shown)
+
+    # Stronger gates move others further: for each quantile, the strongest within the price.
+    found = []
     for quantile in QUANTILES:
-        for strength in STRENGTHS:
-            gates = {name: reading.gate(strength, quantile) for name, reading in readings.items()}
-            trial = copy.copy(pipe)
-            trial.register_modules(unet=copy.deepcopy(pipe.unet))
-            for name, gate in gates.items():
-                put_into(trial.unet.get_submodule(name).ff, [gate], hidden[name])
-            changes = [
-                moved(b, pictures.predictions(trial)) for b, pictures in zip(before, shown, strict=True)
-            ]
-            cost = sum(changes[1:]) / len(others)
-            trials.append((max(cost - price, 0), -changes[0], gates))
-            if cost > price:  # a stronger gate costs more
-                break
-    return min(trials, key=lambda trial: trial[:2])[2]
+        within = bisect_right(STRENGTHS, price, key=lambda strength: moves(strength, quantile, others))
+        strength = STRENGTHS[max(within - 1, 0)]
+        found.append((moves(strength, quantile, [own]), strength, quantile))
+    return gates(*max(found)[1:])
 
 
 def more_gates(
@@ -317,7 +318,7 @@ def more_gates(
     *,
     remap_to: Targets,
     retain: Retained,
-    price: float = 0.03,
+    price: float = 0.02,
     pictures: int = 32,
     sampling_steps: int = 10,
     guidance: float = 4.0,
