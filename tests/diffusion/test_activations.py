@@ -253,10 +253,10 @@ def state_equal(module, other):
 def test_a_second_concept_is_fitted_from_the_original(original):
     both = erase(copied(original), request_for(FORGET, "pablo picasso"))
     stepwise = erase(copied(original), request_for(FORGET))
-    stepwise = more_hf.erase_concept(stepwise, "pablo picasso", remap_to=TARGET, sampling=SAMPLING)
+    drawn = {"sampling": SAMPLING, "pictures": PICTURES}
+    stepwise = more_hf.erase_concept(stepwise, "pablo picasso", remap_to=TARGET, **drawn)
     request = more_hf.get_erasure(stepwise).request
     assert request.reach == "denoiser"  # what was edited stays edited
-    erase(stepwise, request_for(FORGET, "pablo picasso"))
     for name, value in state(both.unet).items():
         torch.testing.assert_close(state(stepwise.unet)[name], value, rtol=1e-5, atol=1e-6)
 

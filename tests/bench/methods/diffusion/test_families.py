@@ -1,5 +1,7 @@
 """Every method on every newer family: it works there, or it refuses before anything is changed."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.compare import changed, state
@@ -69,8 +71,10 @@ INSIDE = {"more-denoiser": 1.0, "more-denoiser-soft": 4.0, "more-denoiser-hard":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "softness"), INSIDE.items())
-def test_inside_the_denoiser(name, softness, tiny_sd):
-    """Which families it works on is in `tests/diffusion/test_activations.py`: it draws 160 pictures."""
+def test_inside_the_denoiser(name, softness, tiny_sd, monkeypatch):
+    """Which families it works on is in `tests/diffusion/test_activations.py`: it draws many pictures."""
+    fewer = partial(more_hf.erase_concept, pictures=4)  # not 32
+    monkeypatch.setattr("more_hf_bench.methods.diffusion.ours.erase_concept", fewer)
     pipe = tiny_sd(**ONE_ATTENTION)
     before = state(pipe)
     assert DIFFUSION[name].targets == "one"
