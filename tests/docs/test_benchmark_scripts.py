@@ -348,15 +348,31 @@ def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):
     assert (tmp_path / "rows.csv").read_text() == before
 
 
-def test_the_streamed_solves_at_a_tiny_size(script):
+def test_the_streamed_solves_at_a_tiny_size(script, tmp_path):
     streamed = script("speed", "streamed")
-    lines = streamed.measure(8, 400, 5, (1, 2))
+    lines = list(streamed.measure(8, 400, 5, (1, 2), [], tmp_path))
     assert [(line["what"], line["forgotten"]) for line in lines[2:]] == [
         (what, forgotten) for forgotten in (1, 2) for what in ("ours", "esc", "uce")
     ]
     assert all(line["seconds"] >= 0 for line in lines)
+    assert not list(tmp_path.iterdir())
+    again = streamed.measure(8, 400, 5, (1, 2), lines[:4], tmp_path)
+    assert [line["what"] for line in again] == ["uce", "ours", "esc", "uce"]
+    assert not list(streamed.measure(8, 400, 5, (1, 2), lines, tmp_path))
     labels, means = torch.arange(400) % 5, torch.randn(5, 8)
     z, y = (torch.cat(parts) for parts in zip(*streamed.stream(labels, means), strict=True))
     found = torch.stack([z[y == c].mean(0) for c in range(5)])
     assert (found - means).abs().max() < 0.5 < (found.roll(1, 0) - means).abs().max()
     assert len(streamed.draw(lines).axes[0].lines) == 5
+
+
+def test_a_killed_pass_has_the_sums_of_a_whole_one(script, monkeypatch, tmp_path):
+    streamed = script("speed", "streamed")
+    monkeypatch.setattr(streamed, "BATCH", 100)
+    labels, means = torch.arange(400) % 5, torch.randn(5, 8)
+    whole, _ = streamed.run_pass(labels, means, tmp_path / "whole", True)
+    streamed.run_pass(labels[:200], means, tmp_path / "killed", True)
+    resumed, _ = streamed.run_pass(labels, means, tmp_path / "killed", True)
+    assert torch.equal(resumed.matrix, whole.matrix)
+    assert torch.equal(resumed.second_moment, whole.second_moment)
+    assert whole.moment_count == 400
