@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -87,13 +88,14 @@ class Task:
         fitter.update(z, self.images.labels[:, None].expand(z.shape[:2])).update_moment(z)
         return fitter.prototypes
 
-    def remap(self, z: Tensor) -> Remap:
-        """Our remap of what a layer reads, to the class of most partners, in the covariance metric."""
+    def remap(self, z: Tensor, **how: Any) -> Remap:
+        """Our remap of what a layer reads, to the class of most partners; in the covariance metric, or as
+        `Remap.fit` takes it."""
         labels, names = self.images.labels, self.data.class_names
         target = names[int(labels[self.partner[self.own]].mode().values)]
         forget = names[self.forget]
         P = self.prototypes(z).without([name for name in names if name not in (forget, target)])
-        return Remap.fit(P, [forget], [[target]], solver="covariance")
+        return Remap.fit(P, [forget], [[target]], **({"solver": "covariance"} | how))
 
     @property
     def sent(self) -> tuple[list[str], list[list[str]]]:
@@ -126,19 +128,30 @@ def kodge(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: 
     return projected(weight, others.T @ others, own.T @ own, 100.0, 3.0), bias
 
 
-def remapping(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor) -> Weights:
+def remapping(
+    task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor, **how: Any
+) -> Weights:
     """Ours at every layer: the class mean becomes that of most partners' class, and all else moves least.
 
     By what the layer read before all edits: after those in front of it the two means are one already.
     """
-    return task.remap(before).merged(weight), bias
+    return task.remap(before, **how).merged(weight), bias
 
 
-def regression(task: Task, weight: Tensor, bias: Tensor | None, before: Tensor, now: Tensor) -> Weights:
+def regression(
+    task: Task,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor,
+    now: Tensor,
+    *,
+    softness: float = 1.0,
+) -> Weights:
     """The one inside the denoiser: the step from mean to mean, as nearly as ordinary activations allow."""
     z = now[task.own].flatten(0, 1)
     own = Moment(z.T @ z / len(z), len(z))
-    return Remap.regress(task.prototypes(now), *task.sent, own).merged(weight), bias
+    remap = Remap.regress(task.prototypes(now), *task.sent, own, softness=softness)
+    return remap.merged(weight), bias
 
 
 def paired(
@@ -212,18 +225,11 @@ def main() -> None:
         if len([key for key in done if key[:2] == (args.model, name)]) == len(attempts) + 2:
             continue
         task = make_task(data, original, name)
-        splits = split_by_class(data, [name])
-        recipe = Recipe.of(data, epochs=args.epochs)
-        retrained = train_classifier(
-            random_weights(original, 0),
-            splits.r,
-            recipe,
-            output=args.models / f"{args.model}-{args.epochs}-{without(name, 0)}",
-        )
-        judge = Judge.of(task, retrained)
+        folder = args.models / f"{args.model}-{args.epochs}-{without(name, 0)}"
+        judge = Judge.of(task, retrain(task, args.epochs, folder))
         for attempt in (*REFERENCES, *attempts):
             if (args.model, name, attempt) not in done:
-                models = {"original": original, "retrain": retrained}
+                models = {"original": original, "retrain": judge.retrained.cached.model}
                 model = models[attempt] if attempt in models else attempted(task, attempt)
                 row = {"model": args.model, "forget": name, "attempt": attempt, **judge.measure(model)}
                 write_rows(table, [*read_cells(table), row])
@@ -242,6 +248,14 @@ def make_task(data: KDData, original: nn.Module, name: str) -> Task:
     return replace(task, partner=(z @ z.T).masked_fill(task.own, -1).argmax(1))
 
 
+def retrain(task: Task, epochs: int, folder: Path) -> nn.Module:
+    """Train without the class, from random weights, or load what was trained."""
+    data = task.data
+    remaining = split_by_class(data, [data.class_names[task.forget]]).r
+    start, recipe = random_weights(task.original, 0), Recipe.of(data, epochs=epochs)
+    return train_classifier(start, remaining, recipe, output=folder)
+
+
 def attempted(task: Task, attempt: str) -> nn.Module:
     """Edit a copy of the original before its head, then its head."""
     model = copy.deepcopy(task.original)
@@ -249,6 +263,11 @@ def attempted(task: Task, attempt: str) -> nn.Module:
         fold(task, model, FOLDED[attempt])
     elif ATTEMPTS[attempt] is not None:
         edit_layers(task, model, ATTEMPTS[attempt])
+    return erased_head(task, model)
+
+
+def erased_head(task: Task, model: nn.Module) -> nn.Module:
+    """Erase the class from the head as well, and read what is saved."""
     # The head may cost anything: the table says what it did. What is saved comes back without its hook.
     erase_classes(model, task.images.loader(100), task.data.class_names[task.forget], most_lost=100)
     with reloaded(model) as plain:
@@ -356,15 +375,16 @@ class Judge:
         """The columns of a row; `gap_closed` is of the means."""
         known = {self.original.cached.model: self.original, self.retrained.cached.model: self.retrained}
         seen = known.get(model) or Seen(cache(model, model.get_submodule(self.task.head), self.parts))
-        row = {**self._recognised("acc", seen.cached.logits("test"))}
+        row = {**self.recognised("acc", seen.cached.logits("test"))}
         probe = converged_probe(seen.cached.features("train"), self.parts["train"].labels)
-        row |= self._recognised("probe", probe(seen.cached.features("test")))
+        row |= self.recognised("probe", probe(seen.cached.features("test")))
         facts = {"head": self.task.head, "parts": self.parts, "forget": [self.task.forget], "targets": []}
         victim = Victim(seen, self.original, self.retrained, **facts, train=None, seed=0)
         index = next(result.recovered for result in similarity(victim) if result.measure == "idi")
         return {**row, "idi": round(index, 4)}
 
-    def _recognised(self, name: str, logits: Tensor) -> dict[str, float]:
+    def recognised(self, name: str, logits: Tensor) -> dict[str, float]:
+        """Accuracies of the forgotten class and of the others, by logits of the test part."""
         labels = self.parts["test"].labels
         groups = {"ft": labels == self.task.forget, "rt": labels != self.task.forget}
         predicted = logits.argmax(-1)

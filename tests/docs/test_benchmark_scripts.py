@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from more_hf.cli.main import main
 from more_hf_bench.attacks.store import AttackConfig
 from more_hf_bench.attacks.tables import write_outputs
+from more_hf_bench.columns import read_rows
 from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, edit_matrix
 
 
@@ -299,6 +300,31 @@ def test_deeper_edits_solve_what_they_say(script):
     torch.testing.assert_close(projected @ others, weight @ others)
     torch.testing.assert_close(projected @ P[:, 0], weight @ others @ (others.T @ P[:, 0]))
     assert not torch.allclose(weight @ P[:, 0], projected @ P[:, 0])
+
+
+def test_the_softer_an_edit_of_a_layer_the_less_it_changes(script):
+    """And the hardest is the exact remap."""
+    softness, deeper = script("kd", "softness"), script("kd", "deeper")
+    labels, weight, z = torch.arange(12) % 3, features(6, 5), features(12, 4, 5, seed=1)
+    about = {"data": SimpleNamespace(class_names=["a", "b", "c"]), "images": SimpleNamespace(labels=labels)}
+    task = deeper.Task(**about, forget=0, original=None, head="", partner=torch.arange(12).roll(1))
+    exact, _ = deeper.remapping(task, weight, None, z, z)
+    for edit, (edit_layer, _) in softness.CURVES.items():
+        edited = [edit_layer(task, weight, None, z, z, softness=s)[0] for s in (1e-9, 0.1, 1.0, 10.0)]
+        moved = [float((one - weight).norm()) for one in edited]
+        assert moved == sorted(moved, reverse=True)
+        assert moved[-1] < 0.5 * moved[0]
+        if edit == "remap":
+            torch.testing.assert_close(edited[0], exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_picture_of_the_softness_has_every_point(script):
+    softness = script("kd", "softness")
+    rows = read_rows(softness.HERE / "softness.csv")
+    figure = softness.draw(rows)
+    assert len(figure.axes) == 6
+    drawn = sum(len(line.get_xdata()) for line in figure.axes[0].lines)
+    assert drawn == len(rows[rows["model"] == rows["model"].iloc[0]]) > 10
 
 
 @pytest.mark.slow
