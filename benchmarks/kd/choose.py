@@ -22,6 +22,7 @@ from more_hf.core.files import write_json
 from more_hf.core.markdown import markdown_table
 from more_hf_bench.classes.data import load_kd_data
 from more_hf_bench.classes.metrics import harmonic_mean
+from more_hf_bench.classes.run import classes_of
 from more_hf_bench.classes.training import Recipe, Trainer, accuracy, predict
 from more_hf_bench.methods.registry import CLASSIFICATION
 from more_hf_bench.script import argument_parser, best_settings, grid, points_of, search
@@ -50,8 +51,9 @@ GRIDS = {
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--dataset", required=True)
+    parser.add_argument("--data", type=Path, help="where the data are, as of `bench kd`")
     parser.add_argument("--model", required=True, help="a name of more_hf_bench.classes.models.MODELS")
-    parser.add_argument("--forget", required=True, help="the class to choose on")
+    parser.add_argument("--forget", required=True, help="the class to choose on, or A+B")
     parser.add_argument("--methods", default=",".join(GRIDS))
     parser.add_argument(
         "--models", type=Path, required=True, help="folder of trained classifiers, as of `bench kd`"
@@ -60,10 +62,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    data = load_kd_data(args.dataset)
+    data = load_kd_data(args.dataset, path=args.data)
     original = Trainer(args.model, data, Recipe.of(data, epochs=args.epochs), args.models).original(0)
-    splits = split_by_class(data, [args.forget])
+    splits = split_by_class(data, classes_of(args.forget, data))
     points = [point for point in points_of(GRIDS) if point["method"] in args.methods.split(",")]
+    args.output.mkdir(parents=True, exist_ok=True)
     rows = search(
         args.output / "grid.csv",
         points,
