@@ -245,6 +245,35 @@ def test_beside_a_concept_with_a_name_each_can_be_given_back(original, folder):
     assert changed(pipe, original) == both - alone
 
 
+def inside(family):
+    sampling = {**TINY[family].call, "num_inference_steps": 2, "height": 32, "width": 32}
+    return {**INSIDE, "sampling": sampling}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart", "z-image", "sana"])
+def test_other_families(family, folder):
+    pipe = build(family)
+    before = {name: value.clone() for name, value in state(find_denoiser(pipe).module).items()}
+    more_hf.erase_concept(pipe, Pictures(folder), remap_to=TARGET, **inside(family))
+    proof = more_hf.get_erasure(pipe).proof
+    assert proof["layer_error"] < 4 < proof["layer_changed"]
+    more_hf.restore(pipe)
+    assert all(torch.equal(v, before[k]) for k, v in state(find_denoiser(pipe).module).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "message"), [("kandinsky-5", "draws no pictures"), ("qwen-image", "how to"), ("wan", "how to")]
+)
+def test_families_whose_vae_is_not_known_are_refused(family, message, folder):
+    pipe = build(family)
+    pipe.resolutions = [(32, 32)]  # of Kandinsky 5, which draws no others
+    with pytest.raises(more_hf.SiteNotFoundError, match=message):
+        more_hf.erase_concept(pipe, Pictures(folder), remap_to=TARGET, **inside(family))
+    assert more_hf.get_erasure(pipe) is None
+
+
 @pytest.mark.slow
 def test_written_as_a_lora(original, folder, tmp_path):
     pipe = more_hf.erase_concept(copied(original), Pictures(folder), remap_to=TARGET, **INSIDE)
@@ -343,6 +372,16 @@ def test_a_pipeline_that_cannot_encode_pictures_is_refused(original, folder, vae
         pipe.register_modules(vae=copy.deepcopy(original.vae))
         pipe.vae.register_to_config(latents_mean=[0.0] * 4)
     with pytest.raises(more_hf.SiteNotFoundError, match="how to encode pictures"):
+        more_hf.erase_concept(pipe, Pictures(folder), remap_to=TARGET, **INSIDE)
+    assert not changed(pipe, original)
+
+
+def test_latents_of_another_form_are_refused(original, folder):
+    pipe = copied(original)
+    pipe._pack_latents = lambda z, *shape: z.flatten(2)
+    with pytest.raises(
+        more_hf.SiteNotFoundError, match=r"of the form \(4, 16, 16\), and its VAE .* \(4, 256\)"
+    ):
         more_hf.erase_concept(pipe, Pictures(folder), remap_to=TARGET, **INSIDE)
     assert not changed(pipe, original)
 
