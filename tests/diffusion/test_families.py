@@ -21,6 +21,7 @@ from support.bare import (
 )
 from support.compare import assert_proved, changed, same, state
 from support.families import MATRIX, TIME_IDS, TINY, Built, copied, denoiser_of, weights, with_expert
+from support.hub import card_of
 from support.language_models import qwen_tokenizer
 from support.originals import original_of
 
@@ -46,6 +47,7 @@ LAYERS = [
 LOADS_NO_LORA = ["pixart", "hunyuan-image"]
 WITH_LORA = [family for family in MATRIX if family not in LOADS_NO_LORA]
 WITH_KOHYA = ["sd-1", "sd-2", "sdxl"]
+WITH_CHECKPOINT = [*WITH_KOHYA, "sd3", "flux"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,12 +150,15 @@ def test_every_sample_takes_its_own_expert(originals, family):
 
 
 @pytest.mark.parametrize("family", FOUR_FAST)
-def test_save_load_and_verify(originals, family, tmp_path):
+def test_saved_pushed_and_loaded(originals, family, hub, tmp_path):
     pipe = erase(copied(originals[family]), remap_to=[TARGET, OTHER], router="hash")
     folder = more_hf.save(pipe, tmp_path / "erased", include_delta=True)
     assert more_hf.verify(folder), more_hf.verify(folder)
-    loaded = more_hf.load(folder)
+    more_hf.push_to_hub(folder, "me/erased", include_delta=True)
+    assert "DiffusionPipeline.from_pretrained" in card_of(hub).text
+    loaded = more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
     loaded.set_progress_bar_config(disable=True)
+    assert same(denoiser_of(loaded), weights(pipe))
     erasure, again = more_hf.get_erasure(pipe), more_hf.get_erasure(loaded)
     assert again.to_dict() == erasure.to_dict() | {"base_revision": None}
     found, wanted = draw(loaded, family, FORGET), draw(pipe, family, FORGET)
@@ -405,6 +410,13 @@ def test_kohya_keys_of_sdxl(erased, tmp_path):
 def test_a_model_without_a_loader_has_no_lora(erased, family, format, tmp_path):
     with pytest.raises(more_hf.ExportError, match=f"LoRA into a {TINY[family].pipeline}"):
         more_hf.save_lora(erased[family], tmp_path / "lora", format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", [family for family in MATRIX if family not in WITH_CHECKPOINT])
+def test_a_model_without_an_original_layout_has_no_checkpoint(erased, family, tmp_path):
+    with pytest.raises(more_hf.ExportError, match="Stable Diffusion 1.x"):
+        more_hf.save_checkpoint(erased[family], tmp_path / "erased.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,14 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from support.compare import same, state
-from support.families import TINY, build, shorten
 from support.hub import BASE, REVISION, card_of, erase
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 import more_hf
 from more_hf.cli.main import main
-from more_hf.diffusion.sites import find_denoiser
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -244,28 +242,3 @@ def test_a_classifiers_folder_is_checked_too(classifier, digit_classifier, tmp_p
     folder = more_hf.save(classifier, tmp_path / "erased")
     digit_classifier.save_pretrained(folder)  # the original, under the same names
     refused(hub, folder, "does not hold the erased model")
-
-
-# Newer families
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in TINY if family not in ("sd-1", "sd-2")])
-def test_every_family_goes_up_and_comes_back(family, tmp_path, hub, monkeypatch):
-    shorten(monkeypatch)
-    pipe = more_hf.erase_concept(build(family), "van gogh", remap_to="claude monet")
-    more_hf.push_to_hub(pipe, "me/erased")
-    loaded = more_hf.load(hub.to_folder("me/erased", tmp_path / "downloaded_repo"))
-    expected, original = (find_denoiser(each).module.state_dict() for each in (pipe, build(family)))
-    found = find_denoiser(loaded).module.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
-    edited = {key for key, value in found.items() if not torch.equal(value, original[key])}
-    assert edited == {f"{site}.weight" for site in more_hf.get_erasure(pipe).sites}
-    assert "DiffusionPipeline.from_pretrained" in card_of(hub).text
-    checkpoint = tmp_path / "erased.safetensors"
-    if family in ("sdxl", "sd3", "flux"):
-        more_hf.save_checkpoint(pipe, checkpoint)
-    else:
-        with pytest.raises(more_hf.ExportError, match="Stable Diffusion 1.x"):
-            more_hf.save_checkpoint(pipe, checkpoint)
-    assert checkpoint.exists() == (family in ("sdxl", "sd3", "flux"))
