@@ -11,6 +11,7 @@ another class. A row that is in the CSV file is not measured again.
 
 import copy
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def measure(judge: Judge, model: nn.Module) -> dict[str, float]:
     return row
 
 
+def place(row: Mapping[str, str]) -> tuple[int, int, float]:
+    """Where a row comes: by network, edit and softness."""
+    edits = [*REFERENCES, *CURVES]
+    return list(CHOSEN).index(row["model"]), edits.index(row["edit"]), float(row["softness"] or 0)
+
+
 def draw(rows: pd.DataFrame) -> Figure:
     """For each network and attacker what is found over what the rest has lost, a curve for each edit."""
     models = rows["model"].unique()
@@ -139,7 +146,7 @@ def main() -> None:
                 write_rows(table, [*read_cells(table), row])
                 print(row, flush=True)
     write_figure(args.output / "softness.png", draw(read_rows(table)))
-    write_table(args.output / "softness", read_cells(table))
+    write_table(args.output / "softness", sorted(read_cells(table), key=place))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from more_hf.cli.main import main
 from more_hf_bench.attacks.store import AttackConfig
 from more_hf_bench.attacks.tables import write_outputs
-from more_hf_bench.columns import read_rows
+from more_hf_bench.columns import read_cells, read_rows
 from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, edit_matrix
 
 
@@ -320,7 +320,8 @@ def test_the_softer_an_edit_of_a_layer_the_less_it_changes(script):
 
 def test_the_picture_of_the_softness_has_every_point(script):
     softness = script("kd", "softness")
-    rows = read_rows(softness.HERE / "softness.csv")
+    rows, cells = (read(softness.HERE / "softness.csv") for read in (read_rows, read_cells))
+    assert cells == sorted(cells, key=softness.place)
     figure = softness.draw(rows)
     assert len(figure.axes) == 6
     drawn = sum(len(line.get_xdata()) for line in figure.axes[0].lines)
