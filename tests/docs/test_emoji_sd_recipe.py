@@ -86,9 +86,9 @@ def chain(tmp_path_factory) -> Path:
     places = {flag: folder / place for flag, place in places.items()}
     # smoke would leave out what is not in things.txt
     run("data", smoke=False, attribution=folder / "ATTRIBUTION.md", **places)
-    run("train_vae", data=folder / "data", output=folder / "vae")
-    run("train_text", data=folder / "data", output=folder / "text")
-    run("train_denoiser", output=folder / "denoiser", others=0.25, **parts(folder))
+    run("train_vae", data=folder / "data", output=folder / "vae", steps=10)
+    run("train_text", data=folder / "data", output=folder / "text", steps=10)
+    run("train_denoiser", output=folder / "denoiser", others=0.25, steps=10, **parts(folder))
     return folder
 
 
@@ -141,9 +141,10 @@ def test_curves_are_drawn_from_a_log(chain, recipe):
 
 
 def test_killed_run_resumes_to_the_same_weights(chain):
-    flags = {**parts(chain), "steps": 30, "save_seconds": 0, "start": chain / "denoiser" / "unet"}
+    flags = {**parts(chain), "steps": 20, "start": chain / "denoiser" / "unet"}
     run("train_denoiser", output=chain / "whole", **flags)
 
+    flags["save_seconds"] = 0
     killed = [sys.executable, *command("train_denoiser", output=chain / "killed", **flags)]
     process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = chain / "killed" / "log.csv"
@@ -153,7 +154,7 @@ def test_killed_run_resumes_to_the_same_weights(chain):
     process.send_signal(signal.SIGKILL)
     process.wait()
     stopped_at = torch.load(chain / "killed" / "checkpoint.pt", weights_only=True)["step"]
-    assert 0 < stopped_at < 30
+    assert 0 < stopped_at < 20
     run("train_denoiser", output=chain / "killed", **flags)
 
     whole, killed = (torch.load(chain / f / "checkpoint.pt", weights_only=True) for f in ("whole", "killed"))

@@ -49,7 +49,8 @@ def rehearse_artists(options: ArtistsOptions, output: Path) -> ArtistsOptions:
     for method, short in SHORT.items():
         if method in options.methods:
             tuned[method] = {**tuned.get(method, {}), **short}
-    return replace(options, model=str(folder), limit=1, steps=2, judges="none", tuned=tuned)
+    few = {"limit": 1, "pictures": [2, 2], "steps": 2}
+    return replace(options, model=str(folder), judges="none", tuned=tuned, **few)
 
 
 def rehearse_classes(options: KDOptions, output: Path) -> KDOptions:
