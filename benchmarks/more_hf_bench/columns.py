@@ -73,10 +73,11 @@ def write_rows(path: str | Path, rows: pd.DataFrame | Sequence[Mapping[str, Any]
 
 
 def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append a row to a CSV file, which is created if needed."""
-    text = pd.DataFrame([row], dtype=object).to_csv(
-        index=False, header=not Path(path).is_file(), lineterminator="\n"
-    )
+    """Append a row to a CSV file, in the order of its columns; the file is created if needed."""
+    is_new = not Path(path).is_file()
+    columns = list(row) if is_new else list(pd.read_csv(path, nrows=0))
+    table = pd.DataFrame([row], dtype=object)[columns]
+    text = table.to_csv(index=False, header=is_new, lineterminator="\n")
     with open(path, "a", encoding="utf-8", newline="") as file:
         file.write(text)
 

@@ -15,7 +15,7 @@ def test_rows_come_back(tmp_path):
             {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
         ]
     assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
-    append_row(path, {"prompt": "", "n": 4, "lpips": 0.25})
+    append_row(path, {"n": 4, "lpips": 0.25, "prompt": ""})
     assert read_cells(path)[2] == {"prompt": "", "n": "4", "lpips": "0.25"}
     assert read_cells(tmp_path / "none.csv") == []
 
