@@ -31,16 +31,9 @@ from more_hf_bench.splits import ImageSet
 HERE = Path(__file__).parent
 FASHION = [name for name in CLASSIFIERS if name.startswith("fashion")]
 COLUMNS = (
-    "classifier",
-    "images",
-    "d",
-    "seconds_forward",
-    "seconds_erase",
-    "overhead",
-    "overhead_each",
-    "peak_extra_mib",
-    "statistics_mib",
-)
+    "classifier", "images", "d", "seconds_forward", "seconds_erase", "overhead", "overhead_each",
+    "peak_extra_mib", "statistics_mib",
+)  # fmt: skip
 NOTE = """# What `erase_classes` costs beyond a forward pass
 
 The erasure and a bare forward pass over the same images take turns batch by batch, and the fastest of \

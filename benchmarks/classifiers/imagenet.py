@@ -43,19 +43,9 @@ HELD_OUT = (
 SHOWN = (985, 291, 293)  # daisy, lion, cheetah: what a human sees in the held-out pictures, forgotten first
 SIZES = (1, 10, 100)
 COLUMNS = (
-    "forgotten",
-    "solver",
-    "seconds",
-    "peak_mib",
-    "condition_number",
-    "right_before",
-    "right_after",
-    "agreement",
-    "agreement_top5",
-    "views",
-    "still_recognised",
-    "views_forgotten",
-)
+    "forgotten", "solver", "seconds", "peak_mib", "condition_number", "right_before", "right_after",
+    "agreement", "agreement_top5", "views", "still_recognised", "views_forgotten",
+)  # fmt: skip
 NOTE = """# One, ten and a hundred of a thousand classes
 
 timm's `tf_efficientnet_lite0` (k = 1000 classes, d = 1280 features) with the ImageNet-1k weights of the \

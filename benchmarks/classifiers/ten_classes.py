@@ -45,16 +45,9 @@ METHODS = {
 }
 DRAWS = 5  # calls over which a random router's accuracies are averaged
 COLUMNS = (
-    "forget",
-    "method",
-    "acc_rt_before",
-    "acc_rt",
-    "acc_ft_before",
-    "acc_ft",
-    "acc_rt_reloaded",
-    "acc_ft_reloaded",
-    "met",
-)
+    "forget", "method", "acc_rt_before", "acc_rt", "acc_ft_before", "acc_ft", "acc_rt_reloaded",
+    "acc_ft_reloaded", "met",
+)  # fmt: skip
 NOTE = """# Each class forgotten in turn
 
 Test accuracy in percent on the remaining classes (acc_rt) and on the forgotten one (acc_ft). `met`: \

@@ -32,16 +32,9 @@ HERE = Path(__file__).parent
 PACKAGED = HERE.parents[1] / "more_hf" / "data" / "classifiers"
 CHOICES = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "shift", "seed")
 README_COLUMNS = (
-    "name",
-    "dataset",
-    "model",
-    "parameters",
-    "kilobytes",
-    "accuracy_training",
-    "accuracy_test",
-    "epochs",
+    "name", "dataset", "model", "parameters", "kilobytes", "accuracy_training", "accuracy_test", "epochs",
     "minutes",
-)
+)  # fmt: skip
 
 
 def main() -> None:

@@ -21,15 +21,8 @@ from torch import nn
 
 
 PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "lpips",
-    "open_clip_torch",
-    "numpy",
-)
+    "torch", "diffusers", "transformers", "accelerate", "safetensors", "lpips", "open_clip_torch", "numpy",
+)  # fmt: skip
 
 
 def processes(device: torch.device | None = None) -> PartialState:

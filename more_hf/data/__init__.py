@@ -9,17 +9,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 EMOJI_ARTISTS = (
-    "Twemoji",
-    "Noto",
-    "Blobmoji",
-    "Fluent",
-    "Microsoft Flat",
-    "High Contrast",
-    "EmojiOne",
-    "Monotone",
-    "Firefox OS",
-    "Streamline",
-)
+    "Twemoji", "Noto", "Blobmoji", "Fluent", "Microsoft Flat", "High Contrast", "EmojiOne", "Monotone",
+    "Firefox OS", "Streamline",
+)  # fmt: skip
 """The artists that the embedded pipeline was trained on, in the spelling of its captions."""
 
 

@@ -16,13 +16,8 @@ from ..core.errors import ExportError, IncompatibleBaseError, MoreError
 
 # Errors of the network and the memory, for which no file is to blame.
 PASSED_ON = (
-    MoreError,
-    HTTPError,
-    ConnectionError,
-    LocalEntryNotFoundError,
-    MemoryError,
-    torch.OutOfMemoryError,
-)
+    MoreError, HTTPError, ConnectionError, LocalEntryNotFoundError, MemoryError, torch.OutOfMemoryError,
+)  # fmt: skip
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # the suffixes of files that can carry code
 

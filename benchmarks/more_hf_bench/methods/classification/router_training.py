@@ -29,14 +29,8 @@ LOSSES = ("remain", "forget", "balance")
 T_B = ("remain", "balance")  # what the paper calls -T-B
 # the seven rows that Table 15 has for each router, in its order
 COMBINATIONS = (
-    ("remain",),
-    ("forget",),
-    ("balance",),
-    ("remain", "forget"),
-    ("forget", "balance"),
-    T_B,
-    LOSSES,
-)
+    ("remain",), ("forget",), ("balance",), ("remain", "forget"), ("forget", "balance"), T_B, LOSSES,
+)  # fmt: skip
 
 
 def train_router(model: nn.Module, data: Iterable[Any], **options: Any) -> None:
