@@ -59,9 +59,9 @@ def erasure_by_chance(pipe, denoiser, seed, close=False, router=None):
     return erasure
 
 
-def proof_of(denoiser, erasure):
-    """Install the edit with its proof, take it back, and return what was measured."""
-    prove = prover(denoiser, erasure, None)
+def proof_of(denoiser, erasure, prove=None):
+    """Install the edit with its proof, by default all of it, take it back, and return what was measured."""
+    prove = prove or prover(denoiser, erasure, None)
     install(denoiser.module, erasure, hooked_modules(denoiser), prove, keep_originals=True)
     uninstall(denoiser.module, hooked_modules(denoiser))
     return erasure.proof
@@ -89,13 +89,13 @@ def sees_left_out(denoiser, erasure, name):
     return refused(lambda: prove_no_other_way(partly, features))
 
 
-def sees_old_weight(denoiser, erasure, name):
-    """Whether the second part sees a layer that computes with the weight from before the edit."""
+def sees_old_weight(denoiser, erasure, name, prove=None):
+    """Whether the second part, `prove`, sees a layer that computes with the weight from before the edit."""
     layer = erasure.sites[name].module
     weight, bias = layer.weight.detach().clone(), layer.bias
     compute = conv2d if weight.ndim == 4 else linear
     layer.forward = lambda z: compute(z, weight, bias)
     try:
-        return refused(lambda: proof_of(denoiser, erasure))
+        return refused(lambda: proof_of(denoiser, erasure, prove))
     finally:
         del layer.forward

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from support.compare import changed, state
-from support.families import build, images
+from support.families import Built, build, copied, images
 from support.pipelines import ONE_ATTENTION
 
 import more_hf
@@ -31,6 +31,12 @@ SETTINGS = {
     "tea": {"prompts": 2},
     "oce": {"expand": None},  # six prompts would span all four outputs of the smallest tiny layers
 }
+
+
+@pytest.fixture(scope="module")
+def originals():
+    """Not to be modified."""
+    return Built(build)
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +97,8 @@ def test_inside_the_denoiser(name, softness, tiny_sd, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TEXT_LAYERS)
 @pytest.mark.parametrize("name", [name for name in DIFFUSION if name not in INSIDE])
-def test_works_or_refuses_before_anything_is_changed(name, family, tiny_sd):
-    pipe = build(family)
+def test_works_or_refuses_before_anything_is_changed(name, family, originals, tiny_sd):
+    pipe = copied(originals[family])
     before = state(pipe)
     if name in EVERY_FAMILY or (name in KEYS_AND_VALUES and family == "sdxl"):
         found = run(name, pipe)
@@ -120,8 +126,8 @@ def feature(pipe, name):
 
 
 @pytest.mark.parametrize("name", ["uce", "uce-paper", "rece", "speed"])
-def test_sends_the_concept_to_its_target_in_sdxl(name):
-    pipe = build("sdxl")
+def test_sends_the_concept_to_its_target_in_sdxl(name, originals):
+    pipe = copied(originals["sdxl"])
     before = state(pipe)
     c, g = feature(pipe, CONCEPT), feature(pipe, TARGET)
     edited = changed(run(name, pipe), before)
@@ -130,16 +136,16 @@ def test_sends_the_concept_to_its_target_in_sdxl(name):
         assert (after[key] @ c - before[key] @ g).norm() < 0.6 * (before[key] @ (c - g)).norm()
 
 
-def test_cure_takes_the_concept_out_of_sdxl():
-    pipe = build("sdxl")
+def test_cure_takes_the_concept_out_of_sdxl(originals):
+    pipe = copied(originals["sdxl"])
     before, c = state(pipe), feature(pipe, CONCEPT)
     edited = changed(run("cure", pipe), before)
     after = state(pipe)
     assert all((after[key] @ c).norm() < 0.9 * (before[key] @ c).norm() for key in edited)
 
 
-def test_oce_rotates_what_sdxl_makes_of_the_concept():
-    pipe = build("sdxl")
+def test_oce_rotates_what_sdxl_makes_of_the_concept(originals):
+    pipe = copied(originals["sdxl"])
     before, c = state(pipe), feature(pipe, CONCEPT)
     edited = changed(run("oce", pipe), before)
     after = state(pipe)
