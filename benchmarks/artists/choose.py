@@ -60,35 +60,23 @@ CROSSED = "the best two"
 SHOWN = ("style_f", "content_f", "style_r", "content_r", "lpips_f", "lpips_r", "lpips_none", "score")
 
 # Name to what differs from the centre: fields of `ConceptRequest`, `sigma` (which prompts are behind Σ: the
-# general ones,
-# or one of N) and `targets` (how many).
+# general ones, or one of N) and `targets` (how many).
 CENTRE = {"solver": "covariance", "tokens": "positions"}
 FACTORS = {
     "centre": {},
-    "tokens=last": {"tokens": "last"},
-    "tokens=subject": {"tokens": "subject"},
-    "tokens=end": {"tokens": "end"},
-    "tokens=subject+end": {"tokens": "subject+end"},
+    **{f"tokens={tokens}": {"tokens": tokens} for tokens in ("last", "subject", "end", "subject+end")},
     "solver=pinv": {"solver": "pinv"},
     "solver=pinv retain=artists": {"solver": "pinv", "retain": "artists"},
     "solver=pinv retain=artists+things": {"solver": "pinv", "retain": "artists+things"},
-    "retain=artists (in Σ)": {"retain": "artists"},
-    "retain=things (in Σ)": {"retain": "things"},
-    "shrinkage=1e-6": {"shrinkage": 1e-6},
-    "shrinkage=1e-5": {"shrinkage": 1e-5},
-    "shrinkage=1e-3": {"shrinkage": 1e-3},
-    "shrinkage=1e-2": {"shrinkage": 1e-2},
+    **{f"retain={names} (in Σ)": {"retain": names} for names in ("artists", "things")},
+    **{f"shrinkage={part}": {"shrinkage": float(part)} for part in ("1e-6", "1e-5", "1e-3", "1e-2")},
     "templates=two": {"templates": BARE},
     "templates=styles": {"templates": STYLE_TEMPLATES},
     "sigma=general": {"sigma": "general"},
-    "sigma=1 of 4": {"sigma": 4},
-    "sigma=1 of 12": {"sigma": 12},
-    "targets=2": {"targets": 2},
-    "targets=3": {"targets": 3},
-    "targets=9": {"targets": 9},
+    **{f"sigma=1 of {n}": {"sigma": n} for n in (4, 12)},
+    **{f"targets={n}": {"targets": n} for n in (2, 3, 9)},
     "remap_to=None": {"targets": 0},
-    "targets=3 router=random": {"targets": 3, "router": "random"},
-    "targets=3 router=hash": {"targets": 3, "router": "hash"},
+    **{f"targets=3 router={name}": {"targets": 3, "router": name} for name in ("random", "hash")},
 }
 
 

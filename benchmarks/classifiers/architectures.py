@@ -35,55 +35,26 @@ from more_hf_bench.script import argument_parser
 
 HERE = Path(__file__).parent
 CLASSES, TOKENS = 4, 10
-KINDS = {
-    "image": "IMAGE",
-    "video": "VIDEO",
-    "sound": "AUDIO",
-    "text": "SEQUENCE",
-}
+KINDS = {"image": "IMAGE", "video": "VIDEO", "sound": "AUDIO", "text": "SEQUENCE"}
 # what makes a configuration small, wherever it has the argument
 SMALL = {
-    "hidden_size": 32,
-    "d_model": 32,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "d_ff": 48,
-    "vocab_size": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **dict.fromkeys(("hidden_size", "d_model"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48),
+    **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 # of images and sounds the configurations stay as they are but for the depth
 SHALLOW = {
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "num_spatial_layers": 1,
-    "num_temporal_layers": 1,
-    "num_auxiliary_layers": 1,
-    "num_pooler_layers": 1,
-    "num_frames": 4,
-    "frames_per_clip": 4,
-    "crop_size": 64,
+    **dict.fromkeys(("num_hidden_layers", "num_layers"), 2),
+    **{f"num_{kind}_layers": 1 for kind in ("spatial", "temporal", "auxiliary", "pooler")},
+    **{"num_frames": 4, "frames_per_clip": 4, "crop_size": 64},
 }
 # attention in a low-rank latent
 LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
+    **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16},
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"), 8),
 }
 MIXED = {"num_hidden_layers": 4}  # every fourth layer is one of attention
 # what a configuration needs besides
