@@ -159,7 +159,8 @@ def _copy_checked(
             f"{', '.join(map(str, others[:5]))}. They could be the original, or restore it (a LoRA of the "
             "erasure). Remove them, or replace links by files, then push."
         )
-    if behind := [str(path) for path in contents.aside if path not in named]:
+    # the picture goes up under another name
+    if behind := [str(path) for path in contents.aside if path not in (*named, Path(COMPARED))]:
         logger.warning("Not pushed, because `save` did not write it: %s.", ", ".join(behind))
     if include_delta and Path(DELTA) not in contents.saved:
         raise ExportError(

@@ -108,6 +108,8 @@ def test_a_folder_of_files_by_the_command(saved, capsys):
     assert main(["push", str(place / "out"), "me/it", "--dry_run", str(place / "push")]) == 0
     card = (place / "push" / "README.md").read_text("utf-8")
     assert "image" not in card.split("## What was done")[0]
+    assert "(before_after.png)" in card
+    assert "Not pushed" not in capsys.readouterr().err
 
 
 @pytest.fixture
