@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLASSES = 20  # at most, where there may be a thousand
-IMAGES = {"train": 24, "test": 20}  # of each class
-WIDTH, TOO_NARROW = 64, 16  # of a ViT or ResNet; for more classes than features, as ImageNet has for ViT-B/16
+IMAGES = {"train": 12, "test": 10}  # of each class
+WIDTH, TOO_NARROW = 32, 16  # of a ViT or ResNet; for more classes than features, as ImageNet has for ViT-B/16
 
 # What takes long, of the methods that train
 SHORT = {
