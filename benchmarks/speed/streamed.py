@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -41,10 +40,13 @@ def timed(seconds: list[float]) -> Iterator[None]:
     seconds.append(time.process_time() - start)
 
 
-def stream(labels: Tensor, means: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features around the means of their classes, with a spectrum that falls as 1/i, and labels."""
+def stream(labels: Tensor, means: Tensor, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """
+    Features around the means of their classes, with a spectrum that falls as 1/i, and labels; from a
+    batch on.
+    """
     spectrum = torch.arange(1, means.shape[1] + 1).rsqrt()
-    for batch, own in enumerate(labels.split(BATCH)):
+    for batch, own in enumerate(labels.split(BATCH)[first:], first):
         generator = torch.Generator().manual_seed(batch)
         noise = torch.randn(len(own), means.shape[1], generator=generator)
         yield means[own] + noise * spectrum, own
@@ -56,7 +58,7 @@ def run_pass(labels: Tensor, means: Tensor, file: Path, second_moment: bool) -> 
     saved = torch.load(file) if file.exists() else {"batches": 0, "seconds": 0.0}
     if saved["batches"]:
         fitter.totals = Totals(**saved["totals"])
-    for z, y in islice(stream(labels, means), saved["batches"], None):
+    for z, y in stream(labels, means, saved["batches"]):
         seconds = [saved["seconds"]]
         with timed(seconds):
             fitter.update(z, y)
