@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from optimum.quanto.library.extensions import cpp
-from optimum.quanto.library.unpack import unpack
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
@@ -77,6 +76,10 @@ def bitsandbytes_on_the_cpu(patch):
 
 def quanto_without_compiler(patch):
     """Let quanto unpack 4 bits in Python: it would compile that for half a minute, once an environment."""
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
     patch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
 
 
