@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from more_hf.cli.main import main
+from more_hf.diffusion.prompts import packaged_prompts
 from more_hf_bench.attacks.store import AttackConfig
 from more_hf_bench.attacks.tables import write_outputs
 from more_hf_bench.columns import read_cells, read_rows
@@ -141,6 +142,8 @@ def test_an_edit_belongs_to_a_precision(script, monkeypatch):
     from support.quantized import quanto_without_compiler
 
     quanto_without_compiler(monkeypatch)
+    few = packaged_prompts("emoji_prompts.txt")[::8]  # behind Σ
+    monkeypatch.setattr("more_hf.diffusion.ordinary.everyday_prompts", lambda tokenizer: few)
     precision = script("geometry", "precision")
     committed = pd.read_csv(precision.HERE / "precision.csv")
     measured = pd.DataFrame(precision.measure(["Blobmoji", "Fluent"]))
