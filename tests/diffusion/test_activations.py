@@ -413,7 +413,8 @@ def test_other_families(family):
     pipe = build(family)
     before = {name: value.clone() for name, value in state(find_denoiser(pipe).module).items()}
     sampling = {**TINY[family].call, "num_inference_steps": 4, "height": 32, "width": 32}
-    erase(pipe, request_for(sampling=sampling))
+    everyday = ("a red house", "two dogs", "the sea at night")
+    erase(pipe, request_for(sampling=sampling, everyday=everyday))
     erasure = more_hf.get_erasure(pipe)
     assert inner_sites(pipe)
     assert erasure.proof["layer_error"] < 4
