@@ -39,9 +39,10 @@ NEUTRAL = ""  # the prompt that is read beside a picture's own
 FIT, THRESHOLD, TRIAL = "fit", "threshold", "trial"
 ROLES = (FIT, THRESHOLD, FIT, TRIAL)
 HEARD = (FIT, THRESHOLD)
-# The gates that are tried; a strength of 0 writes nothing.
-QUANTILES = (0.99, 0.999)
+# The gates that are tried, the widest first; a strength of 0 writes nothing.
+QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 STRENGTHS = (0, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
+ENOUGH = 0.8  # how far the concept's pictures have to move, as of `moved`
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,12 @@ def drawn(pipe: StableDiffusionPipeline, request: ConceptRequest) -> dict[str, S
 
 
 def moved(before: Tensor, after: Tensor) -> float:
-    """How far predictions moved: the mean square of the difference, as a share of their own."""
-    return float((after - before).square().mean() / before.square().mean())
+    """
+    How far predictions `(n, ...)` moved: the mean of ‖p' − p‖ / ‖p‖. Of their squares' mean, which a few
+    pictures decide, pictures' LPIPS says little.
+    """
+    changes = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+    return float(changes.mean())
 
 
 def gates_within(
@@ -284,7 +289,8 @@ def gates_within(
     hidden: Mapping[str, Tensor],
 ) -> dict[str, Gate]:
     """
-    By block, the gates that move the concept's pictures most and others' no further than the price.
+    By block, gates that move others' pictures no further than the price: the widest that move the concept's
+    enough, or else those that move them most.
 
     Args:
         price (`float`): as of `moved`, in the mean over `others`.
@@ -303,12 +309,16 @@ def gates_within(
             put_into(trial.unet.get_submodule(name).ff, [gate], hidden[name])
         return sum(moved(before[pictures], pictures.predictions(trial)) for pictures in shown) / len(shown)
 
-    # Stronger gates move others further: for each quantile, the strongest within the price.
+    # Whoever looks for another way shifts features until the gates shut, which takes more where they open
+    # widely: so take the widest that move the concept enough, each as strong as the price allows.
     found = []
     for quantile in QUANTILES:
+        # stronger gates move others further
         within = bisect_right(STRENGTHS, price, key=lambda strength: moves(strength, quantile, others))
         strength = STRENGTHS[max(within - 1, 0)]
         found.append((moves(strength, quantile, [own]), strength, quantile))
+        if found[-1][0] >= ENOUGH:
+            break
     return gates(*max(found)[1:])
 
 
@@ -318,7 +328,7 @@ def more_gates(
     *,
     remap_to: Targets,
     retain: Retained,
-    price: float = 0.02,
+    price: float = 0.08,
     pictures: int = 32,
     sampling_steps: int = 10,
     guidance: float = 4.0,

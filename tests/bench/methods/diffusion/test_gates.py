@@ -100,7 +100,7 @@ def test_the_weights_change_by_a_lora_and_the_biases_do_too(concepts):
     assert not changes["net.2.bias"].any()
 
 
-def test_the_gates_that_move_the_concept_most_within_the_price(tiny_sd, monkeypatch):
+def test_the_widest_gates_within_the_price_that_move_the_concept_enough(tiny_sd, monkeypatch):
     monkeypatch.setattr(gates, "QUANTILES", (0.9,))
     monkeypatch.setattr(gates, "STRENGTHS", (0, 10, 100))
     pipe = tiny_sd("1")
@@ -140,6 +140,14 @@ def test_the_gates_that_move_the_concept_most_within_the_price(tiny_sd, monkeypa
     assert middle == pytest.approx(10)
     assert cost_of_weakest < cost < cost_of_strongest
 
+    # the first quantile that moves the concept enough, or the one that moves it most: the wider one
+    monkeypatch.setattr(gates, "QUANTILES", (0.9, 0.5))
+    for enough, quantile in ((0, 0.9), (1e9, 0.5)):
+        monkeypatch.setattr(gates, "ENOUGH", enough)
+        found = gates_within(1e9, pipe, own, others, readings, hidden)
+        name = next(iter(found))
+        assert found[name].threshold == float(readings[name].others[int(quantile * 99)])
+
 
 def test_plain_diffusers_loads_an_erased_pipeline_of_the_same_shapes(tiny_sd, tmp_path):
     pipe = tiny_sd("1")
@@ -163,3 +171,12 @@ def test_a_denoiser_without_gates_is_refused_unchanged(tiny_sd, monkeypatch):
     with pytest.raises(MoreError, match="no feed-forward layers with GEGLU"):
         more_gates(pipe, "van gogh", remap_to=["claude monet"], retain=None)
     assert all(torch.equal(weight, before[name]) for name, weight in pipe.unet.state_dict().items())
+
+
+def test_what_moved_is_a_mean_over_pictures_of_relative_lengths():
+    before = normal(4, 3, 2)
+    one, all_of_them = before.clone(), 1.25 * before
+    one[0] *= 2
+    assert moved(before, one) == pytest.approx(0.25)
+    assert moved(before, all_of_them) == pytest.approx(0.25)
+    assert moved(before, before) == 0
