@@ -6,12 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from diffusers import (
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from more_hf.tuning.judge import lpips_distance
 
@@ -183,29 +180,9 @@ def prompts_of(kind: str, victim: Victim, shown: Pictures) -> list[str]:
 
 def drawn_on(victim: Victim, images: Tensor, prompts: Sequence[str], strength: float, steps: int) -> Tensor:
     """Pictures that the victim draws on from others, uint8 `(n, 3, H, W)`."""
-    return drawn_by(StableDiffusionImg2ImgPipeline, victim, images, prompts, steps, strength=strength)
-
-
-def filled_in(victim: Victim, images: Tensor, prompts: Sequence[str], steps: int) -> Tensor:
-    """The left half that the victim draws beside a picture's right half, and the other way round."""
-    left = torch.zeros_like(images[:1, :1])
-    left[..., : images.shape[-1] // 2] = 1
-    drawn = []
-    for mask in (left, 1 - left):
-        # The half that is drawn is hidden first: the VAE's norms would tell the other half of it.
-        beside = torch.where(mask.bool(), GRAY, images)
-        settings = {"strength": 1.0, "mask_image": mask.float()}
-        drawn.append(drawn_by(StableDiffusionInpaintPipeline, victim, beside, prompts, steps, **settings))
-    return torch.where(left.bool(), *drawn)
-
-
-def drawn_by(
-    kind: type, victim: Victim, images: Tensor, prompts: Sequence[str], steps: int, **settings
-) -> Tensor:
-    """What another kind of pipeline draws with the victim's components, uint8 `(n, 3, H, W)`."""
-    pipe, studio = kind(**victim.pipe.components, requires_safety_checker=False), victim.studio
+    pipe = StableDiffusionImg2ImgPipeline(**victim.pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    drawn = []
+    studio, drawn = victim.studio, []
     for start in range(0, len(images), studio.batch_size):
         batch = slice(start, start + studio.batch_size)
         given = images[batch].to(pipe.device).float() / 255
@@ -214,14 +191,59 @@ def drawn_by(
             pipe(
                 list(prompts[batch]),
                 image=given,
+                strength=strength,
                 num_inference_steps=steps,
                 guidance_scale=studio.guidance,
                 generator=generators,
                 output_type="pt",
-                **settings,
             ).images
         )
-    return (torch.cat(drawn).float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return as_uint8(torch.cat(drawn))
+
+
+def filled_in(victim: Victim, images: Tensor, prompts: Sequence[str], steps: int) -> Tensor:
+    """The left half that the victim draws beside a picture's right half, and the other way round."""
+    left = torch.zeros(1, 1, *images.shape[-2:], dtype=torch.bool)
+    left[..., : images.shape[-1] // 2] = True
+    drawn = [drawn_beside(victim, images, hidden, prompts, steps) for hidden in (left, ~left)]
+    return torch.where(left, *drawn)
+
+
+def drawn_beside(
+    victim: Victim, images: Tensor, hidden: Tensor, prompts: Sequence[str], steps: int
+) -> Tensor:
+    """Pictures `(n, 3, H, W)` whose `hidden` part `(1, 1, H, W)` the victim draws from noise: after each step
+    the rest is put back, at its level of noise."""
+    pipe, studio, drawn = victim.pipe, victim.studio, []
+    # It is hidden from the VAE as well, whose norms would tell the rest of it.
+    latents = studio.encode(torch.where(hidden, GRAY, images))
+    drawn_part = interpolate(hidden.float(), latents.shape[-2:]).bool().to(latents.device)
+    for start in range(0, len(images), studio.batch_size):
+        given = latents[start : start + studio.batch_size].to(pipe.unet.dtype)
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(given))]
+        noise = torch.stack([torch.randn(given.shape[1:], generator=g) for g in generators]).to(given)
+
+        def put_back(pipe, step, t, tensors, given=given, noise=noise):
+            later = pipe.scheduler.timesteps[step + 1 : step + 2]
+            rest = pipe.scheduler.add_noise(given, noise, later.expand(len(given))) if len(later) else given
+            return {"latents": torch.where(drawn_part, tensors["latents"], rest)}
+
+        drawn.append(
+            pipe(
+                list(prompts[start : start + len(given)]),
+                latents=noise,
+                num_inference_steps=steps,
+                guidance_scale=studio.guidance,
+                callback_on_step_end=put_back,
+                output_type="pt",
+            ).images
+        )
+    return as_uint8(torch.cat(drawn))
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """Pictures in [0, 1] as uint8, on the CPU."""
+    return (images.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
 def pixels(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
