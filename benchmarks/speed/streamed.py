@@ -145,8 +145,8 @@ def draw(lines: list[dict]) -> Figure:
         for line in of_width:
             if line["what"].startswith("a pass"):
                 axis.axhline(float(line["seconds"]), linestyle=style, color="silver")
-                where = (1, float(line["seconds"]))
-                axis.annotate(f"{line['what']}, {width}, {line['features']} features", where, fontsize=7)
+                what = f"{line['what']}, {width}, {line['features']} features"
+                axis.annotate(what, (1, float(line["seconds"])), fontsize=7, va="bottom")
     axis.set(xlabel="forgotten classes of 1000", ylabel="seconds")
     axis.legend(fontsize=8)
     return figure
