@@ -36,7 +36,8 @@ class Pictures:
             `None`, since it never holds the pictures or where they were.
         name (`str`, *optional*):
             What prompts call it: the layers that read the prompt are edited for this name, too. Without it
-            they stay as they are.
+            they stay as they are, and a name that the model does know still draws it (measured in
+            `benchmarks/attacks/pictures`).
         number, sha256 (*optional*):
             How many pictures there are, and the hash of their files and captions; found in the folder.
 

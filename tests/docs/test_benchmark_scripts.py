@@ -366,6 +366,15 @@ def test_the_table_of_the_sample_is_of_its_rows_and_the_worst_come_first(script,
         assert left
 
 
+def test_the_table_of_given_pictures_is_of_its_rows(script, monkeypatch, tmp_path):
+    given = script("attacks/pictures/given", "given")
+    committed = (given.HERE / "table.md").read_text()
+    monkeypatch.setattr(given, "HERE", tmp_path)
+    given.table()
+    assert (tmp_path / "table.md").read_text() == committed
+    assert [line.split("|")[2].strip() for line in committed.splitlines()[2:]][-1].startswith("given")
+
+
 def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):
     sample = script("attacks/pictures/sample", "sample")
     folder = BENCHMARKS / "attacks/pictures/reach/artists"

@@ -2,7 +2,7 @@
 
     cd benchmarks/attacks/pictures/given
     python given.py pictures --data DATA --folders DIR   # DATA: from ../../../emoji_sd/data.py
-    python given.py run --folders DIR                    # goes on where rows.csv ends
+    python given.py run --folders DIR                    # goes on where styles/rows.csv ends
     python given.py table
 
 The pictures are drawings of the set that the embedded pipeline was trained on, without those held out; what
@@ -35,6 +35,7 @@ from more_hf_bench.script import argument_parser
 
 
 HERE = Path(__file__).parent
+OUTPUT = HERE / "styles"
 SAMPLE = HERE.parent / "sample"
 STYLES = ("High Contrast", "Monotone")
 BESIDE = ("original", "more", "more-denoiser")  # measured in SAMPLE
@@ -92,7 +93,7 @@ def measure(folders: Path, minutes: float) -> None:
 
     end = time.monotonic() + 60 * minutes
     start_from_sample()
-    cells_of_rows(HERE)
+    cells_of_rows(OUTPUT)
     pipe, judges = more_hf.load_emoji_sd(), EmojiJudges()
     targets = read_targets("targets")
     for style in STYLES:
@@ -103,27 +104,27 @@ def measure(folders: Path, minutes: float) -> None:
             run_picture_attacks(
                 pipe, "emoji-sd", [f"given {what}"], list(ATTACKS), [style],
                 prompts=read_prompts(SAMPLE / "styles.csv"), lessons=read_prompts("emoji10_validation"),
-                targets={style: targets[style][:1]}, judges=judges, output=HERE, tuned=ATTACKS, **EMOJI,
+                targets={style: targets[style][:1]}, judges=judges, output=OUTPUT, tuned=ATTACKS, **EMOJI,
             )  # fmt: skip
 
 
 def start_from_sample() -> None:
     """Take over the sample's rows of these styles, which are measured already."""
-    if (HERE / "rows.csv").exists():
+    if (OUTPUT / "rows.csv").exists():
         return
     facts = AttackConfig.read(SAMPLE / "styles").to_dict()
     facts["forget"] = {style: facts["forget"][style] for style in STYLES if style in facts["forget"]}
     facts["methods"] = {name: facts["methods"][name] for name in BESIDE}
-    AttackConfig.from_dict(facts).write(HERE)
+    AttackConfig.from_dict(facts).write(OUTPUT)
     rows = read_rows(SAMPLE / "styles" / "rows.csv").to_dict("records")
     kept = [row for row in rows if row["method"] in BESIDE and row["forget"] in facts["forget"]]
-    write_rows(HERE / "rows.csv", kept)
+    write_rows(OUTPUT / "rows.csv", kept)
 
 
 def table() -> None:
     """Write a line for each style and method."""
     found = defaultdict(dict)
-    for row in read_cells(HERE / "rows.csv"):
+    for row in read_cells(OUTPUT / "rows.csv"):
         found[row["forget"], row["method"]][row["attack"], row["variant"]] = float(row["recovered"])
     lines = []
     for (style, method), measured in found.items():
@@ -134,7 +135,7 @@ def table() -> None:
         lines.append(line)
     order = (*BESIDE, *(f"given {what}" for what in GIVEN))
     lines.sort(key=lambda line: (STYLES.index(line["style"]), order.index(line["method"])))
-    write_text(HERE / "results.md", markdown_table(lines) + "\n")
+    write_text(HERE / "table.md", markdown_table(lines) + "\n")
 
 
 def main() -> None:
