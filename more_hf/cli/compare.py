@@ -14,6 +14,7 @@ from .options import (
     refuse_missing_folder,
     refuse_missing_model,
 )
+from .request import drawing_options
 
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,8 @@ def _compare(args: argparse.Namespace) -> int:
         base = recorded
     original = None if base is None else load_pipeline(read_checkpoint(base), **options)
     logger.info("Drawing %d prompts", len(args.prompts))
-    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    picture = more_hf.compare(
-        pipe,
-        args.prompts,
-        original=original,
-        seed=args.seed,
-        **{name: value for name, value in settings.items() if value is not None},
-    )
+    settings = {"original": original, "seed": args.seed, **drawing_options(args)}
+    picture = more_hf.compare(pipe, args.prompts, **settings)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
     print(f"Open {args.output}.")
