@@ -18,7 +18,7 @@ import torch
 from dataset import load_dataset
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from train_judges import MIN_ARTISTS, THING_FOLDS, describe, held_out, percent
+from train_judges import MIN_ARTISTS, describe, folds_of, held_out, percent
 
 from more_hf.data import load_lpips
 from more_hf.tuning.judge import pooled_features
@@ -60,9 +60,7 @@ def main() -> None:
     others = (common & ~data.chosen).nonzero().flatten()[::EVERY]
     rows = torch.cat([data.chosen.nonzero().flatten(), others])
     artist, thing, chosen = data.artist[rows], data.thing[rows], data.chosen[rows]
-    fold = thing % THING_FOLDS
-    by_thing = [(~chosen | (fold != f), chosen & (fold == f)) for f in range(THING_FOLDS)]
-    by_artist = [(chosen & (artist != a), chosen & (artist == a)) for a in range(len(data.artists))]
+    by_thing, by_artist = folds_of(data, rows)
 
     # 2. For each network, what the judges of each penalty say of the twenty things.
     networks: dict[str, Callable[[Tensor], Tensor]] = {

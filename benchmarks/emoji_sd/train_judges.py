@@ -13,6 +13,7 @@ core.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from more_hf_bench.script import argument_parser
 
 THING_FOLDS = 4
 ARTIST_PENALTY, THING_PENALTY = 1000.0, 300.0
+Fold = tuple[torch.Tensor, torch.Tensor]  # masks: the images fitted on, and the images asked about
 MIN_ARTISTS = 8  # a thing that few artists drew would tell the judge that the artist is one of those few
 
 
@@ -73,14 +75,16 @@ def fit(
     return ridge(z[:, rows].flatten(0, 1), labels[rows].repeat(2), int(labels.max()) + 1, penalty)
 
 
-def held_out(
-    z: torch.Tensor, labels: torch.Tensor, folds: list[tuple[torch.Tensor, torch.Tensor]], penalty: float
-) -> torch.Tensor:
-    """
-    What each image is taken for by a classifier that was not fitted on it, (2, n).
+def folds_of(data: EmojiData, rows: torch.Tensor) -> tuple[list[Fold], list[Fold]]:
+    """Images fitted on and asked about: for judges of artists by things, for those of things by artists."""
+    artist, thing, chosen = data.artist[rows], data.thing[rows], data.chosen[rows]
+    fold = thing % THING_FOLDS
+    by_thing = [(~chosen | (fold != f), chosen & (fold == f)) for f in range(THING_FOLDS)]
+    return by_thing, [(chosen & (artist != a), chosen & (artist == a)) for a in range(len(data.artists))]
 
-    Folds are pairs of masks: the images fitted on, and the images asked about.
-    """
+
+def held_out(z: torch.Tensor, labels: torch.Tensor, folds: list[Fold], penalty: float) -> torch.Tensor:
+    """What each image is taken for by a classifier that was not fitted on it, (2, n)."""
     predicted = torch.full((2, len(labels)), -1)
     for fitted, asked in folds:
         weight, bias = fit(z, labels, fitted, penalty)
@@ -93,22 +97,10 @@ def measure(data: EmojiData, z: torch.Tensor, rows: torch.Tensor) -> dict:
     Percentages by artist on images held out, and what the artist judge takes each artist's real images for.
     """
     artist, thing = data.artist[rows], data.thing[rows]
-    chosen, fold = thing >= 0, thing % THING_FOLDS
-    by_thing = [(~chosen | (fold != f), chosen & (fold == f)) for f in range(THING_FOLDS)]
-    by_artist = [(chosen & (artist != a), chosen & (artist == a)) for a in range(len(data.artists))]
+    chosen, (by_thing, by_artist) = thing >= 0, folds_of(data, rows)
     artist_taken = held_out(z, artist, by_thing, ARTIST_PENALTY)
     thing_taken = held_out(z, thing, by_artist, THING_PENALTY)
-    facts = {
-        key: {}
-        for key in (
-            "artist_accuracy",
-            "thing_accuracy",
-            "artist_accuracy_vae",
-            "thing_accuracy_vae",
-            "confusion",
-            "images",
-        )
-    }
+    facts: dict[str, dict] = defaultdict(dict)
     for a, name in enumerate(data.artists):
         own = chosen & (artist == a)
         for i, suffix in enumerate(("", "_vae")):
