@@ -141,11 +141,7 @@ def prototypes_of(model: nn.Module, z: Tensor) -> more_hf.Prototypes:
 
 
 def measure(
-    model: nn.Module,
-    prototypes: more_hf.Prototypes,
-    z: Tensor,
-    forget: list[int],
-    solver: str,
+    model: nn.Module, prototypes: more_hf.Prototypes, z: Tensor, forget: list[int], solver: str
 ) -> dict[str, object]:
     """Forget classes, let the head read features `(n, d)`, and restore."""
     device = processes().device

@@ -48,12 +48,7 @@ class Column:
 
 def read_rows(path: str | Path) -> pd.DataFrame:
     """Read a CSV file. An empty cell is `""` in a column of `TEXT`, else NaN."""
-    rows = pd.read_csv(
-        path,
-        dtype=dict.fromkeys(TEXT, str),
-        keep_default_na=False,
-        na_values=[""],
-    )
+    rows = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
     texts = rows.columns.intersection(TEXT)
     rows[texts] = rows[texts].fillna("")
     return rows

@@ -32,13 +32,7 @@ class Solution:
 
 
 def make_request(
-    names: Sequence[str],
-    forget: Any,
-    remap_to: Any,
-    *,
-    head: Sequence[str],
-    at: str | None,
-    **options: Any,
+    names: Sequence[str], forget: Any, remap_to: Any, *, head: Sequence[str], at: str | None, **options: Any
 ) -> ClassRequest:
     """
     The request from the arguments of `erase_classes`, classes by name. `names` are the model's classes.

@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import DTYPES, add_command, add_text_encoder
-from .request import (
-    Request,
-    add_layers_only,
-    add_request,
-    erased_pipeline,
-    read_layers_only,
-    read_request,
-)
+from .request import Request, add_layers_only, add_request, erased_pipeline, read_layers_only, read_request
 
 
 if TYPE_CHECKING:

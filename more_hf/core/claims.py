@@ -58,10 +58,7 @@ class Claim(NamedTuple):
 
 
 def claims_of_concepts(
-    request: ConceptRequest,
-    facts: ConceptFacts,
-    guarantees: Mapping[str, float],
-    proof: Mapping[str, float],
+    request: ConceptRequest, facts: ConceptFacts, guarantees: Mapping[str, float], proof: Mapping[str, float]
 ) -> Iterator[Claim]:
     """Yield what may be said of an erasure from a pipeline, by what was asked for, done and measured."""
     if not request.named:

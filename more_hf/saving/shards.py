@@ -23,14 +23,7 @@ from transformers.utils import is_bitsandbytes_available
 from ..core.errors import ExportError, IncompatibleBaseError, PrototypeError
 from ..core.install import edited_weights
 from ..core.record import refuse_erased_source
-from ..core.request import (
-    ENCODER_BITS,
-    ConceptRequest,
-    EncoderBits,
-    check_choice,
-    read_names,
-    with_options,
-)
+from ..core.request import ENCODER_BITS, ConceptRequest, EncoderBits, check_choice, read_names, with_options
 from ..core.site import write_weights
 from ..diffusion.encoder import Encoder
 from ..diffusion.erase import erasure_of_layers

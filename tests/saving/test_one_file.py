@@ -325,10 +325,7 @@ def in_fp8(file):
     [
         (cut, "it was cut off"),
         (cut_in_the_header, "it was cut off"),
-        (
-            saved(["double_blocks.0.txt_attn.qkv.weight", "txt_in.weight"]),
-            "nearest is Flux.*`vector_in",
-        ),
+        (saved(["double_blocks.0.txt_attn.qkv.weight", "txt_in.weight"]), "nearest is Flux.*`vector_in"),
         (saved(["a.weight"]), "no checkpoint of a known model"),
         (saved(["lora_unet_a.lora_up.weight"]), "is a LoRA"),
         (saved(["first_stage_model.decoder.conv_in.weight"]), "a VAE alone"),

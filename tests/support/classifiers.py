@@ -13,12 +13,7 @@ from transformers import (
 )
 
 
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-}
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 def token_classifier(cls=ViTForImageClassification, config=ViTConfig, num_labels=10, **sizes):

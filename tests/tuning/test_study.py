@@ -18,13 +18,7 @@ from more_hf.core.errors import (
 )
 from more_hf.diffusion.sites import find_denoiser, find_sites
 from more_hf.tuning import study as study_module
-from more_hf.tuning.candidates import (
-    find_candidates,
-    find_nameless,
-    kind_of,
-    looks_made_up,
-    packaged_names,
-)
+from more_hf.tuning.candidates import find_candidates, find_nameless, kind_of, looks_made_up, packaged_names
 from more_hf.tuning.clip import Clip, JudgeError
 from more_hf.tuning.judge import Estimate
 from more_hf.tuning.search import Figures, Trial, Workshop, front
@@ -182,10 +176,7 @@ def test_the_study_of_something_else_is_refused(pipe, painter, tmp_path):
     ("changed", "message"),
     [
         ({"candidates": ["Fluent", "noto"]}, "both the concept and in `candidates`"),
-        (
-            {"candidates": ["Fluent", "famous Noto"], "aliases": ["famous Noto"]},
-            "an alias of 'Noto'",
-        ),
+        ({"candidates": ["Fluent", "famous Noto"], "aliases": ["famous Noto"]}, "an alias of 'Noto'"),
         ({"candidates": ["Fluent"]}, "a choice needs at least 2"),
         ({"candidates": ["Fluent", "the artist Noto"]}, "contains 'Noto'"),
         ({"sentences": ["a fox by {}"]}, "`sentences` must be 2 to 8"),

@@ -110,11 +110,7 @@ def load_pretrained(path: str, data: KDData, *, seed: int = 0) -> PreTrainedMode
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = AutoModelForImageClassification.from_pretrained(
-            path,
-            **_labels(data),
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            path, **_labels(data), dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     random = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if others := sorted(key for key in random if "classifier" not in key):

@@ -41,10 +41,7 @@ def percentages(*names: str) -> list[Column]:
 
 
 OWN_HEAD, NEW_HEAD = scores(""), scores("kr_")
-CONVERGED = [
-    *scores("kr_converged_"),
-    *percentages("kr_converged_auc_rest", "kr_converged_auc_target"),
-]
+CONVERGED = [*scores("kr_converged_"), *percentages("kr_converged_auc_rest", "kr_converged_auc_target")]
 # Other attackers: nearest neighbours, a perceptron, and a linear head for the forgotten against all others.
 OTHER_HEADS = [
     Column("kr_knn_acc_ft", "%", "down"),
@@ -143,11 +140,7 @@ def draw_row_accuracies(rows: pd.DataFrame, names: Sequence[str]) -> tuple[dict[
 
 
 def summary_line(
-    method: str,
-    forget: str,
-    rows: pd.DataFrame,
-    columns: Sequence[Column],
-    drawn: Mapping[str, np.ndarray],
+    method: str, forget: str, rows: pd.DataFrame, columns: Sequence[Column], drawn: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """
     One line of a summary: the mean over rows of each column that they have, with the interval of those drawn.

@@ -194,10 +194,7 @@ def write_outputs(output: Path, config: ClassesConfig) -> list[dict[str, Any]]:
 
 
 def _compare(
-    summary: Sequence[Line],
-    columns: Sequence[Column],
-    *,
-    interval_decimals: int | None = None,
+    summary: Sequence[Line], columns: Sequence[Column], *, interval_decimals: int | None = None
 ) -> list[dict[str, Any]]:
     return compare(
         [{**line, "runs": line["seeds"]} for line in summary],

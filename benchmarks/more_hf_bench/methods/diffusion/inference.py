@@ -25,12 +25,7 @@ def original(
 
 
 def random_weights(
-    pipe: DiffusionPipeline,
-    concepts: Concepts,
-    *,
-    remap_to: Targets,
-    retain: Retained,
-    seed: int = 0,
+    pipe: DiffusionPipeline, concepts: Concepts, *, remap_to: Targets, retain: Retained, seed: int = 0
 ) -> DiffusionPipeline:
     """Put in a denoiser of the same form that was never trained. What an attack finds in it is no memory.
 
