@@ -199,19 +199,14 @@ def write_attribution(node_modules: Path, counts: dict[str, int], path: Path) ->
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--node_modules", type=Path, required=True, help="folder with @iconify-json and emojibase-data"
-    )
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--things", type=Path, default=HERE / "things.txt", help="the things the denoiser learns, one a line"
-    )
-    parser.add_argument(
-        "--min_artists", type=int, default=5, help="the VAE sees every thing that this many artists drew"
-    )
-    parser.add_argument("--attribution", type=Path, help="write the table of sets here")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="only the chosen things")
+    add = parser.add_argument
+    add("--node_modules", type=Path, required=True, help="folder with @iconify-json and emojibase-data")
+    add("--output", type=Path, required=True)
+    add("--things", type=Path, default=HERE / "things.txt", help="the things the denoiser learns, one a line")
+    add("--min_artists", type=int, default=5, help="the VAE sees every thing that this many artists drew")
+    add("--attribution", type=Path, help="write the table of sets here")
+    add("--seed", type=int, default=0)
+    add("--smoke", action="store_true", help="only the chosen things")
     args = parser.parse_args()
 
     sets = {

@@ -22,34 +22,27 @@ from more_hf.core.files import replacing
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, batch_size: int, learning_rate: float) -> None:
     """The flags that both training scripts have."""
-    parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="checkpoint.pt, log.csv and the EMA model go here"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder that data.py wrote")
+    add("--output", type=Path, required=True, help="checkpoint.pt, log.csv and the EMA model go here")
+    add(
         "--steps",
         type=int,
         default=steps,
         help="the learning rate reaches zero here, unless --minutes is given",
     )
-    parser.add_argument(
-        "--minutes", type=float, help="anneal over this much training time instead, earlier runs counted in"
-    )
-    parser.add_argument("--batch_size", type=int, default=batch_size)
-    parser.add_argument("--learning_rate", type=float, default=learning_rate)
-    parser.add_argument("--warmup_steps", type=int, default=200)
-    parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the model: 1.4 times as fast on a CPU"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--save_seconds", type=float, default=100)
-    parser.add_argument("--log_every", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model and a few steps, to see that the script runs"
-    )
+    add("--minutes", type=float, help="anneal over this much training time instead, earlier runs counted in")
+    add("--batch_size", type=int, default=batch_size)
+    add("--learning_rate", type=float, default=learning_rate)
+    add("--warmup_steps", type=int, default=200)
+    add("--ema_decay", type=float, default=0.999)
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    add("--compile", action="store_true", help="torch.compile the model: 1.4 times as fast on a CPU")
+    add("--threads", type=int, help="CPU threads")
+    add("--save_seconds", type=float, default=100)
+    add("--log_every", type=int, default=20)
+    add("--seed", type=int, default=0)
+    add("--smoke", action="store_true", help="a tiny model and a few steps, to see that the script runs")
 
 
 def start(

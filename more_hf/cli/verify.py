@@ -20,24 +20,21 @@ def add_to(commands) -> None:
         ),
     )
     add_import(parser)
-    parser.add_argument(
-        "folder", metavar="DIR_OR_FILE", help="a folder or file that `more-hf erase` or `more_hf.save` wrote"
-    )
+    add = parser.add_argument
+    add("folder", metavar="DIR_OR_FILE", help="a folder or file that `more-hf erase` or `more_hf.save` wrote")
     add_text_encoder(parser)
-    parser.add_argument(
+    add(
         "--run",
         dest="runs_model",  # `run` is the command's function
         action="store_true",
         help="also load the denoiser and run it: nothing but the edited layers may read the prompt",
     )
-    parser.add_argument(
+    add(
         "--rerun",
         action="store_true",
         help="also erase again from the original, and compare every tensor: bit for bit, or how far apart",
     )
-    parser.add_argument(
-        "--base", metavar="MODEL", help="that original: a folder, or a Hub id (as the record says)"
-    )
+    add("--base", metavar="MODEL", help="that original: a folder, or a Hub id (as the record says)")
 
 
 def _verify(args: argparse.Namespace) -> int:

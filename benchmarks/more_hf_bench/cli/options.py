@@ -70,16 +70,13 @@ def add_options(parser: argparse.ArgumentParser, kind: type, benchmark: str | No
     Add the flags of a dataclass of options, and of its file; the other options close the description. A
     `benchmark` with presets gets their flags, too.
     """
+    add = parser.add_argument
     if benchmark is not None:
         named = ", ".join(presets(benchmark))
-        parser.add_argument(
-            "--preset", metavar="NAME", help=f"in place of --config: a table of the paper, of {named}"
-        )
-        parser.add_argument(
-            "--rehearse", action="store_true", help="run on small stand-ins, to see that all of it works"
-        )
+        add("--preset", metavar="NAME", help=f"in place of --config: a table of the paper, of {named}")
+        add("--rehearse", action="store_true", help="run on small stand-ins, to see that all of it works")
     parser.set_defaults(benchmark=benchmark)
-    parser.add_argument(
+    add(
         "--config",
         type=Path,
         metavar="FILE",
@@ -90,13 +87,11 @@ def add_options(parser: argparse.ArgumentParser, kind: type, benchmark: str | No
     for option in fields(kind):
         facts = option.metadata
         if "flag" in facts:
-            parser.add_argument(*filter(None, [f"--{option.name}", facts["also"]]), **facts["flag"])
+            add(*filter(None, [f"--{option.name}", facts["also"]]), **facts["flag"])
         else:
             parser.description += f"\n  {option.name}: {facts['help']}"
     add_device(parser, "accelerate's choice")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and pictures"
-    )
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for rows, tables and pictures")
 
 
 def read_options(
