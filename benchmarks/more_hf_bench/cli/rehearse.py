@@ -80,6 +80,7 @@ def rehearse_classes(options: KDOptions, output: Path) -> KDOptions:
         data=str(folder / "data"),
         model=model,
         forget=forget,
+        fraction=0.5,  # of so few images, for some of each class
         tuned=tuned,
         seeds=1,
         epochs=options.epochs if options.epochs == 0 else 1,

@@ -27,6 +27,7 @@ TINY = {
     },
     "text-free": {"pictures": 2, "steps": 2, "corrections": 1, "fresh": [0.5]},
     "image-to-image": {"strengths": [0.5], "prompts": ["empty"], "pictures": 2, "steps": 2},
+    "inpainting": {"prompts": ["empty"], "pictures": 2, "steps": 2},
     "prompt-search": {"timesteps": 1, "iterations": 1, "budgets": [1]},
 }
 

@@ -26,7 +26,7 @@ SETTINGS = {
     "esd": TRAINED,
     "esd-repo": TRAINED,
     "ca": {**TRAINED, "images": 1, "prompts": ["a cat"]},
-    "more-gates": {"pictures": 2, "sampling_steps": 2},
+    "more-gates": {"pictures": 4, "sampling_steps": 2},
     "midsteer": {"pictures": 2, "sampling_steps": 2},
     "tea": {"prompts": 2},
     "oce": {"expand": None},  # six prompts would span all four outputs of the smallest tiny layers
