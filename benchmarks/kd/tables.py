@@ -84,6 +84,8 @@ def main() -> None:
     write("allcnn-paper", read("fashion-mnist-allcnn-paper"), means, kept)
     write("allcnn-weights", read("fashion-mnist-allcnn-weights"), means)
     write("vit-weights", read("fashion-mnist-vit-weights"), means)
+    write("resnet18-weights", read("fashion-mnist-6000-resnet18-weights"), means)
+    write("emoji-100-weights", read("emoji-100-weights"), means)
     write("emoji-100", read("emoji-100"), means)
     for model, folder in FITTED.items():
         write(f"{model}-fitted", read(folder), membership)
