@@ -1,4 +1,4 @@
-"""A style given by its real pictures, without its name, under the attack of ../sample.
+"""A style given by its real pictures, with and without its name, under the attack of ../sample.
 
     cd benchmarks/attacks/pictures/given
     python given.py pictures --data DATA --folders DIR   # DATA: from ../../../emoji_sd/data.py
@@ -39,14 +39,14 @@ OUTPUT = HERE / "styles"
 SAMPLE = HERE.parent / "sample"
 STYLES = ("High Contrast", "Monotone")
 BESIDE = ("original", "more", "more-denoiser")  # measured in SAMPLE
-CAPTIONED = " with captions"
-GIVEN = ("20", "80", "5", f"20{CAPTIONED}")  # pictures
+CAPTIONED, NAMED = " with captions", " and name"
+GIVEN = (f"20{CAPTIONED}{NAMED}", f"20{CAPTIONED}", "20", "80", "5")  # pictures
 SEED = "given"
 
 
 @dataclass(frozen=True)
 class Given(Method):
-    """Erase what a folder for the style shows, by no name."""
+    """Erase what a folder for the style shows, with the style's name or without."""
 
     folders: Path = Path()
     what: str = ""
@@ -55,9 +55,10 @@ class Given(Method):
         """See `Method.load`."""
 
         def erase_given(pipe, concepts, *, remap_to, retain, sampling_steps=10, guidance=4.0):
+            name = concepts[0] if self.what.endswith(NAMED) else None
             return more_hf.erase_concept(
                 pipe,
-                more_hf.Pictures(self.folders / concepts[0] / self.what),
+                more_hf.Pictures(self.folders / concepts[0] / self.what.removesuffix(NAMED), name),
                 remap_to=remap_to,
                 retain=retain,
                 reach="denoiser",
@@ -76,7 +77,7 @@ def write_pictures(data: Path, folders: Path) -> None:
     for style in STYLES:
         of_style = (real.artist == real.artists.index(style)) & real.chosen & ~real.held_out
         drawn = random.Random(f"{SEED} {style}").sample(of_style.nonzero().flatten().tolist(), 80)
-        for what in GIVEN:
+        for what in [what for what in GIVEN if not what.endswith(NAMED)]:
             folder = folders / style / what
             folder.mkdir(parents=True, exist_ok=True)
             for place, i in enumerate(drawn[: int(what.split()[0])]):

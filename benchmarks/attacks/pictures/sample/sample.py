@@ -149,6 +149,8 @@ def table() -> None:
             found[row["method"], row["forget"]][row["attack"], row["variant"]] = float(row["recovered"])
     lines = []
     for (method, name), measured in found.items():
+        if ("others", "no artist") not in measured:  # a run was stopped inside this cell
+            continue
         line = {"method": method, "forget": name, "sent to": concepts[name]["remap_to"]}
         line["half"] = concepts[name]["half"]
         line["by name"] = f"{measured['name', '']:.0f}"
