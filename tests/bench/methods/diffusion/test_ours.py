@@ -13,6 +13,7 @@ from more_hf.core.errors import MoreError, PrototypeError
 from more_hf.core.moment import Moment
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
+from more_hf_bench.methods.diffusion.midsteer import Map
 from more_hf_bench.methods.diffusion.ours import more_paper, without_orthogonalization
 
 
@@ -96,16 +97,14 @@ def test_without_po_is_the_least_change_that_sends_the_forgotten_alone(solver):
 
 
 def test_without_po_and_centered_it_is_midsteer():
-    """MidSteer's map of activations x to A (x − μ) + μ, A = I + Σ^½ (u₂ − u₁) u₁⁺ Σ^−½ with u = Σ^−½ (m − μ),
-    for one concept. With PO the target stays as well, which MidSteer moves on."""
+    """MidSteer's map of activations x to A (x − μ) + μ, whose A `test_it_is_the_papers_matrix` has, for one
+    concept. With PO the target stays as well, which MidSteer moves on."""
     rng = np.random.default_rng(1)
     X = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + 3
     concept, target = rng.normal(size=(2, 6)) + 3
     mean, S = X.mean(0), np.cov(X.T, bias=True)
-    values, vectors = np.linalg.eigh(S)
-    root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
-    u_1, u_2 = inverse @ (concept - mean), inverse @ (target - mean)
-    A = np.eye(6) + root @ np.outer(u_2 - u_1, u_1 / (u_1 @ u_1)) @ inverse
+    fitted = Map.fit(*map(torch.from_numpy, (concept, target, mean, S)))
+    A = np.eye(6) + np.outer(fitted.shift, fitted.reader)
     centered = torch.from_numpy(np.stack([concept, target], 1) - mean[:, None])
     prototypes = Prototypes(centered, ("a", "b"), torch.ones(2)).with_moment(Moment(torch.from_numpy(S), 1))
     metric = {"solver": "covariance", "shrinkage": 1e-13}
