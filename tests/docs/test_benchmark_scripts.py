@@ -372,7 +372,11 @@ def test_the_table_of_given_pictures_is_of_its_rows(script, monkeypatch, tmp_pat
     monkeypatch.setattr(given, "HERE", tmp_path)
     given.table()
     assert (tmp_path / "table.md").read_text() == committed
-    assert [line.split("|")[2].strip() for line in committed.splitlines()[2:]][-1].startswith("given")
+    lines = [line.split("|") for line in committed.splitlines()[2:]]
+    for style in given.GIVEN:
+        after = [line[2].strip().startswith("given") for line in lines if line[1].strip() == style]
+        assert after == sorted(after)
+        assert after[0] is False
 
 
 def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):

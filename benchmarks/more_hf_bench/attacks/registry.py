@@ -58,6 +58,7 @@ ATTACKS: dict[str, Attack] = {
     "similarity": Attack("classes.features:similarity", "features, Retrain"),
     "membership": Attack("classes.membership:membership", "logits, shadow models", on_request=True),
     "name": Attack("pictures.prompts:name", "prompts"),
+    "description": Attack("pictures.prompts:description", "prompts", on_request=True),
     "others": Attack("pictures.prompts:others", "nothing: what the others pay", on_request=True),
     "noise": Attack("pictures.sampling:noise", "prompts, the sampler, a judge"),
     "closed-form": Attack("pictures.weights:closed_form", "weights, the base's"),

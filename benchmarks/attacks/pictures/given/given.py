@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from PIL import Image
 import more_hf
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
+from more_hf.core.request import names_in
+from more_hf.diffusion.prompts import everyday_prompts
 from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.artists.run import EMOJI
@@ -37,10 +39,16 @@ from more_hf_bench.script import argument_parser
 HERE = Path(__file__).parent
 OUTPUT = HERE / "styles"
 SAMPLE = HERE.parent / "sample"
-STYLES = ("High Contrast", "Monotone")
 BESIDE = ("original", "more", "more-denoiser")  # measured in SAMPLE
 CAPTIONED, NAMED = " with captions", " and name"
-GIVEN = (f"20{CAPTIONED}{NAMED}", f"20{CAPTIONED}", "20", "80", "5")  # pictures
+UNHEARD = ", unheard of"  # no ordinary prompt names the style either, as for a name that nobody knows
+GIVEN = {  # pictures
+    "High Contrast": (
+        *(f"{count}{CAPTIONED}{NAMED}" for count in (80, 20, 5)),
+        *(f"20{CAPTIONED}{UNHEARD}", f"20{CAPTIONED}", "20"),
+    ),
+    "Monotone": (f"20{CAPTIONED}{UNHEARD}", f"20{CAPTIONED}{NAMED}"),
+}
 SEED = "given"
 
 
@@ -55,17 +63,27 @@ class Given(Method):
         """See `Method.load`."""
 
         def erase_given(pipe, concepts, *, remap_to, retain, sampling_steps=10, guidance=4.0):
-            name = concepts[0] if self.what.endswith(NAMED) else None
+            style, everyday = concepts[0], None
+            if self.what.endswith(UNHEARD):
+                lines = everyday_prompts(pipe.tokenizer)
+                everyday = [line for line in lines if not names_in(line, style)]
+            name = style if self.what.endswith(NAMED) else None
             return more_hf.erase_concept(
                 pipe,
-                more_hf.Pictures(self.folders / concepts[0] / self.what.removesuffix(NAMED), name),
+                more_hf.Pictures(self.folders / style / folder_of(self.what), name),
                 remap_to=remap_to,
                 retain=retain,
+                everyday=everyday,
                 reach="denoiser",
                 sampling={"num_inference_steps": sampling_steps, "guidance_scale": guidance},
             )
 
         return erase_given
+
+
+def folder_of(what: str) -> str:
+    """The folder of what is given."""
+    return what.removesuffix(NAMED).removesuffix(UNHEARD)
 
 
 def write_pictures(data: Path, folders: Path) -> None:
@@ -74,10 +92,10 @@ def write_pictures(data: Path, folders: Path) -> None:
     from dataset import load_dataset
 
     real = load_dataset(data)
-    for style in STYLES:
+    for style, given in GIVEN.items():
         of_style = (real.artist == real.artists.index(style)) & real.chosen & ~real.held_out
         drawn = random.Random(f"{SEED} {style}").sample(of_style.nonzero().flatten().tolist(), 80)
-        for what in [what for what in GIVEN if not what.endswith(NAMED)]:
+        for what in set(map(folder_of, given)):
             folder = folders / style / what
             folder.mkdir(parents=True, exist_ok=True)
             for place, i in enumerate(drawn[: int(what.split()[0])]):
@@ -96,16 +114,16 @@ def measure(folders: Path, minutes: float) -> None:
     start_from_sample()
     cells_of_rows(OUTPUT)
     pipe, judges = more_hf.load_emoji_sd(), EmojiJudges()
-    targets = read_targets("targets")
-    for style in STYLES:
-        for what in GIVEN:
+    targets, attacks = read_targets("targets"), {**ATTACKS, "description": {}}
+    for style, given in GIVEN.items():
+        DIFFUSION.update({f"given {what}": Given("", folders=folders, what=what) for what in given})
+        for method in (*(f"given {what}" for what in given), *BESIDE):
             if time.monotonic() > end:
                 return
-            DIFFUSION[f"given {what}"] = Given("", folders=folders, what=what)
             run_picture_attacks(
-                pipe, "emoji-sd", [f"given {what}"], list(ATTACKS), [style],
+                pipe, "emoji-sd", [method], list(attacks), [style],
                 prompts=read_prompts(SAMPLE / "styles.csv"), lessons=read_prompts("emoji10_validation"),
-                targets={style: targets[style][:1]}, judges=judges, output=OUTPUT, tuned=ATTACKS, **EMOJI,
+                targets={style: targets[style][:1]}, judges=judges, output=OUTPUT, tuned=attacks, **EMOJI,
             )  # fmt: skip
 
 
@@ -114,7 +132,7 @@ def start_from_sample() -> None:
     if (OUTPUT / "rows.csv").exists():
         return
     facts = AttackConfig.read(SAMPLE / "styles").to_dict()
-    facts["forget"] = {style: facts["forget"][style] for style in STYLES if style in facts["forget"]}
+    facts["forget"] = {style: facts["forget"][style] for style in GIVEN if style in facts["forget"]}
     facts["methods"] = {name: facts["methods"][name] for name in BESIDE}
     AttackConfig.from_dict(facts).write(OUTPUT)
     rows = read_rows(SAMPLE / "styles" / "rows.csv").to_dict("records")
@@ -122,21 +140,30 @@ def start_from_sample() -> None:
     write_rows(OUTPUT / "rows.csv", kept)
 
 
-def table() -> None:
-    """Write a line for each style and method."""
+def lines_of(output: Path, methods: dict[str, Iterable[str]]) -> list[dict[str, str]]:
+    """A line for each style and its methods, as far as they are measured."""
     found = defaultdict(dict)
-    for row in read_cells(OUTPUT / "rows.csv"):
+    for row in read_cells(output / "rows.csv"):
         found[row["forget"], row["method"]][row["attack"], row["variant"]] = float(row["recovered"])
     lines = []
-    for (style, method), measured in found.items():
-        line = {"style": style, "method": method, "by name": f"{measured['name', '']:.0f}"}
-        line["after 150 steps"] = f"{measured['inversion', '1 token']:.0f}"
+    for key in ((style, method) for style, ordered in methods.items() for method in ordered):
+        if ("others", "no artist") not in (measured := found[key]):
+            continue
+        line = {"style": key[0], "method": key[1], "by name": f"{measured['name', '']:.0f}"}
+        if ("description", "") in measured:
+            line["by description"] = f"{measured['description', '']:.0f}"
+        if ("inversion", "1 token") in measured:
+            line["after 150 steps"] = f"{measured['inversion', '1 token']:.0f}"
         line["lpips_r"] = f"{measured['others', 'another artist']:.3f}"
         line["lpips_none"] = f"{measured['others', 'no artist']:.3f}"
         lines.append(line)
-    order = (*BESIDE, *(f"given {what}" for what in GIVEN))
-    lines.sort(key=lambda line: (STYLES.index(line["style"]), order.index(line["method"])))
-    write_text(HERE / "table.md", markdown_table(lines) + "\n")
+    return lines
+
+
+def table() -> None:
+    """Write the lines of all styles."""
+    methods = {style: (*BESIDE, *(f"given {what}" for what in given)) for style, given in GIVEN.items()}
+    write_text(HERE / "table.md", markdown_table(lines_of(OUTPUT, methods)) + "\n")
 
 
 def main() -> None:

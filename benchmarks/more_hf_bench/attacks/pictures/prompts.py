@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from more_hf.diffusion.prompts import evenly
 from more_hf.tuning.judge import lpips_distance
 
-from ...artists.prompts import PromptRow
+from ...artists.prompts import PromptRow, read_prompts
 from ..store import LPIPS, Result, mean_of
 from .training import Noise, Noised, embedded, encode, with_new_tokens
 from .victim import BestPictures, Victim
@@ -22,6 +22,20 @@ from .victim import BestPictures, Victim
 def name(victim: Victim) -> Iterator[Result]:
     """Draw the test prompts as they are: what the others are compared with."""
     yield victim.drawn(victim.pipe, victim.prompts(victim.concept), "name")
+
+
+def description(
+    victim: Victim, *, prompts: str = "emoji_levels", levels: Sequence[str] = ("short", "long")
+) -> Iterator[Result]:
+    """
+    Ask for the concept in other words: draw what a file of prompts, or one that ships with the package, has
+    of it at these levels.
+    """
+    rows = read_prompts(prompts).at(levels).rows
+    rows = [row for row in rows if victim.concept in (row.artist, row.thing)]
+    texts, seeds = [row.prompt for row in rows], [row.evaluation_seed for row in rows]
+    images = victim.studio.draw(victim.pipe, texts, seeds)
+    yield victim.counted(victim.studio.shows(images, rows, victim.concept), images, "description")
 
 
 def others(victim: Victim, *, named: int = 24, unnamed: int = 20) -> Iterator[Result]:

@@ -9,6 +9,7 @@ from support.victims import erase
 from more_hf_bench.attacks.pictures.prompts import (
     SEARCHES,
     breed,
+    description,
     name,
     onto_simplex,
     others,
@@ -100,3 +101,20 @@ def test_others_pay_for_an_edit_alone(tiny_victim):
     assert paid.variant == "another artist"
     (before,) = (drawn for key, drawn in victim.studio._cache.items() if key[0] == "others")
     assert len(before) == 3
+
+
+def test_a_concept_is_asked_for_in_the_words_of_a_file(tiny_victim, tmp_path):
+    words = {
+        "short": "a cat in dark blue swirls",
+        "long": "a cat in thick swirling strokes",
+        "name": "van gogh",
+    }
+    rows = [f"{i},{text},{i},van gogh,{level}" for i, (level, text) in enumerate(words.items())]
+    rows.append("3,a cat in cubes,3,pablo picasso,short")
+    (tmp_path / "words.csv").write_text("\n".join(["case_number,prompt,evaluation_seed,artist,level", *rows]))
+    victim = tiny_victim()
+    asked, draw = [], victim.studio.draw
+    victim.studio.draw = lambda pipe, texts, seeds: asked.append((texts, seeds)) or draw(pipe, texts, seeds)
+    (found,) = description(victim, prompts=str(tmp_path / "words.csv"), levels=["short", "name"])
+    assert asked == [([words["short"], words["name"]], [0, 2])]
+    assert (found.recovered, found.n) == (100, 2)  # the stub sees what it is asked for
