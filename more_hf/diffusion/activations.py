@@ -40,7 +40,7 @@ from .sites import Denoiser, base_layer, find_sites, is_lora
 # The levels of noise are cut into this many equal parts, each with prototypes of its own.
 PARTS = 3
 LEVELS = 2 * PARTS  # levels of noise at which a finished picture is shown, besides pure noise
-BATCH = 8  # pictures drawn together
+BATCH = 8  # pictures drawn together, unless the memory is too small for them
 POSITIONS = 64  # evenly spaced positions of a picture that count
 ROUNDING = 1e-6  # two means over float32 activations that differ by less, as a share, count as equal
 ORDINARY = "ordinary pictures"  # the target of a concept without one
@@ -120,28 +120,22 @@ def record_activations(
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
     bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
     pipe.set_progress_bar_config(disable=True)
-    recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined)
+    resting = next(denoiser.module.parameters()).device
+    recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined, resting=resting)
     # Denoisers that take turns share the levels, so there have to be more.
     shown_with = {**request.sampling, "num_inference_steps": LEVELS * len(denoiser.parts) + 1}
     with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
         given = _given_latents(pipe, request, sent_to, shown_with)
-        for name, first, batch in _batches(prompts):
-            seeds = [(request.seed + i) % 2**63 for i in range(first, first + len(batch))]
-            rows = range(first, first + len(batch))
-            # 1. Draw the pictures, and keep only their latents; given ones take turns.
-            if name in given:
-                latents = [given[name][[i % len(given[name]) for i in rows]]]
-            else:
-                with _capture_latents(pipe) as latents:
-                    call(pipe, batch, seeds, request.sampling, "latent")
+        # 1. Draw the pictures, and keep only their latents.
+        for name, rows, seeds, latents in _drawn(pipe, request, prompts, given):
             # 2. Show them to the denoiser at each level of noise, and listen to its layers.
-            recorder.start(name, len(batch))
+            recorder.start(name, len(rows))
             with (
                 recorder.listening(denoiser.parts.values(), layers),
-                _replay_latents(pipe, latents[-1], seeds, recorder),
+                _replay_latents(pipe, latents, seeds, recorder),
             ):
                 call(pipe, [shown[name][i] for i in rows], seeds, shown_with, "latent")
-            progress.update(len(batch))
+            progress.update(len(rows))
     activations = recorder.activations(sent_to)
     for component, prefix in denoiser.prefixes.items():
         if not any(layer.startswith(prefix) for layer in activations.spaces):
@@ -214,11 +208,36 @@ def _given_latents(
     return given
 
 
-def _batches(prompts: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, int, Sequence[str]]]:
-    """Yield batches of each name's prompts, with the number of the first."""
+def _drawn(
+    pipe: DiffusionPipeline,
+    request: ConceptRequest,
+    prompts: Mapping[str, Sequence[str]],
+    given: Mapping[str, Tensor],
+) -> Iterator[tuple[str, range, list[int], Tensor]]:
+    """
+    Yield each name's pictures in batches: the name, their numbers, seeds and latents. Given ones take turns.
+
+    Where a batch does not fit into the memory, it and all later ones are half as large.
+    """
+    size = BATCH
     for name, sentences in prompts.items():
-        for first in range(0, len(sentences), BATCH):
-            yield name, first, sentences[first : first + BATCH]
+        first = 0
+        while first < len(sentences):
+            rows = range(first, min(first + size, len(sentences)))
+            seeds = [(request.seed + i) % 2**63 for i in rows]
+            try:
+                if name in given:
+                    latents = [given[name][[i % len(given[name]) for i in rows]]]
+                else:
+                    with _capture_latents(pipe) as latents:
+                        call(pipe, [sentences[i] for i in rows], seeds, request.sampling, "latent")
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                size = len(rows) // 2
+                continue
+            yield name, rows, seeds, latents[-1]
+            first = rows.stop
 
 
 def _sentences(request: ConceptRequest, names: Sequence[str], everyday: Sequence[str]) -> list[str]:
@@ -321,12 +340,18 @@ class _Recorder:
             The names among them that are forgotten.
         negatives_last (`bool`):
             Whether a batch with both halves of guidance starts with the prompt's half.
+        resting (`torch.device`):
+            Where the denoiser's weights are while it does not run.
     """
 
-    def __init__(self, names: Iterable[str], concepts: Iterable[str], *, negatives_last: bool):
+    def __init__(
+        self, names: Iterable[str], concepts: Iterable[str], *, negatives_last: bool, resting: torch.device
+    ):
         self.names = list(names)
         self.concepts = set(concepts)
         self.negatives_last = negatives_last
+        # Moments take gigabytes, so those of an offloaded denoiser are kept beside it; MPS has no float64.
+        self.device = resting if resting.type == "cuda" else torch.device("cpu")
         self.spaces: dict[str, str] = {}
         self.fitters: dict[tuple[str, str], PrototypeFitter] = {}  # by space and by what they sum up
         self.last: tuple[str, Tensor | None] = "", None  # the last space and the tensor read there
@@ -365,7 +390,7 @@ class _Recorder:
         if self.part is None:
             return
         # neighboring positions say nearly the same
-        z = z[:, :: math.ceil(z.shape[1] / POSITIONS)]
+        z = z[:, :: math.ceil(z.shape[1] / POSITIONS)].to(self.device)
         # Pictures that must stay count toward Σ, with both halves of guidance ...
         if self.name in (ORDINARY, RETAINED):
             self._fitter(space, self.name, z).update_moment(z)
@@ -385,8 +410,8 @@ class _Recorder:
         return self.fitters[space, kind]
 
     def _moment(self, space: str, kind: str) -> Moment:
-        """A second moment with the weight of one feature."""
-        return replace(self.fitters[space, kind].prototypes.moment, count=1)
+        """Hand over a second moment, with the weight of one feature."""
+        return replace(self.fitters.pop((space, kind)).prototypes.moment, count=1)
 
     @contextmanager
     def listening(self, denoisers: Iterable[nn.Module], layers: Mapping[str, nn.Module]) -> Iterator[None]:

@@ -17,9 +17,6 @@ from ..core.pictures import Pictures
 from .prompts import sentences_around
 
 
-BATCH = 8  # pictures encoded together
-
-
 def check_given(pipe: DiffusionPipeline, given: Pictures) -> None:
     """
     Raises `PrototypeError` if the pictures are not here, and `SiteNotFoundError` if the pipeline has no VAE
@@ -45,7 +42,7 @@ def encode_pictures(pipe: DiffusionPipeline, given: Pictures, size: Sequence[int
     Raises:
         `PrototypeError`: a file is no picture.
     """
-    vae, files, latents = pipe.vae, list(given.captions()), []
+    vae, latents = pipe.vae, []
     processor = VaeImageProcessor(vae_scale_factor=1)  # any size is right
     pack = getattr(pipe, "_pack_latents", None)  # of FLUX: patches in a row
     # as in diffusers, a VAE whose activations exceed half precision runs in float32 meanwhile
@@ -53,9 +50,8 @@ def encode_pictures(pipe: DiffusionPipeline, given: Pictures, size: Sequence[int
     if upcast:
         vae.to(torch.float32)
     try:
-        for first in range(0, len(files), BATCH):
-            pictures = [read_picture(file) for file in files[first : first + BATCH]]
-            pixels = processor.preprocess(pictures, *size, resize_mode="crop")
+        for file in given.captions():  # one by one, since a VAE's activations are large
+            pixels = processor.preprocess(read_picture(file), *size, resize_mode="crop")
             encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
             z = encoded.latent_dist.mode() if isinstance(vae, AutoencoderKL) else encoded.latent
             z = (z - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor

@@ -175,6 +175,32 @@ def test_sentences_that_the_model_knows_come_before_templates():
     assert len(others[RETAINED]) == 6
 
 
+@pytest.mark.parametrize("most", [2, 1])
+def test_batches_are_halved_until_they_fit_into_the_memory(original, activations, most):
+    """The denoiser's memory holds `most` rows, and guidance makes two of each picture."""
+    drawn = []
+
+    def run_out(unet, args):
+        drawn.append(len(args[0]))
+        if drawn[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = original.unet.register_forward_pre_hook(run_out)
+    try:
+        if most == 1:  # not even one picture fits
+            with pytest.raises(torch.OutOfMemoryError):
+                recorded(original)
+            return
+        found = recorded(original)
+    finally:
+        handle.remove()
+    assert [rows for rows in drawn if rows > most] == [2 * PICTURES]  # and never again
+    assert found.spaces == activations.spaces
+    for space, own in activations.prototypes.items():
+        torch.testing.assert_close(found.prototypes[space].matrix, own.matrix, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.own[space].dense, activations.own[space].dense, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_read_the_same_share_a_space(original, activations):
     spaces = activations.spaces
     attention = LAYER.removesuffix("to_q")
@@ -206,8 +232,13 @@ def test_every_inner_layer_is_edited_by_the_regression(original, erased, activat
         expected = weight + weight @ steps @ readers
         torch.testing.assert_close(site.read().double(), expected, rtol=1e-5, atol=1e-6)
         assert (site.read() - weight).norm() > 1e-4 * weight.norm()
-    text = more_hf.get_erasure(erased).remaps["tokens"]
+    erasure = more_hf.get_erasure(erased)
+    text = erasure.remaps["tokens"]
     assert text.verify()["forget_to_target"] < 1e-9  # the name's own edit is there, too
+    # moments are kept for text alone: inside, they would take gigabytes
+    kept = {space for space, remap in erasure.remaps.items() if remap.prototypes.moment is not None}
+    assert kept == {"tokens"} < erasure.remaps.keys()
+    assert erasure.guarantees["denoiser_ordinary_moved"] > 0
 
 
 @pytest.mark.slow
