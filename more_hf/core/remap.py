@@ -204,9 +204,9 @@ class Remap:
         columns = [prototypes.index(name) for name in forget]
         # The metric is the weighted mean of both moments, (C + s Σ) / (1 + s).
         metric = replace(own, count=1) + replace(_moment_of(prototypes), count=softness)
-        root = metric.inverse_root(shrinkage)
         dual = torch.zeros_like(prototypes.matrix.T)
-        dual[columns] = root(root(prototypes.matrix[:, columns])).T / ((1 + softness) * len(columns))
+        read = metric.solve(prototypes.matrix[:, columns], shrinkage)
+        dual[columns] = read.T / ((1 + softness) * len(columns))
         return cls(
             prototypes=prototypes,
             forget=tuple(columns),

@@ -166,3 +166,16 @@ def test_a_thin_metric_is_singular_unless_something_is_added(shrinkage):
 def test_a_thin_metric_that_is_not_finite():
     with pytest.raises(PrototypeError, match="not finite"):
         Remap.fit(problem(torch.full((3, WIDTH), torch.nan)), FORGET, TARGETS, solver="covariance")
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_a_system_is_solved_and_only_with_a_metric(n):
+    moment, X = both(features(n))[0].moment, randn(WIDTH, 3, seed=1)
+    assert moment.is_thin == (n < WIDTH)
+    shrunk = moment.dense + 1e-3 * moment.trace / WIDTH * torch.eye(WIDTH).double()
+    assert worst(moment.solve(X, 1e-3), torch.linalg.solve(shrunk, X)) < 1e-11
+    assert worst(moment.solve(X, 1e-2), torch.linalg.solve(shrunk, X)) > 1e-2
+    with pytest.raises(PrototypeError, match="singular"):
+        Moment(torch.diag(torch.tensor([1.0, 0.0])).double(), 1).solve(X[:2], 0.0)
+    with pytest.raises(PrototypeError, match="not finite"):
+        Moment(torch.nan * moment.dense, n).solve(X, 1e-3)
