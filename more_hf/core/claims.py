@@ -61,21 +61,21 @@ def claims_of_concepts(
     request: ConceptRequest, facts: ConceptFacts, guarantees: Mapping[str, float], proof: Mapping[str, float]
 ) -> Iterator[Claim]:
     """Yield what may be said of an erasure from a pipeline, by what was asked for, done and measured."""
-    if not request.named:
-        pass  # nothing is said to the layers that read text
-    elif request.strength != 1:
-        ending = f"At worst, they end {_left(guarantees, inside=False)} of the way from it."
-        yield Claim("in part", f"{SCALED.format(request.strength)} {ending}")
-    elif facts.solver in EXACT_SOLVERS:
-        yield from _exact(request.remap_to.values(), EXACT, NOTHING)
-    else:
-        yield Claim("in part", f"{SOFT} At worst, {_left(guarantees, inside=False)} of the way is left.")
+    ran = RUN_INSIDE
+    if request.named:
+        ran = RUN
+        if request.strength != 1:
+            ending = f"At worst, they end {_left(guarantees, inside=False)} of the way from it."
+            yield Claim("in part", f"{SCALED.format(request.strength)} {ending}")
+        elif facts.solver in EXACT_SOLVERS:
+            yield from _exact(request.remap_to.values(), EXACT, NOTHING)
+        else:
+            yield Claim("in part", f"{SOFT} At worst, {_left(guarantees, inside=False)} of the way is left.")
+        yield Claim("not exact", SINGLE_PROMPT)
     if request.inside:
         left = _left(guarantees, inside=True)
         yield Claim("in part, inside", f"{INSIDE} At worst, {left} of the way is left.")
-    yield Claim("run", (RUN if request.named else RUN_INSIDE) if proof else NOT_RUN)
-    if request.named:
-        yield Claim("not exact", SINGLE_PROMPT)
+    yield Claim("run", ran if proof else NOT_RUN)
 
 
 def claims_of_classes(facts: ClassFacts) -> Iterator[Claim]:

@@ -123,31 +123,24 @@ class Solution:
         return replace(self, remaps={**self.remaps, **remaps})
 
 
-def prepare(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -> dict[str, Problem]:
+def prepare(
+    encoder: Encoder,
+    request: ConceptRequest,
+    prototypes: Mapping[str, Prototypes] | None = None,
+    *,
+    metric: bool = True,
+) -> dict[str, Problem]:
     """
-    Fit the prototypes, and Σ if a `metric` is needed, and draw every expert's targets. Changes nothing.
+    Draw every expert's targets, and fit the prototypes, with Σ if a `metric` is needed, unless those of
+    exactly the request's names are given. No problem is left where nothing that is forgotten has a name: the
+    layers that read text stay as they are. Changes nothing.
 
     The same request draws the same targets for all spaces, and the same text encoders give the same
     prototypes; `verify` relies on both.
     """
-    return pose(encoder, request, fit_request(encoder, request, metric=metric))
-
-
-def fit_request(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -> dict[str, Prototypes]:
-    """The prototypes of every name in a request, by the requested token positions, with Σ if asked for."""
-    names = [*request.surfaces, *request.targets, *request.retain]
-    # The prompts of retained names count towards Σ; `verify` of an exact edit needs none.
-    retained_prompts = encoder.prompts_of(request.retain) if metric else {}
-    prototypes = fit_prototypes(encoder, names, request.tokens, sigma_prompts=retained_prompts)
-    return with_ordinary_moment(prototypes, encoder, request) if metric else prototypes
-
-
-def pose(
-    encoder: Encoder, request: ConceptRequest, prototypes: Mapping[str, Prototypes]
-) -> dict[str, Problem]:
-    """
-    The problem of each space: its prototypes, of exactly the request's names, and every expert's targets.
-    """
+    if not request.named:
+        return {}
+    prototypes = prototypes or fit_request(encoder, request, metric=metric)
     # 1. The kinds of prototype of the requested token positions.
     choices = {}
     for tokens in token_choices(request):
@@ -176,6 +169,15 @@ def pose(
     return problems
 
 
+def fit_request(encoder: Encoder, request: ConceptRequest, *, metric: bool = True) -> dict[str, Prototypes]:
+    """The prototypes of every name in a request, by the requested token positions, with Σ if asked for."""
+    names = [*request.surfaces, *request.targets, *request.retain]
+    # The prompts of retained names count towards Σ; `verify` of an exact edit needs none.
+    retained_prompts = encoder.prompts_of(request.retain) if metric else {}
+    prototypes = fit_prototypes(encoder, names, request.tokens, sigma_prompts=retained_prompts)
+    return with_ordinary_moment(prototypes, encoder, request) if metric else prototypes
+
+
 def token_choices(request: ConceptRequest) -> tuple[str, ...]:
     """The token positions that may make prototypes: the requested ones, then fewer if they cost too much."""
     if request.solver == "auto" and request.tokens == "positions":
@@ -199,7 +201,8 @@ def solve(
     Raises:
         `PrototypeError`: a name is wrong, or no exact edit exists where one is needed.
     """
-    if not request.named:  # the layers that read text stay as they are
+    problems = prepare(encoder, request, prototypes)
+    if not problems:
         experts = draw_experts(
             [names or (None,) for names in request.remap_to.values()],
             request.num_experts,
@@ -209,7 +212,6 @@ def solve(
         return Solution(
             {}, request.tokens, "no layer that reads the prompt is edited", {}, _sent_to(request, experts)
         )
-    problems = pose(encoder, request, prototypes or fit_request(encoder, request))
     if request.solver != "auto":
         return _solution(problems, (request.solver,), request.tokens, "as asked for")
 

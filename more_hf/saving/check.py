@@ -349,8 +349,6 @@ def removed_from(encoder: Encoder, request: ConceptRequest, facts: ConceptFacts)
         `ExportError`: as from `refuse_weak`.
     """
     refuse_weak(request)
-    if not request.named:  # no layer that reads text is edited
-        return {}
     if facts.solver == "soft":
         remaps = solve(encoder, request).remaps
         return {space: remap.removed(SOFT_SHARE) for space, remap in remaps.items()}
