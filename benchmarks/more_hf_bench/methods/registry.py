@@ -81,6 +81,7 @@ DIFFUSION: dict[str, Method] = {
     "more-denoiser-hard": Method(".diffusion.ours:more_denoiser_hard", role="appendix"),
     "more-gates": Method(".diffusion.gates:more_gates", role="appendix"),
     "midsteer": Method(".diffusion.midsteer:midsteer", role="appendix"),
+    "care": Method(".diffusion.care:care", role="appendix"),
     "tea": Method(".diffusion.tea:tea", role="appendix", trained=True),
     "more-described": Method(".diffusion.ours:more_described", role="appendix"),
     "more-pinv": Method(".diffusion.ours:more_pinv", role="appendix"),
