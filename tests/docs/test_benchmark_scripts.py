@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +67,28 @@ def test_every_part_of_the_speed_table(script):
     ]  # fmt: skip
     assert all(line["seconds"] >= 0 for line in lines)
     assert len(lines) == 13
+
+
+def test_the_work_of_an_edit_inside_is_counted(script):
+    """By hand: four blocks of width d, whose seven inputs of width d and one of 4 d have a moment each."""
+    reach, d, pictures = script("paper", "reach"), 32, 2
+    assert reach.operations(torch.nn.Linear(3, 5), torch.zeros(7, 3)) == 2 * 7 * 3 * 5
+    unet = {"block_out_channels": (d,), "layers_per_block": 1, "cross_attention_dim": 24}
+    unet |= {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet |= {"sample_size": 16, "attention_head_dim": 2}
+    model = reach.Model("", lambda: reach.UNet2DConditionModel(**unet), reach.of_a_unet(24, 16), steps=10)
+    work = reach.work_of(model, pictures)
+    own = pictures * 6 * 64  # at six levels, 64 of 256 positions
+    squares, cubes = 4 * (7 * d**2 + (4 * d) ** 2), 4 * (7 * d**3 + (4 * d) ** 3)
+    assert work.moments == 2 * 8 * squares
+    assert work.sums == 2 * (own + 4 * own) * squares  # twice as many ordinary pictures, and both halves
+    assert work.systems == pytest.approx(cubes / 3)
+    assert work.writing == 4 * 3 * 4 * 20 * d**2  # to a rank of 3, 20 d² weights in each block
+    assert work.pictures / work.picture == 4 * pictures * (10 + 7) / 10
+    kept = reach.work_of(model, pictures, retained=True)  # as many ordinary pictures, twice as many of names
+    assert (kept.moments, kept.sums) == (3 * 8 * squares, 2 * (1 + 2 + 4) * own * squares)
+    few = reach.work_of(replace(model, inputs=reach.of_a_unet(24, 2)), pictures=1)
+    assert few.moments < work.moments  # four positions are fewer features than some have numbers
 
 
 @pytest.mark.slow
