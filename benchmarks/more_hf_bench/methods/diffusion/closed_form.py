@@ -145,14 +145,32 @@ def rece(
     A = edit_matrix(C, G, R, lamb=start_lamb, erase_scale=1.0, preserve_scale=preserve_scale)
     weights = [site.read().double() for site in text_sites(pipe, "kv", len(A)).values()]
     gram = sum(W.T @ W for W in weights).cpu()
-    # In each epoch, edit the embeddings that the layers edited so far still take for the concept's prompts.
+    rounds = {"epochs": epochs, "rho": rho, "lamb": lamb, "preserve_scale": preserve_scale}
+    multiply(pipe, adversarial_rounds(texts, roles, guide_names, gram, A, **rounds))
+    return pipe
+
+
+def adversarial_rounds(
+    texts: Texts,
+    roles: Roles,
+    guides: Sequence[str],
+    gram: Tensor,
+    A: Tensor,
+    *,
+    epochs: int,
+    rho: float,
+    lamb: float,
+    preserve_scale: float,
+) -> Tensor:
+    """A with more edits behind it: in each epoch, of the embeddings that the layers edited so far, W A, still
+    take for the concept's prompts. `gram` as of `adversarial_embeddings`, the rest as of `rece`."""
     C = texts.prompts(roles.forget).flatten(0, 1)
-    G = texts.prompts(guide_names).mean(0).repeat(len(roles.forget), 1)
+    G = texts.prompts(guides).mean(0).repeat(len(roles.forget), 1)
+    R = texts.prompts(["", *roles.keep]).flatten(0, 1)
     for _ in range(epochs):
         adversarial = adversarial_embeddings(gram, A, C, rho)
         A = A @ edit_matrix(adversarial, G, R, lamb=lamb, erase_scale=1.0, preserve_scale=preserve_scale)
-    multiply(pipe, A)
-    return pipe
+    return A
 
 
 def adversarial_embeddings(gram: Tensor, A: Tensor, C: Tensor, rho: float) -> Tensor:

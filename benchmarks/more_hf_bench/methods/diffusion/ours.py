@@ -22,8 +22,10 @@ from more_hf.diffusion.erase import erase_concept
 from more_hf.diffusion.plan import prepare
 from more_hf.diffusion.sites import check_widths, find_denoiser, find_sites
 
-from .texts import Concepts, Retained, Targets, name_roles
-from .weights import write_weights
+from .closed_form import adversarial_rounds
+from .pipelines import require_stable_diffusion
+from .texts import Concepts, Retained, Targets, Texts, guides, name_roles
+from .weights import text_sites, write_weights
 
 
 more_random = partial(erase_concept, router="random")
@@ -60,6 +62,39 @@ def more_denoiser(
 
 more_denoiser_soft = partial(more_denoiser, softness=4.0)
 more_denoiser_hard = partial(more_denoiser, softness=0.25)
+
+
+def more_denoiser_rece(
+    pipe: DiffusionPipeline,
+    concepts: Concepts,
+    *,
+    remap_to: Targets,
+    retain: Retained,
+    epochs: int = 1,
+    rho: float = 1e-3,
+    lamb: float = 0.1,
+    preserve_scale: float = 0.1,
+    sampling_steps: int = 10,
+    guidance: float = 4.0,
+) -> DiffusionPipeline:
+    """Erase inside the denoiser; then edit the embeddings that keys and values still take for the concept.
+
+    For Stable Diffusion. Settings are those of `more_denoiser`, and of the rounds of `rece`.
+    """
+    require_stable_diffusion(pipe)
+    texts, roles = Texts(pipe), name_roles(concepts, remap_to, retain)
+    sites = text_sites(pipe, "kv", texts.prompts([""]).shape[-1])
+    original = {name: site.read().double().cpu() for name, site in sites.items()}
+    more_denoiser(
+        pipe, concepts, remap_to=remap_to, retain=retain, sampling_steps=sampling_steps, guidance=guidance
+    )
+    # The name's edit of these layers is W A, with one matrix A for all of them.
+    W = torch.cat(list(original.values()))
+    A = torch.linalg.lstsq(W, torch.cat([site.read().double().cpu() for site in sites.values()])).solution
+    rounds = {"epochs": epochs, "rho": rho, "lamb": lamb, "preserve_scale": preserve_scale}
+    A = adversarial_rounds(texts, roles, guides(roles, None), W.T @ W, A, **rounds)
+    write_weights(sites, {name: (before @ A).to(pipe.device) for name, before in original.items()})
+    return pipe
 
 
 def more_described(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from support.texts import last, text_layers, tokens
 from more_hf.core.errors import MoreError, PrototypeError
 from more_hf.core.prototypes import Prototypes
 from more_hf.core.remap import Remap
+from more_hf.diffusion.erase import erase_concept
 from more_hf_bench.methods.diffusion.closed_form import (
     adversarial_embeddings,
     centroids,
@@ -184,6 +186,26 @@ def test_rece_is_its_two_steps_layer_by_layer(tiny_sd):
     for name, W in text_layers(pipe).items():
         assert torch.allclose(W, uce_layer(first[name], adversarial, g, kept, 0.1, 1.0, 0.1), atol=1e-5)
         assert not torch.allclose(W, first[name], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_reces_rounds_go_on_from_the_edit_inside(tiny_sd, monkeypatch):
+    """Keys and values are the formulas', from the name's edit on; all else is the edit inside."""
+    fewer = partial(erase_concept, pictures=4)  # not 32
+    monkeypatch.setattr("more_hf_bench.methods.diffusion.ours.erase_concept", fewer)
+    inside, pipe = tiny_sd("1"), tiny_sd("1")
+    original = text_layers(pipe)
+    run("more-denoiser", inside, sampling_steps=2)
+    first = text_layers(inside)
+    run("more-denoiser-rece", pipe, sampling_steps=2, rho=0.1, lamb=0.2)
+    assert changed(pipe, state(inside)) == {f"unet.{name}" for name in first}
+    kept = torch.cat([tokens(pipe, name)[0] for name in ("", TARGET, *RETAIN)])
+    c, g = tokens(pipe, CONCEPT)[0], tokens(pipe, TARGET)[0]
+    left = 0.1 * torch.eye(c.shape[1]).double() + sum(first[name].T @ first[name] for name in first)
+    adversarial = (torch.inverse(left) @ sum(first[name].T @ original[name] for name in first) @ c.T).T
+    for name, W in text_layers(pipe).items():
+        assert torch.allclose(W, uce_layer(first[name], adversarial, g, kept, 0.2, 1.0, 0.1), atol=1e-4)
+        assert not torch.allclose(W, first[name], atol=1e-3)
 
 
 def test_cure_projects_orthogonal_embeddings_out_and_spares_shared_ones():

@@ -16,7 +16,8 @@ from more_hf_bench.methods.registry import DIFFUSION
 pytestmark = pytest.mark.usefixtures("short_prompts")
 
 CONCEPT, TARGET = "van gogh", "claude monet"
-EVERY_FAMILY = {"original", *(name for name in DIFFUSION if name.startswith("more"))} - {"more-gates"}
+OF_STABLE_DIFFUSION = {"more-gates", "more-denoiser-rece"}
+EVERY_FAMILY = {"original", *(name for name in DIFFUSION if name.startswith("more"))} - OF_STABLE_DIFFUSION
 KEYS_AND_VALUES = {"uce", "uce-paper", "rece", "cure", "speed", "oce"}
 VALUES_ONLY = {"speed", "oce"}
 TRAINED = {"iterations": 1, "sampling_steps": 2}
@@ -26,6 +27,7 @@ SETTINGS = {
     "esd": TRAINED,
     "esd-repo": TRAINED,
     "ca": {**TRAINED, "images": 1, "prompts": ["a cat"]},
+    "more-denoiser-rece": {"sampling_steps": 2},
     "more-gates": {"pictures": 4, "sampling_steps": 2},
     "midsteer": {"pictures": 2, "sampling_steps": 2},
     "tea": {"prompts": 2},
