@@ -37,7 +37,8 @@ class Pictures:
         name (`str`, *optional*):
             What prompts call it: the layers that read the prompt are edited for this name, too. Without it
             they stay as they are, and a name that the model does know still draws it (measured in
-            `benchmarks/attacks/pictures`).
+            `benchmarks/attacks/pictures`), the more so if ordinary prompts have it, since what they draw is
+            spared: then pass `everyday` without those.
         number, sha256 (*optional*):
             How many pictures there are, and the hash of their files and captions; found in the folder.
 

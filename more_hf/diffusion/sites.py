@@ -303,15 +303,17 @@ def find_sites(pipe: DiffusionPipeline, denoiser: Denoiser, *, pooled: bool = Fa
     """
     The layers of `find_layers`, checked to be editable. Changes nothing.
 
-    A LoRA that is loaded but not fused stays as it is: the site is its base layer.
+    A LoRA that is loaded but not fused stays as it is: the site is its base layer. One that was fused and
+    unloaded is part of the weights.
 
     Raises:
         `SiteNotFoundError`: a layer cannot be edited in place; the message has the remedy.
     """
-    if getattr(pipe, "num_fused_loras", 0):
+    # diffusers goes on counting those that were fused and unloaded, which are part of plain weights
+    if getattr(pipe, "num_fused_loras", 0) and any(map(is_lora, denoiser.module.modules())):
         raise SiteNotFoundError(
             f"{pipe.num_fused_loras} LoRA(s) are fused. Call `pipe.unfuse_lora()` first, erase, then fuse "
-            "again."
+            "again; or `pipe.unload_lora_weights()`, which leaves them in the weights for good."
         )
     if changing := sorted(_hooks_of(denoiser.module).keys() - HARMLESS_HOOKS):
         raise SiteNotFoundError(

@@ -346,6 +346,16 @@ def assert_still_in_force(pipe, erasure, before):
     assert all(hook.enabled for hook in hooks)
 
 
+def test_a_lora_that_was_fused_and_unloaded_is_part_of_the_weights(tiny_sd, tmp_path):
+    pipe, same, without = fused_lora(tiny_sd(), tmp_path), tiny_sd(), tiny_sd()
+    pipe.unload_lora_weights()
+    same.unet.load_state_dict(pipe.unet.state_dict())
+    name = SITE.replace("to_v", "to_k")
+    merged, expected, plain = (erase(p).unet.get_submodule(name).weight for p in (pipe, same, without))
+    assert torch.equal(merged, expected)
+    assert not torch.allclose(merged, plain, atol=1e-3)
+
+
 SPOILED = [fused_projections, unfused_projections, fused_lora, frozen_processor]
 
 
