@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+# What gates take the place of in a feed-forward layer: rows of the linear layer in front, which reads, and of
+# its bias; and columns of the one behind, which writes. These have no space of features.
+READERS, STEPS = "readers of gates", "steps of gates"
+
+
 def kind_of(space: str) -> str:
     """
     The kind of a pipeline's space of features. From the prompt come `"tokens"`, `"pooled"` and `"layers"`,

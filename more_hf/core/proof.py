@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from .errors import SiteNotFoundError
@@ -62,14 +62,14 @@ class Measurements:
     def ask_layer(self, site: Site, rows: Tensor, edited: Tensor, original: Tensor, like: Tensor) -> None:
         """
         Ask a layer for its answer to rows `(n, d)`, such as `probes`, with everything that is attached to it.
+        Of an `AffineSite`, they end in 1.
         `edited` and `original` are its weight `(out_features, d)` with the edit merged, in its dtype, and
         before; `like` is on the device and in the dtype of the features that it reads.
         """
         # 1. The layer's answer. Columns behind the edited ones read something else: nothing here.
         rows = rows.to(like)
-        others = site.width - rows.shape[1]
         dim = feature_dim(site.module)
-        picture = nn.functional.pad(rows, (0, others))[None, :, None]  # one pixel wide, for a convolution
+        picture = site.features(rows)[None, :, None]  # one pixel wide, for a convolution
         answer = site.module(picture.movedim(-1, dim)).movedim(dim, -1)[0, :, 0]
         dtype = max(like.dtype, answer.dtype, key=lambda dtype: torch.finfo(dtype).eps)  # autocast may differ
         answer = answer.double()

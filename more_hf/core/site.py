@@ -91,7 +91,7 @@ class Site:
                 f"{where} is not a plain nn.Linear: it is quantized or wrapped, and its weight cannot be "
                 "edited in place. Erase from the unquantized model, save it, and quantize what was saved."
             )
-        weight = self.read()
+        weight = self._part(self._whole())
         if type(weight).__name__ == "DTensor":
             raise SiteNotFoundError(
                 f"The weight of {where} is split over processes (FSDP or tensor parallelism), and an edit "
@@ -143,20 +143,34 @@ class Site:
         """The bias, `(out_features,)`, if the layer has one."""
         return None if self.module.bias is None else self._whole("bias")
 
-    @torch.no_grad()
+    def features(self, rows: Tensor) -> Tensor:
+        """
+        What the layer reads where its edited part reads these rows `(n, columns)`: `(n, in_features)`, with
+        zeros for the rest.
+        """
+        return nn.functional.pad(rows, (0, self.width - rows.shape[1]))
+
+    def parameters(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer's whole weight and its bias, with `value` in the part that `read` returns."""
+        return (value if self.columns is None else self.with_part(value)), self.read_bias()
+
     def write(self, value: Tensor) -> None:
         """
         Copy values into the weight in place, in its dtype and on its device, so that everything that shares
         it sees them.
         """
-        weight = self._whole()
-        self._part(weight).copy_(value)
-        offload = self._offload_map("weight")
+        self._write("weight", value)
+
+    @torch.no_grad()
+    def _write(self, parameter: str, value: Tensor) -> None:
+        whole = self._whole(parameter)
+        self._part(whole).copy_(value)
+        offload = self._offload_map(parameter)
         if offload is not None:
             data, key = offload
             # A mapping that returns copies needs the new value written back. An OffloadedWeightsLoader has
             # the part that is in memory in its `state_dict`, and looks there first.
-            getattr(data, "state_dict", data)[key] = weight
+            getattr(data, "state_dict", data)[key] = whole
 
     def with_part(self, value: Tensor) -> Tensor:
         """
@@ -167,6 +181,39 @@ class Site:
         return torch.cat([value, rest.to(value)], dim=1)
 
 
+class AffineSite(Site):
+    """A layer whose bias is edited, too, as the last column of its weight: `[W | b]`."""
+
+    def check(self) -> None:
+        """See `Site.check`."""
+        super().check()
+        if self.module.bias is None:
+            raise SiteNotFoundError(
+                f"`{self.name}` has no bias, in which gates have their thresholds. Pass reach='denoiser'."
+            )
+
+    def read(self) -> Tensor:
+        """A copy of weight and bias, `(out_features, in_features + 1)`."""
+        return torch.cat([super().read(), self._whole("bias")[:, None]], dim=1)
+
+    def read_bias(self) -> None:
+        """None beside what `read` returns."""
+
+    def features(self, rows: Tensor) -> Tensor:
+        """See `Site.features`; the last column of `rows` is 1."""
+        return rows[:, :-1]
+
+    def parameters(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Site.parameters`."""
+        return value[:, :-1], value[:, -1]
+
+    def write(self, value: Tensor) -> None:
+        """See `Site.write`."""
+        weight, bias = self.parameters(value)
+        self._write("weight", weight)
+        self._write("bias", bias)
+
+
 def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
     """Raises `SiteNotFoundError` if a site shares its weight with another layer, which would change too."""
     owners: dict[int, list[str]] = {}
@@ -174,7 +221,7 @@ def check_unshared(sites: Mapping[str, Site], model: nn.Module) -> None:
         if not parameter.is_meta:
             owners.setdefault(_memory_of(parameter), []).append(name)
     for name, site in sites.items():
-        weight = site.read() if site.is_in_place else site.quantized.layer.weight
+        weight = site._whole() if site.is_in_place else site.quantized.layer.weight
         sharing = owners.get(_memory_of(weight), [])
         if len(sharing) > 1:
             raise SiteNotFoundError(

@@ -116,8 +116,8 @@ class OriginalOutput:
     def __init__(self, block: _Block, site: Site, original: Tensor):
         self.block = block
         self.site = site
-        self.original = original if site.columns is None else site.with_part(original)
-        self.weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.original = original
+        self.parameters: dict[tuple[torch.device, torch.dtype], list[Tensor | None]] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not self.block.open or self.block not in _blocks.get():
@@ -125,14 +125,12 @@ class OriginalOutput:
         # Compute where and as the layer just did: the parameter itself may be back on the CPU (offloading) or
         # in the dtype in which it is only stored (layerwise casting).
         place = output.device, output.dtype
-        if place not in self.weights:
-            self.weights[place] = self.original.to(*place)
-        bias = self.site.read_bias()
-        if bias is not None:
-            bias = bias.to(*place)
+        if place not in self.parameters:
+            weight, bias = self.site.parameters(self.original)
+            self.parameters[place] = [weight.to(*place), None if bias is None else bias.to(*place)]
         dim = feature_dim(module)
         z = args[0].to(*place).movedim(dim, -1)
-        return linear(z, self.weights[place], bias).movedim(-1, dim)
+        return linear(z, *self.parameters[place]).movedim(-1, dim)
 
 
 class _Eager:
