@@ -107,18 +107,23 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     add(
         "--reach",
         choices=REACHES,
-        help="which layers to edit: those that read the prompt (name), or all linear layers of the denoiser "
-        "(denoiser) (name)",
+        help="which layers to edit: those that read the prompt (name), and all linear layers of the denoiser "
+        "(denoiser) or gates in its feed-forward layers (gates) (name)",
     )
     add(
         "--softness",
         type=float,
         metavar="S",
-        help="weight on leaving other prompts unchanged, for `--solver soft` and `--reach denoiser`; smaller "
+        help="weight on leaving other prompts unchanged, for `--solver soft` and other `--reach`; smaller "
         "values forget more (1)",
     )
     add("--strength", type=float, metavar="S", help="scales the edit: 0.8 leaves some of the concept (1)")
-    add("--steps", type=positive, metavar="N", help="of `--reach denoiser` and `--compare` (as the model)")
+    add(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="of `--reach denoiser` or `gates` and `--compare` (as the model)",
+    )
     add("--guidance", type=float, metavar="G", help="their guidance scale (the pipeline's own)")
     add("--seed", type=int, metavar="N", help="draws the experts' targets, and the pictures' noise (0)")
     add_placement(parser)
@@ -221,7 +226,7 @@ def _plan(wanted: ConceptRequest) -> str:
     for name, targets in wanted.remap_to.items():
         becomes = " and ".join(targets) or "nothing"
         row = {"forgotten": name, "also": ", ".join(wanted.concepts[name]), "becomes": becomes}
-        rows.append({**row, "reach": "denoiser" if name in wanted.inside else "name"})
+        rows.append({**row, "reach": wanted.reach_of(name)})
     spared = f"\nSpared: {', '.join(wanted.retain)}" if wanted.retain else ""
     return markdown_table(rows) + spared
 
@@ -266,7 +271,7 @@ def read_layers_only(args: argparse.Namespace, request: Request) -> dict[str, An
     if args.offload != "none":
         raise needs_denoiser("offload", request)
     if request.edits_denoiser:
-        raise needs_denoiser("reach denoiser", request)
+        raise needs_denoiser("reach", request)
     model = request.checkpoint.model
     return {
         "source": FOLDER / "emoji_sd" if model == EMOJI_SD else model,
@@ -283,7 +288,7 @@ def _sampling(args: argparse.Namespace, listed: ConceptList) -> dict[str, int | 
     """How to draw pictures, as arguments of a pipeline's call."""
     sampling = drawing_options(args)
     reaches = {args.reach, *(own.reach for own in listed.concepts.values())}
-    if "denoiser" in reaches:
+    if reaches & {"denoiser", "gates"}:
         return sampling
     if sampling and not getattr(args, "compare", None):
         raise ValueError("No picture is drawn with `--reach name`. Leave `--steps` and `--guidance` out.")

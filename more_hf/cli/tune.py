@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from more_hf.core.request import JUDGES, REACHES
+from more_hf.core.request import JUDGES, TRIED_REACHES
 
 from .checkpoint import add_dtype, add_placement, load_pipeline, read_checkpoint
 from .options import EMOJI_SD, add_command, add_import, add_model, positive, read_model, refuse_typo
@@ -45,7 +45,7 @@ def add_to(commands) -> None:
     add("--candidates", **names, help="what it may become (other names of its kind, from the package)")
     add("--retain", **names, help="names whose pictures to spare (the candidates)")
     add("--aliases", **names, help="words to look for aliases in; those that read as the concept go, too")
-    add("--reach", choices=REACHES, help="denoiser also tries edits inside the denoiser (name)")
+    add("--reach", choices=TRIED_REACHES, help="denoiser also tries edits inside the denoiser (name)")
     add("--judge", choices=JUDGES, help="clip puts CLIP's zero-shot answer beside the model's own (own)")
     add("--pictures", type=positive, metavar="N", help="of the concept for each edit that stays (24)")
     add("--steps", type=positive, metavar="N", help="denoising steps (the pipeline's default)")

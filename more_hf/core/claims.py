@@ -30,6 +30,12 @@ INSIDE = (
     "Layers inside the denoiser are fitted by regression, exact in nothing. Their files can only be compared "
     "with what was saved, by a fingerprint."
 )
+GATED = (
+    "Gates in feed-forward layers open on what pictures of the concept gave there, and write a step to the "
+    "target. What the denoiser predicts of pictures that fitted no gate, they moved by {:.2g} % or more for "
+    "the concepts and {:.2g} % or less for others. Whoever reads the weights finds in plain what a gate "
+    "looks for and what it writes. The files can only be compared with what was saved, by a fingerprint."
+)
 RUN = (
     "The model was run: nothing but the edited layers reads the prompt, and each computes with its new "
     "weight."
@@ -72,7 +78,10 @@ def claims_of_concepts(
         else:
             yield Claim("in part", f"{SOFT} At worst, {_left(guarantees, inside=False)} of the way is left.")
         yield Claim("not exact", SINGLE_PROMPT)
-    if request.inside:
+    if request.gated:
+        own, others = (100 * guarantees.get(f"gates_move_{whose}", math.nan) for whose in ("own", "others"))
+        yield Claim("gates", GATED.format(own, others))
+    elif request.inside:
         left = _left(guarantees, inside=True)
         yield Claim("in part, inside", f"{INSIDE} At worst, {left} of the way is left.")
     yield Claim("run", ran if proof else NOT_RUN)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .claims import Claim
 from .errors import AlreadyErasedError, IncompatibleBaseError
 from .facts import Facts
+from .gate import Rewrite
 from .markdown import aligned_text, bare_table
 from .remap import Remap
 from .report import explained
@@ -42,6 +43,8 @@ class Erasure(ABC):
             The measurements of the proof by run.
         hooks (`tuple[RoutingHook, ...]`):
             The routing hooks on the model; the first one has the router.
+        rewrites (`dict[str, Rewrite]`):
+            The changes of layers that have gates, by layer; these read no space of features.
     """
 
     request: Request
@@ -52,6 +55,7 @@ class Erasure(ABC):
     guarantees: dict[str, float]
     proof: dict[str, float] = field(default_factory=dict)
     hooks: tuple[Any, ...] = field(default=(), repr=False)  # `core.hook` imports this module
+    rewrites: dict[str, Rewrite] = field(default_factory=dict, repr=False)
 
     @property
     def concepts(self) -> list[str]:
@@ -78,9 +82,9 @@ class Erasure(ABC):
         """The routing hook that has the router."""
         return self.hooks[0] if self.hooks else None
 
-    def remap_of(self, site: str) -> Remap:
+    def remap_of(self, site: str) -> Remap | Rewrite:
         """The factors that edit this site."""
-        return self.remaps[self.sites[site].space]
+        return self.rewrites[site] if site in self.rewrites else self.remaps[self.sites[site].space]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but tensors, ready for JSON."""

@@ -25,8 +25,10 @@ ROUTERS: tuple[RouterName, ...] = get_args(RouterName)
 Tokens = Literal["positions", "last+end", "subject", "end", "subject+end", "last"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 
-Reach = Literal["name", "denoiser"]
+Reach = Literal["name", "denoiser", "gates"]
 REACHES: tuple[Reach, ...] = get_args(Reach)
+TRIED_REACHES: tuple[Reach, ...] = ("name", "denoiser")  # by `tune`
+FEWEST_FOR_GATES = 4  # pictures of a name: some fit the gates, some are held out (`diffusion.gates.ROLES`)
 
 JudgeKind = Literal["own", "clip"]
 JUDGES: tuple[JudgeKind, ...] = get_args(JudgeKind)
@@ -146,7 +148,8 @@ class ConceptRequest(Request):
     # for solver `"soft"` and inside the denoiser: the weight of ordinary features against forgotten ones
     softness: float = 1.0
     strength: float = 1.0  # the change of each weight is multiplied by this, up to `STRONGEST`
-    # one of `REACHES`: how far into the model the edit goes; a mapping gives a concept its own
+    # one of `REACHES`: how far into the model the edit goes; a mapping gives a concept its own. Inside the
+    # denoiser, all go by the same way
     reach: str | Mapping[str, str] = "name"
     # how many pictures of each name give the prototypes inside the denoiser: as many as are given, or more
     pictures: int = 32
@@ -172,6 +175,7 @@ class ConceptRequest(Request):
                 self._set(lines, read_names(lines, getattr(self, lines)))
         _check_names(self)
         _check_given(self)
+        _check_gates(self)
         for template in self.templates or ():
             if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
                 raise PrototypeError(
@@ -238,12 +242,19 @@ class ConceptRequest(Request):
         nameless = [name for name, given in self.given.items() if given.name is None]
         return {name: aliases for name, aliases in self.concepts.items() if name not in nameless}
 
+    def reach_of(self, name: str) -> str:
+        """How far into the model a concept's edit goes."""
+        return self.reach if isinstance(self.reach, str) else self.reach.get(name, "name")
+
     @property
     def inside(self) -> list[str]:
         """The concepts for which layers inside the denoiser are edited, too."""
-        if isinstance(self.reach, str):
-            return list(self.concepts) if self.reach == "denoiser" else []
-        return [name for name in self.concepts if self.reach.get(name) == "denoiser"]
+        return [name for name in self.concepts if self.reach_of(name) != "name"]
+
+    @property
+    def gated(self) -> bool:
+        """Whether these layers get gates."""
+        return any(self.reach_of(name) == "gates" for name in self.concepts)
 
     @property
     def surfaces(self) -> list[str]:
@@ -365,14 +376,18 @@ def _read_reach(value: Any, concepts: Iterable[str]) -> str | dict[str, str]:
 
 
 def _farther(earlier: str | Mapping[str, str], later: str | Mapping[str, str]) -> str | dict[str, str]:
-    """What was edited stays edited."""
-    if "denoiser" in (earlier, later):
-        return "denoiser"
+    """What was edited stays edited, by the later way."""
+    ways: list[str] = []
+    for own in (later, earlier):
+        ways += [own] if isinstance(own, str) else own.values()
+    way = next((reach for reach in ways if reach != "name"), "name")
+    if any(isinstance(own, str) and own != "name" for own in (earlier, later)):
+        return way
     joined: dict[str, str] = {}
     for own in (earlier, later):
         if not isinstance(own, str):  # "name" edits nothing inside, so it adds nothing
             for name, reach in own.items():
-                joined[name] = max(joined.get(name, "name"), reach, key=REACHES.index)
+                joined[name] = "name" if {reach, joined.get(name, "name")} == {"name"} else way
     return joined or "name"
 
 
@@ -453,6 +468,31 @@ def _check_given(request: ConceptRequest) -> None:
         raise PrototypeError(
             f"A router acts on the prompt, where {', '.join(map(repr, request.given))} has no name. Leave "
             "`router` out, or pass `Pictures(folder, name=...)`."
+        )
+
+
+def _check_gates(request: ConceptRequest) -> None:
+    """Raises `PrototypeError` for what gates cannot be made from."""
+    if not request.gated:
+        return
+    if {request.reach_of(name) for name in request.inside} != {"gates"}:
+        raise PrototypeError(
+            f"`reach` is {request.reach!r}, and layers inside the denoiser are edited by one way alone. Give "
+            "'gates' or 'denoiser' to all concepts that need either."
+        )
+    if nameless := request.given.keys() - request.named.keys():
+        raise PrototypeError(
+            f"{sorted(nameless)[0]!r} is given by pictures without a name, and gates go beside an edit of "
+            "one. Pass `Pictures(folder, name=...)`, or reach='denoiser'."
+        )
+    if not request.softness > 0:
+        raise PrototypeError(
+            "`softness` divides what gates write, so it must be above 0. Pass 0.5 to forget more."
+        )
+    if request.pictures < FEWEST_FOR_GATES:
+        raise PrototypeError(
+            f"Gates need at least {FEWEST_FOR_GATES} pictures of each name, of which some are held out, got "
+            f"{request.pictures}. Raise `pictures`."
         )
 
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.errors import SiteNotFoundError
-from ..core.facts import ConceptFacts, is_text
+from ..core.facts import READERS, ConceptFacts, is_text
 from ..core.interrupts import unwound
 from ..core.moment import Moment
 from ..core.prototypes import PrototypeFitter, Prototypes
 from ..core.request import ConceptRequest, names_in
-from ..core.site import Site, check_unshared, feature_dim, is_linear
+from ..core.site import AffineSite, Site, check_unshared, feature_dim, is_linear
 from ..core.views import running_eagerly
 from .draw import call, draw
 from .encoder import column
@@ -111,31 +111,15 @@ def record_activations(
             "yet, so the concept would stay in them. Leave `reach` at 'name'."
         )
     layers = find_listeners(denoiser)
-    for concept in request.given.keys() & sent_to.keys():
-        check_given(pipe, request.given[concept])
     prompts = picture_prompts(request, sent_to, request.everyday or everyday_prompts(pipe.tokenizer))
-    shown = prompts | _prompts_beside(request, sent_to)
-    # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
-    pipe = copy.copy(pipe)
-    pipe.scheduler = copy.deepcopy(pipe.scheduler)
-    bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
-    pipe.set_progress_bar_config(disable=True)
     resting = next(denoiser.module.parameters()).device
     recorder = _Recorder(prompts, sent_to, negatives_last=denoiser.family.joined, resting=resting)
-    # Denoisers that take turns share the levels, so there have to be more.
-    shown_with = {**request.sampling, "num_inference_steps": LEVELS * len(denoiser.parts) + 1}
-    with running_eagerly(), tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
-        given = _given_latents(pipe, request, sent_to, shown_with)
-        # 1. Draw the pictures, and keep only their latents.
-        for name, rows, seeds, latents in _drawn(pipe, request, prompts, given):
-            # 2. Show them to the denoiser at each level of noise, and listen to its layers.
-            recorder.start(name, len(rows))
-            with (
-                recorder.listening(denoiser.parts.values(), layers),
-                _replay_latents(pipe, latents, seeds, recorder),
-            ):
-                call(pipe, [shown[name][i] for i in rows], seeds, shown_with, "latent")
-            progress.update(len(rows))
+    with running_eagerly():
+        for pictures in draw_pictures(pipe, request, sent_to, prompts):
+            recorder.start(pictures.name, len(pictures.seeds))
+            with recorder.listening(denoiser.parts.values(), layers):
+                # Denoisers that take turns share the levels, so there have to be more.
+                pictures.show(LEVELS * len(denoiser.parts), recorder)
     activations = recorder.activations(sent_to)
     for component, prefix in denoiser.prefixes.items():
         if not any(layer.startswith(prefix) for layer in activations.spaces):
@@ -145,6 +129,94 @@ def record_activations(
                 "inside it. Leave `reach` at 'name'."
             )
     return activations
+
+
+def moments_on(resting: torch.device) -> torch.device:
+    """
+    Where moments are kept, given where the denoiser's weights are while it does not run. They take gigabytes,
+    so those of an offloaded denoiser are kept beside it; MPS has no float64.
+    """
+    return resting if resting.type == "cuda" else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Finished pictures of a name, and what they are shown to the denoiser with."""
+
+    name: str
+    pipe: DiffusionPipeline
+    prompts: list[str]
+    seeds: list[int]  # of the noise that is added to each
+    latents: Tensor  # as the pipeline's loop has them
+    sampling: Mapping[str, Any]
+    size: int  # how many fit into the memory together
+
+    def show(self, levels: int, recorder: Any) -> None:
+        """
+        Show them to the denoiser after pure noise, at so many levels of noise, from the noisiest to none. In
+        front of each, the recorder's `step` is called with its number and how many there are.
+        """
+        sampling = {**self.sampling, "num_inference_steps": levels + 1}
+        with _replay_latents(self.pipe, self.latents, self.seeds, recorder):
+            call(self.pipe, self.prompts, self.seeds, sampling, "latent")
+
+    def take(self, rows: Sequence[int]) -> Drawn:
+        """Those with these numbers."""
+        prompts, seeds = ([values[i] for i in rows] for values in (self.prompts, self.seeds))
+        return replace(self, prompts=prompts, seeds=seeds, latents=self.latents[list(rows)])
+
+    def __add__(self, other: Drawn) -> Drawn:
+        """Both in turn, as pictures of this name."""
+        latents = torch.cat([self.latents, other.latents])
+        prompts, seeds = self.prompts + other.prompts, self.seeds + other.seeds
+        return replace(other, prompts=prompts, seeds=seeds, latents=latents)
+
+
+def draw_pictures(
+    pipe: DiffusionPipeline,
+    request: ConceptRequest,
+    sent_to: Mapping[str, Sequence[str | None]],
+    prompts: Mapping[str, Sequence[str]],
+) -> Iterator[Drawn]:
+    """
+    Yield batches of pictures of each name in `prompts`, drawn or given. The pipeline is not changed. Where a
+    batch does not fit into the memory, it and all later ones are half as large.
+
+    Raises:
+        As `record_activations`, of which this is a part, about given pictures.
+    """
+    for concept in request.given.keys() & sent_to.keys():
+        check_given(pipe, request.given[concept])
+    shown = {**prompts, **_prompts_beside(request, sent_to)}
+    # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
+    pipe = copy.copy(pipe)
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    bar = {"desc": "Drawing pictures", "unit": "picture", **getattr(pipe, "_progress_bar_config", {})}
+    pipe.set_progress_bar_config(disable=True)
+    size = BATCH
+    with tqdm(total=sum(map(len, prompts.values())), **bar) as progress:
+        given = _given_latents(pipe, request, sent_to)
+        for name, sentences in prompts.items():
+            first = 0
+            while first < len(sentences):
+                rows = range(first, min(first + size, len(sentences)))
+                seeds = [(request.seed + i) % 2**63 for i in rows]
+                # Keep only their latents; given ones take turns.
+                try:
+                    if name in given:
+                        latents = [given[name][[i % len(given[name]) for i in rows]]]
+                    else:
+                        with _capture_latents(pipe) as latents:
+                            call(pipe, [sentences[i] for i in rows], seeds, request.sampling, "latent")
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1:
+                        raise
+                    size = len(rows) // 2
+                    continue
+                beside = [shown[name][i] for i in rows]
+                yield Drawn(name, pipe, beside, seeds, latents[-1], request.sampling, size)
+                progress.update(len(rows))
+                first = rows.stop
 
 
 def picture_prompts(
@@ -182,7 +254,7 @@ def _prompts_beside(
 
 
 def _given_latents(
-    pipe: DiffusionPipeline, request: ConceptRequest, concepts: Iterable[str], sampling: Mapping[str, Any]
+    pipe: DiffusionPipeline, request: ConceptRequest, concepts: Iterable[str]
 ) -> dict[str, Tensor]:
     """
     By concept, the latents of its given pictures, as the pipeline's loop would have them.
@@ -196,6 +268,7 @@ def _given_latents(
         return {}
     # a picture by the pipeline shows which size it draws, and how its loop has the latents
     with _capture_latents(pipe) as latents:
+        sampling = {**request.sampling, "num_inference_steps": LEVELS + 1}
         size = draw(pipe, [""], [0], sampling).shape[-2:]
     given = {name: encode_pictures(pipe, pictures, size).to(latents[-1]) for name, pictures in found.items()}
     for encoded in given.values():
@@ -206,38 +279,6 @@ def _given_latents(
                 "draws pictures itself."
             )
     return given
-
-
-def _drawn(
-    pipe: DiffusionPipeline,
-    request: ConceptRequest,
-    prompts: Mapping[str, Sequence[str]],
-    given: Mapping[str, Tensor],
-) -> Iterator[tuple[str, range, list[int], Tensor]]:
-    """
-    Yield each name's pictures in batches: the name, their numbers, seeds and latents. Given ones take turns.
-
-    Where a batch does not fit into the memory, it and all later ones are half as large.
-    """
-    size = BATCH
-    for name, sentences in prompts.items():
-        first = 0
-        while first < len(sentences):
-            rows = range(first, min(first + size, len(sentences)))
-            seeds = [(request.seed + i) % 2**63 for i in rows]
-            try:
-                if name in given:
-                    latents = [given[name][[i % len(given[name]) for i in rows]]]
-                else:
-                    with _capture_latents(pipe) as latents:
-                        call(pipe, [sentences[i] for i in rows], seeds, request.sampling, "latent")
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
-                size = len(rows) // 2
-                continue
-            yield name, rows, seeds, latents[-1]
-            first = rows.stop
 
 
 def _sentences(request: ConceptRequest, names: Sequence[str], everyday: Sequence[str]) -> list[str]:
@@ -304,7 +345,7 @@ def _capture_latents(pipe: DiffusionPipeline) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _replay_latents(
-    pipe: DiffusionPipeline, latents: Tensor, seeds: Sequence[int], recorder: _Recorder
+    pipe: DiffusionPipeline, latents: Tensor, seeds: Sequence[int], recorder: Any
 ) -> Iterator[None]:
     """Inside the block, the pipeline gets finished latents at each level of noise instead of its own."""
     # the same noise for a concept's picture and its target's, so that it cancels in their difference
@@ -350,8 +391,7 @@ class _Recorder:
         self.names = list(names)
         self.concepts = set(concepts)
         self.negatives_last = negatives_last
-        # Moments take gigabytes, so those of an offloaded denoiser are kept beside it; MPS has no float64.
-        self.device = resting if resting.type == "cuda" else torch.device("cpu")
+        self.device = moments_on(resting)
         self.spaces: dict[str, str] = {}
         self.fitters: dict[tuple[str, str], PrototypeFitter] = {}  # by space and by what they sum up
         self.last: tuple[str, Tensor | None] = "", None  # the last space and the tensor read there
@@ -544,7 +584,10 @@ def find_activation_sites(
                 f"The {type(denoiser.module).__name__} has no layer `{name}`, which was edited when the "
                 "concept was erased. Check that this is the model that was saved."
             )
-        sites[name] = kind(name, base_layer(modules[name]), space=space)
+        if space == READERS:
+            sites[name] = AffineSite(name, modules[name], space=space)
+        else:
+            sites[name] = kind(name, base_layer(modules[name]), space=space)
     check_unshared(sites, denoiser.module)
     return sites
 

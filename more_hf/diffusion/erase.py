@@ -34,6 +34,7 @@ from .activations import (
 )
 from .encoder import Encoder, shared_first_tokens
 from .erasure import ConceptErasure
+from .gates import Gates, find_gates
 from .hook import hooked_modules, make_hooks
 from .plan import MAX_COST, MOST_MOVED, Solution, solve
 from .proof import prover
@@ -77,7 +78,7 @@ def erase_concept(
             device.
         concepts (`str`, [`Pictures`], or a `Sequence` or `Mapping[str | Pictures, Sequence[str]]` of them):
             What to forget; a mapping gives each name's aliases. With `reach="denoiser"`, a folder of pictures
-            can stand for a name.
+            can stand for a name, and with `"gates"` for the pictures of one.
         remap_to (`str`, `Sequence[str]`, `Mapping[str, str | Sequence[str] | None]` or `None`):
             What the concepts become. With several names, their mean, or one per expert with a router. `None`
             projects the concepts out and puts nothing in their place. A mapping gives each concept its own.
@@ -115,10 +116,14 @@ def erase_concept(
             learned word still finds, and what it costs, is in `benchmarks/attacks/pictures/reach`. Its
             statistics take memory while it works: 4.6 GB for Stable Diffusion v1.4, 35 GB for XL, 244 GB for
             FLUX.1, half as much again with `retain`. They are where the denoiser's weights are: of a pipeline
-            with `enable_model_cpu_offload()`, in the CPU's memory. A mapping gives a concept its own.
+            with `enable_model_cpu_offload()`, in the CPU's memory. `"gates"` instead rewrites two hidden
+            units of each feed-forward layer for each concept, except in the widest blocks: they open on what
+            only the concept's pictures give, and write a step to the target. Thresholds are from pictures
+            that did not fit the gates. It exists for UNets of Stable Diffusion and transformers with the same
+            blocks, unless these layers are quantized. A mapping gives a concept its own.
         softness (`float`, *optional*, defaults to 1.0):
             Of `"soft"` and inside the denoiser: how much leaving ordinary features alone weighs against
-            moving forgotten ones. Smaller forgets more, larger spares more.
+            moving forgotten ones. Smaller forgets more, larger spares more. It divides what gates write.
         strength (`float`, *optional*, defaults to 1.0):
             Multiplies the change of every weight, up to 1.5. Below 1 some of the concept is left, above 1 its
             prompts go beyond the target. Nothing is exact then, and a router is refused. `save` takes 0.5 and
@@ -177,6 +182,7 @@ def erase(
         else:
             # Two edits in a row would not be exact for the first, so both are fitted again as one.
             request = current.request.joined(request)
+            _refuse_other_way(current.request, request)
         _fit(Encoder.of(pipe, request, denoiser), request, keep_originals)
     return pipe
 
@@ -238,6 +244,16 @@ def check_in_place(pipe: DiffusionPipeline) -> None:
         )
 
 
+def _refuse_other_way(earlier: ConceptRequest, request: ConceptRequest) -> None:
+    """Raises `AlreadyErasedError` if layers inside the denoiser were edited in another way before."""
+    if earlier.inside and earlier.gated != request.gated:
+        raise AlreadyErasedError(
+            f"{', '.join(map(repr, earlier.inside))} was erased with `reach={earlier.reach!r}`, which "
+            f"changes some of the layers that {request.reach!r} would, in another way. Restore it first "
+            "(`more_hf.restore`), then erase everything at once."
+        )
+
+
 def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> None:
     """Solve, merge, hook and prove: all of it, or the pipeline stays what it was."""
     pipe, denoiser = encoder.pipe, encoder.denoiser
@@ -271,12 +287,18 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
             100 * ordinary,
         )
     # 2. Inside the denoiser, pictures by the original give the features.
+    gates = None
     if request.inside:
-        refuse_quantized(denoiser)
+        sent_to = solution.inside(request)
+        if not request.gated:
+            refuse_quantized(denoiser)
         with nullcontext() if current is None else original_shown(current):
-            activations = record_activations(pipe, denoiser, request, solution.inside(request))
-        solution = solution.with_activations(activations, request)
-        sites |= find_activation_sites(denoiser, activations.spaces)
+            if request.gated:
+                found = gates = find_gates(pipe, denoiser, request, sent_to)
+            else:
+                found = record_activations(pipe, denoiser, request, sent_to)
+                solution = solution.with_activations(found, request)
+        sites |= find_activation_sites(denoiser, found.spaces)
     if current is not None:  # what the plain layers took the place of
         for name in sites.keys() & current.sites.keys():
             sites[name].quantized = current.sites[name].quantized
@@ -285,7 +307,7 @@ def _fit(encoder: Encoder, request: ConceptRequest, keep_originals: bool) -> Non
     fresh = copy_weights({name: site for name, site in sites.items() if name not in earlier}, "cpu")
     originals = {name: earlier[name] if name in earlier else fresh[name] for name in sites}
     # 4. Merge, hook and prove in one transaction.
-    erasure = _erasure(encoder, request, solution, sites, originals, current)
+    erasure = _erasure(encoder, request, solution, sites, originals, current, gates)
     erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
     logger.info("Running the denoiser before and after the edit")
     prove = prover(denoiser, erasure, current)
@@ -372,17 +394,20 @@ def _erasure(
     sites: dict[str, Site],
     originals: dict[str, Tensor],
     current: ConceptErasure | None,
+    gates: Gates | None = None,
 ) -> ConceptErasure:
-    """The erasure that a solution makes of these layers, nothing of which is written yet."""
+    """The erasure that a solution and gates make of these layers, nothing of which is written yet."""
     pipe, remaps = encoder.pipe, dict(solution.remaps)
-    check_widths(sites, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
+    rewrites, moved = ({}, {}) if gates is None else (gates.rewrites(originals), gates.moved)
+    reading = {name: site for name, site in sites.items() if name not in rewrites}
+    check_widths(reading, {space: len(remap.prototypes.matrix) for space, remap in remaps.items()})
     first = next(iter(remaps.values()))
     quantized = {name: site.quantized for name, site in sites.items() if site.quantized is not None}
     facts = ConceptFacts(
         solver=first.solver,
         solver_reason=solution.solver_reason,
         retained_moved=solution.retained_moved,
-        rank=max(remap.rank for remap in remaps.values()),
+        rank=max(factors.rank for factors in (*remaps.values(), *rewrites.values())),
         num_experts=first.num_experts,
         condition_number=max(remap.condition_number for remap in remaps.values()),
         leaks=_leaks(encoder, request, remaps),
@@ -396,12 +421,12 @@ def _erasure(
         dequantized={name: pair.scheme for name, pair in quantized.items()},
         extra_bytes=sum(pair.extra_bytes for pair in quantized.values()),
     )
-    guarantees = _guarantees(remaps)
+    guarantees = {**_guarantees(remaps), **moved}
     # Inside a large denoiser the second moments take gigabytes, and with these measured nothing reads them.
     for space in [space for space in remaps if not is_text(space)]:
         prototypes = replace(remaps[space].prototypes, second_moment=None)
         remaps[space] = replace(remaps[space], prototypes=prototypes)
-    return ConceptErasure(request, facts, sites, remaps, originals, guarantees)
+    return ConceptErasure(request, facts, sites, remaps, originals, guarantees, rewrites=rewrites)
 
 
 def _name_of(device: torch.device) -> str:

@@ -57,6 +57,8 @@ class ConceptErasure(Erasure):
             all_of_them = len(request.inside) == len(request.concepts)
             alone = "" if all_of_them else f", for {', '.join(request.inside)} alone"
             layers = f"{len(inside)} of these inside the denoiser{alone}"
+            if request.gated:
+                layers += f", with gates in {len(inside) // 2} feed-forward layers"
             yield "reach", f"{layers}, by {pictures}, softness {request.softness:g}"
         if any("," in precision for precision in facts.fitted_on.values()):
             yield "fitted on", "; ".join(f"{name} in {where}" for name, where in facts.fitted_on.items())

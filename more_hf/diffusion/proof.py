@@ -219,7 +219,9 @@ def _prove_layers(denoiser: Denoiser, erasure: Erasure, edited: Mapping[str, Ten
 
     def ask(site: Site, like: Tensor) -> None:
         weights = edited[site.name], erasure.originals[site.name]
-        measured.ask_layer(site, rows[site.space], *weights, like)
+        rewrite = erasure.rewrites.get(site.name)
+        asked = rows[site.space] if rewrite is None else rewrite.asked
+        measured.ask_layer(site, asked, *weights, like)
 
     remaps = _text_remaps(erasure)
     experts = range(min(erasure.remap.num_experts, TRIED_EXPERTS)) if erasure.hooks else [None]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.claims import check_of
 from ..core.errors import ExportError, IncompatibleBaseError, MoreError, SiteNotFoundError
-from ..core.facts import ConceptFacts, is_text
+from ..core.facts import READERS, ConceptFacts, is_text
 from ..core.markdown import markdown_table
 from ..core.proof import SLACK
 from ..core.record import Record
@@ -256,7 +256,7 @@ def read_weights(folder: Path, record: Record) -> StoredWeights:
     Raises:
         `IncompatibleBaseError`: a file cannot be read, or two have the same tensor.
     """
-    stored = StoredWeights({}, {})
+    stored, biases = StoredWeights({}, {}), {}
     for component, prefix in record.prefixes.items():
         for path in weight_files(record, component):
             with reading(folder / path), safe_open(folder / path, "pt") as file:
@@ -272,6 +272,11 @@ def read_weights(folder: Path, record: Record) -> StoredWeights:
                         # Columns after the edited ones do not read text.
                         width = record.sites[layer][1]
                         stored.edited[layer] = matrix_of(file.get_tensor(key))[..., :width]
+                    layer = (prefix + key).removesuffix(".bias")
+                    if key.endswith(".bias") and record.facts.spaces.get(layer) == READERS:
+                        biases[layer] = file.get_tensor(key)
+    for layer in stored.edited.keys() & biases.keys():
+        stored.edited[layer] = torch.cat([stored.edited[layer], biases[layer][:, None]], dim=1)
     return stored
 
 
@@ -435,7 +440,8 @@ def _layers_of(denoiser: Denoiser, record: Record) -> list[Layer]:
                 f"The record names an edited layer `{name}`, which is not a linear layer of this model. Save "
                 "the erased model again."
             )
-        layers.append(Layer(name, space, list(matrix_of(modules[name].weight).shape)))
+        rows, width = matrix_of(modules[name].weight).shape
+        layers.append(Layer(name, space, [rows, width + (space == READERS)]))
     readers = find_layers(denoiser, pooled=record.request.pooled) if record.request.named else {}
     for name, reader in readers.items():
         rows, width = reader.module.weight.shape

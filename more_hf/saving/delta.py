@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from ..core.erasure import Erasure
 from ..core.errors import ExportError
+from ..core.gate import Rewrite
 from ..core.prototypes import Prototypes
 from ..core.remap import Remap
 from ..core.routers import PrototypeRouter
@@ -34,6 +36,9 @@ def write_delta(erasure: Erasure, folder: Path) -> None:
             "include_delta=False."
         )
     tensors, facts = {}, {}
+    for layer, rewrite in erasure.rewrites.items():
+        for field in fields(Rewrite):
+            tensors[f"{layer}.{field.name}"] = getattr(rewrite, field.name)
     for space, remap in erasure.remaps.items():
         tensors[f"{space}.prototypes"] = remap.prototypes.matrix
         tensors[f"{space}.counts"] = remap.prototypes.counts
@@ -50,7 +55,8 @@ def write_delta(erasure: Erasure, folder: Path) -> None:
     if isinstance(router, PrototypeRouter):
         tensors[ROUTER] = router.weight.cpu()
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(tensors, folder / DELTA, metadata={"more_hf": json.dumps(facts)})
+    metadata = {"more_hf": json.dumps(facts), "rewrites": json.dumps([*erasure.rewrites])}
+    save_file(tensors, folder / DELTA, metadata=metadata)
 
 
 def read_delta(folder: Path) -> dict[str, Remap]:
@@ -81,6 +87,18 @@ def read_delta(folder: Path) -> dict[str, Remap]:
                 strength=facts["strength"],
             )
     return remaps
+
+
+def read_rewrites(folder: Path) -> dict[str, Rewrite]:
+    """Layer -> its change by gates, if the file has any. Raises as `read_delta`."""
+    path = folder / DELTA
+    if not path.is_file():
+        return {}
+    with reading(path), safe_open(path, "pt") as file:
+        return {
+            layer: Rewrite(*(file.get_tensor(f"{layer}.{field.name}") for field in fields(Rewrite)))
+            for layer in json.loads(file.metadata().get("rewrites", "[]"))
+        }
 
 
 def read_router(folder: Path) -> torch.Tensor | None:

@@ -49,7 +49,7 @@ from .check import (
 )
 from .classifier import load_classifier, savable_classifier
 from .contents import CARD, DELTA, entries, hashes, is_foreign, sources_of
-from .delta import read_delta, write_delta
+from .delta import read_delta, read_rewrites, write_delta
 from .files import reading, replace_folder, writing
 from .layers import pipeline_class, require_importable
 from .quantized import check_savable
@@ -339,7 +339,16 @@ def _load_pipeline(
     require_saved_weights(folder, record)
     remaps = read_delta(folder)
     request = record.request if remaps else replace(record.request, router=None)
-    erasure = ConceptErasure(request, record.facts, sites, remaps, None, record.guarantees, record.proof)
+    erasure = ConceptErasure(
+        request,
+        record.facts,
+        sites,
+        remaps,
+        None,
+        record.guarantees,
+        record.proof,
+        rewrites=read_rewrites(folder),
+    )
     erasure.hooks = make_hooks(denoiser, erasure, pipe._execution_device)
     attach_hooks(erasure.hooks, hooked_modules(denoiser))
     register(denoiser.module, erasure)

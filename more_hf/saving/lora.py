@@ -109,6 +109,7 @@ def save_lora(
     path = lora_path(path, format)
     refuse_without_loader(type(pipe), format)
     denoiser, erasure = _find(pipe)
+    _refuse_gates(erasure.request)
     return _write(path, pipe, denoiser, erasure, format=format, dtype=dtype)
 
 
@@ -169,6 +170,7 @@ def erase_to_lora(
     path = lora_path(path, format)
     request = ConceptRequest.of(concepts, remap_to=remap_to, **options)
     refuse_router(request, "A LoRA")
+    _refuse_gates(request)
     if isinstance(source, DiffusionPipeline):
         refuse_without_loader(type(source), format)
         erasure = erasure_beside(source, request)
@@ -273,6 +275,15 @@ def refuse_without_loader(pipeline: type[DiffusionPipeline], format: str) -> Non
             f"diffusers loads no LoRA into a {pipeline.__name__} (it has no `load_lora_weights`), so nothing "
             'could read the file. Pass format="comfyui" for ComfyUI, or save the erased weights with '
             "`more_hf.save`."
+        )
+
+
+def _refuse_gates(request: ConceptRequest) -> None:
+    """Raises `ExportError` for gates, which have thresholds."""
+    if request.gated:
+        raise ExportError(
+            f"`reach={request.reach!r}` changes biases, which hold the gates' thresholds, and a LoRA has "
+            "none. Erase from a pipeline and save it with `more_hf.save`, or pass another `reach`."
         )
 
 

@@ -20,7 +20,7 @@ from ..core.errors import IncompatibleBaseError, MoreError, PrototypeError
 from ..core.files import replacing, write_json
 from ..core.markdown import markdown_table
 from ..core.registry import require_editable
-from ..core.request import JUDGES, REACHES, ConceptRequest, check_choice, read_count, read_names
+from ..core.request import JUDGES, TRIED_REACHES, ConceptRequest, check_choice, read_count, read_names
 from ..core.site import copy_weights, fingerprint
 from ..diffusion.aliases import find_aliases
 from ..diffusion.erase import erase, get_erasure
@@ -419,7 +419,7 @@ def _setup(
     seed: int,
 ) -> Setup:
     """Read the arguments of `tune`, and find what they leave open."""
-    check_choice("reach", reach, REACHES)
+    check_choice("reach", reach, TRIED_REACHES)
     check_choice("judge", judge, JUDGES)
     if read_count("pictures", pictures) < FEWEST_PICTURES:
         raise PrototypeError(f"`pictures` must be at least {FEWEST_PICTURES}, got {pictures}.")

@@ -41,12 +41,14 @@ def more_denoiser(
     sampling_steps: int = 10,
     guidance: float = 4.0,
     softness: float = 1.0,
+    reach: str = "denoiser",
 ) -> DiffusionPipeline:
     """Erase inside the denoiser, too.
 
     Args:
-        sampling_steps (`int`), guidance (`float`): of the pictures that prototypes are made from.
+        sampling_steps (`int`), guidance (`float`): of the pictures that prototypes or gates are made from.
         softness (`float`): how much ordinary pictures weigh against the concept's.
+        reach (`str`): `"denoiser"` or `"gates"`.
     """
     sampling = {"num_inference_steps": sampling_steps, "guidance_scale": guidance}
     return erase_concept(
@@ -54,7 +56,7 @@ def more_denoiser(
         concepts,
         remap_to=remap_to,
         retain=retain,
-        reach="denoiser",
+        reach=reach,
         softness=softness,
         sampling=sampling,
     )
@@ -62,6 +64,7 @@ def more_denoiser(
 
 more_denoiser_soft = partial(more_denoiser, softness=4.0)
 more_denoiser_hard = partial(more_denoiser, softness=0.25)
+more_gates = partial(more_denoiser, reach="gates")
 
 
 def more_denoiser_rece(

@@ -16,7 +16,7 @@ from more_hf_bench.methods.registry import DIFFUSION
 pytestmark = pytest.mark.usefixtures("short_prompts")
 
 CONCEPT, TARGET = "van gogh", "claude monet"
-OF_STABLE_DIFFUSION = {"more-gates", "more-denoiser-rece"}
+OF_STABLE_DIFFUSION = {"more-denoiser-rece"}
 EVERY_FAMILY = {"original", *(name for name in DIFFUSION if name.startswith("more"))} - OF_STABLE_DIFFUSION
 KEYS_AND_VALUES = {"uce", "uce-paper", "rece", "cure", "speed", "oce"}
 VALUES_ONLY = {"speed", "oce"}
@@ -28,7 +28,6 @@ SETTINGS = {
     "esd-repo": TRAINED,
     "ca": {**TRAINED, "images": 1, "prompts": ["a cat"]},
     "more-denoiser-rece": {"sampling_steps": 2},
-    "more-gates": {"pictures": 4, "sampling_steps": 2},
     "midsteer": {"pictures": 2, "sampling_steps": 2},
     "tea": {"prompts": 2},
     "oce": {"expand": None},  # six prompts would span all four outputs of the smallest tiny layers
@@ -74,7 +73,7 @@ def layers_of(name, family, names):
     return {key for key in names if key.startswith(("unet.", "transformer.")) and key.endswith(ends)}
 
 
-INSIDE = {"more-denoiser": 1.0, "more-denoiser-soft": 4.0, "more-denoiser-hard": 0.25}
+INSIDE = {"more-denoiser": 1.0, "more-denoiser-soft": 4.0, "more-denoiser-hard": 0.25, "more-gates": 1.0}
 
 
 @pytest.mark.slow
@@ -83,17 +82,20 @@ def test_inside_the_denoiser(name, softness, tiny_sd, monkeypatch):
     """Which families it works on is in `tests/diffusion/test_activations.py`: it draws many pictures."""
     fewer = partial(more_hf.erase_concept, pictures=4)  # not 32
     monkeypatch.setattr("more_hf_bench.methods.diffusion.ours.erase_concept", fewer)
+    within, reach = (
+        (".ff.net.2.weight", "gates") if name == "more-gates" else ("attn1.to_k.weight", "denoiser")
+    )
     pipe = tiny_sd(**ONE_ATTENTION)
     before = state(pipe)
     assert DIFFUSION[name].targets == "one"
     DIFFUSION[name].load()(pipe, CONCEPT, remap_to=[TARGET], retain=None, sampling_steps=2, guidance=3.0)
     request = more_hf.get_erasure(pipe).request
-    assert request.reach == "denoiser"
+    assert request.reach == reach
     assert request.softness == softness
     assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 3.0}
     edited = changed(pipe, before)
     assert {key for key in edited if key.endswith("attn2.to_k.weight")}
-    assert {key for key in edited if key.endswith("attn1.to_k.weight")}
+    assert {key for key in edited if key.endswith(within)}
 
 
 @pytest.mark.slow
