@@ -32,8 +32,8 @@ INSIDE = (
 )
 GATED = (
     "Gates in feed-forward layers open on what pictures of the concept gave there, and write a step to the "
-    "target. What the denoiser predicts of pictures that fitted no gate, they moved by {:.2g} % or more for "
-    "the concepts and {:.2g} % or less for others. Whoever reads the weights finds in plain what a gate "
+    "target. What the denoiser predicts of pictures that fitted no gate, they moved by {:.0f} % or more for "
+    "the concepts and {:.0f} % or less for others. Whoever reads the weights finds in plain what a gate "
     "looks for and what it writes. The files can only be compared with what was saved, by a fingerprint."
 )
 RUN = (
