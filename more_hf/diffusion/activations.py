@@ -31,7 +31,7 @@ from ..core.site import AffineSite, Site, check_unshared, feature_dim, is_linear
 from ..core.views import running_eagerly
 from .draw import call, draw
 from .encoder import column
-from .given import check_given, drawn_sentences, encode_pictures, shown_sentences
+from .given import check_vae, drawn_sentences, encode_pictures, shown_sentences
 from .prompts import TEMPLATES, evenly, everyday_prompts, sentences_around
 from .quantized import scheme_of
 from .sites import Denoiser, base_layer, find_sites, is_lora
@@ -185,8 +185,8 @@ def draw_pictures(
     Raises:
         As `record_activations`, of which this is a part, about given pictures.
     """
-    for concept in request.given.keys() & sent_to.keys():
-        check_given(pipe, request.given[concept])
+    if request.given.keys() & sent_to.keys():
+        check_vae(pipe)
     shown = {**prompts, **_prompts_beside(request, sent_to)}
     # Work on a shallow copy of the pipeline, with a scheduler that may be changed and a silent bar.
     pipe = copy.copy(pipe)
@@ -229,6 +229,7 @@ def picture_prompts(
         own = [concept] if concept in request.named else []
         sentences = _sentences(request, [*own, *named, *request.retain], everyday)
         if concept in request.given:
+            request.given[concept].require_folder()
             sentences = drawn_sentences(request.given[concept], sentences)
         prompts[concept] = [sentence.replace("{}", concept) for sentence in sentences]
         for target in named:

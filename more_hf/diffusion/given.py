@@ -17,12 +17,8 @@ from ..core.pictures import Pictures
 from .prompts import sentences_around
 
 
-def check_given(pipe: DiffusionPipeline, given: Pictures) -> None:
-    """
-    Raises `PrototypeError` if the pictures are not here, and `SiteNotFoundError` if the pipeline has no VAE
-    that is known to encode them.
-    """
-    given.require_folder()
+def check_vae(pipe: DiffusionPipeline) -> None:
+    """Raises `SiteNotFoundError` if the pipeline has no VAE that is known to encode pictures."""
     vae = getattr(pipe, "vae", None)
     known = isinstance(vae, AutoencoderKL | AutoencoderDC) and hasattr(vae, "encoder")
     # SDXL's pipeline has another formula where the VAE's configuration has these
