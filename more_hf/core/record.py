@@ -138,7 +138,9 @@ class Record:
         if not re.fullmatch(r"[A-Za-z]\w*(\+[A-Za-z]\w*)*", self.denoiser):
             raise ValueError(f"`denoiser` is {self.denoiser!r}, which is no component's name")
         if self.request.inside and all(map(is_text, self.facts.spaces.values())):
-            raise ValueError(f"`reach` is {self.request.reach!r}, but no layer inside is in `spaces`")
+            raise ValueError(
+                f"`reach` is {self.request.reach!r}, but no layer inside the denoiser is in `spaces`"
+            )
 
 
 def prefixes_of(denoiser: str) -> dict[str, str]:

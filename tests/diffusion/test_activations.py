@@ -344,7 +344,7 @@ def test_a_record_that_names_no_inner_layer_is_refused(erased, tmp_path):
     record = json.loads((folder / RECORD).read_text())
     forged = {**record, "facts": {**record["facts"], "spaces": {}}}
     (folder / RECORD).write_text(json.dumps(forged))
-    with pytest.raises(more_hf.IncompatibleBaseError, match="no layer inside it"):
+    with pytest.raises(more_hf.IncompatibleBaseError, match="no layer inside the denoiser"):
         more_hf.verify(folder)
     forged["facts"]["spaces"] = {"nowhere": "nowhere"}
     (folder / RECORD).write_text(json.dumps(forged))

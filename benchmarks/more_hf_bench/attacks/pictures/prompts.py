@@ -14,6 +14,7 @@ from more_hf.diffusion.prompts import evenly
 from more_hf.tuning.judge import lpips_distance
 
 from ...artists.prompts import PromptRow, read_prompts
+from ...errors import BenchmarkError
 from ..store import LPIPS, Result, mean_of
 from .training import Noise, Noised, embedded, encode, with_new_tokens
 from .victim import BestPictures, Victim
@@ -30,9 +31,17 @@ def description(
     """
     Ask for the concept in other words: draw what a file of prompts, or one that ships with the package, has
     of it at these levels.
+
+    Raises:
+        `BenchmarkError`: the file has no prompts of it.
     """
     rows = read_prompts(prompts).at(levels).rows
     rows = [row for row in rows if victim.concept in (row.artist, row.thing)]
+    if not rows:
+        raise BenchmarkError(
+            f"{prompts} has no prompts of {victim.concept!r} at {', '.join(levels)}. Pass a file that has "
+            "some as `prompts` of the attack."
+        )
     texts, seeds = [row.prompt for row in rows], [row.evaluation_seed for row in rows]
     images = victim.studio.draw(victim.pipe, texts, seeds)
     yield victim.counted(victim.studio.shows(images, rows, victim.concept), images, "description")

@@ -8,7 +8,7 @@ from support.victims import StubJudges, prompt_rows
 
 from more_hf_bench.artists.prompts import Prompts
 from more_hf_bench.attacks.pictures.run import run_picture_attacks
-from more_hf_bench.attacks.registry import attacks_of
+from more_hf_bench.attacks.registry import ATTACKS, attacks_of
 from more_hf_bench.columns import read_cells
 from more_hf_bench.errors import BenchmarkError
 
@@ -49,7 +49,7 @@ def run(tiny_sd, tmp_path):
 
 @pytest.mark.slow
 def test_every_attack_on_an_artist_and_a_thing(run, tmp_path):
-    attacks = list(attacks_of("pictures"))
+    attacks = [name for name in attacks_of("pictures") if not ATTACKS[name].on_request]
     summary = run(attacks, ["van gogh", "cat"])
     assert {line["attack"] for line in summary} == set(attacks)
     assert {line["method"] for line in summary} == {"original", "more"}
@@ -57,6 +57,11 @@ def test_every_attack_on_an_artist_and_a_thing(run, tmp_path):
     assert {row["forget"] for row in rows} == {"van gogh", "cat"}
     assert (tmp_path / "van-gogh.webp").is_file()
     assert (tmp_path / "cat.webp").is_file()
+
+
+def test_a_description_needs_prompts_of_the_concept(run):
+    with pytest.raises(BenchmarkError, match="emoji_levels has no prompts of 'van gogh'"):
+        run(["description"])
 
 
 def test_nothing_is_measured_twice(run, tmp_path, monkeypatch):
