@@ -6,7 +6,8 @@
     python sample.py table              # table.md, from what is measured
 
 Levers are chosen on the half `choosing`; the half `reserved` is looked at once, at the end. A run goes on
-where rows.csv ends: styles and things in turn, all methods of one concept together.
+where rows.csv ends: styles and things in turn, all methods of one concept together. A thing that the original
+draws too seldom for the attack is left out, and the run says so.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from more_hf_bench.artists.run import EMOJI
 from more_hf_bench.attacks.pictures.run import run_picture_attacks
 from more_hf_bench.attacks.store import KEYS, AttackConfig
 from more_hf_bench.columns import read_cells, read_rows, rounded, write_rows
+from more_hf_bench.errors import BenchmarkError
 
 
 HERE = Path(__file__).parent
@@ -120,12 +122,15 @@ def measure(half: str, methods: list[str], minutes: float) -> None:
         if time.monotonic() > end:
             return
         kind = f"{concept['kind']}s"
-        run_picture_attacks(
-            pipe, "emoji-sd", methods, list(ATTACKS), [concept["forget"]],
-            prompts=read_prompts(HERE / f"{kind}.csv"), lessons=lessons,
-            targets={concept["forget"]: [concept["remap_to"]]}, judges=judges,
-            output=HERE / kind, tuned=ATTACKS, **EMOJI,
-        )  # fmt: skip
+        try:
+            run_picture_attacks(
+                pipe, "emoji-sd", methods, list(ATTACKS), [concept["forget"]],
+                prompts=read_prompts(HERE / f"{kind}.csv"), lessons=lessons,
+                targets={concept["forget"]: [concept["remap_to"]]}, judges=judges,
+                output=HERE / kind, tuned=ATTACKS, **EMOJI,
+            )  # fmt: skip
+        except BenchmarkError as error:  # the original draws too few pictures for the attack
+            print(f"{concept['forget']} is left out: {error}")
 
 
 def cells_of_rows(output: Path) -> None:
