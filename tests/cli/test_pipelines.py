@@ -110,14 +110,15 @@ def test_erase_then_verify(tiny_sd, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure):
+@pytest.mark.parametrize("reach", ["denoiser", "gates"])
+def test_erase_inside_the_denoiser(tiny_sd, tmp_path, failure, reach):
     tiny_sd(**ONE_ATTENTION).save_pretrained(tmp_path / "base")
     argv = ["erase", str(tmp_path / "base"), "--concept", "Van Gogh", "--remap_to", "Claude Monet"]
     argv += ["--output", str(tmp_path / "erased"), "--steps", "2", "--guidance", "2.5"]
     assert "Leave `--steps` and `--guidance` out" in failure(*argv)
-    assert main([*argv, "--reach", "denoiser", "--softness", "0.5"]) == 0
+    assert main([*argv, "--reach", reach, "--softness", "0.5"]) == 0
     request = more_hf.get_erasure(more_hf.load(tmp_path / "erased")).request
-    assert request.reach == "denoiser"
+    assert request.reach == reach
     assert request.softness == 0.5
     assert request.sampling == {"num_inference_steps": 2, "guidance_scale": 2.5}
 
