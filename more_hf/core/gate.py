@@ -31,7 +31,7 @@ class Gate:
 
     Args:
         reader (`Tensor`): d `(width,)`.
-        threshold (`float`), scale (`float`): θ and σ.
+        threshold (`float`), scale (`float`): θ, and σ, the standard deviation of d·x over the concept.
         step (`Tensor`): what the layer writes in addition where the gate is open, `(out,)`.
     """
 
@@ -40,32 +40,16 @@ class Gate:
     scale: float
     step: Tensor
 
+    @classmethod
+    def shut_at(cls, share: float, said: Tensor, reader: Tensor, scale: float, step: Tensor) -> Gate:
+        """The gate that stays shut at this share of what d said of features that did not fit it, `(n,)`."""
+        threshold = float(said.kthvalue(int(share * (len(said) - 1)) + 1).values)
+        return cls(reader, threshold, scale, step)
+
     def __call__(self, x: Tensor) -> Tensor:
         """How far the two units open the gate at features `(..., width)`, in their dtype."""
         z = SHARPNESS / self.scale * (x @ self.reader.to(x) - self.threshold)
         return (gelu(z) - gelu(z - SHARPNESS)) / SHARPNESS
-
-
-@dataclass(frozen=True)
-class Reading:
-    """
-    What one layer reads of a concept, from which gates of any width and strength are made.
-
-    Args:
-        reader (`Tensor`), scale (`float`): d, and σ, the standard deviation of d·x over the concept.
-        others (`Tensor`): d·x of other features, which did not fit d, in ascending order.
-        step (`Tensor`): from what the layer's block writes of the concept to what it writes of the target.
-    """
-
-    reader: Tensor
-    scale: float
-    others: Tensor
-    step: Tensor
-
-    def gate(self, strength: float, quantile: float) -> Gate:
-        """The gate that stays shut at this share of the others, and writes the step so many times."""
-        threshold = float(self.others[int(quantile * (len(self.others) - 1))])
-        return Gate(self.reader, threshold, self.scale, strength * self.step)
 
 
 def fit_reader(own: Moment, others: Moment, shrinkage: float = 0.2) -> tuple[Tensor, float]:

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from ..core.errors import PrototypeError, SiteNotFoundError
 from ..core.facts import READERS, STEPS
-from ..core.gate import Gate, Reading, Rewrite, fit_reader, written
+from ..core.gate import Gate, Rewrite, fit_reader, written
 from ..core.interrupts import unwound
 from ..core.moment import Moment
 from ..core.prototypes import PrototypeFitter
@@ -179,19 +179,20 @@ def find_gates(
         # 4. Choose the gates of each concept.
         gates: dict[str, list[Gate]] = {block: [] for block in theater.blocks}
         moves = []
-        tried = [_of(drawn[name], TRIAL) for name in others]
+        tried = {name: _of(drawn[name], TRIAL) for name in (*sent_to, *others)}
+        before = {name: theater.predictions(pictures, {}) for name, pictures in tried.items()}
         for i, concept in enumerate(sent_to):
-            readings = {}
+            chosen = {}
             for block, reader in fitted[concept].items():
-                said = theater.said(block, beside[concept])[:, i].sort().values
+                said = theater.said(block, beside[concept])[:, i]
                 step = theater.written(block, targets[concept]) - theater.written(block, [concept])
-                readings[block] = Reading(*reader, said, step)
-            chosen = {block: reading.gate(strength, QUANTILE) for block, reading in readings.items()}
+                chosen[block] = Gate.shut_at(QUANTILE, said, *reader, strength * step)
+                gates[block].append(chosen[block])
             # 5. See what they move.
-            own, *cost = (theater.moved(shown, chosen) for shown in [_of(drawn[concept], TRIAL), *tried])
+            own, *cost = (
+                _moved(before[name], theater.predictions(tried[name], chosen)) for name in (concept, *others)
+            )
             moves.append((own, sum(cost) / len(cost)))
-            for block, gate in chosen.items():
-                gates[block].append(gate)
     own, cost = zip(*moves, strict=True)
     moved_by = {"gates_move_own": min(own), "gates_move_others": max(cost)}
     return Gates(gates, {block: theater.energy(block) for block in gates}, moved_by)
@@ -201,6 +202,15 @@ def _of(pictures: Drawn, *roles: str) -> list[Drawn]:
     """Batches of the pictures that have one of these roles."""
     rows = [i for i in range(len(pictures.seeds)) if ROLES[i % len(ROLES)] in roles]
     return [pictures.take(rows[i : i + pictures.size]) for i in range(0, len(rows), pictures.size)]
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """
+    How far predictions `(n, ...)` moved: the mean of ‖p' − p‖ / ‖p‖. Of their squares' mean, which a few
+    pictures decide, pictures' LPIPS says little.
+    """
+    before, after = before.flatten(1), after.flatten(1)
+    return float(((after - before).norm(dim=1) / before.norm(dim=1)).mean())
 
 
 class _Theater:
@@ -303,15 +313,7 @@ class _Theater:
         """E h² of each hidden unit of a block's layer over ordinary pictures."""
         return torch.stack(self.hidden[block]).mean(0)
 
-    def moved(self, batches: Sequence[Drawn], gates: Mapping[str, Gate]) -> float:
-        """
-        How far gates move the denoiser's predictions of pictures: the mean of ‖p' − p‖ / ‖p‖. Of their
-        squares' mean, which a few pictures decide, pictures' LPIPS says little.
-        """
-        before, after = (self._predictions(batches, put).flatten(1) for put in ({}, gates))
-        return float(((after - before).norm(dim=1) / before.norm(dim=1)).mean())
-
-    def _predictions(self, batches: Iterable[Drawn], gates: Mapping[str, Gate]) -> Tensor:
+    def predictions(self, batches: Iterable[Drawn], gates: Mapping[str, Gate]) -> Tensor:
         """What the denoiser predicts of pictures at each level of noise, with these gates in its layers."""
         predicted: list[Tensor] = []
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from more_hf.core.errors import SiteNotFoundError
-from more_hf.core.gate import SHARPNESS, Gate, Reading, fit_reader, written
+from more_hf.core.gate import SHARPNESS, Gate, fit_reader, written
 from more_hf.core.moment import Moment
 from more_hf.core.proof import Measurements
 from more_hf.core.site import AffineSite, Site, check_unshared
@@ -38,8 +38,7 @@ def test_a_gate_is_shut_on_others_and_reads_along_the_discriminant():
     expected = torch.linalg.solve(mixing.T @ mixing, apart)
     assert torch.cosine_similarity(reader, expected, dim=0) > 0.99
     assert scale == pytest.approx(float((own @ reader).std()), rel=1e-3)
-    gate = Reading(reader, scale, (others[1::2] @ reader).sort().values, apart).gate(30, 0.99)
-    assert torch.equal(gate.step, 30 * apart)
+    gate = Gate.shut_at(0.99, others[1::2] @ reader, reader, scale, apart)
     new = normal(12000, 5, seed=4) @ mixing + 2
     assert float((gate(new) > 0).double().mean()) == pytest.approx(0.01, abs=3e-3)
     assert float((gate(own) > 0).double().mean()) > 0.5
@@ -53,7 +52,7 @@ def test_a_reader_of_few_features_reads_new_ones_better_with_shrinkage():
     opened = {}
     for shrinkage in (0.0, 0.2):
         reader, scale = fit_reader(moment(own), moment(others), shrinkage)
-        gate = Reading(reader, scale, (new_others @ reader).sort().values, apart).gate(1, 0.99)
+        gate = Gate.shut_at(0.99, new_others @ reader, reader, scale, apart)
         opened[shrinkage] = float((gate(new) > 0).double().mean())
     assert opened[0.2] > opened[0.0]
 

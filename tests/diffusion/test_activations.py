@@ -11,11 +11,10 @@ from functools import partial
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from support.compare import state
-from support.families import T5_LENGTH, TINY, build, shorten
-from support.pipelines import FORGET, TARGETS, build_tiny_sd
+from support.families import T5_LENGTH, TINY, build, copied, shorten
+from support.pipelines import FORGET, TARGETS, build_prompted_sd
 from torch import nn
 
 import more_hf
@@ -56,14 +55,7 @@ def request_for(*concepts, remap_to=TARGET, **options):
 
 @pytest.fixture(scope="module")
 def original():
-    """Random weights, in which the prompt decides more than in most."""
-    pipe = build_tiny_sd()
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    with torch.no_grad():
-        for name, weight in pipe.unet.named_parameters():
-            if name.endswith("attn2.to_v.weight"):
-                weight *= 8
-    return pipe
+    return build_prompted_sd()
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +67,6 @@ def erased(original):
 def activations(original):
     """What the layers read, for the request behind `erased`."""
     return recorded(original)
-
-
-def copied(pipe):
-    """The pipeline with a denoiser of its own."""
-    other = copy.copy(pipe)
-    other.register_modules(unet=copy.deepcopy(pipe.unet))
-    return other
 
 
 def recorded(pipe, request=None, sent_to=None):

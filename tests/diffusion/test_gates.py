@@ -1,15 +1,14 @@
 """`reach="gates"`: gates in the denoiser's feed-forward layers, from its own pictures to plain diffusers."""
 
-import copy
 import json
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from support.compare import changed, state
-from support.families import TINY, build
-from support.pipelines import FORGET, TARGETS, build_tiny_sd
+from support.families import TINY, build, copied
+from support.pipelines import FORGET, TARGETS, build_prompted_sd
 
 import more_hf
 from more_hf.core.facts import READERS
@@ -34,26 +33,12 @@ def request_for(*concepts, **options):
 
 @pytest.fixture(scope="module")
 def original():
-    """Random weights, in which the prompt decides more than in most."""
-    pipe = build_tiny_sd()
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    with torch.no_grad():
-        for name, weight in pipe.unet.named_parameters():
-            if name.endswith("attn2.to_v.weight"):
-                weight *= 8
-    return pipe
+    return build_prompted_sd()
 
 
 @pytest.fixture(scope="module")
 def erased(original):
     return erase(copied(original), request_for())
-
-
-def copied(pipe):
-    """The pipeline with a denoiser of its own."""
-    other = copy.copy(pipe)
-    other.register_modules(unet=copy.deepcopy(pipe.unet))
-    return other
 
 
 def same(module, other):
@@ -135,12 +120,12 @@ def test_what_was_tried_is_what_is_written(original):
     assert softer.moved["gates_move_own"] < found.moved["gates_move_own"]
     theater = gates._Theater(denoiser, gates.find_blocks(denoiser))
     tried_gates = {block: own for block, (own,) in found.gates.items()}
-    before = theater._predictions(pictures, {})
-    tried = theater._predictions(pictures, tried_gates)
+    before = theater.predictions(pictures, {})
+    tried = theater.predictions(pictures, tried_gates)
     sites = gates.find_activation_sites(denoiser, found.spaces)
     for name, rewrite in found.rewrites({name: site.read() for name, site in sites.items()}).items():
         sites[name].write(rewrite.merged(sites[name].read()))
-    after = theater._predictions(pictures, {})
+    after = theater.predictions(pictures, {})
     assert len(before) == 2 * gates.LEVELS * sum(len(one.seeds) for one in pictures)
     assert (tried - before).norm() > 1e-3 * before.norm()
     assert (after - tried).norm() < 0.05 * (tried - before).norm()

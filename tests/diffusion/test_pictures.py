@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny, AutoPipelineForImage2Image, DDIMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from support.compare import state
-from support.families import TINY, build
+from support.families import TINY, build, copied
 from support.pipelines import FORGET, TARGETS, build_tiny_sd
 
 import more_hf
@@ -55,12 +55,6 @@ def original():
     pipe = build_tiny_sd()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     return pipe
-
-
-def copied(pipe):
-    other = copy.copy(pipe)
-    other.register_modules(unet=copy.deepcopy(pipe.unet))
-    return other
 
 
 def changed(pipe, original):

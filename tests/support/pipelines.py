@@ -129,3 +129,16 @@ def random_ip_adapter(unet, image_width=12, tokens=4):
         "image_proj": {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
         "ip_adapter": adapter,
     }
+
+
+def build_prompted_sd():
+    """A tiny SD 1.x in which the prompt decides more than in most with random weights."""
+    from diffusers import DDIMScheduler
+
+    pipe = build_tiny_sd()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    with torch.no_grad():
+        for name, weight in pipe.unet.named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                weight *= 8
+    return pipe
