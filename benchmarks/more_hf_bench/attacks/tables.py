@@ -177,6 +177,7 @@ def recovery_figure(summary: Sequence[Line]) -> Figure | None:
     styles = {}
     for i, method in enumerate(lines["method"].unique()):
         styles[method] = {"color": f"C{i % 10}", "marker": "osv^D"[i % 5], "markersize": 3, "label": method}
+        styles[method]["linestyle"] = "-" if i < 10 else "--"  # colors begin again
     for axis, ((attack, variant, unit), panel) in zip(axes, shown.items(), strict=True):
         for method, points in panel.groupby("method", sort=False):
             axis.plot(points["budget"], points["recovered"].astype(float), **styles[method])
