@@ -50,7 +50,7 @@ ROLES = (FIT, THRESHOLD, FIT, TRIAL)
 # Whoever looks for another way shifts features until the gates shut. So these are wide, and a step is large:
 # a rarer gate with a larger step moves the concept's own pictures as far, and is evaded.
 QUANTILE = 0.98  # the share of others' positions at which a gate stays shut
-STRENGTH = 50  # how many times it writes the step from concept to target, at softness 1
+STRENGTH = 100  # how many times it writes the step from concept to target, at softness 1
 
 
 @dataclass(frozen=True)
