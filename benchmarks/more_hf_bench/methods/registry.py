@@ -81,6 +81,7 @@ DIFFUSION: dict[str, Method] = {
     "more-denoiser-hard": Method(".diffusion.ours:more_denoiser_hard", role="appendix"),
     "more-denoiser-rece": Method(".diffusion.ours:more_denoiser_rece", role="appendix"),
     "more-gates": Method(".diffusion.ours:more_gates", role="appendix"),
+    "more-gates-soft": Method(".diffusion.ours:more_gates_soft", role="appendix"),
     "midsteer": Method(".diffusion.midsteer:midsteer", role="appendix"),
     "care": Method(".diffusion.care:care", role="appendix"),
     "tea": Method(".diffusion.tea:tea", role="appendix", trained=True),

@@ -42,7 +42,7 @@ SEEN_THINGS = ("rocket", "cat face", "sunflower", "guitar", "bicycle")
 CHOOSING, RESERVED = "choosing", "reserved"
 WORDINGS = ("{} in the style of {artist}", "{artist}'s drawing of {}", "an emoji of {} by {artist}")
 NAMELESS = ("{}", "a picture of {}")
-METHODS = ("more", "more-denoiser", "more-gates")  # beside the original
+METHODS = ("more", "more-denoiser", "more-gates", "more-gates-soft")  # beside the original
 ATTACKS = {
     "name": {},
     "inversion": {"tokens": [1], "steps": [150], "pictures": 40, "batch_size": 24, "control": False},

@@ -65,6 +65,7 @@ def more_denoiser(
 more_denoiser_soft = partial(more_denoiser, softness=4.0)
 more_denoiser_hard = partial(more_denoiser, softness=0.25)
 more_gates = partial(more_denoiser, reach="gates")
+more_gates_soft = partial(more_gates, softness=2.0)
 
 
 def more_denoiser_rece(

@@ -73,7 +73,8 @@ def layers_of(name, family, names):
     return {key for key in names if key.startswith(("unet.", "transformer.")) and key.endswith(ends)}
 
 
-INSIDE = {"more-denoiser": 1.0, "more-denoiser-soft": 4.0, "more-denoiser-hard": 0.25, "more-gates": 1.0}
+INSIDE = {"more-denoiser": 1.0, "more-denoiser-soft": 4.0, "more-denoiser-hard": 0.25}
+INSIDE |= {"more-gates": 1.0, "more-gates-soft": 2.0}
 
 
 @pytest.mark.slow
@@ -82,9 +83,7 @@ def test_inside_the_denoiser(name, softness, tiny_sd, monkeypatch):
     """Which families it works on is in `tests/diffusion/test_activations.py`: it draws many pictures."""
     fewer = partial(more_hf.erase_concept, pictures=4)  # not 32
     monkeypatch.setattr("more_hf_bench.methods.diffusion.ours.erase_concept", fewer)
-    within, reach = (
-        (".ff.net.2.weight", "gates") if name == "more-gates" else ("attn1.to_k.weight", "denoiser")
-    )
+    within, reach = (".ff.net.2.weight", "gates") if "gates" in name else ("attn1.to_k.weight", "denoiser")
     pipe = tiny_sd(**ONE_ATTENTION)
     before = state(pipe)
     assert DIFFUSION[name].targets == "one"
