@@ -82,16 +82,21 @@ class EmojiJudges:
                     "do not know. Leave the row out, or judge with CLIP (`judges`: clip)."
                 )
 
-    def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
-        """Judge images; see `Judges.judge`."""
+    def names(self, images: Tensor) -> tuple[list[str], list[str]]:
+        """The artist and the thing that each of uint8 images `(n, 3, H, W)` is taken for."""
         z = pooled_features(self.lpips, images.to(self.device).float() / 127.5 - 1)
         z = (z - self.weights["mean"]) / self.weights["deviation"]
         artist = (z @ self.weights["artist.weight"].T + self.weights["artist.bias"]).argmax(1).tolist()
         thing = (z @ self.weights["thing.weight"].T + self.weights["thing.bias"]).argmax(1).tolist()
+        return [self.artists[seen] for seen in artist], [self.things[seen] for seen in thing]
+
+    def judge(self, images: Tensor, rows: Sequence[PromptRow]) -> tuple[list[str], list[int | None]]:
+        """Judge images; see `Judges.judge`."""
+        artists, things = self.names(images)
         content: list[int | None] = []
-        for seen, row in zip(thing, rows, strict=True):
-            content.append(int(self.things[seen] == row.thing) if row.thing else None)
-        return [self.artists[seen] for seen in artist], content
+        for seen, row in zip(things, rows, strict=True):
+            content.append(int(seen == row.thing) if row.thing else None)
+        return artists, content
 
 
 class ClipJudges(Clip):

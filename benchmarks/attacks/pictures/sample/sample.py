@@ -4,6 +4,7 @@
     python sample.py draw               # the lot: concepts.csv and the prompts
     python sample.py run --minutes 25   # measure on, as far as time allows
     python sample.py table              # table.md, from what is measured
+    python sample.py become             # becomes.csv and .md: what the kept pictures of a run show instead
 
 Levers are chosen on the half `choosing`; the half `reserved` is looked at once, at the end. A run goes on
 where rows.csv ends: styles and things in turn, all methods of one concept together. A thing that the original
@@ -13,15 +14,18 @@ draws too seldom for the attack is left out, and the run says so.
 import argparse
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
+
+import torch
 
 import more_hf
 from more_hf.core.files import write_text
 from more_hf.core.markdown import markdown_table
 from more_hf.data import EMOJI_ARTISTS
+from more_hf_bench.artists.grid import read_image
 from more_hf_bench.artists.judges import EmojiJudges
 from more_hf_bench.artists.prompts import read_prompts, read_targets
 from more_hf_bench.artists.run import EMOJI
@@ -41,6 +45,8 @@ SEEN_STYLES = ("High Contrast", "Streamline", "Blobmoji", "Monotone", "Twemoji")
 SEEN_THINGS = ("rocket", "cat face", "sunflower", "guitar", "bicycle")
 CHOOSING, RESERVED = "choosing", "reserved"
 WORDINGS = ("{} in the style of {artist}", "{artist}'s drawing of {}", "an emoji of {} by {artist}")
+AFTER = {"name": "by name", "inversion": "after 150 steps"}
+STRIP = 64  # pixels of a kept picture, of which a file has several side by side
 NAMELESS = ("{}", "a picture of {}")
 METHODS = ("more", "more-denoiser", "more-gates", "more-gates-soft")  # beside the original
 ATTACKS = {
@@ -168,11 +174,38 @@ def table() -> None:
     write_text(HERE / "table.md", markdown_table(lines) + "\n")
 
 
+def become() -> None:
+    """Write what the first pictures of each cell show: the target, still the concept, or anything else."""
+    judges, counts = EmojiJudges(), defaultdict(Counter)
+    for concept in read_cells(HERE / "concepts.csv"):
+        for file in sorted((HERE / f"{concept['kind']}s" / "pictures" / concept["forget"]).glob("*/*.png")):
+            images = torch.stack(read_image(file).split(STRIP, dim=2))
+            artists, things = judges.names(images)
+            shown = artists if concept["kind"] == "style" else things
+            key = file.parent.name, concept["kind"], AFTER[file.stem.split("_")[0]]
+            counts[key]["pictures"] += len(images)
+            for name in ("remap_to", "forget"):
+                counts[key][name] += shown.count(concept[name])
+    lines = [
+        {
+            "method": method,
+            "what": f"{kind}s",
+            "asked": asked,
+            "pictures": found["pictures"],
+            "show the target": f"{100 * found['remap_to'] / found['pictures']:.0f}",
+            "show it still": f"{100 * found['forget'] / found['pictures']:.0f}",
+        }
+        for (method, kind, asked), found in sorted(counts.items())
+    ]
+    write_rows(HERE / "becomes.csv", lines)
+    write_text(HERE / "becomes.md", markdown_table(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("draw", "run", "table"))
+    parser.add_argument("what", choices=("draw", "run", "table", "become"))
     parser.add_argument("--half", choices=(CHOOSING, RESERVED), default=CHOOSING)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--minutes", type=float, default=1e6, help="start no concept after that (no limit)")
@@ -181,6 +214,8 @@ def main() -> None:
         draw()
     elif args.what == "table":
         table()
+    elif args.what == "become":
+        become()
     else:
         measure(args.half, args.methods.split(","), args.minutes)
 
