@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from more_hf.diffusion.encoder import Encoder
 from more_hf.diffusion.sites import find_denoiser, find_sites
@@ -140,9 +140,11 @@ def base(
     for alpha in added:
         yield victim.drawn(with_base(victim, alpha), prompts, "base", variant=f"base added, alpha {alpha:g}")
     yield Result(rank_of_name(victim), measure="rank")
-    if victim.pipe.unet._forward_pre_hooks:
+    if any(hooks for module in victim.pipe.unet.modules() for hooks in hooks_of(module)):
         pipe = victim.own_denoiser()
-        pipe.unet._forward_pre_hooks.clear()
+        for module in pipe.unet.modules():
+            for hooks in hooks_of(module):
+                hooks.clear()
         yield victim.drawn(pipe, prompts, "base", variant="hook removed")
     for size in encoder_noise:
         pipe = with_noisy_encoder(victim.pipe, size, victim.seed)
@@ -150,6 +152,11 @@ def base(
     for layers in clip_skip:
         features = earlier_features(victim.pipe, prompts, layers)
         yield victim.drawn(victim.pipe, features, "base", variant=f"clip_skip {layers}")
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Callable], ...]:
+    """The hooks around a module's call."""
+    return module._forward_pre_hooks, module._forward_hooks
 
 
 @torch.no_grad()

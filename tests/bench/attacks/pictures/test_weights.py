@@ -100,6 +100,18 @@ def test_without_the_hook_the_mean_expert_is_left(tiny_victim):
     assert [result.variant for result in base(plain, added=[], encoder_noise=[], clip_skip=[])] == [""]
 
 
+def test_hooks_of_layers_are_removed_too(tiny_victim):
+    def refuse(*call):
+        raise AssertionError("the hook was called")
+
+    victim = tiny_victim(erase)
+    victim.pipe.unet.mid_block.register_forward_hook(refuse)
+    found = list(base(victim, added=[], encoder_noise=[], clip_skip=[]))
+    assert [result.variant for result in found] == ["", "hook removed"]
+    with pytest.raises(AssertionError, match="was called"):
+        outputs(victim.pipe, encode(victim.pipe, PROMPTS))
+
+
 def test_features_of_an_earlier_layer(tiny_sd):
     pipe = tiny_sd("1")
     last, earlier = earlier_features(pipe, PROMPTS, 0), earlier_features(pipe, PROMPTS, 1)
