@@ -15,9 +15,11 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from more_hf.cli.main import main
 from more_hf.diffusion.prompts import packaged_prompts
+from more_hf_bench.artists.grid import to_pil
 from more_hf_bench.attacks.store import AttackConfig
 from more_hf_bench.attacks.tables import write_outputs
 from more_hf_bench.columns import read_cells, read_rows
+from more_hf_bench.errors import BenchmarkError
 from more_hf_bench.methods.diffusion.closed_form import adversarial_embeddings, edit_matrix
 
 
@@ -366,7 +368,8 @@ def test_every_part_of_the_imagenet_preset(script):
 
 def test_the_sample_of_concepts_is_the_lot(script, monkeypatch, tmp_path):
     sample = script("attacks/pictures/sample", "sample")
-    committed = {path.name: path.read_text() for path in sample.HERE.glob("*.csv")}
+    files = ("concepts.csv", "styles.csv", "things.csv")
+    committed = {name: (sample.HERE / name).read_text() for name in files}
     turn = [concept["kind"] for concept in sample.in_turn("choosing")]
     assert turn[:4] == ["style", "thing", "thing", "style"]
     assert (turn.count("style"), turn.count("thing")) == (5, 10)
@@ -387,6 +390,27 @@ def test_the_table_of_the_sample_is_of_its_rows_and_the_worst_come_first(script,
         left = [int(line[5]) for line in lines if line[0].strip() == method]
         assert left == sorted(left, reverse=True)
         assert left
+
+
+def test_what_pictures_become_is_counted(script, monkeypatch, tmp_path):
+    class Judges:
+        def names(self, images):
+            by_gray = {0: "turtle", 255: "dolphin"}
+            return ["Noto"] * len(images), [by_gray.get(image.max().item(), "sun") for image in images]
+
+    sample = script("attacks/pictures/sample", "sample")
+    monkeypatch.setattr(sample, "EmojiJudges", Judges)
+    shutil.copy(sample.HERE / "concepts.csv", tmp_path)
+    monkeypatch.setattr(sample, "HERE", tmp_path)
+    with pytest.raises(BenchmarkError, match=r"Measure first"):
+        sample.become()
+    folder = tmp_path / "things" / "pictures" / "turtle" / "more-gates"
+    folder.mkdir(parents=True)
+    grays = torch.tensor([0, 9, 255, 9], dtype=torch.uint8).repeat_interleave(sample.STRIP)
+    to_pil(grays.expand(3, sample.STRIP, -1)).save(folder / "name_0.png")
+    sample.become()
+    (line,) = read_cells(tmp_path / "becomes.csv")
+    assert list(line.values()) == ["more-gates", "things", "by name", "4", "25", "25"]
 
 
 def test_the_table_of_given_pictures_is_of_its_rows(script, monkeypatch, tmp_path):

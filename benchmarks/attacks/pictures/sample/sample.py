@@ -186,6 +186,8 @@ def become() -> None:
             counts[key]["pictures"] += len(images)
             for name in ("remap_to", "forget"):
                 counts[key][name] += shown.count(concept[name])
+    if not counts:
+        raise BenchmarkError("No pictures are kept here. Measure first: python sample.py run.")
     lines = [
         {
             "method": method,
