@@ -176,11 +176,11 @@ def recovery_figure(summary: Sequence[Line]) -> Figure | None:
     figure, axes = panels(len(shown), width=3.3, height=2.8, legend=0.6, sharey=True)
     styles = {}
     for i, method in enumerate(lines["method"].unique()):
-        styles[method] = {"color": f"C{i % 10}", "marker": "osv^D"[i % 5], "markersize": 3, "label": method}
-        styles[method]["linestyle"] = "-" if i < 10 else "--"  # colors begin again
+        line = "-" if i < 10 else "--"  # the colors begin again
+        styles[method] = {"color": f"C{i % 10}", "linestyle": line, "marker": "osv^D"[i % 5], "markersize": 3}
     for axis, ((attack, variant, unit), panel) in zip(axes, shown.items(), strict=True):
         for method, points in panel.groupby("method", sort=False):
-            axis.plot(points["budget"], points["recovered"].astype(float), **styles[method])
+            axis.plot(points["budget"], points["recovered"].astype(float), label=method, **styles[method])
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xticks(points["budget"], [f"{budget:g}" for budget in points["budget"]])
         axis.minorticks_off()

@@ -45,8 +45,6 @@ SEEN_STYLES = ("High Contrast", "Streamline", "Blobmoji", "Monotone", "Twemoji")
 SEEN_THINGS = ("rocket", "cat face", "sunflower", "guitar", "bicycle")
 CHOOSING, RESERVED = "choosing", "reserved"
 WORDINGS = ("{} in the style of {artist}", "{artist}'s drawing of {}", "an emoji of {} by {artist}")
-AFTER = {"name": "by name", "inversion": "after 150 steps"}
-STRIP = 64  # pixels of a kept picture, of which a file has several side by side
 NAMELESS = ("{}", "a picture of {}")
 METHODS = ("more", "more-denoiser", "more-gates", "more-gates-soft")  # beside the original
 ATTACKS = {
@@ -54,6 +52,8 @@ ATTACKS = {
     "inversion": {"tokens": [1], "steps": [150], "pictures": 40, "batch_size": 24, "control": False},
     "others": {"named": 24, "unnamed": 20},
 }
+ASKED = {"name": "by name", "inversion": "after 150 steps"}
+STRIP = 64  # pixels of a kept picture, of which a file has several side by side
 
 
 def draw() -> None:
@@ -182,7 +182,7 @@ def become() -> None:
             images = torch.stack(read_image(file).split(STRIP, dim=2))
             artists, things = judges.names(images)
             shown = artists if concept["kind"] == "style" else things
-            key = file.parent.name, concept["kind"], AFTER[file.stem.split("_")[0]]
+            key = file.parent.name, concept["kind"], ASKED[file.stem.split("_")[0]]
             counts[key]["pictures"] += len(images)
             for name in ("remap_to", "forget"):
                 counts[key][name] += shown.count(concept[name])

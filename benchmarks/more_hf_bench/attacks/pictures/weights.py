@@ -140,11 +140,10 @@ def base(
     for alpha in added:
         yield victim.drawn(with_base(victim, alpha), prompts, "base", variant=f"base added, alpha {alpha:g}")
     yield Result(rank_of_name(victim), measure="rank")
-    if any(hooks for module in victim.pipe.unet.modules() for hooks in hooks_of(module)):
-        pipe = victim.own_denoiser()
-        for module in pipe.unet.modules():
-            for hooks in hooks_of(module):
-                hooks.clear()
+    pipe = victim.own_denoiser()
+    if hooks := hooks_in(pipe.unet):
+        for one in hooks:
+            one.clear()
         yield victim.drawn(pipe, prompts, "base", variant="hook removed")
     for size in encoder_noise:
         pipe = with_noisy_encoder(victim.pipe, size, victim.seed)
@@ -154,9 +153,10 @@ def base(
         yield victim.drawn(victim.pipe, features, "base", variant=f"clip_skip {layers}")
 
 
-def hooks_of(module: nn.Module) -> tuple[dict[int, Callable], ...]:
-    """The hooks around a module's call."""
-    return module._forward_pre_hooks, module._forward_hooks
+def hooks_in(denoiser: nn.Module) -> list[dict[int, Callable]]:
+    """The hooks around the calls of a denoiser and of each of its layers, where there are any."""
+    hooks = [found for one in denoiser.modules() for found in (one._forward_pre_hooks, one._forward_hooks)]
+    return [found for found in hooks if found]
 
 
 @torch.no_grad()
