@@ -32,9 +32,10 @@ INSIDE = (
 )
 GATED = (
     "Gates in feed-forward layers open on what pictures of the concept gave there, and write a step to the "
-    "target. What the denoiser predicts of pictures that fitted no gate, they moved by {:.0f} % or more for "
-    "the concepts and {:.0f} % or less for others. Whoever reads the weights finds in plain what a gate "
-    "looks for and what it writes. The files can only be compared with what was saved, by a fingerprint."
+    "target. What the denoiser predicts of pictures that fitted no gate, all of them together moved by "
+    "{:.0f} % or more for each concept and by {:.0f} % for others. Whoever reads the weights finds in plain "
+    "what a gate looks for and what it writes. The files can only be compared with what was saved, by a "
+    "fingerprint."
 )
 RUN = (
     "The model was run: nothing but the edited layers reads the prompt, and each computes with its new "

@@ -120,7 +120,8 @@ def erase_concept(
             units of each feed-forward layer for each concept, except in the widest blocks: they open on what
             only the concept's pictures give, and write a step to the target. Thresholds are from pictures
             that did not fit the gates. It exists for UNets of Stable Diffusion and transformers with the same
-            blocks, unless these layers are quantized. A mapping gives a concept its own.
+            blocks, unless these layers are quantized. What several concepts cost other pictures inside the
+            denoiser adds up; a mapping gives each its own reach.
         softness (`float`, *optional*, defaults to 1.0):
             Of `"soft"` and inside the denoiser: how much leaving ordinary features alone weighs against
             moving forgotten ones. Smaller forgets more, larger spares more. It divides what gates write.

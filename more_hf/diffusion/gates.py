@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -178,23 +179,20 @@ def find_gates(
                 theater.listen_by(readers, name, _of(pictures, THRESHOLD))
         # 4. Choose the gates of each concept.
         gates: dict[str, list[Gate]] = {block: [] for block in theater.blocks}
-        moves = []
-        tried = {name: _of(drawn[name], TRIAL) for name in (*sent_to, *others)}
-        before = {name: theater.predictions(pictures, {}) for name, pictures in tried.items()}
         for i, concept in enumerate(sent_to):
-            chosen = {}
             for block, reader in fitted[concept].items():
                 said = theater.said(block, beside[concept])[:, i]
                 step = theater.written(block, targets[concept]) - theater.written(block, [concept])
-                chosen[block] = Gate.shut_at(QUANTILE, said, *reader, strength * step)
-                gates[block].append(chosen[block])
-            # 5. See what they move.
-            own, *cost = (
-                _moved(before[name], theater.predictions(tried[name], chosen)) for name in (concept, *others)
-            )
-            moves.append((own, sum(cost) / len(cost)))
-    own, cost = zip(*moves, strict=True)
-    moved_by = {"gates_move_own": min(own), "gates_move_others": max(cost)}
+                gates[block].append(Gate.shut_at(QUANTILE, said, *reader, strength * step))
+        # 5. See what all of them together move.
+        moved = {}
+        for name in (*sent_to, *others):
+            pictures = _of(drawn[name], TRIAL)
+            moved[name] = _moved(theater.predictions(pictures, {}), theater.predictions(pictures, gates))
+    moved_by = {
+        "gates_move_own": min(moved[name] for name in sent_to),
+        "gates_move_others": fmean(moved[name] for name in others),
+    }
     return Gates(gates, {block: theater.energy(block) for block in gates}, moved_by)
 
 
@@ -313,7 +311,7 @@ class _Theater:
         """E h² of each hidden unit of a block's layer over ordinary pictures."""
         return torch.stack(self.hidden[block]).mean(0)
 
-    def predictions(self, batches: Iterable[Drawn], gates: Mapping[str, Gate]) -> Tensor:
+    def predictions(self, batches: Iterable[Drawn], gates: Mapping[str, Sequence[Gate]]) -> Tensor:
         """What the denoiser predicts of pictures at each level of noise, with these gates in its layers."""
         predicted: list[Tensor] = []
 
@@ -324,8 +322,8 @@ class _Theater:
             return output + gate(x)[..., None] * gate.step.to(output)
 
         hooks: list[tuple[nn.Module, Callable]] = [(part, keep) for part in self.denoiser.parts.values()]
-        for name, gate in gates.items():
-            hooks.append((self.blocks[name].ff, partial(add, gate)))
+        for name, own in gates.items():
+            hooks += [(self.blocks[name].ff, partial(add, gate)) for gate in own]
         self._show(batches, hooks)
         return torch.cat(predicted)
 

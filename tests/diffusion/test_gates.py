@@ -103,32 +103,42 @@ def test_the_original_is_shown_and_restored_bit_for_bit(original, erased):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_what_was_tried_is_what_is_written(original):
-    """With units that write nothing to take the place of, the weights move predictions as the trial did."""
-    pipe, request = copied(original), request_for()
+def test_what_was_tried_is_what_is_written(original, monkeypatch):
+    """
+    With units that write nothing to take the place of, the weights move predictions as the trial of all gates
+    did, and others' pictures as is told.
+    """
+    monkeypatch.setattr(gates, "QUANTILE", 0.5)  # so that each concept's gates move others' pictures
+    pipe, sent_to = copied(original), {FORGET: [TARGET], OTHER: [TARGET]}
+    request, softer = (request_for(*sent_to, softness=softness) for softness in (1.0, 4.0))
     for block in gates.find_blocks(find_denoiser(pipe)).values():
-        block.ff.net[2].weight[:, :2] = 0
+        block.ff.net[2].weight[:, :4] = 0
     denoiser = find_denoiser(pipe)
-    prompts = picture_prompts(request, {FORGET: [TARGET]}, everyday_prompts(pipe.tokenizer))
-    pictures = [
-        one for one in draw_pictures(pipe, request, {FORGET: [TARGET]}, prompts) if one.name != ORDINARY
-    ]
-    found = gates.find_gates(pipe, denoiser, request, {FORGET: [TARGET]})
-    softer = gates.find_gates(pipe, denoiser, request_for(softness=4), {FORGET: [TARGET]})
-    for block, (gate,) in softer.gates.items():  # softness divides what they write
-        torch.testing.assert_close(4 * gate.step, found.gates[block][0].step)
+    prompts = picture_prompts(request, sent_to, everyday_prompts(pipe.tokenizer))
+    drawn = {name: [] for name in prompts}
+    for one in draw_pictures(pipe, request, sent_to, prompts):
+        drawn[one.name].append(one)
+    pictures, (ordinary,) = [one for name in sent_to for one in drawn[name]], drawn[ORDINARY]
+    held_out = gates._of(ordinary, gates.TRIAL)
+    found, softer = (gates.find_gates(pipe, denoiser, one, sent_to) for one in (request, softer))
+    for block, own in softer.gates.items():  # softness divides what they write
+        for gate, harder in zip(own, found.gates[block], strict=True):
+            torch.testing.assert_close(4 * gate.step, harder.step)
     assert softer.moved["gates_move_own"] < found.moved["gates_move_own"]
     theater = gates._Theater(denoiser, gates.find_blocks(denoiser))
-    tried_gates = {block: own for block, (own,) in found.gates.items()}
-    before = theater.predictions(pictures, {})
-    tried = theater.predictions(pictures, tried_gates)
+    before, before_others = (theater.predictions(shown, {}) for shown in (pictures, held_out))
+    tried = theater.predictions(pictures, found.gates)
+    alone = theater.predictions(held_out, {block: own[:1] for block, own in found.gates.items()})
     sites = gates.find_activation_sites(denoiser, found.spaces)
     for name, rewrite in found.rewrites({name: site.read() for name, site in sites.items()}).items():
         sites[name].write(rewrite.merged(sites[name].read()))
-    after = theater.predictions(pictures, {})
+    after, after_others = (theater.predictions(shown, {}) for shown in (pictures, held_out))
     assert len(before) == 2 * gates.LEVELS * sum(len(one.seeds) for one in pictures)
     assert (tried - before).norm() > 1e-3 * before.norm()
     assert (after - tried).norm() < 0.05 * (tried - before).norm()
+    told = found.moved["gates_move_others"]
+    assert gates._moved(before_others, after_others) == pytest.approx(told, rel=0.05)
+    assert gates._moved(before_others, alone) != pytest.approx(told, rel=0.05)
 
 
 @pytest.mark.slow
