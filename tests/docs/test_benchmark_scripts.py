@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from more_hf.cli.main import main
 from more_hf.diffusion.prompts import packaged_prompts
 from more_hf_bench.artists.grid import to_pil
-from more_hf_bench.attacks.store import AttackConfig
+from more_hf_bench.attacks.store import AttackConfig, Result
 from more_hf_bench.attacks.tables import write_outputs
 from more_hf_bench.columns import read_cells, read_rows
 from more_hf_bench.errors import BenchmarkError
@@ -424,6 +424,39 @@ def test_the_table_of_given_pictures_is_of_its_rows(script, monkeypatch, tmp_pat
         after = [line[2].strip().startswith("given") for line in lines if line[1].strip() == style]
         assert after == sorted(after)
         assert after[0] is False
+
+
+def test_the_look_of_the_lora_is_told_by_its_color(script, monkeypatch, tmp_path):
+    lora = script("attacks/pictures/given", "lora")
+    shades = torch.linspace(0, 1, 64 * 64).reshape(64, 64)
+    colors = torch.tensor([lora.VIOLET, (0, 0, 0), (0, 0, 255), (255, 20, 147)])
+    images = (255 - shades * (255 - colors)[..., None, None]).to(torch.uint8)
+    assert lora.has_look(images) == [True, False, False, False]
+    committed = (lora.HERE / "lora.md").read_text()
+    monkeypatch.setattr(lora, "HERE", tmp_path)
+    lora.table()
+    assert (tmp_path / "lora.md").read_text() == committed
+
+
+@pytest.mark.slow
+def test_what_is_erased_together_goes_on_where_its_rows_end(script, monkeypatch, tmp_path):
+    together = script("attacks/pictures/together", "together")
+    rows, committed = (together.HERE / "rows.csv").read_text(), (together.HERE / "table.md").read_text()
+    monkeypatch.setattr(together, "HERE", tmp_path)
+    monkeypatch.setattr(together, "inversion", lambda victim, **_: [Result.of_hits(7, 10)])
+    (tmp_path / "rows.csv").write_text(rows)
+    together.measure(tmp_path / "rows.csv")
+    assert (tmp_path / "rows.csv").read_text() == rows
+    together.table()
+    assert (tmp_path / "table.md").read_text() == committed
+    # the last line is measured again, and nothing else
+    before = rows.splitlines(keepends=True)
+    (tmp_path / "rows.csv").write_text("".join(before[:-1]))
+    together.measure(tmp_path / "rows.csv")
+    *kept, last = (tmp_path / "rows.csv").read_text().splitlines(keepends=True)
+    assert kept == before[:-1]
+    assert last.split(",")[:3] == before[-1].split(",")[:3]
+    assert last.split(",")[4] == "70"
 
 
 def test_a_run_goes_on_where_committed_rows_end(script, tmp_path):
