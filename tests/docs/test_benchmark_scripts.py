@@ -441,19 +441,19 @@ def test_the_look_of_the_lora_is_told_by_its_color(script, monkeypatch, tmp_path
 @pytest.mark.slow
 def test_what_is_erased_together_goes_on_where_its_rows_end(script, monkeypatch, tmp_path):
     together = script("attacks/pictures/together", "together")
-    rows, committed = (together.HERE / "rows.csv").read_text(), (together.HERE / "table.md").read_text()
+    rows, committed = ((together.HERE / f"together.{end}").read_text() for end in ("csv", "md"))
     monkeypatch.setattr(together, "HERE", tmp_path)
     monkeypatch.setattr(together, "inversion", lambda victim, **_: [Result.of_hits(7, 10)])
-    (tmp_path / "rows.csv").write_text(rows)
-    together.measure(tmp_path / "rows.csv")
-    assert (tmp_path / "rows.csv").read_text() == rows
+    (tmp_path / "together.csv").write_text(rows)
+    together.measure(tmp_path / "together.csv")
+    assert (tmp_path / "together.csv").read_text() == rows
     together.table()
-    assert (tmp_path / "table.md").read_text() == committed
+    assert (tmp_path / "together.md").read_text() == committed
     # the last line is measured again, and nothing else
     before = rows.splitlines(keepends=True)
-    (tmp_path / "rows.csv").write_text("".join(before[:-1]))
-    together.measure(tmp_path / "rows.csv")
-    *kept, last = (tmp_path / "rows.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "together.csv").write_text("".join(before[:-1]))
+    together.measure(tmp_path / "together.csv")
+    *kept, last = (tmp_path / "together.csv").read_text().splitlines(keepends=True)
     assert kept == before[:-1]
     assert last.split(",")[:3] == before[-1].split(",")[:3]
     assert last.split(",")[4] == "70"

@@ -1,6 +1,6 @@
 """Several things erased at once inside the denoiser: what a learned word finds of each, and what others pay.
 
-    python benchmarks/attacks/pictures/together/together.py    # goes on where rows.csv ends
+    python benchmarks/attacks/pictures/together/together.py    # goes on where together.csv ends
 
 The things, their targets and the attack are those of ../sample, whose rows are for one thing alone. The first
 `ATTACKED` things are attacked; what others pay is measured on things that are in no erasure.
@@ -81,14 +81,14 @@ def measure(rows: Path) -> None:
 
 def table() -> None:
     """Write the lines of each attacked thing together."""
-    lines = read_cells(HERE / "rows.csv")
+    lines = read_cells(HERE / "together.csv")
     lines.sort(key=lambda line: (line["forget"], list(SIZES).index(line["method"]), int(line["together"])))
-    write_text(HERE / "table.md", markdown_table(lines) + "\n")
+    write_text(HERE / "together.md", markdown_table(lines) + "\n")
 
 
 def main() -> None:
     argument_parser(__doc__).parse_args()
-    measure(HERE / "rows.csv")
+    measure(HERE / "together.csv")
     table()
 
 
