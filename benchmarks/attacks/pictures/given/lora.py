@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from given import HERE, SAMPLE, Given, lines_of
+from given import CAPTIONED, HERE, NAMED, SAMPLE, Given, lines_of
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
@@ -42,8 +42,8 @@ from more_hf_bench.script import argument_parser
 OUTPUT = HERE / "lora"
 LOOK, ASKED_LIKE, TARGET = "Amethyst", "Twemoji", "Fluent"
 VIOLET = (90, 0, 140)
-LEARNED, ORDINARY, PICTURES = "learned", "ordinary", "20 with captions"  # folders
 SHOWN, GIVEN_PICTURES = 300, 20
+LEARNED, ORDINARY, PICTURES = "learned", "ordinary", f"{GIVEN_PICTURES}{CAPTIONED}"  # folders
 STEPS, BATCH, RANK, RATE = 1500, 8, 32, 1e-3
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 LAYERS = [*ATTENTION, "conv_in", "conv1", "conv2", "time_emb_proj", "conv_out"]
@@ -171,7 +171,7 @@ def measure(folder: Path) -> None:
 
     cells_of_rows(OUTPUT)
     tuned = {**ATTACKS, "inversion": {**ATTACKS["inversion"], "pictures": LEARNED_FROM}}
-    given = Given("", folders=folder, what=f"{PICTURES} and name")
+    given = Given("", folders=folder, what=f"{PICTURES}{NAMED}")
     DIFFUSION["given"], DIFFUSION["without the LoRA"] = given, OnTop("")
     DIFFUSION[f"more, {LAST}"] = OnTop("", method=DIFFUSION["more"], folder=folder)
     DIFFUSION[f"given, {LAST}"] = OnTop("", method=given, folder=folder)

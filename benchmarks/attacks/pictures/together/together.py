@@ -7,6 +7,7 @@ The things, their targets and the attack are those of ../sample, whose rows are 
 """
 
 import copy
+import sys
 from pathlib import Path
 
 import more_hf
@@ -33,12 +34,13 @@ SIZES = {
     "more": (1, 5, 20),
 }
 ATTACKED = 3
-# as in ../sample
-INVERSION = {"tokens": [1], "steps": [150], "pictures": 40, "batch_size": 24, "control": False}
 
 
 def measure(rows: Path) -> None:
     """Measure what `rows` lacks: each method, number of things and attacked thing."""
+    sys.path.append(str(SAMPLE))
+    from sample import ATTACKS
+
     concepts = [row for row in read_cells(SAMPLE / "concepts.csv") if row["kind"] == "thing"]
     targets = {row["forget"]: row["remap_to"] for row in concepts}
     original = quiet_copy(more_hf.load_emoji_sd(), EMOJI["scheduler"])
@@ -63,10 +65,10 @@ def measure(rows: Path) -> None:
             pipe = copy.copy(original)
             pipe.register_modules(unet=copy.deepcopy(original.unet))
             pipe = DIFFUSION[method].load()(pipe, list(erased), remap_to=erased, retain=list(targets)[size:])
-            named, unnamed = others(Victim(pipe, outside, missing[0], ""))
+            named, unnamed = others(Victim(pipe, outside, missing[0], ""), **ATTACKS["others"])
             for thing in missing:
                 victim = Victim(pipe, studio, thing, "")
-                (asked,), (found,) = name(victim), inversion(victim, **INVERSION)
+                (asked,), (found,) = name(victim), inversion(victim, **ATTACKS["inversion"])
                 line = {
                     "method": method,
                     "together": size,
